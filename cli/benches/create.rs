@@ -1,0 +1,184 @@
+//! What `snap create` costs: against the codec alone, and for guests of different sizes.
+//!
+//!     cargo bench -p snap --bench create
+//!
+//! "Codec alone" compresses the same non-zero pages, gathered in memory in chunks of the same size,
+//! with as many threads, into buffers that are thrown away. "Write" is `snapfmt::write_snapshot`
+//! of the guest's memory (the demo's, or the flat image named by `SNAP_BENCH_MEMORY`), from its memfd into a file, synced and named; it is also shown without
+//! what the disk costs, into a file in memory. Rounds of all sides take turns; medians.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use std::fs::File;
+use std::num::NonZeroUsize;
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use snapfmt::layout::PAGE_BYTES;
+use snapfmt::{Codec, Contents, MemoryRegion, Metadata, Snapshot, WriteOptions, write_snapshot};
+
+const ROUNDS: usize = 7;
+const CHUNK_PAGES: usize = 16;
+
+fn main() {
+    if let Err(error) = vmm::probe() {
+        println!("SKIPPED create: {error}");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    against_the_codec(folder.path());
+    against_memory_size(folder.path());
+}
+
+fn against_the_codec(folder: &Path) {
+    // That memory, back from a snapshot of it, in a file in memory.
+    let sample = folder.join("sample.snap");
+    match std::env::var_os("SNAP_BENCH_MEMORY") {
+        Some(image) => {
+            let snap = env!("CARGO_BIN_EXE_snap");
+            let imported =
+                Command::new(snap).arg("import").arg(image).arg("-o").arg(&sample).status();
+            assert!(imported.unwrap().success());
+        }
+        None => _ = snap_create(&sample, &["--memory", "1G", "--work", "512M"]),
+    }
+    let snapshot = Snapshot::open(&sample).unwrap();
+    let in_memory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let memory = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(in_memory.path().join("memory"))
+        .unwrap();
+    let memory_bytes = snapshot.header().memory_bytes;
+    memory.set_len(memory_bytes).unwrap();
+    let place = |offset: u64, bytes: &[u8]| {
+        std::os::unix::fs::FileExt::write_all_at(&memory, bytes, offset).unwrap();
+    };
+    let threads = std::thread::available_parallelism().unwrap();
+    snapshot.load(threads, &place, &|_| ControlFlow::Continue(())).unwrap();
+    let populated: Vec<_> = snapshot.populated().collect();
+    let pages = pages_of(&memory, &populated);
+
+    println!("create, {} MiB not zero, {threads} threads, medians of {ROUNDS}:", pages.len() >> 20);
+    for codec in [Codec::Zstd, Codec::Lz4] {
+        let options =
+            WriteOptions { codec, threads, chunk_pages: CHUNK_PAGES, ..WriteOptions::default() };
+        let write = |out: &Path| {
+            let contents = Contents {
+                regions: &[MemoryRegion { gpa: 0, len: memory_bytes, source_offset: 0 }],
+                memory: &memory,
+                data: &populated,
+                states: &[],
+                metadata: Metadata::default(),
+            };
+            // Freeing the blocks of the last one is not part of writing.
+            let _ = std::fs::remove_file(out);
+            let start = Instant::now();
+            write_snapshot(out, contents, &options, &|_| ControlFlow::Continue(())).unwrap();
+            start.elapsed()
+        };
+        let (mut alone, mut to_memory, mut to_disk) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..ROUNDS {
+            alone.push(codec_alone(codec, &pages, threads));
+            to_memory.push(write(&in_memory.path().join("out.snap")));
+            to_disk.push(write(&folder.join("out.snap")));
+        }
+        let (alone, to_memory, to_disk) = (median(alone), median(to_memory), median(to_disk));
+        let speed = |time: Duration| alone.as_secs_f64() / time.as_secs_f64() * 100.0;
+        println!(
+            "  {codec:<5} codec alone {alone:>8.0?}   write {to_memory:>8.0?} ({:.0} % of its speed)   \
+             and sync to disk {to_disk:>8.0?} ({:.0} %)",
+            speed(to_memory),
+            speed(to_disk)
+        );
+    }
+}
+
+/// All pages of some ranges that are not zero, end to end.
+fn pages_of(memory: &File, ranges: &[std::ops::Range<u64>]) -> Vec<u8> {
+    let mut pages = Vec::new();
+    let mut leaf = vec![0; 2 << 20];
+    for range in ranges {
+        let bytes = &mut leaf[..(range.end - range.start) as usize];
+        std::os::unix::fs::FileExt::read_exact_at(memory, bytes, range.start).unwrap();
+        for page in bytes.chunks(PAGE_BYTES).filter(|page| page.iter().any(|byte| *byte != 0)) {
+            pages.extend_from_slice(page);
+        }
+    }
+    pages
+}
+
+fn codec_alone(codec: Codec, pages: &[u8], threads: NonZeroUsize) -> Duration {
+    let chunks: Vec<_> = pages.chunks(CHUNK_PAGES * PAGE_BYTES).collect();
+    let next = AtomicUsize::new(0);
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        for _ in 0..threads.get() {
+            scope.spawn(|| {
+                let mut zstd = zstd::bulk::Compressor::new(1).unwrap();
+                let mut out = vec![0; 2 * CHUNK_PAGES * PAGE_BYTES];
+                while let Some(chunk) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    match codec {
+                        Codec::Zstd => zstd.compress_to_buffer(chunk, &mut out[..]).unwrap(),
+                        _ => lz4_flex::block::compress_into(chunk, &mut out).unwrap(),
+                    };
+                }
+            });
+        }
+    });
+    start.elapsed()
+}
+
+fn against_memory_size(folder: &Path) {
+    println!("snap create --work 32M, medians of {ROUNDS}:");
+    let sizes = ["64M", "16G"];
+    let mut runs = vec![Vec::new(); sizes.len()];
+    let mut anonymous_kib = vec![0; sizes.len()];
+    for _ in 0..ROUNDS {
+        for (number, size) in sizes.iter().enumerate() {
+            let options = ["--memory", size, "--work", "32M", "--force"];
+            let (time, kib) = snap_create(&folder.join("size.snap"), &options);
+            runs[number].push(time);
+            anonymous_kib[number] = kib.max(anonymous_kib[number]);
+        }
+    }
+    let times: Vec<_> = runs.into_iter().map(median).collect();
+    for (number, size) in sizes.iter().enumerate() {
+        let mib = anonymous_kib[number] >> 10;
+        println!("  {size:>4} {:>8.0?}   peak of anonymous memory {mib} MiB", times[number]);
+    }
+    let ratio = times[1].as_secs_f64() / times[0].as_secs_f64();
+    println!("  16G takes {ratio:.2} x the time of 64M");
+}
+
+/// Runs `snap create`; gives the time of the whole process, and the most anonymous memory (the
+/// guest's is not: it is in a memfd) that it was seen to have, in KiB.
+fn snap_create(out: &Path, options: &[&str]) -> (Duration, u64) {
+    let start = Instant::now();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_snap"))
+        .arg("create")
+        .arg(out)
+        .args(options)
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let status = format!("/proc/{}/status", child.id());
+    let mut most = 0;
+    while child.try_wait().unwrap().is_none() {
+        let text = std::fs::read_to_string(&status).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+        let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok());
+        most = kib.unwrap_or(0).max(most);
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert!(child.wait().unwrap().success());
+    (start.elapsed(), most)
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times[times.len() / 2]
+}

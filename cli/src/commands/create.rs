@@ -1,0 +1,282 @@
+//! `snap create`: boot a guest, wait until it is ready, store it.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use pager::{FailurePolicy, Pager};
+use serde::Serialize;
+use serde_json::json;
+use snapfmt::layout::PAGE_BYTES;
+use snapfmt::{Contents, Header, Metadata, Parent, StateBlob, write_layer, write_snapshot};
+use vmm::demo::DemoConfig;
+use vmm::{HostCpu, PausedVm, Payload, Stop, memory_layout};
+
+use super::rewrite::path_of_parent;
+use super::stdout::print_line;
+use super::{Session, refuse_as_output};
+use crate::exit::{GuestStopped, Interrupted};
+use crate::guest_console::{GuestConsole, READY, Seen, Until};
+use crate::guest_memory::{FileMemory, GuestBytes, to_regions};
+use crate::progress::Bar;
+use crate::report::ms;
+use crate::restored::{Origin, Restored, damaged};
+use crate::size;
+use crate::storage::Storage;
+
+/// Boot a guest, wait until it is ready, and store it in one file.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  snap create demo.snap                       the built-in demo guest, 128 MiB
+  snap create big.snap --memory 16G --work 64M
+  snap create fast.snap --codec lz4 --force
+  snap create later.snap --when output:'beat 100'
+  snap create layer.snap --parent demo.snap --when output:'beat 5'")]
+pub(crate) struct Args {
+    /// The file to write. It appears when it is complete.
+    #[arg(value_name = "OUT.snap")]
+    pub(crate) out: PathBuf,
+
+    /// Memory of the guest.
+    #[arg(long, value_name = "SIZE", default_value = "128M", value_parser = size::parse)]
+    pub(crate) memory: u64,
+
+    /// How much of it the demo guest fills and works on.
+    #[arg(long, value_name = "SIZE", default_value = "32M", value_parser = size::parse)]
+    pub(crate) work: u64,
+
+    /// Bring this snapshot back, run it until --when, and store only what has changed since.
+    #[arg(long, value_name = "BASE.snap", conflicts_with_all = ["memory", "work"])]
+    pub(crate) parent: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) storage: Storage,
+
+    /// When to store the guest: ready, output:TEXT (at the last byte of this text) or after:TIME
+    /// (since its boot; with --parent, since it was brought back).
+    #[arg(long, value_name = "TRIGGER", default_value = "ready")]
+    pub(crate) when: Trigger,
+
+    /// Give up when the guest is not ready after this long.
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = humantime::parse_duration)]
+    pub(crate) timeout: Duration,
+
+    /// Print the summary as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// The moment at which a guest is stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Trigger {
+    /// The demo guest has written its line `ready ...`.
+    Ready,
+    /// The guest has written this.
+    Output(String),
+    /// So long after its boot.
+    After(Duration),
+}
+
+impl FromStr for Trigger {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text.split_once(':') {
+            None if text == "ready" => Ok(Self::Ready),
+            Some(("output", pattern)) if !pattern.is_empty() => Ok(Self::Output(pattern.into())),
+            Some(("after", time)) => Ok(Self::After(humantime::parse_duration(time)?)),
+            _ => bail!("expected ready, output:TEXT or after:TIME"),
+        }
+    }
+}
+
+impl Trigger {
+    fn until(&self) -> Until {
+        match self {
+            Self::Ready => Until::lines(READY, 1),
+            Self::Output(text) => Until { lines: None, pattern: Some(text.clone().into_bytes()) },
+            Self::After(_) => Until::default(),
+        }
+    }
+}
+
+/// What was made.
+#[derive(Serialize)]
+pub(crate) struct Summary {
+    file: PathBuf,
+    pub(crate) memory_bytes: u64,
+    pub(crate) nonzero_bytes: u64,
+    pub(crate) file_bytes: u64,
+    /// Bytes of non-zero memory for each byte of the file.
+    ratio: f64,
+    /// The whole command.
+    pub(crate) total_ms: f64,
+    /// Until the guest was ready to be stored, or brought back.
+    ready_ms: f64,
+    /// How long the guest stood still: reading its state and writing the file.
+    pub(crate) pause_ms: f64,
+}
+
+pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
+    let summary = create(args, session)?;
+    if args.json {
+        print_line(serde_json::to_string_pretty(&summary)?)?;
+    } else if !session.quiet {
+        print_line(format_args!(
+            "{}: memory {}, non-zero {}, stored {} (ratio {:.2}), {:.0} ms, paused {:.0} ms",
+            summary.file.display(),
+            size::human(summary.memory_bytes),
+            size::human(summary.nonzero_bytes),
+            size::human(summary.file_bytes),
+            summary.ratio,
+            summary.total_ms,
+            summary.pause_ms,
+        ))?;
+    }
+    Ok(())
+}
+
+/// Makes the snapshot. Nothing is at the output path when it fails.
+pub(crate) fn create(args: &Args, session: &Session) -> Result<Summary> {
+    let started = Instant::now();
+    // Before the guest's boot, which would be in vain.
+    if !args.storage.force && args.out.symlink_metadata().is_ok() {
+        bail!("{} exists; give --force to replace it", args.out.display());
+    }
+    let (header, ready_at, paused_at) = match &args.parent {
+        None => create_whole(args, session)?,
+        Some(base) => create_layer(args, base, session)?,
+    };
+    let now = Instant::now();
+    Ok(Summary {
+        file: args.out.clone(),
+        memory_bytes: header.memory_bytes,
+        nonzero_bytes: header.data_pages * PAGE_BYTES as u64,
+        file_bytes: header.file_bytes,
+        ratio: (header.data_pages * PAGE_BYTES as u64) as f64 / header.file_bytes as f64,
+        total_ms: ms(now - started),
+        ready_ms: ms(ready_at - started),
+        pause_ms: ms(now - paused_at),
+    })
+}
+
+/// Boots a guest and stores all of it. Gives also when it ran and when it was paused.
+fn create_whole(args: &Args, session: &Session) -> Result<(Header, Instant, Instant)> {
+    let ranges = memory_layout(args.memory).context("--memory")?;
+    let memory = FileMemory::new(&ranges)?;
+    let (console, seen) = GuestConsole::new(std::io::sink(), args.when.until());
+    let payload = Payload::Demo(DemoConfig { work_bytes: args.work });
+    let guest = PausedVm::boot(memory.mapped.clone(), &payload, console)
+        .context("cannot boot the guest")?;
+    session.interrupt.pauses(guest.handle());
+    let (mut guest, paused_at) = run_until_ready(guest, args, &seen, session)?;
+    let state = [stored_state(&mut guest)?];
+    let contents = Contents {
+        regions: &to_regions(&ranges),
+        memory: &memory.file,
+        data: &memory.touched()?,
+        states: &state,
+        metadata: metadata(json!({ "kind": "demo", "work_bytes": args.work })),
+    };
+    let bar = Bar::new("storing", session.quiet, &session.interrupt);
+    let options = args.storage.options();
+    let (header, _) = write_snapshot(&args.out, contents, &options, &|p| bar.update(p))?;
+    Ok((header, paused_at, paused_at))
+}
+
+/// Brings a guest back, lets it run, and stores what has changed. Pages that it never touched are
+/// not read: they are as in the parent.
+fn create_layer(args: &Args, base: &Path, session: &Session) -> Result<(Header, Instant, Instant)> {
+    if args.when == Trigger::Ready {
+        bail!(
+            "a guest that is brought back was ready before: give --when output:TEXT or after:TIME"
+        );
+    }
+    let (console, seen) = GuestConsole::new(std::io::sink(), args.when.until());
+    let origin = Origin {
+        file: base,
+        parents: &[],
+        lazy: true,
+        on_error: FailurePolicy::Poison,
+        memory_bytes: None,
+    };
+    let Restored { snapshot, memory, pager, vm, memory_ready, .. } =
+        origin.restore(console, session)?;
+    refuse_as_output(&args.out, [&*snapshot])?;
+    let ran = run_until_ready(vm, args, &seen, session);
+    // What the pager could not do is the cause of whatever else went wrong.
+    if let Some(failure) = pager.as_ref().and_then(Pager::failure) {
+        return Err(damaged(base, failure));
+    }
+    let (mut guest, paused_at) = ran?;
+    let state = [stored_state(&mut guest)?];
+    let guest_kind = snapshot.metadata()?.other.remove("guest").unwrap_or_default();
+    let contents = Contents {
+        regions: snapshot.regions(),
+        memory: &GuestBytes { memory: &memory, regions: snapshot.regions() },
+        data: &pager.as_ref().map(Pager::touched).unwrap_or_default(),
+        states: &state,
+        metadata: metadata(guest_kind),
+    };
+    let parent = Parent::new(&snapshot, path_of_parent(base, &args.out)?);
+    let bar = Bar::new("storing", session.quiet, &session.interrupt);
+    let options = args.storage.options();
+    let (header, _) = write_layer(&args.out, contents, &parent, &options, &|p| bar.update(p))?;
+    // The vCPUs before the pager: nobody touches a missing page any more.
+    drop(guest);
+    drop(pager);
+    Ok((header, memory_ready, paused_at))
+}
+
+/// Runs a guest until it is to be stored; gives it, and when it stopped.
+fn run_until_ready(
+    guest: PausedVm,
+    args: &Args,
+    seen: &Seen,
+    session: &Session,
+) -> Result<(PausedVm, Instant)> {
+    let running = guest.resume()?;
+    // Again: resuming has forgotten a pause that was asked for before.
+    session.interrupt.pauses(running.handle());
+    let (limit, on_time) = match args.when {
+        Trigger::After(time) => (time, true),
+        Trigger::Ready | Trigger::Output(_) => (args.timeout, false),
+    };
+    match running.wait(Some(limit)) {
+        Some(Stop::ConsolePause) => {}
+        None if on_time => {}
+        _ if session.interrupt.requested() => return Err(Interrupted.into()),
+        Some(stop) => {
+            let message = format!("before the guest was ready, {stop}\n{}", seen.tail());
+            return Err(GuestStopped(message).into());
+        }
+        None => bail!(
+            "the guest is not ready after {}; give more time with --timeout\n{}",
+            humantime::format_duration(args.timeout),
+            seen.tail()
+        ),
+    }
+    let paused_at = Instant::now();
+    Ok((running.pause()?, paused_at))
+}
+
+fn stored_state(guest: &mut PausedVm) -> Result<StateBlob> {
+    let bytes = guest.state()?.encode();
+    Ok(StateBlob { tag: vmm::state::STATE_KIND, version: vmm::state::STATE_VERSION, bytes })
+}
+
+fn metadata(guest: serde_json::Value) -> Metadata {
+    let other = json!({
+        "host_cpu": HostCpu::current(),
+        "guest": guest,
+        "devices": ["serial 8250 at port 0x3f8, irq 4"],
+    });
+    Metadata {
+        tool: env!("CARGO_PKG_NAME").into(),
+        tool_version: env!("CARGO_PKG_VERSION").into(),
+        other: other.as_object().cloned().unwrap_or_default(),
+        ..Metadata::default()
+    }
+}

@@ -1,0 +1,132 @@
+//! `snap demo`: the whole story in a few seconds, checked.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use pager::FailurePolicy;
+
+use super::stdout::{print_line, print_text};
+use super::{Session, create, restore::Restore};
+use crate::guest_console::{BEAT, Until};
+use crate::report::RestoreReport;
+use crate::restored::Origin;
+use crate::size;
+use crate::storage::Storage;
+
+/// Create a snapshot of the demo guest, restore it eagerly and lazily, and check that all agree.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Memory of the guest.
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = size::parse)]
+    memory: u64,
+
+    /// How much of it the guest fills and works on.
+    #[arg(long, value_name = "SIZE", default_value = "32M", value_parser = size::parse)]
+    work: u64,
+
+    /// Beats to run after each restore.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
+    beats: u64,
+}
+
+pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
+    let directory = tempfile::Builder::new()
+        .prefix("snap-demo-")
+        .tempdir()
+        .context("cannot create a temporary folder")?;
+    let file = directory.path().join("demo.snap");
+    let say = |text: String| if session.quiet { Ok(()) } else { print_line(text) };
+    say(format!(
+        "snap create: a guest with {} of memory fills {} and is stored ...",
+        size::human(args.memory),
+        size::human(args.work)
+    ))?;
+    let created = create::create(&create_args(args, file.clone()), session)?;
+    say(format!(
+        "  {} in {:.0} ms, of which the guest stood still {:.0} ms",
+        size::human(created.file_bytes),
+        created.total_ms,
+        created.pause_ms
+    ))?;
+
+    let restore = |lazy| -> Result<RestoreReport> {
+        let restore = Restore {
+            origin: Origin {
+                file: &file,
+                parents: &[],
+                lazy,
+                on_error: FailurePolicy::Poison,
+                memory_bytes: None,
+            },
+            until: Until::lines(BEAT, args.beats),
+            run_for: None,
+            hash: true,
+            keyboard: false,
+        };
+        let (report, outcome) = restore.run(std::io::sink(), session, Instant::now())?;
+        outcome.map(|()| report)
+    };
+    say(format!("snap restore: all memory is read, then the guest runs {} beats ...", args.beats))?;
+    let eager = restore(false)?;
+    say("snap restore --lazy: the guest runs at once, its pages come when it touches them ..."
+        .into())?;
+    let lazy = restore(true)?;
+
+    for report in [&eager, &lazy] {
+        ensure!(
+            (report.beats, report.bad_beats) == (args.beats, 0),
+            "the {} restore made {} beats, {} of them bad",
+            report.mode,
+            report.beats,
+            report.bad_beats
+        );
+    }
+    ensure!(eager.memory_sha256.is_some(), "no hash of the guest's memory was made");
+    ensure!(
+        eager.memory_sha256 == lazy.memory_sha256,
+        "the memory of the two guests differs after {} beats",
+        args.beats
+    );
+    print_text(table(&eager, &lazy, args.beats))?;
+    print_line("All beats ok, and both guests' memory is the same.")?;
+    Ok(())
+}
+
+fn create_args(args: &Args, out: std::path::PathBuf) -> create::Args {
+    create::Args {
+        out,
+        memory: args.memory,
+        work: args.work,
+        parent: None,
+        storage: Storage::default(),
+        when: create::Trigger::Ready,
+        timeout: std::time::Duration::from_secs(60),
+        json: false,
+    }
+}
+
+fn table(eager: &RestoreReport, lazy: &RestoreReport, beats: u64) -> String {
+    let ms = |time: Option<f64>| time.map_or("-".into(), |ms| format!("{ms:.1} ms"));
+    let pages = |report: &RestoreReport| match &report.pager {
+        Some(stats) => format!("{} of {}", stats.pages.present, stats.pages.total),
+        None => "all".into(),
+    };
+    let faults = |report: &RestoreReport| match &report.pager {
+        Some(stats) => stats.faults.to_string(),
+        None => "-".into(),
+    };
+    type Row<'a> = (String, &'a dyn Fn(&RestoreReport) -> String);
+    let rows: [Row<'_>; 6] = [
+        ("first instruction after".into(), &|r| ms(r.first_instruction_ms)),
+        ("first beat after".into(), &|r| ms(r.first_output_ms)),
+        (format!("{beats} beats after"), &|r| ms(Some(r.end_ms))),
+        ("read from the file".into(), &|r| size::human(r.bytes_read)),
+        ("page faults served".into(), &faults),
+        ("pages in memory".into(), &pages),
+    ];
+    let mut text = format!("\n{:<24} {:>16} {:>16}\n", "", "eager", "lazy");
+    for (name, value) in rows {
+        text += &format!("{name:<24} {:>16} {:>16}\n", value(eager), value(lazy));
+    }
+    text + "\n"
+}

@@ -1,0 +1,191 @@
+//! `snap export`: give a snapshot's memory, and another program's state, back as its own files.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::num::NonZeroUsize;
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
+use snapfmt::{ReadError, Snapshot};
+
+use super::foreign::cloud_hypervisor;
+use super::foreign::elf;
+use super::foreign::firecracker::{self, Arch, VMSTATE};
+use super::foreign::memory_file::Layout;
+use super::foreign::staging::{Shape, Staging};
+use super::stdout::print_line;
+use super::{Input, Session, refuse_as_output};
+use crate::progress::Bar;
+use crate::report::ms;
+use crate::size;
+
+/// Give a snapshot's memory back: as a flat image, an ELF core, or the files it was imported from.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  snap export guest.snap --format raw -o memory.raw                 flat and sparse
+  snap export guest.snap --format elf -o guest.core                 for readelf, gdb, crash, drgn
+  snap export guest.snap --format firecracker -o snapshot-dir       memory and vmstate
+  snap export guest.snap --format cloud-hypervisor -o snapshot-dir")]
+pub(crate) struct Args {
+    #[command(flatten)]
+    input: Input,
+
+    /// What to write.
+    #[arg(long)]
+    format: Format,
+
+    /// The file, or for firecracker and cloud-hypervisor the folder, to write. It appears when
+    /// it is complete.
+    #[arg(short, long, value_name = "OUT")]
+    out: PathBuf,
+
+    /// Replace OUT if it exists.
+    #[arg(long, short)]
+    force: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// Guest memory as it is, regions laid end to end, zeros as holes.
+    Raw,
+    /// An ELF core with one segment a region, as QEMU's dump-guest-memory makes it.
+    Elf,
+    /// A folder with memory and vmstate.
+    Firecracker,
+    /// A folder with config.json, state.json and memory-ranges.
+    CloudHypervisor,
+}
+
+impl Format {
+    fn shape(self) -> Shape {
+        use cloud_hypervisor::{CONFIG, MEMORY, STATE};
+        match self {
+            Self::Raw | Self::Elf => Shape::File,
+            Self::Firecracker => Shape::Folder(&[firecracker::MEMORY, VMSTATE.name]),
+            Self::CloudHypervisor => Shape::Folder(&[CONFIG.name, STATE.name, MEMORY]),
+        }
+    }
+}
+
+pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
+    let started = Instant::now();
+    let file = &args.input.file;
+    let named = || file.display().to_string();
+    let snapshot = args.input.open()?;
+    refuse_as_output(&args.out, [&snapshot])?;
+    let export = Export { snapshot: &snapshot, args, session };
+    match args.format {
+        Format::Raw => export.single(&[]),
+        Format::Elf => {
+            let arch = arch(&snapshot).with_context(named)?;
+            export.single(&elf::headers(snapshot.regions(), arch))
+        }
+        Format::Firecracker => {
+            let vmstate = VMSTATE.of(&snapshot).with_context(named)?;
+            let layout = Layout::linear(snapshot.regions(), 0);
+            export.folder(firecracker::MEMORY, &layout, &[(VMSTATE.name, &vmstate)])
+        }
+        Format::CloudHypervisor => {
+            use cloud_hypervisor::{CONFIG, MEMORY, STATE};
+            let state = STATE.of(&snapshot).with_context(named)?;
+            let config = CONFIG.of(&snapshot).with_context(named)?;
+            let layout = cloud_hypervisor::ranges(&state)
+                .and_then(|ranges| Layout::new(&ranges))
+                .with_context(|| format!("{} in {}", STATE.name, named()))?;
+            if layout.regions != snapshot.regions() {
+                bail!("{}: its {} and its memory map say different things", named(), STATE.name);
+            }
+            export.folder(MEMORY, &layout, &[(CONFIG.name, &config), (STATE.name, &state)])
+        }
+    }?;
+    if !session.quiet {
+        print_line(format_args!(
+            "{}: memory {}, {:.0} ms",
+            args.out.display(),
+            size::human(snapshot.header().memory_bytes),
+            ms(started.elapsed())
+        ))?;
+    }
+    Ok(())
+}
+
+/// The guest's architecture, as an importer noted it; this project's own guests are x86_64.
+fn arch(snapshot: &Snapshot) -> Result<Arch> {
+    let metadata = snapshot.metadata()?;
+    let noted = metadata.other.get("source").and_then(|source| source.get("arch"));
+    Ok(match noted.and_then(|arch| arch.as_str()) {
+        Some(name) if name == Arch::Aarch64.name() => Arch::Aarch64,
+        _ => Arch::X86_64,
+    })
+}
+
+struct Export<'a> {
+    snapshot: &'a Snapshot,
+    args: &'a Args,
+    session: &'a Session,
+}
+
+impl Export<'_> {
+    /// One file: a head, and memory after it.
+    fn single(&self, head: &[u8]) -> Result<()> {
+        let staging = self.staging()?;
+        let file = staging.file()?;
+        (&file).write_all(head).with_context(|| self.cannot_write())?;
+        let layout = Layout::linear(self.snapshot.regions(), head.len() as u64);
+        self.write_memory(&file, &layout)?;
+        staging.publish()
+    }
+
+    /// A folder with a memory file and small files.
+    fn folder(&self, memory: &str, layout: &Layout, small: &[(&str, &[u8])]) -> Result<()> {
+        let staging = self.staging()?;
+        for (name, bytes) in small {
+            let mut file = staging.file_named(name)?;
+            file.write_all(bytes).with_context(|| self.cannot_write())?;
+        }
+        self.write_memory(&staging.file_named(memory)?, layout)?;
+        staging.publish()
+    }
+
+    fn staging(&self) -> Result<Staging> {
+        Staging::new(&self.args.out, self.args.format.shape(), self.args.force)
+    }
+
+    /// Writes every page that is not zero to its place; the rest stays a hole.
+    fn write_memory(&self, file: &File, layout: &Layout) -> Result<()> {
+        file.set_len(layout.file_bytes()).with_context(|| self.cannot_write())?;
+        let bar = Bar::new("exporting", self.session.quiet, &self.session.interrupt);
+        let threads = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        let failed = Mutex::new(None::<io::Error>);
+        let failure = || failed.lock().unwrap_or_else(PoisonError::into_inner);
+        let loaded = self.snapshot.load(
+            threads,
+            &|source_offset, bytes| {
+                if let Err(error) = layout.write(file, source_offset, bytes) {
+                    failure().get_or_insert(error);
+                }
+            },
+            &|progress| match failure().is_some() {
+                true => ControlFlow::Break(()),
+                false => bar.update(progress),
+            },
+        );
+        if let Some(error) = failure().take() {
+            return Err(error).with_context(|| self.cannot_write());
+        }
+        match loaded {
+            // The user's Ctrl-C: nothing is wrong with the snapshot.
+            Err(error @ ReadError::Cancelled) => Err(error.into()),
+            loaded => loaded.with_context(|| self.args.input.file.display().to_string()),
+        }
+    }
+
+    fn cannot_write(&self) -> String {
+        format!("cannot write {}", self.args.out.display())
+    }
+}

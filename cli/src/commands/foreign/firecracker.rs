@@ -1,0 +1,109 @@
+//! Firecracker: a memory file and a vmstate file.
+//!
+//! The memory file is guest memory as it is, regions laid end to end. Where the regions lie is in
+//! the vmstate, which is opaque here; but Firecracker lays memory out by its size alone, so the
+//! size gives the addresses.
+
+use std::ops::Range;
+
+use super::Kept;
+
+pub(crate) const VMSTATE: Kept =
+    Kept { name: "vmstate", tag: u32::from_le_bytes(*b"FCvs"), what: "Firecracker vmstate" };
+
+/// Name of the memory file in an exported folder.
+pub(crate) const MEMORY: &str = "memory";
+
+/// Firecracker gives guests whole MiB.
+pub(crate) const MEMORY_UNIT: u64 = 1 << 20;
+
+/// Architecture of a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Arch {
+    X86_64,
+    Aarch64,
+}
+
+/// `SNAPSHOT_MAGIC_ID` without the lower 16 bits, in which old releases put a version
+/// (Firecracker, `src/vmm/src/snapshot`).
+const MAGIC_X86_64: u64 = 0x0710_1984_8664;
+const MAGIC_AARCH64: u64 = 0x0710_1984_aaaa;
+
+/// How far into the file the magic may stand: it is the first field, but some of the encodings
+/// that Firecracker has used put a few bytes in front of it.
+const MAGIC_WITHIN: usize = 64;
+
+impl Arch {
+    /// The architecture of a vmstate; `None` if it has no magic of Firecracker's.
+    pub(crate) fn of_vmstate(vmstate: &[u8]) -> Option<Self> {
+        let start = &vmstate[..vmstate.len().min(MAGIC_WITHIN)];
+        start.windows(8).find_map(|window| {
+            // Eight bytes: the window's length.
+            let value = u64::from_le_bytes(window.try_into().ok()?);
+            match value >> 16 {
+                MAGIC_X86_64 => Some(Self::X86_64),
+                MAGIC_AARCH64 => Some(Self::Aarch64),
+                _ => None,
+            }
+        })
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::X86_64 => "x86_64",
+            Self::Aarch64 => "aarch64",
+        }
+    }
+
+    /// Where Firecracker puts this much memory: `arch_memory_regions` of its
+    /// `src/vmm/src/arch/x86_64/mod.rs` and `aarch64/mod.rs`. The gaps are for devices; early
+    /// releases had none at 256 GiB.
+    pub(crate) fn ranges(self, memory_bytes: u64) -> Vec<Range<u64>> {
+        const GIB: u64 = 1 << 30;
+        let usable: &[Range<u64>] = match self {
+            Self::X86_64 => &[0..3 * GIB, 4 * GIB..256 * GIB, 512 * GIB..u64::MAX],
+            Self::Aarch64 => &[2 * GIB..256 * GIB, 512 * GIB..u64::MAX],
+        };
+        let mut left = memory_bytes;
+        let mut ranges = Vec::new();
+        for range in usable {
+            let len = left.min(range.end - range.start);
+            if len > 0 {
+                ranges.push(range.start..range.start + len);
+            }
+            left -= len;
+        }
+        ranges
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn memory_lies_around_the_gaps() {
+        let x86 = |bytes| Arch::X86_64.ranges(bytes);
+        assert_eq!(x86(GIB), [0..GIB]);
+        assert_eq!(x86(3 * GIB), [0..3 * GIB]);
+        assert_eq!(x86(3 * GIB + 4096), [0..3 * GIB, 4 * GIB..4 * GIB + 4096]);
+        assert_eq!(x86(256 * GIB), [0..3 * GIB, 4 * GIB..256 * GIB, 512 * GIB..513 * GIB]);
+        assert_eq!(Arch::Aarch64.ranges(GIB), [2 * GIB..3 * GIB]);
+    }
+
+    #[test]
+    fn the_magic_tells_the_architecture() {
+        let mut vmstate = 0x0710_1984_8664_0001_u64.to_le_bytes().to_vec();
+        vmstate.extend([9; 100]);
+        assert_eq!(Arch::of_vmstate(&vmstate), Some(Arch::X86_64));
+        vmstate.splice(0..0, [8, 0]);
+        assert_eq!(Arch::of_vmstate(&vmstate), Some(Arch::X86_64));
+        let arm = 0x0710_1984_aaaa_0000_u64.to_le_bytes();
+        assert_eq!(Arch::of_vmstate(&arm), Some(Arch::Aarch64));
+        for other in [&[][..], &[0; 7], &[0; 200]] {
+            assert_eq!(Arch::of_vmstate(other), None);
+        }
+    }
+}

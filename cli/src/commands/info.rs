@@ -1,0 +1,203 @@
+//! `snap info`: what is in a snapshot, without KVM.
+
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+use snapfmt::layout::PAGE_BYTES;
+use snapfmt::{Header, Metadata, Snapshot};
+
+use super::Input;
+use super::foreign::staging::{Shape, Staging};
+use super::map::Picture;
+use super::stdout::{print_line, print_text, to_stdout};
+use crate::size;
+
+/// Show what is in a snapshot, without KVM.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  snap info guest.snap
+  snap info guest.snap --json | jq .pages
+  snap info guest.snap --map                  a picture of memory
+  snap info guest.snap --map=memory.svg")]
+pub(crate) struct Args {
+    #[command(flatten)]
+    input: Input,
+
+    /// Print it as JSON.
+    #[arg(long)]
+    json: bool,
+
+    /// Draw memory instead: what is zero, and how the rest is stored. On stdout, in colours if it
+    /// is a terminal and NO_COLOR is not set, or into an SVG file that does not exist yet.
+    #[arg(long, value_name = "FILE.svg", num_args = 0..=1, require_equals = true,
+          default_missing_value = "-", conflicts_with = "json")]
+    map: Option<PathBuf>,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let file = &args.input.file;
+    let snapshot = args.input.open()?;
+    if let Some(path) = &args.map {
+        return draw(&snapshot, path).with_context(|| file.display().to_string());
+    }
+    let metadata = snapshot.metadata().with_context(|| file.display().to_string())?;
+    if args.json {
+        print_line(serde_json::to_string_pretty(&as_json(&snapshot, &metadata))?)?;
+    } else {
+        print_text(as_text(&snapshot, &metadata))?;
+    }
+    Ok(())
+}
+
+/// Rows of letters, rows of which two share a line, and rows of an SVG file.
+const MAP_ROWS: [u64; 3] = [32, 64, 64];
+
+/// Draws memory on stdout, or into a file if there is a path.
+fn draw(snapshot: &Snapshot, path: &Path) -> Result<()> {
+    let [ascii_rows, ansi_rows, svg_rows] = MAP_ROWS;
+    if path != Path::new("-") {
+        if path.extension().is_none_or(|extension| extension != "svg") {
+            bail!("--map={}: the picture is SVG, and its name ends so", path.display());
+        }
+        let staging = Staging::new(path, Shape::File, false)?;
+        let svg = Picture::new(snapshot, svg_rows)?.as_svg();
+        let written = staging.file()?.write_all(svg.as_bytes());
+        written.with_context(|| format!("cannot write {}", path.display()))?;
+        return staging.publish();
+    }
+    let set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+    let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+    let text = match std::io::stdout().is_terminal() && !set("NO_COLOR") && !dumb {
+        true => Picture::new(snapshot, ansi_rows)?.as_ansi(),
+        false => Picture::new(snapshot, ascii_rows)?.as_ascii(),
+    };
+    to_stdout(|out| Ok(out.write_all(text.as_bytes())?))
+}
+
+fn created(header: &Header) -> String {
+    let at = UNIX_EPOCH.checked_add(Duration::from_millis(header.created_unix_ms));
+    humantime::format_rfc3339_millis(bounded(at.unwrap_or(UNIX_EPOCH))).to_string()
+}
+
+/// A hostile file may claim any time; years above 9999 have no RFC 3339 form.
+fn bounded(at: SystemTime) -> SystemTime {
+    at.min(UNIX_EPOCH + Duration::from_secs(253_402_300_799))
+}
+
+/// Bytes of non-zero memory for each byte of the file.
+fn ratio(header: &Header) -> f64 {
+    (header.data_pages * PAGE_BYTES as u64) as f64 / header.file_bytes as f64
+}
+
+fn as_json(snapshot: &Snapshot, metadata: &Metadata) -> Value {
+    let header = snapshot.header();
+    let regions: Vec<_> = snapshot
+        .regions()
+        .iter()
+        .map(|r| json!({ "gpa": r.gpa, "len": r.len, "source_offset": r.source_offset }))
+        .collect();
+    let sections: Vec<_> = snapshot
+        .sections()
+        .iter()
+        .map(|s| {
+            let crc = s.has_crc().then(|| format!("{:08x}", s.crc));
+            json!({ "kind": s.kind.to_string(), "tag": s.tag, "version": s.version,
+                    "offset": s.offset, "len": s.len, "crc32": crc })
+        })
+        .collect();
+    json!({
+        "version": header.version,
+        "id": header.id.to_string(),
+        "parent_id": header.parent_id.map(|id| id.to_string()),
+        "chain": snapshot.headers().map(|layer| layer.id.to_string()).collect::<Vec<_>>(),
+        "created_at": created(header),
+        "features": { "incompat": header.incompat, "ro_compat": header.ro_compat,
+                      "compat": header.compat },
+        "memory_bytes": header.memory_bytes,
+        "page_bytes": PAGE_BYTES,
+        "chunk_pages": header.chunk_pages,
+        "regions": regions,
+        "pages": { "total": header.pages(), "zero": header.zero_pages(),
+                   "data": header.data_pages, "unique": header.stored_pages,
+                   "parent": header.parent_pages },
+        "chunks": header.chunks,
+        "file_bytes": header.file_bytes,
+        "ratio": ratio(header),
+        "sections": sections,
+        "metadata": metadata,
+    })
+}
+
+fn as_text(snapshot: &Snapshot, metadata: &Metadata) -> String {
+    let header = snapshot.header();
+    let mut lines = vec![
+        format!("format     version {}", header.version),
+        format!("id         {}", header.id),
+        format!("created    {} by {} {}", created(header), metadata.tool, metadata.tool_version),
+    ];
+    for (depth, layer) in snapshot.headers().enumerate().skip(1) {
+        let pages = layer.data_pages;
+        lines.push(format!("parent {depth:<3} {}, {pages} pages stored", layer.id));
+    }
+    for (name, value) in &metadata.other {
+        lines.push(format!("{name:<10} {}", one_line(value)));
+    }
+    for (number, region) in snapshot.regions().iter().enumerate() {
+        let name = if number == 0 { "memory" } else { "" };
+        let end = region.gpa.saturating_add(region.len);
+        lines.push(format!("{name:<10} {:#x}..{end:#x}  {}", region.gpa, size::human(region.len)));
+    }
+    lines.push(format!(
+        "pages      {} in all: {} zero, {} stored, {} of them unique, {} as in the parent",
+        header.pages(),
+        header.zero_pages(),
+        header.data_pages,
+        header.stored_pages,
+        header.parent_pages
+    ));
+    for (codec, used) in &metadata.storage {
+        let raw = used.pages * PAGE_BYTES as u64;
+        lines.push(format!(
+            "codec      {codec}: {} pages in {} chunks, {} to {}, ratio {:.2}",
+            used.pages,
+            used.chunks,
+            size::human(raw),
+            size::human(used.stored_bytes),
+            raw as f64 / used.stored_bytes as f64
+        ));
+    }
+    lines.push(format!(
+        "file       {}, ratio {:.2} to the stored pages",
+        size::human(header.file_bytes),
+        ratio(header)
+    ));
+    lines.push("section          offset     length  crc32".into());
+    for section in snapshot.sections() {
+        let crc = match section.has_crc() {
+            true => format!("{:08x}", section.crc),
+            false => "per part".into(),
+        };
+        let (kind, offset, len) = (section.kind.to_string(), section.offset, section.len);
+        lines.push(format!("  {kind:<12} {offset:>10} {len:>10}  {crc}"));
+    }
+    lines.join("\n") + "\n"
+}
+
+/// A metadata value on one line. It comes from the file, so control characters, which could
+/// drive the terminal, are escaped.
+fn one_line(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.escape_debug().to_string(),
+        Value::Object(fields) => {
+            let fields =
+                fields.iter().map(|(k, v)| format!("{} {}", k.escape_debug(), one_line(v)));
+            fields.collect::<Vec<_>>().join(", ")
+        }
+        Value::Array(values) => values.iter().map(one_line).collect::<Vec<_>>().join(", "),
+        other => other.to_string(),
+    }
+}

@@ -1,0 +1,327 @@
+//! `snap info --map`: memory as a picture, on a terminal or in an SVG file.
+//!
+//! Memory is cut into cells of equal size. A cell is drawn in the colour of what most of its
+//! pages that are not zero are, and the stronger the more of its pages are not zero; so it is
+//! only drawn as zero when all of it is. How a cell is compressed is looked up for its first
+//! stored page alone: the picture costs the index and one chunk header a cell, whatever the size
+//! of the guest.
+
+use std::fmt::Write as _;
+
+use anyhow::Result;
+use snapfmt::layout::PAGE_BYTES;
+use snapfmt::{ChunkExtent, Codec, PageEntry, Snapshot};
+
+use super::pages::codec_of;
+use crate::size;
+
+/// Cells in a row.
+const COLUMNS: u64 = 64;
+
+/// What a cell shows. To show something new: a kind, a line in [`LEGEND`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Zero,
+    Stored(Codec),
+    Parent,
+}
+
+/// How a kind is drawn.
+struct Look {
+    kind: Kind,
+    name: &'static str,
+    /// Small where less than half of the cell is not zero, else capital.
+    letter: char,
+    /// Red, green and blue, each 0 to 5: the colour cube of terminals.
+    colour: [u8; 3],
+}
+
+const LEGEND: [Look; 5] = [
+    Look { kind: Kind::Zero, name: "zero", letter: '.', colour: [1, 1, 1] },
+    Look { kind: Kind::Stored(Codec::Raw), name: "raw", letter: 'r', colour: [5, 2, 0] },
+    Look { kind: Kind::Stored(Codec::Lz4), name: "lz4", letter: 'l', colour: [1, 3, 5] },
+    Look { kind: Kind::Stored(Codec::Zstd), name: "zstd", letter: 'z', colour: [1, 5, 1] },
+    Look { kind: Kind::Parent, name: "parent", letter: 'p', colour: [5, 5, 1] },
+];
+
+impl Kind {
+    fn look(self) -> &'static Look {
+        LEGEND.iter().find(|look| look.kind == self).unwrap_or(&LEGEND[0])
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Cell {
+    kind: Kind,
+    /// Part of its pages that are not zero, 0 to 1.
+    share: f64,
+}
+
+impl Cell {
+    /// The colour, stronger for a fuller cell, as 0 to 5 each.
+    fn colour(self) -> [u8; 3] {
+        let [strongest, steps] = [5, 3];
+        let weaker = match self.kind {
+            Kind::Zero => 0,
+            _ => steps - (self.share * f64::from(steps)).ceil().clamp(1.0, f64::from(steps)) as u8,
+        };
+        self.kind.look().colour.map(|part| part * (strongest - weaker) / strongest)
+    }
+
+    fn letter(self) -> char {
+        let letter = self.kind.look().letter;
+        if self.share < 0.5 { letter } else { letter.to_ascii_uppercase() }
+    }
+}
+
+/// Cells that follow each other in guest memory; a new region starts a new row.
+#[derive(Debug)]
+struct Row {
+    gpa: u64,
+    region: usize,
+    cells: Vec<Cell>,
+}
+
+/// Memory as rows of cells.
+#[derive(Debug)]
+pub(crate) struct Picture {
+    rows: Vec<Row>,
+    cell_bytes: u64,
+    memory_bytes: u64,
+}
+
+/// What is counted for a cell.
+#[derive(Clone, Copy, Default)]
+struct Tally {
+    stored: u64,
+    parent: u64,
+    first: Option<ChunkExtent>,
+}
+
+impl Picture {
+    /// A picture of about `rows` rows, or fewer.
+    pub(crate) fn new(snapshot: &Snapshot, rows: u64) -> Result<Self> {
+        let memory_bytes = snapshot.header().memory_bytes;
+        let page = PAGE_BYTES as u64;
+        let cell_bytes = memory_bytes.div_ceil(rows * COLUMNS).max(page).next_power_of_two();
+        let mut picture = Self { rows: Vec::new(), cell_bytes, memory_bytes };
+        for (number, region) in snapshot.regions().iter().enumerate() {
+            let tallies = tallies(snapshot, region.source_offset, region.len, cell_bytes)?;
+            let row_bytes = COLUMNS * cell_bytes;
+            for (row, in_row) in (0..).zip(tallies.chunks(COLUMNS as usize)) {
+                let start = row * row_bytes;
+                let cell = |(at, tally): (u64, &Tally)| {
+                    let len = cell_bytes.min(region.len - start - at * cell_bytes);
+                    cell(snapshot, tally, len / page)
+                };
+                let cells = (0..).zip(in_row).map(cell).collect::<Result<_>>()?;
+                picture.rows.push(Row { gpa: region.gpa + start, region: number, cells });
+            }
+        }
+        Ok(picture)
+    }
+
+    /// One letter a cell.
+    pub(crate) fn as_ascii(&self) -> String {
+        let mut text = String::new();
+        for row in &self.rows {
+            let cells: String = row.cells.iter().map(|cell| cell.letter()).collect();
+            let _infallible = writeln!(text, "{:#014x} {cells}", row.gpa);
+        }
+        let names: Vec<_> =
+            self.legend().map(|look| format!("{} {}", look.letter, look.name)).collect();
+        let _infallible = writeln!(
+            text,
+            "{}; capital: at least half is not zero; {}",
+            names.join("  "),
+            self.scale()
+        );
+        text
+    }
+
+    /// Two rows a line, in colours.
+    pub(crate) fn as_ansi(&self) -> String {
+        let mut text = String::new();
+        let mut rows = self.rows.iter().peekable();
+        while let Some(upper) = rows.next() {
+            let lower = rows.next_if(|lower| lower.region == upper.region);
+            let _infallible = write!(text, "{:#014x} ", upper.gpa);
+            for (at, cell) in upper.cells.iter().enumerate() {
+                let below = lower.and_then(|lower| lower.cells.get(at));
+                let below = below.map(|cell| format!(";48;5;{}", indexed(cell.colour())));
+                let below = below.unwrap_or_default();
+                let _infallible =
+                    write!(text, "\x1b[0;38;5;{}{below}m\u{2580}", indexed(cell.colour()));
+            }
+            text.push_str("\x1b[0m\n");
+        }
+        for look in self.legend() {
+            let _infallible =
+                write!(text, "\x1b[38;5;{}m\u{2588}\x1b[0m {}  ", indexed(look.colour), look.name);
+        }
+        let _infallible = writeln!(text, "{}", self.scale());
+        text
+    }
+
+    /// A document of its own. Cells of one colour side by side are one rectangle.
+    pub(crate) fn as_svg(&self) -> String {
+        let (side, left, top) = (10, 130, 30);
+        let width = left + COLUMNS as usize * side + 10;
+        let height = top + (self.rows.len() + 3) * side;
+        let mut text = format!(
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" \
+             font-family=\"monospace\" font-size=\"{side}\">\n\
+             <rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>\n\
+             <text x=\"10\" y=\"18\" font-size=\"12\">{}</text>\n",
+            self.scale()
+        );
+        let mut rect = |x: usize, y: usize, cells: usize, colour: [u8; 3], about: &str| {
+            let [r, g, b] = colour.map(|part| part * 51);
+            let _infallible = writeln!(
+                text,
+                "<rect x=\"{x}\" y=\"{y}\" width=\"{}\" height=\"{side}\" \
+                 fill=\"#{r:02x}{g:02x}{b:02x}\">{about}</rect>",
+                cells * side
+            );
+        };
+        for (number, row) in self.rows.iter().enumerate() {
+            let mut column = 0;
+            for alike in row.cells.chunk_by(|a, b| a.kind == b.kind && a.colour() == b.colour()) {
+                let gpa = row.gpa + column as u64 * self.cell_bytes;
+                let name = alike[0].kind.look().name;
+                let about = format!("<title>{gpa:#x} {name}</title>");
+                let (x, y) = (left + column * side, top + number * side);
+                rect(x, y, alike.len(), alike[0].colour(), &about);
+                column += alike.len();
+            }
+        }
+        let y = height - 2 * side;
+        for (at, look) in self.legend().enumerate() {
+            rect(left + at * 80, y, 1, look.colour, "");
+        }
+        let baseline = side - 1;
+        for (at, look) in self.legend().enumerate() {
+            let (x, y) = (left + at * 80 + side + 4, y + baseline);
+            let _infallible = writeln!(text, "<text x=\"{x}\" y=\"{y}\">{}</text>", look.name);
+        }
+        for (number, row) in self.rows.iter().enumerate() {
+            let y = top + number * side + baseline;
+            let _infallible = writeln!(text, "<text x=\"10\" y=\"{y}\">{:#014x}</text>", row.gpa);
+        }
+        text + "</svg>\n"
+    }
+
+    /// The kinds that are in the picture.
+    fn legend(&self) -> impl Iterator<Item = &'static Look> {
+        let shown =
+            |look: &&Look| self.rows.iter().flat_map(|row| &row.cells).any(|c| c.kind == look.kind);
+        LEGEND.iter().filter(shown)
+    }
+
+    fn scale(&self) -> String {
+        format!(
+            "{} of memory, a cell is {}",
+            size::human(self.memory_bytes),
+            size::human(self.cell_bytes)
+        )
+    }
+}
+
+/// Number of a colour in the 256-colour palette: a cube of 6 x 6 x 6 from 16 on.
+fn indexed([r, g, b]: [u8; 3]) -> u8 {
+    16 + 36 * r + 6 * g + b
+}
+
+/// Counts the pages of each cell of one region.
+fn tallies(snapshot: &Snapshot, start: u64, len: u64, cell_bytes: u64) -> Result<Vec<Tally>> {
+    let mut tallies = vec![Tally::default(); len.div_ceil(cell_bytes) as usize];
+    let end = start + len;
+    for (leaf, range) in snapshot.populated().enumerate() {
+        if range.end <= start || range.start >= end {
+            continue;
+        }
+        snapshot.for_each_entry(leaf..leaf + 1, |page, entry| {
+            let at = page.source_offset();
+            if (start..end).contains(&at) {
+                let tally = &mut tallies[((at - start) / cell_bytes) as usize];
+                match entry {
+                    PageEntry::Zero => {}
+                    PageEntry::Parent => tally.parent += 1,
+                    PageEntry::Data { chunk, .. } if chunk.layer() > 0 => tally.parent += 1,
+                    PageEntry::Data { chunk, .. } => {
+                        tally.stored += 1;
+                        tally.first.get_or_insert(chunk);
+                    }
+                }
+            }
+            Ok(())
+        })?;
+    }
+    Ok(tallies)
+}
+
+fn cell(snapshot: &Snapshot, tally: &Tally, pages: u64) -> Result<Cell> {
+    let kind = match tally.first {
+        Some(chunk) if tally.stored >= tally.parent => Kind::Stored(codec_of(snapshot, chunk)?),
+        _ if tally.parent > 0 => Kind::Parent,
+        _ => Kind::Zero,
+    };
+    Ok(Cell { kind, share: (tally.stored + tally.parent) as f64 / pages as f64 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn picture() -> Picture {
+        let cell = |kind, share| Cell { kind, share };
+        let zero = cell(Kind::Zero, 0.0);
+        let zstd = |share| cell(Kind::Stored(Codec::Zstd), share);
+        let row = |gpa, region, cells| Row { gpa, region, cells };
+        Picture {
+            rows: vec![
+                row(0, 0, vec![zero, zstd(0.1), zstd(1.0)]),
+                row(0x40000, 0, vec![cell(Kind::Stored(Codec::Raw), 0.5)]),
+                row(0x1_0000_0000, 1, vec![zero]),
+            ],
+            cell_bytes: 4096,
+            memory_bytes: 5 * 4096,
+        }
+    }
+
+    #[test]
+    fn letters_tell_kind_and_share() {
+        let text = picture().as_ascii();
+        let expected = "\
+0x000000000000 .zZ
+0x000000040000 R
+0x000100000000 .
+. zero  r raw  z zstd; capital: at least half is not zero; 20 KiB of memory, a cell is 4 KiB
+";
+        assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn colours_pair_rows_of_one_region_only() {
+        let text = picture().as_ansi();
+        assert_eq!(text.lines().count(), 3, "{text}");
+        assert!(text.starts_with("0x000000000000 \x1b[0;38;5;59;48;5;"), "{text:?}");
+        // A cell that is nearly empty is weaker, but never looks like zero.
+        let colours: Vec<_> = [0.01, 0.5, 1.0]
+            .map(|share| Cell { kind: Kind::Stored(Codec::Lz4), share }.colour())
+            .to_vec();
+        assert_eq!(colours[2], [1, 3, 5]);
+        assert!(colours.windows(2).all(|pair| pair[0] != pair[1]));
+        assert!(!colours.contains(&LEGEND[0].colour));
+    }
+
+    #[test]
+    fn svg_is_balanced_and_has_a_rectangle_for_each_change() {
+        let text = picture().as_svg();
+        assert!(text.starts_with("<svg ") && text.ends_with("</svg>\n"));
+        assert_eq!(text.matches("<rect").count(), 1 + 5 + 3);
+        assert_eq!(text.matches("<rect").count() - 1, text.matches("</rect>").count());
+        assert_eq!(text.matches("<text").count(), text.matches("</text>").count());
+        assert!(text.contains("<title>0x2000 zstd</title>"), "{text}");
+    }
+}

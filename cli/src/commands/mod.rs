@@ -1,0 +1,125 @@
+//! One file a command; each has its arguments and a function that does it.
+
+mod cat;
+pub(crate) mod create;
+mod demo;
+mod diff;
+mod export;
+mod foreign;
+mod import;
+mod info;
+mod map;
+mod pages;
+pub(crate) mod restore;
+mod rewrite;
+mod stdout;
+mod verify;
+
+use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use clap::Subcommand;
+use snapfmt::{Parents, Snapshot};
+
+use crate::interrupt::Interrupt;
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    Create(create::Args),
+    Restore(restore::Args),
+    Info(info::Args),
+    Verify(verify::Args),
+    Diff(diff::Args),
+    Flatten(rewrite::FlattenArgs),
+    Rebase(rewrite::RebaseArgs),
+    Import(import::Args),
+    Export(export::Args),
+    Cat(cat::Args),
+    Pages(pages::Args),
+    Demo(demo::Args),
+}
+
+/// What every command is given.
+pub(crate) struct Session {
+    pub(crate) quiet: bool,
+    /// When the command began.
+    pub(crate) started: Instant,
+    pub(crate) interrupt: Interrupt,
+}
+
+pub(crate) fn run(command: Command, quiet: bool, started: Instant) -> Result<()> {
+    let session = Session { quiet, started, interrupt: Interrupt::install()? };
+    match command {
+        Command::Create(args) => create::run(&args, &session),
+        Command::Restore(args) => restore::run(&args, &session),
+        Command::Info(args) => info::run(&args),
+        Command::Verify(args) => verify::run(&args, &session),
+        Command::Diff(args) => diff::run(&args, &session),
+        Command::Flatten(args) => rewrite::flatten(&args, &session),
+        Command::Rebase(args) => rewrite::rebase(&args, &session),
+        Command::Import(args) => import::run(&args, &session),
+        Command::Export(args) => export::run(&args, &session),
+        Command::Cat(args) => cat::run(&args, &session),
+        Command::Pages(args) => pages::run(&args, &session),
+        Command::Demo(args) => demo::run(&args, &session),
+    }
+}
+
+/// Opens a snapshot, and of a layer its parents; the error names the file.
+pub(crate) fn open(path: &Path, parents: &[PathBuf]) -> Result<Snapshot> {
+    let folders = std::env::var_os("SNAP_PATH").unwrap_or_default();
+    let parents = Parents {
+        files: parents.to_vec(),
+        folders: std::env::split_paths(&folders).filter(|f| *f != Path::new("")).collect(),
+    };
+    Snapshot::open_with(path, &parents).with_context(|| path.display().to_string())
+}
+
+/// Refuses an output that is one of the snapshots' files: replacing it would destroy what the
+/// result, or another layer, builds on.
+fn refuse_as_output<'a>(
+    out: &Path,
+    snapshots: impl IntoIterator<Item = &'a Snapshot>,
+) -> Result<()> {
+    for file in snapshots.into_iter().flat_map(Snapshot::storages) {
+        refuse_same(out, &file.metadata().context("cannot look at an open snapshot")?)?;
+    }
+    Ok(())
+}
+
+/// Refuses an output that is this input.
+fn refuse_same(out: &Path, input: &Metadata) -> Result<()> {
+    match out.metadata() {
+        Ok(there) if (input.dev(), input.ino()) == (there.dev(), there.ino()) => {
+            bail!("{} is read, itself or as a parent; choose another output", out.display())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A snapshot to be read.
+#[derive(Clone, Debug, clap::Args)]
+struct Input {
+    /// The snapshot.
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+
+    /// Of a layer: a file that may be its parent, or its parent's. Otherwise parents are looked
+    /// for where the layer says, and in the folders of $SNAP_PATH.
+    #[arg(long = "parent", value_name = "FILE")]
+    parents: Vec<PathBuf>,
+}
+
+impl Input {
+    fn open(&self) -> Result<Snapshot> {
+        open(&self.file, &self.parents)
+    }
+
+    /// Opens another snapshot, whose parents may be the same.
+    fn beside(&self, path: &Path) -> Result<Snapshot> {
+        open(path, &self.parents)
+    }
+}

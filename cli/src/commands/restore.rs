@@ -1,0 +1,220 @@
+//! `snap restore`: bring a guest back, with all its memory at once or page by page.
+
+use std::io::{ErrorKind, Write};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow};
+use clap::ValueEnum;
+use pager::{FailurePolicy, Pager};
+use snapfmt::{SectionKind, Snapshot};
+use vmm::Stop;
+
+use super::{Input, Session};
+use crate::exit::{GuestStopped, Interrupted};
+use crate::guest_console::{BEAT, GuestConsole, Seen, Until};
+use crate::report::{RestoreReport, ms, ms_since};
+use crate::restored::{Origin, Restored, damaged};
+use crate::terminal::Keyboard;
+use crate::{memory_hash, size};
+
+/// Bring a guest back and run it.
+///
+/// The guest's serial port is connected to stdin and stdout. Ctrl-C ends the run.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  snap restore demo.snap --beats 3            read all memory, then run for three beats
+  snap restore --lazy demo.snap --for 2s      run at once, pages come when they are touched
+  snap restore --lazy demo.snap --until 'beat 7' --report json")]
+pub(crate) struct Args {
+    #[command(flatten)]
+    input: Input,
+
+    /// Run at once; pages come from the file when the guest touches them.
+    #[arg(long)]
+    lazy: bool,
+
+    /// End after this many lines that begin with `beat`.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    beats: Option<u64>,
+
+    /// End when the guest has written this.
+    #[arg(long, value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    until: Option<String>,
+
+    /// End after this long.
+    #[arg(long = "for", value_name = "TIME", value_parser = humantime::parse_duration)]
+    run_for: Option<Duration>,
+
+    /// Fail unless the guest has exactly this much memory.
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    memory: Option<u64>,
+
+    /// With --lazy: what to do with a page that cannot be read or is damaged.
+    #[arg(long, value_name = "POLICY", default_value = "poison", requires = "lazy")]
+    on_error: OnError,
+
+    /// At the end, hash all of the guest's memory (a lazy restore loads it for that).
+    #[arg(long)]
+    hash: bool,
+
+    /// How to report on stderr at the end.
+    #[arg(long, value_name = "FORM", default_value = "text")]
+    report: ReportForm,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum OnError {
+    /// Poison the page: the guest stops when it touches it, with a message.
+    Poison,
+    /// Kill this process at once.
+    Kill,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum ReportForm {
+    Text,
+    Json,
+    None,
+}
+
+pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
+    let restore = Restore {
+        origin: Origin {
+            file: &args.input.file,
+            parents: &args.input.parents,
+            lazy: args.lazy,
+            on_error: match args.on_error {
+                OnError::Poison => FailurePolicy::Poison,
+                OnError::Kill => FailurePolicy::Kill,
+            },
+            memory_bytes: args.memory,
+        },
+        until: Until {
+            lines: args.beats.map(|beats| (BEAT, beats)),
+            pattern: args.until.clone().map(String::into_bytes),
+        },
+        run_for: args.run_for,
+        hash: args.hash,
+        keyboard: true,
+    };
+    let (report, outcome) = restore.run(std::io::stdout(), session, session.started)?;
+    let told = match args.report {
+        ReportForm::Json => serde_json::to_string_pretty(&report)? + "\n",
+        ReportForm::Text if !session.quiet => report.to_string(),
+        ReportForm::Text | ReportForm::None => String::new(),
+    };
+    // A closed stderr is nobody to complain to.
+    let _ = std::io::stderr().write_all(told.as_bytes());
+    outcome
+}
+
+/// One restore, from the file to the end of the run.
+pub(crate) struct Restore<'a> {
+    pub(crate) origin: Origin<'a>,
+    pub(crate) until: Until,
+    pub(crate) run_for: Option<Duration>,
+    pub(crate) hash: bool,
+    /// Whether stdin is the guest's.
+    pub(crate) keyboard: bool,
+}
+
+impl Restore<'_> {
+    /// Restores and runs; gives the report also for a guest that stopped by itself, whose error
+    /// is then the second value.
+    pub(crate) fn run(
+        self,
+        out: impl Write + Send + 'static,
+        session: &Session,
+        started: Instant,
+    ) -> Result<(RestoreReport, Result<()>)> {
+        let (console, seen) = GuestConsole::new(out, self.until.clone());
+        let restored = self.origin.restore(console, session)?;
+        // In this order, so that whatever goes wrong the vCPUs are gone before the pager.
+        let Restored { snapshot, memory, pager, vm, opened, memory_ready } = restored;
+        let keyboard = match self.keyboard {
+            true => Some(Keyboard::connect(vm.handle()).context("cannot use the keyboard")?),
+            false => None,
+        };
+
+        let running = vm.resume()?;
+        // Again: resuming has forgotten a pause that was asked for before it.
+        session.interrupt.pauses(running.handle());
+        let stop = running.wait(self.run_for);
+        let end = Instant::now();
+        // The figures are those of the run: what comes after it, a hash say, is not the guest's.
+        let stats = pager.as_ref().map(Pager::stats);
+        drop(keyboard);
+        let (first_entry, first_exit) = (running.first_entry(), running.first_exit());
+        let paused = running.pause();
+        let mut outcome = match &paused {
+            Err(error) => Err(GuestStopped(error.to_string()).into()),
+            Ok(_) if session.interrupt.requested() => Err(Interrupted.into()),
+            Ok(_) => Ok(()),
+        };
+        match seen.output_error() {
+            Some(error) if error.kind() != ErrorKind::BrokenPipe && outcome.is_ok() => {
+                outcome = Err(anyhow!("cannot write the guest's output: {error}"));
+            }
+            _ => {}
+        }
+        if let (beats, bad @ 1..) = seen.beats()
+            && outcome.is_ok()
+        {
+            outcome = Err(anyhow!("{bad} of {beats} beats found wrong pages"));
+        }
+        let mut memory_sha256 = None;
+        if self.hash && outcome.is_ok() {
+            match memory_hash::sha256(&memory, snapshot.regions()) {
+                Ok(hash) => memory_sha256 = Some(hash),
+                Err(error) => outcome = Err(error),
+            }
+        }
+        // What the pager could not do is the cause of whatever else went wrong.
+        if let Some(failure) = pager.as_ref().and_then(Pager::failure) {
+            outcome = Err(damaged(self.origin.file, failure));
+        }
+        // The vCPUs are gone before the pager: from here on nobody touches a missing page.
+        drop(paused);
+        drop(pager);
+
+        let report = RestoreReport {
+            mode: if self.origin.lazy { "lazy" } else { "eager" },
+            memory_bytes: snapshot.header().memory_bytes,
+            opened_ms: ms(opened - started),
+            memory_ready_ms: ms(memory_ready - started),
+            first_instruction_ms: ms_since(started, first_entry),
+            first_exit_ms: ms_since(started, first_exit),
+            first_output_ms: ms_since(started, seen.first_output()),
+            end_ms: ms(end - started),
+            stop: describe(stop, &seen, session),
+            beats: seen.beats().0,
+            bad_beats: seen.beats().1,
+            bytes_read: match &stats {
+                Some(stats) => stats.bytes_read,
+                None => chunk_bytes(&snapshot),
+            },
+            memory_sha256,
+            pager: stats,
+        };
+        Ok((report, outcome))
+    }
+}
+
+fn chunk_bytes(snapshot: &Snapshot) -> u64 {
+    let chunks = snapshot.sections().iter().filter(|s| s.kind == SectionKind::CHUNKS);
+    chunks.map(|section| section.len).sum()
+}
+
+fn describe(stop: Option<Stop>, seen: &Seen, session: &Session) -> String {
+    match stop {
+        _ if session.interrupt.requested() => "interrupted".into(),
+        None => "time is up".into(),
+        Some(Stop::ConsolePause) if seen.output_error().is_some() => {
+            "nobody takes the output any more".into()
+        }
+        Some(Stop::ConsolePause) if seen.beats().1 > 0 => "done, with wrong pages".into(),
+        Some(Stop::ConsolePause) => "done".into(),
+        Some(stop) => stop.to_string(),
+    }
+}

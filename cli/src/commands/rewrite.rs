@@ -1,0 +1,164 @@
+//! `snap flatten` and `snap rebase`: the same guest in another file, with other parents.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde_json::json;
+use snapfmt::{
+    Contents, Header, Metadata, Parent, SectionKind, Snapshot, StateBlob, write_layer,
+    write_snapshot,
+};
+
+use super::stdout::print_line;
+use super::{Input, Session, refuse_as_output};
+use crate::progress::Bar;
+use crate::size;
+use crate::storage::Storage;
+
+/// Join a layer and all of its parents into one complete file.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  snap flatten layer.snap -o whole.snap
+  snap flatten layer.snap -o small.snap --level 19 --chunk-pages 64")]
+pub(crate) struct FlattenArgs {
+    #[command(flatten)]
+    input: Input,
+
+    /// The file to write. It appears when it is complete.
+    #[arg(short, long, value_name = "OUT.snap")]
+    out: PathBuf,
+
+    #[command(flatten)]
+    storage: Storage,
+
+    /// Print the summary as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Write a snapshot as a layer of another one, which holds only what differs.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  snap rebase guest.snap --onto base.snap -o layer.snap
+  snap rebase layer.snap --onto new-base.snap -o new-layer.snap")]
+pub(crate) struct RebaseArgs {
+    #[command(flatten)]
+    input: Input,
+
+    /// The snapshot to be the parent.
+    #[arg(long, value_name = "PARENT.snap")]
+    onto: PathBuf,
+
+    /// The file to write. It appears when it is complete.
+    #[arg(short, long, value_name = "OUT.snap")]
+    out: PathBuf,
+
+    #[command(flatten)]
+    storage: Storage,
+
+    /// Print the summary as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn flatten(args: &FlattenArgs, session: &Session) -> Result<()> {
+    let snapshot = args.input.open()?;
+    refuse_as_output(&args.out, [&snapshot])?;
+    let bar = Bar::new("flattening", session.quiet, &session.interrupt);
+    let data: Vec<_> = snapshot.populated().collect();
+    let memory = snapshot.memory();
+    let parts = Parts::of(&snapshot)?;
+    let contents = parts.contents(&snapshot, &memory, &data);
+    let options = args.storage.options();
+    let (header, _) = write_snapshot(&args.out, contents, &options, &|p| bar.update(p))?;
+    drop(bar);
+    tell(&args.out, &header, args.json, session)
+}
+
+pub(crate) fn rebase(args: &RebaseArgs, session: &Session) -> Result<()> {
+    let snapshot = args.input.open()?;
+    let onto = args.input.beside(&args.onto)?;
+    refuse_as_output(&args.out, [&snapshot, &onto])?;
+    let bar = Bar::new("rebasing", session.quiet, &session.interrupt);
+    // What is zero in both need not be looked at.
+    let data: Vec<_> = snapshot.populated().chain(onto.populated()).collect();
+    let memory = snapshot.memory();
+    let parts = Parts::of(&snapshot)?;
+    let contents = parts.contents(&snapshot, &memory, &data);
+    let parent = Parent::new(&onto, path_of_parent(&args.onto, &args.out)?);
+    let options = args.storage.options();
+    let (header, _) = write_layer(&args.out, contents, &parent, &options, &|p| bar.update(p))?;
+    drop(bar);
+    tell(&args.out, &header, args.json, session)
+}
+
+/// How a layer names its parent: by the bare name beside it, otherwise by the full path.
+pub(crate) fn path_of_parent(parent: &Path, layer: &Path) -> Result<PathBuf> {
+    let folder = |path: &Path| {
+        let folder = path.parent().filter(|folder| *folder != Path::new(""));
+        folder.unwrap_or(Path::new(".")).canonicalize()
+    };
+    let named = || format!("cannot find the folder of {}", parent.display());
+    let parent_folder = folder(parent).with_context(named)?;
+    let name = parent.file_name().context("the parent has no file name")?;
+    match folder(layer) {
+        Ok(layer_folder) if layer_folder == parent_folder => Ok(name.into()),
+        _ => Ok(parent_folder.join(name)),
+    }
+}
+
+/// What goes over from the old file beside memory.
+struct Parts {
+    states: Vec<StateBlob>,
+    metadata: Metadata,
+}
+
+impl Parts {
+    fn of(snapshot: &Snapshot) -> Result<Self> {
+        let tags = snapshot.sections().iter().filter(|section| section.kind == SectionKind::STATE);
+        let states = tags.map(|section| {
+            let state = snapshot.state(section.tag)?;
+            state.context("a state section was there and is not any more")
+        });
+        let mut metadata = snapshot.metadata()?;
+        let ids = snapshot.headers().map(|header| header.id.to_string());
+        metadata.other.insert("rewritten_from".into(), json!(ids.collect::<Vec<_>>()));
+        Ok(Self { states: states.collect::<Result<_>>()?, metadata })
+    }
+
+    fn contents<'a>(
+        &'a self,
+        snapshot: &'a Snapshot,
+        memory: &'a dyn snapfmt::ReadAt,
+        data: &'a [Range<u64>],
+    ) -> Contents<'a> {
+        let metadata = self.metadata.clone();
+        Contents { regions: snapshot.regions(), memory, data, states: &self.states, metadata }
+    }
+}
+
+fn tell(out: &Path, header: &Header, json: bool, session: &Session) -> Result<()> {
+    if json {
+        let summary = json!({
+            "file": out,
+            "id": header.id.to_string(),
+            "parent_id": header.parent_id.map(|id| id.to_string()),
+            "file_bytes": header.file_bytes,
+            "pages": { "data": header.data_pages, "unique": header.stored_pages,
+                       "parent": header.parent_pages, "zero": header.zero_pages() },
+        });
+        print_line(serde_json::to_string_pretty(&summary)?)?;
+    } else if !session.quiet {
+        print_line(format_args!(
+            "{}: {} pages stored in {}, {} as in the parent",
+            out.display(),
+            header.data_pages,
+            size::human(header.file_bytes),
+            header.parent_pages
+        ))?;
+    }
+    Ok(())
+}

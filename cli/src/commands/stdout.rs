@@ -1,0 +1,35 @@
+//! Printing, to a reader who may have seen enough, as `head` has.
+
+use std::fmt::Display;
+use std::io::{self, BufWriter, Write};
+
+use anyhow::Result;
+
+/// Hands a buffered stdout to `write`. That the reader has seen enough, as `head` has, is no error.
+pub(crate) fn to_stdout(write: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
+    let mut stdout = BufWriter::with_capacity(64 << 10, io::stdout().lock());
+    let written = write(&mut stdout).and_then(|()| Ok(stdout.flush()?));
+    match written {
+        Err(error) if is_closed(&error) => {
+            // What is still buffered would fail again when it is dropped.
+            let _ = stdout.into_parts();
+            Ok(())
+        }
+        written => written,
+    }
+}
+
+/// Prints a line.
+pub(crate) fn print_line(line: impl Display) -> Result<()> {
+    to_stdout(|out| Ok(writeln!(out, "{line}")?))
+}
+
+/// Prints text that ends its own lines.
+pub(crate) fn print_text(text: impl Display) -> Result<()> {
+    to_stdout(|out| Ok(write!(out, "{text}")?))
+}
+
+fn is_closed(error: &anyhow::Error) -> bool {
+    let io = error.downcast_ref::<io::Error>();
+    io.is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}

@@ -1,0 +1,82 @@
+//! Exit codes, and how an error is told.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use anyhow::Error;
+use snapfmt::ReadError;
+
+/// The exit codes, for `snap --help`.
+pub(crate) const HELP: &str = "\
+Exit codes:
+  0    done
+  1    failed; the message says what and where
+  2    the command line is wrong
+  3    the file is not a snapshot, is damaged, needs a newer snap, or lacks its parent
+  4    this host lacks something: KVM, userfaultfd, or the permission to use them
+  5    the guest stopped by itself: halt, triple fault, reset, unreadable memory
+  130  interrupted";
+
+/// Interrupted by Ctrl-C or SIGTERM; nothing is left behind.
+#[derive(Debug, thiserror::Error)]
+#[error("interrupted")]
+pub(crate) struct Interrupted;
+
+/// The guest stopped by itself.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct GuestStopped(pub(crate) String);
+
+/// Prints an error with all its causes and gives the exit code for it.
+pub(crate) fn report(error: &Error) -> ExitCode {
+    let code = code(error);
+    let text = match code {
+        INTERRUPTED => "snap: interrupted\n".into(),
+        _ => format!("snap: {error:#}\n"),
+    };
+    // A closed stderr is nobody to complain to; the exit code still tells.
+    let _ = std::io::stderr().write_all(text.as_bytes());
+    ExitCode::from(code)
+}
+
+const FAILED: u8 = 1;
+const BAD_FILE: u8 = 3;
+const HOST: u8 = 4;
+const GUEST: u8 = 5;
+const INTERRUPTED: u8 = 130;
+
+fn code(error: &Error) -> u8 {
+    use vmm::{BootError, ProbeError, RestoreError};
+    let mut code = FAILED;
+    for cause in error.chain() {
+        if cause.is::<Interrupted>() {
+            return INTERRUPTED;
+        }
+        // What the guest met counts more than why.
+        if cause.is::<GuestStopped>() {
+            return GUEST;
+        }
+        let host = cause.is::<ProbeError>()
+            || matches!(cause.downcast_ref(), Some(BootError::Host(_)))
+            || matches!(cause.downcast_ref(), Some(RestoreError::Host(_)))
+            || matches!(
+                cause.downcast_ref(),
+                Some(pager::StartError::Open(_) | pager::StartError::PoisonUnavailable)
+            );
+        if host {
+            code = HOST;
+        }
+        match cause.downcast_ref() {
+            Some(ReadError::Io { .. }) | None => {}
+            Some(ReadError::Cancelled) => return INTERRUPTED,
+            Some(_) => code = BAD_FILE,
+        }
+        if cause.is::<vmm::state::StateError>() {
+            code = BAD_FILE;
+        }
+        if matches!(cause.downcast_ref(), Some(snapfmt::WriteError::Cancelled)) {
+            return INTERRUPTED;
+        }
+    }
+    code
+}

@@ -1,0 +1,176 @@
+//! The guest's serial output on its way to the user, and the moments at which it ends the run.
+
+use std::io::{self, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Instant;
+
+use vmm::{Console, ConsoleFlow};
+
+/// What the console looks for in the guest's output to stop it, at exactly that byte.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Until {
+    /// So many whole lines that begin so.
+    pub(crate) lines: Option<(&'static str, u64)>,
+    /// These bytes.
+    pub(crate) pattern: Option<Vec<u8>>,
+}
+
+/// How the demo guest begins the line that says that it is ready to be stored.
+pub(crate) const READY: &str = "ready ";
+/// How the demo guest begins the line after each round of its work.
+pub(crate) const BEAT: &str = "beat ";
+
+impl Until {
+    /// So many whole lines that begin so.
+    pub(crate) fn lines(prefix: &'static str, count: u64) -> Self {
+        Self { lines: Some((prefix, count)), pattern: None }
+    }
+}
+
+/// What the console has seen, for those who wait outside.
+#[derive(Clone, Default)]
+pub(crate) struct Seen(Arc<SeenInner>);
+
+#[derive(Default)]
+struct SeenInner {
+    first_output: OnceLock<Instant>,
+    beats: AtomicU64,
+    bad_beats: AtomicU64,
+    output_error: OnceLock<io::Error>,
+    tail: Mutex<Vec<u8>>,
+}
+
+/// Output kept for error messages and for `snap demo`.
+const TAIL_BYTES: usize = 4096;
+
+impl Seen {
+    pub(crate) fn first_output(&self) -> Option<Instant> {
+        self.0.first_output.get().copied()
+    }
+
+    /// Lines of the demo guest that began with `beat `, and those among them that were not `ok`.
+    pub(crate) fn beats(&self) -> (u64, u64) {
+        (self.0.beats.load(Ordering::SeqCst), self.0.bad_beats.load(Ordering::SeqCst))
+    }
+
+    /// Why the output could not be written in the end. A closed pipe, whose reader has seen
+    /// enough, is one of the reasons.
+    pub(crate) fn output_error(&self) -> Option<&io::Error> {
+        self.0.output_error.get()
+    }
+
+    /// The last of the output.
+    pub(crate) fn tail(&self) -> String {
+        let tail = self.0.tail.lock().unwrap_or_else(PoisonError::into_inner);
+        String::from_utf8_lossy(&tail).into_owned()
+    }
+}
+
+/// A console that copies to `out` and watches what it copies.
+pub(crate) struct GuestConsole<W> {
+    out: W,
+    until: Until,
+    seen: Seen,
+    /// The line so far, as much of it as is ever looked at.
+    line: Vec<u8>,
+    /// The last bytes, one less than the pattern has.
+    window: Vec<u8>,
+}
+
+/// A line is looked at only this far.
+const LINE_BYTES: usize = 256;
+
+impl<W: Write + Send> GuestConsole<W> {
+    pub(crate) fn new(out: W, until: Until) -> (Self, Seen) {
+        let seen = Seen::default();
+        let console = Self { out, until, seen: seen.clone(), line: Vec::new(), window: Vec::new() };
+        (console, seen)
+    }
+
+    fn watch(&mut self, byte: u8) -> ConsoleFlow {
+        let mut flow = ConsoleFlow::Continue;
+        if byte == b'\n' {
+            if self.line.starts_with(BEAT.as_bytes()) {
+                self.seen.0.beats.fetch_add(1, Ordering::SeqCst);
+                if !self.line.trim_ascii_end().ends_with(b" ok") {
+                    self.seen.0.bad_beats.fetch_add(1, Ordering::SeqCst);
+                }
+            }
+            if let Some((prefix, left)) = &mut self.until.lines
+                && self.line.starts_with(prefix.as_bytes())
+            {
+                *left = left.saturating_sub(1);
+                if *left == 0 {
+                    flow = ConsoleFlow::Pause;
+                }
+            }
+            self.line.clear();
+        } else if self.line.len() < LINE_BYTES {
+            self.line.push(byte);
+        }
+        if let Some(pattern) = &self.until.pattern {
+            self.window.push(byte);
+            if self.window.ends_with(pattern) {
+                flow = ConsoleFlow::Pause;
+            }
+            let excess = (self.window.len() + 1).saturating_sub(pattern.len());
+            self.window.drain(..excess);
+        }
+        flow
+    }
+}
+
+impl<W: Write + Send> Console for GuestConsole<W> {
+    fn write(&mut self, bytes: &[u8]) -> ConsoleFlow {
+        self.seen.0.first_output.get_or_init(Instant::now);
+        let mut tail = self.seen.0.tail.lock().unwrap_or_else(PoisonError::into_inner);
+        tail.extend_from_slice(bytes);
+        let excess = tail.len().saturating_sub(TAIL_BYTES);
+        tail.drain(..excess);
+        drop(tail);
+        let mut flow = ConsoleFlow::Continue;
+        for byte in bytes {
+            // All of the bytes are the guest's doing already: none is left unwatched.
+            if self.watch(*byte) == ConsoleFlow::Pause {
+                flow = ConsoleFlow::Pause;
+            }
+        }
+        // Nobody reads any more (a closed pipe): nothing to go on for.
+        if let Err(error) = self.out.write_all(bytes).and_then(|()| self.out.flush()) {
+            self.seen.0.output_error.get_or_init(|| error);
+            flow = ConsoleFlow::Pause;
+        }
+        flow
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn beats_are_counted_by_lines_however_they_are_cut() {
+        let until = Until::lines(BEAT, 2);
+        let (mut console, seen) = GuestConsole::new(Vec::new(), until);
+        for piece in ["ready\nbe", "at 1 ok", "\n", "beat 2 BAD page=1"] {
+            assert_eq!(console.write(piece.as_bytes()), ConsoleFlow::Continue);
+        }
+        assert_eq!(console.write(b"\n"), ConsoleFlow::Pause);
+        assert_eq!(seen.beats(), (2, 1));
+        assert_eq!(console.out, b"ready\nbeat 1 ok\nbeat 2 BAD page=1\n");
+    }
+
+    #[test]
+    fn a_pattern_is_found_across_writes_and_overlaps() {
+        for pieces in [vec!["aab"], vec!["a", "a", "b"], vec!["xaaa", "b"]] {
+            let until = Until { lines: None, pattern: Some(b"aab".to_vec()) };
+            let (mut console, _) = GuestConsole::new(Vec::new(), until);
+            let (last, first) = pieces.split_last().unwrap();
+            for piece in first {
+                assert_eq!(console.write(piece.as_bytes()), ConsoleFlow::Continue);
+            }
+            assert_eq!(console.write(last.as_bytes()), ConsoleFlow::Pause);
+        }
+    }
+}

@@ -1,0 +1,71 @@
+//! Ctrl-C and SIGTERM: the first asks everything to come to a clean end, the second ends at once.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, Result};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use vmm::VmHandle;
+
+use crate::terminal;
+
+/// Whether the user has interrupted; shared by all who must know.
+#[derive(Clone, Default)]
+pub(crate) struct Interrupt(Arc<Shared>);
+
+#[derive(Default)]
+struct Shared {
+    requested: AtomicBool,
+    guest: Mutex<Option<VmHandle>>,
+}
+
+impl Interrupt {
+    /// Takes the two signals over for the rest of the process.
+    pub(crate) fn install() -> Result<Self> {
+        let interrupt = Self::default();
+        let mut signals =
+            Signals::new([SIGINT, SIGTERM]).context("cannot handle SIGINT and SIGTERM")?;
+        let told = interrupt.clone();
+        std::thread::Builder::new()
+            .name("signals".into())
+            .spawn(move || {
+                for _ in signals.forever() {
+                    told.request();
+                }
+            })
+            .context("cannot start the thread that waits for signals")?;
+        Ok(interrupt)
+    }
+
+    pub(crate) fn requested(&self) -> bool {
+        self.0.requested.load(Ordering::SeqCst)
+    }
+
+    /// Pauses this guest when an interrupt comes, or now if one has come.
+    pub(crate) fn pauses(&self, guest: VmHandle) {
+        if self.requested() {
+            guest.request_pause();
+        }
+        *self.0.guest.lock().unwrap_or_else(PoisonError::into_inner) = Some(guest);
+        // One that came in between has not found the guest.
+        self.pause_guest();
+    }
+
+    fn request(&self) {
+        if self.0.requested.swap(true, Ordering::SeqCst) {
+            terminal::restore();
+            std::process::exit(130);
+        }
+        self.pause_guest();
+    }
+
+    fn pause_guest(&self) {
+        if self.requested() {
+            let guest = self.0.guest.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(guest) = &*guest {
+                guest.request_pause();
+            }
+        }
+    }
+}

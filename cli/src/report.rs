@@ -1,0 +1,82 @@
+//! What `snap restore` tells at its end.
+
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::size;
+
+/// The report of one restore. All times are counted from the start of the command.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct RestoreReport {
+    /// `eager` or `lazy`.
+    pub(crate) mode: &'static str,
+    pub(crate) memory_bytes: u64,
+    /// Until the file was open and checked as far as opening does.
+    pub(crate) opened_ms: f64,
+    /// Until the guest's memory was mapped, and loaded (eager) or given to the pager (lazy).
+    pub(crate) memory_ready_ms: f64,
+    /// Until just before the vCPU entered the guest for the first time.
+    pub(crate) first_instruction_ms: Option<f64>,
+    /// Until the guest left to user space for the first time: some instructions were surely run.
+    pub(crate) first_exit_ms: Option<f64>,
+    /// Until the guest's first byte on its serial port.
+    pub(crate) first_output_ms: Option<f64>,
+    /// Until the run was over.
+    pub(crate) end_ms: f64,
+    /// Why it was over.
+    pub(crate) stop: String,
+    /// Beats of the demo guest in this run.
+    pub(crate) beats: u64,
+    /// Those that found a wrong page.
+    pub(crate) bad_beats: u64,
+    /// Bytes read from the chunks of the file.
+    pub(crate) bytes_read: u64,
+    /// SHA-256 of guest memory at the end, where it was asked for.
+    pub(crate) memory_sha256: Option<String>,
+    /// What the pager did, in a lazy restore, until the run was over.
+    pub(crate) pager: Option<pager::Stats>,
+}
+
+pub(crate) fn ms(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e3
+}
+
+pub(crate) fn ms_since(started: Instant, at: Option<Instant>) -> Option<f64> {
+    at.map(|at| ms(at.saturating_duration_since(started)))
+}
+
+impl fmt::Display for RestoreReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let or_never = |time: Option<f64>| time.map_or("never".into(), |ms| format!("{ms:.2} ms"));
+        writeln!(f, "{} restore of {}: {}", self.mode, size::human(self.memory_bytes), self.stop)?;
+        writeln!(f, "  first instruction  {}", or_never(self.first_instruction_ms))?;
+        writeln!(f, "  first output       {}", or_never(self.first_output_ms))?;
+        writeln!(f, "  end                {:.2} ms", self.end_ms)?;
+        if self.beats > 0 {
+            writeln!(f, "  beats              {}, {} bad", self.beats, self.bad_beats)?;
+        }
+        writeln!(f, "  read from file     {}", size::human(self.bytes_read))?;
+        if let Some(stats) = &self.pager {
+            let us = |ns: u64| ns as f64 / 1e3;
+            let pages = &stats.installed;
+            writeln!(
+                f,
+                "  faults             {}, p50 {:.1} us, p99 {:.1} us",
+                stats.faults,
+                us(stats.service.p50_ns),
+                us(stats.service.p99_ns)
+            )?;
+            writeln!(
+                f,
+                "  pages              {} on demand, {} with them, {} zero; {} never loaded",
+                pages.demand, pages.fault_around, pages.zero, stats.pages.missing
+            )?;
+        }
+        if let Some(hash) = &self.memory_sha256 {
+            writeln!(f, "  memory sha256      {hash}")?;
+        }
+        Ok(())
+    }
+}

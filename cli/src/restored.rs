@@ -1,0 +1,181 @@
+//! A guest brought back from a file, about to run: what every command does that needs one.
+
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use pager::{Failure, FailurePolicy, Pager, Region, SnapshotSource};
+use snapfmt::Snapshot;
+use vm_memory::GuestMemoryMmap;
+use vmm::state::{STATE_KIND, VmState};
+use vmm::{Console, PausedVm, RestoreOptions, VmHandle};
+
+use crate::commands::{Session, open};
+use crate::exit::GuestStopped;
+use crate::progress::Bar;
+use crate::{guest_memory, size};
+
+/// Where a guest comes from, and how.
+pub(crate) struct Origin<'a> {
+    pub(crate) file: &'a Path,
+    /// Files that may be the parents of a layer.
+    pub(crate) parents: &'a [PathBuf],
+    /// Whether pages come on faults instead of all at once.
+    pub(crate) lazy: bool,
+    /// What a lazy restore does with a page that cannot be had.
+    pub(crate) on_error: FailurePolicy,
+    /// How much memory the guest must have, if that was said.
+    pub(crate) memory_bytes: Option<u64>,
+}
+
+/// A guest that was brought back and does not run yet.
+pub(crate) struct Restored {
+    // Fields drop in this order: the vCPUs are gone before the pager, after which missing pages
+    // would read as zeros.
+    pub(crate) vm: PausedVm,
+    pub(crate) pager: Option<Pager>,
+    pub(crate) memory: Arc<GuestMemoryMmap>,
+    pub(crate) snapshot: Arc<Snapshot>,
+    /// When the file was open, and when memory was loaded or given to the pager.
+    pub(crate) opened: Instant,
+    pub(crate) memory_ready: Instant,
+}
+
+impl Origin<'_> {
+    /// Brings the guest back. It is paused by an interrupt, and by a failing pager.
+    pub(crate) fn restore(
+        &self,
+        console: impl Console + 'static,
+        session: &Session,
+    ) -> Result<Restored> {
+        let named = || self.file.display().to_string();
+        let snapshot = Arc::new(open(self.file, self.parents)?);
+        let state = self.state(&snapshot).with_context(named)?;
+        let opened = Instant::now();
+
+        // Memory first, and its pager: setting the vCPUs' state may touch it already.
+        let ranges = guest_memory::to_ranges(snapshot.regions());
+        let memory = guest_memory::private(&ranges)?;
+        let guest = GuestSlot::default();
+        let (pager, options) = match self.lazy {
+            true => {
+                let first = snapshot
+                    .populated()
+                    .flat_map(|range| guest_memory::gpa_ranges(snapshot.regions(), range));
+                let options = RestoreOptions::default().plug_first(first.collect());
+                (Some(self.start_pager(&snapshot, &memory, &guest)?), options)
+            }
+            false => {
+                load(&snapshot, &memory, session).with_context(named)?;
+                (None, RestoreOptions::default())
+            }
+        };
+        let memory_ready = Instant::now();
+
+        let restored = PausedVm::restore(Arc::clone(&memory), &state, console, &options);
+        let vm = match (restored, pager.as_ref().and_then(Pager::failure)) {
+            (Ok(vm), _) => vm,
+            (Err(_), Some(failure)) => return Err(damaged(self.file, failure)),
+            (Err(error), None) => {
+                return Err(error).with_context(|| format!("cannot restore {}", named()));
+            }
+        };
+        guest.connect(vm.handle());
+        session.interrupt.pauses(vm.handle());
+        Ok(Restored { vm, pager, memory, snapshot, opened, memory_ready })
+    }
+
+    /// The machine state of the file; checks that it and `--memory` fit to the file's memory.
+    fn state(&self, snapshot: &Snapshot) -> Result<VmState> {
+        let found = snapshot.header().memory_bytes;
+        if let Some(expected) = self.memory_bytes
+            && expected != found
+        {
+            bail!(
+                "--memory {} expected, found {} in the snapshot; leave --memory out to take what is there",
+                size::human(expected),
+                size::human(found)
+            );
+        }
+        let blob = snapshot
+            .state(STATE_KIND)?
+            .context("the file has no state of a KVM guest: it cannot be restored by snap")?;
+        let state = VmState::decode(STATE_KIND, blob.version, &blob.bytes)?;
+        if guest_memory::to_regions(&state.memory) != snapshot.regions() {
+            bail!("the memory map of the file and that of the guest's state are not the same");
+        }
+        Ok(state)
+    }
+
+    fn start_pager(
+        &self,
+        snapshot: &Arc<Snapshot>,
+        memory: &Arc<GuestMemoryMmap>,
+        guest: &GuestSlot,
+    ) -> Result<Pager> {
+        let offset_of = |gpa: vm_memory::GuestAddress| {
+            let regions = snapshot.regions().iter();
+            regions.filter(|r| r.gpa == gpa.0).map(|r| r.source_offset).next().unwrap_or(u64::MAX)
+        };
+        let regions = Region::of_guest_memory(memory, offset_of)?;
+        let (file, guest) = (self.file.to_owned(), guest.clone());
+        Pager::builder(Arc::new(SnapshotSource::new(Arc::clone(snapshot))))
+            .regions(regions)
+            .on_error(self.on_error)
+            .on_failure(move |failure| guest.fail(format!("{:#}", damaged(&file, failure))))
+            .start()
+            .context("cannot restore lazily (without --lazy, userfaultfd is not needed)")
+    }
+}
+
+/// The guest that a failing pager stops: known only after the pager was started.
+#[derive(Clone, Default)]
+struct GuestSlot(Arc<OnceLock<VmHandle>>, Arc<OnceLock<String>>);
+
+impl GuestSlot {
+    fn connect(&self, guest: VmHandle) {
+        let guest = self.0.get_or_init(|| guest);
+        // The pager may have failed while there was no guest yet.
+        if let Some(reason) = self.1.get() {
+            guest.fail(reason);
+        }
+    }
+
+    fn fail(&self, reason: String) {
+        let reason = self.1.get_or_init(|| reason);
+        if let Some(guest) = self.0.get() {
+            guest.fail(reason);
+        }
+    }
+}
+
+/// An error that names the file, what the pager could not do and every cause of it.
+pub(crate) fn damaged(file: &Path, failure: &Failure) -> anyhow::Error {
+    let mut text = format!("guest stopped: {}: {failure}", file.display());
+    let mut cause = std::error::Error::source(failure);
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    GuestStopped(text).into()
+}
+
+/// Loads all memory, on all CPUs.
+fn load(snapshot: &Snapshot, memory: &GuestMemoryMmap, session: &Session) -> Result<()> {
+    let bar = Bar::new("loading", session.quiet, &session.interrupt);
+    let threads = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    let failed = Mutex::new(None);
+    let place = |source_offset: u64, bytes: &[u8]| {
+        if let Err(error) = guest_memory::write(memory, snapshot.regions(), source_offset, bytes) {
+            *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+        }
+    };
+    snapshot.load(threads, &place, &|progress| bar.update(progress))?;
+    match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(error) => Err(error),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,62 @@
+//! How a snapshot is to be stored: the options that all writing commands share.
+
+use std::num::NonZeroUsize;
+
+use snapfmt::{Codec, Existing, WriteOptions};
+
+/// How the new file is stored.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Storage {
+    /// How pages are stored: zstd, lz4 or raw.
+    #[arg(long, default_value = "zstd")]
+    pub(crate) codec: Codec,
+
+    /// Level of zstd, from -7 (fast) to 22 (small).
+    #[arg(long, default_value_t = 1, allow_negative_numbers = true,
+          value_parser = clap::value_parser!(i32).range(-7..=22))]
+    pub(crate) level: i32,
+
+    /// Pages stored together: small chunks are read fast, large ones compress better.
+    #[arg(long, value_name = "PAGES", default_value_t = 16,
+          value_parser = clap::value_parser!(u16).range(1..=512))]
+    pub(crate) chunk_pages: u16,
+
+    /// Store every page, equal ones too.
+    #[arg(long)]
+    pub(crate) no_dedupe: bool,
+
+    /// Threads that compress; all CPUs unless told.
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<NonZeroUsize>,
+
+    /// Replace the output if it exists.
+    #[arg(long, short)]
+    pub(crate) force: bool,
+}
+
+impl Storage {
+    pub(crate) fn options(&self) -> WriteOptions {
+        let defaults = WriteOptions::default();
+        WriteOptions {
+            codec: self.codec,
+            level: self.level,
+            chunk_pages: self.chunk_pages.into(),
+            dedupe: !self.no_dedupe,
+            threads: self.threads.unwrap_or(defaults.threads),
+            existing: if self.force { Existing::Replace } else { Existing::Keep },
+        }
+    }
+}
+
+impl Default for Storage {
+    fn default() -> Self {
+        Self {
+            codec: Codec::Zstd,
+            level: 1,
+            chunk_pages: 16,
+            no_dedupe: false,
+            threads: None,
+            force: false,
+        }
+    }
+}

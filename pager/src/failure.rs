@@ -1,0 +1,195 @@
+//! What happens when a page cannot be had: it never turns into zeros, and nobody waits for ever.
+#![allow(unsafe_code)]
+
+use std::fmt;
+use std::io::{self, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::OnceLock;
+
+use crate::source::SourceError;
+use crate::uffd::Errno;
+
+/// What the pager does with a page that it cannot get.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FailurePolicy {
+    /// Poison that page (`UFFDIO_POISON`, Linux 6.6): the thread that touches it gets SIGBUS, a system
+    /// call `EFAULT`. All else goes on; the callback is there to stop the guest.
+    #[default]
+    Poison,
+    /// Write the failure to stderr and end this process with SIGKILL, at once.
+    Kill,
+}
+
+/// The first thing that went wrong.
+#[derive(Debug, thiserror::Error)]
+#[error("{}", Self::headline(.source_offset, .host_addr, .thread))]
+pub struct Failure {
+    /// Where in the source the page is, when it was about one page.
+    pub source_offset: Option<u64>,
+    /// Where in memory the page is, when it was about one page.
+    pub host_addr: Option<u64>,
+    /// Which of the pager's threads: 0 for `pager0`.
+    pub thread: usize,
+    /// Why.
+    #[source]
+    pub cause: FailureCause,
+}
+
+/// Why a page could not be had.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FailureCause {
+    /// The source says so, after all retries.
+    #[error("the source failed")]
+    Source(#[source] SourceError),
+    /// The source answered with something else than asked.
+    #[error("the source's answer is unusable: {0}")]
+    Answer(&'static str),
+    /// The kernel refused to install the page.
+    #[error("{ioctl} at {host_addr:#x}")]
+    Install {
+        /// Which request.
+        ioctl: &'static str,
+        /// Of which address.
+        host_addr: u64,
+        /// The answer.
+        #[source]
+        errno: Errno,
+    },
+    /// Messages cannot be read any more.
+    #[error("reading the userfaultfd's messages")]
+    Messages(#[source] io::Error),
+    /// Paged memory was moved by `mremap` or an unknown event came.
+    #[error("an event that cannot be served: {0}")]
+    Event(String),
+    /// The thread panicked.
+    #[error("the pager's thread panicked: {0}")]
+    Panic(String),
+}
+
+impl Failure {
+    fn headline(source_offset: &Option<u64>, host_addr: &Option<u64>, thread: &usize) -> String {
+        match (source_offset, host_addr) {
+            (Some(offset), Some(addr)) => {
+                format!(
+                    "pager{thread} cannot get the page at source offset {offset:#x} (host address {addr:#x})"
+                )
+            }
+            _ => format!("pager{thread} cannot go on"),
+        }
+    }
+
+    /// The failure with all its causes, in one line.
+    fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            text.push_str(": ");
+            text.push_str(&error.to_string());
+            cause = error.source();
+        }
+        text
+    }
+}
+
+/// Called with the first failure.
+pub(crate) type OnFailure = Box<dyn Fn(&Failure) + Send + Sync>;
+
+/// Takes failures from all threads, and keeps the first.
+pub(crate) struct FailureReport {
+    policy: FailurePolicy,
+    on_failure: Option<OnFailure>,
+    first: OnceLock<Failure>,
+}
+
+impl FailureReport {
+    pub(crate) fn new(policy: FailurePolicy, on_failure: Option<OnFailure>) -> FailureReport {
+        FailureReport { policy, on_failure, first: OnceLock::new() }
+    }
+
+    pub(crate) fn first(&self) -> Option<&Failure> {
+        self.first.get()
+    }
+
+    /// Tells of the failure, if it is the first. Does not return under [`FailurePolicy::Kill`].
+    pub(crate) fn report(&self, failure: Failure) {
+        if self.policy == FailurePolicy::Kill {
+            kill_this_process(&failure);
+        }
+        let mut failure = Some(failure);
+        let first = self.first.get_or_init(|| failure.take().expect("taken only here"));
+        if failure.is_none()
+            && let Some(on_failure) = &self.on_failure
+        {
+            // The caller's code: its panic must not end the thread that others wait for.
+            let _ = catch_unwind(AssertUnwindSafe(|| on_failure(first)));
+        }
+    }
+}
+
+impl fmt::Debug for FailureReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FailureReport")
+            .field("policy", &self.policy)
+            .field("first", &self.first)
+            .finish_non_exhaustive()
+    }
+}
+
+fn kill_this_process(failure: &Failure) -> ! {
+    let words = format!("fatal: {}; killing process {}\n", failure.chain(), std::process::id());
+    // Not `eprintln!`, which panics when nobody reads stderr any more, and then nothing is killed.
+    let _ = io::stderr().write_all(words.as_bytes());
+    // SAFETY: getpid(2) takes nothing.
+    let own_id = unsafe { libc::getpid() };
+    // SAFETY: kill(2) takes plain numbers.
+    unsafe { libc::kill(own_id, libc::SIGKILL) };
+    // A signal to oneself is delivered before kill(2) returns, unless this is the init of a namespace,
+    // which does not die of its own SIGKILL.
+    std::process::abort()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    fn failure(offset: u64) -> Failure {
+        let cause = SourceError::permanent("chunk 3: wrong checksum")
+            .caused_by(io::Error::from_raw_os_error(libc::EIO));
+        Failure {
+            source_offset: Some(offset),
+            host_addr: Some(0x7000),
+            thread: 1,
+            cause: FailureCause::Source(cause),
+        }
+    }
+
+    #[test]
+    fn the_callback_is_called_once_and_the_first_failure_is_kept() {
+        let calls = Arc::new(AtomicUsize::new(0));
+        let counter = Arc::clone(&calls);
+        let on_failure: OnFailure = Box::new(move |failure| {
+            assert_eq!(failure.source_offset, Some(0x1000));
+            counter.fetch_add(1, Ordering::Relaxed);
+        });
+        let report = FailureReport::new(FailurePolicy::Poison, Some(on_failure));
+        report.report(failure(0x1000));
+        report.report(failure(0x2000));
+        assert_eq!(calls.load(Ordering::Relaxed), 1);
+        assert_eq!(report.first().and_then(|first| first.source_offset), Some(0x1000));
+    }
+
+    #[test]
+    fn the_chain_says_each_thing_once() {
+        let text = failure(0x1000).chain();
+        assert_eq!(
+            text,
+            "pager1 cannot get the page at source offset 0x1000 (host address 0x7000): the source \
+             failed: chunk 3: wrong checksum: Input/output error (os error 5)"
+        );
+    }
+}

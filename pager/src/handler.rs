@@ -1,0 +1,240 @@
+//! The demand thread of one slice: reads its messages and answers its faults.
+
+use std::any::Any;
+use std::io;
+use std::os::fd::AsFd;
+use std::panic::{self, AssertUnwindSafe};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::answer::{Desk, Trouble};
+use crate::failure::{Failure, FailureCause};
+use crate::inbox::{Fault, Inbox};
+use crate::page_state::PageState;
+use crate::placement::Follower;
+use crate::slice::Shared;
+use crate::source::{Load, PageReader, SourceError, SourceErrorKind};
+use crate::stats::FaultTimes;
+use crate::uffd::Wait;
+
+/// How often a load that fails for a passing reason is tried again, and with what pauses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RetryPolicy {
+    /// Tries after the first one.
+    pub retries: u32,
+    /// The first pause; each further one is twice as long.
+    pub first_pause: Duration,
+    /// No pause is longer.
+    pub longest_pause: Duration,
+}
+
+impl Default for RetryPolicy {
+    /// Five retries, after 1, 2, 4, 8 and 16 ms.
+    fn default() -> RetryPolicy {
+        RetryPolicy {
+            retries: 5,
+            first_pause: Duration::from_millis(1),
+            longest_pause: Duration::from_millis(100),
+        }
+    }
+}
+
+impl RetryPolicy {
+    fn pause(&self, failed_loads: u32) -> Duration {
+        let factor = 1u32.checked_shl(failed_loads).unwrap_or(u32::MAX);
+        self.first_pause.saturating_mul(factor).min(self.longest_pause)
+    }
+}
+
+/// What a demand thread owns.
+pub(crate) struct Handler {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) slice: usize,
+    pub(crate) reader: Box<dyn PageReader>,
+    pub(crate) retry: RetryPolicy,
+    pub(crate) stop: Arc<io::PipeReader>,
+    pub(crate) follower: Follower,
+    pub(crate) inbox: Inbox,
+    pub(crate) desk: Desk,
+}
+
+/// Why a handler leaves its loop.
+enum End {
+    /// Stopped, or the process that owned the memory is gone.
+    Clean,
+    Failed(FailureCause),
+}
+
+impl Handler {
+    /// The thread's body. After a panic it goes on once, with a source that has only errors: whoever
+    /// waits, or touches a missing page later, is told so and does not hang.
+    pub(crate) fn run(mut self) {
+        self.follower.begin();
+        for _life in 0..2 {
+            match panic::catch_unwind(AssertUnwindSafe(|| self.serve_until_stopped())) {
+                Ok(End::Clean) => return,
+                Ok(End::Failed(cause)) => return self.report(cause),
+                Err(payload) => self.report(FailureCause::Panic(panic_text(payload.as_ref()))),
+            }
+            // What panicked may be in any state: not even its destructor is run.
+            let panicked = std::mem::replace(&mut self.reader, Box::new(Panicked));
+            std::mem::forget(panicked);
+        }
+    }
+
+    fn serve_until_stopped(&mut self) -> End {
+        loop {
+            // A fault leaves the line only when it is answered: a panic in between does not lose it.
+            while let Some(&fault) = self.inbox.faults.front() {
+                if self.serve(fault).is_err() || self.stopping() {
+                    return End::Clean;
+                }
+                if let Some(error) = self.inbox.broken.take() {
+                    return End::Failed(FailureCause::Messages(error));
+                }
+                self.inbox.faults.pop_front();
+                self.follower.served(fault.thread_id);
+            }
+            if let Some(event) = self.inbox.unserved.take() {
+                return End::Failed(FailureCause::Event(format!("{event:?}")));
+            }
+            let slice = &self.shared.slices[self.slice];
+            match slice.filler.uffd.wait(self.stop.as_fd()) {
+                Ok(Wait::Stop) => return End::Clean,
+                Ok(Wait::Readable) => {}
+                Err(error) => return End::Failed(FailureCause::Messages(error)),
+            }
+            let gate = slice.gate();
+            let received = self.inbox.receive(&self.shared, self.slice);
+            drop(gate);
+            if let Err(error) = received {
+                return End::Failed(FailureCause::Messages(error));
+            }
+        }
+    }
+
+    /// Answers one fault, by the state of its page.
+    fn serve(&mut self, fault: Fault) -> Result<(), ProcessGone> {
+        let Handler { shared, slice, reader, retry, inbox, desk, .. } = self;
+        let own = &shared.slices[*slice];
+        own.counters.fault();
+        let mut times = FaultTimes::default();
+        let mut failed_loads = 0;
+        // Only registered memory faults, and all of it is in the layout.
+        let Some(place) = shared.layout.at_host(fault.address) else {
+            let cause = FailureCause::Event(format!("a fault outside, at {:#x}", fault.address));
+            shared.failures.report(Failure {
+                source_offset: None,
+                host_addr: Some(fault.address),
+                thread: *slice,
+                cause,
+            });
+            return Ok(());
+        };
+        let source_offset = shared.layout.source_offset(place);
+        loop {
+            let answered = match shared.states.of(place.page) {
+                PageState::Missing => match reader.load(source_offset) {
+                    Ok(load) => {
+                        if let Load::Pages(loaded) = &load {
+                            times.read_ns += loaded.cost.read_ns;
+                            times.decode_ns += loaded.cost.decode_ns;
+                            own.counters.read(loaded.cost.bytes_read);
+                        }
+                        let started = Instant::now();
+                        let installed = desk.install(shared, place, load, inbox);
+                        times.install_ns += nanoseconds_since(started);
+                        installed
+                    }
+                    Err(error)
+                        if error.kind() == SourceErrorKind::Transient
+                            && failed_loads < retry.retries
+                            && !shared.stopping.load(Ordering::Relaxed) =>
+                    {
+                        own.counters.retried();
+                        thread::sleep(retry.pause(failed_loads));
+                        failed_loads += 1;
+                        continue;
+                    }
+                    Err(error) => Err(Trouble::Failed(FailureCause::Source(error))),
+                },
+                // The fault came twice, or the page was removed since: it becomes zero if it is really
+                // not there, and it never gets the source's content again.
+                PageState::Present | PageState::Removed => desk.answer(shared, place, inbox),
+                PageState::Poisoned => desk.poison(shared, place, inbox),
+            };
+            match answered {
+                Ok(true) => break,
+                // Removed while it was being installed: answer by its new state.
+                Ok(false) if inbox.broken.is_none() && !shared.stopping.load(Ordering::Relaxed) => {
+                }
+                Ok(false) => return Ok(()),
+                Err(Trouble::ProcessGone) => return Err(ProcessGone),
+                Err(Trouble::Failed(cause)) => {
+                    // First the word, then the deed: when SIGBUS arrives, its cause is known.
+                    shared.failures.report(Failure {
+                        source_offset: Some(source_offset),
+                        host_addr: Some(place.host_addr),
+                        thread: *slice,
+                        cause,
+                    });
+                    // Were even this refused, the thread that waits goes on waiting: it never sees zeros.
+                    let _ = desk.poison(shared, place, inbox);
+                    break;
+                }
+            }
+        }
+        times.service_ns = nanoseconds_since(fault.read_at);
+        own.recorder.record(times);
+        Ok(())
+    }
+
+    fn stopping(&self) -> bool {
+        self.shared.stopping.load(Ordering::Relaxed)
+    }
+
+    fn report(&self, cause: FailureCause) {
+        let failure = Failure { source_offset: None, host_addr: None, thread: self.slice, cause };
+        self.shared.failures.report(failure);
+    }
+}
+
+/// The process that owned the memory has ended.
+struct ProcessGone;
+
+/// The reader of a thread whose own has panicked.
+struct Panicked;
+
+impl PageReader for Panicked {
+    fn load(&mut self, _source_offset: u64) -> Result<Load<'_>, SourceError> {
+        Err(SourceError::permanent("the source panicked before"))
+    }
+}
+
+fn nanoseconds_since(start: Instant) -> u64 {
+    u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn panic_text(payload: &(dyn Any + Send)) -> String {
+    if let Some(text) = payload.downcast_ref::<&str>() {
+        (*text).to_owned()
+    } else if let Some(text) = payload.downcast_ref::<String>() {
+        text.clone()
+    } else {
+        "with a value that is not text".to_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_double_up_to_the_longest() {
+        let policy = RetryPolicy::default();
+        let pauses: Vec<_> = [0, 1, 4, 7, 40].map(|n| policy.pause(n).as_millis()).into();
+        assert_eq!(pauses, [1, 2, 16, 100, 100]);
+    }
+}

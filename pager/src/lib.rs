@@ -1,0 +1,102 @@
+//! Serves page faults: memory that is filled, page by page and on first touch, from any source of
+//! pages, through Linux userfaultfd. Made for virtual machines that start before their memory is there;
+//! good for any memory whose content is elsewhere and may never be asked for.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use pager::{Pager, Region, VecSource};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! const LEN: usize = 1 << 20;
+//! let content: Vec<u8> = (0..LEN).map(|i| (i / 4096) as u8).collect();
+//! let source = Arc::new(VecSource::new(content, 65536));
+//!
+//! // SAFETY: a new mapping at an address of the kernel's choice.
+//! let memory = unsafe {
+//!     let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+//!     libc::mmap(std::ptr::null_mut(), LEN, prot, flags, -1, 0)
+//! };
+//! assert_ne!(memory, libc::MAP_FAILED);
+//! // SAFETY: mapped until the process ends, and accessed only through a raw pointer.
+//! let region = unsafe { Region::new(memory as u64, LEN as u64, 4096, 0) }?;
+//! let pager = match Pager::builder(source).region(region).start() {
+//!     Ok(pager) => pager,
+//!     Err(error) => return Ok(eprintln!("no paging here: {error}")),
+//! };
+//!
+//! // SAFETY: inside the mapping.
+//! let byte = unsafe { memory.cast::<u8>().add(200 * 4096).read_volatile() };
+//! assert_eq!(byte, 200); // The touch brought the page, and the 15 others of its chunk.
+//!
+//! let stats = pager.stop();
+//! assert_eq!((stats.faults, stats.pages.present, stats.pages.missing), (1, 16, 240));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # What it does
+//! - A [`PageSource`] hands out bytes for an offset, one [`PageReader`] per thread. It may answer with more
+//!   than was asked, a whole decoded chunk, in any order: all of it is installed. Or with "zero".
+//! - A [`Region`] says which memory; there may be many. The memory is cut into slices, each with a
+//!   userfaultfd and a thread of its own.
+//! - A page that is present is never loaded again; a page that was given back (`MADV_DONTNEED`, a
+//!   balloon) reads as zero and never as what the source once had.
+//! - It fails closed. A page that cannot be had raises SIGBUS (or the process ends, see
+//!   [`FailurePolicy`]), and [`PagerBuilder::on_failure`] says why. No zeros in its place, no hang, also
+//!   when a source panics.
+//! - Starting costs the same for 64 MiB and 16 GiB. A fault takes no allocation, and no lock that slices share
+//!   (but for chunks that reach from one into the other).
+//! - [`Stats`]: pages by state and by origin, and how long faults took.
+//!
+//! # What it does not do
+//! - No writing back: what is written to the memory never reaches the source.
+//! - No memory that is shared between processes, no prefetching, no minor faults, no write protection.
+//! - No memory of other processes, and none of children: after `fork` a child sees zeros where pages
+//!   were missing.
+//! - No Windows, no macOS, no BSD: userfaultfd is Linux. Poisoning wants Linux 6.6.
+//! - Nothing after [`Pager::stop`]: pages that are missing then read as zero.
+//!
+//! # Features
+//! - `snapfmt`, on by default: a source of the pages of a `.snap` file.
+//! - `vm-memory`: regions from a `GuestMemoryMmap` of the crate vm-memory, without `unsafe`.
+//!
+//! The protocol of a fault, the table of errnos and what exactly is promised: `docs/pager.md`.
+#![deny(missing_docs)]
+
+#[cfg(not(target_os = "linux"))]
+compile_error!("pager serves page faults with userfaultfd, which only Linux has");
+
+mod answer;
+mod error;
+mod failure;
+mod handler;
+mod inbox;
+mod install;
+mod layout;
+mod page_state;
+mod pager;
+mod placement;
+mod region;
+mod register;
+mod run;
+mod slice;
+#[cfg(feature = "snapfmt")]
+mod snapshot_source;
+mod source;
+mod stats;
+pub mod uffd;
+mod vec_source;
+
+pub use error::StartError;
+pub use failure::{Failure, FailureCause, FailurePolicy};
+pub use handler::RetryPolicy;
+pub use pager::{Pager, PagerBuilder};
+pub use placement::Placement;
+pub use region::{Region, RegionError};
+#[cfg(feature = "snapfmt")]
+pub use snapshot_source::SnapshotSource;
+pub use source::{
+    Load, LoadCost, LoadedPage, LoadedPages, PageReader, PageSource, SourceError, SourceErrorKind,
+};
+pub use stats::{Latency, PageCounts, PagesByOrigin, Stats};
+pub use vec_source::VecSource;

@@ -1,0 +1,291 @@
+//! Starting and stopping.
+
+use std::fmt;
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+
+use crate::answer::Desk;
+use crate::error::StartError;
+use crate::failure::{Failure, FailurePolicy, FailureReport, OnFailure};
+use crate::handler::{Handler, RetryPolicy};
+use crate::inbox::Inbox;
+use crate::install::Filler;
+use crate::layout::Layout;
+use crate::page_state::{PageState, PageStates};
+use crate::placement::{Follower, Placement};
+use crate::region::Region;
+use crate::register;
+use crate::slice::{Shared, Slice};
+use crate::source::PageSource;
+use crate::stats::{Distributions, Stats};
+use crate::uffd::{Features, Uffd};
+
+/// A running fault service. See the crate's documentation for an example.
+#[derive(Debug)]
+pub struct Pager {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    /// Dropped to stop the threads: they poll the other end.
+    stop: Option<io::PipeWriter>,
+}
+
+/// How a pager is to be: see [`Pager::builder`].
+#[must_use]
+pub struct PagerBuilder {
+    source: Arc<dyn PageSource>,
+    regions: Vec<Region>,
+    slices: usize,
+    placement: Placement,
+    retry: RetryPolicy,
+    on_error: FailurePolicy,
+    on_failure: Option<OnFailure>,
+}
+
+impl Pager {
+    /// A pager that takes pages from `source`, to be given regions and started.
+    pub fn builder(source: Arc<dyn PageSource>) -> PagerBuilder {
+        PagerBuilder {
+            source,
+            regions: Vec::new(),
+            slices: 1,
+            placement: Placement::default(),
+            retry: RetryPolicy::default(),
+            on_error: FailurePolicy::default(),
+            on_failure: None,
+        }
+    }
+
+    /// What it has done so far.
+    pub fn stats(&self) -> Stats {
+        self.shared.stats()
+    }
+
+    /// The parts of the source, by offset and ascending, whose pages are not missing any more: they
+    /// were installed, removed or poisoned. All other memory was never touched and is as in the source.
+    ///
+    /// It holds every page that a thread has got past before the call. While other threads go on
+    /// touching memory it is soon out of date.
+    pub fn touched(&self) -> Vec<Range<u64>> {
+        let Shared { layout, states, slices, .. } = &*self.shared;
+        // A page is usable a moment before its state says so. Both happen under the gate of its slice:
+        // once each gate was free, the states of all pages that were usable before are set.
+        slices.iter().for_each(|slice| drop(slice.gate()));
+        let mut touched: Vec<Range<u64>> = Vec::new();
+        for (first_page, source) in layout.by_source() {
+            for (page, offset) in (first_page..).zip(source.step_by(layout.page_bytes() as usize)) {
+                if states.of(page) == PageState::Missing {
+                    continue;
+                }
+                let end = offset + layout.page_bytes();
+                match touched.last_mut() {
+                    Some(last) if last.end == offset => last.end = end,
+                    _ => touched.push(offset..end),
+                }
+            }
+        }
+        touched
+    }
+
+    /// The first failure, if there was one.
+    pub fn failure(&self) -> Option<&Failure> {
+        self.shared.failures.first()
+    }
+
+    /// Ends the service and answers the final figures. The threads have ended when it returns; one that
+    /// is in the middle of loading a page ends after it.
+    ///
+    /// **Call it only when nothing can touch a missing page any more**: vCPUs have ended, or
+    /// `stats().pages.missing` is 0. It closes the userfaultfds, and from then on the kernel gives
+    /// ZEROS for pages that were never loaded. Dropping the pager is the same as stopping it.
+    pub fn stop(mut self) -> Stats {
+        self.end();
+        self.shared.stats()
+    }
+
+    fn end(&mut self) {
+        self.shared.stopping.store(true, Ordering::Relaxed);
+        drop(self.stop.take());
+        for thread in self.threads.drain(..) {
+            // Its panics are caught and reported inside.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Pager {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl Shared {
+    fn stats(&self) -> Stats {
+        let mut stats = Stats { page_bytes: self.layout.page_bytes(), ..Stats::default() };
+        let mut distributions = Distributions::new();
+        for slice in &self.slices {
+            slice.counters.add_to(&mut stats);
+            slice.recorder.merge_into(&mut distributions);
+        }
+        distributions.add_to(&mut stats);
+        stats
+    }
+}
+
+impl PagerBuilder {
+    /// Adds a region. All regions have the same page size, and overlap neither in memory nor in the source.
+    pub fn region(mut self, region: Region) -> PagerBuilder {
+        self.regions.push(region);
+        self
+    }
+
+    /// Adds regions: see [`PagerBuilder::region`].
+    pub fn regions(mut self, regions: impl IntoIterator<Item = Region>) -> PagerBuilder {
+        self.regions.extend(regions);
+        self
+    }
+
+    /// Cuts the memory into this many slices (1 unless told), each with a userfaultfd and a demand thread
+    /// of its own. One per vCPU is a good number. Slices are at least 2 MiB, so there may be fewer.
+    pub fn slices(mut self, slices: usize) -> PagerBuilder {
+        self.slices = slices.max(1);
+        self
+    }
+
+    /// Where the demand threads run; [`Placement::Follow`] unless told.
+    pub fn placement(mut self, placement: Placement) -> PagerBuilder {
+        self.placement = placement;
+        self
+    }
+
+    /// How loads that fail for a passing reason are tried again.
+    pub fn retry(mut self, retry: RetryPolicy) -> PagerBuilder {
+        self.retry = retry;
+        self
+    }
+
+    /// What is done with a page that cannot be had; [`FailurePolicy::Poison`] unless told.
+    pub fn on_error(mut self, policy: FailurePolicy) -> PagerBuilder {
+        self.on_error = policy;
+        self
+    }
+
+    /// Called with the first failure, once, on the thread that has it and before the page is poisoned.
+    /// It should note the failure and ask the guest to stop; it must not wait for that: the guest may
+    /// be waiting for this very page.
+    pub fn on_failure(
+        mut self,
+        callback: impl Fn(&Failure) + Send + Sync + 'static,
+    ) -> PagerBuilder {
+        self.on_failure = Some(Box::new(callback));
+        self
+    }
+
+    /// Registers the memory and starts the threads. The cost does not depend on the size of the memory.
+    ///
+    /// # Errors
+    /// [`StartError`]; then nothing is registered, and missing pages read as zero: don't run a guest on it.
+    pub fn start(self) -> Result<Pager, StartError> {
+        let PagerBuilder { source, regions, slices, placement, retry, on_error, on_failure } = self;
+        let page_bytes = check(&regions, source.len_bytes())?;
+        let layout = Layout::cut(&regions, slices);
+        let system = |what| move |error| StartError::System { what, error };
+        let (stop_reader, stop) = io::pipe().map_err(system("a pipe"))?;
+        let stop_reader = Arc::new(stop_reader);
+        let states = PageStates::all_missing(layout.pages() as usize)
+            .map_err(system("memory for the page states"))?;
+
+        let mut optional = Features::NONE;
+        if on_error == FailurePolicy::Poison {
+            optional = optional.with(Features::POISON);
+        }
+        if placement == Placement::Follow {
+            optional = optional.with(Features::THREAD_ID);
+        }
+        let mut readers = Vec::with_capacity(layout.slices());
+        let mut parts = Vec::with_capacity(layout.slices());
+        for index in 0..layout.slices() {
+            readers.push(source.reader(page_bytes).map_err(StartError::Source)?);
+            let uffd = Uffd::open(Features::EVENT_REMOVE, optional).map_err(StartError::Open)?;
+            if on_error == FailurePolicy::Poison && !uffd.features().contains(Features::POISON) {
+                return Err(StartError::PoisonUnavailable);
+            }
+            let zeropage = register::all(&uffd, layout.extents_of(index))?;
+            let zeros = (!zeropage).then(|| vec![0; page_bytes].into_boxed_slice());
+            let pages =
+                layout.extents_of(index).iter().map(|extent| extent.host.end - extent.host.start);
+            let pages = pages.sum::<u64>() / page_bytes as u64;
+            parts.push(Slice::new(Filler { uffd, zeros }, pages));
+        }
+        let shared = Arc::new(Shared {
+            slices: parts,
+            layout,
+            states,
+            failures: FailureReport::new(on_error, on_failure),
+            stopping: AtomicBool::new(false),
+            _regions: regions,
+        });
+
+        // From here on, dropping `pager` ends the threads that were started.
+        let mut pager = Pager { shared, threads: Vec::new(), stop: Some(stop) };
+        for (slice, reader) in readers.into_iter().enumerate() {
+            let handler = Handler {
+                shared: Arc::clone(&pager.shared),
+                slice,
+                reader,
+                retry,
+                stop: Arc::clone(&stop_reader),
+                follower: Follower::new(placement),
+                inbox: Inbox::new(),
+                desk: Desk::new(slice),
+            };
+            let thread = thread::Builder::new()
+                .name(format!("pager{slice}"))
+                .spawn(move || handler.run())
+                .map_err(system("a thread"))?;
+            pager.threads.push(thread);
+        }
+        Ok(pager)
+    }
+}
+
+impl fmt::Debug for PagerBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PagerBuilder")
+            .field("regions", &self.regions)
+            .field("slices", &self.slices)
+            .field("placement", &self.placement)
+            .field("retry", &self.retry)
+            .field("on_error", &self.on_error)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Whether the regions fit together and into the source. Answers their page size.
+fn check(regions: &[Region], source_bytes: u64) -> Result<usize, StartError> {
+    let page_bytes = regions.first().ok_or(StartError::NoRegion)?.page_bytes();
+    for region in regions {
+        if region.page_bytes() != page_bytes {
+            return Err(StartError::PageSizes { one: page_bytes, other: region.page_bytes() });
+        }
+        // Sums of a region don't overflow: see `Region::new`.
+        let end = region.source_offset() + region.len_bytes();
+        if end > source_bytes {
+            return Err(StartError::BeyondSource { end, source_bytes });
+        }
+    }
+    let overlap = |space: &'static str, start: fn(&Region) -> u64| {
+        let mut starts: Vec<(u64, u64)> =
+            regions.iter().map(|region| (start(region), region.len_bytes())).collect();
+        starts.sort_unstable();
+        match starts.windows(2).find(|pair| pair[0].0 + pair[0].1 > pair[1].0) {
+            Some(pair) => Err(StartError::Overlap { space, at: pair[1].0 }),
+            None => Ok(()),
+        }
+    };
+    overlap("memory", Region::host_addr)?;
+    overlap("the source", Region::source_offset)?;
+    Ok(page_bytes)
+}

@@ -1,0 +1,204 @@
+//! A region: a stretch of this process' memory to be paged. Making one is the unsafe step.
+#![allow(unsafe_code)]
+
+use std::any::Any;
+use std::fmt;
+use std::sync::Arc;
+
+/// Memory to be filled from `source_offset..source_offset + len_bytes` of the source.
+///
+/// Any kind that userfaultfd takes for missing faults: anonymous memory, memfd (shared or private), hugetlbfs.
+#[derive(Clone)]
+pub struct Region {
+    host_addr: u64,
+    len_bytes: u64,
+    page_bytes: usize,
+    source_offset: u64,
+    /// Whatever must live for the mapping to stay: dropped after the userfaultfd is closed.
+    owner: Option<Arc<dyn Any + Send + Sync>>,
+}
+
+/// Why memory cannot be a region.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RegionError {
+    /// The page size is not a power of two of at least 4096.
+    #[error("page size {page_bytes} is not a power of two of at least 4096")]
+    PageSize {
+        /// As given.
+        page_bytes: usize,
+    },
+    /// An address, length or offset is not a multiple of the page size.
+    #[error("{what} {value:#x} is not a multiple of the page size {page_bytes:#x}")]
+    Misaligned {
+        /// Which of them.
+        what: &'static str,
+        /// As given.
+        value: u64,
+        /// As given.
+        page_bytes: usize,
+    },
+    /// The region is empty.
+    #[error("the region at {host_addr:#x} is empty")]
+    Empty {
+        /// As given.
+        host_addr: u64,
+    },
+    /// The addresses or the offsets wrap around.
+    #[error("{what} {value:#x} + {len_bytes:#x} is beyond 64 bits")]
+    Overflow {
+        /// Which of them.
+        what: &'static str,
+        /// As given.
+        value: u64,
+        /// As given.
+        len_bytes: u64,
+    },
+}
+
+impl Region {
+    /// The `len_bytes` at `host_addr`, in pages of `page_bytes` (that of the mapping: 4096, or the huge
+    /// page size for hugetlbfs), with the content that the source has at `source_offset`.
+    ///
+    /// # Errors
+    /// [`RegionError`]: all four are whole pages, not empty, and don't wrap around.
+    ///
+    /// # Safety
+    /// From the start of the pager until it has stopped:
+    /// - the range is mapped in this process, readable and writable, and the caller may decide about
+    ///   its content;
+    /// - no Rust reference or slice points into it: access is by volatile or atomic operations on raw
+    ///   pointers, by system calls, or by a guest. (A page's content appears behind the compiler's back.)
+    pub unsafe fn new(
+        host_addr: u64,
+        len_bytes: u64,
+        page_bytes: usize,
+        source_offset: u64,
+    ) -> Result<Region, RegionError> {
+        if page_bytes < 4096 || !page_bytes.is_power_of_two() {
+            return Err(RegionError::PageSize { page_bytes });
+        }
+        if len_bytes == 0 {
+            return Err(RegionError::Empty { host_addr });
+        }
+        let named =
+            [("host address", host_addr), ("length", len_bytes), ("source offset", source_offset)];
+        for (what, value) in named {
+            if !value.is_multiple_of(page_bytes as u64) {
+                return Err(RegionError::Misaligned { what, value, page_bytes });
+            }
+        }
+        for (what, value) in [named[0], named[2]] {
+            if value.checked_add(len_bytes).is_none() {
+                return Err(RegionError::Overflow { what, value, len_bytes });
+            }
+        }
+        Ok(Region { host_addr, len_bytes, page_bytes, source_offset, owner: None })
+    }
+
+    /// Keeps `owner` (of the mapping) alive until the pager has closed its userfaultfds.
+    #[must_use]
+    pub fn keeping(mut self, owner: Arc<dyn Any + Send + Sync>) -> Region {
+        self.owner = Some(owner);
+        self
+    }
+
+    /// The regions of a guest memory, in pages of 4096 bytes; each keeps the memory alive.
+    /// `source_offset` says, for the guest physical address of each region's start, where in the source
+    /// its content begins.
+    ///
+    /// Safe, because vm-memory gives only volatile access to the memory that it maps.
+    ///
+    /// # Errors
+    /// [`RegionError`], for a region or an offset that is not whole pages.
+    #[cfg(feature = "vm-memory")]
+    pub fn of_guest_memory<B>(
+        memory: &Arc<vm_memory::GuestMemoryMmap<B>>,
+        mut source_offset: impl FnMut(vm_memory::GuestAddress) -> u64,
+    ) -> Result<Vec<Region>, RegionError>
+    where
+        B: vm_memory::bitmap::NewBitmap + Send + Sync + 'static,
+    {
+        use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+        memory
+            .iter()
+            .map(|mapped| {
+                let offset = source_offset(mapped.start_addr());
+                // SAFETY: the mapping is this region's own and lives as long as `memory`, which the
+                // region keeps; vm-memory makes no reference into it, only volatile accesses.
+                let region =
+                    unsafe { Region::new(mapped.as_ptr() as u64, mapped.len(), 4096, offset) }?;
+                Ok(region.keeping(Arc::clone(memory) as Arc<dyn Any + Send + Sync>))
+            })
+            .collect()
+    }
+
+    /// First byte, as an address of this process.
+    pub fn host_addr(&self) -> u64 {
+        self.host_addr
+    }
+
+    /// Length in bytes.
+    pub fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+
+    /// Size of its pages in bytes.
+    pub fn page_bytes(&self) -> usize {
+        self.page_bytes
+    }
+
+    /// Where its content begins in the source.
+    pub fn source_offset(&self) -> u64 {
+        self.source_offset
+    }
+}
+
+impl fmt::Debug for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Region")
+            .field("host_addr", &format_args!("{:#x}", self.host_addr))
+            .field("len_bytes", &format_args!("{:#x}", self.len_bytes))
+            .field("page_bytes", &self.page_bytes)
+            .field("source_offset", &format_args!("{:#x}", self.source_offset))
+            .field("owner", &self.owner.is_some())
+            .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn region(host_addr: u64, len: u64, page: usize, offset: u64) -> Result<Region, RegionError> {
+        // SAFETY: no pager is started with it.
+        unsafe { Region::new(host_addr, len, page, offset) }
+    }
+
+    #[test]
+    fn only_whole_pages_that_do_not_wrap() {
+        assert!(region(0x1000, 0x2000, 4096, 0x3000).is_ok());
+        assert_eq!(
+            region(0x1000, 0x2000, 5000, 0).err(),
+            Some(RegionError::PageSize { page_bytes: 5000 })
+        );
+        assert_eq!(
+            region(0x1000, 0, 4096, 0).err(),
+            Some(RegionError::Empty { host_addr: 0x1000 })
+        );
+        for (addr, len, offset, what) in [
+            (1, 0x1000, 0, "host address"),
+            (0, 0x1001, 0, "length"),
+            (0, 0x1000, 7, "source offset"),
+        ] {
+            match region(addr, len, 4096, offset) {
+                Err(RegionError::Misaligned { what: named, .. }) => assert_eq!(named, what),
+                other => panic!("{other:?}"),
+            }
+        }
+        let top = u64::MAX - 4095;
+        assert!(matches!(region(top, 0x1000, 4096, 0), Err(RegionError::Overflow { .. })));
+        assert!(matches!(region(0, 0x1000, 4096, top), Err(RegionError::Overflow { .. })));
+    }
+}

@@ -1,0 +1,247 @@
+//! A slice of the paged memory: a userfaultfd of its own, and the rule by which its pages change.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::thread;
+use std::time::Duration;
+
+use crate::failure::FailureReport;
+use crate::inbox::Inbox;
+use crate::install::{self, Book, Fill, Filler, InstallError, Settled, Target};
+use crate::layout::Layout;
+use crate::page_state::{PageState, PageStates};
+use crate::region::Region;
+use crate::stats::{Counters, Origin, Recorder};
+
+/// A contiguous part of the paged memory.
+#[derive(Debug)]
+pub(crate) struct Slice {
+    pub(crate) filler: Filler,
+    pub(crate) counters: Counters,
+    pub(crate) recorder: Recorder,
+    /// Held by whoever reads this slice's messages or installs its pages.
+    ///
+    /// Why: reading a REMOVE lets the thread that removes go on, and the pages vanish. Were another
+    /// thread then between looking at a page's state and installing it, it would put back content that
+    /// the guest has given away. So a read and the state changes that it brings are one step, and
+    /// looking and installing are one step. The slice's own thread waits for the gate (at most for one
+    /// run of pages); other threads only ever try it, and leave pages out that they cannot have at once.
+    gate: Mutex<()>,
+}
+
+impl Slice {
+    pub(crate) fn new(filler: Filler, pages: u64) -> Slice {
+        Slice {
+            filler,
+            counters: Counters::of(pages),
+            recorder: Recorder::new(),
+            gate: Mutex::new(()),
+        }
+    }
+
+    pub(crate) fn gate(&self) -> MutexGuard<'_, ()> {
+        self.gate.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn try_gate(&self) -> Option<MutexGuard<'_, ()>> {
+        match self.gate.try_lock() {
+            Ok(gate) => Some(gate),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+}
+
+/// What all threads of a pager share. Fields are dropped in order: the userfaultfds before the mappings.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) slices: Vec<Slice>,
+    pub(crate) layout: Layout,
+    pub(crate) states: PageStates,
+    pub(crate) failures: FailureReport,
+    pub(crate) stopping: AtomicBool,
+    pub(crate) _regions: Vec<Region>,
+}
+
+impl Shared {
+    /// A fault's answer: installs pages of the thread's own slice. Answers whether `fault_page` is dealt with.
+    pub(crate) fn install_own(
+        &self,
+        slice: usize,
+        target: Target,
+        fill: Fill<'_>,
+        purpose: Purpose,
+        inbox: &mut Inbox,
+    ) -> Result<bool, InstallError> {
+        let own = &self.slices[slice];
+        let _gate = own.gate();
+        let mut book = SliceBook::new(self, slice, purpose, Some(inbox));
+        install::install(&own.filler, target, fill, &mut book)?;
+        Ok(book.answered)
+    }
+
+    /// Installs pages of another thread's slice, as far as nothing stands in the way.
+    pub(crate) fn install_elsewhere(
+        &self,
+        slice: usize,
+        target: Target,
+        fill: Fill<'_>,
+        purpose: Purpose,
+    ) -> Result<(), InstallError> {
+        let other = &self.slices[slice];
+        let Some(_gate) = other.try_gate() else {
+            return Ok(());
+        };
+        install::install(
+            &other.filler,
+            target,
+            fill,
+            &mut SliceBook::new(self, slice, purpose, None),
+        )
+    }
+
+    /// The guest gave the range back. The caller holds the slice's gate.
+    pub(crate) fn removed(&self, slice: usize, range: Range<u64>) {
+        for pages in self.layout.pages_in(slice, range) {
+            let mut left = [0; 4];
+            for page in pages {
+                left[self.states.set(page, PageState::Removed) as usize] += 1;
+            }
+            for from in [PageState::Missing, PageState::Present, PageState::Poisoned] {
+                self.slices[slice].counters.moved(from, PageState::Removed, left[from as usize]);
+            }
+        }
+    }
+
+    fn moved(&self, slice: usize, page: u64, to: PageState) {
+        let from = self.states.set(page, to);
+        if from != to {
+            self.slices[slice].counters.moved(from, to, 1);
+        }
+    }
+}
+
+/// Why pages are installed, and so which of them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Purpose {
+    /// Content of the source, for pages that are missing. `fault_page` is the one somebody waits for.
+    Load { fault_page: u64, zero: bool },
+    /// Whatever its state, this page is answered: with zeros where nothing is.
+    Answer { fault_page: u64 },
+    /// This page cannot be had.
+    Poison { fault_page: u64 },
+}
+
+impl Purpose {
+    fn fault_page(self) -> u64 {
+        match self {
+            Purpose::Load { fault_page, .. }
+            | Purpose::Answer { fault_page }
+            | Purpose::Poison { fault_page } => fault_page,
+        }
+    }
+}
+
+/// Keeps the page states of one slice while an install runs. Lives under the slice's gate.
+struct SliceBook<'a> {
+    shared: &'a Shared,
+    slice: usize,
+    purpose: Purpose,
+    /// Where messages go that come up meanwhile; `None` in a thread that doesn't own the slice.
+    inbox: Option<&'a mut Inbox>,
+    answered: bool,
+    settles: u32,
+}
+
+impl<'a> SliceBook<'a> {
+    fn new(
+        shared: &'a Shared,
+        slice: usize,
+        purpose: Purpose,
+        inbox: Option<&'a mut Inbox>,
+    ) -> Self {
+        SliceBook { shared, slice, purpose, inbox, answered: false, settles: 0 }
+    }
+
+    fn counters(&self) -> &Counters {
+        &self.shared.slices[self.slice].counters
+    }
+}
+
+impl Book for SliceBook<'_> {
+    fn wants(&self, page: u64) -> bool {
+        match self.purpose {
+            Purpose::Load { .. } => self.shared.states.of(page) == PageState::Missing,
+            Purpose::Answer { .. } | Purpose::Poison { .. } => true,
+        }
+    }
+
+    fn filled(&mut self, first_page: u64, pages: usize) {
+        let fault_page = self.purpose.fault_page();
+        let with_fault = (first_page..first_page + pages as u64).contains(&fault_page);
+        let pages_count = pages as u64;
+        let state = match self.purpose {
+            Purpose::Poison { .. } => PageState::Poisoned,
+            Purpose::Load { zero: false, .. } => {
+                self.counters().installed(Origin::Demand, u64::from(with_fault));
+                self.counters().installed(Origin::FaultAround, pages_count - u64::from(with_fault));
+                PageState::Present
+            }
+            Purpose::Load { zero: true, .. } | Purpose::Answer { .. } => {
+                self.counters().installed(Origin::Zero, pages_count);
+                PageState::Present
+            }
+        };
+        for page in first_page..first_page + pages_count {
+            self.shared.moved(self.slice, page, state);
+        }
+        self.answered |= with_fault;
+    }
+
+    fn existing(&mut self, page: u64) {
+        match self.shared.states.of(page) {
+            // Answered before, by another fault on the same page: what it is, it stays.
+            PageState::Present | PageState::Poisoned => self.counters().spurious(),
+            PageState::Missing | PageState::Removed => {
+                self.counters().installed(Origin::Existing, 1);
+                self.shared.moved(self.slice, page, PageState::Present);
+            }
+        }
+        self.answered |= page == self.purpose.fault_page();
+    }
+
+    fn gone(&mut self, page: u64) {
+        self.shared.moved(self.slice, page, PageState::Removed);
+        self.answered |= page == self.purpose.fault_page();
+    }
+
+    fn settle(&mut self) -> Settled {
+        let Some(inbox) = &mut self.inbox else {
+            return Settled::GiveUp;
+        };
+        if self.shared.stopping.load(Ordering::Relaxed) {
+            return Settled::GiveUp;
+        }
+        match inbox.receive(self.shared, self.slice) {
+            // The change is known now, and ends when the thread that makes it has run.
+            Ok(0) => wait_for_others(&mut self.settles),
+            Ok(_) => {}
+            Err(error) => {
+                inbox.broken = Some(error);
+                return Settled::GiveUp;
+            }
+        }
+        Settled::Retry
+    }
+}
+
+/// Lets another thread run: by a yield, and when that was not enough for long, by sleeping.
+fn wait_for_others(times: &mut u32) {
+    *times += 1;
+    if *times < 64 {
+        thread::yield_now();
+    } else {
+        thread::sleep(Duration::from_micros(50));
+    }
+}

@@ -1,0 +1,110 @@
+//! The pages of a `.snap` file as a source.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use snapfmt::layout::PAGE_BYTES;
+use snapfmt::{ChunkBuffer, PageEntry, PageIndex, ReadAt, ReadError, Snapshot};
+
+use crate::source::{Load, LoadCost, LoadedPage, LoadedPages, PageReader, PageSource, SourceError};
+
+/// Serves the memory of a snapshot: whole chunks, verified as they are read.
+///
+/// Source offsets are those of the snapshot's memory map. Pages are of 4 KiB.
+pub struct SnapshotSource<R: ReadAt>(Arc<Snapshot<R>>);
+
+impl<R: ReadAt> SnapshotSource<R> {
+    /// A source of the snapshot's pages.
+    pub fn new(snapshot: Arc<Snapshot<R>>) -> Self {
+        Self(snapshot)
+    }
+}
+
+impl<R: ReadAt + 'static> PageSource for SnapshotSource<R> {
+    fn reader(&self, page_bytes: usize) -> Result<Box<dyn PageReader>, SourceError> {
+        if page_bytes != PAGE_BYTES {
+            let message = format!("a snapshot has pages of {PAGE_BYTES} bytes, not {page_bytes}");
+            return Err(SourceError::permanent(message));
+        }
+        let most = self.0.header().chunk_pages as usize;
+        Ok(Box::new(SnapshotReader {
+            snapshot: Arc::clone(&self.0),
+            buffer: ChunkBuffer::new(),
+            pages: Vec::with_capacity(most + 1),
+        }))
+    }
+
+    fn len_bytes(&self) -> u64 {
+        self.0.header().memory_bytes
+    }
+}
+
+struct SnapshotReader<R: ReadAt> {
+    snapshot: Arc<Snapshot<R>>,
+    buffer: ChunkBuffer,
+    pages: Vec<LoadedPage>,
+}
+
+impl<R: ReadAt> PageReader for SnapshotReader<R> {
+    fn load(&mut self, source_offset: u64) -> Result<Load<'_>, SourceError> {
+        let page = PageIndex::containing(source_offset)
+            .ok_or_else(|| SourceError::permanent("offset above 16 TiB"))?;
+        let failed = |error| source_error(page, error);
+        let (extent, slot) = match self.snapshot.entry(page).map_err(failed)? {
+            PageEntry::Data { chunk, slot } => (chunk, slot),
+            PageEntry::Zero => {
+                let range = self.snapshot.zero_run(page).map_err(failed)?;
+                return Ok(Load::Zero { range });
+            }
+            PageEntry::Parent => {
+                return Err(SourceError::permanent("the page is in a parent snapshot"));
+            }
+        };
+        let start = Instant::now();
+        self.snapshot.fetch_chunk(extent, &mut self.buffer).map_err(failed)?;
+        let fetched = Instant::now();
+        let chunk = self.buffer.decode(extent).map_err(failed)?;
+        let decode_ns = fetched.elapsed().as_nanos() as u64;
+
+        // The faulting page goes by its own entry. The others that the chunk lists come along
+        // only if the index agrees that they are here: the list alone proves nothing.
+        self.snapshot.slot_of(page, slot, &chunk).map_err(failed)?;
+        self.pages.clear();
+        for (number, listed) in chunk.pages().iter().enumerate() {
+            let here = PageEntry::Data { chunk: extent, slot: number as u16 };
+            if *listed != page && self.snapshot.entry(*listed).is_ok_and(|entry| entry == here) {
+                self.pages.push(loaded(*listed, number as u16));
+            } else if *listed == page && number as u16 == slot {
+                self.pages.push(loaded(page, slot));
+            }
+        }
+        if chunk.pages().get(usize::from(slot)) != Some(&page) {
+            // It shares the slot of an equal page.
+            self.pages.push(loaded(page, slot));
+        }
+        Ok(Load::Pages(LoadedPages {
+            bytes: chunk.bytes(),
+            pages: &self.pages,
+            cost: LoadCost {
+                read_ns: (fetched - start).as_nanos() as u64,
+                decode_ns,
+                bytes_read: extent.len_bytes().into(),
+            },
+        }))
+    }
+}
+
+fn loaded(page: PageIndex, slot: u16) -> LoadedPage {
+    let buffer_offset = usize::from(slot) * PAGE_BYTES;
+    LoadedPage { source_offset: page.source_offset(), buffer_offset }
+}
+
+/// What the storage says may pass; what the file says will not.
+fn source_error(page: PageIndex, error: ReadError) -> SourceError {
+    let message = format!("page {} of the snapshot", page.0);
+    match error {
+        ReadError::Io { .. } => SourceError::transient(message),
+        _ => SourceError::permanent(message),
+    }
+    .caused_by(error)
+}

@@ -1,0 +1,221 @@
+//! Memory of the test's own process as the "guest", touched by volatile accesses only.
+#![allow(unsafe_code, dead_code, missing_docs, unreachable_pub)]
+
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::ptr::{self, NonNull};
+
+use pager::uffd::{Features, Uffd};
+use pager::{Load, LoadCost, LoadedPage, LoadedPages, PageReader, PageSource, Region, SourceError};
+
+pub const PAGE: usize = 4096;
+
+/// Anonymous memory, unmapped when dropped.
+#[derive(Debug)]
+pub struct Memory {
+    start: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: raw memory of the process, accessed by volatile operations and system calls only.
+unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    pub fn map(len: usize) -> Memory {
+        Memory::map_with(len, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+            .expect("anonymous memory")
+    }
+
+    pub fn map_with(len: usize, flags: i32) -> io::Result<Memory> {
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let start = unsafe { libc::mmap(ptr::null_mut(), len, prot, flags, -1, 0) };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Memory { start: NonNull::new(start.cast()).expect("not at 0"), len })
+    }
+
+    pub fn addr(&self) -> u64 {
+        self.start.as_ptr() as u64
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// `pages` pages from page `first`, with the source's content from `source_offset`.
+    pub fn region(&self, first: usize, pages: usize, source_offset: u64) -> Region {
+        assert!((first + pages) * PAGE <= self.len);
+        // SAFETY: mapped until `self` is dropped, which tests do after the pager has stopped; no
+        // references into it are made.
+        unsafe {
+            Region::new(
+                self.addr() + (first * PAGE) as u64,
+                (pages * PAGE) as u64,
+                PAGE,
+                source_offset,
+            )
+        }
+        .expect("whole pages")
+    }
+
+    pub fn whole(&self) -> Region {
+        self.region(0, self.len / PAGE, 0)
+    }
+
+    fn at(&self, offset: usize) -> *mut u8 {
+        assert!(offset < self.len);
+        self.start.as_ptr().wrapping_add(offset)
+    }
+
+    pub fn read(&self, offset: usize) -> u8 {
+        // SAFETY: inside the mapping.
+        unsafe { self.at(offset).read_volatile() }
+    }
+
+    pub fn read_u64(&self, offset: usize) -> u64 {
+        assert!(offset + 8 <= self.len && offset.is_multiple_of(8));
+        // SAFETY: inside the mapping, and aligned.
+        unsafe { self.at(offset).cast::<u64>().read_volatile() }
+    }
+
+    pub fn write(&self, offset: usize, value: u8) {
+        // SAFETY: inside the mapping.
+        unsafe { self.at(offset).write_volatile(value) }
+    }
+
+    /// `madvise(MADV_DONTNEED)`: the pages are given back.
+    pub fn remove(&self, first: usize, pages: usize) {
+        assert!((first + pages) * PAGE <= self.len);
+        // SAFETY: inside the mapping; nobody holds references into it.
+        let result = unsafe {
+            libc::madvise(self.at(first * PAGE).cast(), pages * PAGE, libc::MADV_DONTNEED)
+        };
+        assert_eq!(result, 0, "madvise: {}", io::Error::last_os_error());
+    }
+
+    /// Lets the kernel read one byte of the page: the byte, or the error where an access of our own would
+    /// end in SIGBUS.
+    pub fn read_by_syscall(&self, page: usize) -> io::Result<u8> {
+        let (reader, writer) = io::pipe()?;
+        let writer = OwnedFd::from(writer);
+        // SAFETY: the kernel checks the address; it is inside the mapping anyway.
+        let written = unsafe { libc::write(writer.as_raw_fd(), self.at(page * PAGE).cast(), 1) };
+        if written < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let mut byte = [0];
+        io::Read::read_exact(&mut &reader, &mut byte)?;
+        Ok(byte[0])
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: the mapping made in `map_with`; nothing refers to it any more.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
+    }
+}
+
+/// Whether userfaultfd works here; if not says so, or fails where it must.
+pub fn userfaultfd_works(test: &str) -> bool {
+    match Uffd::open(Features::EVENT_REMOVE.with(Features::POISON), Features::NONE) {
+        Ok(_) => true,
+        Err(error) => {
+            assert!(std::env::var_os("SNAP_REQUIRE_VM").is_none(), "{test}: {error}");
+            let line = format!("SKIPPED {test}: /dev/userfaultfd: {error}\n");
+            io::stderr().write_all(line.as_bytes()).expect("stderr can be written");
+            false
+        }
+    }
+}
+
+/// What page `page` of every test's source begins with: never zero.
+pub fn stamp(page: usize) -> u64 {
+    0x5eed_0000_0000_0001 | (page as u64) << 8
+}
+
+/// `pages` pages, each full of its stamp.
+pub fn stamped(pages: usize) -> Vec<u8> {
+    (0..pages)
+        .flat_map(|page| std::iter::repeat_n(stamp(page).to_ne_bytes(), PAGE / 8).flatten())
+        .collect()
+}
+
+/// 0..n in a fixed pseudo-random order.
+pub fn shuffled(n: usize, seed: u64) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..n).collect();
+    let mut state = seed | 1;
+    for i in (1..n).rev() {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        order.swap(i, (state % (i as u64 + 1)) as usize);
+    }
+    order
+}
+
+/// A source of stamped pages made of a function of the reader's.
+pub struct FnSource<F> {
+    pub len_bytes: u64,
+    pub load: F,
+}
+
+impl<F> PageSource for FnSource<F>
+where
+    F: Fn(u64, &mut Answer) -> Result<(), SourceError> + Clone + Send + Sync + 'static,
+{
+    fn reader(&self, _page_bytes: usize) -> Result<Box<dyn PageReader>, SourceError> {
+        Ok(Box::new(FnReader { load: self.load.clone(), answer: Answer::default() }))
+    }
+    fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+}
+
+/// What the function fills: pages in the order in which they lie in the buffer.
+#[derive(Default)]
+pub struct Answer {
+    bytes: Vec<u8>,
+    pages: Vec<LoadedPage>,
+}
+
+impl Answer {
+    /// The stamped page with that number is next in the buffer.
+    pub fn push(&mut self, page: usize) {
+        let source_offset = (page * PAGE) as u64;
+        self.pages.push(LoadedPage { source_offset, buffer_offset: self.bytes.len() });
+        self.bytes.extend(std::iter::repeat_n(stamp(page).to_ne_bytes(), PAGE / 8).flatten());
+    }
+
+    /// A page that lies nowhere.
+    pub fn push_beyond(&mut self, page: usize) {
+        let source_offset = (page * PAGE) as u64;
+        self.pages.push(LoadedPage { source_offset, buffer_offset: self.bytes.len() + 1 });
+    }
+}
+
+struct FnReader<F> {
+    load: F,
+    answer: Answer,
+}
+
+impl<F: Fn(u64, &mut Answer) -> Result<(), SourceError> + Send> PageReader for FnReader<F> {
+    fn load(&mut self, source_offset: u64) -> Result<Load<'_>, SourceError> {
+        self.answer.bytes.clear();
+        self.answer.pages.clear();
+        (self.load)(source_offset, &mut self.answer)?;
+        let (bytes, pages) = (&self.answer.bytes, &self.answer.pages);
+        Ok(Load::Pages(LoadedPages { bytes, pages, cost: LoadCost::default() }))
+    }
+}
+
+pub fn source_of(
+    pages: usize,
+    load: impl Fn(u64, &mut Answer) -> Result<(), SourceError> + Clone + Send + Sync + 'static,
+) -> std::sync::Arc<dyn PageSource> {
+    std::sync::Arc::new(FnSource { len_bytes: (pages * PAGE) as u64, load })
+}

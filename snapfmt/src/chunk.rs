@@ -1,0 +1,346 @@
+//! A chunk: some pages of guest memory, stored as one unit, with the list of which pages they are.
+//!
+//! In the file: a 32-byte header, the page list (four bytes a page), the payload, zeros up to a
+//! multiple of 64 bytes.
+
+use crate::codec::{Codec, Compressor, DecodeError, Decompressor};
+use crate::entry::{ChunkExtent, PageIndex};
+use crate::error::{Corruption, Part, Problem, ReadError, WriteError};
+use crate::layout::{
+    C_BODY_CRC, C_CODEC, C_CRC, C_MAGIC, C_OFFSET, C_PAGES, C_PAYLOAD_BYTES, C_RESERVED_A,
+    C_RESERVED_B, CHUNK_ALIGN, CHUNK_HEADER_BYTES, CHUNK_MAGIC, MAX_CHUNK_PAGES, PAGE_BYTES, put,
+    u16_at, u32_at, u64_at,
+};
+use crate::section::SectionKind;
+
+/// Appends a chunk to `out`, all but its own place in the file, which [`set_place`] adds.
+/// Gives its length and the codec that its payload got.
+pub(crate) fn encode(
+    compressor: &mut Compressor,
+    pages: &[PageIndex],
+    raw: &[u8],
+    out: &mut Vec<u8>,
+) -> Result<(u32, Codec), WriteError> {
+    debug_assert!((1..=MAX_CHUNK_PAGES).contains(&pages.len()));
+    debug_assert_eq!(raw.len(), pages.len() * PAGE_BYTES);
+    let start = out.len();
+    out.resize(start + CHUNK_HEADER_BYTES, 0);
+    for page in pages {
+        out.extend_from_slice(&page.0.to_le_bytes());
+    }
+    let payload_start = out.len();
+    let codec = compressor.append(raw, out)?;
+    let payload_bytes = (out.len() - payload_start) as u32;
+    out.resize(start + (out.len() - start).next_multiple_of(CHUNK_ALIGN), 0);
+
+    let (header, body) = out[start..].split_at_mut(CHUNK_HEADER_BYTES);
+    put(header, C_MAGIC, &CHUNK_MAGIC);
+    header[C_CODEC] = codec as u8;
+    put(header, C_PAGES, &(pages.len() as u16).to_le_bytes());
+    put(header, C_PAYLOAD_BYTES, &payload_bytes.to_le_bytes());
+    put(header, C_BODY_CRC, &crc32fast::hash(body).to_le_bytes());
+    Ok(((out.len() - start) as u32, codec))
+}
+
+/// Writes into an encoded chunk where it will stand in the file, and seals its header.
+pub(crate) fn set_place(chunk: &mut [u8], offset: u64) {
+    put(chunk, C_OFFSET, &offset.to_le_bytes());
+    let crc = crc32fast::hash(&chunk[..C_CRC]);
+    put(chunk, C_CRC, &crc.to_le_bytes());
+}
+
+/// A chunk's header, checked on its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChunkHeader {
+    /// How the payload is stored.
+    pub codec: Codec,
+    /// Pages in the chunk.
+    pub pages: u16,
+    /// Bytes of the payload as stored.
+    pub payload_bytes: u32,
+    body_crc: u32,
+}
+
+impl ChunkHeader {
+    /// Where the whole chunk stands, given the offset it was read at.
+    pub(crate) fn extent(&self, offset: u64) -> ChunkExtent {
+        let len =
+            CHUNK_HEADER_BYTES as u64 + 4 * u64::from(self.pages) + u64::from(self.payload_bytes);
+        // At most 2 MiB and a bit: `decode` bounds pages and payload.
+        ChunkExtent::new(offset, len.next_multiple_of(CHUNK_ALIGN as u64) as u32)
+    }
+
+    /// Checks the header that stands at `offset` of the file.
+    pub(crate) fn decode(header: &[u8], offset: u64) -> Result<Self, Corruption> {
+        let corrupt = |problem| corruption(offset, problem);
+        let exact = |field, expected: u64, found: u64| match expected == found {
+            true => Ok(()),
+            false => Err(corrupt(Problem::Field { field, expected, found })),
+        };
+        let magic = u32::from_le_bytes(CHUNK_MAGIC).into();
+        exact("chunk.magic", magic, u32_at(header, C_MAGIC).into())?;
+        let (expected, found) = (u32_at(header, C_CRC), crc32fast::hash(&header[..C_CRC]));
+        if expected != found {
+            return Err(corrupt(Problem::Checksum { expected, found }));
+        }
+        exact("chunk.offset", offset, u64_at(header, C_OFFSET))?;
+        exact("chunk.reserved", 0, header[C_RESERVED_A].into())?;
+        exact("chunk.reserved", 0, u32_at(header, C_RESERVED_B).into())?;
+        let range = |field, min: u64, max: u64, found: u64| match (min..=max).contains(&found) {
+            true => Ok(()),
+            false => Err(corrupt(Problem::Range { field, min, max, found })),
+        };
+        let pages = u16_at(header, C_PAGES);
+        range("chunk.pages", 1, MAX_CHUNK_PAGES as u64, pages.into())?;
+        let raw_bytes = u64::from(pages) * PAGE_BYTES as u64;
+        let payload_bytes = u32_at(header, C_PAYLOAD_BYTES);
+        let codec = Codec::from_byte(header[C_CODEC]).ok_or_else(|| {
+            let (max, found) = (Codec::ALL.len() as u64 - 1, header[C_CODEC].into());
+            corrupt(Problem::Range { field: "chunk.codec", min: 0, max, found })
+        })?;
+        let least = if codec == Codec::Raw { raw_bytes } else { 1 };
+        range("chunk.payload_bytes", least, raw_bytes, payload_bytes.into())?;
+        Ok(Self { codec, pages, payload_bytes, body_crc: u32_at(header, C_BODY_CRC) })
+    }
+}
+
+pub(crate) fn corruption(offset: u64, problem: Problem) -> Corruption {
+    Corruption::new(Part::Section(SectionKind::CHUNKS), offset, problem)
+}
+
+/// Buffers and codec contexts to read chunks with; one for each thread, used again and again, so
+/// that reading a chunk allocates nothing once the buffers have grown.
+#[derive(Default)]
+pub struct ChunkBuffer {
+    /// The chunk as it is in the file.
+    pub(crate) stored: Vec<u8>,
+    decoded: Vec<u8>,
+    list: Vec<PageIndex>,
+    decompressor: Decompressor,
+    /// Header of the chunk that is decoded here, and which one that is: the serial number of its
+    /// snapshot and its place.
+    header: Option<ChunkHeader>,
+    holds: Option<(u64, ChunkExtent)>,
+}
+
+impl ChunkBuffer {
+    /// An empty buffer, which grows with the first chunks read into it.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Room for a chunk's stored bytes.
+    pub(crate) fn refill(&mut self, len: usize) -> &mut [u8] {
+        self.header = None;
+        self.holds = None;
+        self.stored.resize(len, 0);
+        &mut self.stored
+    }
+
+    /// Notes which chunk was decoded.
+    pub(crate) fn hold(&mut self, snapshot: u64, extent: ChunkExtent) {
+        self.holds = Some((snapshot, extent));
+    }
+
+    pub(crate) fn holds(&self, snapshot: u64, extent: ChunkExtent) -> bool {
+        self.holds == Some((snapshot, extent))
+    }
+
+    /// The chunk that was decoded last.
+    pub(crate) fn held(&self, extent: ChunkExtent) -> Result<Chunk<'_>, ReadError> {
+        let header = self.header.ok_or(ReadError::NothingFetched)?;
+        let bytes = match header.codec {
+            Codec::Raw => {
+                let start = CHUNK_HEADER_BYTES + 4 * usize::from(header.pages);
+                &self.stored[start..start + header.payload_bytes as usize]
+            }
+            Codec::Lz4 | Codec::Zstd => &self.decoded,
+        };
+        Ok(Chunk { extent, header, pages: &self.list, bytes })
+    }
+
+    /// The second half of [`Snapshot::chunk`](crate::Snapshot::chunk): checks and decodes what
+    /// [`Snapshot::fetch_chunk`](crate::Snapshot::fetch_chunk) has read for the same `extent`.
+    ///
+    /// # Errors
+    /// [`ReadError::Corrupt`] when the chunk is damaged, or another one was fetched.
+    pub fn decode(&mut self, extent: ChunkExtent) -> Result<Chunk<'_>, ReadError> {
+        let offset = extent.offset();
+        if self.stored.len() != extent.len_bytes() as usize {
+            let (expected, found) = (extent.len_bytes().into(), self.stored.len() as u64);
+            let problem = Problem::Field { field: "bytes fetched", expected, found };
+            return Err(corruption(offset, problem).into());
+        }
+        let header = ChunkHeader::decode(&self.stored[..CHUNK_HEADER_BYTES], offset)?;
+        let implied = header.extent(offset).in_layer(extent.layer());
+        if implied != extent {
+            return Err(corruption(
+                offset,
+                Problem::Field {
+                    field: "chunk length",
+                    expected: extent.len_bytes().into(),
+                    found: implied.len_bytes().into(),
+                },
+            )
+            .into());
+        }
+        let body = &self.stored[CHUNK_HEADER_BYTES..];
+        let (expected, found) = (header.body_crc, crc32fast::hash(body));
+        if expected != found {
+            return Err(corruption(offset, Problem::Checksum { expected, found }).into());
+        }
+        let (list, rest) = body.split_at(4 * usize::from(header.pages));
+        let (payload, padding) = rest.split_at(header.payload_bytes as usize);
+        if let Some(stray) = padding.iter().find(|byte| **byte != 0) {
+            let field = "chunk.padding";
+            let found = u64::from(*stray);
+            return Err(corruption(offset, Problem::Field { field, expected: 0, found }).into());
+        }
+        self.list.clear();
+        self.list.extend(list.chunks_exact(4).map(|raw| PageIndex(u32_at(raw, 0))));
+        if header.codec != Codec::Raw {
+            let expected = usize::from(header.pages) * PAGE_BYTES;
+            self.decoded.resize(expected, 0);
+            let codec = header.codec.name();
+            self.decompressor.decode(header.codec, payload, &mut self.decoded).map_err(
+                |error| match error {
+                    DecodeError::Bytes(found) => {
+                        corruption(offset, Problem::Undecodable { codec, expected, found }).into()
+                    }
+                    DecodeError::NotBuilt => ReadError::CodecNotBuilt { codec },
+                    DecodeError::Context(source) => ReadError::io(
+                        Part::Section(SectionKind::CHUNKS),
+                        offset,
+                        extent.len_bytes().into(),
+                        source,
+                    ),
+                },
+            )?;
+        }
+        self.header = Some(header);
+        self.held(extent)
+    }
+}
+
+/// A chunk that was read, checked and decoded.
+#[derive(Clone, Copy, Debug)]
+pub struct Chunk<'a> {
+    extent: ChunkExtent,
+    header: ChunkHeader,
+    pages: &'a [PageIndex],
+    bytes: &'a [u8],
+}
+
+impl<'a> Chunk<'a> {
+    /// Where it stands in the file.
+    pub fn extent(&self) -> ChunkExtent {
+        self.extent
+    }
+
+    /// Its header.
+    pub fn header(&self) -> ChunkHeader {
+        self.header
+    }
+
+    /// Which page each slot was stored for. Further pages with the same bytes may share a slot;
+    /// they are not listed here, the index knows them.
+    pub fn pages(&self) -> &'a [PageIndex] {
+        self.pages
+    }
+
+    /// The pages' bytes, slot after slot.
+    pub fn bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+
+    /// The bytes of one slot, `None` if the chunk has no such slot.
+    pub fn slot(&self, slot: u16) -> Option<&'a [u8]> {
+        let start = usize::from(slot) * PAGE_BYTES;
+        self.bytes.get(start..start + PAGE_BYTES)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stored(codec: Codec, raw: &[u8]) -> (Vec<u8>, ChunkExtent) {
+        let pages: Vec<_> =
+            (0..raw.len() / PAGE_BYTES).map(|page| PageIndex(3 * page as u32)).collect();
+        let mut out = Vec::new();
+        let mut compressor = Compressor::new(codec, 1).unwrap();
+        let (len, _) = encode(&mut compressor, &pages, raw, &mut out).unwrap();
+        set_place(&mut out, 4096);
+        (out, ChunkExtent::new(4096, len))
+    }
+
+    fn codecs() -> impl Iterator<Item = Codec> {
+        Codec::ALL.into_iter().filter(|codec| cfg!(feature = "zstd") || *codec != Codec::Zstd)
+    }
+
+    #[test]
+    fn every_codec_gives_the_pages_back() {
+        let raw: Vec<u8> = (0..3 * PAGE_BYTES).map(|at| (at / 100) as u8).collect();
+        for codec in codecs() {
+            let mut buffer = ChunkBuffer::new();
+            let (bytes, extent) = stored(codec, &raw);
+            buffer.stored = bytes;
+            let chunk = buffer.decode(extent).unwrap();
+            assert_eq!(chunk.header().codec, codec);
+            assert_eq!(chunk.bytes(), raw);
+            assert_eq!(chunk.pages(), [PageIndex(0), PageIndex(3), PageIndex(6)]);
+            assert_eq!(chunk.slot(2), Some(&raw[2 * PAGE_BYTES..]));
+            assert_eq!(chunk.slot(3), None);
+        }
+    }
+
+    #[test]
+    fn any_flipped_bit_is_noticed() {
+        let raw: Vec<u8> = (0..PAGE_BYTES).map(|at| (at / 7) as u8).collect();
+        for codec in codecs() {
+            let mut buffer = ChunkBuffer::new();
+            let (bytes, extent) = stored(codec, &raw);
+            for bit in 0..bytes.len() * 8 {
+                buffer.stored.clone_from(&bytes);
+                buffer.stored[bit / 8] ^= 1 << (bit % 8);
+                assert!(buffer.decode(extent).is_err(), "{codec} bit {bit}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_payload_that_decodes_to_more_or_less_than_declared_is_refused() {
+        // A chunk of two pages whose header says one, and the other way round, checksums right.
+        let raw = vec![1; 2 * PAGE_BYTES];
+        for codec in codecs().filter(|codec| *codec != Codec::Raw) {
+            let mut compressor = Compressor::new(codec, 1).unwrap();
+            for (declared, actual) in [(1, 2), (2, 1)] {
+                let mut out = vec![0; CHUNK_HEADER_BYTES];
+                out.extend((0..declared as u32).flat_map(u32::to_le_bytes));
+                let start = out.len();
+                compressor.append(&raw[..actual * PAGE_BYTES], &mut out).unwrap();
+                let payload_bytes = (out.len() - start) as u32;
+                out.resize(out.len().next_multiple_of(CHUNK_ALIGN), 0);
+                put(&mut out, C_MAGIC, &CHUNK_MAGIC);
+                out[C_CODEC] = codec as u8;
+                put(&mut out, C_PAGES, &(declared as u16).to_le_bytes());
+                put(&mut out, C_PAYLOAD_BYTES, &payload_bytes.to_le_bytes());
+                let crc = crc32fast::hash(&out[CHUNK_HEADER_BYTES..]);
+                put(&mut out, C_BODY_CRC, &crc.to_le_bytes());
+                set_place(&mut out, 4096);
+                let extent = ChunkExtent::new(4096, out.len() as u32);
+                let mut buffer = ChunkBuffer { stored: out, ..ChunkBuffer::default() };
+                assert!(
+                    matches!(
+                        buffer.decode(extent),
+                        Err(ReadError::Corrupt(Corruption {
+                            problem: Problem::Undecodable { .. },
+                            ..
+                        }))
+                    ),
+                    "{codec} {declared} {actual}"
+                );
+            }
+        }
+    }
+}

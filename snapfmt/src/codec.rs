@@ -1,0 +1,186 @@
+//! How a chunk's payload is stored: raw, lz4 or zstd.
+
+use std::fmt;
+use std::io;
+use std::str::FromStr;
+
+use crate::error::WriteError;
+
+/// Codec of one chunk's payload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum Codec {
+    /// The pages as they are.
+    Raw = 0,
+    /// One lz4 block, without a frame.
+    Lz4 = 1,
+    /// One zstd frame.
+    Zstd = 2,
+}
+
+impl Codec {
+    /// All codecs, in the order of their numbers in the file.
+    pub const ALL: [Self; 3] = [Self::Raw, Self::Lz4, Self::Zstd];
+
+    /// Name as users write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Lz4 => "lz4",
+            Self::Zstd => "zstd",
+        }
+    }
+
+    pub(crate) fn from_byte(byte: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|codec| *codec as u8 == byte)
+    }
+}
+
+impl fmt::Display for Codec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A codec name that is none of `raw`, `lz4`, `zstd`.
+#[derive(Debug, thiserror::Error)]
+#[error("unknown codec {0:?}: raw, lz4 or zstd")]
+pub struct UnknownCodec(String);
+
+impl FromStr for Codec {
+    type Err = UnknownCodec;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        Self::ALL
+            .into_iter()
+            .find(|codec| codec.name() == name)
+            .ok_or_else(|| UnknownCodec(name.to_owned()))
+    }
+}
+
+/// Compresses payloads; one for each thread, because contexts are kept between chunks.
+pub(crate) struct Compressor {
+    codec: Codec,
+    lz4: Vec<u8>,
+    #[cfg(feature = "zstd")]
+    zstd: Option<zstd::bulk::Compressor<'static>>,
+}
+
+impl Compressor {
+    pub(crate) fn new(codec: Codec, level: i32) -> Result<Self, WriteError> {
+        #[cfg(not(feature = "zstd"))]
+        {
+            let _ = level;
+            if codec == Codec::Zstd {
+                return Err(WriteError::CodecNotBuilt { codec: codec.name() });
+            }
+            Ok(Self { codec, lz4: Vec::new() })
+        }
+        #[cfg(feature = "zstd")]
+        {
+            let zstd = match codec {
+                Codec::Zstd => Some(
+                    zstd::bulk::Compressor::new(level)
+                        .map_err(|source| WriteError::Codec { codec: codec.name(), source })?,
+                ),
+                _ => None,
+            };
+            Ok(Self { codec, lz4: Vec::new(), zstd })
+        }
+    }
+
+    /// Appends `raw` to `out` in the codec, or as it is where that saves less than a sixteenth:
+    /// such a chunk would cost its reader a decode for nothing. Tells which it was.
+    pub(crate) fn append(&mut self, raw: &[u8], out: &mut Vec<u8>) -> Result<Codec, WriteError> {
+        let start = out.len();
+        let compressed = match self.codec {
+            Codec::Raw => None,
+            Codec::Lz4 => {
+                // Through a buffer that is cleared once and not for each chunk.
+                let most = lz4_flex::block::get_maximum_output_size(raw.len());
+                self.lz4.resize(most.max(self.lz4.len()), 0);
+                let len = lz4_flex::block::compress_into(raw, &mut self.lz4).ok();
+                len.inspect(|len| out.extend_from_slice(&self.lz4[..*len]))
+            }
+            #[cfg(feature = "zstd")]
+            Codec::Zstd => match &mut self.zstd {
+                Some(zstd) => {
+                    out.reserve(zstd::zstd_safe::compress_bound(raw.len()));
+                    let mut end = io::Cursor::new(&mut *out);
+                    end.set_position(start as u64);
+                    let len = zstd.compress_to_buffer(raw, &mut end).map_err(|source| {
+                        WriteError::Codec { codec: Codec::Zstd.name(), source }
+                    })?;
+                    Some(len)
+                }
+                None => None,
+            },
+            #[cfg(not(feature = "zstd"))]
+            Codec::Zstd => None,
+        };
+        match compressed {
+            Some(len) if len <= raw.len() - raw.len() / 16 => {
+                debug_assert_eq!(out.len(), start + len);
+                Ok(self.codec)
+            }
+            _ => {
+                out.truncate(start);
+                out.extend_from_slice(raw);
+                Ok(Codec::Raw)
+            }
+        }
+    }
+}
+
+/// Decodes payloads; one for each thread.
+#[derive(Default)]
+pub(crate) struct Decompressor {
+    #[cfg(feature = "zstd")]
+    zstd: Option<zstd::bulk::Decompressor<'static>>,
+}
+
+/// Why a payload did not decode.
+pub(crate) enum DecodeError {
+    /// The bytes are wrong; `Some(n)` when they decoded to `n` bytes instead of those declared.
+    Bytes(Option<usize>),
+    /// The codec is not in this build.
+    #[cfg_attr(feature = "zstd", expect(dead_code, reason = "only builds without a codec"))]
+    NotBuilt,
+    /// The codec's context could not be made.
+    #[cfg_attr(not(feature = "zstd"), expect(dead_code, reason = "only zstd has a context"))]
+    Context(io::Error),
+}
+
+impl Decompressor {
+    /// Decodes `payload` into exactly `out`: never more, whatever the payload claims.
+    pub(crate) fn decode(
+        &mut self,
+        codec: Codec,
+        payload: &[u8],
+        out: &mut [u8],
+    ) -> Result<(), DecodeError> {
+        let len = match codec {
+            Codec::Raw => {
+                if payload.len() == out.len() {
+                    out.copy_from_slice(payload);
+                }
+                payload.len()
+            }
+            Codec::Lz4 => lz4_flex::block::decompress_into(payload, out)
+                .map_err(|_| DecodeError::Bytes(None))?,
+            #[cfg(feature = "zstd")]
+            Codec::Zstd => {
+                let zstd = match &mut self.zstd {
+                    Some(zstd) => zstd,
+                    empty => {
+                        empty.insert(zstd::bulk::Decompressor::new().map_err(DecodeError::Context)?)
+                    }
+                };
+                zstd.decompress_to_buffer(payload, out).map_err(|_| DecodeError::Bytes(None))?
+            }
+            #[cfg(not(feature = "zstd"))]
+            Codec::Zstd => return Err(DecodeError::NotBuilt),
+        };
+        if len == out.len() { Ok(()) } else { Err(DecodeError::Bytes(Some(len))) }
+    }
+}

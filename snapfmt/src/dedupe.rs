@@ -1,0 +1,91 @@
+//! Finding pages with the same bytes, in the same way whatever the number of threads.
+//!
+//! Threads look pages up in the order of their tasks, each task in its turn, so that it is always
+//! the first of several equal pages that is stored. Looking up is quick; compressing, which is not,
+//! happens outside.
+
+use std::collections::HashMap;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use crate::entry::PageIndex;
+use crate::layout::PAGE_BYTES;
+
+/// Most pages that are remembered: about 32 MiB. Of larger memories, pages that come later are
+/// compared with these.
+const MAX_REMEMBERED: usize = 1 << 20;
+
+/// The pages that were stored so far, by a hash of their bytes.
+#[derive(Default)]
+pub(crate) struct Dedupe {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// The task whose turn it is.
+    turn: usize,
+    /// A task has failed and will not take its turn: nobody needs to wait any more.
+    abandoned: bool,
+    seen: HashMap<u64, PageIndex>,
+}
+
+/// A task's right to its turn. If it is dropped before, all others stop waiting.
+pub(crate) struct Ticket<'a> {
+    dedupe: &'a Dedupe,
+    task: usize,
+    used: bool,
+}
+
+impl Dedupe {
+    pub(crate) fn ticket(&self, task: usize) -> Ticket<'_> {
+        Ticket { dedupe: self, task, used: false }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Ticket<'_> {
+    /// Waits for the turn. Then calls `visit` with a function that remembers a page by its hash,
+    /// and gives the page that was remembered by the same hash before.
+    pub(crate) fn take<E>(
+        mut self,
+        visit: impl FnOnce(&mut dyn FnMut(u64, PageIndex) -> Option<PageIndex>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut state = self.dedupe.lock();
+        while state.turn != self.task && !state.abandoned {
+            state = self.dedupe.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        let seen = &mut state.seen;
+        visit(&mut |hash, page| {
+            let known = seen.get(&hash).copied();
+            if known.is_none() && seen.len() < MAX_REMEMBERED {
+                seen.insert(hash, page);
+            }
+            known
+        })?;
+        state.turn += 1;
+        self.used = true;
+        drop(state);
+        self.dedupe.changed.notify_all();
+        Ok(())
+    }
+}
+
+impl Drop for Ticket<'_> {
+    fn drop(&mut self) {
+        if !self.used {
+            self.dedupe.lock().abandoned = true;
+            self.dedupe.changed.notify_all();
+        }
+    }
+}
+
+/// A hash of a page: the checksums of its two halves. Equal hashes say "look closer", no more, so
+/// a guest that makes up pages with equal hashes gains nothing.
+pub(crate) fn hash(page: &[u8]) -> u64 {
+    let (first, second) = page.split_at(PAGE_BYTES / 2);
+    u64::from(crc32fast::hash(first)) << 32 | u64::from(crc32fast::hash(second))
+}

@@ -1,0 +1,379 @@
+//! Errors of reading and writing, with the values that a person needs to find the place.
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+use uuid::Uuid;
+
+use crate::section::SectionKind;
+
+/// Why a snapshot could not be opened or read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReadError {
+    /// The storage failed.
+    #[error("cannot read {len} bytes at offset {offset} ({part})")]
+    Io {
+        /// What was being read.
+        part: Part,
+        /// Where, in bytes from the start of the file.
+        offset: u64,
+        /// How much.
+        len: u64,
+        /// The storage's own error.
+        source: io::Error,
+    },
+    /// The first bytes are not those of a snapshot.
+    #[error("not a snapshot: the file starts with {found:02x?}, a snapshot with {expected:02x?}")]
+    NotASnapshot {
+        /// The magic of a snapshot.
+        expected: [u8; 8],
+        /// What stands there.
+        found: [u8; 8],
+    },
+    /// The file ends too early.
+    #[error("the file is {found} bytes long, expected {expected}: it was cut short or extended")]
+    WrongLength {
+        /// Length by the header, or the least that a header needs.
+        expected: u64,
+        /// Length of the file.
+        found: u64,
+    },
+    /// The file was written in a version of the format that this library does not know.
+    #[error("format version {found}; this build reads version {supported}: use a newer one")]
+    UnsupportedVersion {
+        /// Version in the header.
+        found: u32,
+        /// The version that this library reads.
+        supported: u32,
+    },
+    /// The file needs a feature that this library does not have.
+    #[error("the file needs features {unknown:#x} that this build does not know: use a newer one")]
+    UnsupportedFeatures {
+        /// Set bits of the incompatible kind that are not known here.
+        unknown: u64,
+    },
+    /// A chunk is stored in a codec that was left out of this build.
+    #[error("codec {codec} is not in this build (cargo feature)")]
+    CodecNotBuilt {
+        /// Name of the codec.
+        codec: &'static str,
+    },
+    /// The page lies outside the snapshot's memory.
+    #[error("page {page} is outside the snapshot's {pages} pages")]
+    NoSuchPage {
+        /// The page that was asked for.
+        page: u64,
+        /// How many the snapshot has.
+        pages: u64,
+    },
+    /// A chunk was asked for that is in none of the snapshot's files.
+    #[error("no layer {layer} in this snapshot")]
+    NoSuchLayer {
+        /// The layer that the extent names.
+        layer: u16,
+    },
+    /// A chunk buffer was to be decoded into which nothing was fetched.
+    #[error("nothing was fetched into the chunk buffer")]
+    NothingFetched,
+    /// No storage was given.
+    #[error("a snapshot has one file at least")]
+    NoLayer,
+    /// The bytes of the file contradict themselves or their checksum.
+    #[error(transparent)]
+    Corrupt(#[from] Corruption),
+    /// The layers of the snapshot do not make a chain.
+    #[error(transparent)]
+    Chain(#[from] ChainError),
+    /// The caller's progress callback asked to stop.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+/// Why the layers of a snapshot do not make a chain.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ChainError {
+    /// The file is a layer, and was opened without its parent.
+    #[error("the file holds only what differs from its parent {id}: open it with the parent")]
+    ParentNeeded {
+        /// The parent's id.
+        id: Uuid,
+    },
+    /// No file that might be the parent is there.
+    #[error("parent {id} expected, found at none of {looked_at:?}: say where it is")]
+    NotFound {
+        /// The parent's id.
+        id: Uuid,
+        /// Where it was looked for.
+        looked_at: Vec<PathBuf>,
+    },
+    /// A file that should be the parent is not, or cannot be used.
+    #[error("parent {path}")]
+    Parent {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: Box<ReadError>,
+    },
+    /// A snapshot, but not the parent.
+    #[error("snapshot {expected} expected as the parent, found {found}")]
+    WrongParent {
+        /// The parent's id.
+        expected: Uuid,
+        /// The id of what is there.
+        found: Uuid,
+    },
+    /// The parent's id, but not its header.
+    #[error("header of parent {id}: checksum {expected:#010x} expected, found {found:#010x}")]
+    ChangedParent {
+        /// The parent's id.
+        id: Uuid,
+        /// Checksum of the header when the layer was made.
+        expected: u32,
+        /// Checksum of the header now.
+        found: u32,
+    },
+    /// The parent's memory has other regions.
+    #[error("the memory map of parent {id} is not that of its layer")]
+    MemoryMap {
+        /// The parent's id.
+        id: Uuid,
+    },
+    /// A layer is its own ancestor.
+    #[error("snapshot {id} is its own ancestor")]
+    Loop {
+        /// Its id.
+        id: Uuid,
+    },
+    /// More layers than can be opened.
+    #[error("more than {most} layers: flatten the chain")]
+    TooLong {
+        /// The most there may be.
+        most: usize,
+    },
+}
+
+impl ReadError {
+    pub(crate) fn io(part: Part, offset: u64, len: u64, source: io::Error) -> Self {
+        Self::Io { part, offset, len, source }
+    }
+}
+
+/// A part of the file, for messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Part {
+    /// The first 4 KiB.
+    Header,
+    /// The section table at the end.
+    SectionTable,
+    /// A section.
+    Section(SectionKind),
+    /// The zeros between two sections.
+    Padding,
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Header => f.write_str("header"),
+            Self::SectionTable => f.write_str("section table"),
+            Self::Section(kind) => kind.fmt(f),
+            Self::Padding => f.write_str("padding"),
+        }
+    }
+}
+
+/// One place of the file that is not as the format says.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("corrupt {part} at offset {offset}: {problem}")]
+#[non_exhaustive]
+pub struct Corruption {
+    /// The part of the file.
+    pub part: Part,
+    /// Offset of the damaged item in the file, in bytes.
+    pub offset: u64,
+    /// What is wrong there.
+    pub problem: Problem,
+}
+
+impl Corruption {
+    pub(crate) fn new(part: Part, offset: u64, problem: Problem) -> Self {
+        Self { part, offset, problem }
+    }
+}
+
+/// What is wrong at one place of the file.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Problem {
+    /// The checksum does not fit the bytes.
+    #[error("checksum expected {expected:#010x}, found {found:#010x}")]
+    Checksum {
+        /// The checksum stored in the file.
+        expected: u32,
+        /// The checksum of the bytes as they are.
+        found: u32,
+    },
+    /// A field must have one value and has another.
+    #[error("{field} expected {expected:#x}, found {found:#x}")]
+    Field {
+        /// Name of the field, as in `docs/format.md`.
+        field: &'static str,
+        /// The value it must have.
+        expected: u64,
+        /// The value it has.
+        found: u64,
+    },
+    /// A field is outside its bounds.
+    #[error("{field} expected {min:#x} to {max:#x}, found {found:#x}")]
+    Range {
+        /// Name of the field.
+        field: &'static str,
+        /// Least value allowed.
+        min: u64,
+        /// Greatest value allowed.
+        max: u64,
+        /// The value it has.
+        found: u64,
+    },
+    /// A codec could not decode a chunk whose checksum is right, or gave another length.
+    #[error("{codec} payload decodes to {found:?} bytes, expected {expected}")]
+    Undecodable {
+        /// Name of the codec.
+        codec: &'static str,
+        /// Bytes that the chunk declares.
+        expected: usize,
+        /// Bytes that came out, if any did.
+        found: Option<usize>,
+    },
+    /// A section that every file has is missing.
+    #[error("section {kind} expected once, found {found} times")]
+    SectionCount {
+        /// Kind of the section.
+        kind: SectionKind,
+        /// How often it is there.
+        found: usize,
+    },
+    /// A memory region is not whole pages, overlaps another or leaves a gap in source space.
+    #[error(
+        "region at gpa {gpa:#x}, {len:#x} bytes, source offset {source_offset:#x} does not follow the one before it"
+    )]
+    Region {
+        /// Its guest-physical address.
+        gpa: u64,
+        /// Its length in bytes.
+        len: u64,
+        /// Its offset in the source space.
+        source_offset: u64,
+    },
+    /// A page entry has bits that no writer of this version produces.
+    #[error("page entry {raw:#018x} is of no known kind")]
+    Entry {
+        /// The entry.
+        raw: u64,
+    },
+    /// The index gives a page to a slot that was stored for another page with other bytes, or
+    /// that the chunk does not have.
+    #[error("slot {slot} of the chunk expected to hold page {page}, which it does not")]
+    Slot {
+        /// The page.
+        page: u32,
+        /// The slot that its entry names.
+        slot: u16,
+    },
+    /// The metadata is not a JSON object of the right shape.
+    #[error("metadata is not valid JSON (line {line}, column {column})")]
+    Json {
+        /// Line, from 1.
+        line: usize,
+        /// Column, from 1.
+        column: usize,
+    },
+}
+
+/// Why a snapshot could not be written. Nothing is at the output path in this case, or what was
+/// there before.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WriteError {
+    /// The output exists and may not be replaced.
+    #[error("{path} exists; it is not replaced unless asked for")]
+    Exists {
+        /// The output path.
+        path: PathBuf,
+    },
+    /// What is at the output path is a folder, a link or a device.
+    #[error("{path} is not a regular file; it is not replaced")]
+    NotAFile {
+        /// The output path.
+        path: PathBuf,
+    },
+    /// The output could not be created, written, made durable or put in its place.
+    #[error("cannot {operation} {path}")]
+    Output {
+        /// What was tried.
+        operation: &'static str,
+        /// The output path.
+        path: PathBuf,
+        /// The system's error.
+        source: io::Error,
+    },
+    /// The memory to be stored could not be read.
+    #[error("cannot read {len} bytes of guest memory at source offset {source_offset}")]
+    Memory {
+        /// Where in the source space, in bytes.
+        source_offset: u64,
+        /// How much.
+        len: u64,
+        /// The memory's own error.
+        source: io::Error,
+    },
+    /// A value given by the caller is outside the format's limits.
+    #[error("{what} is {found}, allowed are {min} to {max}")]
+    Limit {
+        /// Which value.
+        what: &'static str,
+        /// Least value allowed.
+        min: u64,
+        /// Greatest value allowed.
+        max: u64,
+        /// The value given.
+        found: u64,
+    },
+    /// The memory regions overlap, leave a gap in source space or are not whole pages.
+    #[error("memory region {index} at gpa {gpa:#x}: {problem}")]
+    Regions {
+        /// Position in the list.
+        index: usize,
+        /// Its guest-physical address.
+        gpa: u64,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// The parent of a layer could not be read.
+    #[error("cannot read the parent")]
+    Parent(#[source] ReadError),
+    /// A codec failed.
+    #[error("{codec} could not compress a chunk")]
+    Codec {
+        /// Name of the codec.
+        codec: &'static str,
+        /// The codec's error.
+        source: io::Error,
+    },
+    /// The codec was left out of this build.
+    #[error("codec {codec} is not in this build (cargo feature)")]
+    CodecNotBuilt {
+        /// Name of the codec.
+        codec: &'static str,
+    },
+    /// The metadata could not be written as JSON.
+    #[error("metadata cannot be written as JSON")]
+    Metadata(#[source] serde_json::Error),
+    /// The caller's progress callback asked to stop.
+    #[error("cancelled")]
+    Cancelled,
+}

@@ -1,0 +1,187 @@
+//! One file's page index: a root that lists the leaves there are, and leaves of 512 page entries.
+//!
+//! A leaf that is not listed stands for 2 MiB of zeros, or in a layer for 2 MiB that are as in the
+//! parent. Leaves are read and checked when they are asked for; [`PageTable`] keeps them.
+//!
+//! [`PageTable`]: crate::page_table::PageTable
+
+use std::ops::Range;
+
+use crate::entry::{PageEntry, PageIndex};
+use crate::error::{Corruption, Part, Problem, ReadError};
+use crate::layout::{
+    ENTRY_BYTES, LEAF_BYTES, LEAF_PAGES, LEAF_SPAN_BYTES, ROOT_RECORD_BYTES, put, u32_at, u64_at,
+};
+use crate::read_at::ReadAt;
+use crate::section::{Section, SectionKind};
+
+/// Reader's side of one file's index.
+pub(crate) struct Index {
+    /// Number and checksum of the leaves there are, by ascending number.
+    leaves: Vec<(u32, u32)>,
+    /// Offset of the first leaf in the file; the others follow in the order of the root.
+    leaves_offset: u64,
+    /// The bytes of the file that chunks may lie in.
+    chunks: Range<u64>,
+    layered: bool,
+}
+
+impl Index {
+    /// Parses a root whose checksum was found right.
+    pub(crate) fn parse(
+        root: &[u8],
+        root_section: &Section,
+        leaves_section: &Section,
+        chunks_section: &Section,
+        memory_bytes: u64,
+        layered: bool,
+    ) -> Result<Self, Corruption> {
+        let possible = memory_bytes.div_ceil(LEAF_SPAN_BYTES);
+        let expected = (root.len() / ROOT_RECORD_BYTES * LEAF_BYTES) as u64;
+        if leaves_section.len != expected {
+            let field = "length of index leaves";
+            let problem = Problem::Field { field, expected, found: leaves_section.len };
+            return Err(Corruption::new(Part::SectionTable, leaves_section.offset, problem));
+        }
+        let mut leaves = Vec::with_capacity(root.len() / ROOT_RECORD_BYTES);
+        let mut least = 0;
+        for (position, record) in root.chunks_exact(ROOT_RECORD_BYTES).enumerate() {
+            let number = u32_at(record, 0);
+            if !(least..possible).contains(&u64::from(number)) {
+                let (field, max) = ("root.leaf", possible - 1);
+                let problem = Problem::Range { field, min: least, max, found: number.into() };
+                let at = root_section.offset + (position * ROOT_RECORD_BYTES) as u64;
+                let part = Part::Section(SectionKind::INDEX_ROOT);
+                return Err(Corruption::new(part, at, problem));
+            }
+            least = u64::from(number) + 1;
+            leaves.push((number, u32_at(record, 4)));
+        }
+        let chunks = chunks_section.offset..chunks_section.end();
+        Ok(Self { leaves, leaves_offset: leaves_section.offset, chunks, layered })
+    }
+
+    /// Numbers of the leaves there are, ascending.
+    pub(crate) fn leaf_numbers(&self) -> impl ExactSizeIterator<Item = u32> {
+        self.leaves.iter().map(|(number, _)| *number)
+    }
+
+    /// What an entry is in a leaf that is not there.
+    pub(crate) fn absent(&self) -> PageEntry {
+        if self.layered { PageEntry::Parent } else { PageEntry::Zero }
+    }
+
+    /// Reads and checks a leaf, all of its entries; `None` if it is not there.
+    pub(crate) fn leaf(
+        &self,
+        storage: &dyn ReadAt,
+        number: u32,
+    ) -> Result<Option<Box<[u8; LEAF_BYTES]>>, ReadError> {
+        let Some(position) = self.position(number) else { return Ok(None) };
+        let (offset, part) = (self.leaf_offset(position), Part::Section(SectionKind::INDEX_LEAVES));
+        let mut leaf = Box::new([0; LEAF_BYTES]);
+        storage
+            .read_exact_at(&mut leaf[..], offset)
+            .map_err(|source| ReadError::io(part, offset, LEAF_BYTES as u64, source))?;
+        let (expected, found) = (self.leaves[position].1, crc32fast::hash(&leaf[..]));
+        if expected != found {
+            return Err(Corruption::new(part, offset, Problem::Checksum { expected, found }).into());
+        }
+        for at in (0..LEAF_BYTES).step_by(ENTRY_BYTES) {
+            self.check(u64_at(&leaf[..], at))
+                .map_err(|problem| Corruption::new(part, offset + at as u64, problem))?;
+        }
+        Ok(Some(leaf))
+    }
+
+    /// Offset in the file of one page's entry, for messages.
+    pub(crate) fn entry_offset(&self, page: PageIndex) -> u64 {
+        let position = self.position(page.leaf()).unwrap_or(0);
+        self.leaf_offset(position) + (page.position() * ENTRY_BYTES) as u64
+    }
+
+    fn position(&self, number: u32) -> Option<usize> {
+        self.leaves.binary_search_by_key(&number, |(number, _)| *number).ok()
+    }
+
+    fn leaf_offset(&self, position: usize) -> u64 {
+        self.leaves_offset + (position * LEAF_BYTES) as u64
+    }
+
+    fn check(&self, raw: u64) -> Result<(), Problem> {
+        match PageEntry::decode(raw) {
+            Ok(PageEntry::Zero) => Ok(()),
+            Ok(PageEntry::Parent) if self.layered => Ok(()),
+            Ok(PageEntry::Data { chunk, .. }) => {
+                if self.chunks.start <= chunk.offset() && chunk.end() <= self.chunks.end {
+                    return Ok(());
+                }
+                let Range { start: min, end: max } = self.chunks;
+                Err(Problem::Range { field: "entry.chunk", min, max, found: chunk.offset() })
+            }
+            Ok(PageEntry::Parent) | Err(_) => Err(Problem::Entry { raw }),
+        }
+    }
+}
+
+/// Writer's side of the index: leaves in ascending order.
+pub(crate) struct IndexBuilder {
+    numbers: Vec<u32>,
+    leaves: Vec<u8>,
+    absent: PageEntry,
+}
+
+impl IndexBuilder {
+    /// An index without leaves, in which every page is `absent`: zero or as in the parent.
+    pub(crate) fn new(absent: PageEntry) -> Self {
+        Self { numbers: Vec::new(), leaves: Vec::new(), absent }
+    }
+
+    /// Adds the leaf that holds the given entries, unless they are all as in a leaf that is not
+    /// there. Leaf numbers must ascend.
+    pub(crate) fn push_leaf(
+        &mut self,
+        number: u32,
+        entries: impl IntoIterator<Item = (PageIndex, PageEntry)>,
+    ) {
+        let start = self.leaves.len();
+        let absent = self.absent.encode().to_le_bytes();
+        for _ in 0..LEAF_PAGES {
+            self.leaves.extend_from_slice(&absent);
+        }
+        let leaf = &mut self.leaves[start..];
+        let mut all_absent = true;
+        for (page, entry) in entries {
+            debug_assert_eq!(page.leaf(), number);
+            all_absent &= entry == self.absent;
+            put(leaf, page.position() * ENTRY_BYTES, &entry.encode().to_le_bytes());
+        }
+        if all_absent {
+            self.leaves.truncate(start);
+        } else {
+            self.numbers.push(number);
+        }
+    }
+
+    /// The entry that a page got.
+    pub(crate) fn entry(&self, page: PageIndex) -> PageEntry {
+        let Ok(position) = self.numbers.binary_search(&page.leaf()) else { return self.absent };
+        let at = position * LEAF_BYTES + page.position() * ENTRY_BYTES;
+        // Its own encoding.
+        PageEntry::decode(u64_at(&self.leaves, at)).unwrap_or(self.absent)
+    }
+
+    /// Bytes of the leaves section.
+    pub(crate) fn leaves(&self) -> &[u8] {
+        &self.leaves
+    }
+
+    /// Bytes of the root section.
+    pub(crate) fn root(&self) -> Vec<u8> {
+        let leaves = self.leaves.chunks_exact(LEAF_BYTES).map(crc32fast::hash);
+        let records = self.numbers.iter().zip(leaves);
+        records
+            .flat_map(|(number, crc)| [number.to_le_bytes(), crc.to_le_bytes()].concat())
+            .collect()
+    }
+}

@@ -1,0 +1,134 @@
+//! One file of a snapshot: opened, and checked as far as opening goes.
+
+use crate::error::{Corruption, Part, Problem, ReadError};
+use crate::header::Header;
+use crate::index::Index;
+use crate::layout::{
+    HEADER_BYTES, INCOMPAT_LAYERED, LEAF_SPAN_BYTES, MAX_METADATA_BYTES, MAX_PARENT_HINT_BYTES,
+    MAX_REGIONS, MAX_STATE_BYTES, REGION_RECORD_BYTES, ROOT_RECORD_BYTES, SECTION_RECORD_BYTES,
+};
+use crate::memory_map::{self, MemoryRegion};
+use crate::metadata::{self, Metadata};
+use crate::parent::ParentHint;
+use crate::read_at::ReadAt;
+use crate::section::{self, Section, SectionKind};
+use crate::snapshot::StateBlob;
+
+/// One file of a chain.
+pub(crate) struct Layer<R> {
+    pub(crate) storage: R,
+    pub(crate) header: Header,
+    pub(crate) sections: Vec<Section>,
+    pub(crate) index: Index,
+    pub(crate) regions: Vec<MemoryRegion>,
+}
+
+impl<R: ReadAt> Layer<R> {
+    /// Reads and checks header, section table, memory map and the root of the index.
+    pub(crate) fn open(storage: R) -> Result<Self, ReadError> {
+        let file_bytes = storage
+            .len_bytes()
+            .map_err(|source| ReadError::io(Part::Header, 0, HEADER_BYTES as u64, source))?;
+        let header = read_header(&storage, file_bytes)?;
+        let table_bytes = header.table_records as usize * SECTION_RECORD_BYTES;
+        let table = read(&storage, Part::SectionTable, header.table_offset, table_bytes)?;
+        check_crc(Part::SectionTable, header.table_offset, header.table_crc, &table)?;
+        let sections = section::parse_table(&table, header.table_offset)?;
+
+        let only = |kind| section::only(&sections, kind, header.table_offset);
+        let map = only(SectionKind::MEMORY_MAP)?;
+        let most = (MAX_REGIONS * REGION_RECORD_BYTES) as u64;
+        let map_bytes = read_section(&storage, &map, REGION_RECORD_BYTES, most)?;
+        let regions = memory_map::parse(&map_bytes, map.offset, header.memory_bytes)?;
+        let root = only(SectionKind::INDEX_ROOT)?;
+        let most = header.memory_bytes.div_ceil(LEAF_SPAN_BYTES) * ROOT_RECORD_BYTES as u64;
+        let root_bytes = read_section(&storage, &root, ROOT_RECORD_BYTES, most)?;
+        let index = Index::parse(
+            &root_bytes,
+            &root,
+            &only(SectionKind::INDEX_LEAVES)?,
+            &only(SectionKind::CHUNKS)?,
+            header.memory_bytes,
+            header.incompat & INCOMPAT_LAYERED != 0,
+        )?;
+        Ok(Self { storage, header, sections, index, regions })
+    }
+
+    pub(crate) fn metadata(&self) -> Result<Metadata, ReadError> {
+        let section =
+            section::only(&self.sections, SectionKind::METADATA, self.header.table_offset)?;
+        let bytes = read_section(&self.storage, &section, 1, MAX_METADATA_BYTES)?;
+        Ok(metadata::parse(&bytes, section.offset)?)
+    }
+
+    pub(crate) fn state(&self, tag: u32) -> Result<Option<StateBlob>, ReadError> {
+        let of_tag = |s: &&Section| s.kind == SectionKind::STATE && s.tag == tag;
+        let Some(section) = self.sections.iter().find(of_tag) else { return Ok(None) };
+        let bytes = read_section(&self.storage, section, 1, MAX_STATE_BYTES)?;
+        Ok(Some(StateBlob { tag, version: section.version, bytes }))
+    }
+
+    /// What the file says of its parent, if it is a layer.
+    pub(crate) fn parent_hint(&self) -> Result<Option<ParentHint>, ReadError> {
+        if self.header.incompat & INCOMPAT_LAYERED == 0 {
+            return Ok(None);
+        }
+        let section =
+            section::only(&self.sections, SectionKind::PARENT_HINT, self.header.table_offset)?;
+        let bytes = read_section(&self.storage, &section, 1, MAX_PARENT_HINT_BYTES)?;
+        Ok(Some(ParentHint::parse(&self.header, &bytes, section.offset)?))
+    }
+}
+
+fn read_header(storage: &dyn ReadAt, file_bytes: u64) -> Result<Header, ReadError> {
+    let mut bytes = Box::new([0; HEADER_BYTES]);
+    // Of a file that is too short for a header, tell first whether it looks like one at all.
+    let len = file_bytes.min(HEADER_BYTES as u64) as usize;
+    storage
+        .read_exact_at(&mut bytes[..len], 0)
+        .map_err(|source| ReadError::io(Part::Header, 0, len as u64, source))?;
+    if len < HEADER_BYTES && bytes.starts_with(&crate::layout::MAGIC) || len == 0 {
+        return Err(ReadError::WrongLength { expected: HEADER_BYTES as u64, found: file_bytes });
+    }
+    Header::decode(&bytes, file_bytes)
+}
+
+/// Reads a section into memory after checking that its length is a multiple of `unit` and at
+/// most `most`; then checks its checksum.
+fn read_section(
+    storage: &dyn ReadAt,
+    section: &Section,
+    unit: usize,
+    most: u64,
+) -> Result<Vec<u8>, ReadError> {
+    let part = Part::Section(section.kind);
+    let corrupt = |problem| Corruption::new(part, section.offset, problem);
+    if section.len > most {
+        let (field, found) = ("section.len", section.len);
+        return Err(corrupt(Problem::Range { field, min: 0, max: most, found }).into());
+    }
+    let rest = section.len % unit as u64;
+    if rest != 0 {
+        let field = "section.len modulo record";
+        return Err(corrupt(Problem::Field { field, expected: 0, found: rest }).into());
+    }
+    let bytes = read(storage, part, section.offset, section.len as usize)?;
+    check_crc(part, section.offset, section.crc, &bytes)?;
+    Ok(bytes)
+}
+
+fn read(storage: &dyn ReadAt, part: Part, offset: u64, len: usize) -> Result<Vec<u8>, ReadError> {
+    let mut bytes = vec![0; len];
+    storage
+        .read_exact_at(&mut bytes, offset)
+        .map_err(|source| ReadError::io(part, offset, len as u64, source))?;
+    Ok(bytes)
+}
+
+fn check_crc(part: Part, offset: u64, expected: u32, bytes: &[u8]) -> Result<(), Corruption> {
+    let found = crc32fast::hash(bytes);
+    if found == expected {
+        return Ok(());
+    }
+    Err(Corruption::new(part, offset, Problem::Checksum { expected, found }))
+}

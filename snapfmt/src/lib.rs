@@ -1,0 +1,91 @@
+//! One-file snapshots of virtual machine memory: random access, compressed, checksummed.
+//!
+//! A snapshot holds a guest's memory in chunks of compressed pages, an index that finds any page
+//! with one look-up, opaque machine state, and metadata in JSON. The bytes are described in
+//! `docs/format.md`; this crate is one implementation of it.
+//!
+//! # What it does
+//! - Opens in constant time: the cost does not depend on the size of the guest's memory.
+//! - Reads any page with one look-up and one read; a chunk's checksum is checked whenever it is
+//!   read, never all up front and never skipped.
+//! - Writes on all cores, with bounded memory, progress and cancellation; a file appears whole
+//!   and synced, or not at all, even after SIGKILL.
+//! - Treats the file as hostile: lengths are bounded before allocation, offsets checked, decoders
+//!   capped. A bad file is a typed error with section, offset, expected and found.
+//!
+//! # What it does not do
+//! - It knows neither KVM nor userfaultfd, and what is in the state it does not care.
+//! - It does not encrypt or sign; checksums find accidents, not forgers.
+//!
+//! # Example
+//! ```
+//! use std::ops::ControlFlow;
+//! use snapfmt::{ChunkBuffer, Contents, MemoryRegion, Metadata, PageIndex, Snapshot, StateBlob};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! // 8 MiB of guest memory, of which one page holds something.
+//! let mut memory = vec![0u8; 8 << 20];
+//! memory[5 * 4096..6 * 4096].fill(7);
+//!
+//! let directory = tempfile::tempdir()?;
+//! let path = directory.path().join("guest.snap");
+//! let contents = Contents {
+//!     regions: &[MemoryRegion { gpa: 0, len: 8 << 20, source_offset: 0 }],
+//!     memory: &memory,
+//!     data: &[0..8 << 20],
+//!     states: &[StateBlob { tag: 1, version: 1, bytes: b"registers".to_vec() }],
+//!     metadata: Metadata { tool: "example".into(), ..Metadata::default() },
+//! };
+//! snapfmt::write_snapshot(&path, contents, &Default::default(), &|_| ControlFlow::Continue(()))?;
+//!
+//! let snapshot = Snapshot::open(&path)?;
+//! assert_eq!(snapshot.header().data_pages, 1);
+//! let (mut buffer, mut page) = (ChunkBuffer::new(), [0; 4096]);
+//! snapshot.read_page(PageIndex(5), &mut buffer, &mut page)?;
+//! assert_eq!(page, [7; 4096]);
+//! # Ok(())
+//! # }
+//! ```
+#![forbid(unsafe_code)]
+
+mod chunk;
+mod codec;
+mod dedupe;
+mod entry;
+mod error;
+mod header;
+mod index;
+mod layer;
+pub mod layout;
+mod load;
+mod memory;
+mod memory_map;
+mod metadata;
+mod ordered;
+mod output;
+mod pack;
+mod page_table;
+mod parent;
+mod read_at;
+mod section;
+mod snapshot;
+mod verify;
+mod writeback;
+mod writer;
+
+pub use chunk::{Chunk, ChunkBuffer, ChunkHeader};
+pub use codec::{Codec, UnknownCodec};
+pub use entry::{ChunkExtent, PageEntry, PageIndex};
+pub use error::{ChainError, Corruption, Part, Problem, ReadError, WriteError};
+pub use header::Header;
+pub use load::OnPages;
+pub use memory::SnapshotMemory;
+pub use memory_map::MemoryRegion;
+pub use metadata::{CodecUse, Metadata};
+pub use output::Existing;
+pub use parent::{Parent, ParentHint, Parents};
+pub use read_at::ReadAt;
+pub use section::{Section, SectionKind};
+pub use snapshot::{Snapshot, StateBlob};
+pub use verify::Verified;
+pub use writer::{Contents, OnProgress, Progress, WriteOptions, write_layer, write_snapshot};

@@ -1,0 +1,71 @@
+//! What a snapshot says of itself, as JSON that anybody can print without KVM.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::codec::Codec;
+use crate::error::{Corruption, Part, Problem};
+use crate::section::SectionKind;
+
+/// The metadata section: a JSON object. It informs; nothing in it is needed to restore.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Metadata {
+    /// Name of the program that wrote the file.
+    #[serde(default)]
+    pub tool: String,
+    /// Its version.
+    #[serde(default)]
+    pub tool_version: String,
+    /// What was stored by codec name; filled in by the writer.
+    #[serde(default)]
+    pub storage: BTreeMap<String, CodecUse>,
+    /// Everything else that the producer wants to say: host CPU, guest, devices.
+    #[serde(flatten)]
+    pub other: serde_json::Map<String, serde_json::Value>,
+}
+
+/// How much of a file is stored in one codec.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CodecUse {
+    /// Chunks in this codec.
+    pub chunks: u64,
+    /// Pages in those chunks.
+    pub pages: u64,
+    /// Bytes that those chunks take in the file, headers and padding with them.
+    pub stored_bytes: u64,
+}
+
+/// The same by codec, as the writer counts it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct StorageUse([CodecUse; Codec::ALL.len()]);
+
+impl StorageUse {
+    pub(crate) fn add(&mut self, codec: Codec, pages: usize, stored_bytes: u32) {
+        let slot = &mut self.0[codec as usize];
+        slot.chunks += 1;
+        slot.pages += pages as u64;
+        slot.stored_bytes += u64::from(stored_bytes);
+    }
+
+    pub(crate) fn total(&self) -> CodecUse {
+        self.0.iter().fold(CodecUse::default(), |sum, slot| CodecUse {
+            chunks: sum.chunks + slot.chunks,
+            pages: sum.pages + slot.pages,
+            stored_bytes: sum.stored_bytes + slot.stored_bytes,
+        })
+    }
+
+    pub(crate) fn by_name(&self) -> BTreeMap<String, CodecUse> {
+        let used = Codec::ALL.iter().zip(self.0).filter(|(_, slot)| slot.chunks > 0);
+        used.map(|(codec, slot)| (codec.name().to_owned(), slot)).collect()
+    }
+}
+
+/// Parses metadata whose checksum was found right.
+pub(crate) fn parse(bytes: &[u8], offset: u64) -> Result<Metadata, Corruption> {
+    serde_json::from_slice(bytes).map_err(|error| {
+        let problem = Problem::Json { line: error.line(), column: error.column() };
+        Corruption::new(Part::Section(SectionKind::METADATA), offset, problem)
+    })
+}

@@ -1,0 +1,218 @@
+//! Numbered tasks done by several threads, their results taken in order, a bounded number under
+//! way: what keeps all cores at work and the output the same whatever the number of threads.
+
+use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+/// Results under way for each thread: enough that a slow task does not make the others wait.
+const WINDOW_PER_THREAD: usize = 3;
+
+struct State<T, E> {
+    next_task: usize,
+    next_result: usize,
+    /// Results that wait for an earlier one.
+    waiting: BTreeMap<usize, T>,
+    /// Results that the sink is done with; their buffers are used again.
+    spare: Vec<T>,
+    /// Whether a thread is at the sink.
+    sinking: bool,
+    error: Option<E>,
+    /// Whether a thread has panicked: the others then stop, and the scope passes the panic on.
+    panicked: bool,
+}
+
+impl<T, E> State<T, E> {
+    fn stopped(&self) -> bool {
+        self.error.is_some() || self.panicked
+    }
+}
+
+/// Does tasks `0..tasks`: `work(context, task, result)` on any thread fills a result, `sink`
+/// gets the results in order, one at a time. `context` makes what one thread works with.
+/// After an error no further task is begun; the first error is returned.
+pub(crate) fn run<C, T: Default + Send, E: Send>(
+    tasks: usize,
+    threads: NonZeroUsize,
+    context: impl Fn() -> Result<C, E> + Sync,
+    work: impl Fn(&mut C, usize, &mut T) -> Result<(), E> + Sync,
+    sink: impl FnMut(&mut T) -> Result<(), E> + Send,
+) -> Result<(), E> {
+    let threads = threads.get().min(tasks.max(1));
+    let window = threads * WINDOW_PER_THREAD;
+    let sink = Mutex::new(sink);
+    let changed = Condvar::new();
+    let state = Mutex::new(State {
+        next_task: 0,
+        next_result: 0,
+        waiting: BTreeMap::new(),
+        spare: Vec::new(),
+        sinking: false,
+        error: None,
+        panicked: false,
+    });
+
+    let worker = || -> Result<(), E> {
+        let mut context = context()?;
+        let mut guard = lock(&state);
+        loop {
+            while !guard.stopped()
+                && guard.next_task < tasks
+                && guard.next_task >= guard.next_result + window
+            {
+                guard = changed.wait(guard).unwrap_or_else(PoisonError::into_inner);
+            }
+            if guard.stopped() || guard.next_task >= tasks {
+                return Ok(());
+            }
+            let task = guard.next_task;
+            guard.next_task += 1;
+            let mut result = guard.spare.pop().unwrap_or_default();
+            drop(guard);
+            work(&mut context, task, &mut result)?;
+            guard = lock(&state);
+            guard.waiting.insert(task, result);
+            if guard.sinking {
+                // That thread will take this result too.
+                continue;
+            }
+            guard.sinking = true;
+            while let Some(mut result) = {
+                let next = guard.next_result;
+                guard.waiting.remove(&next)
+            } {
+                drop(guard);
+                let sunk = lock(&sink)(&mut result);
+                guard = lock(&state);
+                sunk?;
+                guard.next_result += 1;
+                guard.spare.push(result);
+                changed.notify_all();
+            }
+            guard.sinking = false;
+        }
+    };
+    let guarded = || {
+        let _bell = OnPanic(|| {
+            lock(&state).panicked = true;
+            changed.notify_all();
+        });
+        if let Err(error) = worker() {
+            lock(&state).error.get_or_insert(error);
+            changed.notify_all();
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..threads {
+            scope.spawn(guarded);
+        }
+        guarded();
+    });
+    match state.into_inner().unwrap_or_else(PoisonError::into_inner).error {
+        Some(error) => Err(error),
+        None => Ok(()),
+    }
+}
+
+/// Runs its function if it is dropped by a panic.
+struct OnPanic<F: Fn()>(F);
+
+impl<F: Fn()> Drop for OnPanic<F> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            (self.0)();
+        }
+    }
+}
+
+/// Locks; a panic of another thread is passed on by the scope, not by the lock.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn threads(count: usize) -> NonZeroUsize {
+        NonZeroUsize::new(count).unwrap()
+    }
+
+    #[test]
+    fn results_come_in_order_and_few_are_under_way() {
+        for count in 1..6 {
+            let mut seen = Vec::new();
+            let live = std::sync::atomic::AtomicUsize::new(0);
+            run(
+                500,
+                threads(count),
+                || Ok::<_, ()>(()),
+                |(), task, result: &mut usize| {
+                    use std::sync::atomic::Ordering::SeqCst;
+                    assert!(live.fetch_add(1, SeqCst) < count * (WINDOW_PER_THREAD + 1));
+                    if task % 7 == 0 {
+                        std::thread::yield_now();
+                    }
+                    *result = task;
+                    Ok(())
+                },
+                |result| {
+                    live.fetch_sub(1, std::sync::atomic::Ordering::SeqCst);
+                    seen.push(*result);
+                    Ok(())
+                },
+            )
+            .unwrap();
+            assert_eq!(seen, (0..500).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "scoped thread panicked")]
+    fn a_panic_is_passed_on_and_nobody_waits_for_ever() {
+        let first = std::sync::atomic::AtomicBool::new(true);
+        let _ = run(
+            1000,
+            threads(4),
+            || Ok::<_, ()>(()),
+            |(), task, _: &mut usize| {
+                // Not on the calling thread, whose own message would come instead.
+                let main = std::thread::current().name().is_some();
+                while main && first.load(std::sync::atomic::Ordering::SeqCst) {
+                    std::thread::yield_now();
+                }
+                first.store(false, std::sync::atomic::Ordering::SeqCst);
+                assert!(main || task > 900, "task {task}");
+                Ok(())
+            },
+            |_| Ok(()),
+        );
+    }
+
+    #[test]
+    fn an_error_of_either_side_stops_all() {
+        let late = |_: &mut usize| Ok(());
+        let failed = run(
+            1000,
+            threads(4),
+            || Ok(()),
+            |(), task, _: &mut usize| if task == 17 { Err("work") } else { Ok(()) },
+            late,
+        );
+        assert_eq!(failed, Err("work"));
+        let failed = run(
+            1000,
+            threads(4),
+            || Ok(()),
+            |(), task, result: &mut usize| {
+                *result = task;
+                Ok(())
+            },
+            |result| if *result == 17 { Err("sink") } else { Ok(()) },
+        );
+        assert_eq!(failed, Err("sink"));
+        let failed =
+            run(3, threads(2), || Err::<(), _>("context"), |(), _, _: &mut usize| Ok(()), late);
+        assert_eq!(failed, Err("context"));
+    }
+}

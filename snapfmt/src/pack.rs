@@ -1,0 +1,289 @@
+//! From guest memory to chunks: which pages have to be stored, gathered and compressed, on all
+//! cores.
+//!
+//! One task is one leaf of the index, 2 MiB of memory, so a chunk never crosses a leaf.
+
+use std::ops::Range;
+
+use crate::chunk::{self, ChunkBuffer};
+use crate::codec::{Codec, Compressor};
+use crate::dedupe::{self, Dedupe, Ticket};
+use crate::entry::PageIndex;
+use crate::error::WriteError;
+use crate::layout::{LEAF_SPAN_BYTES, PAGE_BYTES};
+use crate::parent::ParentPages;
+use crate::read_at::ReadAt;
+
+/// The chunks of one leaf, encoded but not yet placed in the file.
+#[derive(Default)]
+pub(crate) struct PackedLeaf {
+    pub(crate) number: u32,
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) chunks: Vec<PackedChunk>,
+    /// Stored pages in the order of the chunks' slots, which is ascending.
+    pub(crate) pages: Vec<PageIndex>,
+    /// Pages that have the bytes of another one, which comes before them.
+    pub(crate) duplicates: Vec<(PageIndex, PageIndex)>,
+    /// Pages that are zero and are not so in the parent.
+    pub(crate) cleared: Vec<PageIndex>,
+}
+
+pub(crate) struct PackedChunk {
+    pub(crate) len: u32,
+    pub(crate) pages: u16,
+    pub(crate) codec: Codec,
+}
+
+/// The data ranges of a memory, cut into leaves.
+pub(crate) struct LeafTasks {
+    /// Sorted, disjoint, whole pages.
+    ranges: Vec<Range<u64>>,
+    leaves: Vec<u32>,
+}
+
+impl LeafTasks {
+    /// Widens the ranges to whole pages and joins those that touch; what lies above the end of
+    /// memory is ignored.
+    pub(crate) fn new(data: &[Range<u64>], memory_bytes: u64) -> Self {
+        let page = PAGE_BYTES as u64;
+        let mut sorted: Vec<_> = data
+            .iter()
+            .map(|r| r.start / page * page..r.end.min(memory_bytes).next_multiple_of(page))
+            .filter(|r| r.start < r.end)
+            .collect();
+        sorted.sort_by_key(|range| range.start);
+        let mut ranges: Vec<Range<u64>> = Vec::with_capacity(sorted.len());
+        let mut leaves: Vec<u32> = Vec::new();
+        for range in sorted {
+            let first = (range.start / LEAF_SPAN_BYTES) as u32;
+            let last = ((range.end - 1) / LEAF_SPAN_BYTES) as u32;
+            let after = leaves.last().map_or(0, |leaf| leaf + 1);
+            leaves.extend(first.max(after)..=last);
+            match ranges.last_mut() {
+                Some(before) if range.start <= before.end => before.end = before.end.max(range.end),
+                _ => ranges.push(range),
+            }
+        }
+        Self { ranges, leaves }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.leaves.len()
+    }
+
+    pub(crate) fn total_bytes(&self) -> u64 {
+        self.ranges.iter().map(|range| range.end - range.start).sum()
+    }
+
+    /// The parts of one task's leaf that may hold data.
+    fn ranges_of(&self, task: usize) -> (u32, impl Iterator<Item = Range<u64>>) {
+        let number = self.leaves[task];
+        let leaf = u64::from(number) * LEAF_SPAN_BYTES..(u64::from(number) + 1) * LEAF_SPAN_BYTES;
+        let first = self.ranges.partition_point(|range| range.end <= leaf.start);
+        let ranges = self.ranges[first..]
+            .iter()
+            .take_while({
+                let end = leaf.end;
+                move |range| range.start < end
+            })
+            .map(move |range| range.start.max(leaf.start)..range.end.min(leaf.end));
+        (number, ranges)
+    }
+}
+
+/// Memory is read in pieces of this size, so that a page is still in the core's cache when it is
+/// looked at.
+const PIECE_BYTES: usize = 128 << 10;
+
+/// What one thread packs with.
+pub(crate) struct Packer<'a> {
+    memory: &'a dyn ReadAt,
+    compressor: Compressor,
+    chunk_pages: usize,
+    dedupe: Option<&'a Dedupe>,
+    parent: Option<(&'a dyn ParentPages, ChunkBuffer)>,
+    /// The leaf's pages that are to be stored, end to end, as far as `gathered`; behind them room
+    /// for the rest of the leaf.
+    raw: Vec<u8>,
+    gathered: usize,
+}
+
+impl<'a> Packer<'a> {
+    pub(crate) fn new(
+        memory: &'a dyn ReadAt,
+        compressor: Compressor,
+        chunk_pages: usize,
+        dedupe: Option<&'a Dedupe>,
+        parent: Option<&'a dyn ParentPages>,
+    ) -> Self {
+        let parent = parent.map(|parent| (parent, ChunkBuffer::new()));
+        let raw = vec![0; LEAF_SPAN_BYTES as usize];
+        Self { memory, compressor, chunk_pages, dedupe, parent, raw, gathered: 0 }
+    }
+
+    /// Reads one leaf's memory and packs what has to be stored. Gives the bytes that were read.
+    pub(crate) fn pack(
+        &mut self,
+        tasks: &LeafTasks,
+        task: usize,
+        packed: &mut PackedLeaf,
+    ) -> Result<u64, WriteError> {
+        let ticket = self.dedupe.map(|dedupe| dedupe.ticket(task));
+        let (number, ranges) = tasks.ranges_of(task);
+        packed.number = number;
+        packed.bytes.clear();
+        packed.chunks.clear();
+        packed.pages.clear();
+        packed.duplicates.clear();
+        packed.cleared.clear();
+        self.gathered = 0;
+        let mut read_bytes = 0;
+        for range in ranges {
+            read_bytes += range.end - range.start;
+            self.gather(range, packed)?;
+        }
+        if let Some(ticket) = ticket {
+            self.drop_duplicates(ticket, packed)?;
+        }
+        let PackedLeaf { bytes, chunks, pages, .. } = packed;
+        let raw_chunks = self.raw[..self.gathered].chunks(self.chunk_pages * PAGE_BYTES);
+        for (pages, raw) in pages.chunks(self.chunk_pages).zip(raw_chunks) {
+            let (len, codec) = chunk::encode(&mut self.compressor, pages, raw, bytes)?;
+            chunks.push(PackedChunk { len, pages: pages.len() as u16, codec });
+        }
+        Ok(read_bytes)
+    }
+
+    /// Reads a range and gathers the pages that are not zero or, with a parent, not as there.
+    fn gather(&mut self, range: Range<u64>, packed: &mut PackedLeaf) -> Result<(), WriteError> {
+        for source_offset in range.clone().step_by(PIECE_BYTES) {
+            let len = (range.end - source_offset).min(PIECE_BYTES as u64);
+            // Straight to where its pages are to be, for most of them are kept.
+            let start = self.gathered;
+            let piece = &mut self.raw[start..start + len as usize];
+            self.memory
+                .read_exact_at(piece, source_offset)
+                .map_err(|source| WriteError::Memory { source_offset, len, source })?;
+            // Below 2^32: memory is at most 16 TiB.
+            let first = (source_offset / PAGE_BYTES as u64) as u32;
+            for (at, number) in (start..start + len as usize).step_by(PAGE_BYTES).zip(first..) {
+                let bytes = &self.raw[at..at + PAGE_BYTES];
+                let (page, zero) = (PageIndex(number), is_zero(bytes));
+                let there = match &mut self.parent {
+                    Some((parent, buffer)) => {
+                        parent.page(page, buffer).map_err(WriteError::Parent)?
+                    }
+                    None => None,
+                };
+                match (zero, there) {
+                    (true, None) => {}
+                    (true, Some(_)) => packed.cleared.push(page),
+                    (false, Some(there)) if there == bytes => {}
+                    (false, _) => {
+                        packed.pages.push(page);
+                        self.raw.copy_within(at..at + PAGE_BYTES, self.gathered);
+                        self.gathered += PAGE_BYTES;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes pages out that have the bytes of an earlier one.
+    fn drop_duplicates(
+        &mut self,
+        ticket: Ticket<'_>,
+        packed: &mut PackedLeaf,
+    ) -> Result<(), WriteError> {
+        let hashes: Vec<_> =
+            self.raw[..self.gathered].chunks_exact(PAGE_BYTES).map(dedupe::hash).collect();
+        // Many pages may be equal to the same one: it is read once.
+        let (mut other, mut other_is) = ([0; PAGE_BYTES], None);
+        let mut kept = 0;
+        ticket.take(|remember| {
+            for (at, hash) in hashes.iter().enumerate() {
+                let page = packed.pages[at];
+                let start = at * PAGE_BYTES;
+                if let Some(earlier) = remember(*hash, page) {
+                    if other_is != Some(earlier) {
+                        let source_offset = earlier.source_offset();
+                        self.memory.read_exact_at(&mut other, source_offset).map_err(|source| {
+                            WriteError::Memory { source_offset, len: PAGE_BYTES as u64, source }
+                        })?;
+                        other_is = Some(earlier);
+                    }
+                    if self.raw[start..start + PAGE_BYTES] == other {
+                        packed.duplicates.push((page, earlier));
+                        continue;
+                    }
+                }
+                self.raw.copy_within(start..start + PAGE_BYTES, kept * PAGE_BYTES);
+                packed.pages[kept] = page;
+                kept += 1;
+            }
+            Ok(())
+        })?;
+        packed.pages.truncate(kept);
+        self.gathered = kept * PAGE_BYTES;
+        Ok(())
+    }
+}
+
+/// Whether a page is all zeros. The first bytes decide for most pages that are not; the rest is
+/// one OR over blocks, which the compiler turns into vector instructions.
+fn is_zero(page: &[u8]) -> bool {
+    let (blocks, rest) = page.as_chunks::<64>();
+    blocks.iter().all(|block| block.iter().fold(0, |sum, byte| sum | byte) == 0)
+        && rest.iter().all(|byte| *byte == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_page_is_zero_only_if_every_byte_is() {
+        let mut page = vec![0; PAGE_BYTES];
+        assert!(is_zero(&page));
+        for at in 0..PAGE_BYTES {
+            page[at] = 1;
+            assert!(!is_zero(&page), "byte {at}");
+            page[at] = 0;
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn tasks_cover_exactly_the_pages_of_the_ranges(
+            ranges in prop::collection::vec((0u64..20_000_000, 1u64..9_000_000), 0..8),
+        ) {
+            let memory_bytes = 16 << 20;
+            let data: Vec<_> = ranges.into_iter().map(|(start, len)| start..start + len).collect();
+            let page = PAGE_BYTES as u64;
+            let mut expected = vec![false; (memory_bytes / page) as usize];
+            for range in &data {
+                for (at, covered) in expected.iter_mut().enumerate() {
+                    let (start, end) = (at as u64 * page, (at as u64 + 1) * page);
+                    *covered |= range.start < end && start < range.end;
+                }
+            }
+            let tasks = LeafTasks::new(&data, memory_bytes);
+            let mut found = vec![false; expected.len()];
+            for task in 0..tasks.len() {
+                let (number, ranges) = tasks.ranges_of(task);
+                for range in ranges {
+                    prop_assert_eq!(range.start / LEAF_SPAN_BYTES, u64::from(number));
+                    prop_assert_eq!((range.end - 1) / LEAF_SPAN_BYTES, u64::from(number));
+                    for at in range.start / page..range.end / page {
+                        prop_assert!(!found[at as usize]);
+                        found[at as usize] = true;
+                    }
+                }
+            }
+            prop_assert_eq!(tasks.total_bytes(), found.iter().filter(|at| **at).count() as u64 * page);
+            prop_assert_eq!(found, expected);
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! The pages of a chain of layers in one table: one look-up for a page, whatever the number of
+//! layers.
+//!
+//! A leaf is merged when it is first used: the top layer's entries, and where they say "as in the
+//! parent" those of the next layer, and so on down.
+
+use std::ops::Range;
+use std::sync::OnceLock;
+
+use crate::entry::{PageEntry, PageIndex};
+use crate::error::ReadError;
+use crate::layer::Layer;
+use crate::layout::{ENTRY_BYTES, LEAF_PAGES, LEAF_SPAN_BYTES, u64_at};
+use crate::read_at::ReadAt;
+
+/// The merged index of some layers, top first.
+pub(crate) struct PageTable {
+    /// Position of each possible leaf in `leaves`, plus one; 0 for a leaf that no layer has.
+    /// Zeroed memory that the kernel provides when touched: a sparse guest pays for what it has.
+    positions: Vec<u32>,
+    leaves: Vec<(u32, OnceLock<Box<Leaf>>)>,
+    pages: u64,
+    /// What a page is that no layer speaks of.
+    absent: PageEntry,
+}
+
+struct Leaf {
+    /// As in the file, each checked when the leaf was read.
+    entries: [u64; LEAF_PAGES],
+    /// Which layer each entry is of; `None`: all of the top one.
+    layers: Option<Box<[u16; LEAF_PAGES]>>,
+}
+
+impl PageTable {
+    pub(crate) fn new<R: ReadAt>(layers: &[Layer<R>]) -> Self {
+        let memory_bytes = layers.first().map_or(0, |layer| layer.header.memory_bytes);
+        let mut numbers: Vec<u32> =
+            layers.iter().flat_map(|layer| layer.index.leaf_numbers()).collect();
+        numbers.sort_unstable();
+        numbers.dedup();
+        let mut positions = vec![0; memory_bytes.div_ceil(LEAF_SPAN_BYTES) as usize];
+        for (position, number) in numbers.iter().enumerate() {
+            positions[*number as usize] = position as u32 + 1;
+        }
+        Self {
+            positions,
+            leaves: numbers.into_iter().map(|number| (number, OnceLock::new())).collect(),
+            pages: memory_bytes / crate::layout::PAGE_BYTES as u64,
+            absent: layers.last().map_or(PageEntry::Zero, |layer| layer.index.absent()),
+        }
+    }
+
+    /// The entry of a page inside the memory.
+    pub(crate) fn entry<R: ReadAt>(
+        &self,
+        layers: &[Layer<R>],
+        page: PageIndex,
+    ) -> Result<PageEntry, ReadError> {
+        match self.position(page) {
+            None => Ok(self.absent),
+            Some(position) => Ok(self.leaf(layers, position)?.entry(page.position())),
+        }
+    }
+
+    /// The pages around a zero page, in the same leaf, that are zero too.
+    pub(crate) fn zero_run<R: ReadAt>(
+        &self,
+        layers: &[Layer<R>],
+        page: PageIndex,
+    ) -> Result<Range<u64>, ReadError> {
+        let first = u64::from(page.leaf()) * LEAF_PAGES as u64;
+        let Some(position) = self.position(page) else {
+            return Ok(first..(first + LEAF_PAGES as u64).min(self.pages));
+        };
+        let entries = &self.leaf(layers, position)?.entries;
+        let zero = |at: &usize| entries[*at] == 0;
+        let middle = page.position();
+        let start = middle - (0..middle).rev().take_while(zero).count();
+        let end = middle + (middle..LEAF_PAGES).take_while(zero).count();
+        Ok(first + start as u64..(first + end as u64).min(self.pages))
+    }
+
+    /// Calls `visit` with every page of some leaves that is not zero, in ascending order.
+    pub(crate) fn for_each_entry<R: ReadAt>(
+        &self,
+        layers: &[Layer<R>],
+        positions: Range<usize>,
+        visit: &mut dyn FnMut(PageIndex, PageEntry) -> Result<(), ReadError>,
+    ) -> Result<(), ReadError> {
+        for position in positions {
+            let (number, kept) = &self.leaves[position];
+            // Not kept, or a pass over all leaves would hold the whole index in memory: of a
+            // forged file, which may list leaves that are holes, more than its own size on disk.
+            let merged;
+            let leaf = match kept.get() {
+                Some(leaf) => leaf,
+                None => {
+                    merged = merge(layers, *number)?;
+                    &merged
+                }
+            };
+            let first = number * LEAF_PAGES as u32;
+            let pages = (self.pages - u64::from(first)).min(LEAF_PAGES as u64) as usize;
+            for at in 0..pages {
+                match leaf.entry(at) {
+                    PageEntry::Zero => {}
+                    entry => visit(PageIndex(first + at as u32), entry)?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Numbers of the leaves that some layer has, ascending.
+    pub(crate) fn leaf_numbers(&self) -> impl ExactSizeIterator<Item = u32> {
+        self.leaves.iter().map(|(number, _)| *number)
+    }
+
+    fn position(&self, page: PageIndex) -> Option<usize> {
+        match self.positions.get(page.leaf() as usize) {
+            None | Some(0) => None,
+            Some(position) => Some(*position as usize - 1),
+        }
+    }
+
+    fn leaf<R: ReadAt>(&self, layers: &[Layer<R>], position: usize) -> Result<&Leaf, ReadError> {
+        let (number, leaf) = &self.leaves[position];
+        if let Some(leaf) = leaf.get() {
+            return Ok(leaf);
+        }
+        let merged = Box::new(merge(layers, *number)?);
+        // Two threads may both have merged it: the result is the same, the first to come is kept.
+        Ok(leaf.get_or_init(|| merged))
+    }
+}
+
+impl Leaf {
+    fn entry(&self, at: usize) -> PageEntry {
+        let layer = self.layers.as_ref().map_or(0, |layers| layers[at]);
+        match PageEntry::decode(self.entries[at]) {
+            Ok(PageEntry::Data { chunk, slot }) => {
+                PageEntry::Data { chunk: chunk.in_layer(layer), slot }
+            }
+            Ok(entry) => entry,
+            // Checked when the leaf was read; and never a silent zero.
+            Err(_) => PageEntry::Parent,
+        }
+    }
+}
+
+fn merge<R: ReadAt>(layers: &[Layer<R>], number: u32) -> Result<Leaf, ReadError> {
+    let parent = PageEntry::Parent.encode();
+    let mut entries = [parent; LEAF_PAGES];
+    let mut of_layer = [0; LEAF_PAGES];
+    let mut open = LEAF_PAGES;
+    for (layer, depth) in layers.iter().zip(0u16..) {
+        if open == 0 {
+            break;
+        }
+        let absent = layer.index.absent().encode();
+        let leaf = layer.index.leaf(&layer.storage, number)?;
+        for (at, entry) in entries.iter_mut().enumerate().filter(|(_, entry)| **entry == parent) {
+            *entry = leaf.as_ref().map_or(absent, |leaf| u64_at(&leaf[..], at * ENTRY_BYTES));
+            of_layer[at] = depth;
+            open -= usize::from(*entry != parent);
+        }
+    }
+    let one_layer = of_layer.iter().all(|layer| *layer == 0);
+    Ok(Leaf { entries, layers: (!one_layer).then(|| Box::new(of_layer)) })
+}

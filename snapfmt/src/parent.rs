@@ -1,0 +1,183 @@
+//! The parent of a layer: what a layer says of it, and how it is found.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::OFlags;
+use uuid::Uuid;
+
+use crate::chunk::ChunkBuffer;
+use crate::entry::PageIndex;
+use crate::error::{ChainError, Corruption, Part, Problem, ReadError};
+use crate::header::Header;
+use crate::layer::Layer;
+use crate::layout::{HEADER_BYTES, u32_at};
+use crate::memory_map::MemoryRegion;
+use crate::read_at::ReadAt;
+use crate::section::SectionKind;
+use crate::snapshot::Snapshot;
+
+/// Most layers in one chain: each is an open file, and a guard against parents without end.
+pub(crate) const MAX_LAYERS: usize = 256;
+
+/// What a layer says of its parent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ParentHint {
+    /// The parent's id. The parent must have it.
+    pub id: Uuid,
+    /// Checksum of the parent's header. The parent must have it.
+    pub header_crc: u32,
+    /// Where the parent was, relative to the layer's own folder or absolute. Only a hint.
+    pub path: PathBuf,
+}
+
+impl ParentHint {
+    pub(crate) fn parse(header: &Header, bytes: &[u8], offset: u64) -> Result<Self, Corruption> {
+        let part = Part::Section(SectionKind::PARENT_HINT);
+        let min = 4;
+        if bytes.len() < 4 {
+            let (field, found) = ("section.len", bytes.len() as u64);
+            let problem = Problem::Range { field, min, max: u64::MAX, found };
+            return Err(Corruption::new(part, offset, problem));
+        }
+        let Some(id) = header.parent_id else {
+            let problem = Problem::Field { field: "parent_id is zero", expected: 0, found: 1 };
+            return Err(Corruption::new(Part::Header, 0, problem));
+        };
+        let path = PathBuf::from(std::ffi::OsStr::from_bytes(&bytes[4..]));
+        Ok(Self { id, header_crc: u32_at(bytes, 0), path })
+    }
+
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        [&self.header_crc.to_le_bytes(), self.path.as_os_str().as_bytes()].concat()
+    }
+
+    /// Whether a header is that of the parent.
+    pub(crate) fn check(&self, parent: &Header) -> Result<(), ChainError> {
+        if parent.id != self.id {
+            return Err(ChainError::WrongParent { expected: self.id, found: parent.id });
+        }
+        if parent.crc != self.header_crc {
+            let (expected, found) = (self.header_crc, parent.crc);
+            return Err(ChainError::ChangedParent { id: self.id, expected, found });
+        }
+        Ok(())
+    }
+}
+
+/// The parent of a layer that is to be written: see [`write_layer`](crate::write_layer).
+#[derive(Clone)]
+pub struct Parent<'a> {
+    pub(crate) pages: &'a dyn ParentPages,
+    pub(crate) regions: &'a [MemoryRegion],
+    pub(crate) hint: ParentHint,
+}
+
+impl<'a> Parent<'a> {
+    /// The given snapshot as the parent. `path` is what the layer will say of where it is:
+    /// relative to the layer's folder, or absolute.
+    pub fn new<R: ReadAt>(snapshot: &'a Snapshot<R>, path: impl Into<PathBuf>) -> Self {
+        let header = snapshot.header();
+        let hint = ParentHint { id: header.id, header_crc: header.crc, path: path.into() };
+        Self { pages: snapshot, regions: snapshot.regions(), hint }
+    }
+}
+
+/// The pages of a parent, whatever its storage is.
+pub(crate) trait ParentPages: Sync {
+    /// The bytes of one page; `None` when they are all zero.
+    fn page<'b>(
+        &self,
+        page: PageIndex,
+        buffer: &'b mut ChunkBuffer,
+    ) -> Result<Option<&'b [u8]>, ReadError>;
+}
+
+impl<R: ReadAt> ParentPages for Snapshot<R> {
+    fn page<'b>(
+        &self,
+        page: PageIndex,
+        buffer: &'b mut ChunkBuffer,
+    ) -> Result<Option<&'b [u8]>, ReadError> {
+        Snapshot::page(self, page, buffer)
+    }
+}
+
+/// Where to look for the parents of a layer, beside the place that the layer itself names.
+#[derive(Clone, Debug, Default)]
+pub struct Parents {
+    /// Files that may be parents, for any layer of the chain; the first one that fits is taken.
+    pub files: Vec<PathBuf>,
+    /// Folders in which a parent may stand under the name by which the layer knows it.
+    pub folders: Vec<PathBuf>,
+}
+
+impl Parents {
+    /// Opens the file at `path` and all of its parents, top first.
+    pub(crate) fn open_chain(&self, path: &Path) -> Result<Vec<Layer<File>>, ReadError> {
+        let mut layers = vec![open(path)?];
+        let mut child = path.to_owned();
+        while let Some(hint) = layers[layers.len() - 1].parent_hint()? {
+            if layers.iter().any(|layer| layer.header.id == hint.id) {
+                return Err(ChainError::Loop { id: hint.id }.into());
+            }
+            if layers.len() == MAX_LAYERS {
+                return Err(ChainError::TooLong { most: MAX_LAYERS }.into());
+            }
+            let (parent, layer) = self.find(&child, &hint)?;
+            layers.push(layer);
+            child = parent;
+        }
+        Ok(layers)
+    }
+
+    /// The first file, of those that are there, that is the parent. If none is: why the first one
+    /// that was there is not, or that there was none.
+    fn find(&self, child: &Path, hint: &ParentHint) -> Result<(PathBuf, Layer<File>), ReadError> {
+        let beside = child.parent().unwrap_or(Path::new("")).join(&hint.path);
+        let name = hint.path.file_name().unwrap_or_default();
+        let in_folders = self.folders.iter().map(|folder| folder.join(name));
+        let places: Vec<_> = self.files.iter().cloned().chain([beside]).chain(in_folders).collect();
+        let mut first_error = None;
+        for place in &places {
+            if !place.is_file() {
+                continue;
+            }
+            let fits = open(place).and_then(|layer| {
+                hint.check(&layer.header)?;
+                Ok(layer)
+            });
+            match fits {
+                Ok(layer) => return Ok((place.clone(), layer)),
+                Err(error) => _ = first_error.get_or_insert((place.clone(), error)),
+            }
+        }
+        Err(match first_error {
+            Some((path, error)) => ChainError::Parent { path, source: Box::new(error) }.into(),
+            None => ChainError::NotFound { id: hint.id, looked_at: places }.into(),
+        })
+    }
+}
+
+fn open(path: &Path) -> Result<Layer<File>, ReadError> {
+    let file = open_file(path)
+        .map_err(|source| ReadError::io(Part::Header, 0, HEADER_BYTES as u64, source))?;
+    Layer::open(file)
+}
+
+/// Opens a regular file; anything else, a pipe say, could make the opener wait for ever.
+fn open_file(path: &Path) -> io::Result<File> {
+    let nonblocking = OFlags::NONBLOCK.bits() as i32;
+    let file = OpenOptions::new().read(true).custom_flags(nonblocking).open(path)?;
+    let kind = file.metadata()?.file_type();
+    if kind.is_dir() {
+        return Err(io::ErrorKind::IsADirectory.into());
+    }
+    if !kind.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+    }
+    Ok(file)
+}

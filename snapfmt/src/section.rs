@@ -1,0 +1,142 @@
+//! The section table: what parts a file has, where they are and their checksums.
+
+use std::fmt;
+
+use crate::error::{Corruption, Part, Problem};
+use crate::layout::{
+    HEADER_BYTES, S_CRC, S_KIND, S_LEN, S_OFFSET, S_RESERVED, S_TAG, S_VERSION,
+    SECTION_RECORD_BYTES, put, u32_at, u64_at,
+};
+
+/// Kind of a section. A number that this version does not know is kept, and ignored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SectionKind(pub u32);
+
+impl SectionKind {
+    /// The pages' bytes, chunk after chunk.
+    pub const CHUNKS: Self = Self(1);
+    /// The leaves of the page index.
+    pub const INDEX_LEAVES: Self = Self(2);
+    /// The root of the page index: number and checksum of every leaf.
+    pub const INDEX_ROOT: Self = Self(3);
+    /// The guest's memory regions.
+    pub const MEMORY_MAP: Self = Self(4);
+    /// State of the virtual machine, opaque to this crate.
+    pub const STATE: Self = Self(5);
+    /// What the file is and where it comes from, as JSON.
+    pub const METADATA: Self = Self(6);
+    /// Reserved: which pages a restored guest touches first.
+    pub const WORKING_SET: Self = Self(7);
+    /// Of a layer: checksum of the parent's header, and where the parent may be found.
+    pub const PARENT_HINT: Self = Self(8);
+}
+
+impl fmt::Display for SectionKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match *self {
+            Self::CHUNKS => "chunks",
+            Self::INDEX_LEAVES => "index leaves",
+            Self::INDEX_ROOT => "index root",
+            Self::MEMORY_MAP => "memory map",
+            Self::STATE => "state",
+            Self::METADATA => "metadata",
+            Self::WORKING_SET => "working set",
+            Self::PARENT_HINT => "parent hint",
+            Self(other) => return write!(f, "section {other}"),
+        })
+    }
+}
+
+/// One record of the section table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Section {
+    /// What the section holds.
+    pub kind: SectionKind,
+    /// For a state section: whose state it is (the producer's own number). Otherwise 0.
+    pub tag: u32,
+    /// For a state section: version of the producer's encoding. Otherwise 0.
+    pub version: u32,
+    /// CRC-32 of the section's bytes; 0 for chunks and index leaves, which carry their own.
+    pub crc: u32,
+    /// Where it starts, in bytes from the start of the file.
+    pub offset: u64,
+    /// How long it is, in bytes.
+    pub len: u64,
+}
+
+impl Section {
+    /// Offset of the first byte after the section.
+    pub fn end(&self) -> u64 {
+        self.offset + self.len
+    }
+
+    /// Whether the section's bytes are covered by [`Section::crc`] rather than by checksums of
+    /// their own.
+    pub fn has_crc(&self) -> bool {
+        !matches!(self.kind, SectionKind::CHUNKS | SectionKind::INDEX_LEAVES)
+    }
+
+    pub(crate) fn encode(&self, record: &mut [u8]) {
+        put(record, S_KIND, &self.kind.0.to_le_bytes());
+        put(record, S_TAG, &self.tag.to_le_bytes());
+        put(record, S_VERSION, &self.version.to_le_bytes());
+        put(record, S_CRC, &self.crc.to_le_bytes());
+        put(record, S_OFFSET, &self.offset.to_le_bytes());
+        put(record, S_LEN, &self.len.to_le_bytes());
+    }
+}
+
+/// Parses a table whose checksum was found right. Sections must follow each other, without
+/// overlap, between the header and the table.
+pub(crate) fn parse_table(bytes: &[u8], table_offset: u64) -> Result<Vec<Section>, Corruption> {
+    let mut sections = Vec::with_capacity(bytes.len() / SECTION_RECORD_BYTES);
+    let mut free_from = HEADER_BYTES as u64;
+    for (number, record) in bytes.chunks_exact(SECTION_RECORD_BYTES).enumerate() {
+        let place = table_offset + (number * SECTION_RECORD_BYTES) as u64;
+        let corrupt = |problem| Corruption::new(Part::SectionTable, place, problem);
+        let section = Section {
+            kind: SectionKind(u32_at(record, S_KIND)),
+            tag: u32_at(record, S_TAG),
+            version: u32_at(record, S_VERSION),
+            crc: u32_at(record, S_CRC),
+            offset: u64_at(record, S_OFFSET),
+            len: u64_at(record, S_LEN),
+        };
+        let range = |field, min, max, found| corrupt(Problem::Range { field, min, max, found });
+        if section.offset < free_from || section.offset > table_offset {
+            return Err(range("section.offset", free_from, table_offset, section.offset));
+        }
+        let room = table_offset - section.offset;
+        if section.len > room {
+            return Err(range("section.len", 0, room, section.len));
+        }
+        let reserved = u64_at(record, S_RESERVED);
+        if reserved != 0 {
+            return Err(corrupt(Problem::Field {
+                field: "section.reserved",
+                expected: 0,
+                found: reserved,
+            }));
+        }
+        free_from = section.end();
+        sections.push(section);
+    }
+    Ok(sections)
+}
+
+/// The one section of a kind that every file has exactly once.
+pub(crate) fn only(
+    sections: &[Section],
+    kind: SectionKind,
+    table_offset: u64,
+) -> Result<Section, Corruption> {
+    let mut of_kind = sections.iter().filter(|section| section.kind == kind);
+    match (of_kind.next(), of_kind.count()) {
+        (Some(section), 0) => Ok(*section),
+        (first, more) => Err(Corruption::new(
+            Part::SectionTable,
+            table_offset,
+            Problem::SectionCount { kind, found: usize::from(first.is_some()) + more },
+        )),
+    }
+}

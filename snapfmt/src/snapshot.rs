@@ -1,0 +1,339 @@
+//! Reading: open a snapshot, look pages up, read chunks, all from any number of threads.
+
+use std::fs::File;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::chunk::{Chunk, ChunkBuffer};
+use crate::entry::{ChunkExtent, PageEntry, PageIndex};
+use crate::error::{ChainError, Corruption, Part, Problem, ReadError};
+use crate::header::Header;
+use crate::layer::Layer;
+use crate::layout::{LEAF_SPAN_BYTES, PAGE_BYTES};
+use crate::memory_map::MemoryRegion;
+use crate::metadata::Metadata;
+use crate::page_table::PageTable;
+use crate::parent::{ParentHint, Parents};
+use crate::read_at::ReadAt;
+use crate::section::{Section, SectionKind};
+
+/// An opened snapshot: one file, or a file and all the parents that it builds on.
+///
+/// Opening reads and checks the header, the section table, the memory map and the root of the
+/// page index: its cost does not depend on the size of the guest's memory. Leaves, chunks, state
+/// and metadata are read and checked when they are asked for.
+///
+/// Of a chain of layers, header, sections, state and metadata are those of the top one; pages are
+/// found in whichever layer has them, with one look-up.
+///
+/// All methods take `&self` and may be called from several threads at once.
+pub struct Snapshot<R = File> {
+    /// The file itself, its parent, and so on.
+    pub(crate) layers: Vec<Layer<R>>,
+    table: PageTable,
+    /// Tells this snapshot's chunks from another's in a buffer that has seen both.
+    serial: u64,
+}
+
+/// One state section: bytes that only their producer understands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StateBlob {
+    /// The producer's own number, so that it can tell its state from another's.
+    pub tag: u32,
+    /// Version of the producer's encoding.
+    pub version: u32,
+    /// The state.
+    pub bytes: Vec<u8>,
+}
+
+impl Snapshot<File> {
+    /// Opens a snapshot file; of a layer also its parents, where the layer says that they are.
+    ///
+    /// # Errors
+    /// As [`Snapshot::open_with`].
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, ReadError> {
+        Self::open_with(path, &Parents::default())
+    }
+
+    /// Opens a snapshot file, and of a layer also its parents, looked for in more places.
+    ///
+    /// # Errors
+    /// [`ReadError::Io`] when a file cannot be opened or read, [`ReadError::Chain`] when a parent
+    /// is missing or is not the one, otherwise as [`Snapshot::new`].
+    pub fn open_with(path: impl AsRef<Path>, parents: &Parents) -> Result<Self, ReadError> {
+        Self::of_layers(parents.open_chain(path.as_ref())?)
+    }
+}
+
+impl<R: ReadAt> Snapshot<R> {
+    /// Opens a snapshot in any storage.
+    ///
+    /// # Memory
+    /// Whatever a file claims, an open snapshot takes at most 4 bytes for each 2 MiB of the guest's
+    /// memory (32 MiB for the 16 TiB that are the most there can be; zeroed, so only touched where
+    /// there are pages) and 64 bytes for each 2 MiB that its index lists. A look-up keeps the leaf
+    /// it has used: 4 KiB, in a chain 5 KiB. Passes over all pages keep no leaves. A
+    /// [`ChunkBuffer`] grows to at most 7 MiB, [`Snapshot::state`] takes 64 MiB at most, and
+    /// [`Snapshot::metadata`] 256 MiB for a mebibyte of the worst JSON.
+    ///
+    /// # Errors
+    /// [`ReadError`], with section, offset, expected and found, when the storage fails, the bytes
+    /// are no snapshot, or of a version or with a feature that this build does not know, or
+    /// damaged in one of the parts that are read here.
+    pub fn new(storage: R) -> Result<Self, ReadError> {
+        Self::of_layers(vec![Layer::open(storage)?])
+    }
+
+    /// Opens a chain of layers in any storage: the top one first, each followed by its parent,
+    /// a complete snapshot last.
+    ///
+    /// # Errors
+    /// As [`Snapshot::new`], and [`ReadError::Chain`] when a storage is not the parent of the one
+    /// before it, or when the last one is a layer too.
+    pub fn chain(storages: impl IntoIterator<Item = R>) -> Result<Self, ReadError> {
+        Self::of_layers(storages.into_iter().map(Layer::open).collect::<Result<_, _>>()?)
+    }
+
+    fn of_layers(layers: Vec<Layer<R>>) -> Result<Self, ReadError> {
+        for (number, layer) in layers.iter().enumerate() {
+            let hint = layer.parent_hint()?;
+            match (hint, layers.get(number + 1)) {
+                (None, None) => {}
+                // More storages than layers: the last layer is complete without them.
+                (None, Some(extra)) => {
+                    let (expected, found) = (layer.header.id, extra.header.id);
+                    return Err(ChainError::WrongParent { expected, found }.into());
+                }
+                (Some(hint), None) => return Err(ChainError::ParentNeeded { id: hint.id }.into()),
+                (Some(hint), Some(parent)) => {
+                    hint.check(&parent.header)?;
+                    if parent.regions != layer.regions {
+                        return Err(ChainError::MemoryMap { id: hint.id }.into());
+                    }
+                }
+            }
+        }
+        if layers.is_empty() {
+            return Err(ReadError::NoLayer);
+        }
+        static SERIAL: AtomicU64 = AtomicU64::new(1);
+        let table = PageTable::new(&layers);
+        Ok(Self { layers, table, serial: SERIAL.fetch_add(1, Ordering::Relaxed) })
+    }
+
+    fn top(&self) -> &Layer<R> {
+        // `of_layers` refuses to make a snapshot without a layer.
+        &self.layers[0]
+    }
+
+    /// The file's header.
+    pub fn header(&self) -> &Header {
+        &self.top().header
+    }
+
+    /// The headers of the file, its parent, and so on.
+    pub fn headers(&self) -> impl ExactSizeIterator<Item = &Header> {
+        self.layers.iter().map(|layer| &layer.header)
+    }
+
+    /// What the file says of its parent, if it is a layer.
+    ///
+    /// # Errors
+    /// [`ReadError`] when the section is damaged.
+    pub fn parent_hint(&self) -> Result<Option<ParentHint>, ReadError> {
+        self.top().parent_hint()
+    }
+
+    /// The file's sections, in the order in which they lie in the file.
+    pub fn sections(&self) -> &[Section] {
+        &self.top().sections
+    }
+
+    /// The guest's memory regions, in source order.
+    pub fn regions(&self) -> &[MemoryRegion] {
+        &self.top().regions
+    }
+
+    /// The storage that the file itself is read from.
+    pub fn storage(&self) -> &R {
+        &self.top().storage
+    }
+
+    /// The storages of the file, its parent, and so on.
+    pub fn storages(&self) -> impl ExactSizeIterator<Item = &R> {
+        self.layers.iter().map(|layer| &layer.storage)
+    }
+
+    /// What the file says of itself.
+    ///
+    /// # Errors
+    /// [`ReadError`] when the section is missing, damaged, larger than 1 MiB or not JSON.
+    pub fn metadata(&self) -> Result<Metadata, ReadError> {
+        self.top().metadata()
+    }
+
+    /// The state with the given tag, if the file has it.
+    ///
+    /// # Errors
+    /// [`ReadError`] when the section is damaged or larger than 64 MiB.
+    pub fn state(&self, tag: u32) -> Result<Option<StateBlob>, ReadError> {
+        self.top().state(tag)
+    }
+
+    /// Where a page is; never [`PageEntry::Parent`].
+    ///
+    /// # Errors
+    /// [`ReadError`] when the page is outside the memory, or its leaf is damaged or unreadable.
+    pub fn entry(&self, page: PageIndex) -> Result<PageEntry, ReadError> {
+        self.check_page(page)?;
+        self.table.entry(&self.layers, page)
+    }
+
+    /// The longest run of zero pages around a zero page within its 2 MiB of memory, as a range of
+    /// source offsets in bytes.
+    ///
+    /// # Errors
+    /// As [`Snapshot::entry`].
+    pub fn zero_run(&self, page: PageIndex) -> Result<Range<u64>, ReadError> {
+        self.check_page(page)?;
+        let run = self.table.zero_run(&self.layers, page)?;
+        Ok(run.start * PAGE_BYTES as u64..run.end * PAGE_BYTES as u64)
+    }
+
+    /// Reads, checks and decodes one chunk into `buffer`. A chunk that the buffer holds already
+    /// is not read again.
+    ///
+    /// # Errors
+    /// [`ReadError`] when the chunk is unreadable or damaged.
+    pub fn chunk<'b>(
+        &self,
+        extent: ChunkExtent,
+        buffer: &'b mut ChunkBuffer,
+    ) -> Result<Chunk<'b>, ReadError> {
+        if !buffer.holds(self.serial, extent) {
+            self.fetch_chunk(extent, buffer)?;
+            buffer.decode(extent)?;
+            buffer.hold(self.serial, extent);
+        }
+        buffer.held(extent)
+    }
+
+    /// The first half of reading a chunk: its stored bytes, unchecked. For callers that time the
+    /// two halves; the second is [`ChunkBuffer::decode`].
+    ///
+    /// # Errors
+    /// [`ReadError::Io`] when the storage fails.
+    pub fn fetch_chunk(
+        &self,
+        extent: ChunkExtent,
+        buffer: &mut ChunkBuffer,
+    ) -> Result<(), ReadError> {
+        let part = Part::Section(SectionKind::CHUNKS);
+        // At most 4 MiB: an entry has no room for more.
+        let len = extent.len_bytes() as usize;
+        let stored = buffer.refill(len);
+        let layer = self.layers.get(usize::from(extent.layer()));
+        let layer = layer.ok_or(ReadError::NoSuchLayer { layer: extent.layer() })?;
+        layer
+            .storage
+            .read_exact_at(stored, extent.offset())
+            .map_err(|source| ReadError::io(part, extent.offset(), len as u64, source))
+    }
+
+    /// Copies one page into `page_bytes`.
+    ///
+    /// # Errors
+    /// As [`Snapshot::entry`] and [`Snapshot::chunk`].
+    ///
+    /// # Panics
+    /// When `page_bytes` is not 4096 bytes long.
+    pub fn read_page(
+        &self,
+        page: PageIndex,
+        buffer: &mut ChunkBuffer,
+        page_bytes: &mut [u8],
+    ) -> Result<(), ReadError> {
+        match self.page(page, buffer)? {
+            Some(bytes) => page_bytes.copy_from_slice(bytes),
+            None => page_bytes.fill(0),
+        }
+        Ok(())
+    }
+
+    /// The bytes of one page; `None` when they are all zero.
+    ///
+    /// # Errors
+    /// As [`Snapshot::entry`] and [`Snapshot::chunk`].
+    pub fn page<'b>(
+        &self,
+        page: PageIndex,
+        buffer: &'b mut ChunkBuffer,
+    ) -> Result<Option<&'b [u8]>, ReadError> {
+        match self.entry(page)? {
+            PageEntry::Data { chunk, slot } => {
+                let chunk = self.chunk(chunk, buffer)?;
+                self.slot_of(page, slot, &chunk).map(Some)
+            }
+            PageEntry::Zero => Ok(None),
+            // `of_layers` has seen to it that the last layer is complete.
+            PageEntry::Parent => Err(ChainError::ParentNeeded { id: self.header().id }.into()),
+        }
+    }
+
+    /// The bytes of `page`, which its entry says are in `slot` of `chunk`.
+    ///
+    /// # Errors
+    /// [`Problem::Slot`] when the chunk has no such slot.
+    pub fn slot_of<'b>(
+        &self,
+        page: PageIndex,
+        slot: u16,
+        chunk: &Chunk<'b>,
+    ) -> Result<&'b [u8], ReadError> {
+        let layer = usize::from(chunk.extent().layer());
+        Ok(chunk.slot(slot).ok_or_else(|| self.bad_slot(layer, page, slot))?)
+    }
+
+    /// Number of 2 MiB leaves that may hold something other than zeros.
+    pub fn leaf_count(&self) -> usize {
+        self.table.leaf_numbers().len()
+    }
+
+    /// The parts of memory, each of 2 MiB or less at the end, that may hold something other than
+    /// zeros, as ranges of source offsets in bytes, ascending. Costs no reads.
+    pub fn populated(&self) -> impl Iterator<Item = Range<u64>> {
+        let end = self.header().memory_bytes;
+        self.table.leaf_numbers().map(move |number| {
+            let start = u64::from(number) * LEAF_SPAN_BYTES;
+            start..(start + LEAF_SPAN_BYTES).min(end)
+        })
+    }
+
+    /// Calls `visit` with every page of some leaves (numbers from 0 to [`Snapshot::leaf_count`])
+    /// that is not zero, in ascending order.
+    ///
+    /// # Errors
+    /// What `visit` returns, or [`ReadError`] when a leaf is damaged or unreadable.
+    pub fn for_each_entry(
+        &self,
+        leaves: Range<usize>,
+        mut visit: impl FnMut(PageIndex, PageEntry) -> Result<(), ReadError>,
+    ) -> Result<(), ReadError> {
+        self.table.for_each_entry(&self.layers, leaves, &mut visit)
+    }
+
+    pub(crate) fn bad_slot(&self, layer: usize, page: PageIndex, slot: u16) -> Corruption {
+        let layer = &self.layers[layer];
+        Corruption::new(
+            Part::Section(SectionKind::INDEX_LEAVES),
+            layer.index.entry_offset(page),
+            Problem::Slot { page: page.0, slot },
+        )
+    }
+
+    fn check_page(&self, page: PageIndex) -> Result<(), ReadError> {
+        let (page, pages) = (page.0.into(), self.header().pages());
+        if page < pages { Ok(()) } else { Err(ReadError::NoSuchPage { page, pages }) }
+    }
+}

@@ -1,0 +1,53 @@
+//! Writing to the disk while there is still more to compress, so that little is left to wait for
+//! when the file is synced at its end.
+
+use std::fs::File;
+use std::io;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
+
+/// New bytes after which the disk is told to begin.
+const STEP_BYTES: u64 = 16 << 20;
+
+/// A thread that syncs a file now and then.
+#[derive(Debug)]
+pub(crate) struct Writeback {
+    tell: SyncSender<()>,
+    thread: JoinHandle<io::Result<()>>,
+    told_at: u64,
+}
+
+impl Writeback {
+    pub(crate) fn start(file: &File) -> io::Result<Self> {
+        let file = file.try_clone()?;
+        let (tell, told) = sync_channel(1);
+        let sync = move || sync_when(&told, &file);
+        let thread = std::thread::Builder::new().name("writeback".into()).spawn(sync)?;
+        Ok(Self { tell, thread, told_at: 0 })
+    }
+
+    /// The file is this long by now.
+    pub(crate) fn reached(&mut self, len: u64) {
+        if len >= self.told_at + STEP_BYTES {
+            self.told_at = len;
+            // One that is busy, or has failed, need not be told.
+            let _ = self.tell.try_send(());
+        }
+    }
+
+    /// Waits for the thread. The kernel tells of a failed write only once, to whoever syncs
+    /// first: so its error is the file's.
+    pub(crate) fn finish(self) -> io::Result<()> {
+        drop(self.tell);
+        self.thread
+            .join()
+            .unwrap_or_else(|_| Err(io::Error::other("the writeback thread panicked")))
+    }
+}
+
+fn sync_when(told: &Receiver<()>, file: &File) -> io::Result<()> {
+    while told.recv().is_ok() {
+        file.sync_data()?;
+    }
+    Ok(())
+}

@@ -1,0 +1,369 @@
+//! Writing: a guest's memory and state into one file, which appears whole or not at all.
+
+use std::num::NonZeroUsize;
+use std::ops::{ControlFlow, Range};
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use uuid::Uuid;
+
+use crate::chunk;
+use crate::codec::{Codec, Compressor};
+use crate::dedupe::Dedupe;
+use crate::entry::{ChunkExtent, PageEntry};
+use crate::error::{ChainError, WriteError};
+use crate::header::Header;
+use crate::index::IndexBuilder;
+use crate::layout::{
+    CHUNK_ALIGN, H_CRC, HEADER_BYTES, INCOMPAT_LAYERED, MAX_CHUNK_OFFSET, MAX_CHUNK_PAGES,
+    MAX_METADATA_BYTES, MAX_PARENT_HINT_BYTES, MAX_SECTIONS, MAX_STATE_BYTES, PAGE_BYTES,
+    SECTION_RECORD_BYTES, VERSION, u32_at,
+};
+use crate::memory_map::{self, MemoryRegion};
+use crate::metadata::{Metadata, StorageUse};
+use crate::ordered;
+use crate::output::{Existing, Output};
+use crate::pack::{LeafTasks, PackedLeaf, Packer};
+use crate::parent::Parent;
+use crate::read_at::ReadAt;
+use crate::section::{Section, SectionKind};
+use crate::snapshot::StateBlob;
+
+/// What goes into a snapshot.
+pub struct Contents<'a> {
+    /// The guest's memory regions, in source order.
+    pub regions: &'a [MemoryRegion],
+    /// The guest's memory, read by source offset. It must not change while it is written.
+    pub memory: &'a dyn ReadAt,
+    /// The parts of memory that may be other than zero, as source offsets in bytes, in any order;
+    /// nothing else is read. For a memfd: what SEEK_DATA finds.
+    pub data: &'a [Range<u64>],
+    /// State of the virtual machine, opaque; tags must differ.
+    pub states: &'a [StateBlob],
+    /// What the file says of itself. The writer fills in `storage`.
+    pub metadata: Metadata,
+}
+
+/// How a snapshot is written.
+#[derive(Clone, Debug)]
+pub struct WriteOptions {
+    /// Codec for chunks; one that would save too little is stored raw.
+    pub codec: Codec,
+    /// Level of zstd, from -7 (fast) to 22 (small).
+    pub level: i32,
+    /// Most pages in a chunk, 1 to 512: small ones are read fast, large ones compress better.
+    pub chunk_pages: usize,
+    /// Threads that compress; the bytes of the file are the same for any number.
+    pub threads: NonZeroUsize,
+    /// Store pages with equal bytes once.
+    pub dedupe: bool,
+    /// What to do with a file that is already there.
+    pub existing: Existing,
+}
+
+impl Default for WriteOptions {
+    fn default() -> Self {
+        Self {
+            codec: if cfg!(feature = "zstd") { Codec::Zstd } else { Codec::Lz4 },
+            level: 1,
+            chunk_pages: 16,
+            threads: std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
+            dedupe: true,
+            existing: Existing::Keep,
+        }
+    }
+}
+
+/// How far a long operation has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes done.
+    pub done_bytes: u64,
+    /// Bytes to do in all.
+    pub total_bytes: u64,
+}
+
+/// Called now and then during a long operation, from any of its threads. `Break` cancels it.
+pub type OnProgress<'a> = &'a (dyn Fn(Progress) -> ControlFlow<()> + Sync);
+
+/// Writes a snapshot to `path` and gives its header and its metadata as written.
+///
+/// Memory in use: about 3 x 4 MiB a thread, and 4 KiB for every 2 MiB of memory that is not all
+/// zero.
+///
+/// # Errors
+/// [`WriteError`]; then nothing new is at `path`.
+pub fn write_snapshot(
+    path: impl AsRef<Path>,
+    contents: Contents<'_>,
+    options: &WriteOptions,
+    progress: OnProgress<'_>,
+) -> Result<(Header, Metadata), WriteError> {
+    write(path.as_ref(), contents, None, options, progress)
+}
+
+/// Writes a layer to `path`: only the pages that differ from `parent`, and gives its header and
+/// its metadata as written. Only the ranges of `contents.data` are read and compared; all other
+/// pages are as in the parent.
+///
+/// # Errors
+/// As [`write_snapshot`]; also when the parent cannot be read or has other memory regions.
+pub fn write_layer(
+    path: impl AsRef<Path>,
+    contents: Contents<'_>,
+    parent: &Parent<'_>,
+    options: &WriteOptions,
+    progress: OnProgress<'_>,
+) -> Result<(Header, Metadata), WriteError> {
+    if contents.regions != parent.regions {
+        let source = ChainError::MemoryMap { id: parent.hint.id }.into();
+        return Err(WriteError::Parent(source));
+    }
+    write(path.as_ref(), contents, Some(parent), options, progress)
+}
+
+fn write(
+    path: &Path,
+    contents: Contents<'_>,
+    parent: Option<&Parent<'_>>,
+    options: &WriteOptions,
+    progress: OnProgress<'_>,
+) -> Result<(Header, Metadata), WriteError> {
+    let memory_bytes = memory_map::validate(contents.regions)?;
+    check_limits(&contents, parent, options)?;
+    let mut output = Output::create(path, options.existing)?;
+    let mut file = FileBuilder::new(&mut output, parent);
+
+    let tasks = LeafTasks::new(contents.data, memory_bytes);
+    let dedupe = options.dedupe.then(Dedupe::default);
+    let total_bytes = tasks.total_bytes();
+    let mut done_bytes = 0;
+    file.begin(SectionKind::CHUNKS);
+    ordered::run(
+        tasks.len(),
+        options.threads,
+        || {
+            let compressor = Compressor::new(options.codec, options.level)?;
+            let (dedupe, parent) = (dedupe.as_ref(), parent.map(|parent| parent.pages));
+            let chunk_pages = options.chunk_pages;
+            Ok(Packer::new(contents.memory, compressor, chunk_pages, dedupe, parent))
+        },
+        |packer, task, (packed, read_bytes): &mut (PackedLeaf, u64)| {
+            *read_bytes = packer.pack(&tasks, task, packed)?;
+            Ok(())
+        },
+        |(packed, read_bytes)| {
+            file.append_leaf(packed)?;
+            done_bytes += *read_bytes;
+            match progress(Progress { done_bytes, total_bytes }) {
+                ControlFlow::Continue(()) => Ok(()),
+                ControlFlow::Break(()) => Err(WriteError::Cancelled),
+            }
+        },
+    )?;
+    file.end(0);
+
+    let mut metadata = contents.metadata;
+    metadata.storage = file.storage.by_name();
+    let header =
+        file.finish(contents.regions, memory_bytes, contents.states, &metadata, options)?;
+    output.publish()?;
+    Ok((header, metadata))
+}
+
+fn check_limits(
+    contents: &Contents<'_>,
+    parent: Option<&Parent<'_>>,
+    options: &WriteOptions,
+) -> Result<(), WriteError> {
+    let limit = |what, min, max, found: usize| match (min..=max).contains(&(found as u64)) {
+        true => Ok(()),
+        false => Err(WriteError::Limit { what, min, max, found: found as u64 }),
+    };
+    limit("pages per chunk", 1, MAX_CHUNK_PAGES as u64, options.chunk_pages)?;
+    limit("the number of states", 0, MAX_SECTIONS as u64 - 6, contents.states.len())?;
+    let hint_bytes = parent.map_or(0, |parent| parent.hint.encode().len());
+    limit("the length of the parent's path", 0, MAX_PARENT_HINT_BYTES, hint_bytes)?;
+    for state in contents.states {
+        limit("the length of a state", 0, MAX_STATE_BYTES, state.bytes.len())?;
+    }
+    Ok(())
+}
+
+/// Appends to the output and keeps the books: sections, index, counts.
+struct FileBuilder<'a> {
+    output: &'a mut Output,
+    parent: Option<&'a Parent<'a>>,
+    offset: u64,
+    sections: Vec<Section>,
+    index: IndexBuilder,
+    storage: StorageUse,
+    data_pages: u64,
+    cleared_pages: u64,
+}
+
+impl<'a> FileBuilder<'a> {
+    fn new(output: &'a mut Output, parent: Option<&'a Parent<'a>>) -> Self {
+        let absent = if parent.is_some() { PageEntry::Parent } else { PageEntry::Zero };
+        Self {
+            output,
+            parent,
+            // The header is written last: until then the file does not open.
+            offset: HEADER_BYTES as u64,
+            sections: Vec::new(),
+            index: IndexBuilder::new(absent),
+            storage: StorageUse::default(),
+            data_pages: 0,
+            cleared_pages: 0,
+        }
+    }
+
+    /// Places the chunks of one leaf at the end of the file and adds the leaf to the index.
+    fn append_leaf(&mut self, packed: &mut PackedLeaf) -> Result<(), WriteError> {
+        let mut rest = &mut packed.bytes[..];
+        let mut offset = self.offset;
+        let mut stored = Vec::with_capacity(packed.pages.len());
+        for packed in &packed.chunks {
+            let (chunk, after) = rest.split_at_mut(packed.len as usize);
+            rest = after;
+            if offset >= MAX_CHUNK_OFFSET {
+                let (what, max) = ("the offset of a chunk", MAX_CHUNK_OFFSET - 1);
+                return Err(WriteError::Limit { what, min: 0, max, found: offset });
+            }
+            chunk::set_place(chunk, offset);
+            let extent = ChunkExtent::new(offset, packed.len);
+            stored.extend((0..packed.pages).map(|slot| PageEntry::Data { chunk: extent, slot }));
+            self.storage.add(packed.codec, packed.pages.into(), packed.len);
+            offset = extent.end();
+        }
+        // A page comes after the one that it is equal to: that one is in this leaf or in the index.
+        let duplicates = packed.duplicates.iter().map(|(page, equal)| {
+            let entry = match packed.pages.binary_search(equal) {
+                Ok(at) => stored[at],
+                Err(_) => self.index.entry(*equal),
+            };
+            (*page, entry)
+        });
+        let mut entries: Vec<_> = duplicates.collect();
+        entries.extend(packed.cleared.iter().map(|page| (*page, PageEntry::Zero)));
+        entries.extend(packed.pages.iter().copied().zip(stored));
+        self.data_pages += (packed.pages.len() + packed.duplicates.len()) as u64;
+        self.cleared_pages += packed.cleared.len() as u64;
+        self.index.push_leaf(packed.number, entries);
+        self.append(&packed.bytes)
+    }
+
+    /// Writes everything after the chunks, and the header last.
+    fn finish(
+        mut self,
+        regions: &[MemoryRegion],
+        memory_bytes: u64,
+        states: &[StateBlob],
+        metadata: &Metadata,
+        options: &WriteOptions,
+    ) -> Result<Header, WriteError> {
+        let json = serde_json::to_vec(metadata).map_err(WriteError::Metadata)?;
+        if json.len() as u64 > MAX_METADATA_BYTES {
+            let (what, found) = ("the length of the metadata", json.len() as u64);
+            return Err(WriteError::Limit { what, min: 0, max: MAX_METADATA_BYTES, found });
+        }
+        self.align(PAGE_BYTES)?;
+        self.begin(SectionKind::INDEX_LEAVES);
+        let absent = IndexBuilder::new(PageEntry::Zero);
+        let index = std::mem::replace(&mut self.index, absent);
+        self.append(index.leaves())?;
+        self.end(0);
+        self.section(SectionKind::INDEX_ROOT, 0, 0, &index.root())?;
+        self.section(SectionKind::MEMORY_MAP, 0, 0, &memory_map::encode(regions))?;
+        for state in states {
+            self.section(SectionKind::STATE, state.tag, state.version, &state.bytes)?;
+        }
+        self.section(SectionKind::METADATA, 0, 0, &json)?;
+        if let Some(parent) = self.parent {
+            self.section(SectionKind::PARENT_HINT, 0, 0, &parent.hint.encode())?;
+        }
+
+        self.align(CHUNK_ALIGN)?;
+        let mut table = vec![0; self.sections.len() * SECTION_RECORD_BYTES];
+        for (record, section) in table.chunks_exact_mut(SECTION_RECORD_BYTES).zip(&self.sections) {
+            section.encode(record);
+        }
+        let table_offset = self.offset;
+        self.append(&table)?;
+        let stored = self.storage.total();
+        let mut header = Header {
+            version: VERSION,
+            incompat: if self.parent.is_some() { INCOMPAT_LAYERED } else { 0 },
+            ro_compat: 0,
+            compat: 0,
+            id: Uuid::new_v4(),
+            parent_id: self.parent.map(|parent| parent.hint.id),
+            chunk_pages: options.chunk_pages as u32,
+            memory_bytes,
+            file_bytes: self.offset,
+            data_pages: self.data_pages,
+            stored_pages: stored.pages,
+            parent_pages: match self.parent {
+                Some(_) => memory_bytes / PAGE_BYTES as u64 - self.data_pages - self.cleared_pages,
+                None => 0,
+            },
+            chunks: stored.chunks,
+            created_unix_ms: unix_ms(),
+            table_offset,
+            table_records: self.sections.len() as u32,
+            table_crc: crc32fast::hash(&table),
+            crc: 0,
+        };
+        header.crc = self.write_header(&header)?;
+        Ok(header)
+    }
+
+    /// Gives the header's checksum.
+    fn write_header(&mut self, header: &Header) -> Result<u32, WriteError> {
+        let bytes = header.encode();
+        self.output.write_at(&bytes[..], 0)?;
+        Ok(u32_at(&bytes[..], H_CRC))
+    }
+
+    fn begin(&mut self, kind: SectionKind) {
+        let offset = self.offset;
+        self.sections.push(Section { kind, tag: 0, version: 0, crc: 0, offset, len: 0 });
+    }
+
+    fn end(&mut self, crc: u32) {
+        if let Some(section) = self.sections.last_mut() {
+            section.len = self.offset - section.offset;
+            section.crc = crc;
+        }
+    }
+
+    fn section(
+        &mut self,
+        kind: SectionKind,
+        tag: u32,
+        version: u32,
+        bytes: &[u8],
+    ) -> Result<(), WriteError> {
+        self.align(CHUNK_ALIGN)?;
+        let (offset, len) = (self.offset, bytes.len() as u64);
+        let crc = crc32fast::hash(bytes);
+        self.sections.push(Section { kind, tag, version, crc, offset, len });
+        self.append(bytes)
+    }
+
+    fn align(&mut self, unit: usize) -> Result<(), WriteError> {
+        let padding = self.offset.next_multiple_of(unit as u64) - self.offset;
+        self.append(&[0; PAGE_BYTES][..padding as usize])
+    }
+
+    fn append(&mut self, bytes: &[u8]) -> Result<(), WriteError> {
+        self.output.write_at(bytes, self.offset)?;
+        self.offset += bytes.len() as u64;
+        Ok(())
+    }
+}
+
+fn unix_ms() -> u64 {
+    // A clock before 1970 is not worth an error here.
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}

@@ -1,0 +1,177 @@
+//! The fuzz targets on a stable compiler: every seed, and some thousand mutations of them.
+//!
+//! `SNAP_FUZZ_RUNS` sets another number of mutations. `docs/testing.md` says how to run the same
+//! targets under libFuzzer.
+#![cfg(feature = "zstd")]
+
+#[path = "../fuzz/harness/mod.rs"]
+mod harness;
+#[path = "../fuzz/harness/mutate.rs"]
+mod mutate;
+
+use std::ops::{ControlFlow, Range};
+use std::path::{Path, PathBuf};
+
+use harness::TEMPLATES;
+use snapfmt::{
+    Codec, Contents, Existing, MemoryRegion, Metadata, Parent, Snapshot, StateBlob, WriteOptions,
+    write_layer, write_snapshot,
+};
+
+const FUZZ: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz");
+
+/// The files of a folder in the order of their names. A folder that is empty is an error.
+fn seeds(target: &str) -> Vec<Vec<u8>> {
+    let folder = Path::new(FUZZ).join("seeds").join(target);
+    let entries = std::fs::read_dir(&folder).expect("the seeds are there");
+    let mut paths: Vec<_> = entries.map(|entry| entry.expect("a file").path()).collect();
+    paths.sort();
+    assert!(!paths.is_empty(), "{} is empty", folder.display());
+    paths.iter().map(|path| std::fs::read(path).expect("a seed")).collect()
+}
+
+/// Runs a target on all seeds and on mutations of seeds and of mutations. The input that makes it
+/// panic is printed, in hexadecimal.
+fn run(target: &str, default_runs: usize, body: fn(&[u8])) {
+    let runs = std::env::var("SNAP_FUZZ_RUNS").ok().and_then(|runs| runs.parse().ok());
+    let mut random = mutate::Random::new(4);
+    let mut inputs = seeds(target);
+    let seeds = inputs.len();
+    for number in 0..seeds + runs.unwrap_or(default_runs) {
+        let mut input =
+            inputs[if number < seeds { number } else { random.below(inputs.len()) }].clone();
+        if number >= seeds {
+            random.mutate(&mut input);
+        }
+        let shown = OnPanic { target, number, input: &input };
+        body(&input);
+        drop(shown);
+        // A bounded pool in which mutations pile up: old ones make room, the seeds stay.
+        if number >= seeds && input.len() < 1 << 16 {
+            if inputs.len() < seeds + 256 {
+                inputs.push(input);
+            } else {
+                inputs[seeds + number % 256] = input;
+            }
+        }
+    }
+}
+
+struct OnPanic<'a> {
+    target: &'a str,
+    number: usize,
+    input: &'a [u8],
+}
+
+impl Drop for OnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let hex: String = self.input.iter().map(|byte| format!("{byte:02x}")).collect();
+            eprintln!("target {}, input {}: {hex}", self.target, self.number);
+        }
+    }
+}
+
+#[test]
+fn open_and_read() {
+    run("open_and_read", 6000, harness::open_and_read);
+}
+
+#[test]
+fn chunk() {
+    run("chunk", 6000, harness::chunk);
+}
+
+/// The harness would find nothing if what it starts from were refused at once.
+#[test]
+fn templates_and_forged_files_are_good_until_they_are_changed() {
+    for template in TEMPLATES {
+        harness::exercise::read_file(template).expect("a template is a good file");
+        // Sealing a good file changes nothing, so every checksum is found where it is.
+        let mut sealed = template.to_vec();
+        harness::seal::seal(&mut sealed, 0xff);
+        assert!(sealed == template);
+        // And each kind of checksum is made right after a change under it.
+        let parts = harness::seal::parts(template);
+        for (part, which) in [(0, 16), (2, 17), (3, 2 | 4 | 8 | 16), (5, 4 | 8 | 16)] {
+            let mut damaged = template.to_vec();
+            // A flag that may be ignored, a byte of a page list, an entry's slot, a region.
+            damaged[parts[part] + [32, 0, 32, 0, 0, 8][part]] ^= 1;
+            let before = harness::exercise::read_file(&damaged[..]);
+            harness::seal::seal(&mut damaged, which);
+            let after = harness::exercise::read_file(&damaged[..]);
+            let checksum = |result: &Result<(), snapfmt::ReadError>| {
+                format!("{result:?}").contains("Checksum")
+            };
+            assert!(checksum(&before) && !checksum(&after), "{part}: {before:?}, {after:?}");
+        }
+    }
+    let chain = Snapshot::chain([harness::LAYER, TEMPLATES[1]]).expect("the layer fits");
+    harness::exercise::read_everything(&chain).expect("a layer is a good file");
+    let mut forge = harness::forge::Forge::new(4096);
+    let place = forge.chunk(0, 1, &[0], &[7; 4096], |_| ());
+    forge.entry(0, place.entry(harness::forge::Slot(0)));
+    harness::exercise::read_file(forge.finish()).expect("a forged file may be a good one");
+}
+
+/// Writes the templates anew, after a change of the format:
+/// `cargo test -p snapfmt --test fuzz_corpus -- --ignored`.
+#[test]
+#[ignore = "writes the templates"]
+fn write_templates() {
+    let mut memory = vec![0; (2 << 20) + (32 << 10)];
+    let fill = |memory: &mut [u8], page: usize, seed: usize| {
+        for (at, byte) in memory[page * 4096..][..4096].iter_mut().enumerate() {
+            *byte = (at / 300 * seed) as u8;
+        }
+    };
+    for page in [1, 2, 3, 513] {
+        fill(&mut memory, page, page);
+    }
+    write_template("raw", Codec::Raw, &memory, 4096..8192, None);
+    for codec in [Codec::Lz4, Codec::Zstd] {
+        write_template(codec.name(), codec, &memory, 0..memory.len() as u64, None);
+    }
+    // One page changed, one zeroed, a new one in each leaf; the others are as in the parent.
+    fill(&mut memory, 2, 9);
+    fill(&mut memory, 3, 0);
+    fill(&mut memory, 40, 4);
+    fill(&mut memory, 514, 5);
+    let parent = Snapshot::open(template_path("lz4")).expect("it was written above");
+    let parent = Parent::new(&parent, "lz4.snap");
+    write_template("layer", Codec::Lz4, &memory, 0..memory.len() as u64, Some(&parent));
+}
+
+fn template_path(name: &str) -> PathBuf {
+    Path::new(FUZZ).join(format!("templates/{name}.snap"))
+}
+
+fn write_template(
+    name: &str,
+    codec: Codec,
+    memory: &Vec<u8>,
+    data: Range<u64>,
+    parent: Option<&Parent<'_>>,
+) {
+    let contents = Contents {
+        regions: &[
+            MemoryRegion { gpa: 0, len: 1 << 20, source_offset: 0 },
+            MemoryRegion { gpa: 4 << 20, len: (1 << 20) + (32 << 10), source_offset: 1 << 20 },
+        ],
+        memory,
+        data: &[data],
+        states: &[
+            StateBlob { tag: 1, version: 1, bytes: vec![9; 40] },
+            StateBlob { tag: 2, version: 1, bytes: Vec::new() },
+        ],
+        metadata: Metadata { tool: "fuzz".into(), ..Metadata::default() },
+    };
+    let existing = Existing::Replace;
+    let options = WriteOptions { codec, chunk_pages: 2, existing, ..WriteOptions::default() };
+    let (path, go_on) = (template_path(name), |_| ControlFlow::Continue(()));
+    match parent {
+        None => write_snapshot(path, contents, &options, &go_on),
+        Some(parent) => write_layer(path, contents, parent, &options, &go_on),
+    }
+    .expect("it can be written");
+}

@@ -1,0 +1,83 @@
+//! Hosts that do not let this user run guests or serve faults: which device, and what to do.
+
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::Command;
+
+use crate::support::{SNAP, Sample, needs_vm, run, skip};
+
+/// A user that may open neither device.
+const NOBODY: u32 = 65534;
+
+/// A copy of the program, and of a snapshot, that everybody may read. `None` when this user
+/// cannot become another one.
+fn for_everybody(test: &str) -> Option<(Sample, PathBuf)> {
+    let sample = Sample::small();
+    let open = |path: &std::path::Path, mode| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("it is ours");
+    };
+    let program = sample.folder.path().join("snap");
+    std::fs::copy(SNAP, &program).expect("it can be copied");
+    open(&program, 0o755);
+    open(sample.folder.path(), 0o777);
+    open(&sample.file, 0o644);
+    let mut as_nobody = Command::new(&program);
+    as_nobody.arg("--version").uid(NOBODY).gid(NOBODY);
+    if as_nobody.output().is_ok_and(|output| output.status.success()) {
+        return Some((sample, program));
+    }
+    skip(test, "only root can become a user without permissions");
+    None
+}
+
+#[test]
+fn without_permission_for_kvm() {
+    needs_vm!();
+    let Some((sample, program)) = for_everybody("without_permission_for_kvm") else { return };
+    let out = sample.folder.path().join("out.snap");
+    for args in [
+        vec!["create".as_ref(), out.as_os_str()],
+        vec!["restore".as_ref(), sample.file.as_os_str()],
+    ] {
+        let mut command = Command::new(&program);
+        command.args(args).uid(NOBODY).gid(NOBODY);
+        run(command).failed(4, &["/dev/kvm", "Permission denied", "group"]);
+    }
+    assert_eq!(sample.names(), ["guest.snap", "snap"]);
+}
+
+#[test]
+fn without_permission_for_userfaultfd() {
+    needs_vm!();
+    let test = "without_permission_for_userfaultfd";
+    let unprivileged = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd");
+    if unprivileged.is_ok_and(|value| value.trim() != "0") {
+        return skip(test, "vm.unprivileged_userfaultfd lets everybody");
+    }
+    let Some((sample, program)) = for_everybody(test) else { return };
+    let mut command = Command::new(&program);
+    command.args(["restore", "--lazy"]).arg(&sample.file).uid(NOBODY).gid(NOBODY);
+    let ran = run(command).failed(4, &["/dev/userfaultfd", "without --lazy"]);
+    assert!(ran.stdout.is_empty());
+}
+
+#[test]
+fn without_the_devices() {
+    needs_vm!();
+    // A mount namespace in which /dev is empty but for what a process needs.
+    let sample = Sample::small();
+    let script = "mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && \
+        { \"$SNAP\" restore \"$FILE\"; echo code $? >&2; \"$SNAP\" restore --lazy \"$FILE\"; echo code $? >&2; }";
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", script]).env("SNAP", SNAP).env("FILE", &sample.file);
+    let ran = run(command);
+    if !ran.stderr.contains("code") {
+        return skip("without_the_devices", "this user may not mount a tmpfs");
+    }
+    let said: Vec<_> = ran.stderr.split("code 4").collect();
+    assert_eq!(said.len(), 3, "{}", ran.stderr);
+    for what in ["/dev/kvm", "No such file", "modprobe kvm"] {
+        assert!(said[0].contains(what), "{what} not in {}", said[0]);
+    }
+}

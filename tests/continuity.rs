@@ -1,0 +1,89 @@
+//! What a restored guest does is what the stored one would have done next.
+
+use crate::support::{Sample, needs_vm};
+
+/// The numbers of the beats in a guest's output; every beat must be ok.
+fn beats(output: &str) -> Vec<u64> {
+    let beats = output.lines().filter_map(|line| line.strip_prefix("beat "));
+    beats.map(|beat| beat.strip_suffix(" ok").expect(beat).parse().expect(beat)).collect()
+}
+
+fn goes_on_the_same_in_both_modes(memory: &str) {
+    // Stored in the middle of its work, not at its start.
+    let sample =
+        Sample::create(&["--memory", memory, "--work", "16M", "--when", "output:beat 7 ok\n"]);
+    let eager = sample.restore(&["--beats", "6", "--hash", "--memory", memory]).ok();
+    let lazy = sample.restore(&["--lazy", "--beats", "6", "--hash"]).ok();
+    for ran in [&eager, &lazy] {
+        assert_eq!(beats(&ran.stdout), [8, 9, 10, 11, 12, 13]);
+        assert_eq!(ran.report()["bad_beats"], 0);
+    }
+    assert_eq!(eager.stdout, lazy.stdout);
+    let (eager, lazy) = (eager.report(), lazy.report());
+    assert_eq!(eager["memory_sha256"].as_str().map(str::len), Some(64));
+    assert_eq!(eager["memory_sha256"], lazy["memory_sha256"]);
+    // And one beat more is another memory: the hash does see what the guest does.
+    let more = sample.restore(&["--beats", "7", "--hash"]).ok().report();
+    assert_ne!(more["memory_sha256"], eager["memory_sha256"]);
+    // Lazy really was: most pages never came, and those that did came on faults.
+    let pages = &lazy["pager"]["pages"];
+    assert!(pages["missing"].as_u64() > pages["total"].as_u64().map(|total| total / 2), "{pages}");
+    assert!(lazy["pager"]["faults"].as_u64() > Some(10));
+    assert!(eager["pager"].is_null());
+}
+
+#[test]
+fn a_64_mib_guest_goes_on_the_same_in_both_modes() {
+    needs_vm!();
+    goes_on_the_same_in_both_modes("64M");
+}
+
+#[test]
+fn a_4_gib_guest_goes_on_the_same_in_both_modes() {
+    needs_vm!();
+    goes_on_the_same_in_both_modes("4G");
+}
+
+#[test]
+fn every_codec_and_chunk_size_restores_the_same() {
+    needs_vm!();
+    let mut hashes = std::collections::BTreeSet::new();
+    for codec in ["raw", "lz4", "zstd"] {
+        for pages in ["1", "16", "512"] {
+            let options =
+                ["--memory", "32M", "--work", "8M", "--codec", codec, "--chunk-pages", pages];
+            let sample = Sample::create(&options);
+            for mode in [&["--beats", "2", "--hash"][..], &["--beats", "2", "--hash", "--lazy"]] {
+                let ran = sample.restore(mode).ok();
+                assert_eq!(beats(&ran.stdout), [1, 2], "{codec} {pages}");
+                hashes.insert(ran.report()["memory_sha256"].as_str().map(str::to_owned));
+            }
+        }
+    }
+    assert_eq!(hashes.len(), 1, "{hashes:?}");
+}
+
+#[test]
+fn a_hundred_lazy_restores_in_a_row_are_all_right() {
+    needs_vm!();
+    let sample = Sample::small();
+    for number in 0..100 {
+        let ran = sample.restore(&["--lazy", "--beats", "2"]).ok();
+        assert_eq!(beats(&ran.stdout), [1, 2], "restore {number}");
+    }
+    assert_eq!(sample.names(), ["guest.snap"]);
+}
+
+#[test]
+fn a_run_ends_when_it_was_told_to() {
+    needs_vm!();
+    let sample = Sample::small();
+    let until = sample.restore(&["--lazy", "--until", "beat 3"]).ok();
+    assert!(until.stdout.ends_with("beat 3"), "{}", until.stdout);
+    assert_eq!(until.report()["stop"], "done");
+    let timed = sample.restore(&["--lazy", "--for", "2s"]).ok();
+    assert_eq!(timed.report()["stop"], "time is up");
+    // Time does not wait for the end of a line: the last one may be cut.
+    let whole_lines = timed.stdout.rsplit_once('\n').expect("a line in two seconds").0;
+    assert!(!beats(whole_lines).is_empty());
+}

@@ -1,0 +1,170 @@
+//! Layers through the program: rebase, diff, flatten, and parents that are not where they were.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use snapfmt::layout::PAGE_BYTES;
+use snapfmt::{Contents, MemoryRegion, Metadata, WriteOptions, write_snapshot};
+
+use crate::support::{SNAP, Sample, names, needs_vm, restore, run, snap};
+
+/// A folder with two complete snapshots, `a.snap` and `b.snap`, of 2048 pages, of which 700 are
+/// not zero and 5 differ: one of them is zero in b.
+fn two() -> (tempfile::TempDir, PathBuf, PathBuf) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let mut memory = vec![0; 2048 * PAGE_BYTES];
+    for (number, page) in memory.chunks_mut(PAGE_BYTES).enumerate().take(700) {
+        for (at, byte) in page.iter_mut().enumerate() {
+            *byte = (at / 100 + number) as u8 | 1;
+        }
+        page[0] = (number >> 8) as u8;
+    }
+    let (a, b) = (folder.path().join("a.snap"), folder.path().join("b.snap"));
+    store(&a, &memory);
+    for number in [3, 4, 5, 1500] {
+        memory[number * PAGE_BYTES..(number + 1) * PAGE_BYTES].fill(0xee);
+    }
+    memory[600 * PAGE_BYTES..601 * PAGE_BYTES].fill(0);
+    store(&b, &memory);
+    (folder, a, b)
+}
+
+fn store(path: &Path, memory: &Vec<u8>) {
+    let len = memory.len() as u64;
+    let contents = Contents {
+        regions: &[MemoryRegion { gpa: 0, len, source_offset: 0 }],
+        memory,
+        data: &[0..len],
+        states: &[],
+        metadata: Metadata { tool: "test".into(), ..Metadata::default() },
+    };
+    let go_on = |_| std::ops::ControlFlow::Continue(());
+    write_snapshot(path, contents, &WriteOptions::default(), &go_on).expect("it is written");
+}
+
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+#[test]
+fn rebase_diff_and_flatten_agree() {
+    let (folder, a, b) = two();
+    let (layer, flat) = (folder.path().join("layer.snap"), folder.path().join("flat.snap"));
+    let (a, b, layer, flat) = (text(&a), text(&b), text(&layer), text(&flat));
+    let diff = snap(["diff", &a, &b, "--json"]).ok().json();
+    assert_eq!(diff["differing_pages"], 5);
+    let runs: Vec<_> = [(3, 3), (600, 1), (1500, 1)]
+        .iter()
+        .map(|(first, pages)| serde_json::json!({ "gpa": first * 4096, "len": pages * 4096 }))
+        .collect();
+    assert_eq!(diff["runs"], serde_json::json!(runs));
+
+    let rebased = snap(["rebase", &b, "--onto", &a, "-o", &layer, "--json"]).ok().json();
+    // Four pages with the same bytes: one is stored.
+    let pages = serde_json::json!({ "data": 4, "unique": 1, "parent": 2043, "zero": 1 });
+    assert_eq!(rebased["pages"], pages);
+    let id = snap(["info", &a, "--json"]).ok().json()["id"].clone();
+    assert_eq!(rebased["parent_id"], id);
+    snap(["verify", &layer]).ok();
+    let info = snap(["info", &layer, "--json"]).ok().json();
+    assert_eq!(info["chain"][1], id);
+    assert_eq!(snap(["diff", &layer, &b, "--json"]).ok().json()["differing_pages"], 0);
+    assert_eq!(snap(["diff", &layer, &a, "--json"]).ok().json()["differing_pages"], 5);
+
+    snap(["flatten", &layer, "-o", &flat]).ok();
+    snap(["verify", &flat]).ok();
+    assert_eq!(snap(["diff", &flat, &b, "--json"]).ok().json()["differing_pages"], 0);
+    let info = snap(["info", &flat, "--json"]).ok().json();
+    assert_eq!(info["parent_id"], serde_json::Value::Null);
+    assert_eq!(info["metadata"]["tool"], "test");
+    // The inputs are as they were, and nothing else was left.
+    assert_eq!(names(folder.path()), ["a.snap", "b.snap", "flat.snap", "layer.snap"]);
+}
+
+#[test]
+fn a_guest_goes_on_through_layers_of_what_it_changed() {
+    needs_vm!();
+    let sample = Sample::create(&["--memory", "256M", "--work", "32M"]);
+    let whole = snap(["info", "--json", &text(&sample.file)]).ok().json();
+    let mut before = sample.file.clone();
+    for (number, beat) in [(1, 3), (2, 6), (3, 9)] {
+        let layer = sample.folder.path().join(format!("{number}.snap"));
+        let when = format!("output:beat {beat} ok\n");
+        let args = ["create", &text(&layer), "--parent", &text(&before), "--when", &when];
+        snap(args).ok();
+        snap(["verify", &text(&layer)]).ok();
+        let info = snap(["info", "--json", &text(&layer)]).ok().json();
+        assert_eq!(info["chain"].as_array().map(Vec::len), Some(number + 1));
+        // A beat changes one page in 32 of the work: not much more is stored.
+        let (stored, all) = (info["pages"]["data"].as_u64(), whole["pages"]["data"].as_u64());
+        assert!(stored > Some(50) && stored < all.map(|all| all / 10), "{stored:?} of {all:?}");
+        before = layer;
+    }
+    // The chain, and the same flattened, go on alike; so does the first file after nine beats.
+    let flat = sample.folder.path().join("flat.snap");
+    snap(["flatten", &text(&before), "-o", &text(&flat)]).ok();
+    let mut hashes = std::collections::BTreeSet::new();
+    for (file, beats) in [(&before, "2"), (&flat, "2"), (&sample.file, "11")] {
+        for mode in [&["--hash", "--beats", beats][..], &["--hash", "--beats", beats, "--lazy"]] {
+            let ran = restore(file, mode).ok();
+            assert!(ran.stdout.ends_with("beat 10 ok\nbeat 11 ok\n"), "{}", ran.stdout);
+            hashes.insert(ran.report()["memory_sha256"].as_str().map(str::to_owned));
+        }
+    }
+    assert_eq!(hashes.len(), 1, "{hashes:?}");
+    let says = ["--when output:TEXT"];
+    snap(["create", "x.snap", "--parent", &text(&flat)]).failed(1, &says);
+}
+
+#[test]
+fn a_parent_that_is_not_where_it_was_is_named_and_found_when_shown() {
+    let (folder, a, b) = two();
+    let layer = folder.path().join("layer.snap");
+    snap(["rebase", &text(&b), "--onto", &text(&a), "-o", &text(&layer)]).ok();
+    let elsewhere = tempfile::tempdir().expect("a temporary folder");
+    let moved = elsewhere.path().join("a.snap");
+    std::fs::rename(&a, &moved).expect("it can be moved");
+    let says = ["layer.snap", "parent", "a.snap", "say where it is"];
+    for command in ["info", "verify", "restore"] {
+        snap([command, &text(&layer)]).failed(3, &says);
+    }
+    snap(["info", &text(&layer), "--parent", &text(&moved)]).ok();
+    let mut with_path = Command::new(SNAP);
+    with_path.arg("verify").arg(&layer).env("SNAP_PATH", elsewhere.path());
+    run(with_path).ok();
+    // Another snapshot in its place is not taken for it.
+    std::fs::copy(&b, &a).expect("it can be copied");
+    let says = ["layer.snap", "a.snap", "expected as the parent, found"];
+    snap(["info", &text(&layer)]).failed(3, &says);
+}
+
+#[test]
+fn no_command_replaces_what_its_result_builds_on() {
+    let (folder, a, b) = two();
+    let layer = text(&folder.path().join("layer.snap"));
+    let (a, b) = (text(&a), text(&b));
+    snap(["rebase", &b, "--onto", &a, "-o", &layer]).ok();
+    let says = ["choose another output"];
+    snap(["rebase", &layer, "--onto", &a, "-o", &a, "-f"]).failed(1, &says);
+    snap(["flatten", &layer, "-o", &a, "-f"]).failed(1, &says);
+    snap(["export", &a, "--format", "raw", "-o", &a, "-f"]).failed(1, &says);
+    let image = text(&folder.path().join("image"));
+    std::fs::write(&image, vec![1; PAGE_BYTES]).expect("it can be written");
+    snap(["import", &image, "-o", &image, "-f"]).failed(1, &says);
+    snap(["flatten", &layer, "-o", "/dev/null", "-f"]).failed(1, &["not a regular file"]);
+    for file in [&a, &b, &layer] {
+        snap(["verify", file]).ok();
+    }
+}
+
+#[test]
+fn an_existing_output_and_other_memory_are_refused() {
+    let (folder, a, b) = two();
+    snap(["flatten", &text(&a), "-o", &text(&b)]).failed(1, &["b.snap exists"]);
+    let small = folder.path().join("small.snap");
+    store(&small, &vec![1; PAGE_BYTES]);
+    let out = text(&folder.path().join("out.snap"));
+    snap(["rebase", &text(&small), "--onto", &text(&a), "-o", &out]).failed(3, &["memory map"]);
+    snap(["diff", &text(&small), &text(&a)]).failed(1, &["memory maps are not the same"]);
+    assert_eq!(names(folder.path()), ["a.snap", "b.snap", "small.snap"]);
+}

@@ -1,0 +1,14 @@
+//! End-to-end tests: the binary `snap` as its users run it.
+
+mod bad_files;
+mod bad_hosts;
+mod command_line;
+mod continuity;
+mod failing_restores;
+mod golden_files;
+mod import_export;
+mod independent_reader;
+mod interruptions;
+mod layers;
+mod looking_inside;
+mod support;

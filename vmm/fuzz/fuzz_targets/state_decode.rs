@@ -1,0 +1,7 @@
+//! The state of a guest, as somebody else may have written it.
+#![no_main]
+
+#[path = "../harness/mod.rs"]
+mod harness;
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| harness::state_decode(input));

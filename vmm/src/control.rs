@@ -1,0 +1,251 @@
+//! Why a guest stops, and the handle with which other threads make it stop.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use crate::bus::Bus;
+use crate::kick::VcpuThreadId;
+
+/// Why a guest stopped running.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Stop {
+    /// The console answered [`ConsoleFlow::Pause`](crate::ConsoleFlow::Pause). The guest can go on.
+    ConsolePause,
+    /// [`VmHandle::request_pause`] or [`RunningVm::pause`](crate::RunningVm::pause). The guest can go on.
+    PauseRequested,
+    /// The guest executed HLT and no in-kernel interrupt controller can wake it.
+    Halt,
+    /// The guest shut itself down, as a triple fault does.
+    Shutdown,
+    /// The guest asked for a reset.
+    Reset,
+    /// A page of guest memory could not be had: the host raised SIGBUS, or KVM could not map it.
+    MemoryError {
+        /// Guest physical address, where known.
+        gpa: Option<u64>,
+        /// Host virtual address, where known.
+        host_addr: Option<u64>,
+    },
+    /// The guest's access to RAM came out as if no RAM were there. Hosts that emulate the accessing
+    /// instruction report an unreadable page so.
+    MmioInRam {
+        /// Guest physical address of the access.
+        gpa: u64,
+    },
+    /// KVM_EXIT_INTERNAL_ERROR: KVM could not go on, mostly because it cannot emulate an instruction.
+    InternalError {
+        /// `kvm_run.internal.suberror`; 1 is KVM_INTERNAL_ERROR_EMULATION.
+        suberror: u32,
+        /// Guest instruction pointer, where it could be read.
+        rip: Option<u64>,
+    },
+    /// An exit or an error of KVM_RUN that no part of this guest should cause.
+    UnexpectedExit {
+        /// What KVM said.
+        exit: String,
+    },
+    /// [`VmHandle::fail`]: something the guest depends on broke.
+    Failed {
+        /// The reason given.
+        reason: String,
+    },
+}
+
+impl Stop {
+    /// Whether the guest is whole, so that its state may be saved and it may go on.
+    #[must_use]
+    pub fn is_resumable(&self) -> bool {
+        matches!(self, Stop::ConsolePause | Stop::PauseRequested)
+    }
+}
+
+impl fmt::Display for Stop {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Stop::ConsolePause => write!(f, "the console paused the guest"),
+            Stop::PauseRequested => write!(f, "a pause was requested"),
+            Stop::Halt => write!(f, "the guest halted"),
+            Stop::Shutdown => write!(f, "the guest shut down (triple fault)"),
+            Stop::Reset => write!(f, "the guest asked for a reset"),
+            Stop::MemoryError { gpa, host_addr } => {
+                write!(f, "a page of guest memory could not be read")?;
+                if let Some(gpa) = gpa {
+                    write!(f, ", gpa {gpa:#x}")?;
+                }
+                if let Some(host_addr) = host_addr {
+                    write!(f, ", host address {host_addr:#x}")?;
+                }
+                Ok(())
+            }
+            Stop::MmioInRam { gpa } => {
+                write!(f, "a page of guest memory could not be read, gpa {gpa:#x} (seen as MMIO)")
+            }
+            Stop::InternalError { suberror, rip } => {
+                write!(f, "KVM internal error, suberror {suberror}")?;
+                if let Some(rip) = rip {
+                    write!(f, ", at rip {rip:#x}")?;
+                }
+                Ok(())
+            }
+            Stop::UnexpectedExit { exit } => write!(f, "unexpected KVM exit: {exit}"),
+            Stop::Failed { reason } => write!(f, "{reason}"),
+        }
+    }
+}
+
+/// What the vCPU threads and everybody who wants them to stop share.
+#[derive(Default)]
+pub(crate) struct Control {
+    /// The hot path's view of `inner.stop`: checked before each KVM_RUN, without the lock.
+    stopping: AtomicBool,
+    inner: Mutex<Inner>,
+    stopped: Condvar,
+    first_entry: OnceLock<Instant>,
+    first_exit: OnceLock<Instant>,
+}
+
+#[derive(Default)]
+struct Inner {
+    stop: Option<Stop>,
+    /// vCPU threads that may be in KVM_RUN. A thread takes itself out before it ends, under this
+    /// lock, so that a kick never reaches a thread that is gone.
+    threads: Vec<VcpuThreadId>,
+}
+
+impl Control {
+    /// Stops all vCPUs. The first reason counts, except that a reason the guest cannot survive
+    /// replaces one that it can.
+    pub(crate) fn stop(&self, reason: Stop) {
+        let mut inner = self.lock();
+        let replace = match &inner.stop {
+            None => true,
+            Some(known) => known.is_resumable() && !reason.is_resumable(),
+        };
+        if replace {
+            inner.stop = Some(reason);
+        }
+        // Set before the kick: a vCPU whose KVM_RUN is cut short must see it.
+        self.stopping.store(true, Ordering::SeqCst);
+        for thread in &inner.threads {
+            thread.kick();
+        }
+        self.stopped.notify_all();
+    }
+
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn reason(&self) -> Option<Stop> {
+        self.lock().stop.clone()
+    }
+
+    /// Forgets a reason the guest can survive, so that it may run again.
+    pub(crate) fn clear_pause(&self) {
+        let mut inner = self.lock();
+        if inner.stop.as_ref().is_some_and(Stop::is_resumable) {
+            inner.stop = None;
+            self.stopping.store(false, Ordering::SeqCst);
+        }
+    }
+
+    /// Waits for a reason to stop; `None` when `timeout` runs out first.
+    pub(crate) fn wait(&self, timeout: Option<Duration>) -> Option<Stop> {
+        let inner = self.lock();
+        let inner = match timeout {
+            None => self
+                .stopped
+                .wait_while(inner, |inner| inner.stop.is_none())
+                .unwrap_or_else(PoisonError::into_inner),
+            Some(timeout) => {
+                self.stopped
+                    .wait_timeout_while(inner, timeout, |inner| inner.stop.is_none())
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .0
+            }
+        };
+        inner.stop.clone()
+    }
+
+    pub(crate) fn add_thread(&self, thread: VcpuThreadId) {
+        self.lock().threads.push(thread);
+    }
+
+    pub(crate) fn remove_thread(&self, thread: VcpuThreadId) {
+        self.lock().threads.retain(|&other| other != thread);
+    }
+
+    pub(crate) fn thread_ids(&self) -> Vec<libc::pid_t> {
+        self.lock().threads.iter().map(VcpuThreadId::tid).collect()
+    }
+
+    pub(crate) fn note_first_entry(&self) {
+        self.first_entry.get_or_init(Instant::now);
+    }
+
+    pub(crate) fn note_first_exit(&self) {
+        self.first_exit.get_or_init(Instant::now);
+    }
+
+    pub(crate) fn first_entry(&self) -> Option<Instant> {
+        self.first_entry.get().copied()
+    }
+
+    pub(crate) fn first_exit(&self) -> Option<Instant> {
+        self.first_exit.get().copied()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Every holder leaves the data whole, so a panic elsewhere does not spoil it.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Reaches a guest from any thread, for as long as it exists.
+///
+/// Handles do not keep the guest alive: when its VM is gone they do nothing.
+#[derive(Clone)]
+pub struct VmHandle {
+    control: Arc<Control>,
+    bus: Weak<Mutex<Bus>>,
+}
+
+impl VmHandle {
+    pub(crate) fn new(control: Arc<Control>, bus: Weak<Mutex<Bus>>) -> VmHandle {
+        VmHandle { control, bus }
+    }
+
+    /// Stops the guest with [`Stop::PauseRequested`], even one that sleeps in HLT.
+    ///
+    /// A guest that is paused already is not changed: it runs when it is resumed.
+    pub fn request_pause(&self) {
+        self.control.stop(Stop::PauseRequested);
+    }
+
+    /// Stops the guest for good with [`Stop::Failed`], for example because its pager cannot read a
+    /// page. Its state can not be saved any more.
+    pub fn fail(&self, reason: impl Into<String>) {
+        self.control.stop(Stop::Failed { reason: reason.into() });
+    }
+
+    /// Sends bytes to the guest's serial port, as a keyboard does.
+    ///
+    /// Returns how many were taken: up to 64 KiB wait for a guest that does not read them.
+    #[must_use = "bytes that do not fit are not sent"]
+    pub fn send_input(&self, bytes: &[u8]) -> usize {
+        let Some(bus) = self.bus.upgrade() else {
+            return 0;
+        };
+        let mut bus = bus.lock().unwrap_or_else(PoisonError::into_inner);
+        bus.com1().enqueue(bytes)
+    }
+
+    /// Kernel thread ids of the vCPU threads that run now, for whoever places its own threads by them.
+    #[must_use]
+    pub fn vcpu_thread_ids(&self) -> Vec<libc::pid_t> {
+        self.control.thread_ids()
+    }
+}

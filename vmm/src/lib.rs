@@ -1,0 +1,105 @@
+//! A small virtual machine monitor for KVM, made for guests that are paused, saved, and restored before
+//! all of their memory has arrived.
+//!
+//! A guest is one of two types. A [`PausedVm`] comes from [`PausedVm::boot`] or [`PausedVm::restore`] and
+//! can yield its [`VmState`]; a [`RunningVm`] comes from [`PausedVm::resume`] and goes back with
+//! [`RunningVm::pause`]. Guest memory is the caller's: a `GuestMemoryMmap` of [`memory_layout`]'s ranges,
+//! backed by whatever the caller likes, private or shared, full or filled on demand by userfaultfd.
+//!
+//! # Features
+//! - An embedded [`demo`] guest that needs no kernel and checks its memory for ever.
+//! - Restore in about the time of the KVM calls it cannot avoid, independent of memory size: memory
+//!   slots that hold nothing are given to KVM while the guest already runs.
+//! - A console that can stop the guest at exactly the instruction that wrote a byte.
+//! - A state encoding with a version, frozen by tests, safe to decode from untrusted bytes.
+//! - Pages that cannot be read stop the guest with their address: no zeros, no hang, no SIGBUS.
+//!
+//! # Not features
+//! - Linux kernels, block and network devices, more than one vCPU in a fresh guest.
+//! - Other architectures than x86_64; AMX state; nested guests; 32-bit PAE guests while they run.
+//! - Moving the guest's clocks on after a restore: they go on from the moment of the pause.
+//! - Translation between CPU models: KVM refuses what it cannot take.
+//!
+//! # Signals
+//! The first guest installs two handlers in the process: one for `SIGRTMIN + 5`, with which vCPU threads
+//! are interrupted, and one for SIGBUS, which takes what a vCPU thread gets while it runs its guest and
+//! hands everything else to the handler that was there before.
+//!
+//! # Example
+//! Boot the demo guest, take three beats, save the guest, restore it into the same memory, take one more:
+//!
+//! ```
+//! use std::sync::Arc;
+//! use vm_memory::{GuestAddress, GuestMemoryMmap};
+//! use vmm::demo::DemoConfig;
+//! use vmm::{ConsoleFlow, Payload, PausedVm, RestoreOptions, memory_layout};
+//!
+//! /// Pauses the guest after a number of lines.
+//! fn lines(mut count: usize) -> impl FnMut(&[u8]) -> ConsoleFlow + Send {
+//!     move |bytes| {
+//!         print!("{}", String::from_utf8_lossy(bytes));
+//!         count -= bytes.iter().filter(|&&byte| byte == b'\n').count();
+//!         if count == 0 { ConsoleFlow::Pause } else { ConsoleFlow::Continue }
+//!     }
+//! }
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! if let Err(error) = vmm::probe() {
+//!     eprintln!("SKIPPED: {error}");
+//!     return Ok(());
+//! }
+//! let ranges: Vec<_> = memory_layout(64 << 20)?
+//!     .iter()
+//!     .map(|range| (GuestAddress(range.gpa), range.len as usize))
+//!     .collect();
+//! let memory = Arc::new(GuestMemoryMmap::from_ranges(&ranges)?);
+//!
+//! // "ready ..." and beats 1 to 3.
+//! let payload = Payload::Demo(DemoConfig { work_bytes: 8 << 20 });
+//! let running = PausedVm::boot(Arc::clone(&memory), &payload, lines(4))?.resume()?;
+//! assert!(running.wait(None).unwrap().is_resumable());
+//! let state = running.pause()?.state()?;
+//!
+//! // "beat 4 ok".
+//! let restored = PausedVm::restore(memory, &state, lines(1), &RestoreOptions::default())?;
+//! assert!(restored.resume()?.wait(None).unwrap().is_resumable());
+//! # Ok(())
+//! # }
+//! ```
+
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+compile_error!("vmm needs Linux on x86_64");
+
+mod bus;
+mod chips;
+mod console;
+mod control;
+pub mod demo;
+mod error;
+mod frozen;
+mod host;
+mod kick;
+pub mod layout;
+mod long_mode;
+mod memslots;
+mod payload;
+mod pieces;
+mod run_loop;
+mod serial;
+pub mod state;
+mod vcpu;
+mod vm;
+
+pub use console::{Console, ConsoleFlow};
+pub use control::{Stop, VmHandle};
+pub use error::KvmError;
+pub use frozen::Frozen;
+pub use host::{HostCpu, HostReport, KVM_DEVICE, ProbeError, probe};
+pub use layout::{LayoutError, MemoryRange, memory_layout};
+pub use payload::{Payload, PayloadError};
+pub use state::{StateError, VmState};
+pub use vcpu::VcpuError;
+pub use vm::{
+    BootError, MemoryMismatch, PauseError, PausedVm, RestoreError, RestoreOptions, ResumeError,
+    RunningVm, SaveError,
+};

@@ -1,0 +1,72 @@
+//! What a fresh guest runs.
+
+use std::ops::Range;
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+
+use crate::demo::{DemoConfig, DemoError, DemoPlan};
+use crate::layout::{LARGE_PAGE_BYTES, MemoryRange};
+use crate::long_mode::{self, Mapping, layout};
+
+/// What a fresh guest runs.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Payload {
+    /// The embedded demo guest: see [`demo`](crate::demo).
+    Demo(DemoConfig),
+    /// x86-64 machine code for experiments.
+    ///
+    /// It is loaded at guest physical (and virtual) address 0x4000 and entered at its first byte in
+    /// ring 0 of 64-bit mode with a small stack and without an interrupt table. The first gigabyte of
+    /// addresses is mapped one to one.
+    Program {
+        /// The code, at most 16 KiB.
+        code: Vec<u8>,
+    },
+}
+
+/// A payload that does not fit into the guest's memory.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PayloadError {
+    /// The demo's working area does not fit.
+    #[error(transparent)]
+    Demo(#[from] DemoError),
+    /// The program is too long.
+    #[error("program of {code_bytes} bytes, expected at most {}", layout::CODE_MAX_BYTES)]
+    ProgramTooLong {
+        /// Length of the program.
+        code_bytes: usize,
+    },
+    /// Guest memory could not be written.
+    #[error("cannot write the payload into guest memory")]
+    Memory(#[source] GuestMemoryError),
+}
+
+impl Payload {
+    /// Writes the payload into memory; returns the ranges of guest physical addresses it works on.
+    pub(crate) fn load(
+        &self,
+        memory: &GuestMemoryMmap,
+        ranges: &[MemoryRange],
+    ) -> Result<Vec<Range<u64>>, PayloadError> {
+        match self {
+            Payload::Demo(config) => {
+                let plan = DemoPlan::new(config, ranges)?;
+                plan.load(memory).map_err(PayloadError::Memory)?;
+                Ok(plan.touched())
+            }
+            Payload::Program { code } => {
+                if code.len() > layout::CODE_MAX_BYTES {
+                    return Err(PayloadError::ProgramTooLong { code_bytes: code.len() });
+                }
+                let identity = Mapping { virt: 0, gpa: 0, len: 1 << 30 };
+                long_mode::write_tables(memory, &[identity]).map_err(PayloadError::Memory)?;
+                memory
+                    .write_slice(code, GuestAddress(layout::CODE))
+                    .map_err(PayloadError::Memory)?;
+                Ok(std::iter::once(0..LARGE_PAGE_BYTES).collect())
+            }
+        }
+    }
+}

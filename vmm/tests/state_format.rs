@@ -1,0 +1,157 @@
+//! The encoding of a guest's state is frozen, and decodes hostile bytes without harm.
+#![allow(clippy::unwrap_used)]
+
+use kvm_bindings::{
+    kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state,
+    kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use proptest::prelude::*;
+use serde::Deserialize;
+use serde::de::value::{BytesDeserializer, Error};
+use vmm::state::{ChipState, STATE_KIND, STATE_MAX_BYTES, STATE_VERSION, Uart, VcpuState};
+use vmm::{Frozen, StateError, VmState, memory_layout};
+
+/// A state of version 1 as it was once written. It stays readable for ever.
+const GOLDEN_V1: &[u8] = include_bytes!("golden/vm-state-v1.bin");
+
+/// A structure whose every byte differs from its neighbours.
+fn pattern<T: for<'de> Deserialize<'de>>(seed: u8) -> Frozen<T> {
+    let bytes: Vec<u8> =
+        (0..size_of::<T>()).map(|i| (i as u8).wrapping_mul(31).wrapping_add(seed)).collect();
+    Frozen::deserialize(BytesDeserializer::<Error>::new(&bytes)).unwrap()
+}
+
+fn example() -> VmState {
+    let vcpu = |seed: u8| VcpuState {
+        cpuid: (0..3).map(|i| pattern::<kvm_cpuid_entry2>(seed + i)).collect(),
+        tsc_khz: 2_596_140,
+        sregs: pattern::<kvm_sregs>(seed + 3),
+        regs: pattern::<kvm_regs>(seed + 4),
+        xcrs: pattern::<kvm_xcrs>(seed + 5),
+        xsave: pattern::<kvm_xsave>(seed + 6),
+        debugregs: pattern::<kvm_debugregs>(seed + 7),
+        lapic: pattern::<kvm_lapic_state>(seed + 8),
+        msrs: (9..14).map(|i| pattern::<kvm_msr_entry>(seed + i)).collect(),
+        mp_state: pattern::<kvm_mp_state>(seed + 14),
+        events: pattern::<kvm_vcpu_events>(seed + 15),
+    };
+    VmState {
+        memory: memory_layout(4 << 30).unwrap(),
+        vcpus: vec![vcpu(0), vcpu(100)],
+        chips: ChipState {
+            pic_master: pattern::<kvm_irqchip>(40),
+            pic_slave: pattern::<kvm_irqchip>(41),
+            ioapic: pattern::<kvm_irqchip>(42),
+            pit: pattern::<kvm_pit_state2>(43),
+            clock: pattern::<kvm_clock_data>(44),
+        },
+        com1: Uart {
+            baud_divisor_low: 1,
+            baud_divisor_high: 2,
+            interrupt_enable: 3,
+            interrupt_identification: 4,
+            line_control: 5,
+            line_status: 6,
+            modem_control: 7,
+            modem_status: 8,
+            scratch: 9,
+            fifo: b"typed".to_vec(),
+            queued_input: b"ahead".to_vec(),
+        },
+    }
+}
+
+fn decode(bytes: &[u8]) -> Result<VmState, StateError> {
+    VmState::decode(STATE_KIND, STATE_VERSION, bytes)
+}
+
+/// Writes the golden file of a NEW version: `cargo test -p vmm --test state_format -- --ignored`.
+/// The file of a version that was released never changes.
+#[test]
+#[ignore = "writes the golden file"]
+fn write_golden() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/vm-state-v1.bin");
+    std::fs::write(path, example().encode()).unwrap();
+}
+
+#[test]
+fn version_1_is_written_and_read_as_ever() {
+    assert_eq!((STATE_KIND, STATE_VERSION), (0x784d_564b, 1));
+    assert!(example().encode() == GOLDEN_V1, "the encoding of version 1 has changed");
+    assert!(decode(GOLDEN_V1).unwrap().encode() == GOLDEN_V1);
+}
+
+#[test]
+fn foreign_kinds_and_versions_are_named() {
+    let error = VmState::decode(7, STATE_VERSION, GOLDEN_V1).unwrap_err();
+    assert_eq!(error.to_string(), "state of kind 0x00000007, expected 0x784d564b");
+    let error = VmState::decode(STATE_KIND, 2, GOLDEN_V1).unwrap_err();
+    assert_eq!(error.to_string(), "state of version 2, expected 1");
+}
+
+#[test]
+fn every_truncation_and_any_extension_is_refused() {
+    for len in 0..GOLDEN_V1.len() {
+        assert!(matches!(decode(&GOLDEN_V1[..len]), Err(StateError::Malformed { .. })), "{len}");
+    }
+    let longer = [GOLDEN_V1, &[0]].concat();
+    assert!(matches!(decode(&longer), Err(StateError::Malformed { .. })));
+    let huge = vec![0; STATE_MAX_BYTES as usize + 1];
+    assert!(matches!(decode(&huge), Err(StateError::TooLong { .. })));
+}
+
+/// kvm-bindings alone would pad a short structure with zeros and cut a long one.
+#[test]
+fn structures_of_another_size_are_refused() {
+    let regs = [0u8; 144];
+    for len in [0, 143] {
+        let bytes = BytesDeserializer::<Error>::new(&regs[..len]);
+        let error = Frozen::<kvm_regs>::deserialize(bytes).unwrap_err();
+        assert!(error.to_string().contains("the 144 bytes of"), "{error}");
+    }
+    let long = [0u8; 145];
+    assert!(Frozen::<kvm_regs>::deserialize(BytesDeserializer::<Error>::new(&long)).is_err());
+}
+
+#[test]
+fn impossible_contents_are_named() {
+    let refused = |change: fn(&mut VmState)| {
+        let mut state = example();
+        change(&mut state);
+        decode(&state.encode()).unwrap_err().to_string()
+    };
+    assert_eq!(refused(|s| s.vcpus.clear()), "state with 0 vCPUs, expected 1 to 64");
+    assert_eq!(
+        refused(|s| s.memory[1].gpa += 4096),
+        "state with memory ranges that no guest of 4294967296 bytes has"
+    );
+    assert_eq!(
+        refused(|s| s.memory[0].len = u64::MAX),
+        "state with memory ranges that no guest of 18446744073709551615 bytes has"
+    );
+    assert_eq!(
+        refused(|s| s.com1.fifo = vec![0; 65]),
+        "state with 65 bytes in the serial FIFO, expected 0 to 64"
+    );
+}
+
+proptest! {
+    #[test]
+    fn random_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..4096)) {
+        let _ = decode(&bytes);
+    }
+
+    /// What decodes in spite of a change encodes to the changed bytes: nothing is guessed or dropped.
+    #[test]
+    fn mutations_are_refused_or_kept(
+        changes in proptest::collection::vec((0..GOLDEN_V1.len(), any::<u8>()), 1..8),
+    ) {
+        let mut bytes = GOLDEN_V1.to_vec();
+        for (at, value) in changes {
+            bytes[at] = value;
+        }
+        if let Ok(state) = decode(&bytes) {
+            prop_assert!(state.encode() == bytes);
+        }
+    }
+}
