@@ -41,7 +41,7 @@ fn ctrl_c_in_the_first_moments_is_not_lost() {
         signal(child.id(), "INT");
         let ended = end_of(child);
         // Before the handlers are there, the signal itself ends the process.
-        assert!(matches!(ended.status.code(), Some(130) | None), "{:?}", ended.status);
+        assert!(matches!(ended.status.code(), Some(130) | None), "{ended:?}");
     }
 }
 

@@ -87,7 +87,22 @@ pub(crate) fn open_kvm() -> Result<Kvm, ProbeError> {
 }
 
 pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd, ProbeError> {
-    kvm.create_vm().map_err(|errno| ProbeError::CreateVm { source: errno.into() })
+    // KVM_CREATE_VM takes every lock of the process' memory map (mm_take_all_locks), and gives up when a
+    // signal comes meanwhile. A signal is no reason not to have a VM: whoever handles it says so elsewhere.
+    unless_interrupted(|| kvm.create_vm())
+        .map_err(|errno| ProbeError::CreateVm { source: errno.into() })
+}
+
+/// Makes a call again for as long as signals interrupt it.
+fn unless_interrupted<T>(
+    mut call: impl FnMut() -> Result<T, kvm_ioctls::Error>,
+) -> Result<T, kvm_ioctls::Error> {
+    loop {
+        match call() {
+            Err(error) if error.errno() == libc::EINTR => {}
+            result => return result,
+        }
+    }
 }
 
 /// Identity of a CPU, as its CPUID instruction tells it.
@@ -150,6 +165,15 @@ mod tests {
         assert_eq!(signature(0x00a1_0f11), (25, 17, 1));
         assert_eq!(signature(0x0006_06a6), (6, 106, 6));
         assert_eq!(signature(0x0000_0683), (6, 8, 3));
+    }
+
+    #[test]
+    fn a_signal_during_a_call_is_not_its_result() {
+        let mut results = [Err(libc::EINTR), Err(libc::EINTR), Ok(7), Ok(8)].into_iter();
+        let mut call = || results.next().unwrap().map_err(kvm_ioctls::Error::new);
+        assert_eq!(unless_interrupted(&mut call), Ok(7));
+        let mut refused = || Err::<(), _>(kvm_ioctls::Error::new(libc::ENOMEM));
+        assert_eq!(unless_interrupted(&mut refused).unwrap_err().errno(), libc::ENOMEM);
     }
 
     #[test]
