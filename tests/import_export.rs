@@ -9,7 +9,9 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::support::{Ran, SNAP, Sample, end_of, names, needs_vm, run, signal, skip, snap, start};
+use crate::support::{
+    Ran, SNAP, Sample, end_of, names, needs_vm, run, signal, skip, snap, start, wait_for_handlers,
+};
 
 const PAGE: u64 = 4096;
 const MIB: u64 = 1 << 20;
@@ -590,6 +592,7 @@ fn an_interrupted_export_leaves_nothing() {
             command.arg(place.path("out"));
             command
         });
+        wait_for_handlers(child.id());
         std::thread::sleep(Duration::from_millis(moment));
         signal(child.id(), name);
         let ran = Ran::from(end_of(child));

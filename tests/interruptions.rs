@@ -5,7 +5,9 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::support::{Ran, SNAP, Sample, end_of, names, needs_vm, run, signal, skip, snap, start};
+use crate::support::{
+    Ran, SNAP, Sample, end_of, names, needs_vm, run, signal, skip, snap, start, wait_for_handlers,
+};
 
 #[test]
 fn ctrl_c_ends_a_run_cleanly() {
@@ -77,6 +79,7 @@ fn ctrl_c_while_creating_leaves_nothing() {
     // A slow one: level 19 takes seconds.
     command.arg("create").arg(&out).args(["--memory", "256M", "--work", "192M", "--level", "19"]);
     let child = start(command);
+    wait_for_handlers(child.id());
     std::thread::sleep(Duration::from_millis(700));
     signal(child.id(), "INT");
     Ran::from(end_of(child)).failed(130, &["interrupted"]);

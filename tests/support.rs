@@ -135,6 +135,19 @@ pub(crate) fn end_of(child: Child) -> Output {
     output
 }
 
+/// Waits until a process handles SIGINT, or has ended. Before that, the signal just kills it.
+pub(crate) fn wait_for_handlers(process: u32) {
+    // "SigCgt:\t0000000100004002": see proc_pid_status(5). SIGINT is 2, so bit 1.
+    let handled = |status: &str| {
+        let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+        mask.is_none_or(|mask| u64::from_str_radix(mask.trim(), 16).is_ok_and(|m| m & 0b10 != 0))
+            || status.contains("State:\tZ")
+    };
+    while std::fs::read_to_string(format!("/proc/{process}/status")).is_ok_and(|s| !handled(&s)) {
+        std::thread::yield_now();
+    }
+}
+
 /// Sends a signal to a process.
 pub(crate) fn signal(process: u32, name: &str) {
     let kill = Command::new("kill").arg(format!("-{name}")).arg(process.to_string()).status();

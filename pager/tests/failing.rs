@@ -4,12 +4,12 @@
 mod support;
 
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use pager::{FailureCause, FailurePolicy, Pager, RetryPolicy, SourceError, StartError, VecSource};
-use support::{Memory, PAGE, source_of, stamp, stamped, userfaultfd_works};
+use support::{Memory, PAGE, source_of, stamp, stamped, thread_id, userfaultfd_works};
 
 #[test]
 fn a_page_that_cannot_be_read_is_an_error_and_the_others_are_served() {
@@ -59,23 +59,36 @@ fn a_page_poisoned_for_two_stays_poisoned() {
         return;
     }
     let memory = Arc::new(Memory::map(64 * PAGE));
-    let source = source_of(64, |offset, answer| match offset as usize / PAGE {
-        5 => Err(SourceError::permanent("lost")),
-        page => {
-            // While page 1 is slow, both messages for page 5 come into line.
-            std::thread::sleep(Duration::from_millis(300));
-            answer.push(page);
-            Ok(())
+    let (page_1_asked, is_asked) = std::sync::mpsc::channel();
+    let waiting: Arc<[AtomicI32; 2]> = Arc::default();
+    let source = source_of(64, {
+        let waiting = Arc::clone(&waiting);
+        move |offset, answer| match offset as usize / PAGE {
+            5 => Err(SourceError::permanent("lost")),
+            page => {
+                // While page 1 is slow, both messages for page 5 come into line.
+                if page == 1 {
+                    page_1_asked.send(()).expect("the test waits for it");
+                    waiting.iter().for_each(wait_until_asleep);
+                }
+                answer.push(page);
+                Ok(())
+            }
         }
     });
     let pager = Pager::builder(source).region(memory.whole()).start().expect("it starts");
-    let touchers = [(0, 1), (100, 5), (100, 5)].map(|(wait_ms, page)| {
-        let memory = Arc::clone(&memory);
+    let touch = |page, tid: Option<usize>| {
+        let (memory, waiting) = (Arc::clone(&memory), Arc::clone(&waiting));
         std::thread::spawn(move || {
-            std::thread::sleep(Duration::from_millis(wait_ms));
+            if let Some(index) = tid {
+                waiting[index].store(thread_id(), Ordering::SeqCst);
+            }
             memory.read_by_syscall(page).is_ok()
         })
-    });
+    };
+    let first = touch(1, None);
+    is_asked.recv().expect("page 1 is asked for");
+    let touchers = [first, touch(5, Some(0)), touch(5, Some(1))];
     let read = touchers.map(|toucher| toucher.join().expect("it does not hang"));
     assert_eq!(read, [true, false, false]);
     // Served in turn: when this page is there, both messages have been answered.
@@ -83,6 +96,21 @@ fn a_page_poisoned_for_two_stays_poisoned() {
     let stats = pager.stop();
     assert_eq!((stats.pages.present, stats.pages.poisoned), (2, 1));
     assert_eq!((stats.spurious_faults, stats.installed.existing), (1, 0));
+}
+
+/// Waits until the thread whose id comes to be in `tid` sleeps in the kernel.
+fn wait_until_asleep(tid: &AtomicI32) {
+    let asleep = || {
+        let stat =
+            std::fs::read_to_string(format!("/proc/self/task/{}/stat", tid.load(Ordering::SeqCst)));
+        // "TID (NAME) STATE ...": see proc_pid_stat(5).
+        stat.is_ok_and(|stat| stat.contains(") S ") || stat.contains(") D "))
+    };
+    let begin = Instant::now();
+    while !asleep() {
+        assert!(begin.elapsed() < Duration::from_secs(20), "the thread does not come to sleep");
+        std::thread::yield_now();
+    }
 }
 
 #[test]
@@ -151,31 +179,37 @@ fn a_panic_fails_all_missing_pages_and_keeps_the_present_ones() {
         return;
     }
     let memory = Arc::new(Memory::map(64 * PAGE));
-    let source = source_of(64, |offset, answer| {
-        let page = offset as usize / PAGE;
-        if page == 13 {
-            std::thread::sleep(Duration::from_millis(100));
-            panic!("page 13 is cursed");
+    let waiting: Arc<[AtomicI32; 2]> = Arc::default();
+    let (page_13_asked, is_asked) = std::sync::mpsc::channel();
+    let source = source_of(64, {
+        let waiting = Arc::clone(&waiting);
+        move |offset, answer| {
+            let page = offset as usize / PAGE;
+            if page == 13 {
+                page_13_asked.send(()).expect("the test waits for it");
+                waiting.iter().for_each(wait_until_asleep);
+                panic!("page 13 is cursed");
+            }
+            answer.push(page);
+            Ok(())
         }
-        answer.push(page);
-        Ok(())
     });
     let pager = Pager::builder(source).region(memory.whole()).start().expect("it starts");
     assert_eq!(memory.read_u64(12 * PAGE), stamp(12));
-    let waiting: Vec<_> = [13, 13, 14, 15]
-        .map(|page| {
-            let memory = Arc::clone(&memory);
-            std::thread::spawn(move || {
-                // 14 and 15 arrive while 13 is being loaded.
-                if page != 13 {
-                    std::thread::sleep(Duration::from_millis(40));
-                }
-                memory.read_by_syscall(page)
-            })
+    let touch = |page, tid: Option<usize>| {
+        let (memory, waiting) = (Arc::clone(&memory), Arc::clone(&waiting));
+        std::thread::spawn(move || {
+            if let Some(index) = tid {
+                waiting[index].store(thread_id(), Ordering::SeqCst);
+            }
+            memory.read_by_syscall(page)
         })
-        .into_iter()
-        .collect();
-    for toucher in waiting {
+    };
+    let mut touchers = vec![touch(13, None), touch(13, None)];
+    // 14 and 15 arrive while 13 is being loaded.
+    is_asked.recv().expect("page 13 is asked for");
+    touchers.extend([touch(14, Some(0)), touch(15, Some(1))]);
+    for toucher in touchers {
         let touched = toucher.join().expect("it does not hang");
         assert_eq!(touched.map_err(|error| error.raw_os_error()), Err(Some(libc::EFAULT)));
     }

@@ -133,6 +133,12 @@ pub fn userfaultfd_works(test: &str) -> bool {
     }
 }
 
+/// The calling thread's id in `/proc`.
+pub fn thread_id() -> i32 {
+    // SAFETY: gettid(2) only gives a number.
+    unsafe { libc::gettid() }
+}
+
 /// What page `page` of every test's source begins with: never zero.
 pub fn stamp(page: usize) -> u64 {
     0x5eed_0000_0000_0001 | (page as u64) << 8
