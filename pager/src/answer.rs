@@ -61,6 +61,8 @@ impl Desk {
                 Ok(shared.install_own(self.slice, target, Fill::Zero, purpose, inbox)?)
             }
             Load::Pages(loaded) => self.install_pages(shared, fault, loaded, inbox),
+            Load::InFile { .. } if shared.backed => Ok(shared.try_again(self.slice, fault)?),
+            Load::InFile { .. } => Err(unusable("the memory is not a mapping of a file")),
         }
     }
 

@@ -39,6 +39,9 @@ pub enum StartError {
     /// No userfaultfd, or a kernel too old.
     #[error(transparent)]
     Open(OpenError),
+    /// Regions of another process and its userfaultfd go together.
+    #[error("regions of another process need its userfaultfd, and no others go with it")]
+    Foreign,
     /// The policy is to poison, and the kernel can't.
     #[error(
         "this kernel cannot poison pages (UFFD_FEATURE_POISON, Linux 6.6 or later): choose FailurePolicy::Kill to run without"

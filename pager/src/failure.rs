@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::io::{self, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::OnceLock;
 
@@ -17,7 +18,8 @@ pub enum FailurePolicy {
     /// call `EFAULT`. All else goes on; the callback is there to stop the guest.
     #[default]
     Poison,
-    /// Write the failure to stderr and end this process with SIGKILL, at once.
+    /// Write the failure to stderr and end this process with SIGKILL, at once. Of another process'
+    /// memory: call the callback, then end that process.
     Kill,
 }
 
@@ -99,24 +101,61 @@ pub(crate) type OnFailure = Box<dyn Fn(&Failure) + Send + Sync>;
 /// Takes failures from all threads, and keeps the first.
 pub(crate) struct FailureReport {
     policy: FailurePolicy,
+    /// A pidfd of the process whose memory it is, if that is another one.
+    foreign: Option<OwnedFd>,
     on_failure: Option<OnFailure>,
     first: OnceLock<Failure>,
 }
 
 impl FailureReport {
-    pub(crate) fn new(policy: FailurePolicy, on_failure: Option<OnFailure>) -> FailureReport {
-        FailureReport { policy, on_failure, first: OnceLock::new() }
+    pub(crate) fn new(
+        policy: FailurePolicy,
+        foreign: Option<OwnedFd>,
+        on_failure: Option<OnFailure>,
+    ) -> FailureReport {
+        FailureReport { policy, foreign, on_failure, first: OnceLock::new() }
     }
 
     pub(crate) fn first(&self) -> Option<&Failure> {
         self.first.get()
     }
 
-    /// Tells of the failure, if it is the first. Does not return under [`FailurePolicy::Kill`].
+    /// Tells of the failure, if it is the first. Does not return under [`FailurePolicy::Kill`], if the
+    /// memory is this process'.
     pub(crate) fn report(&self, failure: Failure) {
-        if self.policy == FailurePolicy::Kill {
+        if self.policy == FailurePolicy::Kill && self.foreign.is_none() {
             kill_this_process(&failure);
         }
+        // What is not about one page leaves faults unanswered: another process would wait for ever.
+        let fatal = matches!(failure.cause, FailureCause::Messages(_) | FailureCause::Event(_));
+        self.tell(failure);
+        if self.policy == FailurePolicy::Kill || fatal {
+            self.kill_foreign();
+        }
+    }
+
+    /// A page could not even be poisoned: whoever waits for it would wait for ever.
+    pub(crate) fn unpoisonable(&self) {
+        self.kill_foreign();
+    }
+
+    fn kill_foreign(&self) {
+        if let Some(process) = &self.foreign {
+            // SAFETY: pidfd_send_signal(2) takes a descriptor, a number, no siginfo and no flags. It fails
+            // for a process that is gone, and then all is well.
+            unsafe {
+                libc::syscall(
+                    libc::SYS_pidfd_send_signal,
+                    process.as_raw_fd(),
+                    libc::SIGKILL,
+                    std::ptr::null::<libc::siginfo_t>(),
+                    0,
+                )
+            };
+        }
+    }
+
+    fn tell(&self, failure: Failure) {
         let mut failure = Some(failure);
         let first = self.first.get_or_init(|| failure.take().expect("taken only here"));
         if failure.is_none()
@@ -176,7 +215,7 @@ mod tests {
             assert_eq!(failure.source_offset, Some(0x1000));
             counter.fetch_add(1, Ordering::Relaxed);
         });
-        let report = FailureReport::new(FailurePolicy::Poison, Some(on_failure));
+        let report = FailureReport::new(FailurePolicy::Poison, None, Some(on_failure));
         report.report(failure(0x1000));
         report.report(failure(0x2000));
         assert_eq!(calls.load(Ordering::Relaxed), 1);

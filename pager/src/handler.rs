@@ -138,11 +138,10 @@ impl Handler {
             let answered = match shared.states.of(place.page) {
                 PageState::Missing => match reader.load(source_offset) {
                     Ok(load) => {
-                        if let Load::Pages(loaded) = &load {
-                            times.read_ns += loaded.cost.read_ns;
-                            times.decode_ns += loaded.cost.decode_ns;
-                            own.counters.read(loaded.cost.bytes_read);
-                        }
+                        let cost = load.cost();
+                        times.read_ns += cost.read_ns;
+                        times.decode_ns += cost.decode_ns;
+                        own.counters.read(cost.bytes_read);
                         let started = Instant::now();
                         let installed = desk.install(shared, place, load, inbox);
                         times.install_ns += nanoseconds_since(started);
@@ -181,7 +180,9 @@ impl Handler {
                         cause,
                     });
                     // Were even this refused, the thread that waits goes on waiting: it never sees zeros.
-                    let _ = desk.poison(shared, place, inbox);
+                    if let Err(Trouble::Failed(_)) = desk.poison(shared, place, inbox) {
+                        shared.failures.unpoisonable();
+                    }
                     break;
                 }
             }

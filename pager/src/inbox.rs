@@ -52,6 +52,9 @@ impl Inbox {
                 Message::Pagefault { address, thread_id, .. } => {
                     self.faults.push_back(Fault { address, thread_id, read_at });
                 }
+                // Where the file has the page, the kernel would map it again and ask nobody: content that
+                // was given away would come back.
+                Message::Remove { .. } if shared.backed => self.unserved = Some(message),
                 // An unmapped page is never asked for again; as a removed one it would read as zero.
                 Message::Remove { start, end } | Message::Unmap { start, end } => {
                     shared.removed(slice, start..end);

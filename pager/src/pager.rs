@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
@@ -21,7 +22,7 @@ use crate::register;
 use crate::slice::{Shared, Slice};
 use crate::source::PageSource;
 use crate::stats::{Distributions, Stats};
-use crate::uffd::{Features, Uffd};
+use crate::uffd::{Features, ForeignUffd, Uffd};
 
 /// A running fault service. See the crate's documentation for an example.
 #[derive(Debug)]
@@ -42,6 +43,8 @@ pub struct PagerBuilder {
     retry: RetryPolicy,
     on_error: FailurePolicy,
     on_failure: Option<OnFailure>,
+    foreign: Option<(ForeignUffd, OwnedFd)>,
+    backed: bool,
 }
 
 impl Pager {
@@ -55,6 +58,8 @@ impl Pager {
             retry: RetryPolicy::default(),
             on_error: FailurePolicy::default(),
             on_failure: None,
+            foreign: None,
+            backed: false,
         }
     }
 
@@ -183,14 +188,40 @@ impl PagerBuilder {
         self
     }
 
+    /// Serves the memory of another process, which has registered it with `uffd` and is known by a pidfd. All
+    /// regions are made by [`Region::foreign`]. There is one slice; the threads go on after that process has
+    /// ended, until the pager is stopped.
+    ///
+    /// What leaves faults unanswered, and with [`FailurePolicy::Kill`] every failure, ends that process by SIGKILL.
+    /// Poisoning needs no feature here: a process whose page cannot be poisoned is ended, too.
+    pub fn foreign(mut self, uffd: ForeignUffd, process: OwnedFd) -> PagerBuilder {
+        self.foreign = Some((uffd, process));
+        self
+    }
+
+    /// The memory is a private mapping of a file into which the source puts the pages: it answers
+    /// [`Load::InFile`](crate::Load::InFile).
+    ///
+    /// Giving pages back by `madvise` is a failure then: the file's content would come back. Map anonymous memory
+    /// over them.
+    pub fn backed(mut self) -> PagerBuilder {
+        self.backed = true;
+        self
+    }
+
     /// Registers the memory and starts the threads. The cost does not depend on the size of the memory.
     ///
     /// # Errors
     /// [`StartError`]; then nothing is registered, and missing pages read as zero: don't run a guest on it.
     pub fn start(self) -> Result<Pager, StartError> {
-        let PagerBuilder { source, regions, slices, placement, retry, on_error, on_failure } = self;
+        let PagerBuilder { source, regions, slices, placement, retry, on_error, .. } = self;
+        let PagerBuilder { on_failure, foreign, backed, .. } = self;
         let page_bytes = check(&regions, source.len_bytes())?;
-        let layout = Layout::cut(&regions, slices);
+        if regions.iter().any(|region| region.is_foreign() != foreign.is_some()) {
+            return Err(StartError::Foreign);
+        }
+        // One userfaultfd, one slice.
+        let layout = Layout::cut(&regions, if foreign.is_some() { 1 } else { slices });
         let system = |what| move |error| StartError::System { what, error };
         let (stop_reader, stop) = io::pipe().map_err(system("a pipe"))?;
         let stop_reader = Arc::new(stop_reader);
@@ -206,7 +237,14 @@ impl PagerBuilder {
         }
         let mut readers = Vec::with_capacity(layout.slices());
         let mut parts = Vec::with_capacity(layout.slices());
-        for index in 0..layout.slices() {
+        let (foreign, process) = foreign.unzip();
+        if let Some(uffd) = foreign {
+            readers.push(source.reader(page_bytes).map_err(StartError::Source)?);
+            // Only hugetlbfs has other pages, and no zero page.
+            let zeros = (page_bytes > 4096).then(|| vec![0; page_bytes].into_boxed_slice());
+            parts.push(Slice::new(Filler { uffd: uffd.into_uffd(), zeros }, layout.pages()));
+        }
+        for index in parts.len()..layout.slices() {
             readers.push(source.reader(page_bytes).map_err(StartError::Source)?);
             let uffd = Uffd::open(Features::EVENT_REMOVE, optional).map_err(StartError::Open)?;
             if on_error == FailurePolicy::Poison && !uffd.features().contains(Features::POISON) {
@@ -223,8 +261,9 @@ impl PagerBuilder {
             slices: parts,
             layout,
             states,
-            failures: FailureReport::new(on_error, on_failure),
+            failures: FailureReport::new(on_error, process, on_failure),
             stopping: AtomicBool::new(false),
+            backed,
             _regions: regions,
         });
 

@@ -1,4 +1,4 @@
-//! A region: a stretch of this process' memory to be paged. Making one is the unsafe step.
+//! A region: a stretch of memory to be paged. Making one of this process' memory is the unsafe step.
 #![allow(unsafe_code)]
 
 use std::any::Any;
@@ -16,6 +16,8 @@ pub struct Region {
     source_offset: u64,
     /// Whatever must live for the mapping to stay: dropped after the userfaultfd is closed.
     owner: Option<Arc<dyn Any + Send + Sync>>,
+    /// It is memory of another process.
+    foreign: bool,
 }
 
 /// Why memory cannot be a region.
@@ -75,6 +77,30 @@ impl Region {
         page_bytes: usize,
         source_offset: u64,
     ) -> Result<Region, RegionError> {
+        Region::checked(host_addr, len_bytes, page_bytes, source_offset, false)
+    }
+
+    /// The same of another process: `host_addr` is an address there. For [`crate::PagerBuilder::foreign`];
+    /// safe, because a pager of this process' memory does not take it.
+    ///
+    /// # Errors
+    /// As [`Region::new`].
+    pub fn foreign(
+        host_addr: u64,
+        len_bytes: u64,
+        page_bytes: usize,
+        source_offset: u64,
+    ) -> Result<Region, RegionError> {
+        Region::checked(host_addr, len_bytes, page_bytes, source_offset, true)
+    }
+
+    fn checked(
+        host_addr: u64,
+        len_bytes: u64,
+        page_bytes: usize,
+        source_offset: u64,
+        foreign: bool,
+    ) -> Result<Region, RegionError> {
         if page_bytes < 4096 || !page_bytes.is_power_of_two() {
             return Err(RegionError::PageSize { page_bytes });
         }
@@ -93,7 +119,7 @@ impl Region {
                 return Err(RegionError::Overflow { what, value, len_bytes });
             }
         }
-        Ok(Region { host_addr, len_bytes, page_bytes, source_offset, owner: None })
+        Ok(Region { host_addr, len_bytes, page_bytes, source_offset, owner: None, foreign })
     }
 
     /// Keeps `owner` (of the mapping) alive until the pager has closed its userfaultfds.
@@ -147,6 +173,11 @@ impl Region {
     /// Size of its pages in bytes.
     pub fn page_bytes(&self) -> usize {
         self.page_bytes
+    }
+
+    /// Whether it is memory of another process.
+    pub fn is_foreign(&self) -> bool {
+        self.foreign
     }
 
     /// Where its content begins in the source.

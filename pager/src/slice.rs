@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::failure::FailureReport;
 use crate::inbox::Inbox;
 use crate::install::{self, Book, Fill, Filler, InstallError, Settled, Target};
-use crate::layout::Layout;
+use crate::layout::{Layout, Place};
 use crate::page_state::{PageState, PageStates};
 use crate::region::Region;
 use crate::stats::{Counters, Origin, Recorder};
@@ -61,6 +61,8 @@ pub(crate) struct Shared {
     pub(crate) states: PageStates,
     pub(crate) failures: FailureReport,
     pub(crate) stopping: AtomicBool,
+    /// The memory is a private mapping of a file that the source fills.
+    pub(crate) backed: bool,
     pub(crate) _regions: Vec<Region>,
 }
 
@@ -79,6 +81,15 @@ impl Shared {
         let mut book = SliceBook::new(self, slice, purpose, Some(inbox));
         install::install(&own.filler, target, fill, &mut book)?;
         Ok(book.answered)
+    }
+
+    /// Lets those who wait for a page try again: they find it in the file. The page stays *missing*, for
+    /// what comes of it there, this pager never sees.
+    pub(crate) fn try_again(&self, slice: usize, fault: Place) -> Result<bool, InstallError> {
+        let own = &self.slices[slice];
+        install::wake(&own.filler, fault.host_addr, self.layout.page_bytes() as usize)?;
+        own.counters.installed(Origin::File, 1);
+        Ok(true)
     }
 
     /// Installs pages of another thread's slice, as far as nothing stands in the way.

@@ -36,6 +36,22 @@ pub enum Load<'a> {
     },
     /// The page, and the others that were decoded with it.
     Pages(LoadedPages<'a>),
+    /// The page is in the file now that the paged memory is a private mapping of, and its content is
+    /// right: whoever waits shall try again. Only for [`crate::PagerBuilder::backed`].
+    InFile {
+        /// What it took, for the statistics.
+        cost: LoadCost,
+    },
+}
+
+impl Load<'_> {
+    pub(crate) fn cost(&self) -> LoadCost {
+        match self {
+            Load::Zero { .. } => LoadCost::default(),
+            Load::Pages(loaded) => loaded.cost,
+            Load::InFile { cost } => *cost,
+        }
+    }
 }
 
 /// Everything that one read or one decoded chunk holds.

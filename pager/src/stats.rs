@@ -67,6 +67,8 @@ pub struct PagesByOrigin {
     pub zero: u64,
     /// Were in memory before the pager could install them.
     pub existing: u64,
+    /// Faults answered by a file that other processes share. These pages count as missing.
+    pub file: u64,
 }
 
 /// A distribution of durations, in nanoseconds, to 1 %.
@@ -101,6 +103,7 @@ pub(crate) enum Origin {
     FaultAround,
     Zero,
     Existing,
+    File,
 }
 
 /// The counters of a slice. Mostly written by its own thread; by others only when their chunks reach in.
@@ -109,7 +112,7 @@ pub(crate) struct Counters {
     pub(crate) total_pages: u64,
     /// By `PageState`; those of `Missing` count what has left that state.
     by_state: [AtomicU64; 4],
-    by_origin: [AtomicU64; 4],
+    by_origin: [AtomicU64; 5],
     faults: AtomicU64,
     spurious_faults: AtomicU64,
     bytes_read: AtomicU64,
@@ -165,6 +168,7 @@ impl Counters {
         stats.installed.fault_around += of(&self.by_origin[Origin::FaultAround as usize]);
         stats.installed.zero += of(&self.by_origin[Origin::Zero as usize]);
         stats.installed.existing += of(&self.by_origin[Origin::Existing as usize]);
+        stats.installed.file += of(&self.by_origin[Origin::File as usize]);
         stats.faults += of(&self.faults);
         stats.spurious_faults += of(&self.spurious_faults);
         stats.bytes_read += of(&self.bytes_read);

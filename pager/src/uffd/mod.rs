@@ -9,6 +9,7 @@
 #![allow(unsafe_code)]
 
 mod abi;
+mod foreign;
 mod message;
 mod open;
 
@@ -17,6 +18,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
+pub use foreign::{ForeignUffd, ForeignUffdError};
 pub use message::{FaultKind, Message, MessageBatch};
 pub use open::{Features, OpenError};
 

@@ -12,7 +12,7 @@ const DEVICE: &str = "/dev/userfaultfd";
 
 /// A set of `UFFD_FEATURE_*` bits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Features(u64);
+pub struct Features(pub(super) u64);
 
 impl Features {
     /// No feature.
@@ -21,6 +21,10 @@ impl Features {
     pub const EVENT_REMOVE: Features = Features(kernel::UFFD_FEATURE_EVENT_REMOVE as u64);
     /// [`super::Message::Unmap`] is sent.
     pub const EVENT_UNMAP: Features = Features(kernel::UFFD_FEATURE_EVENT_UNMAP as u64);
+    /// [`super::Message::Fork`] is sent.
+    pub const EVENT_FORK: Features = Features(kernel::UFFD_FEATURE_EVENT_FORK as u64);
+    /// [`super::Message::Remap`] is sent.
+    pub const EVENT_REMAP: Features = Features(kernel::UFFD_FEATURE_EVENT_REMAP as u64);
     /// Page faults name the faulting thread.
     pub const THREAD_ID: Features = Features(kernel::UFFD_FEATURE_THREAD_ID as u64);
     /// Page faults carry the exact address and not that of the page.

@@ -1,0 +1,114 @@
+//! A userfaultfd that another process has made, for its own memory, and sent.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use super::{Features, Uffd};
+
+/// A userfaultfd of another process. Its ioctls fill that process' memory, never this one's.
+#[derive(Debug)]
+pub struct ForeignUffd(Uffd);
+
+/// Why a descriptor cannot be served.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ForeignUffdError {
+    /// It is something else.
+    #[error("the descriptor is no userfaultfd but {found:?}")]
+    NoUserfaultfd {
+        /// What `/proc/self/fd` says it is.
+        found: String,
+    },
+    /// Its `/proc/self/fdinfo` cannot be understood.
+    #[error("cannot read the userfaultfd's features in {info:?}")]
+    Features {
+        /// What is there.
+        info: String,
+    },
+    /// A system call failed.
+    #[error("cannot {what} of the received descriptor")]
+    System {
+        /// Which.
+        what: &'static str,
+        /// The answer.
+        #[source]
+        error: io::Error,
+    },
+}
+
+impl ForeignUffd {
+    /// Takes a received descriptor: checks that it is a userfaultfd, makes it non-blocking, and finds the
+    /// features its maker has asked for. Needs `/proc`.
+    ///
+    /// # Errors
+    /// [`ForeignUffdError`].
+    ///
+    /// # Safety
+    /// It was made by another process, so that its memory is not this process'. One that came over a socket
+    /// is such, if this process never gives away those that it makes itself.
+    pub unsafe fn new(fd: OwnedFd) -> Result<ForeignUffd, ForeignUffdError> {
+        let system = |what| move |error| ForeignUffdError::System { what, error };
+        let number = fd.as_fd().as_raw_fd();
+        let target =
+            fs::read_link(format!("/proc/self/fd/{number}")).map_err(system("see the kind"))?;
+        if target.as_os_str() != "anon_inode:[userfaultfd]" {
+            return Err(ForeignUffdError::NoUserfaultfd { found: target.display().to_string() });
+        }
+        let info = fs::read_to_string(format!("/proc/self/fdinfo/{number}"))
+            .map_err(system("read the state"))?;
+        let Some(features) = features_in(&info) else {
+            return Err(ForeignUffdError::Features { info });
+        };
+        // SAFETY: F_GETFL takes nothing more.
+        let flags = unsafe { libc::fcntl(number, libc::F_GETFL) };
+        // SAFETY: F_SETFL takes flags.
+        if flags < 0 || unsafe { libc::fcntl(number, libc::F_SETFL, flags | libc::O_NONBLOCK) } < 0
+        {
+            return Err(system("set the flags")(io::Error::last_os_error()));
+        }
+        Ok(ForeignUffd(Uffd { file: fd.into(), features }))
+    }
+
+    /// The features that its maker has asked for.
+    pub fn features(&self) -> Features {
+        self.0.features()
+    }
+
+    pub(crate) fn into_uffd(self) -> Uffd {
+        self.0
+    }
+}
+
+/// The features in `API: aa:features:ioctls`.
+fn features_in(info: &str) -> Option<Features> {
+    let api = info.lines().find_map(|line| line.strip_prefix("API:"))?;
+    let mut fields = api.trim().split(':');
+    (fields.next()? == "aa").then_some(())?;
+    u64::from_str_radix(fields.next()?, 16).ok().map(Features)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn features_are_read_from_fdinfo() {
+        let info = "pos:\t0\nflags:\t02004000\npending:\t0\nAPI:\taa:80000008:80000000000001ff\n";
+        let features = features_in(info).expect("they are there");
+        assert!(features.contains(Features::EVENT_REMOVE));
+        assert!(!features.contains(Features::EVENT_UNMAP));
+        assert_eq!(features_in("pos:\t0\n"), None);
+        assert_eq!(features_in("API:\tab:8:0\n"), None);
+    }
+
+    #[test]
+    fn something_else_is_refused() {
+        let file = fs::File::open("/dev/null").expect("there is one");
+        // SAFETY: it serves no memory at all.
+        match unsafe { ForeignUffd::new(file.into()) } {
+            Err(ForeignUffdError::NoUserfaultfd { found }) => assert_eq!(found, "/dev/null"),
+            other => panic!("{other:?}"),
+        }
+    }
+}
