@@ -14,7 +14,7 @@ use crate::source::{Load, LoadCost, LoadedPage, LoadedPages, PageReader, PageSou
 /// let mut reader = source.reader(4096)?;
 /// match reader.load(4096)? {
 ///     Load::Pages(loaded) => assert_eq!(loaded.bytes, [7; 4096]),
-///     Load::Zero { .. } => unreachable!("the page is not zero"),
+///     _ => unreachable!("the page is not zero"),
 /// }
 /// # Ok::<(), pager::SourceError>(())
 /// ```
