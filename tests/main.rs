@@ -11,4 +11,5 @@ mod independent_reader;
 mod interruptions;
 mod layers;
 mod looking_inside;
+mod serving;
 mod support;

@@ -1,9 +1,11 @@
 //! Ctrl-C and SIGTERM: the first asks everything to come to a clean end, the second ends at once.
 
+use std::io::PipeWriter;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
+use pager::serve::ServerHandle;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use vmm::VmHandle;
@@ -18,6 +20,13 @@ pub(crate) struct Interrupt(Arc<Shared>);
 struct Shared {
     requested: AtomicBool,
     guest: Mutex<Option<VmHandle>>,
+    server: Mutex<Option<Serving>>,
+}
+
+/// A server, and what to drop to stop it.
+struct Serving {
+    server: ServerHandle,
+    stop: Option<PipeWriter>,
 }
 
 impl Interrupt {
@@ -52,12 +61,35 @@ impl Interrupt {
         self.pause_guest();
     }
 
+    /// The first interrupt drops `stop`; the second ends the guests that still need the server, which would
+    /// wait for ever without it.
+    pub(crate) fn stops(&self, server: ServerHandle, stop: PipeWriter) {
+        *self.server() = Some(Serving { server, stop: Some(stop) });
+        if self.requested() {
+            self.stop_server();
+        }
+    }
+
     fn request(&self) {
         if self.0.requested.swap(true, Ordering::SeqCst) {
+            if let Some(serving) = &*self.server() {
+                serving.server.kill_guests();
+            }
             terminal::restore();
             std::process::exit(130);
         }
         self.pause_guest();
+        self.stop_server();
+    }
+
+    fn stop_server(&self) {
+        if let Some(serving) = &mut *self.server() {
+            drop(serving.stop.take());
+        }
+    }
+
+    fn server(&self) -> MutexGuard<'_, Option<Serving>> {
+        self.0.server.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn pause_guest(&self) {

@@ -58,6 +58,7 @@
 //!
 //! # Features
 //! - `snapfmt`, on by default: a source of the pages of a `.snap` file.
+//! - `serve`: a server for other processes, which speaks Firecracker's handshake.
 //! - `vm-memory`: regions from a `GuestMemoryMmap` of the crate vm-memory, without `unsafe`.
 //!
 //! The protocol of a fault, the table of errnos and what exactly is promised: `docs/pager.md`.
@@ -72,6 +73,8 @@ mod failure;
 mod handler;
 mod inbox;
 mod install;
+#[cfg(feature = "snapfmt")]
+mod large_pages;
 mod layout;
 mod page_state;
 mod pager;
@@ -79,6 +82,8 @@ mod placement;
 mod region;
 mod register;
 mod run;
+#[cfg(feature = "serve")]
+pub mod serve;
 mod slice;
 #[cfg(feature = "snapfmt")]
 mod snapshot_source;

@@ -6,11 +6,12 @@ use std::time::Instant;
 use snapfmt::layout::PAGE_BYTES;
 use snapfmt::{ChunkBuffer, PageEntry, PageIndex, ReadAt, ReadError, Snapshot};
 
+use crate::large_pages::LargePages;
 use crate::source::{Load, LoadCost, LoadedPage, LoadedPages, PageReader, PageSource, SourceError};
 
 /// Serves the memory of a snapshot: whole chunks, verified as they are read.
 ///
-/// Source offsets are those of the snapshot's memory map. Pages are of 4 KiB.
+/// Source offsets are those of the snapshot's memory map. Its pages are of 4 KiB; larger ones are put together.
 pub struct SnapshotSource<R: ReadAt>(Arc<Snapshot<R>>);
 
 impl<R: ReadAt> SnapshotSource<R> {
@@ -23,8 +24,8 @@ impl<R: ReadAt> SnapshotSource<R> {
 impl<R: ReadAt + 'static> PageSource for SnapshotSource<R> {
     fn reader(&self, page_bytes: usize) -> Result<Box<dyn PageReader>, SourceError> {
         if page_bytes != PAGE_BYTES {
-            let message = format!("a snapshot has pages of {PAGE_BYTES} bytes, not {page_bytes}");
-            return Err(SourceError::permanent(message));
+            let small = self.reader(PAGE_BYTES)?;
+            return Ok(Box::new(LargePages::of(small, PAGE_BYTES, page_bytes)?));
         }
         let most = self.0.header().chunk_pages as usize;
         Ok(Box::new(SnapshotReader {

@@ -86,6 +86,14 @@ pub struct LoadCost {
     pub bytes_read: u64,
 }
 
+impl std::ops::AddAssign for LoadCost {
+    fn add_assign(&mut self, other: LoadCost) {
+        self.read_ns += other.read_ns;
+        self.decode_ns += other.decode_ns;
+        self.bytes_read += other.bytes_read;
+    }
+}
+
 /// Why a page cannot be had.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]

@@ -12,6 +12,7 @@ mod map;
 mod pages;
 pub(crate) mod restore;
 mod rewrite;
+mod serve;
 mod stdout;
 mod verify;
 
@@ -39,6 +40,7 @@ pub(crate) enum Command {
     Export(export::Args),
     Cat(cat::Args),
     Pages(pages::Args),
+    Serve(serve::Args),
     Demo(demo::Args),
 }
 
@@ -64,6 +66,7 @@ pub(crate) fn run(command: Command, quiet: bool, started: Instant) -> Result<()>
         Command::Export(args) => export::run(&args, &session),
         Command::Cat(args) => cat::run(&args, &session),
         Command::Pages(args) => pages::run(&args, &session),
+        Command::Serve(args) => serve::run(&args, &session),
         Command::Demo(args) => demo::run(&args, &session),
     }
 }

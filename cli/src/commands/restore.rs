@@ -64,11 +64,20 @@ pub(crate) struct Args {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
-enum OnError {
+pub(super) enum OnError {
     /// Poison the page: the guest stops when it touches it, with a message.
     Poison,
-    /// Kill this process at once.
+    /// Kill the process whose memory it is at once.
     Kill,
+}
+
+impl From<OnError> for FailurePolicy {
+    fn from(policy: OnError) -> FailurePolicy {
+        match policy {
+            OnError::Poison => FailurePolicy::Poison,
+            OnError::Kill => FailurePolicy::Kill,
+        }
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -84,10 +93,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             file: &args.input.file,
             parents: &args.input.parents,
             lazy: args.lazy,
-            on_error: match args.on_error {
-                OnError::Poison => FailurePolicy::Poison,
-                OnError::Kill => FailurePolicy::Kill,
-            },
+            on_error: args.on_error.into(),
             memory_bytes: args.memory,
         },
         until: Until {

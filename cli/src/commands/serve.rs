@@ -1,0 +1,108 @@
+//! `snap serve`: bring memory to guests of other programs.
+
+use std::fmt::Write as _;
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use pager::SnapshotSource;
+use pager::serve::{ServeEvent, ServeOptions, Server};
+
+use super::restore::OnError;
+use super::{Input, Session};
+use crate::exit::Interrupted;
+use crate::size;
+
+/// Serve a snapshot's memory to guests of Firecracker.
+///
+/// Listens at a unix socket that only this user can connect to, and brings pages when a guest touches them, for any
+/// number of guests at once. Firecracker loads its snapshot with `mem_backend` of the type `Uffd` and this
+/// socket as `backend_path`. Ctrl-C: no new guests, and ends when the last one has ended; again: kills those that still
+/// need pages.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  snap import snapshot/ -o fc.snap && snap serve fc.snap --listen /run/user/1000/fc.sock")]
+pub(crate) struct Args {
+    #[command(flatten)]
+    input: Input,
+
+    /// The socket. One that a dead server has left is replaced.
+    #[arg(long, value_name = "SOCKET")]
+    listen: PathBuf,
+
+    /// What to do with a page that cannot be read or is damaged.
+    #[arg(long, value_name = "POLICY", default_value = "poison")]
+    on_error: OnError,
+}
+
+pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
+    let snapshot = Arc::new(args.input.open()?);
+    let mut options = ServeOptions::default();
+    options.on_error = args.on_error.into();
+    let (file, quiet) = (args.input.file.display().to_string(), session.quiet);
+    let source = Arc::new(SnapshotSource::new(Arc::clone(&snapshot)));
+    let server = Server::bind(&args.listen, source, options, move |event| {
+        if let Some(line) = told(&file, &event, quiet) {
+            // A closed stderr is nobody to complain to, and no reason to leave guests alone.
+            let _ = std::io::stderr().write_all(line.as_bytes());
+        }
+    })?;
+    allow_many_descriptors();
+    let (stopped, stop) = std::io::pipe().context("cannot make a pipe")?;
+    session.interrupt.stops(server.handle(), stop);
+    if !session.quiet {
+        let (file, socket) = (args.input.file.display(), args.listen.display());
+        let memory = size::human(snapshot.header().memory_bytes);
+        let line = format!("serving {memory} of {file} at {socket}\n");
+        let _ = std::io::stderr().write_all(line.as_bytes());
+    }
+    server.run(stopped.as_fd()).context("cannot serve")?;
+    match session.interrupt.requested() {
+        true => Err(Interrupted.into()),
+        false => Ok(()),
+    }
+}
+
+/// What is said of an event: failures also to those who want it quiet.
+fn told(file: &str, event: &ServeEvent<'_>, quiet: bool) -> Option<String> {
+    let with_causes = |error: &dyn std::error::Error| {
+        let mut text = error.to_string();
+        let mut cause = error.source();
+        while let Some(error) = cause {
+            let _ = write!(text, ": {error}");
+            cause = error.source();
+        }
+        text
+    };
+    Some(match event {
+        ServeEvent::Failed { pid, failure } => {
+            format!("snap: {file}, for process {pid}: {}\n", with_causes(failure))
+        }
+        ServeEvent::Refused { pid, error } => {
+            let who = pid.map_or("a client".into(), |pid| format!("process {pid}"));
+            format!("snap: {who} is not served: {}\n", with_causes(error))
+        }
+        ServeEvent::Accept { error } => format!("snap: cannot accept: {error}\n"),
+        _ if quiet => return None,
+        ServeEvent::Served { pid, memory_bytes } => {
+            format!("process {pid}: {} are served\n", size::human(*memory_bytes))
+        }
+        ServeEvent::Ended { pid, stats } => {
+            let loaded = stats.pages.total - stats.pages.missing;
+            let (faults, total) = (stats.faults, stats.pages.total);
+            format!("process {pid}: ended after {faults} faults, {loaded} of {total} pages\n")
+        }
+        _ => return None,
+    })
+}
+
+/// Each guest needs six descriptors: as many as may be had without asking anybody.
+fn allow_many_descriptors() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    // Refused: then fewer guests fit, and the others are told so.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+}

@@ -1,0 +1,299 @@
+//! A server that fills the memory of other processes: virtual machines that send their userfaultfd over a unix
+//! socket. It speaks the handshake of Firecracker (`mem_backend` of type `Uffd`).
+//!
+//! Each client is served by threads of its own: one that is silent, hostile or dead holds up no other. The
+//! protocol, who is trusted, and what happens when things fail: `docs/serving.md`.
+
+mod error;
+mod handshake;
+mod peer;
+mod session;
+mod socket;
+mod wire;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
+
+pub use error::{BindError, RefuseError};
+pub use handshake::SnapshotName;
+
+use crate::failure::FailurePolicy;
+use crate::source::PageSource;
+use crate::stats::Stats;
+use session::Session;
+use socket::Socket;
+
+/// How a server is to be.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct ServeOptions {
+    /// What is done to a client when one of its pages cannot be had: the page is poisoned, or the client's
+    /// process is killed.
+    pub on_error: FailurePolicy,
+    /// A client that has not said what it wants after this long is dropped.
+    pub handshake_timeout: Duration,
+    /// No more clients than these are served at once.
+    pub clients: usize,
+}
+
+impl Default for ServeOptions {
+    /// Poison, five seconds, 4096 clients.
+    fn default() -> ServeOptions {
+        ServeOptions {
+            on_error: FailurePolicy::Poison,
+            handshake_timeout: Duration::from_secs(5),
+            clients: 4096,
+        }
+    }
+}
+
+/// What a server tells while it runs.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum ServeEvent<'a> {
+    /// A client's memory is served from now on.
+    Served {
+        /// Its process.
+        pid: i32,
+        /// Size of its memory.
+        memory_bytes: u64,
+    },
+    /// A client is not served.
+    Refused {
+        /// Its process, where that is known.
+        pid: Option<i32>,
+        /// Why.
+        error: &'a RefuseError,
+    },
+    /// A page of a client could not be had.
+    Failed {
+        /// Its process.
+        pid: i32,
+        /// What failed, and why.
+        failure: &'a crate::failure::Failure,
+    },
+    /// A client has ended, and what was kept for it is free.
+    Ended {
+        /// Its process.
+        pid: i32,
+        /// What was done for it.
+        stats: &'a Stats,
+    },
+    /// Connections cannot be accepted at the moment; it is tried again.
+    Accept {
+        /// The answer.
+        error: &'a io::Error,
+    },
+}
+
+/// Called with each event, on the thread that has it.
+pub type OnEvent = Box<dyn Fn(ServeEvent<'_>) + Send + Sync>;
+
+/// A server, listening.
+#[derive(Debug)]
+pub struct Server {
+    socket: Socket,
+    hall: Arc<Hall>,
+}
+
+/// What all threads of a server share.
+pub(crate) struct Hall {
+    pub(crate) source: Arc<dyn PageSource>,
+    pub(crate) options: ServeOptions,
+    pub(crate) on_event: OnEvent,
+    /// Everybody who is served, and how many threads there are for clients.
+    guests: Mutex<Guests>,
+    emptied: Condvar,
+    next_id: AtomicU64,
+}
+
+#[derive(Default)]
+struct Guests {
+    sessions: BTreeMap<u64, Arc<Session>>,
+    threads: usize,
+}
+
+impl Server {
+    /// Listens at `path`: a socket that only this user can connect to. The name of a server that is dead is taken
+    /// over.
+    ///
+    /// # Errors
+    /// [`BindError`].
+    pub fn bind(
+        path: impl AsRef<Path>,
+        source: Arc<dyn PageSource>,
+        options: ServeOptions,
+        on_event: impl Fn(ServeEvent<'_>) + Send + Sync + 'static,
+    ) -> Result<Server, BindError> {
+        let socket = Socket::bind(path.as_ref())?;
+        let hall = Hall {
+            source,
+            options,
+            on_event: Box::new(on_event),
+            guests: Mutex::default(),
+            emptied: Condvar::new(),
+            next_id: AtomicU64::new(0),
+        };
+        Ok(Server { socket, hall: Arc::new(hall) })
+    }
+
+    /// For other threads.
+    pub fn handle(&self) -> ServerHandle {
+        ServerHandle(Arc::clone(&self.hall))
+    }
+
+    /// Serves until `stop` is readable or hung up; then accepts nobody any more, and returns when the last client
+    /// has ended.
+    ///
+    /// # Errors
+    /// What `poll(2)` says.
+    pub fn run(self, stop: BorrowedFd<'_>) -> io::Result<()> {
+        let Server { socket, hall } = self;
+        loop {
+            let mut fds = [
+                PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::IN),
+                PollFd::from_borrowed_fd(stop, PollFlags::IN),
+            ];
+            match rustix::event::poll(&mut fds, None) {
+                Ok(_) => {}
+                Err(Errno::INTR) => continue,
+                Err(error) => return Err(error.into()),
+            }
+            if !fds[1].revents().is_empty() {
+                break;
+            }
+            match socket.accept() {
+                Ok(Some(stream)) => hall.receive(stream),
+                Ok(None) => {}
+                Err(error) => {
+                    (hall.on_event)(ServeEvent::Accept { error: &error });
+                    // Out of descriptors or memory: the connection waits, and others may end.
+                    thread::sleep(Duration::from_millis(50));
+                }
+            }
+        }
+        drop(socket);
+        hall.wait_until_empty();
+        Ok(())
+    }
+}
+
+/// Looks at a server, and ends its clients.
+#[derive(Clone, Debug)]
+pub struct ServerHandle(Arc<Hall>);
+
+impl ServerHandle {
+    /// The processes of the clients that are served now, and what was done for each.
+    pub fn guests(&self) -> Vec<(i32, Stats)> {
+        self.0.sessions().iter().map(|session| (session.peer.pid, session.pager.stats())).collect()
+    }
+
+    /// Ends the processes of all clients that still need the server, by SIGKILL: without it they would wait for
+    /// ever for their missing pages. Answers how many.
+    pub fn kill_guests(&self) -> usize {
+        let sessions = self.0.sessions();
+        let needy = sessions.iter().filter(|session| session.pager.stats().pages.missing > 0);
+        needy.map(|session| session.peer.kill()).count()
+    }
+}
+
+impl Hall {
+    /// Gives a connection its thread.
+    fn receive(self: &Arc<Hall>, stream: UnixStream) {
+        let limit = self.options.clients;
+        {
+            let mut guests = self.guests();
+            if guests.threads >= limit {
+                drop(guests);
+                return self.refuse(None, &RefuseError::Full { limit });
+            }
+            guests.threads += 1;
+        }
+        let place = Place(Arc::clone(self));
+        let spawned = thread::Builder::new()
+            .name("client".into())
+            .spawn(move || session::attend(&place.0, &stream));
+        if let Err(error) = spawned {
+            self.refuse(None, &RefuseError::System { what: "start a thread", error });
+        }
+    }
+
+    pub(crate) fn refuse(&self, pid: Option<i32>, error: &RefuseError) {
+        (self.on_event)(ServeEvent::Refused { pid, error });
+    }
+
+    /// Keeps the session among those that are served; until the answer is dropped.
+    pub(crate) fn enter(self: &Arc<Hall>, session: Arc<Session>) -> Entry {
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        self.guests().sessions.insert(id, session);
+        Entry { hall: Arc::clone(self), id }
+    }
+
+    /// The figures of all clients, in one line.
+    pub(crate) fn stats_json(&self) -> String {
+        #[derive(serde::Serialize)]
+        struct Guest {
+            pid: i32,
+            stats: Stats,
+        }
+        let guest =
+            |session: &Arc<Session>| Guest { pid: session.peer.pid, stats: session.pager.stats() };
+        let guests: Vec<Guest> = self.sessions().iter().map(guest).collect();
+        // Numbers and fixed names: nothing that JSON could not hold.
+        serde_json::to_string(&guests).unwrap_or_default()
+    }
+
+    fn sessions(&self) -> Vec<Arc<Session>> {
+        self.guests().sessions.values().cloned().collect()
+    }
+
+    fn wait_until_empty(&self) {
+        let mut guests = self.guests();
+        while guests.threads > 0 {
+            guests = self.emptied.wait(guests).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn guests(&self) -> MutexGuard<'_, Guests> {
+        self.guests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Hall {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Hall").field("options", &self.options).finish_non_exhaustive()
+    }
+}
+
+/// A session among those that are served.
+pub(crate) struct Entry {
+    hall: Arc<Hall>,
+    id: u64,
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        self.hall.guests().sessions.remove(&self.id);
+    }
+}
+
+/// A client's thread is counted as long as this lives, also if it panics.
+struct Place(Arc<Hall>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.guests().threads -= 1;
+        self.0.emptied.notify_all();
+    }
+}

@@ -1,0 +1,162 @@
+//! The server's socket: nobody else's may connect, a dead server's name is taken over, a live one's is not.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, Mode};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+use super::error::BindError;
+
+const BACKLOG: i32 = 1024;
+
+/// A listening unix socket with a name. The name goes when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Socket {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Of the name in the file system, to take away only this one.
+    identity: (u64, u64),
+}
+
+impl Socket {
+    /// Listens at `path`, with mode 0600.
+    pub(crate) fn bind(path: &Path) -> Result<Socket, BindError> {
+        let system = |what| move |error: Errno| BindError::System { what, error: error.into() };
+        let address =
+            SocketAddrUnix::new(path).map_err(|_| BindError::Name { path: path.to_owned() })?;
+        // Two servers that find the same dead name at once must not take it from each other: whoever looks
+        // at a name, and takes it, has the lock of its folder.
+        let folder = match path.parent() {
+            Some(folder) if folder != Path::new("") => folder,
+            _ => Path::new("."),
+        };
+        let folder = fs::File::open(folder)
+            .map_err(|error| BindError::System { what: "open the socket's folder", error })?;
+        rustix::fs::flock(&folder, FlockOperation::LockExclusive)
+            .map_err(system("lock the socket's folder"))?;
+
+        let socket = unix_socket().map_err(system("make a socket"))?;
+        // The name's mode is that of the socket when it is bound, less the umask (unix_bind_bsd): so there is
+        // no moment in which others could connect.
+        rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)
+            .map_err(system("set the socket's mode"))?;
+        match rustix::net::bind(&socket, &address) {
+            Err(Errno::ADDRINUSE) => {
+                remove_if_dead(path, &address)?;
+                rustix::net::bind(&socket, &address).map_err(system("bind the socket"))?;
+            }
+            bound => bound.map_err(system("bind the socket"))?,
+        }
+        rustix::net::listen(&socket, BACKLOG).map_err(system("listen"))?;
+        let named = fs::symlink_metadata(path)
+            .map_err(|error| BindError::System { what: "see the socket's name", error })?;
+        Ok(Socket {
+            listener: UnixListener::from(socket),
+            path: path.to_owned(),
+            identity: (named.dev(), named.ino()),
+        })
+    }
+
+    /// The next connection, if one is waiting.
+    pub(crate) fn accept(&self) -> io::Result<Option<UnixStream>> {
+        match self.listener.accept() {
+            Ok((stream, _)) => Ok(Some(stream)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        if fs::symlink_metadata(&self.path)
+            .is_ok_and(|named| (named.dev(), named.ino()) == self.identity)
+        {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn unix_socket() -> Result<OwnedFd, Errno> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+}
+
+/// Removes the name if it is a socket that nobody listens at.
+fn remove_if_dead(path: &Path, address: &SocketAddrUnix) -> Result<(), BindError> {
+    let system = |what| move |error| BindError::System { what, error };
+    let found = fs::symlink_metadata(path).map_err(system("see what has the socket's name"))?;
+    if !found.file_type().is_socket() {
+        return Err(BindError::NoSocket { path: path.to_owned() });
+    }
+    let probe = unix_socket().map_err(|error| system("make a socket")(error.into()))?;
+    match rustix::net::connect(&probe, address) {
+        Err(Errno::CONNREFUSED) => fs::remove_file(path).map_err(system("remove the old socket")),
+        // EAGAIN: somebody listens, and has much to do.
+        Ok(()) | Err(Errno::AGAIN) => Err(BindError::Live { path: path.to_owned() }),
+        Err(error) => Err(system("connect to the old socket")(error.into())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn the_name_is_private_and_goes_with_the_server() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("s");
+        let socket = Socket::bind(&path).expect("it binds");
+        let mode = fs::symlink_metadata(&path).expect("it has a name").permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        assert!(socket.accept().expect("it listens").is_none());
+        drop(socket);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_live_server_keeps_its_name_and_a_dead_one_loses_it() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("s");
+        let first = Socket::bind(&path).expect("it binds");
+        assert!(matches!(Socket::bind(&path), Err(BindError::Live { .. })));
+        // The probe of the second one was a connection that said nothing.
+        assert!(first.accept().expect("it still listens").is_some());
+        drop(first);
+        drop(UnixListener::bind(&path).expect("it binds")); // Leaves its name behind.
+        assert!(path.exists());
+        let taken = Socket::bind(&path).expect("the dead name is taken over");
+        UnixStream::connect(&path).expect("the new one listens");
+        // A name that belongs to somebody else by now stays.
+        fs::remove_file(&path).expect("it is there");
+        let other = Socket::bind(&path).expect("it binds");
+        drop(taken);
+        assert!(path.exists());
+        drop(other);
+    }
+
+    #[test]
+    fn a_file_is_never_removed() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("precious");
+        fs::write(&path, "data").expect("it can be written");
+        assert!(matches!(Socket::bind(&path), Err(BindError::NoSocket { .. })));
+        assert_eq!(fs::read(&path).expect("it is there"), b"data");
+        let long = folder.path().join("x".repeat(200));
+        assert!(matches!(Socket::bind(&long), Err(BindError::Name { .. })));
+    }
+}

@@ -1,0 +1,156 @@
+//! Messages with descriptors over a unix stream socket: bounded in size, in descriptors and in time.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
+};
+
+use super::error::RefuseError;
+
+/// No message is longer: room for some thousand regions.
+pub(crate) const MESSAGE_LIMIT_BYTES: usize = 1 << 20;
+/// So many descriptors of one part are seen; the kernel closes the others.
+const DESCRIPTORS_SEEN: usize = 4;
+
+/// One side of a connection, where messages are received.
+#[derive(Debug)]
+pub(crate) struct Inlet<'a> {
+    stream: &'a UnixStream,
+    deadline: Instant,
+    allowed: Duration,
+    /// What has come and was not taken.
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) descriptors: Vec<OwnedFd>,
+}
+
+impl<'a> Inlet<'a> {
+    /// All that is received through it has to come within `allowed` from now.
+    pub(crate) fn new(stream: &'a UnixStream, allowed: Duration) -> Inlet<'a> {
+        let deadline = Instant::now() + allowed;
+        Inlet { stream, deadline, allowed, bytes: Vec::new(), descriptors: Vec::new() }
+    }
+
+    /// Waits for more bytes or descriptors.
+    pub(crate) fn receive(&mut self) -> Result<(), RefuseError> {
+        loop {
+            self.wait()?;
+            let mut piece = [0; 16 << 10];
+            let mut space =
+                [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_SEEN))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let received = rustix::net::recvmsg(
+                self.stream,
+                &mut [IoSliceMut::new(&mut piece)],
+                &mut control,
+                RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT,
+            );
+            let received = match received {
+                Ok(received) => received,
+                Err(Errno::INTR | Errno::AGAIN) => continue,
+                Err(Errno::CONNRESET) => return Err(self.left()),
+                Err(error) => return Err(system("receive")(error)),
+            };
+            for message in control.drain() {
+                if let RecvAncillaryMessage::ScmRights(descriptors) = message {
+                    self.descriptors.extend(descriptors);
+                }
+            }
+            if self.descriptors.len() > 1 || received.flags.contains(ReturnFlags::CTRUNC) {
+                let found = self.descriptors.len().max(2);
+                return Err(RefuseError::Descriptors { found, expected: 1 });
+            }
+            if received.bytes == 0 {
+                return Err(self.left());
+            }
+            if self.bytes.len() + received.bytes > MESSAGE_LIMIT_BYTES {
+                return Err(RefuseError::TooLong { limit_bytes: MESSAGE_LIMIT_BYTES });
+            }
+            self.bytes.extend_from_slice(&piece[..received.bytes]);
+            return Ok(());
+        }
+    }
+
+    /// The next line, without its end.
+    pub(crate) fn line(&mut self) -> Result<Vec<u8>, RefuseError> {
+        let mut searched = 0;
+        loop {
+            if let Some(at) = self.bytes[searched..].iter().position(|&byte| byte == b'\n') {
+                let rest = self.bytes.split_off(searched + at + 1);
+                let mut line = std::mem::replace(&mut self.bytes, rest);
+                line.pop();
+                return Ok(line);
+            }
+            searched = self.bytes.len();
+            self.receive()?;
+        }
+    }
+
+    /// The one descriptor that has come with the message.
+    pub(crate) fn descriptor(&mut self) -> Result<OwnedFd, RefuseError> {
+        self.descriptors.pop().ok_or(RefuseError::Descriptors { found: 0, expected: 1 })
+    }
+
+    fn left(&self) -> RefuseError {
+        RefuseError::Left { bytes: self.bytes.len(), descriptors: self.descriptors.len() }
+    }
+
+    fn wait(&self) -> Result<(), RefuseError> {
+        loop {
+            let left = self.deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(RefuseError::TimedOut {
+                    after: self.allowed,
+                    bytes: self.bytes.len(),
+                    descriptors: self.descriptors.len(),
+                });
+            }
+            let mut fds = [PollFd::new(self.stream, PollFlags::IN)];
+            match rustix::event::poll(&mut fds, Some(&timespec(left))) {
+                Ok(0) | Err(Errno::INTR) => {}
+                Ok(_) => return Ok(()),
+                Err(error) => return Err(system("wait for the client")(error)),
+            }
+        }
+    }
+}
+
+/// Sends a line, and a descriptor with it. A client that does not read what little it is told is refused.
+pub(crate) fn send_line(
+    stream: &UnixStream,
+    line: &str,
+    descriptor: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
+    let bytes = format!("{line}\n").into_bytes();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let descriptors = descriptor.as_slice();
+    if descriptor.is_some() {
+        control.push(SendAncillaryMessage::ScmRights(descriptors));
+    }
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    let mut sent =
+        rustix::net::sendmsg(stream.as_fd(), &[IoSlice::new(&bytes)], &mut control, flags)?;
+    while sent < bytes.len() {
+        sent += rustix::net::send(stream.as_fd(), &bytes[sent..], flags)?;
+    }
+    Ok(())
+}
+
+pub(crate) fn timespec(duration: Duration) -> Timespec {
+    Timespec {
+        tv_sec: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: duration.subsec_nanos().into(),
+    }
+}
+
+fn system(what: &'static str) -> impl Fn(Errno) -> RefuseError {
+    move |error| RefuseError::System { what, error: error.into() }
+}

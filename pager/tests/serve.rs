@@ -1,0 +1,337 @@
+//! The server against VMMs in other processes: the handshake in all its forms, hostile clients, deaths.
+#![allow(missing_docs)]
+
+mod support;
+#[path = "support/vmm.rs"]
+mod vmm;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use pager::serve::{ServeEvent, ServeOptions, Server, ServerHandle};
+use pager::{FailurePolicy, PageSource, SourceError, Stats, VecSource};
+use support::{PAGE, source_of, stamped, userfaultfd_works};
+use vmm::Vmm;
+
+/// Longer than anything here takes: a hang becomes a failure.
+const HUNG: Duration = Duration::from_secs(60);
+
+/// Not a test: the process of a VMM.
+#[test]
+fn vmm_process() {
+    vmm::run();
+}
+
+struct Serving {
+    socket: PathBuf,
+    handle: ServerHandle,
+    events: Receiver<String>,
+    stop: Option<std::io::PipeWriter>,
+    thread: Option<JoinHandle<()>>,
+    _folder: tempfile::TempDir,
+}
+
+impl Serving {
+    fn start(source: Arc<dyn PageSource>, options: ServeOptions) -> Serving {
+        let folder = tempfile::tempdir().expect("a folder");
+        let socket = folder.path().join("pager.sock");
+        let (told, events) = channel();
+        let on_event = move |event: ServeEvent<'_>| {
+            let text = match event {
+                ServeEvent::Served { memory_bytes, .. } => format!("served {memory_bytes}"),
+                ServeEvent::Refused { error, .. } => {
+                    let cause = std::error::Error::source(error).map(|cause| format!(": {cause}"));
+                    format!("refused: {error}{}", cause.unwrap_or_default())
+                }
+                ServeEvent::Failed { failure, .. } => format!("failed: {failure}"),
+                ServeEvent::Ended { .. } => "ended".into(),
+                other => format!("{other:?}"),
+            };
+            let _ = told.send(text);
+        };
+        let server = Server::bind(&socket, source, options, on_event).expect("it binds");
+        let handle = server.handle();
+        let (reader, stop) = std::io::pipe().expect("a pipe");
+        let thread = thread::spawn(move || {
+            server.run(std::os::fd::AsFd::as_fd(&reader)).expect("it can poll");
+        });
+        Serving { socket, handle, events, stop: Some(stop), thread: Some(thread), _folder: folder }
+    }
+
+    fn stamped(pages: usize) -> Serving {
+        let source = Arc::new(VecSource::new(stamped(pages), 16 * PAGE));
+        Serving::start(source, ServeOptions::default())
+    }
+
+    #[track_caller]
+    fn expect(&self, what: &str) {
+        let event = self.events.recv_timeout(HUNG).expect("the server has said something");
+        assert!(event.contains(what), "{what:?} is not in: {event}");
+    }
+
+    /// A page is usable a moment before it is counted.
+    #[track_caller]
+    fn until_loaded(&self, vmm: &Vmm) {
+        let begun = Instant::now();
+        while self.stats(vmm).expect("it is served").pages.missing > 0 {
+            assert!(begun.elapsed() < HUNG, "{:?}", self.stats(vmm));
+            thread::yield_now();
+        }
+    }
+
+    fn stats(&self, vmm: &Vmm) -> Option<Stats> {
+        let guests = self.handle.guests();
+        guests.into_iter().find(|(pid, _)| *pid as u32 == vmm.pid()).map(|(_, stats)| stats)
+    }
+
+    fn finish(mut self) {
+        drop(self.stop.take());
+        self.thread.take().expect("once").join().expect("the server does not panic");
+    }
+}
+
+fn quick() -> ServeOptions {
+    let mut options = ServeOptions::default();
+    options.handshake_timeout = Duration::from_millis(200);
+    options
+}
+
+#[test]
+fn every_form_of_the_handshake_is_served() {
+    if !userfaultfd_works("every_form_of_the_handshake_is_served") {
+        return;
+    }
+    let serving = Serving::stamped(64);
+    for form in ["new", "old", "big", "first-byte", "last-byte"] {
+        let mut vmm = Vmm::start(&serving.socket);
+        vmm.ok("map 64");
+        vmm.ok(&format!("body {form}"));
+        vmm.ok("check 0 64 3");
+        serving.expect("served 262144");
+        vmm.kill();
+        serving.expect("ended");
+    }
+    serving.finish();
+}
+
+#[test]
+fn nonsense_is_refused_by_name_next_to_a_good_client() {
+    if !userfaultfd_works("nonsense_is_refused_by_name_next_to_a_good_client") {
+        return;
+    }
+    let source = Arc::new(VecSource::new(stamped(64), 16 * PAGE));
+    let serving = Serving::start(source, quick());
+    let mut good = Vmm::start(&serving.socket);
+    good.ok("map 64");
+    good.ok("body new");
+    serving.expect("served");
+    let mut page = 0;
+    for (form, says) in [
+        ("silent", "nothing usable came within 200ms (0 bytes, 0 descriptors)"),
+        ("half-open", "nothing usable came within 200ms (20 bytes, 1 descriptors)"),
+        ("left", "has left"),
+        ("no-descriptor", "bytes, 0 descriptors)"),
+        ("two", "2 descriptors; 1 expected"),
+        ("file", "no userfaultfd but \"/dev/null\""),
+        ("garbage", "not understood: expected value"),
+        ("empty", "no region is named"),
+        ("overlapping", "two regions overlap in memory"),
+        ("beyond", "a region ends at source offset 0x41000, the source at 0x40000"),
+        ("wrapping", "is beyond 64 bits"),
+        ("odd", "is not a multiple of the page size"),
+        ("too-big", "longer than 1048576 bytes"),
+    ] {
+        let mut vmm = Vmm::start(&serving.socket);
+        vmm.ok("map 64");
+        // The server may have closed the connection before all of a message was sent.
+        let answer = vmm.ask(&format!("body {form}")).expect("it lives");
+        assert!(answer == "ok" || answer.starts_with("not sent"), "{form}: {answer}");
+        serving.expect(says);
+        good.ok(&format!("check {page} 4 1"));
+        page += 4;
+    }
+    let mut quiet = Vmm::start(&serving.socket);
+    quiet.ok("map-quiet 64");
+    quiet.ok("body new");
+    serving.expect("removed pages must be told of");
+    good.ok("check 0 64 9");
+    drop(good);
+    serving.expect("ended");
+    serving.finish();
+}
+
+#[test]
+fn removed_pages_of_a_client_read_as_zero() {
+    if !userfaultfd_works("removed_pages_of_a_client_read_as_zero") {
+        return;
+    }
+    let serving = Serving::stamped(64);
+    let mut vmm = Vmm::start(&serving.socket);
+    vmm.ok("map 64");
+    vmm.ok("body halves");
+    vmm.ok("check 0 16 1");
+    vmm.ok("remove 8 16");
+    for page in 8..24 {
+        assert_eq!(vmm.ask(&format!("read {page}")).as_deref(), Some("0"), "page {page}");
+    }
+    vmm.ok("check 24 40 1");
+    serving.until_loaded(&vmm);
+    drop(vmm);
+    serving.finish();
+}
+
+#[test]
+fn huge_pages_are_served_whole() {
+    if !userfaultfd_works("huge_pages_are_served_whole") {
+        return;
+    }
+    let serving =
+        Serving::start(Arc::new(VecSource::new(stamped(1024), 2 << 20)), ServeOptions::default());
+    let mut vmm = Vmm::start(&serving.socket);
+    let mapped = vmm.ask("map-huge 2").expect("it lives");
+    if mapped != "ok" {
+        let line = format!("SKIPPED huge_pages_are_served_whole: {mapped}\n");
+        std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes()).expect("stderr");
+        return;
+    }
+    vmm.ok("body huge");
+    vmm.ok("check 0 1024 5");
+    drop(vmm);
+    serving.finish();
+}
+
+/// Closing the socket does not mean that the memory is not used any more.
+#[test]
+fn a_client_that_hangs_up_is_served_until_it_ends() {
+    if !userfaultfd_works("a_client_that_hangs_up_is_served_until_it_ends") {
+        return;
+    }
+    let serving = Serving::stamped(64);
+    let mut vmm = Vmm::start(&serving.socket);
+    vmm.ok("map 64");
+    vmm.ok("body new");
+    vmm.ok("check 0 16 1");
+    vmm.ok("hang-up");
+    vmm.ok("check 0 64 2");
+    vmm.kill();
+    serving.expect("served");
+    serving.expect("ended");
+    serving.finish();
+}
+
+fn failing(bad: usize) -> Arc<dyn PageSource> {
+    source_of(64, move |offset, answer| match offset as usize / PAGE {
+        page if page == bad => Err(SourceError::permanent("wrong checksum")),
+        page => {
+            answer.push(page);
+            Ok(())
+        }
+    })
+}
+
+#[test]
+fn a_page_that_cannot_be_had_is_poisoned_there_and_nowhere_else() {
+    if !userfaultfd_works("a_page_that_cannot_be_had_is_poisoned_there_and_nowhere_else") {
+        return;
+    }
+    let serving = Serving::start(failing(7), ServeOptions::default());
+    let mut vmms = [Vmm::start(&serving.socket), Vmm::start(&serving.socket)];
+    for vmm in &mut vmms {
+        vmm.ok("map 64");
+        vmm.ok("body new");
+        serving.expect("served");
+    }
+    let errno = format!("errno {}", libc::EFAULT);
+    assert_eq!(vmms[0].ask("syscall 7"), Some(errno));
+    serving.expect("failed: pager0 cannot get the page at source offset 0x7000");
+    for vmm in &mut vmms {
+        vmm.ok("check 8 56 1");
+    }
+    // A load instruction gets SIGBUS.
+    assert_eq!(vmms[1].ask("read 7"), None);
+    let status = vmms[1].child.wait().expect("it ends");
+    assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(libc::SIGBUS));
+    vmms[0].ok("check 0 7 1");
+    drop(vmms);
+    serving.finish();
+}
+
+#[test]
+fn with_the_policy_kill_the_client_dies_and_the_server_does_not() {
+    if !userfaultfd_works("with_the_policy_kill_the_client_dies_and_the_server_does_not") {
+        return;
+    }
+    let mut options = ServeOptions::default();
+    options.on_error = FailurePolicy::Kill;
+    let serving = Serving::start(failing(7), options);
+    let mut vmms = [Vmm::start(&serving.socket), Vmm::start(&serving.socket)];
+    for vmm in &mut vmms {
+        vmm.ok("map 64");
+        vmm.ok("body new");
+        serving.expect("served");
+    }
+    assert_eq!(vmms[0].ask("syscall 7"), None);
+    let status = vmms[0].child.wait().expect("it ends");
+    assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(libc::SIGKILL));
+    serving.expect("failed");
+    serving.expect("ended");
+    vmms[1].ok("check 8 56 1");
+    drop(vmms);
+    serving.finish();
+}
+
+/// VMMs are killed while they fault and remove with all they have; nothing of them is left, and another one never
+/// notices.
+#[test]
+fn vmms_killed_under_load_leave_nothing_behind() {
+    if !userfaultfd_works("vmms_killed_under_load_leave_nothing_behind") {
+        return;
+    }
+    let serving = Serving::stamped(512);
+    let mut good = Vmm::start(&serving.socket);
+    good.ok("map 512");
+    good.ok("body new");
+    serving.expect("served");
+    for round in 0..6 {
+        let mut vmm = Vmm::start(&serving.socket);
+        vmm.ok("map 512");
+        vmm.ok("body new");
+        serving.expect("served");
+        assert_eq!(vmm.ask(&format!("churn {round}")).as_deref(), Some("churning"));
+        let begun = Instant::now();
+        while serving.stats(&vmm).is_none_or(|stats| stats.faults < 500) {
+            assert!(begun.elapsed() < HUNG, "it does not fault");
+            thread::yield_now();
+        }
+        vmm.kill();
+        serving.expect("ended");
+        good.ok(&format!("check {} 64 1", round * 64));
+    }
+    assert_eq!(serving.handle.guests().len(), 1);
+    good.ok("check 0 512 2");
+    serving.until_loaded(&good);
+    assert_eq!(serving.handle.kill_guests(), 0, "it needs nothing any more");
+    drop(good);
+    serving.expect("ended");
+    serving.finish();
+}
+
+#[test]
+fn a_guest_that_still_needs_pages_is_killed_when_asked() {
+    if !userfaultfd_works("a_guest_that_still_needs_pages_is_killed_when_asked") {
+        return;
+    }
+    let serving = Serving::stamped(64);
+    let mut vmm = Vmm::start(&serving.socket);
+    vmm.ok("map 64");
+    vmm.ok("body new");
+    serving.expect("served");
+    vmm.ok("check 0 16 1");
+    assert_eq!(serving.handle.kill_guests(), 1);
+    assert!(!vmm.child.wait().expect("it ends").success());
+    serving.expect("ended");
+    serving.finish();
+}

@@ -1,0 +1,279 @@
+//! A VMM for the tests of the server, in a process of its own: the test's binary, started again. It has anonymous
+//! memory and a userfaultfd, speaks Firecracker's handshake, and does what it is told on stdin.
+#![allow(unsafe_code, dead_code, missing_docs, unreachable_pub)]
+
+use std::io::{BufRead, BufReader, IoSlice, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+use pager::uffd::{Features, Uffd};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+
+use super::support::{Memory, PAGE, shuffled, stamp};
+
+const SOCKET: &str = "PAGER_TEST_VMM_SOCKET";
+
+/// A VMM's process, from the test's side.
+pub struct Vmm {
+    pub child: Child,
+    stdin: ChildStdin,
+    stdout: BufReader<ChildStdout>,
+}
+
+impl Vmm {
+    /// Starts one. The test binary must have a test `vmm_process` that calls [`run`].
+    pub fn start(socket: &Path) -> Vmm {
+        let mut child = Command::new(std::env::current_exe().expect("this test"))
+            .args(["--exact", "vmm_process", "--nocapture", "--test-threads=1"])
+            .env(SOCKET, socket)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .expect("it starts");
+        let stdin = child.stdin.take().expect("a pipe");
+        let stdout = BufReader::new(child.stdout.take().expect("a pipe"));
+        Vmm { child, stdin, stdout }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn say(&mut self, command: &str) {
+        writeln!(self.stdin, "{command}").expect("it listens");
+    }
+
+    /// Gives a command and waits for the answer; `None` when the process has ended.
+    pub fn ask(&mut self, command: &str) -> Option<String> {
+        // One that is dead does not listen.
+        writeln!(self.stdin, "{command}").ok()?;
+        self.answer()
+    }
+
+    pub fn answer(&mut self) -> Option<String> {
+        let mut line = String::new();
+        while self.stdout.read_line(&mut line).is_ok_and(|len| len > 0) {
+            // The harness talks, too.
+            if let Some(at) = line.find("vmm: ") {
+                return Some(line[at + 5..].trim_end().to_owned());
+            }
+            line.clear();
+        }
+        None
+    }
+
+    #[track_caller]
+    pub fn ok(&mut self, command: &str) {
+        assert_eq!(self.ask(command).as_deref(), Some("ok"), "{command}");
+    }
+
+    pub fn kill(&mut self) {
+        self.child.kill().expect("it can be killed");
+        self.child.wait().expect("it ends");
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The VMM's side. Does nothing where no socket was given.
+pub fn run() {
+    let Some(socket) = std::env::var_os(SOCKET) else {
+        return;
+    };
+    let mut state = State { socket: socket.into(), ..State::default() };
+    for line in std::io::stdin().lines() {
+        let answer = state.obey(&line.expect("text"));
+        let mut out = std::io::stdout();
+        writeln!(out, "\nvmm: {answer}").expect("somebody listens");
+        out.flush().expect("somebody listens");
+    }
+    // Not the harness' way out: its memory may have pages that nobody brings.
+    std::process::exit(0);
+}
+
+#[derive(Default)]
+struct State {
+    socket: std::path::PathBuf,
+    memory: Option<Memory>,
+    uffd: Option<Uffd>,
+    stream: Option<UnixStream>,
+}
+
+impl State {
+    fn obey(&mut self, line: &str) -> String {
+        let words: Vec<&str> = line.split(' ').collect();
+        let number = |at: usize| words[at].parse::<usize>().expect("a number");
+        match words[0] {
+            // `map PAGES`: memory of its own, registered.
+            "map" => {
+                self.map(Memory::map(number(1) * PAGE), Features::EVENT_REMOVE);
+                "ok".into()
+            }
+            "map-quiet" => {
+                self.map(Memory::map(number(1) * PAGE), Features::NONE);
+                "ok".into()
+            }
+            // `map-huge N`: pages of 2 MiB.
+            "map-huge" => {
+                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB;
+                match Memory::map_with(number(1) << 21, flags) {
+                    Ok(memory) => {
+                        let features = Features::EVENT_REMOVE.with(Features::MISSING_HUGETLBFS);
+                        self.map(memory, features);
+                        "ok".into()
+                    }
+                    Err(error) => format!("no huge pages: {error}"),
+                }
+            }
+            // `body FORM`: the handshake.
+            "body" => self.handshake(words[1]),
+            "read" => {
+                let page = number(1);
+                format!("{:x}", self.memory().read_u64(page * PAGE))
+            }
+            "syscall" => match self.memory().read_by_syscall(number(1)) {
+                Ok(byte) => format!("{byte:x}"),
+                Err(error) => format!("errno {}", error.raw_os_error().unwrap_or(0)),
+            },
+            "remove" => {
+                self.memory().remove(number(1), number(2));
+                "ok".into()
+            }
+            "hang-up" => {
+                self.stream = None;
+                "ok".into()
+            }
+            // `check FIRST PAGES SEED`: each page holds its stamp.
+            "check" => {
+                let memory = self.memory();
+                for page in shuffled(number(2), number(3) as u64) {
+                    let page = number(1) + page;
+                    let found = memory.read_u64(page * PAGE + 8 * (page % 512));
+                    if found != stamp(page) {
+                        return format!("page {page} has {found:x}");
+                    }
+                }
+                "ok".into()
+            }
+            // `churn SEED`: touches and removes for ever.
+            "churn" => {
+                let memory = self.memory();
+                println!("\nvmm: churning");
+                for seed in number(1).. {
+                    for page in shuffled(memory.len() / PAGE, seed as u64) {
+                        let word = memory.read_u64(page * PAGE);
+                        assert!(word == 0 || word == stamp(page), "page {page}: {word:x}");
+                        if (page + seed) % 7 == 0 {
+                            memory.remove(page, 1);
+                        }
+                    }
+                }
+                unreachable!("the numbers never end")
+            }
+            other => panic!("unknown command {other}"),
+        }
+    }
+
+    fn map(&mut self, memory: Memory, features: Features) {
+        let uffd = Uffd::open(features, Features::NONE).expect("a userfaultfd");
+        // SAFETY: a mapping that is only accessed by volatile operations.
+        unsafe { uffd.register(memory.addr(), memory.len() as u64) }.expect("it is registered");
+        (self.memory, self.uffd) = (Some(memory), Some(uffd));
+    }
+
+    fn memory(&self) -> &Memory {
+        self.memory.as_ref().expect("mapped before")
+    }
+
+    fn handshake(&mut self, form: &str) -> String {
+        let stream = UnixStream::connect(&self.socket).expect("the server listens");
+        if form == "silent" {
+            self.stream = Some(stream);
+            return "ok".into();
+        }
+        let memory = self.memory();
+        let (addr, len) = (memory.addr(), memory.len() as u64);
+        let region = |addr: u64, len: u64, offset: u64, page: &str| {
+            format!(r#"{{"base_host_virt_addr":{addr},"size":{len},"offset":{offset},{page}}}"#)
+        };
+        let whole = |page: &str| format!("[{}]", region(addr, len, 0, page));
+        let half = len / 2;
+        let body = match form {
+            "old" | "halves" => format!(
+                "[{},{}]",
+                region(addr, half, 0, r#""page_size_kib":4096"#),
+                region(addr + half, half, half, r#""page_size_kib":4096,"later":{"a":[1]}"#)
+            ),
+            "huge" => whole(r#""page_size":2097152"#),
+            "big" => {
+                let padding = format!(r#""page_size":4096,"note":"{}""#, "x".repeat(300_000));
+                whole(&padding)
+            }
+            "too-big" => {
+                let padding = format!(r#""page_size":4096,"note":"{}""#, "x".repeat(2_000_000));
+                whole(&padding)
+            }
+            "overlapping" => format!(
+                "[{},{}]",
+                region(addr, half + PAGE as u64, 0, r#""page_size":4096"#),
+                region(addr + half, half - PAGE as u64, half + PAGE as u64, r#""page_size":4096"#)
+            ),
+            "beyond" => format!("[{}]", region(addr, len, 4096, r#""page_size":4096"#)),
+            "wrapping" => {
+                format!("[{}]", region(addr, u64::MAX - 4095, 0, r#""page_size":4096"#))
+            }
+            "odd" => format!("[{}]", region(addr + 1, len, 0, r#""page_size":4096"#)),
+            "garbage" => "\u{1}\u{2}garbage]".into(),
+            "empty" => "[]".into(),
+            _ => whole(r#""page_size":4096,"page_size_kib":4096"#),
+        };
+        let null = std::fs::File::open("/dev/null").expect("there is one");
+        let uffd = self.uffd.as_ref().expect("mapped before").as_fd();
+        let (one, two, file) = ([uffd], [uffd, uffd], [null.as_fd()]);
+        let bytes = body.as_bytes();
+        let sent = match form {
+            "no-descriptor" => send(&stream, bytes, &[]),
+            "two" => send(&stream, bytes, &two),
+            "file" => send(&stream, bytes, &file),
+            "first-byte" => {
+                send(&stream, &bytes[..1], &one).and_then(|()| send(&stream, &bytes[1..], &[]))
+            }
+            "last-byte" => {
+                let (most, last) = bytes.split_at(bytes.len() - 1);
+                most.chunks(7)
+                    .try_for_each(|part| send(&stream, part, &[]))
+                    .and_then(|()| send(&stream, last, &one))
+            }
+            "half-open" => send(&stream, &bytes[..20], &one),
+            "left" => {
+                let sent = send(&stream, &bytes[..20], &one);
+                drop(stream);
+                return if sent.is_ok() { "ok".into() } else { "not sent".into() };
+            }
+            _ => send(&stream, bytes, &one),
+        };
+        self.stream = Some(stream);
+        sent.map_or_else(|error| format!("not sent: {error}"), |()| "ok".into())
+    }
+}
+
+fn send(stream: &UnixStream, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> std::io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() {
+        assert!(control.push(SendAncillaryMessage::ScmRights(descriptors)));
+    }
+    let sent =
+        rustix::net::sendmsg(stream, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?;
+    let mut stream = stream;
+    stream.write_all(&bytes[sent..])
+}
