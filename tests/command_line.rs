@@ -66,4 +66,8 @@ fn unknown_commands_and_missing_arguments_end_with_code_2() {
     snap(["info"]).failed(2, &["FILE"]);
     snap(["restore", "a", "--beats", "0"]).failed(2, &["--beats"]);
     snap(["restore", "a", "--on-error", "kill"]).failed(2, &["--lazy"]);
+    snap(["restore", "a", "--populate", "full"]).failed(2, &["--lazy"]);
+    for bad in ["fast", "off,1M", "full,0", "idle,much"] {
+        snap(["restore", "--lazy", "a", "--populate", bad]).failed(2, &["--populate", bad]);
+    }
 }

@@ -32,6 +32,27 @@ fn goes_on_the_same_in_both_modes(memory: &str) {
     assert!(eager["pager"].is_null());
 }
 
+/// Memory that comes in the background is the memory of the guest, and is all there in the end.
+#[test]
+fn a_guest_goes_on_the_same_while_its_memory_is_populated() {
+    needs_vm!();
+    let sample = Sample::create(&["--memory", "64M", "--work", "16M"]);
+    let eager = sample.restore(&["--beats", "6", "--hash"]).ok().report();
+    for populate in ["full", "idle", "full,1G"] {
+        let options = ["--lazy", "--populate", populate, "--beats", "6", "--hash"];
+        let lazy = sample.restore(&options).ok();
+        assert_eq!(beats(&lazy.stdout), [1, 2, 3, 4, 5, 6], "{populate}");
+        let report = lazy.report();
+        assert_eq!(report["memory_sha256"], eager["memory_sha256"], "{populate}");
+        assert_ne!(report["pager"]["population"], "off");
+    }
+    for placement in ["spin", "none"] {
+        let options = ["--lazy", "--placement", placement, "--beats", "6", "--hash"];
+        let lazy = sample.restore(&options).ok().report();
+        assert_eq!(lazy["memory_sha256"], eager["memory_sha256"], "{placement}");
+    }
+}
+
 #[test]
 fn a_64_mib_guest_goes_on_the_same_in_both_modes() {
     needs_vm!();

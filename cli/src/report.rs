@@ -73,6 +73,14 @@ impl fmt::Display for RestoreReport {
                 "  pages              {} on demand, {} with them, {} zero; {} never loaded",
                 pages.demand, pages.fault_around, pages.zero, stats.pages.missing
             )?;
+            if stats.population != pager::Population::Off {
+                let state = match stats.population {
+                    pager::Population::Complete => "all is loaded".into(),
+                    pager::Population::Incomplete { pages } => format!("{pages} cannot be had"),
+                    _ => "not at its end".to_owned(),
+                };
+                writeln!(f, "  populated          {} pages; {state}", pages.populated)?;
+            }
         }
         if let Some(hash) = &self.memory_sha256 {
             writeln!(f, "  memory sha256      {hash}")?;

@@ -1,12 +1,12 @@
 //! A guest brought back from a file, about to run: what every command does that needs one.
 
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use pager::{Failure, FailurePolicy, Pager, Region, SnapshotSource};
+use pager::{Failure, FailurePolicy, Pager, Placement, Populate, Region, SnapshotSource};
 use snapfmt::Snapshot;
 use vm_memory::GuestMemoryMmap;
 use vmm::state::{STATE_KIND, VmState};
@@ -28,6 +28,10 @@ pub(crate) struct Origin<'a> {
     pub(crate) on_error: FailurePolicy,
     /// How much memory the guest must have, if that was said.
     pub(crate) memory_bytes: Option<u64>,
+    /// What a lazy restore loads in the background, and how many bytes a second at most.
+    pub(crate) populate: Populate,
+    pub(crate) populate_rate: Option<NonZeroU64>,
+    pub(crate) placement: Placement,
 }
 
 /// A guest that was brought back and does not run yet.
@@ -124,6 +128,9 @@ impl Origin<'_> {
         Pager::builder(Arc::new(SnapshotSource::new(Arc::clone(snapshot))))
             .regions(regions)
             .on_error(self.on_error)
+            .placement(self.placement)
+            .populate(self.populate)
+            .populate_rate(self.populate_rate)
             .on_failure(move |failure| guest.fail(format!("{:#}", damaged(&file, failure))))
             .start()
             .context("cannot restore lazily (without --lazy, userfaultfd is not needed)")

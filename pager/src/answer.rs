@@ -95,23 +95,8 @@ impl Desk {
         loaded: LoadedPages<'_>,
         inbox: &mut Inbox,
     ) -> Result<bool, Trouble> {
+        self.lay_out(shared, fault, loaded)?;
         let page_bytes = shared.layout.page_bytes() as usize;
-        let within = |offset: usize| {
-            offset.checked_add(page_bytes).is_some_and(|end| end <= loaded.bytes.len())
-        };
-        if !loaded.pages.iter().all(|page| within(page.buffer_offset)) {
-            return Err(unusable("a page lies beyond the loaded bytes"));
-        }
-        // A page that no region has (memory that is not mapped here) is left out.
-        let placed = loaded.pages.iter().filter_map(|loaded| {
-            let place = shared.layout.at_source(loaded.source_offset, fault.extent)?;
-            Some(Placed { place, buffer_offset: loaded.buffer_offset })
-        });
-        run::coalesce(placed, page_bytes, fault.page, &mut self.runs);
-        if !self.runs.first().is_some_and(|run| run.holds(fault.page)) {
-            return Err(unusable("the asked page is not among the loaded ones"));
-        }
-
         let mut answered = false;
         for (index, run) in self.runs.iter().enumerate() {
             let target = Target {
@@ -138,6 +123,67 @@ impl Desk {
             }
         }
         Ok(answered)
+    }
+
+    /// Installs, wherever it belongs, what was loaded for a page that nobody waits for. `next_step` is called before
+    /// each step with its length in bytes, to change it; its `None` ends the work.
+    pub(crate) fn populate(
+        &mut self,
+        shared: &Shared,
+        asked: Place,
+        loaded: LoadedPages<'_>,
+        mut next_step: impl FnMut(&mut usize) -> Option<()>,
+    ) -> Result<(), Trouble> {
+        self.lay_out(shared, asked, loaded)?;
+        let page_bytes = shared.layout.page_bytes() as usize;
+        let mut step_bytes = 0;
+        for run in &self.runs {
+            let slice = shared.layout.extent(run.extent).slice;
+            let mut done = 0;
+            while done < run.pages {
+                if next_step(&mut step_bytes).is_none() {
+                    return Ok(());
+                }
+                let pages = (step_bytes / page_bytes).clamp(1, run.pages - done);
+                let target = Target {
+                    first_page: run.first_page + done as u64,
+                    pages,
+                    host_addr: run.host_addr + (done * page_bytes) as u64,
+                    page_bytes,
+                };
+                let from = run.buffer_offset + done * page_bytes;
+                let fill = Fill::Copy(&loaded.bytes[from..from + pages * page_bytes]);
+                shared.install_elsewhere(slice, target, fill, Purpose::Populate)?;
+                done += pages;
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills `runs` with what was loaded, the run with the asked page first.
+    fn lay_out(
+        &mut self,
+        shared: &Shared,
+        asked: Place,
+        loaded: LoadedPages<'_>,
+    ) -> Result<(), Trouble> {
+        let page_bytes = shared.layout.page_bytes() as usize;
+        let within = |offset: usize| {
+            offset.checked_add(page_bytes).is_some_and(|end| end <= loaded.bytes.len())
+        };
+        if !loaded.pages.iter().all(|page| within(page.buffer_offset)) {
+            return Err(unusable("a page lies beyond the loaded bytes"));
+        }
+        // A page that no region has (memory that is not mapped here) is left out.
+        let placed = loaded.pages.iter().filter_map(|loaded| {
+            let place = shared.layout.at_source(loaded.source_offset, asked.extent)?;
+            Some(Placed { place, buffer_offset: loaded.buffer_offset })
+        });
+        run::coalesce(placed, page_bytes, asked.page, &mut self.runs);
+        if !self.runs.first().is_some_and(|run| run.holds(asked.page)) {
+            return Err(unusable("the asked page is not among the loaded ones"));
+        }
+        Ok(())
     }
 }
 

@@ -42,6 +42,9 @@ pub enum StartError {
     /// Regions of another process and its userfaultfd go together.
     #[error("regions of another process need its userfaultfd, and no others go with it")]
     Foreign,
+    /// Memory that is backed by a file is populated by filling the file.
+    #[error("memory that is a mapping of a file is not populated page by page")]
+    PopulateBacked,
     /// The policy is to poison, and the kernel can't.
     #[error(
         "this kernel cannot poison pages (UFFD_FEATURE_POISON, Linux 6.6 or later): choose FailurePolicy::Kill to run without"

@@ -42,7 +42,7 @@ impl Default for RetryPolicy {
 }
 
 impl RetryPolicy {
-    fn pause(&self, failed_loads: u32) -> Duration {
+    pub(crate) fn pause(&self, failed_loads: u32) -> Duration {
         let factor = 1u32.checked_shl(failed_loads).unwrap_or(u32::MAX);
         self.first_pause.saturating_mul(factor).min(self.longest_pause)
     }
@@ -101,11 +101,22 @@ impl Handler {
                 return End::Failed(FailureCause::Event(format!("{event:?}")));
             }
             let slice = &self.shared.slices[self.slice];
+            slice.answering.store(false, Ordering::Relaxed);
+            if let Some(how_long) = self.follower.spin() {
+                let began = Instant::now();
+                while began.elapsed() < how_long
+                    && !slice.filler.uffd.readable()
+                    && !self.stopping()
+                {
+                    std::hint::spin_loop();
+                }
+            }
             match slice.filler.uffd.wait(self.stop.as_fd()) {
                 Ok(Wait::Stop) => return End::Clean,
                 Ok(Wait::Readable) => {}
                 Err(error) => return End::Failed(FailureCause::Messages(error)),
             }
+            slice.answering.store(true, Ordering::Relaxed);
             let gate = slice.gate();
             let received = self.inbox.receive(&self.shared, self.slice);
             drop(gate);
@@ -171,6 +182,8 @@ impl Handler {
                 }
                 Ok(false) => return Ok(()),
                 Err(Trouble::ProcessGone) => return Err(ProcessGone),
+                // It found the source gone that the population has just done with.
+                Err(Trouble::Failed(_)) if own.is_released() => return Ok(()),
                 Err(Trouble::Failed(cause)) => {
                     // First the word, then the deed: when SIGBUS arrives, its cause is known.
                     shared.failures.report(Failure {
@@ -206,7 +219,7 @@ impl Handler {
 struct ProcessGone;
 
 /// The reader of a thread whose own has panicked.
-struct Panicked;
+pub(crate) struct Panicked;
 
 impl PageReader for Panicked {
     fn load(&mut self, _source_offset: u64) -> Result<Load<'_>, SourceError> {

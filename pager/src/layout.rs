@@ -124,6 +124,15 @@ impl Layout {
         })
     }
 
+    /// The page with that number.
+    pub(crate) fn at_page(&self, page: u64) -> Option<Place> {
+        let after = self.extents.partition_point(|extent| extent.first_page <= page);
+        let index = after.checked_sub(1)?;
+        let extent = &self.extents[index];
+        let host_addr = extent.host.start + (page - extent.first_page) * self.page_bytes;
+        (host_addr < extent.host.end).then_some(Place { page, host_addr, extent: index })
+    }
+
     /// Where the content of the page at `place` begins in the source.
     pub(crate) fn source_offset(&self, place: Place) -> u64 {
         let extent = &self.extents[place.extent];
@@ -169,6 +178,11 @@ impl Layout {
 }
 
 impl Extent {
+    /// One past its last page.
+    pub(crate) fn end_page(&self, page_bytes: u64) -> u64 {
+        self.first_page + (self.host.end - self.host.start) / page_bytes
+    }
+
     /// How far into the extent the offset is.
     fn offset_of(&self, source_offset: u64) -> Option<u64> {
         let at = source_offset.checked_sub(self.source_offset)?;
@@ -232,12 +246,14 @@ mod tests {
                 for at in (0..region.len_bytes()).step_by(4096) {
                     let place = layout.at_host(region.host_addr() + at + 17).expect("in the region");
                     prop_assert_eq!(place.host_addr, region.host_addr() + at);
+                    prop_assert_eq!(layout.at_page(place.page), Some(place));
                     let hint = (at as usize / 4096) % layout.extents.len();
                     prop_assert_eq!(layout.at_source(region.source_offset() + at, hint), Some(place));
                     prop_assert!(!std::mem::replace(&mut seen[place.page as usize], true));
                 }
             }
             prop_assert!(layout.at_host(host + 4096).is_none());
+            prop_assert!(layout.at_page(layout.pages()).is_none());
             prop_assert!(layout.at_source(3, 0).is_none());
             prop_assert!(layout.at_source(2 << 40, 0).is_none());
             let in_slices: u64 = (0..layout.slices())

@@ -79,6 +79,7 @@ mod layout;
 mod page_state;
 mod pager;
 mod placement;
+mod populate;
 mod region;
 mod register;
 mod run;
@@ -97,6 +98,7 @@ pub use failure::{Failure, FailureCause, FailurePolicy};
 pub use handler::RetryPolicy;
 pub use pager::{Pager, PagerBuilder};
 pub use placement::Placement;
+pub use populate::{Populate, Population};
 pub use region::{Region, RegionError};
 #[cfg(feature = "snapfmt")]
 pub use snapshot_source::SnapshotSource;

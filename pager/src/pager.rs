@@ -2,11 +2,13 @@
 
 use std::fmt;
 use std::io;
+use std::num::NonZeroU64;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use crate::answer::Desk;
 use crate::error::StartError;
@@ -17,6 +19,7 @@ use crate::install::Filler;
 use crate::layout::Layout;
 use crate::page_state::{PageState, PageStates};
 use crate::placement::{Follower, Placement};
+use crate::populate::{OnComplete, Populate, Population, Progress, Worker};
 use crate::region::Region;
 use crate::register;
 use crate::slice::{Shared, Slice};
@@ -29,6 +32,8 @@ use crate::uffd::{Features, ForeignUffd, Uffd};
 pub struct Pager {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    /// Those of the population; they sleep in `park`.
+    workers: Vec<JoinHandle<()>>,
     /// Dropped to stop the threads: they poll the other end.
     stop: Option<io::PipeWriter>,
 }
@@ -45,6 +50,10 @@ pub struct PagerBuilder {
     on_failure: Option<OnFailure>,
     foreign: Option<(ForeignUffd, OwnedFd)>,
     backed: bool,
+    populate: Populate,
+    populate_rate: Option<NonZeroU64>,
+    populate_threads: usize,
+    on_complete: Option<OnComplete>,
 }
 
 impl Pager {
@@ -60,6 +69,10 @@ impl Pager {
             on_failure: None,
             foreign: None,
             backed: false,
+            populate: Populate::Off,
+            populate_rate: None,
+            populate_threads: 1,
+            on_complete: None,
         }
     }
 
@@ -72,16 +85,18 @@ impl Pager {
     /// were installed, removed or poisoned. All other memory was never touched and is as in the source.
     ///
     /// It holds every page that a thread has got past before the call. While other threads go on
-    /// touching memory it is soon out of date.
+    /// touching memory it is soon out of date. After a population that is [`Population::Complete`] it is all
+    /// of the source: nobody sees any more what is touched.
     pub fn touched(&self) -> Vec<Range<u64>> {
         let Shared { layout, states, slices, .. } = &*self.shared;
         // A page is usable a moment before its state says so. Both happen under the gate of its slice:
         // once each gate was free, the states of all pages that were usable before are set.
         slices.iter().for_each(|slice| drop(slice.gate()));
         let mut touched: Vec<Range<u64>> = Vec::new();
+        let released = slices.iter().any(Slice::is_released);
         for (first_page, source) in layout.by_source() {
             for (page, offset) in (first_page..).zip(source.step_by(layout.page_bytes() as usize)) {
-                if states.of(page) == PageState::Missing {
+                if states.of(page) == PageState::Missing && !released {
                     continue;
                 }
                 let end = offset + layout.page_bytes();
@@ -94,6 +109,18 @@ impl Pager {
         touched
     }
 
+    /// How far the background population has come.
+    pub fn population(&self) -> Population {
+        self.shared.population.state()
+    }
+
+    /// Waits until the background population has ended, or for `timeout`, and answers how far it has come.
+    /// Once it is [`Population::Complete`] the pager may be stopped while the guest goes on, and the source is
+    /// not read any more.
+    pub fn wait_complete(&self, timeout: Duration) -> Population {
+        self.shared.population.wait(timeout)
+    }
+
     /// The first failure, if there was one.
     pub fn failure(&self) -> Option<&Failure> {
         self.shared.failures.first()
@@ -103,7 +130,7 @@ impl Pager {
     /// is in the middle of loading a page ends after it.
     ///
     /// **Call it only when nothing can touch a missing page any more**: vCPUs have ended, or
-    /// `stats().pages.missing` is 0. It closes the userfaultfds, and from then on the kernel gives
+    /// `stats().pages.missing` is 0, or the population is [`Population::Complete`]. It closes the userfaultfds, and from then on the kernel gives
     /// ZEROS for pages that were never loaded. Dropping the pager is the same as stopping it.
     pub fn stop(mut self) -> Stats {
         self.end();
@@ -113,7 +140,8 @@ impl Pager {
     fn end(&mut self) {
         self.shared.stopping.store(true, Ordering::Relaxed);
         drop(self.stop.take());
-        for thread in self.threads.drain(..) {
+        self.workers.iter().for_each(|worker| worker.thread().unpark());
+        for thread in self.threads.drain(..).chain(self.workers.drain(..)) {
             // Its panics are caught and reported inside.
             let _ = thread.join();
         }
@@ -135,6 +163,7 @@ impl Shared {
             slice.recorder.merge_into(&mut distributions);
         }
         distributions.add_to(&mut stats);
+        stats.population = self.population.state();
         stats
     }
 }
@@ -188,6 +217,34 @@ impl PagerBuilder {
         self
     }
 
+    /// Whether pages that nobody has touched are loaded in the background; [`Populate::Off`] unless told.
+    pub fn populate(mut self, populate: Populate) -> PagerBuilder {
+        self.populate = populate;
+        self
+    }
+
+    /// Bytes of memory that the population fills a second at most; no limit unless told.
+    pub fn populate_rate(mut self, bytes_per_second: Option<NonZeroU64>) -> PagerBuilder {
+        self.populate_rate = bytes_per_second;
+        self
+    }
+
+    /// How many threads populate, each with a load of its own under way; 1 unless told.
+    pub fn populate_threads(mut self, threads: usize) -> PagerBuilder {
+        self.populate_threads = threads.max(1);
+        self
+    }
+
+    /// Called once, when the population has ended ([`Population::Complete`] or [`Population::Incomplete`]), on
+    /// its last thread. Not when the pager is stopped before.
+    pub fn on_complete(
+        mut self,
+        callback: impl Fn(Population) + Send + Sync + 'static,
+    ) -> PagerBuilder {
+        self.on_complete = Some(Box::new(callback));
+        self
+    }
+
     /// Serves the memory of another process, which has registered it with `uffd` and is known by a pidfd. All
     /// regions are made by [`Region::foreign`]. There is one slice; the threads go on after that process has
     /// ended, until the pager is stopped.
@@ -216,6 +273,10 @@ impl PagerBuilder {
     pub fn start(self) -> Result<Pager, StartError> {
         let PagerBuilder { source, regions, slices, placement, retry, on_error, .. } = self;
         let PagerBuilder { on_failure, foreign, backed, .. } = self;
+        let PagerBuilder { populate, populate_rate, populate_threads, on_complete, .. } = self;
+        if backed && populate != Populate::Off {
+            return Err(StartError::PopulateBacked);
+        }
         let page_bytes = check(&regions, source.len_bytes())?;
         if regions.iter().any(|region| region.is_foreign() != foreign.is_some()) {
             return Err(StartError::Foreign);
@@ -257,7 +318,25 @@ impl PagerBuilder {
             let pages = pages.sum::<u64>() / page_bytes as u64;
             parts.push(Slice::new(Filler { uffd, zeros }, pages));
         }
+        let mut populating = Vec::new();
+        if populate != Populate::Off {
+            for _ in 0..populate_threads {
+                populating.push(source.reader(page_bytes).map_err(StartError::Source)?);
+            }
+        }
+        let by_source = layout
+            .by_source()
+            .map(|(first, source)| (first, (source.end - source.start) / page_bytes as u64));
+        let population = Progress::new(
+            populate,
+            populate_rate,
+            populating.len(),
+            on_complete,
+            by_source,
+            page_bytes as u64,
+        );
         let shared = Arc::new(Shared {
+            population,
             slices: parts,
             layout,
             states,
@@ -268,7 +347,8 @@ impl PagerBuilder {
         });
 
         // From here on, dropping `pager` ends the threads that were started.
-        let mut pager = Pager { shared, threads: Vec::new(), stop: Some(stop) };
+        let mut pager =
+            Pager { shared, threads: Vec::new(), workers: Vec::new(), stop: Some(stop) };
         for (slice, reader) in readers.into_iter().enumerate() {
             let handler = Handler {
                 shared: Arc::clone(&pager.shared),
@@ -285,6 +365,14 @@ impl PagerBuilder {
                 .spawn(move || handler.run())
                 .map_err(system("a thread"))?;
             pager.threads.push(thread);
+        }
+        for (index, reader) in populating.into_iter().enumerate() {
+            let worker = Worker::new(Arc::clone(&pager.shared), reader, retry);
+            let thread = thread::Builder::new()
+                .name(format!("populate{index}"))
+                .spawn(move || worker.run())
+                .map_err(system("a thread"))?;
+            pager.workers.push(thread);
         }
         Ok(pager)
     }

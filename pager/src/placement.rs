@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::mem;
 use std::os::unix::fs::FileExt;
+use std::time::Duration;
 
 /// Where demand threads run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -22,6 +23,9 @@ pub enum Placement {
     /// `None`.
     #[default]
     Follow,
+    /// Wherever the scheduler puts them, and awake: for a millisecond after each fault they look for the next
+    /// one all the time, so that nobody has to be woken to answer it. Costs a CPU while faults come.
+    Spin,
 }
 
 /// Puts the calling thread where its placement says.
@@ -37,6 +41,7 @@ pub(crate) struct Follower {
 
 /// After the first few, every so many faults are looked up: some microseconds each.
 const LOOK_EVERY: u64 = 64;
+const SPIN: Duration = Duration::from_millis(1);
 
 impl Follower {
     pub(crate) fn new(placement: Placement) -> Follower {
@@ -49,6 +54,11 @@ impl Follower {
             // A CPU that is not there or not allowed is a matter of speed only.
             let _ = bind_to(cpu);
         }
+    }
+
+    /// How long to look for the next fault before sleeping.
+    pub(crate) fn spin(&self) -> Option<Duration> {
+        (self.placement == Placement::Spin).then_some(SPIN)
     }
 
     /// A fault of that thread (0: unknown) was answered: look where it runs, if it is time to.

@@ -11,8 +11,10 @@ use crate::inbox::Inbox;
 use crate::install::{self, Book, Fill, Filler, InstallError, Settled, Target};
 use crate::layout::{Layout, Place};
 use crate::page_state::{PageState, PageStates};
+use crate::populate::Progress;
 use crate::region::Region;
 use crate::stats::{Counters, Origin, Recorder};
+use crate::uffd::Errno;
 
 /// A contiguous part of the paged memory.
 #[derive(Debug)]
@@ -28,6 +30,10 @@ pub(crate) struct Slice {
     /// looking and installing are one step. The slice's own thread waits for the gate (at most for one
     /// run of pages); other threads only ever try it, and leave pages out that they cannot have at once.
     gate: Mutex<()>,
+    /// The slice's thread has messages in its hands. Others step aside while it has.
+    pub(crate) answering: AtomicBool,
+    /// All is loaded and nothing is registered any more. Set under the gate.
+    released: AtomicBool,
 }
 
 impl Slice {
@@ -37,11 +43,17 @@ impl Slice {
             counters: Counters::of(pages),
             recorder: Recorder::new(),
             gate: Mutex::new(()),
+            answering: AtomicBool::new(false),
+            released: AtomicBool::new(false),
         }
     }
 
     pub(crate) fn gate(&self) -> MutexGuard<'_, ()> {
         self.gate.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn is_released(&self) -> bool {
+        self.released.load(Ordering::Relaxed)
     }
 
     fn try_gate(&self) -> Option<MutexGuard<'_, ()>> {
@@ -63,6 +75,7 @@ pub(crate) struct Shared {
     pub(crate) stopping: AtomicBool,
     /// The memory is a private mapping of a file that the source fills.
     pub(crate) backed: bool,
+    pub(crate) population: Progress,
     pub(crate) _regions: Vec<Region>,
 }
 
@@ -78,6 +91,10 @@ impl Shared {
     ) -> Result<bool, InstallError> {
         let own = &self.slices[slice];
         let _gate = own.gate();
+        if own.is_released() {
+            // Who waited was woken by that, and finds the page or the kernel's zeros.
+            return Ok(true);
+        }
         let mut book = SliceBook::new(self, slice, purpose, Some(inbox));
         install::install(&own.filler, target, fill, &mut book)?;
         Ok(book.answered)
@@ -101,15 +118,40 @@ impl Shared {
         purpose: Purpose,
     ) -> Result<(), InstallError> {
         let other = &self.slices[slice];
-        let Some(_gate) = other.try_gate() else {
-            return Ok(());
+        // Population is patient: it has looked that nobody waits for the gate.
+        let gate = match purpose {
+            Purpose::Populate => Some(other.gate()),
+            _ => other.try_gate(),
         };
+        if gate.is_none() || other.is_released() {
+            return Ok(());
+        }
         install::install(
             &other.filler,
             target,
             fill,
             &mut SliceBook::new(self, slice, purpose, None),
         )
+    }
+
+    /// Whether a fault or an event waits anywhere, or is being answered.
+    pub(crate) fn demand(&self) -> bool {
+        self.slices
+            .iter()
+            .any(|slice| slice.answering.load(Ordering::Relaxed) || slice.filler.uffd.readable())
+    }
+
+    /// All is loaded: takes the memory out of the userfaultfds, slice by slice.
+    pub(crate) fn release(&self) -> Result<(), Errno> {
+        for (index, slice) in self.slices.iter().enumerate() {
+            let _gate = slice.gate();
+            for extent in self.layout.extents_of(index) {
+                let len = extent.host.end - extent.host.start;
+                slice.filler.uffd.unregister(extent.host.start, len)?;
+            }
+            slice.released.store(true, Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     /// The guest gave the range back. The caller holds the slice's gate.
@@ -138,6 +180,8 @@ impl Shared {
 pub(crate) enum Purpose {
     /// Content of the source, for pages that are missing. `fault_page` is the one somebody waits for.
     Load { fault_page: u64, zero: bool },
+    /// Content of the source, for pages that are missing and that nobody has asked for.
+    Populate,
     /// Whatever its state, this page is answered: with zeros where nothing is.
     Answer { fault_page: u64 },
     /// This page cannot be had.
@@ -145,11 +189,12 @@ pub(crate) enum Purpose {
 }
 
 impl Purpose {
-    fn fault_page(self) -> u64 {
+    fn fault_page(self) -> Option<u64> {
         match self {
+            Purpose::Populate => None,
             Purpose::Load { fault_page, .. }
             | Purpose::Answer { fault_page }
-            | Purpose::Poison { fault_page } => fault_page,
+            | Purpose::Poison { fault_page } => Some(fault_page),
         }
     }
 }
@@ -183,17 +228,24 @@ impl<'a> SliceBook<'a> {
 impl Book for SliceBook<'_> {
     fn wants(&self, page: u64) -> bool {
         match self.purpose {
-            Purpose::Load { .. } => self.shared.states.of(page) == PageState::Missing,
+            Purpose::Load { .. } | Purpose::Populate => {
+                self.shared.states.of(page) == PageState::Missing
+            }
             Purpose::Answer { .. } | Purpose::Poison { .. } => true,
         }
     }
 
     fn filled(&mut self, first_page: u64, pages: usize) {
         let fault_page = self.purpose.fault_page();
-        let with_fault = (first_page..first_page + pages as u64).contains(&fault_page);
+        let filled = first_page..first_page + pages as u64;
+        let with_fault = fault_page.is_some_and(|page| filled.contains(&page));
         let pages_count = pages as u64;
         let state = match self.purpose {
             Purpose::Poison { .. } => PageState::Poisoned,
+            Purpose::Populate => {
+                self.counters().installed(Origin::Populated, pages_count);
+                PageState::Present
+            }
             Purpose::Load { zero: false, .. } => {
                 self.counters().installed(Origin::Demand, u64::from(with_fault));
                 self.counters().installed(Origin::FaultAround, pages_count - u64::from(with_fault));
@@ -219,12 +271,12 @@ impl Book for SliceBook<'_> {
                 self.shared.moved(self.slice, page, PageState::Present);
             }
         }
-        self.answered |= page == self.purpose.fault_page();
+        self.answered |= Some(page) == self.purpose.fault_page();
     }
 
     fn gone(&mut self, page: u64) {
         self.shared.moved(self.slice, page, PageState::Removed);
-        self.answered |= page == self.purpose.fault_page();
+        self.answered |= Some(page) == self.purpose.fault_page();
     }
 
     fn settle(&mut self) -> Settled {

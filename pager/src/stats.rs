@@ -9,6 +9,7 @@ use hdrhistogram::Histogram;
 use serde::Serialize;
 
 use crate::page_state::PageState;
+use crate::populate::Population;
 
 /// What a pager has done so far.
 ///
@@ -23,6 +24,8 @@ pub struct Stats {
     pub pages: PageCounts,
     /// Installed pages by why they were.
     pub installed: PagesByOrigin,
+    /// How far the background population has come.
+    pub population: Population,
     /// Page-fault messages answered.
     pub faults: u64,
     /// Those among them whose page was there already: another fault had brought it.
@@ -63,6 +66,8 @@ pub struct PagesByOrigin {
     pub demand: u64,
     /// Others that came with it.
     pub fault_around: u64,
+    /// Loaded in the background, before anybody asked.
+    pub populated: u64,
     /// Zero pages: zero in the source, or given back and touched again.
     pub zero: u64,
     /// Were in memory before the pager could install them.
@@ -104,6 +109,7 @@ pub(crate) enum Origin {
     Zero,
     Existing,
     File,
+    Populated,
 }
 
 /// The counters of a slice. Mostly written by its own thread; by others only when their chunks reach in.
@@ -112,7 +118,7 @@ pub(crate) struct Counters {
     pub(crate) total_pages: u64,
     /// By `PageState`; those of `Missing` count what has left that state.
     by_state: [AtomicU64; 4],
-    by_origin: [AtomicU64; 5],
+    by_origin: [AtomicU64; 6],
     faults: AtomicU64,
     spurious_faults: AtomicU64,
     bytes_read: AtomicU64,
@@ -136,6 +142,14 @@ impl Counters {
 
     pub(crate) fn installed(&self, origin: Origin, pages: u64) {
         self.by_origin[origin as usize].fetch_add(pages, Ordering::Relaxed);
+    }
+
+    pub(crate) fn faults(&self) -> u64 {
+        self.faults.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn poisoned(&self) -> u64 {
+        self.by_state[PageState::Poisoned as usize].load(Ordering::Relaxed)
     }
 
     pub(crate) fn fault(&self) {
@@ -169,6 +183,7 @@ impl Counters {
         stats.installed.zero += of(&self.by_origin[Origin::Zero as usize]);
         stats.installed.existing += of(&self.by_origin[Origin::Existing as usize]);
         stats.installed.file += of(&self.by_origin[Origin::File as usize]);
+        stats.installed.populated += of(&self.by_origin[Origin::Populated as usize]);
         stats.faults += of(&self.faults);
         stats.spurious_faults += of(&self.spurious_faults);
         stats.bytes_read += of(&self.bytes_read);

@@ -5,7 +5,7 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use pager::{FailurePolicy, Pager};
+use pager::{FailurePolicy, Pager, Placement, Populate};
 use serde::Serialize;
 use serde_json::json;
 use snapfmt::layout::PAGE_BYTES;
@@ -201,6 +201,9 @@ fn create_layer(args: &Args, base: &Path, session: &Session) -> Result<(Header, 
         lazy: true,
         on_error: FailurePolicy::Poison,
         memory_bytes: None,
+        populate: Populate::Off,
+        populate_rate: None,
+        placement: Placement::default(),
     };
     let Restored { snapshot, memory, pager, vm, memory_ready, .. } =
         origin.restore(console, session)?;

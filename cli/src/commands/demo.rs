@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use pager::FailurePolicy;
+use pager::{FailurePolicy, Placement, Populate};
 
 use super::stdout::{print_line, print_text};
 use super::{Session, create, restore::Restore};
@@ -57,6 +57,9 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
                 lazy,
                 on_error: FailurePolicy::Poison,
                 memory_bytes: None,
+                populate: Populate::Off,
+                populate_rate: None,
+                placement: Placement::default(),
             },
             until: Until::lines(BEAT, args.beats),
             run_for: None,

@@ -1,11 +1,13 @@
 //! `snap restore`: bring a guest back, with all its memory at once or page by page.
 
 use std::io::{ErrorKind, Write};
+use std::num::NonZeroU64;
+use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use clap::ValueEnum;
-use pager::{FailurePolicy, Pager};
+use pager::{FailurePolicy, Pager, Placement, Populate};
 use snapfmt::{SectionKind, Snapshot};
 use vmm::Stop;
 
@@ -54,6 +56,15 @@ pub(crate) struct Args {
     #[arg(long, value_name = "POLICY", default_value = "poison", requires = "lazy")]
     on_error: OnError,
 
+    /// With --lazy: load what the guest has not touched in the background. `idle`: only while the guest asks for
+    /// nothing; `full`: always, but pages that are asked for go first. RATE bounds the bytes a second: `full,200M`.
+    #[arg(long, value_name = "off|idle|full[,RATE]", default_value = "off", requires = "lazy")]
+    populate: Background,
+
+    /// With --lazy: where the threads run that answer faults.
+    #[arg(long, value_name = "PLACE", default_value = "follow", requires = "lazy")]
+    placement: Place,
+
     /// At the end, hash all of the guest's memory (a lazy restore loads it for that).
     #[arg(long)]
     hash: bool,
@@ -81,6 +92,40 @@ impl From<OnError> for FailurePolicy {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
+enum Place {
+    /// On the CPU of the vCPU that asks.
+    Follow,
+    /// Not asleep: they look for faults all the time, for as long as faults come.
+    Spin,
+    /// Wherever the scheduler puts them.
+    None,
+}
+
+/// `off`, `idle` or `full`, and how many bytes a second at most.
+#[derive(Clone, Copy)]
+struct Background(Populate, Option<NonZeroU64>);
+
+impl FromStr for Background {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Background, String> {
+        let (mode, rate) = match text.split_once(',') {
+            None => (text, None),
+            Some((mode, rate)) => {
+                let rate = size::parse(rate).map_err(|error| format!("{rate:?}: {error}"))?;
+                (mode, Some(NonZeroU64::new(rate).ok_or("a rate of 0 loads nothing: use `off`")?))
+            }
+        };
+        match (mode, rate) {
+            ("off", None) => Ok(Background(Populate::Off, None)),
+            ("idle", rate) => Ok(Background(Populate::Idle, rate)),
+            ("full", rate) => Ok(Background(Populate::Full, rate)),
+            _ => Err("give `off`, `idle`, `full`, or one of the last two with a rate".into()),
+        }
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
 enum ReportForm {
     Text,
     Json,
@@ -95,6 +140,13 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             lazy: args.lazy,
             on_error: args.on_error.into(),
             memory_bytes: args.memory,
+            populate: args.populate.0,
+            populate_rate: args.populate.1,
+            placement: match args.placement {
+                Place::Follow => Placement::Follow,
+                Place::Spin => Placement::Spin,
+                Place::None => Placement::None,
+            },
         },
         until: Until {
             lines: args.beats.map(|beats| (BEAT, beats)),

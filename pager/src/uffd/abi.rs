@@ -7,8 +7,8 @@
 use std::mem::{offset_of, size_of};
 
 use linux_raw_sys::general::{
-    _UFFDIO_API, _UFFDIO_COPY, _UFFDIO_POISON, _UFFDIO_REGISTER, _UFFDIO_WAKE, _UFFDIO_ZEROPAGE,
-    UFFDIO, uffd_msg,
+    _UFFDIO_API, _UFFDIO_COPY, _UFFDIO_POISON, _UFFDIO_REGISTER, _UFFDIO_UNREGISTER, _UFFDIO_WAKE,
+    _UFFDIO_ZEROPAGE, UFFDIO, uffd_msg,
 };
 pub(crate) use linux_raw_sys::general::{
     UFFD_API, UFFD_EVENT_FORK, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMAP, UFFD_EVENT_REMOVE,
@@ -34,6 +34,7 @@ pub(crate) const USERFAULTFD_IOC_NEW: u32 = ioc(0, 0, 0);
 pub(crate) const UFFDIO_API: u32 = ioc(READ | WRITE, _UFFDIO_API, size_of::<uffdio_api>());
 pub(crate) const UFFDIO_REGISTER: u32 =
     ioc(READ | WRITE, _UFFDIO_REGISTER, size_of::<uffdio_register>());
+pub(crate) const UFFDIO_UNREGISTER: u32 = ioc(READ, _UFFDIO_UNREGISTER, size_of::<uffdio_range>());
 pub(crate) const UFFDIO_WAKE: u32 = ioc(READ, _UFFDIO_WAKE, size_of::<uffdio_range>());
 pub(crate) const UFFDIO_COPY: u32 = ioc(READ | WRITE, _UFFDIO_COPY, size_of::<uffdio_copy>());
 pub(crate) const UFFDIO_ZEROPAGE: u32 =
@@ -46,6 +47,7 @@ pub(crate) const ZEROPAGE_IOCTL_BIT: u64 = 1 << _UFFDIO_ZEROPAGE;
 const _: () = {
     assert!(UFFDIO_API == ioctl::UFFDIO_API);
     assert!(UFFDIO_REGISTER == ioctl::UFFDIO_REGISTER);
+    assert!(UFFDIO_UNREGISTER == ioctl::UFFDIO_UNREGISTER);
     assert!(UFFDIO_WAKE == ioctl::UFFDIO_WAKE);
     assert!(UFFDIO_COPY == ioctl::UFFDIO_COPY);
     assert!(UFFDIO_ZEROPAGE == ioctl::UFFDIO_ZEROPAGE);

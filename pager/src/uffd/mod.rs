@@ -139,6 +139,25 @@ impl Uffd {
         progress(outcome, argument.updated, len)
     }
 
+    /// Takes the range out of this userfaultfd and wakes all who wait there (`UFFDIO_UNREGISTER`): what is not
+    /// there is filled by the kernel from now on.
+    ///
+    /// # Errors
+    /// `EINVAL` where nothing is mapped, or not what was registered.
+    pub fn unregister(&self, host_addr: u64, len: u64) -> Result<(), Errno> {
+        let mut argument = abi::uffdio_range { start: host_addr, len };
+        // SAFETY: UFFDIO_UNREGISTER takes a `uffdio_range`; it changes no content, and the zeros that appear
+        // later are those that closing the userfaultfd brings as well.
+        unsafe { self.ioctl(abi::UFFDIO_UNREGISTER, &mut argument) }
+    }
+
+    /// Whether messages wait to be read. An error counts as yes: reading tells.
+    pub fn readable(&self) -> bool {
+        let mut fd = libc::pollfd { fd: self.file.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one initialised `pollfd`.
+        unsafe { libc::poll(&raw mut fd, 1, 0) != 0 }
+    }
+
     /// Wakes the threads that wait for pages of the range (`UFFDIO_WAKE`): they try their access again.
     ///
     /// # Errors

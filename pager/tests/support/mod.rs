@@ -187,9 +187,15 @@ where
 pub struct Answer {
     bytes: Vec<u8>,
     pages: Vec<LoadedPage>,
+    zero: Option<std::ops::Range<u64>>,
 }
 
 impl Answer {
+    /// All of these offsets are zero.
+    pub fn zero(&mut self, range: std::ops::Range<u64>) {
+        self.zero = Some(range);
+    }
+
     /// The stamped page with that number is next in the buffer.
     pub fn push(&mut self, page: usize) {
         let source_offset = (page * PAGE) as u64;
@@ -214,6 +220,9 @@ impl<F: Fn(u64, &mut Answer) -> Result<(), SourceError> + Send> PageReader for F
         self.answer.bytes.clear();
         self.answer.pages.clear();
         (self.load)(source_offset, &mut self.answer)?;
+        if let Some(range) = self.answer.zero.take() {
+            return Ok(Load::Zero { range });
+        }
         let (bytes, pages) = (&self.answer.bytes, &self.answer.pages);
         Ok(Load::Pages(LoadedPages { bytes, pages, cost: LoadCost::default() }))
     }
