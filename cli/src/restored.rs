@@ -32,6 +32,8 @@ pub(crate) struct Origin<'a> {
     pub(crate) populate: Populate,
     pub(crate) populate_rate: Option<NonZeroU64>,
     pub(crate) placement: Placement,
+    /// Whether the guest stops when it asks to be stored.
+    pub(crate) heed_requests: bool,
 }
 
 /// A guest that was brought back and does not run yet.
@@ -78,6 +80,7 @@ impl Origin<'_> {
         };
         let memory_ready = Instant::now();
 
+        let options = options.heed_requests(self.heed_requests);
         let restored = PausedVm::restore(Arc::clone(&memory), &state, console, &options);
         let vm = match (restored, pager.as_ref().and_then(Pager::failure)) {
             (Ok(vm), _) => vm,

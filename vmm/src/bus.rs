@@ -1,8 +1,14 @@
 //! I/O ports and the addresses outside of RAM: which device answers, and what answers where none is.
 
+use crate::boot::{RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, is_power_off};
 use crate::console::{Console, ConsoleFlow};
 use crate::control::Stop;
+use crate::rtc::{self, Rtc};
 use crate::serial::{COM1_PORT, COM1_PORTS, Com1};
+
+/// A guest that wants to be stored writes a byte to this port: from Linux's user space,
+/// `printf x | dd of=/dev/port bs=1 seek=1664`.
+pub const REQUEST_PORT: u16 = 0x680;
 
 /// Data and command/status ports of the i8042 keyboard controller.
 const I8042_DATA_PORT: u16 = 0x60;
@@ -15,12 +21,24 @@ const FLOATING_BUS: u8 = 0xff;
 /// Everything the guest reaches by port I/O.
 pub(crate) struct Bus {
     com1: Com1,
+    rtc: Rtc,
     console: Box<dyn Console>,
+    /// Whether a write to [`REQUEST_PORT`] stops the guest.
+    heeds_requests: bool,
 }
 
 impl Bus {
-    pub(crate) fn new(com1: Com1, console: Box<dyn Console>) -> Bus {
-        Bus { com1, console }
+    pub(crate) fn new(
+        com1: Com1,
+        rtc: Rtc,
+        console: Box<dyn Console>,
+        heeds_requests: bool,
+    ) -> Bus {
+        Bus { com1, rtc, console, heeds_requests }
+    }
+
+    pub(crate) fn rtc(&self) -> &Rtc {
+        &self.rtc
     }
 
     pub(crate) fn com1(&mut self) -> &mut Com1 {
@@ -37,7 +55,17 @@ impl Bus {
             }
             return self.flush_console();
         }
-        (port == I8042_COMMAND_PORT && data.contains(&I8042_RESET_CPU)).then_some(Stop::Reset)
+        match port {
+            I8042_COMMAND_PORT if data.contains(&I8042_RESET_CPU) => Some(Stop::Reset),
+            RESET_PORT if data.contains(&RESET_VALUE) => Some(Stop::Reset),
+            SLEEP_CONTROL_PORT if data.iter().copied().any(is_power_off) => Some(Stop::PowerOff),
+            REQUEST_PORT if self.heeds_requests => Some(Stop::Requested),
+            rtc::INDEX_PORT | rtc::DATA_PORT => {
+                data.iter().for_each(|&byte| self.rtc.write(port, byte));
+                None
+            }
+            _ => None,
+        }
     }
 
     /// One port read exit: fills `data`.
@@ -47,6 +75,9 @@ impl Bus {
             return;
         }
         match port {
+            rtc::INDEX_PORT | rtc::DATA_PORT => data.fill_with(|| self.rtc.read(port)),
+            // No wake-up to tell of: ACPI's sleep status register.
+            SLEEP_STATUS_PORT => data.fill(0),
             // Nothing to read, and room for a command: software waits for that before it resets.
             I8042_DATA_PORT | I8042_COMMAND_PORT => data.fill(0),
             _ => data.fill(FLOATING_BUS),

@@ -16,6 +16,10 @@ pub enum Stop {
     ConsolePause,
     /// [`VmHandle::request_pause`] or [`RunningVm::pause`](crate::RunningVm::pause). The guest can go on.
     PauseRequested,
+    /// The guest asked to be stored, by a write to [`REQUEST_PORT`](crate::REQUEST_PORT). It can go on.
+    Requested,
+    /// The guest turned its machine off, by ACPI.
+    PowerOff,
     /// The guest executed HLT and no in-kernel interrupt controller can wake it.
     Halt,
     /// The guest shut itself down, as a triple fault does.
@@ -58,7 +62,7 @@ impl Stop {
     /// Whether the guest is whole, so that its state may be saved and it may go on.
     #[must_use]
     pub fn is_resumable(&self) -> bool {
-        matches!(self, Stop::ConsolePause | Stop::PauseRequested)
+        matches!(self, Stop::ConsolePause | Stop::PauseRequested | Stop::Requested)
     }
 }
 
@@ -67,6 +71,8 @@ impl fmt::Display for Stop {
         match self {
             Stop::ConsolePause => write!(f, "the console paused the guest"),
             Stop::PauseRequested => write!(f, "a pause was requested"),
+            Stop::Requested => write!(f, "the guest asked to be stored"),
+            Stop::PowerOff => write!(f, "the guest powered off"),
             Stop::Halt => write!(f, "the guest halted"),
             Stop::Shutdown => write!(f, "the guest shut down (triple fault)"),
             Stop::Reset => write!(f, "the guest asked for a reset"),

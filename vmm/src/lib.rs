@@ -8,6 +8,8 @@
 //!
 //! # Features
 //! - An embedded [`demo`] guest that needs no kernel and checks its memory for ever.
+//! - Linux kernels, by PVH and by the 64-bit boot protocol, on several vCPUs: see [`boot`].
+//! - A seam for devices in guest physical memory, [`MmioDevice`], with their state in the machine's.
 //! - Restore in about the time of the KVM calls it cannot avoid, independent of memory size: memory
 //!   slots that hold nothing are given to KVM while the guest already runs.
 //! - A console that can stop the guest at exactly the instruction that wrote a byte.
@@ -15,7 +17,6 @@
 //! - Pages that cannot be read stop the guest with their address: no zeros, no hang, no SIGBUS.
 //!
 //! # Not features
-//! - Linux kernels, block and network devices, more than one vCPU in a fresh guest.
 //! - Other architectures than x86_64; AMX state; nested guests; 32-bit PAE guests while they run.
 //! - Moving the guest's clocks on after a restore: they go on from the moment of the pause.
 //! - Translation between CPU models: KVM refuses what it cannot take.
@@ -70,11 +71,14 @@
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
 compile_error!("vmm needs Linux on x86_64");
 
+pub mod boot;
 mod bus;
 mod chips;
 mod console;
 mod control;
+mod cpuid;
 pub mod demo;
+mod devices;
 mod error;
 mod frozen;
 mod host;
@@ -82,16 +86,23 @@ mod kick;
 pub mod layout;
 mod long_mode;
 mod memslots;
+mod paravirt;
 mod payload;
 mod pieces;
+mod rtc;
 mod run_loop;
 mod serial;
 pub mod state;
 mod vcpu;
 mod vm;
 
+pub use bus::REQUEST_PORT;
 pub use console::{Console, ConsoleFlow};
 pub use control::{Stop, VmHandle};
+pub use devices::{
+    DEVICE_WINDOW_BYTES, DEVICE_WINDOWS_GPA, DEVICES_MAX, DeviceError, MmioDevice, Wiring,
+    device_window,
+};
 pub use error::KvmError;
 pub use frozen::Frozen;
 pub use host::{HostCpu, HostReport, KVM_DEVICE, ProbeError, probe};
@@ -100,6 +111,6 @@ pub use payload::{Payload, PayloadError};
 pub use state::{StateError, VmState};
 pub use vcpu::VcpuError;
 pub use vm::{
-    BootError, MemoryMismatch, PauseError, PausedVm, RestoreError, RestoreOptions, ResumeError,
-    RunningVm, SaveError,
+    BootError, BootOptions, MemoryMismatch, PauseError, PausedVm, RestoreError, RestoreOptions,
+    ResumeError, RunningVm, SaveError,
 };

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
+use crate::boot::{Board, Entry, LinuxConfig, LinuxError};
 use crate::demo::{DemoConfig, DemoError, DemoPlan};
 use crate::layout::{LARGE_PAGE_BYTES, MemoryRange};
 use crate::long_mode::{self, Mapping, layout};
@@ -14,6 +15,8 @@ use crate::long_mode::{self, Mapping, layout};
 pub enum Payload {
     /// The embedded demo guest: see [`demo`](crate::demo).
     Demo(DemoConfig),
+    /// A Linux kernel: see [`boot`](crate::boot).
+    Linux(LinuxConfig),
     /// x86-64 machine code for experiments.
     ///
     /// It is loaded at guest physical (and virtual) address 0x4000 and entered at its first byte in
@@ -32,6 +35,9 @@ pub enum PayloadError {
     /// The demo's working area does not fit.
     #[error(transparent)]
     Demo(#[from] DemoError),
+    /// The kernel, or what goes with it, does not fit.
+    #[error(transparent)]
+    Linux(#[from] LinuxError),
     /// The program is too long.
     #[error("program of {code_bytes} bytes, expected at most {}", layout::CODE_MAX_BYTES)]
     ProgramTooLong {
@@ -44,17 +50,25 @@ pub enum PayloadError {
 }
 
 impl Payload {
-    /// Writes the payload into memory; returns the ranges of guest physical addresses it works on.
+    /// Whether the guest is told of a generation id.
+    pub(crate) fn has_generation_id(&self) -> bool {
+        matches!(self, Payload::Linux(_))
+    }
+
+    /// Writes the payload into memory; returns the ranges of guest physical addresses it works on (`None`:
+    /// any), and where the first vCPU begins.
     pub(crate) fn load(
         &self,
         memory: &GuestMemoryMmap,
         ranges: &[MemoryRange],
-    ) -> Result<Vec<Range<u64>>, PayloadError> {
+        board: Board,
+    ) -> Result<(Option<Vec<Range<u64>>>, Entry), PayloadError> {
         match self {
+            Payload::Linux(config) => Ok((None, config.load(memory, ranges, board)?)),
             Payload::Demo(config) => {
                 let plan = DemoPlan::new(config, ranges)?;
                 plan.load(memory).map_err(PayloadError::Memory)?;
-                Ok(plan.touched())
+                Ok((Some(plan.touched()), Entry::Program))
             }
             Payload::Program { code } => {
                 if code.len() > layout::CODE_MAX_BYTES {
@@ -65,7 +79,7 @@ impl Payload {
                 memory
                     .write_slice(code, GuestAddress(layout::CODE))
                     .map_err(PayloadError::Memory)?;
-                Ok(std::iter::once(0..LARGE_PAGE_BYTES).collect())
+                Ok((Some(std::iter::once(0..LARGE_PAGE_BYTES).collect()), Entry::Program))
             }
         }
     }

@@ -8,6 +8,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::bus::Bus;
 use crate::control::{Control, Stop};
+use crate::devices::Devices;
 use crate::error::KvmError;
 use crate::kick::VcpuThread;
 use crate::memslots::{Memslots, MmioAt, PluggedMark};
@@ -21,6 +22,7 @@ pub(crate) struct Shared {
     pub(crate) control: Arc<Control>,
     pub(crate) memslots: Arc<Memslots>,
     pub(crate) bus: Arc<Mutex<Bus>>,
+    pub(crate) devices: Devices,
 }
 
 /// Runs the vCPU on the current thread until the guest is to stop; then completes the instruction that
@@ -140,8 +142,11 @@ fn mmio(shared: &Shared, mark: PluggedMark, gpa: u64, access: Access<'_>) -> Ste
         .err()
         .map(|_| Stop::MemoryError { gpa: Some(gpa), host_addr: None }),
         Ok(MmioAt::Outside) => {
-            if let Access::Read(data) = access {
-                Bus::mmio_read(data);
+            match (shared.devices.at(gpa), access) {
+                (Some((mut device, offset)), Access::Read(data)) => device.read(offset, data),
+                (Some((mut device, offset)), Access::Write(data)) => device.write(offset, data),
+                (None, Access::Read(data)) => Bus::mmio_read(data),
+                (None, Access::Write(_)) => {}
             }
             None
         }

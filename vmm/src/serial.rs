@@ -16,7 +16,7 @@ pub(crate) const COM1_PORT: u16 = 0x3f8;
 /// I/O ports of COM1.
 pub(crate) const COM1_PORTS: u16 = 8;
 /// ISA interrupt of COM1.
-const COM1_IRQ: u32 = 4;
+pub(crate) const COM1_IRQ: u32 = 4;
 /// Receive buffer register, the port the guest reads input from.
 const DATA_OFFSET: u8 = 0;
 /// Keyboard bytes kept for a guest that does not read them; the rest is refused.

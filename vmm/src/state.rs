@@ -1,7 +1,7 @@
 //! The state of a paused guest, all but its memory, as data that can be stored.
 //!
 //! [`VmState`] is encoded by bincode with fixed-size little-endian integers. The encoding is frozen: stored
-//! states of [`STATE_VERSION`] stay readable. A change to any type in this module, or to a kernel structure
+//! states of every version up to [`STATE_VERSION`] stay readable. A change to any type in this module, or to a kernel structure
 //! in it, fails to compile (the size asserts below) or fails the golden test; the legal way is a new
 //! version next to the old one.
 
@@ -12,6 +12,7 @@ use kvm_bindings::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::devices::DEVICES_MAX;
 use crate::frozen::Frozen;
 use crate::layout::{MemoryRange, memory_layout};
 use crate::serial::FIFO_BYTES;
@@ -19,7 +20,9 @@ use crate::serial::FIFO_BYTES;
 /// Tag of an encoded [`VmState`] among other kinds of state: "KVM" and the architecture, x86_64.
 pub const STATE_KIND: u32 = u32::from_le_bytes(*b"KVMx");
 /// Version of the encoding that [`VmState::encode`] writes.
-pub const STATE_VERSION: u32 = 1;
+pub const STATE_VERSION: u32 = 2;
+/// The first version, without what [`VmState`] has from [`VmState::rtc`] on.
+const STATE_VERSION_1: u32 = 1;
 /// More encoded bytes than this are refused unread; a vCPU needs about 12 KiB.
 pub const STATE_MAX_BYTES: u64 = 4 << 20;
 
@@ -28,6 +31,8 @@ pub const VCPUS_MAX: usize = 64;
 const CPUID_ENTRIES_MAX: usize = 256;
 const MSRS_MAX: usize = 1024;
 const QUEUED_INPUT_MAX: usize = 64 << 10;
+/// Most bytes of one device's state.
+pub const DEVICE_STATE_MAX_BYTES: usize = 256 << 10;
 
 /// Everything about a paused guest that is not in its memory.
 #[derive(Debug, Serialize, Deserialize)]
@@ -40,6 +45,23 @@ pub struct VmState {
     pub chips: ChipState,
     /// The serial port COM1.
     pub com1: Uart,
+    /// The real-time clock.
+    pub rtc: RtcState,
+    /// The host's time of day when `chips.clock` was read, in nanoseconds since 1970; 0: not known.
+    pub saved_unix_ns: u64,
+    /// Guest physical address of the generation id, if the guest was told of one.
+    pub generation_id_gpa: Option<u64>,
+    /// The devices in windows of guest physical addresses, by place.
+    pub devices: Vec<DeviceState>,
+}
+
+/// Version 1 of [`VmState`].
+#[derive(Deserialize)]
+struct VmStateV1 {
+    memory: Vec<MemoryRange>,
+    vcpus: Vec<VcpuState>,
+    chips: ChipState,
+    com1: Uart,
 }
 
 /// One vCPU. Each field is named after the KVM_GET_ call it comes from.
@@ -104,6 +126,24 @@ pub struct Uart {
     pub queued_input: Vec<u8>,
 }
 
+/// The real-time clock: what software can change of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RtcState {
+    /// The register selected.
+    pub index: u8,
+}
+
+/// A device in a window of guest physical addresses, in an encoding of its own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceState {
+    /// What it is. For virtio devices, the number that virtio gives them (virtio 1.2, 5).
+    pub kind: u32,
+    /// Version of `bytes`.
+    pub version: u32,
+    /// Its state, at most [`DEVICE_STATE_MAX_BYTES`].
+    pub bytes: Vec<u8>,
+}
+
 // Tripwires: the kernel never changes these sizes, and neither may a new version of the bindings.
 const _: () = {
     assert!(size_of::<kvm_cpuid_entry2>() == 40);
@@ -132,7 +172,7 @@ pub enum StateError {
         found: u32,
     },
     /// The state was written by a version that this one does not know.
-    #[error("state of version {found}, expected {STATE_VERSION}")]
+    #[error("state of version {found}, expected {STATE_VERSION_1} to {STATE_VERSION}")]
     Version {
         /// The version found.
         found: u32,
@@ -164,6 +204,12 @@ pub enum StateError {
         /// Largest number allowed.
         max: usize,
     },
+    /// The generation id is not at an aligned address in memory.
+    #[error("state with a generation id at gpa {gpa:#x}, expected a multiple of 16 in memory")]
+    GenerationId {
+        /// The address found.
+        gpa: u64,
+    },
     /// The memory ranges are not the layout of any memory size.
     #[error("state with memory ranges that no guest of {memory_bytes} bytes has")]
     MemoryLayout {
@@ -192,17 +238,17 @@ impl VmState {
         if kind != STATE_KIND {
             return Err(StateError::Kind { found: kind });
         }
-        if version != STATE_VERSION {
+        if !(STATE_VERSION_1..=STATE_VERSION).contains(&version) {
             return Err(StateError::Version { found: version });
         }
         if bytes.len() as u64 > STATE_MAX_BYTES {
             return Err(StateError::TooLong { found: bytes.len() as u64 });
         }
-        let state: VmState = bincode::options()
-            .with_fixint_encoding()
-            .with_limit(STATE_MAX_BYTES)
-            .deserialize(bytes)
-            .map_err(|source| StateError::Malformed { len: bytes.len(), source })?;
+        let state = if version == STATE_VERSION_1 {
+            decode_exactly::<VmStateV1>(bytes)?.into()
+        } else {
+            decode_exactly::<VmState>(bytes)?
+        };
         state.validate()?;
         Ok(state)
     }
@@ -231,6 +277,44 @@ impl VmState {
             count("MSRs of a vCPU", vcpu.msrs.len(), 0, MSRS_MAX)?;
         }
         count("bytes in the serial FIFO", self.com1.fifo.len(), 0, FIFO_BYTES)?;
-        count("bytes of queued input", self.com1.queued_input.len(), 0, QUEUED_INPUT_MAX)
+        count("bytes of queued input", self.com1.queued_input.len(), 0, QUEUED_INPUT_MAX)?;
+        count("devices", self.devices.len(), 0, DEVICES_MAX)?;
+        for device in &self.devices {
+            count("bytes of a device", device.bytes.len(), 0, DEVICE_STATE_MAX_BYTES)?;
+        }
+        match self.generation_id_gpa {
+            Some(gpa) if !self.holds_generation_id(gpa) => Err(StateError::GenerationId { gpa }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether 16 bytes at `gpa`, aligned as the guest wants them, are memory.
+    fn holds_generation_id(&self, gpa: u64) -> bool {
+        let inside = |range: &MemoryRange| range.gpa_range().contains(&gpa);
+        gpa.is_multiple_of(16) && self.memory.iter().any(inside)
+    }
+}
+
+fn decode_exactly<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, StateError> {
+    bincode::options()
+        .with_fixint_encoding()
+        .with_limit(STATE_MAX_BYTES)
+        .deserialize(bytes)
+        .map_err(|source| StateError::Malformed { len: bytes.len(), source })
+}
+
+impl From<VmStateV1> for VmState {
+    fn from(old: VmStateV1) -> VmState {
+        let VmStateV1 { memory, vcpus, chips, com1 } = old;
+        VmState {
+            memory,
+            vcpus,
+            chips,
+            com1,
+            rtc: RtcState::default(),
+            saved_unix_ns: 0,
+            generation_id_gpa: None,
+            devices: Vec::new(),
+        }
     }
 }

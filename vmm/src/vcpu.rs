@@ -7,13 +7,18 @@
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
+use crate::boot::Entry;
+use crate::cpuid;
 use crate::error::{KvmError, NameCall};
 use crate::frozen::Frozen;
-use crate::long_mode;
 use crate::state::VcpuState;
 
 const MSR_IA32_TSC: u32 = 0x10;
 const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
+/// IA32_MTRR_DEF_TYPE, as firmware leaves it: memory is cached (type 6) unless a range says otherwise.
+/// Linux takes MTRRs that are off for a sign that it may not use page attributes either.
+const MTRRS_ON: Frozen<kvm_msr_entry> =
+    Frozen(kvm_msr_entry { index: 0x2ff, reserved: 0, data: 1 << 11 | 6 });
 
 /// A vCPU that does not run.
 pub(crate) struct Vcpu {
@@ -45,19 +50,34 @@ pub enum VcpuError {
 }
 
 impl Vcpu {
-    /// A vCPU about to run its first instruction in 64-bit mode.
-    pub(crate) fn boot(kvm: &Kvm, vm: &VmFd, index: u8) -> Result<Vcpu, KvmError> {
+    /// A fresh vCPU, one of `count`. The first is about to run at `entry`; the others wait for its
+    /// start-up interrupt, as KVM makes them.
+    pub(crate) fn boot(
+        kvm: &Kvm,
+        vm: &VmFd,
+        index: u8,
+        count: u8,
+        entry: Entry,
+    ) -> Result<Vcpu, KvmError> {
         let fd = vm.create_vcpu(index.into()).call("KVM_CREATE_VCPU")?;
         let mut cpuid =
             kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).call("KVM_GET_SUPPORTED_CPUID")?;
         for entry in cpuid.as_mut_slice() {
-            set_apic_id(entry, index);
+            cpuid::adjust(entry, index, count);
         }
         fd.set_cpuid2(&cpuid).call("KVM_SET_CPUID2")?;
-        let mut sregs = fd.get_sregs().call("KVM_GET_SREGS")?;
-        long_mode::enter_long_mode(&mut sregs);
-        fd.set_sregs(&sregs).call("KVM_SET_SREGS")?;
-        fd.set_regs(&long_mode::entry_regs()).call("KVM_SET_REGS")?;
+        if index == 0 {
+            let mut sregs = fd.get_sregs().call("KVM_GET_SREGS")?;
+            let regs = entry.enter(&mut sregs);
+            fd.set_sregs(&sregs).call("KVM_SET_SREGS")?;
+            fd.set_regs(&regs).call("KVM_SET_REGS")?;
+        }
+        if entry != Entry::Program {
+            set_msrs(&fd, &[MTRRS_ON]).map_err(|error| match error {
+                VcpuError::Kvm(error) => error,
+                _ => too_many_msrs(),
+            })?;
+        }
         Ok(Vcpu { fd, cpuid })
     }
 
@@ -161,14 +181,5 @@ fn set_msrs(fd: &VcpuFd, msrs: &[Frozen<kvm_msr_entry>]) -> Result<(), VcpuError
     match entries.get(set) {
         None => Ok(()),
         Some(refused) => Err(VcpuError::Msr { index: refused.index, value: refused.data }),
-    }
-}
-
-/// CPUID tells a vCPU its own APIC id in three leaves; the host's answer is of whichever CPU was asked.
-fn set_apic_id(entry: &mut kvm_cpuid_entry2, apic_id: u8) {
-    match entry.function {
-        0x1 => entry.ebx = (entry.ebx & 0x00ff_ffff) | u32::from(apic_id) << 24,
-        0xb | 0x1f => entry.edx = apic_id.into(),
-        _ => {}
     }
 }

@@ -4,24 +4,28 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kvm_ioctls::{Kvm, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
+use crate::boot::{Board, GENERATION_ID_GPA};
 use crate::bus::Bus;
 use crate::chips;
 use crate::console::Console;
 use crate::control::{Control, Stop, VmHandle};
+use crate::devices::{DeviceError, Devices, MmioDevice};
 use crate::error::KvmError;
 use crate::host::{self, ProbeError};
 use crate::kick;
 use crate::layout::{LayoutError, MemoryRange, memory_layout};
 use crate::memslots::{LatePlugger, Memslots};
+use crate::paravirt;
 use crate::payload::{Payload, PayloadError};
+use crate::rtc::Rtc;
 use crate::run_loop::{self, Shared};
 use crate::serial::Com1;
-use crate::state::VmState;
+use crate::state::{VCPUS_MAX, VmState};
 use crate::vcpu::{Vcpu, VcpuError};
 
 /// A guest that does not run. Only in this form does it have a state that can be saved.
@@ -44,6 +48,40 @@ struct Machine {
     vm: Arc<VmFd>,
     kvm: Kvm,
     memory_layout: Vec<MemoryRange>,
+    generation_id_gpa: Option<u64>,
+}
+
+/// How to boot a guest.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct BootOptions {
+    /// vCPUs; programs and the demo guest use the first only.
+    pub cpus: u8,
+    /// Whether a write of the guest to [`REQUEST_PORT`](crate::REQUEST_PORT) stops it with
+    /// [`Stop::Requested`]. Otherwise such writes do nothing.
+    pub heed_requests: bool,
+}
+
+impl Default for BootOptions {
+    fn default() -> BootOptions {
+        BootOptions { cpus: 1, heed_requests: false }
+    }
+}
+
+impl BootOptions {
+    /// Sets [`BootOptions::cpus`].
+    #[must_use]
+    pub fn cpus(mut self, cpus: u8) -> BootOptions {
+        self.cpus = cpus;
+        self
+    }
+
+    /// Sets [`BootOptions::heed_requests`].
+    #[must_use]
+    pub fn heed_requests(mut self, on: bool) -> BootOptions {
+        self.heed_requests = on;
+        self
+    }
 }
 
 /// How to restore a guest.
@@ -56,6 +94,8 @@ pub struct RestoreOptions {
     ///
     /// `None` gives KVM all memory before the guest starts.
     pub first: Option<Vec<Range<u64>>>,
+    /// As in [`BootOptions::heed_requests`].
+    pub heed_requests: bool,
 }
 
 /// A guest that could not be booted.
@@ -71,6 +111,15 @@ pub enum BootError {
     /// The memory given is not laid out as [`memory_layout`] says.
     #[error(transparent)]
     Memory(#[from] MemoryMismatch),
+    /// A number of vCPUs that no guest has.
+    #[error("{found} vCPUs, expected 1 to {VCPUS_MAX}")]
+    Cpus {
+        /// The number asked for.
+        found: u8,
+    },
+    /// A device cannot be part of the guest.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// The payload does not fit.
     #[error(transparent)]
     Payload(#[from] PayloadError),
@@ -92,6 +141,9 @@ pub enum RestoreError {
     /// The memory given is not the memory of the state.
     #[error(transparent)]
     Memory(#[from] MemoryMismatch),
+    /// The devices given are not the saved ones, or cannot be connected.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// This host does not take the state of a vCPU.
     #[error("vCPU {index} cannot be restored")]
     Vcpu {
@@ -153,7 +205,7 @@ pub struct PauseError {
 }
 
 impl PausedVm {
-    /// A fresh guest of one vCPU, about to run the first instruction of `payload`.
+    /// A fresh guest of one vCPU and without devices, about to run the first instruction of `payload`.
     ///
     /// `memory` is laid out by [`memory_layout`] and all zeros. It is the caller's to provide, and the
     /// guest writes to it while it runs.
@@ -166,17 +218,42 @@ impl PausedVm {
         payload: &Payload,
         console: impl Console + 'static,
     ) -> Result<PausedVm, BootError> {
+        PausedVm::boot_with(memory, payload, console, &BootOptions::default(), Vec::new())
+    }
+
+    /// As [`PausedVm::boot`], with options and devices.
+    ///
+    /// # Errors
+    /// As there; and [`BootError::Device`] and [`BootError::Cpus`].
+    pub fn boot_with(
+        memory: Arc<GuestMemoryMmap>,
+        payload: &Payload,
+        console: impl Console + 'static,
+        options: &BootOptions,
+        devices: Vec<Box<dyn MmioDevice>>,
+    ) -> Result<PausedVm, BootError> {
         let ranges = checked_layout(&memory, None)?;
-        let touched = payload.load(&memory, &ranges)?;
+        let cpus = options.cpus;
+        if cpus == 0 || usize::from(cpus) > VCPUS_MAX {
+            return Err(BootError::Cpus { found: cpus });
+        }
+        let board = Board { cpus, devices: devices.len() };
+        let devices = Devices::new(devices)?;
+        let (touched, entry) = payload.load(&memory, &ranges, board)?;
         kick::install_signal_handlers().map_err(BootError::Signals)?;
         let kvm = host::open_kvm()?;
         let vm = Arc::new(host::create_vm(&kvm)?);
-        let memslots = Memslots::plug_first(Arc::clone(&vm), memory, Some(&touched))?;
+        let memslots = Memslots::plug_first(Arc::clone(&vm), memory, touched.as_deref())?;
         chips::create(&vm)?;
-        let vcpu = Vcpu::boot(&kvm, &vm, 0)?;
+        let vcpus = (0..cpus)
+            .map(|index| Vcpu::boot(&kvm, &vm, index, cpus, entry))
+            .collect::<Result<Vec<_>, _>>()?;
         let com1 = Com1::new(Arc::clone(&vm));
-        let machine = Machine::new(kvm, vm, memslots, Bus::new(com1, Box::new(console)), ranges);
-        Ok(PausedVm { vcpus: vec![vcpu], machine })
+        let bus = Bus::new(com1, Rtc::default(), Box::new(console), options.heed_requests);
+        let generation = payload.has_generation_id().then_some(GENERATION_ID_GPA);
+        let machine = Machine::new(kvm, vm, memslots, bus, devices, ranges, generation);
+        machine.attach_devices()?;
+        Ok(PausedVm { vcpus, machine })
     }
 
     /// The guest of `state`, with what `memory` holds or comes to hold.
@@ -192,13 +269,34 @@ impl PausedVm {
         console: impl Console + 'static,
         options: &RestoreOptions,
     ) -> Result<PausedVm, RestoreError> {
+        PausedVm::restore_with(memory, state, console, options, Vec::new())
+    }
+
+    /// As [`PausedVm::restore`], with the devices of [`VmState::devices`], made from their states by the
+    /// caller, in the same order.
+    ///
+    /// # Errors
+    /// As there; and [`RestoreError::Device`] when the devices are not of the saved kinds.
+    pub fn restore_with(
+        memory: Arc<GuestMemoryMmap>,
+        state: &VmState,
+        console: impl Console + 'static,
+        options: &RestoreOptions,
+        devices: Vec<Box<dyn MmioDevice>>,
+    ) -> Result<PausedVm, RestoreError> {
+        let devices = Devices::new(devices)?;
+        devices.check_kinds(&state.devices)?;
         let ranges = checked_layout(&memory, Some(&state.memory))?;
         kick::install_signal_handlers().map_err(RestoreError::Signals)?;
         let kvm = host::open_kvm()?;
         let vm = Arc::new(host::create_vm(&kvm)?);
         // Memory first: after KVM_CREATE_IRQCHIP each slot waits for a grace period, which takes
         // milliseconds.
-        let memslots = Memslots::plug_first(Arc::clone(&vm), memory, options.first.as_deref())?;
+        let first = options.first.as_ref().map(|first| {
+            let shared = state.vcpus.iter().flat_map(|vcpu| paravirt::shared_pages(&vcpu.msrs));
+            shared.chain(first.iter().cloned()).collect::<Vec<_>>()
+        });
+        let memslots = Memslots::plug_first(Arc::clone(&vm), memory, first.as_deref())?;
         // Then the interrupt controllers, without which vCPUs get no LAPIC.
         chips::create(&vm)?;
         // The vCPUs with all of their state, CPUID from the state: asking KVM what it supports
@@ -215,7 +313,11 @@ impl PausedVm {
         // The chips' state at the end: it may deliver interrupts to LAPICs, and it starts clocks.
         chips::restore(&vm, &state.chips)?;
         let com1 = Com1::restore(Arc::clone(&vm), &state.com1);
-        let machine = Machine::new(kvm, vm, memslots, Bus::new(com1, Box::new(console)), ranges);
+        let rtc = Rtc::restore(&state.rtc);
+        let bus = Bus::new(com1, rtc, Box::new(console), options.heed_requests);
+        let generation = state.generation_id_gpa;
+        let machine = Machine::new(kvm, vm, memslots, bus, devices, ranges, generation);
+        machine.attach_devices()?;
         Ok(PausedVm { vcpus, machine })
     }
 
@@ -235,11 +337,18 @@ impl PausedVm {
             .iter()
             .map(|vcpu| vcpu.state(&machine.kvm))
             .collect::<Result<Vec<_>, _>>()?;
+        let chips = chips::state(&machine.vm)?;
+        let saved_unix_ns = unix_ns();
+        let mut bus = machine.lock_bus();
         Ok(VmState {
             memory: machine.memory_layout.clone(),
             vcpus,
-            chips: chips::state(&machine.vm)?,
-            com1: machine.lock_bus().com1().state(),
+            chips,
+            com1: bus.com1().state(),
+            rtc: bus.rtc().state(),
+            saved_unix_ns,
+            generation_id_gpa: machine.generation_id_gpa,
+            devices: machine.shared.devices.states(),
         })
     }
 
@@ -250,6 +359,7 @@ impl PausedVm {
     pub fn resume(self) -> Result<RunningVm, ResumeError> {
         let PausedVm { vcpus, mut machine } = self;
         machine.shared.control.clear_pause();
+        machine.shared.devices.resume();
         let mut threads =
             VcpuThreads { control: Arc::clone(&machine.shared.control), handles: Vec::new() };
         for (index, mut vcpu) in vcpus.into_iter().enumerate() {
@@ -319,6 +429,8 @@ impl RunningVm {
         let RunningVm { threads, machine } = self;
         machine.shared.control.stop(Stop::PauseRequested);
         let vcpus = threads.join();
+        // After the vCPUs, which would give the devices new work.
+        machine.shared.devices.pause();
         match machine.shared.control.reason() {
             Some(stop) if !stop.is_resumable() => Err(PauseError { stop }),
             _ => Ok(PausedVm { vcpus, machine }),
@@ -357,6 +469,13 @@ impl RestoreOptions {
         self.first = Some(ranges);
         self
     }
+
+    /// Sets [`RestoreOptions::heed_requests`].
+    #[must_use]
+    pub fn heed_requests(mut self, on: bool) -> RestoreOptions {
+        self.heed_requests = on;
+        self
+    }
 }
 
 impl Machine {
@@ -365,14 +484,22 @@ impl Machine {
         vm: Arc<VmFd>,
         memslots: Memslots,
         bus: Bus,
+        devices: Devices,
         memory_layout: Vec<MemoryRange>,
+        generation_id_gpa: Option<u64>,
     ) -> Machine {
         let shared = Shared {
             control: Arc::new(Control::default()),
             memslots: Arc::new(memslots),
             bus: Arc::new(Mutex::new(bus)),
+            devices,
         };
-        Machine { late_plugger: None, shared: Arc::new(shared), vm, kvm, memory_layout }
+        let shared = Arc::new(shared);
+        Machine { late_plugger: None, shared, vm, kvm, memory_layout, generation_id_gpa }
+    }
+
+    fn attach_devices(&self) -> Result<(), DeviceError> {
+        self.shared.devices.attach(&self.vm, self.shared.memslots.memory(), &self.handle())
     }
 
     fn handle(&self) -> VmHandle {
@@ -408,6 +535,11 @@ impl Drop for VcpuThreads {
             let _ = handle.join();
         }
     }
+}
+
+fn unix_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// The layout of `memory`, if it is the expected one (by default the one of its size).

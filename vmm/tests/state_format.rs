@@ -8,11 +8,15 @@ use kvm_bindings::{
 use proptest::prelude::*;
 use serde::Deserialize;
 use serde::de::value::{BytesDeserializer, Error};
-use vmm::state::{ChipState, STATE_KIND, STATE_MAX_BYTES, STATE_VERSION, Uart, VcpuState};
+use vmm::state::{
+    ChipState, DeviceState, RtcState, STATE_KIND, STATE_MAX_BYTES, STATE_VERSION, Uart, VcpuState,
+};
 use vmm::{Frozen, StateError, VmState, memory_layout};
 
 /// A state of version 1 as it was once written. It stays readable for ever.
 const GOLDEN_V1: &[u8] = include_bytes!("golden/vm-state-v1.bin");
+/// One of version 2.
+const GOLDEN_V2: &[u8] = include_bytes!("golden/vm-state-v2.bin");
 
 /// A structure whose every byte differs from its neighbours.
 fn pattern<T: for<'de> Deserialize<'de>>(seed: u8) -> Frozen<T> {
@@ -58,6 +62,13 @@ fn example() -> VmState {
             fifo: b"typed".to_vec(),
             queued_input: b"ahead".to_vec(),
         },
+        rtc: RtcState { index: 0x32 },
+        saved_unix_ns: 0x1122_3344_5566_7788,
+        generation_id_gpa: Some(0xf_0000),
+        devices: vec![
+            DeviceState { kind: 2, version: 1, bytes: b"a disk".to_vec() },
+            DeviceState { kind: 4, version: 9, bytes: Vec::new() },
+        ],
     }
 }
 
@@ -70,31 +81,45 @@ fn decode(bytes: &[u8]) -> Result<VmState, StateError> {
 #[test]
 #[ignore = "writes the golden file"]
 fn write_golden() {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/vm-state-v1.bin");
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/vm-state-v2.bin");
     std::fs::write(path, example().encode()).unwrap();
 }
 
 #[test]
-fn version_1_is_written_and_read_as_ever() {
-    assert_eq!((STATE_KIND, STATE_VERSION), (0x784d_564b, 1));
-    assert!(example().encode() == GOLDEN_V1, "the encoding of version 1 has changed");
-    assert!(decode(GOLDEN_V1).unwrap().encode() == GOLDEN_V1);
+fn version_2_is_written_and_read_as_ever() {
+    assert_eq!((STATE_KIND, STATE_VERSION), (0x784d_564b, 2));
+    assert!(example().encode() == GOLDEN_V2, "the encoding of version 2 has changed");
+    assert!(decode(GOLDEN_V2).unwrap().encode() == GOLDEN_V2);
+}
+
+/// Version 2 appends to version 1, so that what was read of version 1 is the beginning of version 2.
+#[test]
+fn version_1_is_read_as_ever() {
+    let state = VmState::decode(STATE_KIND, 1, GOLDEN_V1).unwrap();
+    assert_eq!((state.rtc.index, state.saved_unix_ns, state.generation_id_gpa), (0, 0, None));
+    assert!(state.devices.is_empty());
+    assert!(state.encode().starts_with(GOLDEN_V1));
+    let longer = [GOLDEN_V1, &[0]].concat();
+    let error = VmState::decode(STATE_KIND, 1, &longer).unwrap_err();
+    assert!(matches!(error, StateError::Malformed { .. }));
 }
 
 #[test]
 fn foreign_kinds_and_versions_are_named() {
-    let error = VmState::decode(7, STATE_VERSION, GOLDEN_V1).unwrap_err();
+    let error = VmState::decode(7, STATE_VERSION, GOLDEN_V2).unwrap_err();
     assert_eq!(error.to_string(), "state of kind 0x00000007, expected 0x784d564b");
-    let error = VmState::decode(STATE_KIND, 2, GOLDEN_V1).unwrap_err();
-    assert_eq!(error.to_string(), "state of version 2, expected 1");
+    for version in [0, 3] {
+        let error = VmState::decode(STATE_KIND, version, GOLDEN_V2).unwrap_err();
+        assert_eq!(error.to_string(), format!("state of version {version}, expected 1 to 2"));
+    }
 }
 
 #[test]
 fn every_truncation_and_any_extension_is_refused() {
-    for len in 0..GOLDEN_V1.len() {
-        assert!(matches!(decode(&GOLDEN_V1[..len]), Err(StateError::Malformed { .. })), "{len}");
+    for len in 0..GOLDEN_V2.len() {
+        assert!(matches!(decode(&GOLDEN_V2[..len]), Err(StateError::Malformed { .. })), "{len}");
     }
-    let longer = [GOLDEN_V1, &[0]].concat();
+    let longer = [GOLDEN_V2, &[0]].concat();
     assert!(matches!(decode(&longer), Err(StateError::Malformed { .. })));
     let huge = vec![0; STATE_MAX_BYTES as usize + 1];
     assert!(matches!(decode(&huge), Err(StateError::TooLong { .. })));
@@ -133,6 +158,21 @@ fn impossible_contents_are_named() {
         refused(|s| s.com1.fifo = vec![0; 65]),
         "state with 65 bytes in the serial FIFO, expected 0 to 64"
     );
+    let device = DeviceState { kind: 2, version: 1, bytes: Vec::new() };
+    let mut state = example();
+    state.devices = vec![device; 9];
+    let error = decode(&state.encode()).unwrap_err();
+    assert_eq!(error.to_string(), "state with 9 devices, expected 0 to 8");
+    assert_eq!(
+        refused(|s| s.devices[0].bytes = vec![0; (256 << 10) + 1]),
+        "state with 262145 bytes of a device, expected 0 to 262144"
+    );
+    for gpa in [0xf_0008u64, 3 << 30, u64::MAX - 15] {
+        let mut state = example();
+        state.generation_id_gpa = Some(gpa);
+        let error = decode(&state.encode()).unwrap_err().to_string();
+        assert!(error.starts_with("state with a generation id at gpa"), "{error}");
+    }
 }
 
 proptest! {
@@ -144,9 +184,9 @@ proptest! {
     /// What decodes in spite of a change encodes to the changed bytes: nothing is guessed or dropped.
     #[test]
     fn mutations_are_refused_or_kept(
-        changes in proptest::collection::vec((0..GOLDEN_V1.len(), any::<u8>()), 1..8),
+        changes in proptest::collection::vec((0..GOLDEN_V2.len(), any::<u8>()), 1..8),
     ) {
-        let mut bytes = GOLDEN_V1.to_vec();
+        let mut bytes = GOLDEN_V2.to_vec();
         for (at, value) in changes {
             bytes[at] = value;
         }

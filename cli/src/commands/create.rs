@@ -10,9 +10,9 @@ use serde::Serialize;
 use serde_json::json;
 use snapfmt::layout::PAGE_BYTES;
 use snapfmt::{Contents, Header, Metadata, Parent, StateBlob, write_layer, write_snapshot};
-use vmm::demo::DemoConfig;
-use vmm::{HostCpu, PausedVm, Payload, Stop, memory_layout};
+use vmm::{BootOptions, HostCpu, PausedVm, Stop, memory_layout};
 
+use super::guest::GuestArgs;
 use super::rewrite::path_of_parent;
 use super::stdout::print_line;
 use super::{Session, refuse_as_output};
@@ -33,31 +33,29 @@ Examples:
   snap create big.snap --memory 16G --work 64M
   snap create fast.snap --codec lz4 --force
   snap create later.snap --when output:'beat 100'
+  snap create linux.snap --kernel vmlinuz --initrd initrd.img --memory 512M --cpus 2 \
+      --cmdline 'console=ttyS0 quiet' --when output:'login:'
   snap create layer.snap --parent demo.snap --when output:'beat 5'")]
 pub(crate) struct Args {
     /// The file to write. It appears when it is complete.
     #[arg(value_name = "OUT.snap")]
     pub(crate) out: PathBuf,
 
-    /// Memory of the guest.
-    #[arg(long, value_name = "SIZE", default_value = "128M", value_parser = size::parse)]
-    pub(crate) memory: u64,
-
-    /// How much of it the demo guest fills and works on.
-    #[arg(long, value_name = "SIZE", default_value = "32M", value_parser = size::parse)]
-    pub(crate) work: u64,
+    #[command(flatten)]
+    pub(crate) guest: GuestArgs,
 
     /// Bring this snapshot back, run it until --when, and store only what has changed since.
-    #[arg(long, value_name = "BASE.snap", conflicts_with_all = ["memory", "work"])]
+    #[arg(long, value_name = "BASE.snap", conflicts_with = "guest")]
     pub(crate) parent: Option<PathBuf>,
 
     #[command(flatten)]
     pub(crate) storage: Storage,
 
-    /// When to store the guest: ready, output:TEXT (at the last byte of this text) or after:TIME
-    /// (since its boot; with --parent, since it was brought back).
-    #[arg(long, value_name = "TRIGGER", default_value = "ready")]
-    pub(crate) when: Trigger,
+    /// When to store the guest: ready (the demo guest's default), output:TEXT (at the last byte of
+    /// this text), after:TIME (since its boot; with --parent, since it was brought back), or
+    /// request (a Linux guest's default: it writes any byte to I/O port 0x680).
+    #[arg(long, value_name = "TRIGGER")]
+    pub(crate) when: Option<Trigger>,
 
     /// Give up when the guest is not ready after this long.
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = humantime::parse_duration)]
@@ -77,6 +75,8 @@ pub(crate) enum Trigger {
     Output(String),
     /// So long after its boot.
     After(Duration),
+    /// The guest has asked for it.
+    Request,
 }
 
 impl FromStr for Trigger {
@@ -85,9 +85,10 @@ impl FromStr for Trigger {
     fn from_str(text: &str) -> Result<Self> {
         match text.split_once(':') {
             None if text == "ready" => Ok(Self::Ready),
+            None if text == "request" => Ok(Self::Request),
             Some(("output", pattern)) if !pattern.is_empty() => Ok(Self::Output(pattern.into())),
             Some(("after", time)) => Ok(Self::After(humantime::parse_duration(time)?)),
-            _ => bail!("expected ready, output:TEXT or after:TIME"),
+            _ => bail!("expected ready, output:TEXT, after:TIME or request"),
         }
     }
 }
@@ -97,7 +98,7 @@ impl Trigger {
         match self {
             Self::Ready => Until::lines(READY, 1),
             Self::Output(text) => Until { lines: None, pattern: Some(text.clone().into_bytes()) },
-            Self::After(_) => Until::default(),
+            Self::After(_) | Self::Request => Until::default(),
         }
     }
 }
@@ -164,21 +165,32 @@ pub(crate) fn create(args: &Args, session: &Session) -> Result<Summary> {
 
 /// Boots a guest and stores all of it. Gives also when it ran and when it was paused.
 fn create_whole(args: &Args, session: &Session) -> Result<(Header, Instant, Instant)> {
-    let ranges = memory_layout(args.memory).context("--memory")?;
+    let ranges = memory_layout(args.guest.memory).context("--memory")?;
     let memory = FileMemory::new(&ranges)?;
-    let (console, seen) = GuestConsole::new(std::io::sink(), args.when.until());
-    let payload = Payload::Demo(DemoConfig { work_bytes: args.work });
-    let guest = PausedVm::boot(memory.mapped.clone(), &payload, console)
+    let when = match &args.when {
+        Some(Trigger::Ready) if args.guest.is_linux() => bail!(
+            "--when ready is of the demo guest: give --when output:TEXT, after:TIME or request"
+        ),
+        Some(when) => when.clone(),
+        None if args.guest.is_linux() => Trigger::Request,
+        None => Trigger::Ready,
+    };
+    let (console, seen) = GuestConsole::new(std::io::sink(), when.until());
+    let options =
+        BootOptions::default().cpus(args.guest.cpus).heed_requests(when == Trigger::Request);
+    let payload = args.guest.payload();
+    let memory_given = memory.mapped.clone();
+    let guest = PausedVm::boot_with(memory_given, &payload, console, &options, Vec::new())
         .context("cannot boot the guest")?;
     session.interrupt.pauses(guest.handle());
-    let (mut guest, paused_at) = run_until_ready(guest, args, &seen, session)?;
+    let (mut guest, paused_at) = run_until_ready(guest, args, &when, &seen, session)?;
     let state = [stored_state(&mut guest)?];
     let contents = Contents {
         regions: &to_regions(&ranges),
         memory: &memory.file,
         data: &memory.touched()?,
         states: &state,
-        metadata: metadata(json!({ "kind": "demo", "work_bytes": args.work })),
+        metadata: metadata(args.guest.metadata()),
     };
     let bar = Bar::new("storing", session.quiet, &session.interrupt);
     let options = args.storage.options();
@@ -189,12 +201,13 @@ fn create_whole(args: &Args, session: &Session) -> Result<(Header, Instant, Inst
 /// Brings a guest back, lets it run, and stores what has changed. Pages that it never touched are
 /// not read: they are as in the parent.
 fn create_layer(args: &Args, base: &Path, session: &Session) -> Result<(Header, Instant, Instant)> {
-    if args.when == Trigger::Ready {
+    let Some(when) = args.when.clone().filter(|when| *when != Trigger::Ready) else {
         bail!(
-            "a guest that is brought back was ready before: give --when output:TEXT or after:TIME"
+            "a guest that is brought back was ready before: give --when output:TEXT, after:TIME or \
+             request"
         );
-    }
-    let (console, seen) = GuestConsole::new(std::io::sink(), args.when.until());
+    };
+    let (console, seen) = GuestConsole::new(std::io::sink(), when.until());
     let origin = Origin {
         file: base,
         parents: &[],
@@ -204,11 +217,12 @@ fn create_layer(args: &Args, base: &Path, session: &Session) -> Result<(Header, 
         populate: Populate::Off,
         populate_rate: None,
         placement: Placement::default(),
+        heed_requests: when == Trigger::Request,
     };
     let Restored { snapshot, memory, pager, vm, memory_ready, .. } =
         origin.restore(console, session)?;
     refuse_as_output(&args.out, [&*snapshot])?;
-    let ran = run_until_ready(vm, args, &seen, session);
+    let ran = run_until_ready(vm, args, &when, &seen, session);
     // What the pager could not do is the cause of whatever else went wrong.
     if let Some(failure) = pager.as_ref().and_then(Pager::failure) {
         return Err(damaged(base, failure));
@@ -237,18 +251,19 @@ fn create_layer(args: &Args, base: &Path, session: &Session) -> Result<(Header, 
 fn run_until_ready(
     guest: PausedVm,
     args: &Args,
+    when: &Trigger,
     seen: &Seen,
     session: &Session,
 ) -> Result<(PausedVm, Instant)> {
     let running = guest.resume()?;
     // Again: resuming has forgotten a pause that was asked for before.
     session.interrupt.pauses(running.handle());
-    let (limit, on_time) = match args.when {
-        Trigger::After(time) => (time, true),
-        Trigger::Ready | Trigger::Output(_) => (args.timeout, false),
+    let (limit, on_time) = match when {
+        Trigger::After(time) => (*time, true),
+        Trigger::Ready | Trigger::Output(_) | Trigger::Request => (args.timeout, false),
     };
     match running.wait(Some(limit)) {
-        Some(Stop::ConsolePause) => {}
+        Some(Stop::ConsolePause | Stop::Requested) => {}
         None if on_time => {}
         _ if session.interrupt.requested() => return Err(Interrupted.into()),
         Some(stop) => {

@@ -5,6 +5,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use pager::{FailurePolicy, Placement, Populate};
 
+use super::guest::GuestArgs;
 use super::stdout::{print_line, print_text};
 use super::{Session, create, restore::Restore};
 use crate::guest_console::{BEAT, Until};
@@ -60,6 +61,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
                 populate: Populate::Off,
                 populate_rate: None,
                 placement: Placement::default(),
+                heed_requests: false,
             },
             until: Until::lines(BEAT, args.beats),
             run_for: None,
@@ -98,11 +100,10 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
 fn create_args(args: &Args, out: std::path::PathBuf) -> create::Args {
     create::Args {
         out,
-        memory: args.memory,
-        work: args.work,
+        guest: GuestArgs::demo(args.memory, args.work),
         parent: None,
         storage: Storage::default(),
-        when: create::Trigger::Ready,
+        when: None,
         timeout: std::time::Duration::from_secs(60),
         json: false,
     }

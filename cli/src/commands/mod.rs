@@ -6,6 +6,7 @@ mod demo;
 mod diff;
 mod export;
 mod foreign;
+mod guest;
 mod import;
 mod info;
 mod map;

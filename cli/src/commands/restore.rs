@@ -147,6 +147,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
                 Place::Spin => Placement::Spin,
                 Place::None => Placement::None,
             },
+            heed_requests: false,
         },
         until: Until {
             lines: args.beats.map(|beats| (BEAT, beats)),

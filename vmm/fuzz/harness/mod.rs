@@ -5,7 +5,7 @@ use vmm::VmState;
 use vmm::state::{STATE_KIND, STATE_VERSION};
 
 /// A state as it was once written; inputs are patches of it.
-pub(crate) const TEMPLATE: &[u8] = include_bytes!("../../tests/golden/vm-state-v1.bin");
+pub(crate) const TEMPLATE: &[u8] = include_bytes!("../../tests/golden/vm-state-v2.bin");
 
 /// Input: a new length (2 bytes, 0 for the template's own), then patches of the template: an
 /// offset (2 bytes), a length (1 byte, modulo 16, plus 1) and as many bytes. So inputs are a few

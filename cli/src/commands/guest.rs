@@ -1,0 +1,89 @@
+//! The words that describe a fresh guest.
+
+use std::path::PathBuf;
+
+use serde_json::{Value, json};
+use vmm::Payload;
+use vmm::boot::LinuxConfig;
+use vmm::demo::DemoConfig;
+
+use crate::size;
+
+/// A guest to boot: the demo guest, or Linux.
+#[derive(Clone, Debug, clap::Args)]
+#[group(id = "guest", multiple = true)]
+pub(crate) struct GuestArgs {
+    /// Memory of the guest.
+    #[arg(long, value_name = "SIZE", default_value = "128M", value_parser = size::parse)]
+    pub(crate) memory: u64,
+
+    /// How much of it the demo guest fills and works on.
+    #[arg(long, value_name = "SIZE", default_value = "32M", value_parser = size::parse, conflicts_with = "kernel")]
+    pub(crate) work: u64,
+
+    /// Boot this Linux kernel: a bzImage (vmlinuz) or an uncompressed ELF vmlinux.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: Option<PathBuf>,
+
+    /// The kernel's initial RAM disk.
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub(crate) initrd: Option<PathBuf>,
+
+    /// The kernel's command line.
+    #[arg(
+        long,
+        value_name = "WORDS",
+        requires = "kernel",
+        default_value_if("kernel", clap::builder::ArgPredicate::IsPresent, Some(DEFAULT_CMDLINE))
+    )]
+    pub(crate) cmdline: Option<String>,
+
+    /// vCPUs of a Linux guest.
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 1,
+        requires = "kernel",
+        value_parser = clap::value_parser!(u8).range(1..=vmm::state::VCPUS_MAX as i64)
+    )]
+    pub(crate) cpus: u8,
+}
+
+/// The console where `snap` shows it, and a panic that ends the guest.
+const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=1";
+
+impl GuestArgs {
+    /// The demo guest.
+    pub(crate) fn demo(memory: u64, work: u64) -> Self {
+        Self { memory, work, kernel: None, initrd: None, cmdline: None, cpus: 1 }
+    }
+
+    pub(crate) fn is_linux(&self) -> bool {
+        self.kernel.is_some()
+    }
+
+    pub(crate) fn payload(&self) -> Payload {
+        match &self.kernel {
+            None => Payload::Demo(DemoConfig { work_bytes: self.work }),
+            Some(kernel) => Payload::Linux(LinuxConfig {
+                kernel: kernel.clone(),
+                initrd: self.initrd.clone(),
+                cmdline: self.cmdline.clone().unwrap_or_default(),
+            }),
+        }
+    }
+
+    /// What the snapshot's metadata says of the guest.
+    pub(crate) fn metadata(&self) -> Value {
+        match &self.kernel {
+            None => json!({ "kind": "demo", "work_bytes": self.work }),
+            Some(kernel) => json!({
+                "kind": "linux",
+                "kernel": kernel,
+                "initrd": self.initrd,
+                "cmdline": self.cmdline,
+                "cpus": self.cpus,
+            }),
+        }
+    }
+}

@@ -1,0 +1,32 @@
+//! The initial RAM disk: as high in low memory as the kernel reaches, out of the kernel's way.
+
+use std::fs::File;
+use std::ops::Range;
+use std::path::Path;
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::error::LinuxError;
+
+const PAGE_BYTES: u64 = 4096;
+
+/// Loads the file at the end of `room`; gives its address and length.
+pub(super) fn load(
+    file: &mut File,
+    path: &Path,
+    memory: &GuestMemoryMmap,
+    room: Range<u64>,
+) -> Result<(u64, u64), LinuxError> {
+    let open = |source| LinuxError::Open { path: path.to_owned(), source };
+    let len = file.metadata().map_err(open)?.len();
+    let start = room.start.next_multiple_of(PAGE_BYTES);
+    let space = room.end.saturating_sub(start) / PAGE_BYTES * PAGE_BYTES;
+    if len > space {
+        return Err(LinuxError::InitrdTooLong { path: path.to_owned(), found: len, room: space });
+    }
+    let gpa = start + (space - len.next_multiple_of(PAGE_BYTES));
+    memory
+        .read_exact_volatile_from(GuestAddress(gpa), file, len as usize)
+        .map_err(|source| LinuxError::InitrdRead { path: path.to_owned(), source })?;
+    Ok((gpa, len))
+}

@@ -1,0 +1,193 @@
+//! Devices behind windows of guest physical addresses: what a device is, and where it is reached.
+//!
+//! Every device has one window of 4 KiB in the MMIO hole and one interrupt line, both given by its place in
+//! the list of devices ([`device_window`]). An access inside the window calls the device on the vCPU's
+//! thread. A device may also have threads of its own; they rest while the guest is paused.
+
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvm_ioctls::{IoEventAddress, VmFd};
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::control::VmHandle;
+use crate::error::{KvmError, NameCall};
+use crate::state::DeviceState;
+
+/// First guest physical address of the first device's window.
+pub const DEVICE_WINDOWS_GPA: u64 = 0xd000_0000;
+/// Length of a device's window.
+pub const DEVICE_WINDOW_BYTES: u64 = 4096;
+/// Interrupt lines of the devices: ISA lines that nothing else here uses, so that they exist with the
+/// old interrupt controllers too.
+const DEVICE_IRQS: [u32; 8] = [5, 6, 7, 10, 11, 12, 14, 15];
+/// Most devices a guest may have.
+pub const DEVICES_MAX: usize = DEVICE_IRQS.len();
+/// Offset in its window of a virtio-mmio device's register `QueueNotify` (virtio 1.2, 4.2.2).
+const QUEUE_NOTIFY_OFFSET: u64 = 0x50;
+
+/// Guest physical addresses and interrupt line of the device at place `index` of the list, below
+/// [`DEVICES_MAX`].
+#[must_use]
+pub fn device_window(index: usize) -> Option<(Range<u64>, u32)> {
+    let irq = *DEVICE_IRQS.get(index)?;
+    let start = DEVICE_WINDOWS_GPA + index as u64 * DEVICE_WINDOW_BYTES;
+    Some((start..start + DEVICE_WINDOW_BYTES, irq))
+}
+
+/// A device in a window of guest physical addresses.
+///
+/// The machine calls [`attach`](MmioDevice::attach) once, before the guest runs; then
+/// [`resume`](MmioDevice::resume) and [`pause`](MmioDevice::pause) in turns, beginning with `resume`.
+/// [`read`](MmioDevice::read) and [`write`](MmioDevice::write) come only between those, from one thread
+/// at a time; [`state`](MmioDevice::state) only while the device is paused.
+pub trait MmioDevice: Send {
+    /// Queues whose notifications the device takes from an eventfd: see [`Wiring::queue_events`].
+    fn queue_count(&self) -> usize;
+
+    /// Connects the device to the machine.
+    ///
+    /// # Errors
+    /// Whatever keeps the device from working.
+    fn attach(&mut self, wiring: Wiring) -> io::Result<()>;
+
+    /// A read of the guest at `offset` in the window: fills `data`.
+    fn read(&mut self, offset: u64, data: &mut [u8]);
+
+    /// A write of the guest at `offset` in the window.
+    fn write(&mut self, offset: u64, data: &[u8]);
+
+    /// The guest is about to run: threads of the device may use guest memory.
+    fn resume(&mut self);
+
+    /// The guest does not run any more. Finishes what is under way; when this returns the device touches
+    /// neither guest memory nor its interrupt until [`resume`](MmioDevice::resume).
+    fn pause(&mut self);
+
+    /// What is needed to make the device again, its back end aside.
+    fn state(&self) -> DeviceState;
+}
+
+/// What a device reaches of its machine.
+pub struct Wiring {
+    /// The guest's memory.
+    pub memory: Arc<GuestMemoryMmap>,
+    /// Written to raise the device's interrupt, an edge (KVM_IRQFD).
+    pub interrupt: EventFd,
+    /// One for each of [`MmioDevice::queue_count`]: readable after the guest has written the queue's
+    /// number, as 32 bits, to offset 0x50 of the window (KVM_IOEVENTFD). Such writes do not come to
+    /// [`MmioDevice::write`].
+    pub queue_events: Vec<EventFd>,
+    /// Stops the guest when the device cannot go on.
+    pub handle: VmHandle,
+}
+
+/// Devices that cannot be part of a machine.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DeviceError {
+    /// A KVM call failed.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// More than [`DEVICES_MAX`].
+    #[error("{count} devices, expected at most {DEVICES_MAX}")]
+    TooMany {
+        /// How many were given.
+        count: usize,
+    },
+    /// The devices given are not those of the state.
+    #[error(
+        "the state is of devices of kinds {expected:?}, and devices of kinds {found:?} were given"
+    )]
+    Mismatch {
+        /// Kinds of the devices given.
+        found: Vec<u32>,
+        /// Kinds of the devices in the state.
+        expected: Vec<u32>,
+    },
+    /// The device says it cannot work, or the system has no eventfd for it.
+    #[error("device {index} cannot be connected")]
+    Attach {
+        /// Its place in the list.
+        index: usize,
+        /// What it said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// All devices of a machine, by place.
+#[derive(Default)]
+pub(crate) struct Devices(Vec<Mutex<Box<dyn MmioDevice>>>);
+
+impl Devices {
+    pub(crate) fn new(devices: Vec<Box<dyn MmioDevice>>) -> Result<Devices, DeviceError> {
+        if devices.len() > DEVICES_MAX {
+            return Err(DeviceError::TooMany { count: devices.len() });
+        }
+        Ok(Devices(devices.into_iter().map(Mutex::new).collect()))
+    }
+
+    /// Refuses devices that are not of the kinds of the saved ones.
+    pub(crate) fn check_kinds(&self, saved: &[DeviceState]) -> Result<(), DeviceError> {
+        let found: Vec<u32> = self.all().map(|device| device.state().kind).collect();
+        let expected: Vec<u32> = saved.iter().map(|device| device.kind).collect();
+        if found == expected { Ok(()) } else { Err(DeviceError::Mismatch { found, expected }) }
+    }
+
+    pub(crate) fn attach(
+        &self,
+        vm: &VmFd,
+        memory: &Arc<GuestMemoryMmap>,
+        handle: &VmHandle,
+    ) -> Result<(), DeviceError> {
+        for (index, mut device) in self.all().enumerate() {
+            let Some((window, irq)) = device_window(index) else { break };
+            let failed = |source| DeviceError::Attach { index, source };
+            let eventfd = || EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(failed);
+            let interrupt = eventfd()?;
+            vm.register_irqfd(&interrupt, irq).call("KVM_IRQFD")?;
+            let notify = IoEventAddress::Mmio(window.start + QUEUE_NOTIFY_OFFSET);
+            let mut queue_events = Vec::new();
+            for queue in 0..device.queue_count() as u32 {
+                let event = eventfd()?;
+                vm.register_ioevent(&event, &notify, queue).call("KVM_IOEVENTFD")?;
+                queue_events.push(event);
+            }
+            let memory = Arc::clone(memory);
+            let wiring = Wiring { memory, interrupt, queue_events, handle: handle.clone() };
+            device.attach(wiring).map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    /// The device that is reached at `gpa`, and the offset in its window.
+    pub(crate) fn at(&self, gpa: u64) -> Option<(MutexGuard<'_, Box<dyn MmioDevice>>, u64)> {
+        let from_first = gpa.checked_sub(DEVICE_WINDOWS_GPA)?;
+        let index = usize::try_from(from_first / DEVICE_WINDOW_BYTES).ok()?;
+        let device = self.0.get(index)?;
+        Some((lock(device), from_first % DEVICE_WINDOW_BYTES))
+    }
+
+    pub(crate) fn resume(&self) {
+        self.all().for_each(|mut device| device.resume());
+    }
+
+    pub(crate) fn pause(&self) {
+        self.all().for_each(|mut device| device.pause());
+    }
+
+    pub(crate) fn states(&self) -> Vec<DeviceState> {
+        self.all().map(|device| device.state()).collect()
+    }
+
+    fn all(&self) -> impl Iterator<Item = MutexGuard<'_, Box<dyn MmioDevice>>> {
+        self.0.iter().map(lock)
+    }
+}
+
+fn lock(device: &Mutex<Box<dyn MmioDevice>>) -> MutexGuard<'_, Box<dyn MmioDevice>> {
+    device.lock().unwrap_or_else(PoisonError::into_inner)
+}
