@@ -49,26 +49,36 @@ pub enum PayloadError {
     Memory(#[source] GuestMemoryError),
 }
 
+/// A payload in guest memory.
+pub(crate) struct LoadedPayload {
+    /// Guest physical addresses that it works on; `None`: any.
+    pub(crate) touched: Option<Vec<Range<u64>>>,
+    /// Where the first vCPU begins.
+    pub(crate) entry: Entry,
+}
+
 impl Payload {
     /// Whether the guest is told of a generation id.
     pub(crate) fn has_generation_id(&self) -> bool {
         matches!(self, Payload::Linux(_))
     }
 
-    /// Writes the payload into memory; returns the ranges of guest physical addresses it works on (`None`:
-    /// any), and where the first vCPU begins.
+    /// Writes the payload into memory.
     pub(crate) fn load(
         &self,
         memory: &GuestMemoryMmap,
         ranges: &[MemoryRange],
         board: Board,
-    ) -> Result<(Option<Vec<Range<u64>>>, Entry), PayloadError> {
+    ) -> Result<LoadedPayload, PayloadError> {
         match self {
-            Payload::Linux(config) => Ok((None, config.load(memory, ranges, board)?)),
+            Payload::Linux(config) => {
+                let entry = config.load(memory, ranges, board)?;
+                Ok(LoadedPayload { touched: None, entry })
+            }
             Payload::Demo(config) => {
                 let plan = DemoPlan::new(config, ranges)?;
                 plan.load(memory).map_err(PayloadError::Memory)?;
-                Ok((Some(plan.touched()), Entry::Program))
+                Ok(LoadedPayload { touched: Some(plan.touched()), entry: Entry::Program })
             }
             Payload::Program { code } => {
                 if code.len() > layout::CODE_MAX_BYTES {
@@ -79,7 +89,8 @@ impl Payload {
                 memory
                     .write_slice(code, GuestAddress(layout::CODE))
                     .map_err(PayloadError::Memory)?;
-                Ok((Some(std::iter::once(0..LARGE_PAGE_BYTES).collect()), Entry::Program))
+                let touched = std::iter::once(0..LARGE_PAGE_BYTES).collect();
+                Ok(LoadedPayload { touched: Some(touched), entry: Entry::Program })
             }
         }
     }

@@ -63,7 +63,7 @@ fn register(index: u8, unix_seconds: u64) -> u8 {
         _ => return 0,
     };
     // Below 100, all of them, in this millennium and the next seven.
-    (value / 10 % 10 << 4 | value % 10) as u8
+    ((value / 10 % 10) << 4 | (value % 10)) as u8
 }
 
 #[derive(Debug, PartialEq, Eq)]

@@ -21,7 +21,7 @@ use crate::kick;
 use crate::layout::{LayoutError, MemoryRange, memory_layout};
 use crate::memslots::{LatePlugger, Memslots};
 use crate::paravirt;
-use crate::payload::{Payload, PayloadError};
+use crate::payload::{LoadedPayload, Payload, PayloadError};
 use crate::rtc::Rtc;
 use crate::run_loop::{self, Shared};
 use crate::serial::Com1;
@@ -239,7 +239,7 @@ impl PausedVm {
         }
         let board = Board { cpus, devices: devices.len() };
         let devices = Devices::new(devices)?;
-        let (touched, entry) = payload.load(&memory, &ranges, board)?;
+        let LoadedPayload { touched, entry } = payload.load(&memory, &ranges, board)?;
         kick::install_signal_handlers().map_err(BootError::Signals)?;
         let kvm = host::open_kvm()?;
         let vm = Arc::new(host::create_vm(&kvm)?);
