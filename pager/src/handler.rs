@@ -75,7 +75,7 @@ impl Handler {
         for _life in 0..2 {
             match panic::catch_unwind(AssertUnwindSafe(|| self.serve_until_stopped())) {
                 Ok(End::Clean) => return,
-                Ok(End::Failed(cause)) => return self.report(cause),
+                Ok(End::Failed(cause)) => return self.fail_all(cause),
                 Err(payload) => self.report(FailureCause::Panic(panic_text(payload.as_ref()))),
             }
             // What panicked may be in any state: not even its destructor is run.
@@ -98,7 +98,9 @@ impl Handler {
                 self.follower.served(fault.thread_id);
             }
             if let Some(event) = self.inbox.unserved.take() {
-                return End::Failed(FailureCause::Event(format!("{event:?}")));
+                // Other events can still be read, and moved memory still fails here: go on for them.
+                self.fail_all(FailureCause::Event(format!("{event:?}")));
+                continue;
             }
             let slice = &self.shared.slices[self.slice];
             slice.answering.store(false, Ordering::Relaxed);
@@ -142,6 +144,9 @@ impl Handler {
                 thread: *slice,
                 cause,
             });
+            if !shared.poison_outside(*slice, fault.address, inbox) {
+                shared.failures.unpoisonable();
+            }
             return Ok(());
         };
         let source_offset = shared.layout.source_offset(place);
@@ -207,6 +212,14 @@ impl Handler {
 
     fn stopping(&self) -> bool {
         self.shared.stopping.load(Ordering::Relaxed)
+    }
+
+    /// Faults can no longer be served rightly: all that is missing fails, and so nobody waits for ever.
+    fn fail_all(&mut self, cause: FailureCause) {
+        self.report(cause);
+        if !self.shared.poison_missing(self.slice, &mut self.inbox) {
+            self.shared.failures.unpoisonable();
+        }
     }
 
     fn report(&self, cause: FailureCause) {

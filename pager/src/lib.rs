@@ -47,14 +47,17 @@
 //! - Starting costs the same for 64 MiB and 16 GiB. A fault takes no allocation, and no lock that slices share
 //!   (but for chunks that reach from one into the other).
 //! - Memory of another process that has sent its userfaultfd is served as well: [`PagerBuilder::foreign`].
+//! - What nobody has touched is loaded in the background if wanted ([`Populate`]), behind all faults; then
+//!   neither the pager nor the source is needed any more.
 //! - [`Stats`]: pages by state and by origin, and how long faults took.
 //!
 //! # What it does not do
 //! - No writing back: what is written to the memory never reaches the source.
-//! - No memory that is shared between processes, no prefetching, no minor faults, no write protection.
-//! - No memory of children: after `fork` a child sees zeros where pages were missing.
+//! - No memory that is shared between processes, no minor faults, no write protection.
+//! - No memory of children: a forked child does not have it, and ends by SIGSEGV when it touches it.
 //! - No Windows, no macOS, no BSD: userfaultfd is Linux. Poisoning wants Linux 6.6.
-//! - Nothing after [`Pager::stop`]: pages that are missing then read as zero.
+//! - Nothing after [`Pager::stop`]: pages that are missing then read as zero (which is right once the population is
+//!   complete).
 //!
 //! # Features
 //! - `snapfmt`, on by default: a source of the pages of a `.snap` file.

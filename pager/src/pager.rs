@@ -27,6 +27,9 @@ use crate::source::PageSource;
 use crate::stats::{Distributions, Stats};
 use crate::uffd::{Features, ForeignUffd, Uffd};
 
+/// Pages given back, and memory moved by `mremap`: without the second event what moved would read as zeros.
+const EVENTS: Features = Features::EVENT_REMOVE.with(Features::EVENT_REMAP);
+
 /// A running fault service. See the crate's documentation for an example.
 #[derive(Debug)]
 pub struct Pager {
@@ -307,7 +310,7 @@ impl PagerBuilder {
         }
         for index in parts.len()..layout.slices() {
             readers.push(source.reader(page_bytes).map_err(StartError::Source)?);
-            let uffd = Uffd::open(Features::EVENT_REMOVE, optional).map_err(StartError::Open)?;
+            let uffd = Uffd::open(EVENTS, optional).map_err(StartError::Open)?;
             if on_error == FailurePolicy::Poison && !uffd.features().contains(Features::POISON) {
                 return Err(StartError::PoisonUnavailable);
             }

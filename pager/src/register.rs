@@ -16,6 +16,20 @@ pub(crate) fn all(uffd: &Uffd, extents: &[Extent]) -> Result<bool, StartError> {
         let registered = unsafe { uffd.register(host_addr, len_bytes) }
             .map_err(|errno| StartError::Register { host_addr, len_bytes, errno })?;
         zeropage &= registered.zeropage;
+        advise(extent, libc::MADV_DONTFORK);
     }
     Ok(zeropage)
+}
+
+/// Children get memory again when it is no longer paged.
+pub(crate) fn forget(extents: &[Extent]) {
+    extents.iter().for_each(|extent| advise(extent, libc::MADV_DOFORK));
+}
+
+/// A child has no userfaultfd: it would see zeros in place of missing pages. Without the memory it ends by SIGSEGV.
+fn advise(extent: &Extent, advice: i32) {
+    let len = (extent.host.end - extent.host.start) as usize;
+    // SAFETY: this advice changes neither content nor access in this process. Of memory that is gone, or that
+    // somebody else has there by now, children have what the kernel gives by default.
+    unsafe { libc::madvise(extent.host.start as *mut libc::c_void, len, advice) };
 }

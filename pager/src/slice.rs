@@ -8,11 +8,12 @@ use std::time::Duration;
 
 use crate::failure::FailureReport;
 use crate::inbox::Inbox;
-use crate::install::{self, Book, Fill, Filler, InstallError, Settled, Target};
+use crate::install::{self, Book, Fill, Filler, InstallError, PageOps, Settled, Target};
 use crate::layout::{Layout, Place};
 use crate::page_state::{PageState, PageStates};
 use crate::populate::Progress;
 use crate::region::Region;
+use crate::register;
 use crate::stats::{Counters, Origin, Recorder};
 use crate::uffd::Errno;
 
@@ -134,6 +135,54 @@ impl Shared {
         )
     }
 
+    /// Faults of this slice can no longer be served: makes every page fail that is not there, which wakes
+    /// who waits. Answers whether that was possible for all.
+    pub(crate) fn poison_missing(&self, slice: usize, inbox: &mut Inbox) -> bool {
+        let page_bytes = self.layout.page_bytes();
+        let own = &self.slices[slice];
+        self.layout.extents_of(slice).iter().all(|extent| {
+            let pages = (extent.host.end - extent.host.start) / page_bytes;
+            // In parts: the gate is wanted for other things, too.
+            (0..pages).step_by(PART_PAGES).all(|at| {
+                let target = Target {
+                    first_page: extent.first_page + at,
+                    pages: (pages - at).min(PART_PAGES as u64) as usize,
+                    host_addr: extent.host.start + at * page_bytes,
+                    page_bytes: page_bytes as usize,
+                };
+                let _gate = own.gate();
+                let mut book = SliceBook::new(self, slice, Purpose::PoisonMissing, Some(inbox));
+                let done = install::install(&own.filler, target, Fill::Poison, &mut book);
+                let left = (target.first_page..target.first_page + target.pages as u64)
+                    .any(|page| self.states.of(page) == PageState::Missing);
+                own.is_released() || (done.is_ok() && !left)
+            })
+        })
+    }
+
+    /// A fault in memory that was registered and then moved away: it fails.
+    pub(crate) fn poison_outside(&self, slice: usize, address: u64, inbox: &mut Inbox) -> bool {
+        let page_bytes = self.layout.page_bytes();
+        let host_addr = address - address % page_bytes;
+        let own = &self.slices[slice];
+        let mut settles = 0;
+        while !self.stopping.load(Ordering::Relaxed) {
+            let _gate = own.gate();
+            match own.filler.poison(host_addr, page_bytes as usize) {
+                Ok(_) => return true,
+                Err(Errno(libc::EAGAIN)) => match inbox.receive(self, slice) {
+                    Ok(_) => wait_for_others(&mut settles),
+                    Err(_) => return false,
+                },
+                Err(Errno(libc::EEXIST)) => {
+                    return install::wake(&own.filler, host_addr, page_bytes as usize).is_ok();
+                }
+                Err(_) => return false,
+            }
+        }
+        true
+    }
+
     /// Whether a fault or an event waits anywhere, or is being answered.
     pub(crate) fn demand(&self) -> bool {
         self.slices
@@ -175,6 +224,9 @@ impl Shared {
     }
 }
 
+/// Poisoned at once under the gate.
+const PART_PAGES: usize = 4096;
+
 /// Why pages are installed, and so which of them.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Purpose {
@@ -184,6 +236,8 @@ pub(crate) enum Purpose {
     Populate,
     /// Whatever its state, this page is answered: with zeros where nothing is.
     Answer { fault_page: u64 },
+    /// Nothing of the slice can be had any more.
+    PoisonMissing,
     /// This page cannot be had.
     Poison { fault_page: u64 },
 }
@@ -191,7 +245,7 @@ pub(crate) enum Purpose {
 impl Purpose {
     fn fault_page(self) -> Option<u64> {
         match self {
-            Purpose::Populate => None,
+            Purpose::Populate | Purpose::PoisonMissing => None,
             Purpose::Load { fault_page, .. }
             | Purpose::Answer { fault_page }
             | Purpose::Poison { fault_page } => Some(fault_page),
@@ -231,6 +285,9 @@ impl Book for SliceBook<'_> {
             Purpose::Load { .. } | Purpose::Populate => {
                 self.shared.states.of(page) == PageState::Missing
             }
+            Purpose::PoisonMissing => {
+                matches!(self.shared.states.of(page), PageState::Missing | PageState::Removed)
+            }
             Purpose::Answer { .. } | Purpose::Poison { .. } => true,
         }
     }
@@ -241,7 +298,7 @@ impl Book for SliceBook<'_> {
         let with_fault = fault_page.is_some_and(|page| filled.contains(&page));
         let pages_count = pages as u64;
         let state = match self.purpose {
-            Purpose::Poison { .. } => PageState::Poisoned,
+            Purpose::Poison { .. } | Purpose::PoisonMissing => PageState::Poisoned,
             Purpose::Populate => {
                 self.counters().installed(Origin::Populated, pages_count);
                 PageState::Present
@@ -296,6 +353,16 @@ impl Book for SliceBook<'_> {
             }
         }
         Settled::Retry
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if !self._regions.iter().any(Region::is_foreign) {
+            (0..self.layout.slices()).for_each(|slice| {
+                register::forget(self.layout.extents_of(slice));
+            });
+        }
     }
 }
 

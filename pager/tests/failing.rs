@@ -364,3 +364,69 @@ fn a_thousand_starts_and_stops_leave_nothing_behind() {
     }
     assert_eq!((count("fd"), count("task")), before);
 }
+
+/// Messages can no longer be read: the kernel reports an error for a userfaultfd that is not non-blocking. Those who
+/// touched a missing page waited for ever.
+#[test]
+fn when_messages_cannot_be_read_nobody_waits_for_ever() {
+    let name = "when_messages_cannot_be_read_nobody_waits_for_ever";
+    if !userfaultfd_works(name) {
+        return;
+    }
+    // Other tests of this file have userfaultfds too: a child has only its own.
+    if std::env::var_os(CHILD).is_none() {
+        let child = Command::new(std::env::current_exe().expect("it runs"))
+            .args([name, "--exact", "--nocapture"])
+            .env(CHILD, "1")
+            .output()
+            .expect("the child runs");
+        assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stderr));
+        return;
+    }
+    let memory = Memory::map(64 * PAGE);
+    let source = Arc::new(VecSource::new(stamped(64), PAGE));
+    let pager = Pager::builder(source).region(memory.whole()).start().expect("it starts");
+    assert_eq!(memory.read_u64(3 * PAGE), stamp(3));
+    memory.remove(10, 1);
+    support::make_userfaultfds_blocking();
+    for page in [5, 6, 10] {
+        assert!(memory.read_by_syscall(page).is_err(), "page {page}");
+    }
+    assert!(matches!(pager.failure().expect("it is told").cause, FailureCause::Messages(_)));
+    assert_eq!(memory.read_u64(3 * PAGE), stamp(3));
+    assert_eq!(pager.stop().pages.poisoned, 63);
+}
+
+/// Memory moved by `mremap` left its userfaultfd, and read as zeros.
+#[test]
+fn moved_memory_fails_and_does_not_read_as_zeros() {
+    if !userfaultfd_works("moved_memory_fails_and_does_not_read_as_zeros") {
+        return;
+    }
+    let mut memory = Memory::map(64 * PAGE);
+    let source = Arc::new(VecSource::new(stamped(64), PAGE));
+    let pager = Pager::builder(source).region(memory.whole()).start().expect("it starts");
+    assert_eq!(memory.read_u64(3 * PAGE), stamp(3));
+    memory.move_away();
+    for page in [5, 6] {
+        assert!(memory.read_by_syscall(page).is_err(), "page {page}");
+    }
+    assert_eq!(memory.read_u64(3 * PAGE), stamp(3));
+    assert!(matches!(pager.failure().expect("it is told").cause, FailureCause::Event(_)));
+    pager.stop();
+}
+
+/// A child saw zeros in place of what was missing.
+#[test]
+fn a_forked_child_has_no_paged_memory() {
+    if !userfaultfd_works("a_forked_child_has_no_paged_memory") {
+        return;
+    }
+    let memory = Memory::map(64 * PAGE);
+    let source = Arc::new(VecSource::new(stamped(64), PAGE));
+    let pager = Pager::builder(source).region(memory.whole()).start().expect("it starts");
+    assert_eq!(memory.read_u64(3 * PAGE), stamp(3));
+    assert_eq!(memory.touch_in_a_child(5), Some(libc::SIGSEGV));
+    pager.stop();
+    assert_eq!(memory.touch_in_a_child(3), None);
+}

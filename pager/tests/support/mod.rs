@@ -97,6 +97,36 @@ impl Memory {
         assert_eq!(result, 0, "madvise: {}", io::Error::last_os_error());
     }
 
+    /// `mremap` to another address.
+    pub fn move_away(&mut self) {
+        let to = Memory::map(self.len);
+        let (flags, old) = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, self.start.as_ptr());
+        // SAFETY: the target is a mapping that is forgotten at once, and nothing refers to either.
+        let moved =
+            unsafe { libc::mremap(old.cast(), self.len, self.len, flags, to.start.as_ptr()) };
+        assert_ne!(moved, libc::MAP_FAILED, "{}", io::Error::last_os_error());
+        self.start = to.start;
+        std::mem::forget(to);
+    }
+
+    /// Touches the page in a forked child: the signal that ended it, if one did.
+    pub fn touch_in_a_child(&self, page: usize) -> Option<i32> {
+        let address = self.at(page * PAGE);
+        // SAFETY: the child only reads one byte and ends, neither of which takes a lock.
+        let child = unsafe { libc::fork() };
+        assert!(child >= 0, "{}", io::Error::last_os_error());
+        if child == 0 {
+            // SAFETY: inside the mapping; where the child does not have that, it ends here.
+            unsafe { address.read_volatile() };
+            // SAFETY: takes a number.
+            unsafe { libc::_exit(0) };
+        }
+        let mut status = 0;
+        // SAFETY: a child of this process, and a valid place for its status.
+        assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+        libc::WIFSIGNALED(status).then(|| libc::WTERMSIG(status))
+    }
+
     /// Lets the kernel read one byte of the page: the byte, or the error where an access of our own would
     /// end in SIGBUS.
     pub fn read_by_syscall(&self, page: usize) -> io::Result<u8> {
@@ -117,6 +147,19 @@ impl Drop for Memory {
     fn drop(&mut self) {
         // SAFETY: the mapping made in `map_with`; nothing refers to it any more.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
+    }
+}
+
+/// Takes O_NONBLOCK from all userfaultfds of this process: from then on `poll` reports an error for them.
+pub fn make_userfaultfds_blocking() {
+    for entry in std::fs::read_dir("/proc/self/fd").expect("proc") {
+        let path = entry.expect("proc").path();
+        let Ok(target) = std::fs::read_link(&path) else { continue };
+        if target.as_os_str() == "anon_inode:[userfaultfd]" {
+            let fd = path.file_name().and_then(|name| name.to_str()).and_then(|n| n.parse().ok());
+            // SAFETY: F_SETFL takes flags.
+            assert_eq!(unsafe { libc::fcntl(fd.expect("a number"), libc::F_SETFL, 0) }, 0);
+        }
     }
 }
 
