@@ -9,7 +9,7 @@ use snapfmt::{PageEntry, Snapshot};
 use crate::support::{SNAP, Sample, end_of, needs_vm, start};
 
 /// The offsets of all chunks.
-fn chunks(sample: &Sample) -> Vec<u64> {
+pub(crate) fn chunks(sample: &Sample) -> Vec<u64> {
     let snapshot = Snapshot::open(&sample.file).expect("it opens");
     let mut offsets = Vec::new();
     snapshot

@@ -62,7 +62,8 @@ fn code(error: &Error) -> u8 {
             || matches!(
                 cause.downcast_ref(),
                 Some(pager::StartError::Open(_) | pager::StartError::PoisonUnavailable)
-            );
+            )
+            || matches!(cause.downcast_ref(), Some(pager::shared::ShareError::Open(_)));
         if host {
             code = HOST;
         }

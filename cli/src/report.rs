@@ -10,7 +10,7 @@ use crate::size;
 /// The report of one restore. All times are counted from the start of the command.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct RestoreReport {
-    /// `eager` or `lazy`.
+    /// `eager`, `lazy` or `shared`.
     pub(crate) mode: &'static str,
     pub(crate) memory_bytes: u64,
     /// Until the file was open and checked as far as opening does.

@@ -6,13 +6,14 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use pager::shared::SharedClone;
 use pager::{Failure, FailurePolicy, Pager, Placement, Populate, Region, SnapshotSource};
 use snapfmt::Snapshot;
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm::state::{STATE_KIND, VmState};
-use vmm::{Console, PausedVm, RestoreOptions, VmHandle};
+use vmm::{Console, MemoryRange, PausedVm, RestoreOptions, VmHandle};
 
-use crate::commands::{Session, open};
+use crate::commands::{Session, open, serve};
 use crate::exit::GuestStopped;
 use crate::progress::Bar;
 use crate::{guest_memory, size};
@@ -24,6 +25,8 @@ pub(crate) struct Origin<'a> {
     pub(crate) parents: &'a [PathBuf],
     /// Whether pages come on faults instead of all at once.
     pub(crate) lazy: bool,
+    /// Whose pages a lazy restore shares, if anybody's.
+    pub(crate) share: Option<&'a Path>,
     /// What a lazy restore does with a page that cannot be had.
     pub(crate) on_error: FailurePolicy,
     /// How much memory the guest must have, if that was said.
@@ -42,6 +45,7 @@ pub(crate) struct Restored {
     // would read as zeros.
     pub(crate) vm: PausedVm,
     pub(crate) pager: Option<Pager>,
+    pub(crate) clone: Option<SharedClone>,
     pub(crate) memory: Arc<GuestMemoryMmap>,
     pub(crate) snapshot: Arc<Snapshot>,
     /// When the file was open, and when memory was loaded or given to the pager.
@@ -63,21 +67,27 @@ impl Origin<'_> {
 
         // Memory first, and its pager: setting the vCPUs' state may touch it already.
         let ranges = guest_memory::to_ranges(snapshot.regions());
-        let memory = guest_memory::private(&ranges)?;
         let guest = GuestSlot::default();
-        let (pager, options) = match self.lazy {
-            true => {
-                let first = snapshot
-                    .populated()
-                    .flat_map(|range| guest_memory::gpa_ranges(snapshot.regions(), range));
-                let options = RestoreOptions::default().plug_first(first.collect());
-                (Some(self.start_pager(&snapshot, &memory, &guest)?), options)
+        let (mut pager, mut clone, mut options) = (None, None, RestoreOptions::default());
+        if self.lazy {
+            let first = snapshot
+                .populated()
+                .flat_map(|range| guest_memory::gpa_ranges(snapshot.regions(), range));
+            options = options.plug_first(first.collect());
+        }
+        let memory = match self.share {
+            Some(socket) => {
+                let (started, memory) = self.start_clone(socket, &snapshot, &ranges, &guest)?;
+                clone = Some(started);
+                memory
             }
-            false => {
-                load(&snapshot, &memory, session).with_context(named)?;
-                (None, RestoreOptions::default())
-            }
+            None => guest_memory::private(&ranges)?,
         };
+        if !self.lazy {
+            load(&snapshot, &memory, session).with_context(named)?;
+        } else if clone.is_none() {
+            pager = Some(self.start_pager(&snapshot, &memory, &guest)?);
+        }
         let memory_ready = Instant::now();
 
         let options = options.heed_requests(self.heed_requests);
@@ -91,7 +101,7 @@ impl Origin<'_> {
         };
         guest.connect(vm.handle());
         session.interrupt.pauses(vm.handle());
-        Ok(Restored { vm, pager, memory, snapshot, opened, memory_ready })
+        Ok(Restored { vm, pager, clone, memory, snapshot, opened, memory_ready })
     }
 
     /// The machine state of the file; checks that it and `--memory` fit to the file's memory.
@@ -114,6 +124,23 @@ impl Origin<'_> {
             bail!("the memory map of the file and that of the guest's state are not the same");
         }
         Ok(state)
+    }
+
+    /// The memory comes with its service: it must not be touched before.
+    fn start_clone(
+        &self,
+        socket: &Path,
+        snapshot: &Snapshot,
+        ranges: &[MemoryRange],
+        guest: &GuestSlot,
+    ) -> Result<(SharedClone, Arc<GuestMemoryMmap>)> {
+        let name = serve::snapshot_name(snapshot);
+        let ranges: Vec<_> =
+            ranges.iter().map(|r| (GuestAddress(r.gpa), r.len as usize, r.source_offset)).collect();
+        let (file, guest) = (self.file.to_owned(), guest.clone());
+        let on_failure = move |reason: String| guest.fail(stopped(&file, &reason).to_string());
+        SharedClone::start(socket, &name, &ranges, on_failure)
+            .with_context(|| format!("cannot share memory by {}", socket.display()))
     }
 
     fn start_pager(
@@ -159,6 +186,11 @@ impl GuestSlot {
             guest.fail(reason);
         }
     }
+}
+
+/// An error that names the file, and why no page comes from it any more.
+pub(crate) fn stopped(file: &Path, reason: &str) -> anyhow::Error {
+    GuestStopped(format!("guest stopped: {}: {reason}", file.display())).into()
 }
 
 /// An error that names the file, what the pager could not do and every cause of it.

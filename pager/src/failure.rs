@@ -83,7 +83,7 @@ impl Failure {
     }
 
     /// The failure with all its causes, in one line.
-    fn chain(&self) -> String {
+    pub(crate) fn chain(&self) -> String {
         let mut text = self.to_string();
         let mut cause = std::error::Error::source(self);
         while let Some(error) = cause {

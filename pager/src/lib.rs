@@ -88,6 +88,8 @@ mod register;
 mod run;
 #[cfg(feature = "serve")]
 pub mod serve;
+#[cfg(feature = "serve")]
+pub mod shared;
 mod slice;
 #[cfg(feature = "snapfmt")]
 mod snapshot_source;

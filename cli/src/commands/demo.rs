@@ -56,6 +56,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
                 file: &file,
                 parents: &[],
                 lazy,
+                share: None,
                 on_error: FailurePolicy::Poison,
                 memory_bytes: None,
                 populate: Populate::Off,

@@ -13,7 +13,7 @@ mod map;
 mod pages;
 pub(crate) mod restore;
 mod rewrite;
-mod serve;
+pub(crate) mod serve;
 mod stdout;
 mod verify;
 

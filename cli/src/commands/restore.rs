@@ -2,11 +2,13 @@
 
 use std::io::{ErrorKind, Write};
 use std::num::NonZeroU64;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use clap::ValueEnum;
+use pager::shared::SharedClone;
 use pager::{FailurePolicy, Pager, Placement, Populate};
 use snapfmt::{SectionKind, Snapshot};
 use vmm::Stop;
@@ -15,7 +17,7 @@ use super::{Input, Session};
 use crate::exit::{GuestStopped, Interrupted};
 use crate::guest_console::{BEAT, GuestConsole, Seen, Until};
 use crate::report::{RestoreReport, ms, ms_since};
-use crate::restored::{Origin, Restored, damaged};
+use crate::restored::{Origin, Restored, damaged, stopped};
 use crate::terminal::Keyboard;
 use crate::{memory_hash, size};
 
@@ -35,6 +37,11 @@ pub(crate) struct Args {
     /// Run at once; pages come from the file when the guest touches them.
     #[arg(long)]
     lazy: bool,
+
+    /// With --lazy: take the pages from the `snap serve` of the same snapshot at this socket, and share
+    /// them with its other clones.
+    #[arg(long, value_name = "SOCKET", requires = "lazy", conflicts_with_all = ["on_error", "populate", "placement"])]
+    share: Option<PathBuf>,
 
     /// End after this many lines that begin with `beat`.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
@@ -138,6 +145,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             file: &args.input.file,
             parents: &args.input.parents,
             lazy: args.lazy,
+            share: args.share.as_deref(),
             on_error: args.on_error.into(),
             memory_bytes: args.memory,
             populate: args.populate.0,
@@ -190,7 +198,7 @@ impl Restore<'_> {
         let (console, seen) = GuestConsole::new(out, self.until.clone());
         let restored = self.origin.restore(console, session)?;
         // In this order, so that whatever goes wrong the vCPUs are gone before the pager.
-        let Restored { snapshot, memory, pager, vm, opened, memory_ready } = restored;
+        let Restored { snapshot, memory, pager, clone, vm, opened, memory_ready } = restored;
         let keyboard = match self.keyboard {
             true => Some(Keyboard::connect(vm.handle()).context("cannot use the keyboard")?),
             false => None,
@@ -236,9 +244,16 @@ impl Restore<'_> {
         // The vCPUs are gone before the pager: from here on nobody touches a missing page.
         drop(paused);
         drop(pager);
+        if let Some(reason) = clone.and_then(SharedClone::stop) {
+            outcome = Err(stopped(self.origin.file, &reason));
+        }
 
         let report = RestoreReport {
-            mode: if self.origin.lazy { "lazy" } else { "eager" },
+            mode: match (self.origin.lazy, self.origin.share) {
+                (_, Some(_)) => "shared",
+                (true, None) => "lazy",
+                (false, None) => "eager",
+            },
             memory_bytes: snapshot.header().memory_bytes,
             opened_ms: ms(opened - started),
             memory_ready_ms: ms(memory_ready - started),
@@ -251,6 +266,8 @@ impl Restore<'_> {
             bad_beats: seen.beats().1,
             bytes_read: match &stats {
                 Some(stats) => stats.bytes_read,
+                // The server has read, for all clones.
+                None if self.origin.share.is_some() => 0,
                 None => chunk_bytes(&snapshot),
             },
             memory_sha256,

@@ -8,18 +8,20 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use pager::SnapshotSource;
-use pager::serve::{ServeEvent, ServeOptions, Server};
+use pager::serve::{ServeEvent, ServeOptions, Server, SnapshotName};
+use snapfmt::Snapshot;
 
 use super::restore::OnError;
 use super::{Input, Session};
 use crate::exit::Interrupted;
 use crate::size;
 
-/// Serve a snapshot's memory to guests of Firecracker.
+/// Serve a snapshot's memory to guests of Firecracker, and to clones that share it.
 ///
 /// Listens at a unix socket that only this user can connect to, and brings pages when a guest touches them, for any
 /// number of guests at once. Firecracker loads its snapshot with `mem_backend` of the type `Uffd` and this
-/// socket as `backend_path`. Ctrl-C: no new guests, and ends when the last one has ended; again: kills those that still
+/// socket as `backend_path`. `snap restore --lazy --share SOCKET` makes clones that have the pages in common which they
+/// don't write to. Ctrl-C: no new guests, and ends when the last one has ended; again: kills those that still
 /// need pages.
 #[derive(clap::Args)]
 #[command(after_help = "\
@@ -42,6 +44,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let snapshot = Arc::new(args.input.open()?);
     let mut options = ServeOptions::default();
     options.on_error = args.on_error.into();
+    options.share = Some(snapshot_name(&snapshot));
     let (file, quiet) = (args.input.file.display().to_string(), session.quiet);
     let source = Arc::new(SnapshotSource::new(Arc::clone(&snapshot)));
     let server = Server::bind(&args.listen, source, options, move |event| {
@@ -63,6 +66,14 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     match session.interrupt.requested() {
         true => Err(Interrupted.into()),
         false => Ok(()),
+    }
+}
+
+/// What a clone and its server must agree on.
+pub(crate) fn snapshot_name(snapshot: &Snapshot) -> SnapshotName {
+    SnapshotName {
+        layers: snapshot.headers().map(|header| header.id.to_string()).collect(),
+        memory_bytes: snapshot.header().memory_bytes,
     }
 }
 

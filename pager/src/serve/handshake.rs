@@ -35,6 +35,16 @@ pub(crate) enum Request {
     Stats {},
 }
 
+/// What the server says to a clone, in lines.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Answer {
+    Accepted {},
+    Refused(String),
+    /// A page could not be had.
+    Failure(String),
+}
+
 /// Which snapshot: a clone and the server must mean the same.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub struct SnapshotName {
@@ -42,6 +52,12 @@ pub struct SnapshotName {
     pub layers: Vec<String>,
     /// Size of guest memory.
     pub memory_bytes: u64,
+}
+
+impl std::fmt::Display for SnapshotName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} ({} bytes)", self.layers.join(" on "), self.memory_bytes)
+    }
 }
 
 /// What a client wants.

@@ -5,11 +5,11 @@
 //! protocol, who is trusted, and what happens when things fail: `docs/serving.md`.
 
 mod error;
-mod handshake;
+pub(crate) mod handshake;
 mod peer;
 mod session;
 mod socket;
-mod wire;
+pub(crate) mod wire;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -26,16 +26,18 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 
 pub use error::{BindError, RefuseError};
+pub(crate) use handshake::Answer;
 pub use handshake::SnapshotName;
 
 use crate::failure::FailurePolicy;
+use crate::shared::SharedImage;
 use crate::source::PageSource;
 use crate::stats::Stats;
 use session::Session;
 use socket::Socket;
 
 /// How a server is to be.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct ServeOptions {
     /// What is done to a client when one of its pages cannot be had: the page is poisoned, or the client's
@@ -45,6 +47,8 @@ pub struct ServeOptions {
     pub handshake_timeout: Duration,
     /// No more clients than these are served at once.
     pub clients: usize,
+    /// The name of the source's snapshot, to share its pages between clones that ask for it.
+    pub share: Option<SnapshotName>,
 }
 
 impl Default for ServeOptions {
@@ -54,6 +58,7 @@ impl Default for ServeOptions {
             on_error: FailurePolicy::Poison,
             handshake_timeout: Duration::from_secs(5),
             clients: 4096,
+            share: None,
         }
     }
 }
@@ -112,6 +117,8 @@ pub(crate) struct Hall {
     pub(crate) source: Arc<dyn PageSource>,
     pub(crate) options: ServeOptions,
     pub(crate) on_event: OnEvent,
+    /// The pages that clones share, once one has asked.
+    pub(crate) image: Mutex<Option<Arc<SharedImage>>>,
     /// Everybody who is served, and how many threads there are for clients.
     guests: Mutex<Guests>,
     emptied: Condvar,
@@ -141,6 +148,7 @@ impl Server {
             source,
             options,
             on_event: Box::new(on_event),
+            image: Mutex::new(None),
             guests: Mutex::default(),
             emptied: Condvar::new(),
             next_id: AtomicU64::new(0),

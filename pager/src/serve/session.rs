@@ -1,18 +1,21 @@
 //! One client, from its first word to its end.
 
+use std::io;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 
 use super::error::RefuseError;
-use super::handshake::{self, Hello, RegionMessage, Request};
+use super::handshake::{self, Answer, Hello, RegionMessage, Request, SnapshotName};
 use super::peer::Peer;
 use super::wire::{self, Inlet};
 use super::{Hall, ServeEvent};
 use crate::pager::Pager;
+use crate::shared::SharedImage;
 use crate::uffd::ForeignUffd;
 
 /// A client that is served.
@@ -40,45 +43,116 @@ fn attend_peer(hall: &Arc<Hall>, stream: &UnixStream, peer: Peer) -> Result<(), 
     match handshake::receive(&mut inlet)? {
         Hello::Fill { regions, descriptor } => {
             let uffd = handshake::userfaultfd(descriptor)?;
-            let session = start(hall, peer, uffd, &regions)?;
-            let entry = hall.enter(Arc::clone(&session));
-            let memory_bytes = regions.iter().map(|region| region.size).sum();
-            (hall.on_event)(ServeEvent::Served { pid: session.peer.pid, memory_bytes });
-            until_its_process_ends(stream, &session.peer);
-            drop(entry);
-            end(hall, session);
+            let session = start(hall, peer, uffd, &regions, None)?;
+            attend_until(hall, session, &regions, |peer| until_its_process_ends(stream, peer));
             Ok(())
         }
-        Hello::Request(Request::Share(_)) => {
-            Err(RefuseError::NotShared { why: "this server fills private memory only" })
+        Hello::Request(Request::Share(wanted)) => {
+            let shared = share(hall, stream, peer, &mut inlet, &wanted);
+            if let Err(error) = &shared {
+                // It may be gone.
+                let _ = answer(stream, &Answer::Refused(error.to_string()), None);
+            }
+            shared
         }
-        Hello::Request(Request::Stats {}) => {
-            let system = |error| RefuseError::System { what: "answer", error };
-            wire::send_line(stream, &hall.stats_json(), None).map_err(system)
-        }
+        Hello::Request(Request::Stats {}) => wire::send_line(stream, &hall.stats_json(), None)
+            .map_err(|error| system("answer", error)),
     }
 }
 
+/// A clone: gets the shared file, sends its userfaultfd, and is served until it hangs up, which says that its guest
+/// has ended, or is no more.
+fn share(
+    hall: &Arc<Hall>,
+    stream: &UnixStream,
+    peer: Peer,
+    inlet: &mut Inlet<'_>,
+    wanted: &SnapshotName,
+) -> Result<(), RefuseError> {
+    let image = shared_image(hall, wanted)?;
+    answer(stream, &Answer::Accepted {}, Some(image.descriptor()))?;
+    let Hello::Fill { regions, descriptor } = handshake::receive(inlet)? else {
+        return Err(RefuseError::NotShared { why: "the client says something else than expected" });
+    };
+    let uffd = handshake::userfaultfd(descriptor)?;
+    let told = stream.try_clone().map_err(|error| system("duplicate a connection", error))?;
+    let session = start(hall, peer, uffd, &regions, Some((image, told)))?;
+    answer(stream, &Answer::Accepted {}, None)?;
+    attend_until(hall, session, &regions, |peer| until_it_hangs_up(stream, peer));
+    Ok(())
+}
+
+fn shared_image(hall: &Hall, wanted: &SnapshotName) -> Result<Arc<SharedImage>, RefuseError> {
+    let served = hall.options.share.as_ref();
+    let served = served.ok_or(RefuseError::NotShared { why: "this server does not share" })?;
+    if served != wanted {
+        let (wanted, served) = (wanted.to_string(), served.to_string());
+        return Err(RefuseError::Snapshot { wanted, served });
+    }
+    let mut image = hall.image.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(image) = &*image {
+        return Ok(Arc::clone(image));
+    }
+    let new = Arc::new(SharedImage::new(Arc::clone(&hall.source)).map_err(RefuseError::Start)?);
+    Ok(Arc::clone(image.insert(new)))
+}
+
+fn answer(
+    stream: &UnixStream,
+    words: &Answer,
+    descriptor: Option<BorrowedFd<'_>>,
+) -> Result<(), RefuseError> {
+    let line = serde_json::to_string(words).map_err(RefuseError::Message)?;
+    wire::send_line(stream, &line, descriptor).map_err(|error| system("answer", error))
+}
+
+fn system(what: &'static str, error: io::Error) -> RefuseError {
+    RefuseError::System { what, error }
+}
+
+/// Starts the pager of a client. A clone is told of failures.
 fn start(
     hall: &Arc<Hall>,
     peer: Peer,
     uffd: ForeignUffd,
     regions: &[RegionMessage],
+    shared: Option<(Arc<SharedImage>, UnixStream)>,
 ) -> Result<Arc<Session>, RefuseError> {
     let regions = handshake::regions(regions)?;
     let peer = Arc::new(peer);
-    let process = peer
-        .duplicate()
-        .map_err(|error| RefuseError::System { what: "duplicate a process descriptor", error })?;
+    let process = peer.duplicate().map_err(|error| system("duplicate a pidfd", error))?;
+    let (image, clone) = shared.unzip();
+    let source = image.as_ref().map_or_else(|| Arc::clone(&hall.source), SharedImage::as_source);
     let (told, pid) = (Arc::clone(hall), peer.pid);
-    let pager = Pager::builder(Arc::clone(&hall.source))
+    let mut builder = Pager::builder(source)
         .regions(regions)
         .on_error(hall.options.on_error)
-        .on_failure(move |failure| (told.on_event)(ServeEvent::Failed { pid, failure }))
-        .foreign(uffd, process)
-        .start()
-        .map_err(RefuseError::Start)?;
+        .on_failure(move |failure| {
+            if let Some(clone) = &clone {
+                let _ = answer(clone, &Answer::Failure(failure.chain()), None);
+            }
+            (told.on_event)(ServeEvent::Failed { pid, failure });
+        })
+        .foreign(uffd, process);
+    if image.is_some() {
+        builder = builder.backed();
+    }
+    let pager = builder.start().map_err(RefuseError::Start)?;
     Ok(Arc::new(Session { peer, pager }))
+}
+
+fn attend_until(
+    hall: &Arc<Hall>,
+    session: Arc<Session>,
+    regions: &[RegionMessage],
+    wait: impl FnOnce(&Peer),
+) {
+    let entry = hall.enter(Arc::clone(&session));
+    let memory_bytes = regions.iter().map(|region| region.size).sum();
+    (hall.on_event)(ServeEvent::Served { pid: session.peer.pid, memory_bytes });
+    wait(&session.peer);
+    drop(entry);
+    end(hall, session);
 }
 
 /// The pager's threads end here, and its descriptors are closed.
@@ -92,8 +166,16 @@ fn end(hall: &Hall, session: Arc<Session>) {
 /// Waits for the end of the client's process. That it has closed the socket is not enough: while it lives, its
 /// memory wants pages. What it goes on saying is not listened to.
 fn until_its_process_ends(stream: &UnixStream, peer: &Peer) {
+    wait(stream, peer, false);
+}
+
+fn until_it_hangs_up(stream: &UnixStream, peer: &Peer) {
+    wait(stream, peer, true);
+}
+
+fn wait(stream: &UnixStream, peer: &Peer, or_for_hang_up: bool) {
     let mut talks = true;
-    loop {
+    while talks || !or_for_hang_up {
         let process = peer.process();
         let mut fds = vec![PollFd::from_borrowed_fd(process, PollFlags::IN)];
         if talks {

@@ -1,0 +1,9 @@
+//! Memory that clones of one snapshot share: a file of decoded pages, of which each clone has a private mapping.
+
+#[cfg(feature = "vm-memory")]
+mod clone;
+mod image;
+
+#[cfg(feature = "vm-memory")]
+pub use clone::{ShareError, SharedClone};
+pub(crate) use image::SharedImage;
