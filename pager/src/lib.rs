@@ -53,7 +53,7 @@
 //!
 //! # What it does not do
 //! - No writing back: what is written to the memory never reaches the source.
-//! - No memory that is shared between processes, no minor faults, no write protection.
+//! - No minor faults, no write protection.
 //! - No memory of children: a forked child does not have it, and ends by SIGSEGV when it touches it.
 //! - No Windows, no macOS, no BSD: userfaultfd is Linux. Poisoning wants Linux 6.6.
 //! - Nothing after [`Pager::stop`]: pages that are missing then read as zero (which is right once the population is
@@ -61,7 +61,7 @@
 //!
 //! # Features
 //! - `snapfmt`, on by default: a source of the pages of a `.snap` file.
-//! - `serve`: a server for other processes, which speaks Firecracker's handshake.
+//! - `serve`: a server for other processes, which speaks Firecracker's handshake, and memory that clones share.
 //! - `vm-memory`: regions from a `GuestMemoryMmap` of the crate vm-memory, without `unsafe`.
 //!
 //! The protocol of a fault, the table of errnos and what exactly is promised: `docs/pager.md`.
