@@ -4,8 +4,9 @@ use crate::failure::FailureCause;
 use crate::inbox::Inbox;
 use crate::install::{Fill, InstallError, Target};
 use crate::layout::Place;
+use crate::purpose::Purpose;
 use crate::run::{self, Placed, Run};
-use crate::slice::{Purpose, Shared};
+use crate::slice::Shared;
 use crate::source::{Load, LoadedPages};
 
 /// A fault on a zero page fills the zero pages of the aligned block of this size around it.

@@ -197,9 +197,17 @@ impl Handler {
                         thread: *slice,
                         cause,
                     });
-                    // Were even this refused, the thread that waits goes on waiting: it never sees zeros.
-                    if let Err(Trouble::Failed(_)) = desk.poison(shared, place, inbox) {
-                        shared.failures.unpoisonable();
+                    match desk.poison(shared, place, inbox) {
+                        // Removed meanwhile, or brought by another thread: answer by its new state.
+                        Ok(false)
+                            if inbox.broken.is_none()
+                                && !shared.stopping.load(Ordering::Relaxed) =>
+                        {
+                            continue;
+                        }
+                        // The thread that waits goes on waiting: it never sees zeros.
+                        Err(Trouble::Failed(_)) => shared.failures.unpoisonable(),
+                        _ => {}
                     }
                     break;
                 }

@@ -79,10 +79,13 @@ mod install;
 #[cfg(feature = "snapfmt")]
 mod large_pages;
 mod layout;
+#[cfg(test)]
+mod model;
 mod page_state;
 mod pager;
 mod placement;
 mod populate;
+mod purpose;
 mod region;
 mod register;
 mod run;

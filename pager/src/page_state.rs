@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 ///
 /// There is no state "loading": a page's state changes only under its slice's gate, together with the
 /// ioctl that changes the page, so no thread can see one half done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub(crate) enum PageState {
     /// Never installed; its content is the source's.

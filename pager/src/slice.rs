@@ -12,6 +12,7 @@ use crate::install::{self, Book, Fill, Filler, InstallError, PageOps, Settled, T
 use crate::layout::{Layout, Place};
 use crate::page_state::{PageState, PageStates};
 use crate::populate::Progress;
+use crate::purpose::Purpose;
 use crate::region::Region;
 use crate::register;
 use crate::stats::{Counters, Origin, Recorder};
@@ -227,32 +228,6 @@ impl Shared {
 /// Poisoned at once under the gate.
 const PART_PAGES: usize = 4096;
 
-/// Why pages are installed, and so which of them.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Purpose {
-    /// Content of the source, for pages that are missing. `fault_page` is the one somebody waits for.
-    Load { fault_page: u64, zero: bool },
-    /// Content of the source, for pages that are missing and that nobody has asked for.
-    Populate,
-    /// Whatever its state, this page is answered: with zeros where nothing is.
-    Answer { fault_page: u64 },
-    /// Nothing of the slice can be had any more.
-    PoisonMissing,
-    /// This page cannot be had.
-    Poison { fault_page: u64 },
-}
-
-impl Purpose {
-    fn fault_page(self) -> Option<u64> {
-        match self {
-            Purpose::Populate | Purpose::PoisonMissing => None,
-            Purpose::Load { fault_page, .. }
-            | Purpose::Answer { fault_page }
-            | Purpose::Poison { fault_page } => Some(fault_page),
-        }
-    }
-}
-
 /// Keeps the page states of one slice while an install runs. Lives under the slice's gate.
 struct SliceBook<'a> {
     shared: &'a Shared,
@@ -281,15 +256,7 @@ impl<'a> SliceBook<'a> {
 
 impl Book for SliceBook<'_> {
     fn wants(&self, page: u64) -> bool {
-        match self.purpose {
-            Purpose::Load { .. } | Purpose::Populate => {
-                self.shared.states.of(page) == PageState::Missing
-            }
-            Purpose::PoisonMissing => {
-                matches!(self.shared.states.of(page), PageState::Missing | PageState::Removed)
-            }
-            Purpose::Answer { .. } | Purpose::Poison { .. } => true,
-        }
+        self.purpose.wants(self.shared.states.of(page))
     }
 
     fn filled(&mut self, first_page: u64, pages: usize) {
@@ -297,35 +264,31 @@ impl Book for SliceBook<'_> {
         let filled = first_page..first_page + pages as u64;
         let with_fault = fault_page.is_some_and(|page| filled.contains(&page));
         let pages_count = pages as u64;
-        let state = match self.purpose {
-            Purpose::Poison { .. } | Purpose::PoisonMissing => PageState::Poisoned,
-            Purpose::Populate => {
-                self.counters().installed(Origin::Populated, pages_count);
-                PageState::Present
-            }
+        let counters = self.counters();
+        match self.purpose {
+            Purpose::Poison { .. } | Purpose::PoisonMissing => {}
+            Purpose::Populate => counters.installed(Origin::Populated, pages_count),
             Purpose::Load { zero: false, .. } => {
-                self.counters().installed(Origin::Demand, u64::from(with_fault));
-                self.counters().installed(Origin::FaultAround, pages_count - u64::from(with_fault));
-                PageState::Present
+                counters.installed(Origin::Demand, u64::from(with_fault));
+                counters.installed(Origin::FaultAround, pages_count - u64::from(with_fault));
             }
             Purpose::Load { zero: true, .. } | Purpose::Answer { .. } => {
-                self.counters().installed(Origin::Zero, pages_count);
-                PageState::Present
+                counters.installed(Origin::Zero, pages_count);
             }
-        };
+        }
         for page in first_page..first_page + pages_count {
-            self.shared.moved(self.slice, page, state);
+            self.shared.moved(self.slice, page, self.purpose.filled());
         }
         self.answered |= with_fault;
     }
 
     fn existing(&mut self, page: u64) {
-        match self.shared.states.of(page) {
-            // Answered before, by another fault on the same page: what it is, it stays.
-            PageState::Present | PageState::Poisoned => self.counters().spurious(),
-            PageState::Missing | PageState::Removed => {
+        let was = self.shared.states.of(page);
+        match was.found() {
+            now if now == was => self.counters().spurious(),
+            now => {
                 self.counters().installed(Origin::Existing, 1);
-                self.shared.moved(self.slice, page, PageState::Present);
+                self.shared.moved(self.slice, page, now);
             }
         }
         self.answered |= Some(page) == self.purpose.fault_page();
