@@ -237,6 +237,11 @@ impl VmHandle {
         self.control.stop(Stop::Failed { reason: reason.into() });
     }
 
+    /// Stops the guest for good: a device could not get at a page of its memory.
+    pub(crate) fn memory_error(&self, gpa: Option<u64>) {
+        self.control.stop(Stop::MemoryError { gpa, host_addr: None });
+    }
+
     /// Sends bytes to the guest's serial port, as a keyboard does.
     ///
     /// Returns how many were taken: up to 64 KiB wait for a guest that does not read them.

@@ -94,6 +94,7 @@ mod run_loop;
 mod serial;
 pub mod state;
 mod vcpu;
+pub mod virtio;
 mod vm;
 
 pub use bus::REQUEST_PORT;

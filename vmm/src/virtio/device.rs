@@ -1,0 +1,304 @@
+//! A virtio device in its window: the transport's registers on the vCPUs' threads, the queues on the thread
+//! of the devices.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use virtio_bindings::virtio_mmio::{
+    VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING, VIRTIO_MMIO_INTERRUPT_ACK,
+    VIRTIO_MMIO_INTERRUPT_STATUS,
+};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::event_loop::{EventLoop, Listener};
+use super::fault::Fault;
+use super::memory::DeviceMemory;
+use super::rings::Rings;
+use super::state::{BackendState, TransportState, VirtioState};
+use super::transport::{Action, CONFIG_OFFSET, Transport};
+use crate::control::VmHandle;
+use crate::devices::{MmioDevice, Wiring};
+use crate::state::DeviceState;
+
+/// What one kind of device does, without transport and threads.
+pub(super) trait Backend: Send {
+    /// Feature bits of this kind of device (virtio 1.2, 6 and 5.x.3).
+    fn features(&self) -> u64;
+
+    /// Largest sizes of the queues.
+    fn queue_sizes(&self) -> &'static [u16];
+
+    /// The configuration that the driver reads.
+    fn config(&self) -> &[u8];
+
+    /// Does one request of the queue from beginning to end; `false` when there is none.
+    ///
+    /// # Errors
+    /// A [`Fault`], after which no queue is looked at until the driver resets the device.
+    fn serve(&mut self, rings: &mut Rings<'_>, queue: usize) -> Result<bool, Fault>;
+
+    /// Nothing is under way: brings what the host has cached to where the saved guest finds it.
+    ///
+    /// # Errors
+    /// Why the guest cannot be saved. It is stopped for good then.
+    fn pause(&mut self) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// What belongs to this kind of device.
+    fn state(&self) -> BackendState;
+}
+
+/// A virtio device, as a machine takes it.
+pub struct VirtioDevice {
+    core: Arc<Core>,
+    event_loop: Arc<EventLoop>,
+    listener_id: u32,
+    queue_count: usize,
+    /// The transport to restore, until there is memory to check it against.
+    saved: Option<TransportState>,
+}
+
+/// What the vCPUs' threads and the devices' thread share.
+struct Core {
+    inner: Mutex<Inner>,
+    /// Reasons for the interrupt. Outside of the lock: the driver's interrupt handler reads and
+    /// clears it while the devices' thread may be waiting for a disk.
+    interrupt_status: AtomicU32,
+    /// Somebody waits for the lock to pause the device: leave the rest of the queue for later.
+    pausing: AtomicBool,
+}
+
+struct Inner {
+    transport: Transport,
+    backend: Box<dyn Backend>,
+    wired: Option<Wired>,
+    /// Between `resume` and `pause`.
+    resumed: bool,
+}
+
+struct Wired {
+    memory: DeviceMemory,
+    interrupt: EventFd,
+    queue_events: Vec<EventFd>,
+    handle: VmHandle,
+}
+
+impl VirtioDevice {
+    pub(super) fn new(
+        event_loop: &Arc<EventLoop>,
+        backend: Box<dyn Backend>,
+        saved: Option<TransportState>,
+    ) -> VirtioDevice {
+        let device_id = backend.state().kind();
+        let queue_sizes = backend.queue_sizes();
+        let transport = Transport::new(device_id, backend.features(), queue_sizes);
+        let inner = Inner { transport, backend, wired: None, resumed: false };
+        let core = Arc::new(Core {
+            inner: Mutex::new(inner),
+            interrupt_status: AtomicU32::new(0),
+            pausing: AtomicBool::new(false),
+        });
+        let listener: Weak<dyn Listener> = Arc::<Core>::downgrade(&core) as Weak<dyn Listener>;
+        VirtioDevice {
+            core,
+            event_loop: Arc::clone(event_loop),
+            listener_id: event_loop.add_listener(listener),
+            queue_count: queue_sizes.len(),
+            saved,
+        }
+    }
+}
+
+impl MmioDevice for VirtioDevice {
+    fn queue_count(&self) -> usize {
+        self.queue_count
+    }
+
+    fn attach(&mut self, wiring: Wiring) -> io::Result<()> {
+        let memory = DeviceMemory::new(wiring.memory);
+        let mut inner = self.core.lock();
+        if let Some(saved) = self.saved.take() {
+            let impossible = || io::Error::new(io::ErrorKind::InvalidData, NOT_THIS_DEVICE);
+            inner.transport.restore(&saved, &memory).ok_or_else(impossible)?;
+            self.core.interrupt_status.store(saved.interrupt_status, Ordering::SeqCst);
+        }
+        for (source, event) in (0..).zip(&wiring.queue_events) {
+            self.event_loop.watch(self.listener_id, source, event)?;
+        }
+        let Wiring { interrupt, queue_events, handle, .. } = wiring;
+        inner.wired = Some(Wired { memory, interrupt, queue_events, handle });
+        Ok(())
+    }
+
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if let Some(at) = offset.checked_sub(CONFIG_OFFSET) {
+            let inner = self.core.lock();
+            let config = usize::try_from(at).ok().and_then(|at| inner.backend.config().get(at..));
+            for (byte, value) in data.iter_mut().zip(config.unwrap_or_default()) {
+                *byte = *value;
+            }
+        } else if data.len() == size_of::<u32>() && offset.is_multiple_of(4) {
+            let interrupt_status = self.core.interrupt_status.load(Ordering::SeqCst);
+            let value = match offset == u64::from(VIRTIO_MMIO_INTERRUPT_STATUS) {
+                true => interrupt_status,
+                false => self.core.lock().transport.read(offset, interrupt_status),
+            };
+            data.copy_from_slice(&value.to_le_bytes());
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        // No device here has configuration that a driver may change.
+        let Ok(value) = <[u8; 4]>::try_from(data).map(u32::from_le_bytes) else { return };
+        if offset >= CONFIG_OFFSET || !offset.is_multiple_of(4) {
+            return;
+        }
+        if offset == u64::from(VIRTIO_MMIO_INTERRUPT_ACK) {
+            self.core.interrupt_status.fetch_and(!value, Ordering::SeqCst);
+            return;
+        }
+        let mut inner = self.core.lock();
+        let Inner { transport, wired: Some(wired), .. } = &mut *inner else { return };
+        match transport.write(offset, value, &wired.memory) {
+            Action::None => {}
+            Action::Start => wired.kick_all(),
+            Action::Notify(queue) => wired.kick(queue),
+            Action::Reset => self.core.interrupt_status.store(0, Ordering::SeqCst),
+            Action::NeedsReset => self.core.break_down(transport, wired),
+        }
+    }
+
+    fn resume(&mut self) {
+        let mut inner = self.core.lock();
+        inner.resumed = true;
+        let Some(wired) = &inner.wired else { return };
+        // Notifications that came while the device was paused were dropped, and those that were under way
+        // when the guest was saved are not part of its state.
+        wired.kick_all();
+        // The same holds for an interrupt that KVM had not delivered yet. One too many is harmless.
+        if self.core.interrupt_status.load(Ordering::SeqCst) != 0 {
+            wired.interrupt();
+        }
+    }
+
+    fn pause(&mut self) {
+        self.core.pausing.store(true, Ordering::SeqCst);
+        // The request that is under way, if there is one, ends first.
+        let mut inner = self.core.lock();
+        inner.resumed = false;
+        self.core.pausing.store(false, Ordering::SeqCst);
+        let Inner { backend, wired: Some(wired), .. } = &mut *inner else { return };
+        if let Err(reason) = backend.pause() {
+            wired.handle.fail(reason);
+        }
+    }
+
+    fn state(&self) -> DeviceState {
+        let inner = self.core.lock();
+        let mut transport = inner.transport.state();
+        transport.interrupt_status = self.core.interrupt_status.load(Ordering::SeqCst);
+        VirtioState { transport, device: inner.backend.state() }.encode()
+    }
+}
+
+/// Why a saved transport is refused.
+const NOT_THIS_DEVICE: &str =
+    "the saved state has features, queues or addresses that such a device cannot have";
+
+impl Drop for VirtioDevice {
+    fn drop(&mut self) {
+        // Under the lock: from here on the devices' thread touches no guest memory, whose missing pages
+        // nobody may supply any more.
+        if let Some(wired) = self.core.lock().wired.take() {
+            for event in &wired.queue_events {
+                self.event_loop.unwatch(event);
+            }
+        }
+        self.event_loop.remove_listener(self.listener_id);
+    }
+}
+
+impl Listener for Core {
+    fn readable(&self, source: u32) {
+        let mut inner = self.lock();
+        let Inner { transport, backend, wired: Some(wired), resumed } = &mut *inner else { return };
+        let _stop_guest = StopOnPanic(&wired.handle);
+        let Some(event) = wired.queue_events.get(source as usize) else { return };
+        let _ = event.read();
+        if !*resumed || !transport.is_running() {
+            return;
+        }
+        let queue = source as usize;
+        let memory = &wired.memory;
+        let mut rings = Rings { queues: &mut transport.queues, memory, used: false };
+        // One turn is at most one queue's worth: a driver that never stops does not keep the thread from the
+        // other devices.
+        let mut turns = rings.size(queue);
+        let outcome = loop {
+            if turns == 0 || self.pausing.load(Ordering::SeqCst) {
+                let _ = event.write(1);
+                break Ok(());
+            }
+            turns -= 1;
+            match backend.serve(&mut rings, queue) {
+                Ok(true) => {}
+                Ok(false) => break Ok(()),
+                Err(fault) => break Err(fault),
+            }
+        };
+        if rings.used {
+            self.interrupt_status.fetch_or(VIRTIO_MMIO_INT_VRING, Ordering::SeqCst);
+            wired.interrupt();
+        }
+        match outcome {
+            Ok(()) => {}
+            Err(Fault::Unreadable { gpa }) => wired.handle.memory_error(gpa),
+            Err(Fault::Driver(_)) => self.break_down(transport, wired),
+        }
+    }
+}
+
+impl Core {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // After a panic the guest is stopped for good: nobody relies on what is inside.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The driver broke the rules: says so to it, and waits for a reset (virtio 1.2, 2.1.2).
+    fn break_down(&self, transport: &mut Transport, wired: &Wired) {
+        transport.set_needs_reset();
+        self.interrupt_status.fetch_or(VIRTIO_MMIO_INT_CONFIG, Ordering::SeqCst);
+        wired.interrupt();
+    }
+}
+
+impl Wired {
+    fn interrupt(&self) {
+        // A full counter means that KVM has been told often enough.
+        let _ = self.interrupt.write(1);
+    }
+
+    fn kick_all(&self) {
+        self.queue_events.iter().for_each(|event| drop(event.write(1)));
+    }
+
+    fn kick(&self, queue: u32) {
+        if let Some(event) = self.queue_events.get(queue as usize) {
+            let _ = event.write(1);
+        }
+    }
+}
+
+/// A device that panics stops the guest.
+struct StopOnPanic<'a>(&'a VmHandle);
+
+impl Drop for StopOnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.fail("a device's thread panicked");
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! A disk image: a regular file that one guest writes, or that many read.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use super::state::{BlockState, Fingerprint};
+
+/// What virtio counts disks in.
+pub(super) const SECTOR_BYTES: u64 = 512;
+/// The ends of an image that belong to its fingerprint: labels and partition tables are there.
+const SAMPLE_END_BYTES: u64 = 64 << 10;
+/// Pages in between that belong to it,
+const SAMPLE_PAGES: u64 = 64;
+/// of this length.
+const SAMPLE_PAGE_BYTES: u64 = 4096;
+
+/// An open disk image. While it is open for writing nobody else can open it as a [`Disk`].
+#[derive(Debug)]
+pub struct Disk {
+    pub(super) file: File,
+    state: BlockState,
+}
+
+/// A disk that a guest cannot have.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DiskError {
+    /// A system call failed.
+    #[error("cannot {what} the disk {}", path.display())]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The image.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// A folder, a device, a socket.
+    #[error("the disk {} is not a regular file", path.display())]
+    NotAFile {
+        /// The image.
+        path: PathBuf,
+    },
+    /// Disks come in sectors.
+    #[error("the disk {} has {len} bytes, expected a multiple of {SECTOR_BYTES}, not 0", path.display())]
+    Size {
+        /// The image.
+        path: PathBuf,
+        /// Its length in bytes.
+        len: u64,
+    },
+    /// The path could not be stored.
+    #[error("the path of the disk {} is not UTF-8", path.display())]
+    Path {
+        /// The image.
+        path: PathBuf,
+    },
+    /// Somebody has it open, and one of the two writes.
+    #[error(
+        "the disk {} is in use: one guest writes a disk, or many read it", path.display()
+    )]
+    InUse {
+        /// The image.
+        path: PathBuf,
+    },
+    /// It is not as it was when the guest was saved.
+    #[error(
+        "the disk {} is not as it was when the guest was saved: its {what} {found}, expected {expected}",
+        path.display()
+    )]
+    Changed {
+        /// The image.
+        path: PathBuf,
+        /// What differs.
+        what: &'static str,
+        /// What it is.
+        found: i128,
+        /// What it was.
+        expected: i128,
+    },
+}
+
+impl Disk {
+    /// Opens an image.
+    ///
+    /// # Errors
+    /// [`DiskError`] when it is not there, not a regular file of whole sectors, or in use.
+    pub fn open(path: &Path, read_only: bool) -> Result<Disk, DiskError> {
+        let failed =
+            |what| move |source| DiskError::Io { what, path: path.to_owned(), source };
+        // O_NONBLOCK: a pipe in the place of the image is refused below, not waited for.
+        let file = OpenOptions::new()
+            .read(true)
+            .write(!read_only)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)
+            .map_err(failed("open"))?;
+        let metadata = file.metadata().map_err(failed("examine"))?;
+        if !metadata.is_file() {
+            return Err(DiskError::NotAFile { path: path.to_owned() });
+        }
+        let len = metadata.len();
+        if len == 0 || !len.is_multiple_of(SECTOR_BYTES) {
+            return Err(DiskError::Size { path: path.to_owned(), len });
+        }
+        let locked = if read_only { file.try_lock_shared() } else { file.try_lock() };
+        match locked {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                return Err(DiskError::InUse { path: path.to_owned() });
+            }
+            Err(TryLockError::Error(source)) => return Err(failed("lock")(source)),
+        }
+        let absolute = path.canonicalize().map_err(failed("find"))?;
+        if absolute.to_str().is_none() {
+            return Err(DiskError::Path { path: absolute });
+        }
+        let fingerprint = Fingerprint::of(&file).map_err(failed("read"))?;
+        Ok(Disk { file, state: BlockState { path: absolute, read_only, fingerprint } })
+    }
+
+    /// Opens the disk of a saved guest: at `path` if one is given, else where it was.
+    ///
+    /// # Errors
+    /// Those of [`Disk::open`], and [`DiskError::Changed`] when it is not as it was. With `force` it may
+    /// have changed, but for its length, which the guest knows.
+    pub fn open_saved(
+        saved: &BlockState,
+        path: Option<&Path>,
+        force: bool,
+    ) -> Result<Disk, DiskError> {
+        let disk = Disk::open(path.unwrap_or(&saved.path), saved.read_only)?;
+        let (found, expected) = (disk.state.fingerprint, saved.fingerprint);
+        let values: [(&'static str, i128, i128); 3] = [
+            ("length in bytes is", found.len.into(), expected.len.into()),
+            ("time of change, in ns since 1970, is", found.mtime_ns.into(), expected.mtime_ns.into()),
+            ("sample's CRC-32 is", found.sample_crc32.into(), expected.sample_crc32.into()),
+        ];
+        let checked = if force { &values[..1] } else { &values[..] };
+        match checked.iter().find(|(_, found, expected)| found != expected) {
+            None => Ok(disk),
+            Some(&(what, found, expected)) => {
+                Err(DiskError::Changed { path: disk.state.path, what, found, expected })
+            }
+        }
+    }
+
+    /// What a snapshot says of it.
+    #[must_use]
+    pub fn state(&self) -> &BlockState {
+        &self.state
+    }
+
+    pub(super) fn capacity_bytes(&self) -> u64 {
+        self.state.fingerprint.len
+    }
+
+    /// Brings everything that was written to the disk, and takes its fingerprint.
+    pub(super) fn settle(&mut self) -> Result<(), DiskError> {
+        if self.state.read_only {
+            return Ok(());
+        }
+        let path = &self.state.path;
+        let failed =
+            |what| move |source| DiskError::Io { what, path: path.clone(), source };
+        self.file.sync_data().map_err(failed("sync"))?;
+        let fingerprint = Fingerprint::of(&self.file).map_err(failed("read"))?;
+        self.state.fingerprint = fingerprint;
+        Ok(())
+    }
+}
+
+impl Fingerprint {
+    fn of(file: &File) -> io::Result<Fingerprint> {
+        let metadata = file.metadata()?;
+        let len = metadata.len();
+        let mut crc = crc32fast::Hasher::new();
+        let mut bytes = vec![0; SAMPLE_END_BYTES as usize];
+        let mut sample = |start: u64, wanted: u64| {
+            let part = &mut bytes[..wanted.min(len - start) as usize];
+            file.read_exact_at(part, start)?;
+            crc.update(part);
+            io::Result::Ok(())
+        };
+        sample(0, SAMPLE_END_BYTES)?;
+        sample(len.saturating_sub(SAMPLE_END_BYTES), SAMPLE_END_BYTES)?;
+        let pages = len / SAMPLE_PAGE_BYTES;
+        for index in 0..SAMPLE_PAGES.min(pages) {
+            let page = u128::from(index) * u128::from(pages) / u128::from(SAMPLE_PAGES.min(pages));
+            sample(page as u64 * SAMPLE_PAGE_BYTES, SAMPLE_PAGE_BYTES)?;
+        }
+        let mtime_ns = metadata.mtime().saturating_mul(1_000_000_000);
+        let mtime_ns = mtime_ns.saturating_add(metadata.mtime_nsec());
+        Ok(Fingerprint { len, mtime_ns, sample_crc32: crc.finalize() })
+    }
+}

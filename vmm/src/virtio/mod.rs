@@ -1,0 +1,77 @@
+//! Virtio devices in windows of guest physical addresses (virtio-mmio, version 2): disks and entropy.
+//!
+//! What each device is, what it is not, and how it is saved: `docs/devices.md` in the source.
+//!
+//! From the driver inwards:
+//! - `transport`: registers, features, status; which queues there are.
+//! - `device`: the transport in its window, and its queues on the devices' one thread.
+//! - `rings`: requests out of a queue, as lists of buffers that are whole and in memory.
+//! - `memory`: the only code that touches guest memory, and never at the price of a SIGBUS.
+//! - `block`, `rng`: what a device does with a request.
+
+mod block;
+mod device;
+mod disk;
+mod event_loop;
+#[cfg(test)]
+mod fake_driver;
+mod fault;
+mod memory;
+mod rings;
+mod rng;
+mod state;
+#[cfg(test)]
+mod tests;
+mod transport;
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+pub use device::VirtioDevice;
+pub use disk::{Disk, DiskError};
+pub use event_loop::EventLoop;
+pub use state::{
+    BackendState, BlockState, Fingerprint, QueueRegisters, TransportState, VIRTIO_STATE_VERSION,
+    VirtioState, VirtioStateError,
+};
+
+/// What a device is connected to on the host.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Host {
+    /// A disk image.
+    Disk(Disk),
+    /// The host's random numbers.
+    Entropy,
+}
+
+impl VirtioDevice {
+    /// A fresh device that works on the thread of `event_loop`.
+    ///
+    /// # Errors
+    /// When the host's side does not open.
+    pub fn create(event_loop: &Arc<EventLoop>, host: Host) -> io::Result<VirtioDevice> {
+        Ok(VirtioDevice::new(event_loop, backend(host)?, None))
+    }
+
+    /// The device of a saved transport. Whether the transport is possible for such a device is
+    /// checked when it is attached to a machine.
+    ///
+    /// # Errors
+    /// When the host's side does not open.
+    pub fn restore(
+        event_loop: &Arc<EventLoop>,
+        saved: TransportState,
+        host: Host,
+    ) -> io::Result<VirtioDevice> {
+        Ok(VirtioDevice::new(event_loop, backend(host)?, Some(saved)))
+    }
+}
+
+fn backend(host: Host) -> io::Result<Box<dyn device::Backend>> {
+    Ok(match host {
+        Host::Disk(disk) => Box::new(block::Block::new(disk)),
+        Host::Entropy => Box::new(rng::Rng { source: File::open("/dev/urandom")? }),
+    })
+}

@@ -1,0 +1,186 @@
+//! A virtio device's state, as data that can be stored: the transport, and what is the device's own.
+//!
+//! Encoded by bincode with fixed-size little-endian integers, and frozen like [`crate::state`]: version 1 is
+//! fixed by a golden test.
+
+use std::path::PathBuf;
+
+use bincode::Options;
+use serde::{Deserialize, Serialize};
+
+use crate::state::{DEVICE_STATE_MAX_BYTES, DeviceState};
+
+/// Version of the encoding of [`VirtioState`].
+pub const VIRTIO_STATE_VERSION: u32 = 1;
+/// Most queues of a device.
+pub(super) const QUEUES_MAX: usize = 8;
+/// Longest path of a disk (PATH_MAX).
+const PATH_MAX_BYTES: usize = 4096;
+
+/// Everything about a paused virtio device that is not in guest memory.
+///
+/// Requests are never under way in it: a device that is paused has finished what it took from
+/// a queue, and what it has not taken is in guest memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VirtioState {
+    /// The registers of the virtio-mmio transport.
+    pub transport: TransportState,
+    /// What kind of device it is, and what belongs to that kind.
+    pub device: BackendState,
+}
+
+/// The registers of a virtio-mmio device (virtio 1.2, 4.2.2) that the driver can change.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the fields are the registers of the specification")]
+pub struct TransportState {
+    pub status: u32,
+    pub interrupt_status: u32,
+    pub driver_features: u64,
+    pub device_features_sel: u32,
+    pub driver_features_sel: u32,
+    pub queue_sel: u32,
+    pub config_generation: u32,
+    pub queues: Vec<QueueRegisters>,
+}
+
+/// One queue's registers, and how far the device has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueRegisters {
+    /// Entries, a power of two.
+    pub size: u32,
+    /// Guest physical address of the descriptor table.
+    pub descriptors: u64,
+    /// Guest physical address of the available ring.
+    pub available: u64,
+    /// Guest physical address of the used ring.
+    pub used: u64,
+    /// Whether the driver has switched it on.
+    pub ready: bool,
+    /// The next entry of the available ring that the device takes.
+    pub next_available: u16,
+    /// The next entry of the used ring that the device writes.
+    pub next_used: u16,
+}
+
+/// What belongs to one kind of device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum BackendState {
+    /// A disk.
+    Block(BlockState),
+    /// A source of random bytes, which has no state.
+    Rng,
+}
+
+/// A disk, as it was when the guest was saved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockState {
+    /// Where the image was found, absolute.
+    pub path: PathBuf,
+    /// Whether the guest may only read it.
+    pub read_only: bool,
+    /// What it was.
+    pub fingerprint: Fingerprint,
+}
+
+/// How a disk image is known again.
+///
+/// The time of the last change finds every change that went through the file system. The sample finds another
+/// image whose time was set to the same, by a copy from an archive for example. The inode is not part of
+/// it: a copy with its times (`cp -p`) is as good as the original.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fingerprint {
+    /// Length in bytes.
+    pub len: u64,
+    /// Time of the last change in nanoseconds since 1970.
+    pub mtime_ns: i64,
+    /// CRC-32 of its first and last 64 KiB and of 64 pages in between.
+    pub sample_crc32: u32,
+}
+
+/// A state that is no virtio device's.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VirtioStateError {
+    /// The state was written by a version that this one does not know.
+    #[error("virtio device state of version {found}, expected {VIRTIO_STATE_VERSION}")]
+    Version {
+        /// The version found.
+        found: u32,
+    },
+    /// The bytes do not decode.
+    #[error("virtio device state of {len} bytes does not decode")]
+    Malformed {
+        /// Length of the state in bytes.
+        len: usize,
+        /// What the decoder found.
+        #[source]
+        source: bincode::Error,
+    },
+    /// The state is of another kind of device than it says.
+    #[error("the state of a virtio device of kind {kind} is of kind {found}")]
+    Kind {
+        /// The kind it is stored under.
+        kind: u32,
+        /// The kind of its content.
+        found: u32,
+    },
+    /// A value that no device has.
+    #[error("virtio device state with impossible {what}")]
+    Impossible {
+        /// The value's name.
+        what: &'static str,
+    },
+}
+
+impl BackendState {
+    /// The number that virtio gives this kind of device (virtio 1.2, 5).
+    #[must_use]
+    pub fn kind(&self) -> u32 {
+        match self {
+            BackendState::Block(_) => super::block::DEVICE_ID,
+            BackendState::Rng => super::rng::DEVICE_ID,
+        }
+    }
+}
+
+impl VirtioState {
+    /// Encodes the state.
+    #[must_use]
+    pub fn encode(&self) -> DeviceState {
+        // Plain data into memory. A path that is not UTF-8 would fail: `Disk` has refused it.
+        #[expect(clippy::expect_used, reason = "see above")]
+        let bytes =
+            bincode::options().with_fixint_encoding().serialize(self).expect("plain data encodes");
+        DeviceState { kind: self.device.kind(), version: VIRTIO_STATE_VERSION, bytes }
+    }
+
+    /// Decodes a state, and checks everything that can be checked without the device.
+    ///
+    /// # Errors
+    /// [`VirtioStateError`] when the version, the encoding or a value is not one that
+    /// [`encode`](VirtioState::encode) gives.
+    pub fn decode(state: &DeviceState) -> Result<VirtioState, VirtioStateError> {
+        if state.version != VIRTIO_STATE_VERSION {
+            return Err(VirtioStateError::Version { found: state.version });
+        }
+        let decoded: VirtioState = bincode::options()
+            .with_fixint_encoding()
+            .with_limit(DEVICE_STATE_MAX_BYTES as u64)
+            .deserialize(&state.bytes)
+            .map_err(|source| VirtioStateError::Malformed { len: state.bytes.len(), source })?;
+        let found = decoded.device.kind();
+        if found != state.kind {
+            return Err(VirtioStateError::Kind { kind: state.kind, found });
+        }
+        if decoded.transport.queues.len() > QUEUES_MAX {
+            return Err(VirtioStateError::Impossible { what: "number of queues" });
+        }
+        if let BackendState::Block(block) = &decoded.device
+            && (block.path.as_os_str().len() > PATH_MAX_BYTES || !block.path.is_absolute())
+        {
+            return Err(VirtioStateError::Impossible { what: "path of a disk" });
+        }
+        Ok(decoded)
+    }
+}

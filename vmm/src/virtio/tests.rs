@@ -1,0 +1,448 @@
+//! Devices as a driver sees them, a friendly one and hostile ones.
+
+use std::io::Write;
+use std::path::Path;
+use std::sync::Arc;
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::fake_driver::*;
+use super::{BackendState, Disk, DiskError, EventLoop, Host, VirtioDevice, VirtioState};
+use crate::control::Stop;
+use crate::devices::MmioDevice;
+
+const HEADER: u64 = 0x8000;
+const RESULT: u64 = 0x9000;
+const DATA: u64 = 0xa000;
+const SECTORS: u64 = 64;
+
+fn image() -> tempfile::NamedTempFile {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    for sector in 0..SECTORS {
+        file.write_all(&[sector as u8 + 1; 512]).unwrap();
+    }
+    file
+}
+
+fn block(path: &Path, read_only: bool) -> Driver {
+    let event_loop = EventLoop::start().unwrap();
+    let disk = Disk::open(path, read_only).unwrap();
+    let device = VirtioDevice::create(&event_loop, Host::Disk(disk)).unwrap();
+    let mut driver = Driver::attach(device, memory());
+    driver.start();
+    driver
+}
+
+fn set_header(driver: &Driver, kind: u32, sector: u64) {
+    driver.memory.write_obj(kind, GuestAddress(HEADER)).unwrap();
+    driver.memory.write_obj(0u32, GuestAddress(HEADER + 4)).unwrap();
+    driver.memory.write_obj(sector, GuestAddress(HEADER + 8)).unwrap();
+    driver.memory.write_obj(0xffu8, GuestAddress(RESULT)).unwrap();
+}
+
+/// One block request with one buffer of data; gives status and used length.
+fn request(driver: &mut Driver, kind: u32, sector: u64, data: (u64, u32, u16)) -> (u8, u32) {
+    set_header(driver, kind, sector);
+    let used = driver.run(&[(HEADER, 16, 0), data, (RESULT, 1, WRITE)]);
+    (driver.memory.read_obj(GuestAddress(RESULT)).unwrap(), used)
+}
+
+fn bytes(driver: &Driver, gpa: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    driver.memory.read_slice(&mut bytes, GuestAddress(gpa)).unwrap();
+    bytes
+}
+
+#[test]
+fn registers_say_what_the_device_is() {
+    let image = image();
+    let mut driver = block(image.path(), false);
+    assert_eq!(driver.get(0x00), u32::from_le_bytes(*b"virt"));
+    assert_eq!((driver.get(0x04), driver.get(0x08)), (2, 2));
+    assert_eq!(driver.get(0x34), 128);
+    driver.set(0x30, 1);
+    assert_eq!(driver.get(0x34), 0, "there is no second queue");
+    assert_eq!(driver.get(0x100), SECTORS as u32);
+    assert_eq!(driver.get(0x104), 0);
+    assert_eq!(driver.get(0x1000 - 4), 0);
+    // Registers have 32 bits; nothing else is answered or taken.
+    let mut byte = [0xaa];
+    driver.device.read(0, &mut byte);
+    assert_eq!(byte, [0]);
+    driver.device.write(STATUS, &[0]);
+    driver.device.write(STATUS + 1, &[0; 4]);
+    assert_eq!(driver.get(STATUS), 15);
+    let mut half = [0; 2];
+    driver.device.read(0x100, &mut half);
+    assert_eq!(u16::from_le_bytes(half), SECTORS as u16);
+}
+
+#[test]
+fn a_driver_that_skips_a_step_gets_no_device() {
+    let image = image();
+    let mut driver = block(image.path(), false);
+    driver.set(STATUS, 0);
+    assert_eq!(driver.get(STATUS), 0);
+    driver.set(STATUS, 3);
+    driver.set(STATUS, 3 | 8);
+    assert_eq!(driver.get(STATUS), 3, "without VIRTIO_F_VERSION_1");
+    driver.set(0x24, 1);
+    driver.set(0x20, 1 | 1 << 20);
+    driver.set(STATUS, 3 | 8);
+    assert_eq!(driver.get(STATUS), 3, "with a feature that was not offered");
+    driver.set(STATUS, 3 | 4);
+    assert_eq!(driver.get(STATUS), 3, "DRIVER_OK before FEATURES_OK");
+    driver.set_queue(QUEUE_SIZE, DESCRIPTORS, AVAILABLE, USED);
+    assert_eq!(driver.get(0x44), 0, "a queue before FEATURES_OK");
+    driver.set(0x20, 1);
+    driver.set(STATUS, 3 | 8);
+    driver.set(0x20, 0);
+    driver.set(STATUS, 3 | 8 | 4);
+    assert_eq!(driver.get(STATUS), 15, "features are fixed by FEATURES_OK");
+    driver.set(STATUS, 1);
+    assert_eq!(driver.get(STATUS), 15, "bits are not taken back but by a reset");
+}
+
+#[test]
+fn a_disk_is_read_written_flushed_and_named() {
+    let image = image();
+    let mut driver = block(image.path(), false);
+    assert_eq!(request(&mut driver, 0, 3, (DATA, 1024, WRITE)), (0, 1025));
+    assert_eq!(bytes(&driver, DATA, 1024), [[4; 512], [5; 512]].concat());
+
+    driver.memory.write_slice(&[0x5a; 512], GuestAddress(DATA)).unwrap();
+    assert_eq!(request(&mut driver, 1, SECTORS - 1, (DATA, 512, 0)), (0, 1));
+    let file = std::fs::read(image.path()).unwrap();
+    assert_eq!(file[file.len() - 512..], [0x5a; 512]);
+    assert_eq!(file[file.len() - 1024..][..512], [SECTORS as u8 - 1; 512]);
+
+    set_header(&driver, 4, 0);
+    assert_eq!(driver.run(&[(HEADER, 16, 0), (RESULT, 1, WRITE)]), 1);
+    assert_eq!(bytes(&driver, RESULT, 1), [0]);
+    assert_eq!(request(&mut driver, 8, 0, (DATA, 20, WRITE)), (0, 21));
+    assert!(bytes(&driver, DATA, 20).starts_with(b"snap-"));
+}
+
+#[test]
+fn framing_is_the_drivers_choice() {
+    let image = image();
+    let mut driver = block(image.path(), false);
+    set_header(&driver, 0, 1);
+    // The header in two buffers; data and status in one.
+    let used = driver.run(&[(HEADER, 7, 0), (HEADER + 7, 9, 0), (DATA, 513, WRITE)]);
+    assert_eq!(used, 513);
+    assert_eq!(bytes(&driver, DATA, 513), [vec![2; 512], vec![0]].concat());
+    // The same through an indirect table.
+    driver.descriptor(0x7000, HEADER, 16, NEXT, 1);
+    driver.descriptor(0x7010, DATA, 513, WRITE, 0);
+    assert_eq!(driver.run(&[(0x7000, 32, INDIRECT)]), 513);
+}
+
+#[test]
+fn requests_that_cannot_be_done_are_errors_of_the_request() {
+    let image = image();
+    let mut driver = block(image.path(), true);
+    let mut status = |kind, sector, data| request(&mut driver, kind, sector, data).0;
+    assert_eq!(status(1, 0, (DATA, 512, 0)), 1, "a write to a read-only disk");
+    assert_eq!(status(0, SECTORS, (DATA, 512, WRITE)), 1, "behind the end");
+    assert_eq!(status(0, SECTORS - 1, (DATA, 1024, WRITE)), 1, "over the end");
+    assert_eq!(status(0, u64::MAX, (DATA, 512, WRITE)), 1);
+    assert_eq!(status(0, u64::MAX / 512, (DATA, 512, WRITE)), 1);
+    assert_eq!(status(0, 0, (DATA, 100, WRITE)), 1, "half a sector");
+    assert_eq!(status(77, 0, (DATA, 512, WRITE)), 2, "unsupported");
+    assert_eq!(status(0, 0, (DATA, 512, WRITE)), 0, "the next one is served");
+    image.as_file().set_len(512).unwrap();
+    assert_eq!(status(0, 1, (DATA, 512, WRITE)), 1, "the image has shrunk");
+}
+
+/// Each breaks the rules in one way; none is answered, and after a reset the device works.
+#[test]
+fn hostile_chains_break_only_the_device() {
+    type Attack = (&'static str, fn(&mut Driver));
+    let attacks: &[Attack] = &[
+        ("a loop", |d| {
+            d.descriptor(DESCRIPTORS, HEADER, 16, NEXT, 1);
+            d.descriptor(DESCRIPTORS + 16, HEADER, 16, NEXT, 0);
+        }),
+        ("a next descriptor outside", |d| d.descriptor(DESCRIPTORS, HEADER, 16, NEXT, 999)),
+        ("a buffer outside of memory", |d| {
+            d.chain(0, &[(HEADER, 16, 0), (MEMORY_BYTES, 512, WRITE), (RESULT, 1, WRITE)]);
+        }),
+        ("a buffer over the end", |d| {
+            d.chain(0, &[(HEADER, 16, 0), (MEMORY_BYTES - 8, 512, WRITE), (RESULT, 1, WRITE)]);
+        }),
+        ("an address that overflows", |d| {
+            d.chain(0, &[(u64::MAX - 4, 16, 0), (RESULT, 1, WRITE)]);
+        }),
+        ("a length of 2^32 - 1", |d| {
+            d.chain(0, &[(HEADER, 16, 0), (DATA, u32::MAX, WRITE), (RESULT, 1, WRITE)]);
+        }),
+        ("lengths over 2^32", |d| {
+            d.chain(0, &[(HEADER, u32::MAX, 0), (DATA, u32::MAX, 0), (RESULT, 1, WRITE)]);
+        }),
+        ("reads after writes", |d| d.chain(0, &[(RESULT, 1, WRITE), (HEADER, 16, 0)])),
+        ("no status", |d| d.chain(0, &[(HEADER, 16, 0)])),
+        ("no header", |d| d.chain(0, &[(RESULT, 1, WRITE)])),
+        ("an empty chain", |d| d.chain(0, &[(0, 0, 0)])),
+        ("a table in a table", |d| {
+            d.chain(0, &[(0x7000, 16, INDIRECT)]);
+            d.descriptor(0x7000, 0x7000, 16, INDIRECT, 0);
+        }),
+        ("a table of no length", |d| d.chain(0, &[(0x7000, 0, INDIRECT)])),
+        ("a table of half an entry", |d| d.chain(0, &[(0x7000, 24, INDIRECT)])),
+        ("a table of 2^32 - 16 bytes", |d| d.chain(0, &[(0x7000, u32::MAX - 15, INDIRECT)])),
+        ("a table outside of memory", |d| d.chain(0, &[(MEMORY_BYTES, 16, INDIRECT)])),
+        ("an endless table", |d| {
+            for at in (0x10000..0x20000).step_by(16) {
+                d.descriptor(at, HEADER, 1, NEXT, ((at - 0x10000) / 16 + 1) as u16);
+            }
+            d.chain(0, &[(0x10000, 0x10000, INDIRECT)]);
+        }),
+        ("a head outside", |d| {
+            d.memory.write_obj(500u16, GuestAddress(AVAILABLE + 4)).unwrap();
+            d.memory.write_obj(1u16, GuestAddress(AVAILABLE + 2)).unwrap();
+        }),
+        ("an index that jumps", |d| {
+            d.memory.write_obj(QUEUE_SIZE as u16 + 7, GuestAddress(AVAILABLE + 2)).unwrap();
+        }),
+    ];
+    let image = image();
+    let mut driver = block(image.path(), true);
+    for (name, attack) in attacks {
+        attack(&mut driver);
+        if bytes(&driver, AVAILABLE + 2, 2) == [0, 0] {
+            driver.offer(0);
+        }
+        driver.notify();
+        assert_eq!(driver.wait_for_interrupt(), 2, "{name}");
+        assert_eq!(driver.get(STATUS), 15 | NEEDS_RESET, "{name}");
+        assert_eq!(driver.used(), 0, "{name}");
+        driver.start();
+        let served = request(&mut driver, 0, 0, (DATA, 512, WRITE));
+        assert_eq!(served, (0, 513), "after {name}");
+        driver.start();
+    }
+    assert_eq!(driver.stop(), None);
+}
+
+#[test]
+fn queues_that_cannot_be_are_refused() {
+    let image = image();
+    let mut driver = block(image.path(), true);
+    for (name, size, descriptors, available, used) in [
+        ("size 0", 0, DESCRIPTORS, AVAILABLE, USED),
+        ("size 3", 3, DESCRIPTORS, AVAILABLE, USED),
+        ("too large", 256, DESCRIPTORS, AVAILABLE, USED),
+        ("size 2^16", 1 << 16, DESCRIPTORS, AVAILABLE, USED),
+        ("misaligned descriptors", 16, DESCRIPTORS + 8, AVAILABLE, USED),
+        ("misaligned available ring", 16, DESCRIPTORS, AVAILABLE + 1, USED),
+        ("misaligned used ring", 16, DESCRIPTORS, AVAILABLE, USED + 2),
+        ("descriptors outside", 16, MEMORY_BYTES, AVAILABLE, USED),
+        ("available ring outside", 16, DESCRIPTORS, u64::MAX - 1, USED),
+        ("used ring over the end", 16, DESCRIPTORS, AVAILABLE, MEMORY_BYTES - 4),
+    ] {
+        driver.negotiate();
+        driver.set_queue(size, descriptors, available, used);
+        assert_eq!(driver.get(0x44), 0, "{name}");
+        assert_eq!(driver.get(STATUS), 11 | NEEDS_RESET, "{name}");
+        assert_eq!(driver.wait_for_interrupt(), 2, "{name}");
+    }
+    driver.start();
+    assert_eq!(request(&mut driver, 0, 0, (DATA, 512, WRITE)), (0, 513));
+}
+
+/// A page that the host cannot supply: SIGBUS for whoever touches it.
+#[test]
+fn an_unreadable_page_stops_the_guest_wherever_the_device_meets_it() {
+    let broken = BROKEN_GPA;
+    let cases: [(&str, [(u64, u32, u16); 3]); 4] = [
+        ("header", [(broken, 16, 0), (DATA, 512, WRITE), (RESULT, 1, WRITE)]),
+        ("data to read", [(HEADER, 16, 0), (broken - 512, 1024, WRITE), (RESULT, 1, WRITE)]),
+        ("status", [(HEADER, 16, 0), (DATA, 512, WRITE), (broken, 1, WRITE)]),
+        ("indirect table", [(broken, 32, INDIRECT), (0, 0, 0), (0, 0, 0)]),
+    ];
+    for (name, chain) in cases {
+        let image = image();
+        let mut driver = block(image.path(), false);
+        set_header(&driver, 0, 0);
+        driver.chain(0, &chain);
+        driver.offer(0);
+        driver.notify();
+        let stop = driver.wait_for_stop();
+        assert_eq!(stop, Stop::MemoryError { gpa: Some(broken), host_addr: None }, "{name}");
+        assert_eq!(driver.used(), 0, "{name} was answered");
+        driver.device.pause();
+    }
+    let image = image();
+    let mut driver = block(image.path(), false);
+    driver.negotiate();
+    driver.set_queue(QUEUE_SIZE, DESCRIPTORS, broken, USED);
+    driver.set(STATUS, 15);
+    let stop = driver.wait_for_stop();
+    assert_eq!(stop, Stop::MemoryError { gpa: Some(broken + 2), host_addr: None }, "ring");
+}
+
+#[test]
+fn unreadable_data_is_never_written_to_a_disk_as_zeros() {
+    let image = image();
+    let before = std::fs::read(image.path()).unwrap();
+    let mut driver = block(image.path(), false);
+    set_header(&driver, 1, 0);
+    driver.chain(0, &[(HEADER, 16, 0), (BROKEN_GPA, 512, 0), (RESULT, 1, WRITE)]);
+    driver.offer(0);
+    driver.notify();
+    assert!(!driver.wait_for_stop().is_resumable());
+    assert_eq!(std::fs::read(image.path()).unwrap(), before);
+}
+
+#[test]
+fn what_waits_in_a_queue_is_served_after_a_restore() {
+    let image = image();
+    let mut driver = block(image.path(), false);
+    assert_eq!(request(&mut driver, 0, 0, (DATA, 512, WRITE)), (0, 513));
+    driver.device.pause();
+    // Offered, and notified, while nobody may take it.
+    set_header(&driver, 0, 7);
+    driver.chain(0, &[(HEADER, 16, 0), (DATA, 512, WRITE), (RESULT, 1, WRITE)]);
+    driver.offer(0);
+    driver.notify();
+    let state = driver.device.state();
+    assert_eq!(driver.used(), 1);
+    let memory = Arc::clone(&driver.memory);
+    drop(driver);
+
+    let saved = VirtioState::decode(&state).unwrap();
+    assert_eq!(saved.encode(), state);
+    let BackendState::Block(disk) = saved.device else { panic!("{saved:?}") };
+    let disk = Disk::open_saved(&disk, None, false).unwrap();
+    let event_loop = EventLoop::start().unwrap();
+    let device = VirtioDevice::restore(&event_loop, saved.transport, Host::Disk(disk)).unwrap();
+    let mut driver = Driver::attach(device, memory);
+    assert_eq!(driver.wait_for_interrupt(), 1);
+    assert_eq!(driver.used(), 2);
+    assert_eq!(bytes(&driver, DATA, 512), [8; 512]);
+    assert_eq!(bytes(&driver, RESULT, 1), [0]);
+}
+
+#[test]
+fn an_interrupt_that_was_not_delivered_comes_after_a_restore() {
+    let image = image();
+    let mut driver = block(image.path(), true);
+    driver.notify();
+    driver.device.pause();
+    let mut saved = VirtioState::decode(&driver.device.state()).unwrap();
+    saved.transport.interrupt_status = 1;
+    let disk = Disk::open(image.path(), true).unwrap();
+    let event_loop = EventLoop::start().unwrap();
+    let device = VirtioDevice::restore(&event_loop, saved.transport, Host::Disk(disk)).unwrap();
+    let mut driver = Driver::attach(device, memory());
+    assert_eq!(driver.wait_for_interrupt(), 1);
+}
+
+#[test]
+fn a_disk_has_one_writer_or_many_readers() {
+    let image = image();
+    let writer = Disk::open(image.path(), false).unwrap();
+    for read_only in [true, false] {
+        let second = Disk::open(image.path(), read_only);
+        assert!(matches!(second, Err(DiskError::InUse { .. })), "{second:?}");
+    }
+    drop(writer);
+    let _readers = [Disk::open(image.path(), true).unwrap(), Disk::open(image.path(), true).unwrap()];
+    assert!(matches!(Disk::open(image.path(), false), Err(DiskError::InUse { .. })));
+}
+
+#[test]
+fn a_disk_that_changed_is_refused_unless_forced() {
+    let image = image();
+    let saved = Disk::open(image.path(), false).unwrap().state().clone();
+    Disk::open_saved(&saved, None, false).unwrap();
+
+    let copy = tempfile::NamedTempFile::new().unwrap();
+    std::fs::copy(image.path(), copy.path()).unwrap();
+    let times = std::fs::FileTimes::new();
+    let mtime = image.as_file().metadata().unwrap().modified().unwrap();
+    copy.as_file().set_times(times.set_modified(mtime)).unwrap();
+    Disk::open_saved(&saved, Some(copy.path()), false).expect("a copy with its times");
+
+    // Another content with the same times; then other times.
+    std::os::unix::fs::FileExt::write_all_at(copy.as_file(), b"other", 9000).unwrap();
+    copy.as_file().set_times(times.set_modified(mtime)).unwrap();
+    let refused = Disk::open_saved(&saved, Some(copy.path()), false).unwrap_err();
+    assert!(refused.to_string().contains("CRC-32"), "{refused}");
+    copy.as_file().set_times(times.set_modified(std::time::UNIX_EPOCH)).unwrap();
+    let refused = Disk::open_saved(&saved, Some(copy.path()), false).unwrap_err();
+    assert!(refused.to_string().contains("time of change"), "{refused}");
+    Disk::open_saved(&saved, Some(copy.path()), true).expect("forced");
+
+    copy.as_file().set_len(512).unwrap();
+    let refused = Disk::open_saved(&saved, Some(copy.path()), true).unwrap_err();
+    assert!(refused.to_string().contains("length in bytes is 512"), "{refused}");
+    std::fs::remove_file(copy.path()).unwrap();
+    let missing = Disk::open_saved(&saved, Some(copy.path()), true);
+    assert!(matches!(missing, Err(DiskError::Io { what: "open", .. })), "{missing:?}");
+}
+
+#[test]
+fn files_that_are_no_disks_are_refused() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    assert!(matches!(Disk::open(file.path(), true), Err(DiskError::Size { len: 0, .. })));
+    file.as_file().set_len(513).unwrap();
+    assert!(matches!(Disk::open(file.path(), true), Err(DiskError::Size { len: 513, .. })));
+    let folder = Disk::open(Path::new("/"), true);
+    assert!(matches!(folder, Err(DiskError::NotAFile { .. })), "{folder:?}");
+    assert!(matches!(Disk::open(Path::new("/dev/null"), true), Err(DiskError::NotAFile { .. })));
+}
+
+#[test]
+fn entropy_fills_what_it_is_given() {
+    let event_loop = EventLoop::start().unwrap();
+    let device = VirtioDevice::create(&event_loop, Host::Entropy).unwrap();
+    let mut driver = Driver::attach(device, memory());
+    driver.start();
+    assert_eq!(driver.get(0x08), 4);
+    assert_eq!(driver.run(&[(DATA, 64, WRITE), (DATA + 0x100, 64, WRITE)]), 128);
+    let (first, second) = (bytes(&driver, DATA, 64), bytes(&driver, DATA + 0x100, 64));
+    assert_ne!(first, second);
+    assert_eq!(bytes(&driver, DATA + 64, 64), [0; 64]);
+    driver.chain(0, &[(BROKEN_GPA, 64, WRITE)]);
+    driver.offer(0);
+    driver.notify();
+    let stop = driver.wait_for_stop();
+    assert_eq!(stop, Stop::MemoryError { gpa: Some(BROKEN_GPA), host_addr: None });
+}
+
+#[test]
+fn impossible_states_are_refused() {
+    let image = image();
+    let mut driver = block(image.path(), true);
+    driver.device.pause();
+    let state = driver.device.state();
+    let saved = VirtioState::decode(&state).unwrap();
+    let event_loop = EventLoop::start().unwrap();
+    let changes: [fn(&mut super::TransportState); 6] = [
+        |t| t.queues.clear(),
+        |t| t.driver_features |= 1 << 50,
+        |t| t.queues[0].size = 3,
+        |t| t.queues[0].size = 1 << 20,
+        |t| t.queues[0].used = u64::MAX - 3,
+        |t| t.queues[0].descriptors += 1,
+    ];
+    for change in changes {
+        let mut transport = saved.transport.clone();
+        change(&mut transport);
+        let disk = Disk::open(image.path(), true).unwrap();
+        let mut device =
+            VirtioDevice::restore(&event_loop, transport.clone(), Host::Disk(disk)).unwrap();
+        let wiring = driver.wiring();
+        assert!(device.attach(wiring).is_err(), "{transport:?}");
+    }
+    for (at, _) in state.bytes.iter().enumerate() {
+        let mut cut = state.clone();
+        cut.bytes.truncate(at);
+        VirtioState::decode(&cut).unwrap_err();
+    }
+    let other = crate::state::DeviceState { kind: 4, ..state.clone() };
+    VirtioState::decode(&other).unwrap_err();
+    VirtioState::decode(&crate::state::DeviceState { version: 2, ..state }).unwrap_err();
+}
