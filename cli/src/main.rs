@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod commands;
+mod devices;
 mod exit;
 mod guest_console;
 mod guest_memory;

@@ -14,6 +14,7 @@ use vmm::state::{STATE_KIND, VmState};
 use vmm::{Console, MemoryRange, PausedVm, RestoreOptions, VmHandle};
 
 use crate::commands::{Session, open, serve};
+use crate::devices::SavedDeviceArgs;
 use crate::exit::GuestStopped;
 use crate::progress::Bar;
 use crate::{guest_memory, size};
@@ -37,6 +38,8 @@ pub(crate) struct Origin<'a> {
     pub(crate) placement: Placement,
     /// Whether the guest stops when it asks to be stored.
     pub(crate) heed_requests: bool,
+    /// What its devices are connected to.
+    pub(crate) devices: &'a SavedDeviceArgs,
 }
 
 /// A guest that was brought back and does not run yet.
@@ -63,6 +66,8 @@ impl Origin<'_> {
         let named = || self.file.display().to_string();
         let snapshot = Arc::new(open(self.file, self.parents)?);
         let state = self.state(&snapshot).with_context(named)?;
+        // Before anything that takes time: a disk may be refused.
+        let devices = self.devices.restore(&state.devices).with_context(named)?;
         let opened = Instant::now();
 
         // Memory first, and its pager: setting the vCPUs' state may touch it already.
@@ -91,7 +96,8 @@ impl Origin<'_> {
         let memory_ready = Instant::now();
 
         let options = options.heed_requests(self.heed_requests);
-        let restored = PausedVm::restore(Arc::clone(&memory), &state, console, &options);
+        let restored =
+            PausedVm::restore_with(Arc::clone(&memory), &state, console, &options, devices);
         let vm = match (restored, pager.as_ref().and_then(Pager::failure)) {
             (Ok(vm), _) => vm,
             (Err(_), Some(failure)) => return Err(damaged(self.file, failure)),

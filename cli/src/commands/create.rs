@@ -16,6 +16,7 @@ use super::guest::GuestArgs;
 use super::rewrite::path_of_parent;
 use super::stdout::print_line;
 use super::{Session, refuse_as_output};
+use crate::devices::SavedDeviceArgs;
 use crate::exit::{GuestStopped, Interrupted};
 use crate::guest_console::{GuestConsole, READY, Seen, Until};
 use crate::guest_memory::{FileMemory, GuestBytes, to_regions};
@@ -180,7 +181,8 @@ fn create_whole(args: &Args, session: &Session) -> Result<(Header, Instant, Inst
         BootOptions::default().cpus(args.guest.cpus).heed_requests(when == Trigger::Request);
     let payload = args.guest.payload();
     let memory_given = memory.mapped.clone();
-    let guest = PausedVm::boot_with(memory_given, &payload, console, &options, Vec::new())
+    let devices = args.guest.devices.create()?;
+    let guest = PausedVm::boot_with(memory_given, &payload, console, &options, devices)
         .context("cannot boot the guest")?;
     session.interrupt.pauses(guest.handle());
     let (mut guest, paused_at) = run_until_ready(guest, args, &when, &seen, session)?;
@@ -219,6 +221,7 @@ fn create_layer(args: &Args, base: &Path, session: &Session) -> Result<(Header, 
         populate_rate: None,
         placement: Placement::default(),
         heed_requests: when == Trigger::Request,
+        devices: &SavedDeviceArgs::default(),
     };
     let Restored { snapshot, memory, pager, vm, memory_ready, .. } =
         origin.restore(console, session)?;

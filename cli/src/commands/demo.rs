@@ -8,6 +8,7 @@ use pager::{FailurePolicy, Placement, Populate};
 use super::guest::GuestArgs;
 use super::stdout::{print_line, print_text};
 use super::{Session, create, restore::Restore};
+use crate::devices::SavedDeviceArgs;
 use crate::guest_console::{BEAT, Until};
 use crate::report::RestoreReport;
 use crate::restored::Origin;
@@ -63,6 +64,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
                 populate_rate: None,
                 placement: Placement::default(),
                 heed_requests: false,
+                devices: &SavedDeviceArgs::default(),
             },
             until: Until::lines(BEAT, args.beats),
             run_for: None,

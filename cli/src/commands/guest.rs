@@ -7,6 +7,7 @@ use vmm::Payload;
 use vmm::boot::LinuxConfig;
 use vmm::demo::DemoConfig;
 
+use crate::devices::DeviceArgs;
 use crate::size;
 
 /// A guest to boot: the demo guest, or Linux.
@@ -47,6 +48,9 @@ pub(crate) struct GuestArgs {
         value_parser = clap::value_parser!(u8).range(1..=vmm::state::VCPUS_MAX as i64)
     )]
     pub(crate) cpus: u8,
+
+    #[command(flatten)]
+    pub(crate) devices: DeviceArgs,
 }
 
 /// The console where `snap` shows it, and a panic that ends the guest.
@@ -55,7 +59,15 @@ const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=1";
 impl GuestArgs {
     /// The demo guest.
     pub(crate) fn demo(memory: u64, work: u64) -> Self {
-        Self { memory, work, kernel: None, initrd: None, cmdline: None, cpus: 1 }
+        Self {
+            memory,
+            work,
+            kernel: None,
+            initrd: None,
+            cmdline: None,
+            cpus: 1,
+            devices: DeviceArgs::default(),
+        }
     }
 
     pub(crate) fn is_linux(&self) -> bool {
@@ -83,6 +95,7 @@ impl GuestArgs {
                 "initrd": self.initrd,
                 "cmdline": self.cmdline,
                 "cpus": self.cpus,
+                "devices": self.devices.metadata(),
             }),
         }
     }

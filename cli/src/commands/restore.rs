@@ -14,6 +14,7 @@ use snapfmt::{SectionKind, Snapshot};
 use vmm::Stop;
 
 use super::{Input, Session};
+use crate::devices::SavedDeviceArgs;
 use crate::exit::{GuestStopped, Interrupted};
 use crate::guest_console::{BEAT, GuestConsole, Seen, Until};
 use crate::report::{RestoreReport, ms, ms_since};
@@ -33,6 +34,9 @@ Examples:
 pub(crate) struct Args {
     #[command(flatten)]
     input: Input,
+
+    #[command(flatten)]
+    devices: SavedDeviceArgs,
 
     /// Run at once; pages come from the file when the guest touches them.
     #[arg(long)]
@@ -156,6 +160,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
                 Place::None => Placement::None,
             },
             heed_requests: false,
+            devices: &args.devices,
         },
         until: Until {
             lines: args.beats.map(|beats| (BEAT, beats)),

@@ -46,21 +46,11 @@ impl Block {
         Block { disk, config }
     }
 
-    fn read(
-        &self,
-        memory: &DeviceMemory,
-        sector: u64,
-        data: &Buffers,
-    ) -> Result<Outcome, Fault> {
+    fn read(&self, memory: &DeviceMemory, sector: u64, data: &Buffers) -> Result<Outcome, Fault> {
         self.transfer(memory, sector, data, Direction::ToGuest)
     }
 
-    fn write(
-        &self,
-        memory: &DeviceMemory,
-        sector: u64,
-        data: &Buffers,
-    ) -> Result<Outcome, Fault> {
+    fn write(&self, memory: &DeviceMemory, sector: u64, data: &Buffers) -> Result<Outcome, Fault> {
         if self.disk.state().read_only {
             return Ok(Err(VIRTIO_BLK_S_IOERR));
         }

@@ -89,8 +89,7 @@ impl Disk {
     /// # Errors
     /// [`DiskError`] when it is not there, not a regular file of whole sectors, or in use.
     pub fn open(path: &Path, read_only: bool) -> Result<Disk, DiskError> {
-        let failed =
-            |what| move |source| DiskError::Io { what, path: path.to_owned(), source };
+        let failed = |what| move |source| DiskError::Io { what, path: path.to_owned(), source };
         // O_NONBLOCK: a pipe in the place of the image is refused below, not waited for.
         let file = OpenOptions::new()
             .read(true)
@@ -136,7 +135,11 @@ impl Disk {
         let (found, expected) = (disk.state.fingerprint, saved.fingerprint);
         let values: [(&'static str, i128, i128); 3] = [
             ("length in bytes is", found.len.into(), expected.len.into()),
-            ("time of change, in ns since 1970, is", found.mtime_ns.into(), expected.mtime_ns.into()),
+            (
+                "time of change, in ns since 1970, is",
+                found.mtime_ns.into(),
+                expected.mtime_ns.into(),
+            ),
             ("sample's CRC-32 is", found.sample_crc32.into(), expected.sample_crc32.into()),
         ];
         let checked = if force { &values[..1] } else { &values[..] };
@@ -164,8 +167,7 @@ impl Disk {
             return Ok(());
         }
         let path = &self.state.path;
-        let failed =
-            |what| move |source| DiskError::Io { what, path: path.clone(), source };
+        let failed = |what| move |source| DiskError::Io { what, path: path.clone(), source };
         self.file.sync_data().map_err(failed("sync"))?;
         let fingerprint = Fingerprint::of(&self.file).map_err(failed("read"))?;
         self.state.fingerprint = fingerprint;

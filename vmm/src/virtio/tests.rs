@@ -255,7 +255,8 @@ fn queues_that_cannot_be_are_refused() {
 #[test]
 fn an_unreadable_page_stops_the_guest_wherever_the_device_meets_it() {
     let broken = BROKEN_GPA;
-    let cases: [(&str, [(u64, u32, u16); 3]); 4] = [
+    type Chain = [(u64, u32, u16); 3];
+    let cases: [(&str, Chain); 4] = [
         ("header", [(broken, 16, 0), (DATA, 512, WRITE), (RESULT, 1, WRITE)]),
         ("data to read", [(HEADER, 16, 0), (broken - 512, 1024, WRITE), (RESULT, 1, WRITE)]),
         ("status", [(HEADER, 16, 0), (DATA, 512, WRITE), (broken, 1, WRITE)]),
@@ -348,7 +349,8 @@ fn a_disk_has_one_writer_or_many_readers() {
         assert!(matches!(second, Err(DiskError::InUse { .. })), "{second:?}");
     }
     drop(writer);
-    let _readers = [Disk::open(image.path(), true).unwrap(), Disk::open(image.path(), true).unwrap()];
+    let _readers =
+        [Disk::open(image.path(), true).unwrap(), Disk::open(image.path(), true).unwrap()];
     assert!(matches!(Disk::open(image.path(), false), Err(DiskError::InUse { .. })));
 }
 

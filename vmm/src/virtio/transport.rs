@@ -225,8 +225,8 @@ impl Transport {
         // Bits are only ever added, and NEEDS_RESET is the device's.
         let mut new = *status | value & DRIVER_STATUS_BITS;
         let features = self.registers.driver_features;
-        let acceptable = features & !self.device_features == 0
-            && features & 1 << VIRTIO_F_VERSION_1 != 0;
+        let acceptable =
+            features & !self.device_features == 0 && features & 1 << VIRTIO_F_VERSION_1 != 0;
         let features_ok = VIRTIO_CONFIG_S_FEATURES_OK;
         if new & !*status & features_ok != 0 && !acceptable {
             new &= !features_ok;
