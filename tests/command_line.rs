@@ -27,6 +27,25 @@ fn impossible_sizes_are_refused_before_anything_is_done() {
 }
 
 #[test]
+fn a_level_without_zstd_is_refused() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let out = folder.path().join("a.snap");
+    let out = out.to_string_lossy();
+    for codec in ["raw", "lz4"] {
+        snap(["create", &out, "--codec", codec, "--level", "3"]).failed(1, &["--level", codec]);
+        snap(["import", "x", "-o", &out, "--codec", codec, "--level", "3"]).failed(1, &["--level"]);
+    }
+}
+
+#[test]
+fn a_snapshot_that_is_not_there_is_named() {
+    for command in ["info", "verify", "restore"] {
+        let stderr = snap([command, "/nonexistent/a.snap"]).failed(1, &["No such file"]).stderr;
+        assert!(stderr.starts_with("snap: cannot open /nonexistent/a.snap: "), "{stderr}");
+    }
+}
+
+#[test]
 fn a_folder_that_is_not_there_is_named() {
     crate::support::needs_vm!();
     let out = "/nonexistent/a.snap";

@@ -46,6 +46,29 @@ fn text(path: &Path) -> String {
     path.to_string_lossy().into_owned()
 }
 
+/// Damage in a parent is found by whoever reads it, and told as the parent's.
+#[test]
+fn a_damaged_parent_is_named_and_not_the_layer() {
+    let (folder, a, b) = two();
+    let layer = text(&folder.path().join("layer.snap"));
+    let out = text(&folder.path().join("out.snap"));
+    snap(["rebase", &text(&b), "--onto", &text(&a), "-o", &layer]).ok();
+    let verified = snap(["verify", &layer, "--json"]).ok().json();
+    assert_eq!(verified["layers"].as_array().map(Vec::len), Some(2), "{verified}");
+    let mut bytes = std::fs::read(&a).expect("it can be read");
+    // In the first chunk's payload: opening does not look at it.
+    bytes[4096 + 200] ^= 1;
+    std::fs::write(&a, bytes).expect("it can be written");
+    let says = ["layer.snap: ", "a.snap: corrupt chunks at offset 4096"];
+    snap(["verify", &layer]).failed(3, &says);
+    snap(["verify", &layer, "--this-file-only"]).ok();
+    // Also where the pages go through another function of the program.
+    snap(["flatten", &layer, "-o", &out]).failed(3, &says);
+    snap(["export", &layer, "--format", "raw", "-o", &out]).failed(3, &says);
+    let says = ["a.snap: cannot read the parent: corrupt chunks at offset 4096"];
+    snap(["rebase", &text(&b), "--onto", &text(&a), "-o", &out]).failed(3, &says);
+}
+
 #[test]
 fn rebase_diff_and_flatten_agree() {
     let (folder, a, b) = two();
@@ -61,8 +84,12 @@ fn rebase_diff_and_flatten_agree() {
 
     let rebased = snap(["rebase", &b, "--onto", &a, "-o", &layer, "--json"]).ok().json();
     // Four pages with the same bytes: one is stored.
-    let pages = serde_json::json!({ "data": 4, "unique": 1, "parent": 2043, "zero": 1 });
+    let pages = serde_json::json!({ "total": 2048, "data": 4, "stored": 1, "duplicate": 3,
+                                    "parent": 2043, "zero": 1 });
     assert_eq!(rebased["pages"], pages);
+    assert_eq!(rebased["memory_bytes"], 2048 * 4096);
+    assert_eq!(rebased["nonzero_bytes"], 4 * 4096);
+    assert!(rebased["total_ms"].as_f64() > Some(0.0), "{rebased}");
     let id = snap(["info", &a, "--json"]).ok().json()["id"].clone();
     assert_eq!(rebased["parent_id"], id);
     snap(["verify", &layer]).ok();
@@ -113,7 +140,7 @@ fn a_guest_goes_on_through_layers_of_what_it_changed() {
     }
     assert_eq!(hashes.len(), 1, "{hashes:?}");
     let says = ["--when output:TEXT"];
-    snap(["create", "x.snap", "--parent", &text(&flat)]).failed(1, &says);
+    snap(["create", "x.snap", "--from", &text(&flat)]).failed(1, &says);
 }
 
 #[test]
@@ -167,4 +194,25 @@ fn an_existing_output_and_other_memory_are_refused() {
     snap(["rebase", &text(&small), "--onto", &text(&a), "-o", &out]).failed(3, &["memory map"]);
     snap(["diff", &text(&small), &text(&a)]).failed(1, &["memory maps are not the same"]);
     assert_eq!(names(folder.path()), ["a.snap", "b.snap", "small.snap"]);
+}
+
+/// A picture in every form; the file that is drawn is not overwritten by it.
+#[test]
+fn a_picture_knows_duplicates_and_parents() {
+    let (folder, a, b) = two();
+    let layer = text(&folder.path().join("layer.snap"));
+    snap(["rebase", &text(&b), "--onto", &text(&a), "-o", &layer]).ok();
+    let drawn = snap(["info", &layer, "--map"]).ok().stdout;
+    assert!(drawn.contains("d duplicate") && drawn.contains("p parent"), "{drawn}");
+    let cell = drawn.lines().next().and_then(|row| row.chars().nth("0x000000000000 ".len() + 4));
+    assert_eq!(cell, Some('D'), "{drawn}");
+    for (name, starts) in [("map.svg", &b"<svg "[..]), ("map.png", b"\x89PNG\r\n")] {
+        let path = folder.path().join(name);
+        let option = format!("--map={}", text(&path));
+        snap(["info", &layer, &option]).ok();
+        assert!(std::fs::read(&path).expect("it is there").starts_with(starts), "{name}");
+        snap(["info", &layer, &option]).failed(1, &["exists", "--force"]);
+        snap(["info", &layer, &option, "--force"]).ok();
+    }
+    snap(["info", &layer, "--map=map.gif"]).failed(1, &[".svg or .png"]);
 }

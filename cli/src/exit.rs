@@ -67,8 +67,8 @@ fn code(error: &Error) -> u8 {
         if host {
             code = HOST;
         }
-        match cause.downcast_ref() {
-            Some(ReadError::Io { .. }) | None => {}
+        match cause.downcast_ref().map(ReadError::root) {
+            Some(ReadError::Open { .. } | ReadError::Io { .. }) | None => {}
             Some(ReadError::Cancelled) => return INTERRUPTED,
             Some(_) => code = BAD_FILE,
         }

@@ -51,6 +51,8 @@ pub(crate) struct Restored {
     pub(crate) clone: Option<SharedClone>,
     pub(crate) memory: Arc<GuestMemoryMmap>,
     pub(crate) snapshot: Arc<Snapshot>,
+    /// Bytes of chunks that were read before the guest runs.
+    pub(crate) loaded_bytes: u64,
     /// When the file was open, and when memory was loaded or given to the pager.
     pub(crate) opened: Instant,
     pub(crate) memory_ready: Instant,
@@ -73,6 +75,7 @@ impl Origin<'_> {
         // Memory first, and its pager: setting the vCPUs' state may touch it already.
         let ranges = guest_memory::to_ranges(snapshot.regions());
         let guest = GuestSlot::default();
+        let mut loaded_bytes = 0;
         let (mut pager, mut clone, mut options) = (None, None, RestoreOptions::default());
         if self.lazy {
             let first = snapshot
@@ -89,7 +92,7 @@ impl Origin<'_> {
             None => guest_memory::private(&ranges)?,
         };
         if !self.lazy {
-            load(&snapshot, &memory, session).with_context(named)?;
+            loaded_bytes = load(&snapshot, &memory, session).with_context(named)?;
         } else if clone.is_none() {
             pager = Some(self.start_pager(&snapshot, &memory, &guest)?);
         }
@@ -107,7 +110,7 @@ impl Origin<'_> {
         };
         guest.connect(vm.handle());
         session.interrupt.pauses(vm.handle());
-        Ok(Restored { vm, pager, clone, memory, snapshot, opened, memory_ready })
+        Ok(Restored { vm, pager, clone, memory, snapshot, loaded_bytes, opened, memory_ready })
     }
 
     /// The machine state of the file; checks that it and `--memory` fit to the file's memory.
@@ -211,8 +214,8 @@ pub(crate) fn damaged(file: &Path, failure: &Failure) -> anyhow::Error {
     GuestStopped(text).into()
 }
 
-/// Loads all memory, on all CPUs.
-fn load(snapshot: &Snapshot, memory: &GuestMemoryMmap, session: &Session) -> Result<()> {
+/// Loads all memory, on all CPUs. Gives the bytes of the chunks that were read.
+fn load(snapshot: &Snapshot, memory: &GuestMemoryMmap, session: &Session) -> Result<u64> {
     let bar = Bar::new("loading", session.quiet, &session.interrupt);
     let threads = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
     let failed = Mutex::new(None);
@@ -221,9 +224,9 @@ fn load(snapshot: &Snapshot, memory: &GuestMemoryMmap, session: &Session) -> Res
             *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
         }
     };
-    snapshot.load(threads, &place, &|progress| bar.update(progress))?;
+    let bytes_read = snapshot.load(threads, &place, &|progress| bar.update(progress))?;
     match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Some(error) => Err(error),
-        None => Ok(()),
+        None => Ok(bytes_read),
     }
 }

@@ -2,6 +2,7 @@
 
 use std::num::NonZeroUsize;
 
+use anyhow::{Result, bail};
 use snapfmt::{Codec, Existing, WriteOptions};
 
 /// How the new file is stored.
@@ -11,10 +12,10 @@ pub(crate) struct Storage {
     #[arg(long, default_value = "zstd")]
     pub(crate) codec: Codec,
 
-    /// Level of zstd, from -7 (fast) to 22 (small).
-    #[arg(long, default_value_t = 1, allow_negative_numbers = true,
+    /// Level of zstd, from -7 (fast) to 22 (small); 1 unless told.
+    #[arg(long, allow_negative_numbers = true,
           value_parser = clap::value_parser!(i32).range(-7..=22))]
-    pub(crate) level: i32,
+    pub(crate) level: Option<i32>,
 
     /// Pages stored together: small chunks are read fast, large ones compress better.
     #[arg(long, value_name = "PAGES", default_value_t = 16,
@@ -35,16 +36,20 @@ pub(crate) struct Storage {
 }
 
 impl Storage {
-    pub(crate) fn options(&self) -> WriteOptions {
+    /// The writer's options; refuses a level for a codec that has none.
+    pub(crate) fn options(&self) -> Result<WriteOptions> {
+        if self.level.is_some() && self.codec != Codec::Zstd {
+            bail!("--level goes with --codec zstd: {} has no levels", self.codec);
+        }
         let defaults = WriteOptions::default();
-        WriteOptions {
+        Ok(WriteOptions {
             codec: self.codec,
-            level: self.level,
+            level: self.level.unwrap_or(defaults.level),
             chunk_pages: self.chunk_pages.into(),
             dedupe: !self.no_dedupe,
             threads: self.threads.unwrap_or(defaults.threads),
             existing: if self.force { Existing::Replace } else { Existing::Keep },
-        }
+        })
     }
 }
 
@@ -52,7 +57,7 @@ impl Default for Storage {
     fn default() -> Self {
         Self {
             codec: Codec::Zstd,
-            level: 1,
+            level: None,
             chunk_pages: 16,
             no_dedupe: false,
             threads: None,

@@ -64,7 +64,7 @@ impl<R: ReadAt> PageReader for SnapshotReader<R> {
         let start = Instant::now();
         self.snapshot.fetch_chunk(extent, &mut self.buffer).map_err(failed)?;
         let fetched = Instant::now();
-        let chunk = self.buffer.decode(extent).map_err(failed)?;
+        let chunk = self.snapshot.decode_chunk(extent, &mut self.buffer).map_err(failed)?;
         let decode_ns = fetched.elapsed().as_nanos() as u64;
 
         // The faulting page goes by its own entry. The others that the chunk lists come along
@@ -103,7 +103,7 @@ fn loaded(page: PageIndex, slot: u16) -> LoadedPage {
 /// What the storage says may pass; what the file says will not.
 fn source_error(page: PageIndex, error: ReadError) -> SourceError {
     let message = format!("page {} of the snapshot", page.0);
-    match error {
+    match error.root() {
         ReadError::Io { .. } => SourceError::transient(message),
         _ => SourceError::permanent(message),
     }

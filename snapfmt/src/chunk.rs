@@ -159,12 +159,8 @@ impl ChunkBuffer {
         Ok(Chunk { extent, header, pages: &self.list, bytes })
     }
 
-    /// The second half of [`Snapshot::chunk`](crate::Snapshot::chunk): checks and decodes what
-    /// [`Snapshot::fetch_chunk`](crate::Snapshot::fetch_chunk) has read for the same `extent`.
-    ///
-    /// # Errors
-    /// [`ReadError::Corrupt`] when the chunk is damaged, or another one was fetched.
-    pub fn decode(&mut self, extent: ChunkExtent) -> Result<Chunk<'_>, ReadError> {
+    /// Checks and decodes what was read for the same `extent`.
+    pub(crate) fn decode(&mut self, extent: ChunkExtent) -> Result<Chunk<'_>, ReadError> {
         let offset = extent.offset();
         if self.stored.len() != extent.len_bytes() as usize {
             let (expected, found) = (extent.len_bytes().into(), self.stored.len() as u64);

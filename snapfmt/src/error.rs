@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
@@ -12,6 +12,26 @@ use crate::section::SectionKind;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ReadError {
+    /// A file cannot be opened.
+    #[error("cannot open {path}")]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// The system's error.
+        source: io::Error,
+    },
+    /// What is wrong is in one of the parents and not in the file itself.
+    #[error("parent {}", parent_name(path.as_deref(), id))]
+    InParent {
+        /// Which one: 1 the file's own parent, 2 the parent's, and so on.
+        layer: u16,
+        /// Its id.
+        id: Uuid,
+        /// Where it is, if it was opened by path.
+        path: Option<PathBuf>,
+        /// What is wrong there.
+        source: Box<ReadError>,
+    },
     /// The storage failed.
     #[error("cannot read {len} bytes at offset {offset} ({part})")]
     Io {
@@ -25,7 +45,11 @@ pub enum ReadError {
         source: io::Error,
     },
     /// The first bytes are not those of a snapshot.
-    #[error("not a snapshot: the file starts with {found:02x?}, a snapshot with {expected:02x?}")]
+    #[error(
+        "not a snapshot: the file starts with \"{}\", a snapshot with \"{}\"",
+        found.escape_ascii(),
+        expected.escape_ascii()
+    )]
     NotASnapshot {
         /// The magic of a snapshot.
         expected: [u8; 8],
@@ -159,6 +183,19 @@ impl ReadError {
     pub(crate) fn io(part: Part, offset: u64, len: u64, source: io::Error) -> Self {
         Self::Io { part, offset, len, source }
     }
+
+    /// The error itself, without [`ReadError::InParent`] around it.
+    pub fn root(&self) -> &Self {
+        let mut root = self;
+        while let Self::InParent { source, .. } = root {
+            root = source;
+        }
+        root
+    }
+}
+
+fn parent_name(path: Option<&Path>, id: &Uuid) -> String {
+    path.map_or_else(|| id.to_string(), |path| path.display().to_string())
 }
 
 /// A part of the file, for messages.
@@ -331,6 +368,14 @@ pub enum WriteError {
         /// The memory's own error.
         source: io::Error,
     },
+    /// The memory to be stored is that of a snapshot, which could not be read.
+    #[error("cannot read the memory at source offset {source_offset}")]
+    Snapshot {
+        /// Where in the source space, in bytes.
+        source_offset: u64,
+        /// What is wrong with the snapshot.
+        source: ReadError,
+    },
     /// A value given by the caller is outside the format's limits.
     #[error("{what} is {found}, allowed are {min} to {max}")]
     Limit {
@@ -376,4 +421,14 @@ pub enum WriteError {
     /// The caller's progress callback asked to stop.
     #[error("cancelled")]
     Cancelled,
+}
+
+impl WriteError {
+    /// An error of the memory to be stored: of a snapshot's memory the snapshot's own.
+    pub(crate) fn memory(source_offset: u64, len: u64, source: io::Error) -> Self {
+        match source.downcast::<ReadError>() {
+            Ok(source) => Self::Snapshot { source_offset, source },
+            Err(source) => Self::Memory { source_offset, len, source },
+        }
+    }
 }

@@ -1,5 +1,7 @@
 //! One file of a snapshot: opened, and checked as far as opening goes.
 
+use std::path::PathBuf;
+
 use crate::error::{Corruption, Part, Problem, ReadError};
 use crate::header::Header;
 use crate::index::Index;
@@ -17,6 +19,8 @@ use crate::snapshot::StateBlob;
 /// One file of a chain.
 pub(crate) struct Layer<R> {
     pub(crate) storage: R,
+    /// Where it is, if it was opened by path.
+    pub(crate) path: Option<PathBuf>,
     pub(crate) header: Header,
     pub(crate) sections: Vec<Section>,
     pub(crate) index: Index,
@@ -51,7 +55,22 @@ impl<R: ReadAt> Layer<R> {
             header.memory_bytes,
             header.incompat & INCOMPAT_LAYERED != 0,
         )?;
-        Ok(Self { storage, header, sections, index, regions })
+        Ok(Self { storage, path: None, header, sections, index, regions })
+    }
+
+    /// An error of this file, told as that of the parent that it is in a chain: `number` is its
+    /// place there, 0 for the file that was asked for.
+    pub(crate) fn named(&self, number: usize, error: ReadError) -> ReadError {
+        match error {
+            ReadError::Cancelled | ReadError::InParent { .. } => error,
+            _ if number == 0 => error,
+            _ => ReadError::InParent {
+                layer: number as u16,
+                id: self.header.id,
+                path: self.path.clone(),
+                source: Box::new(error),
+            },
+        }
     }
 
     pub(crate) fn metadata(&self) -> Result<Metadata, ReadError> {

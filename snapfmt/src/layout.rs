@@ -70,6 +70,8 @@ pub const MAX_STATE_BYTES: u64 = 64 << 20;
 
 /// Most bytes of the metadata section.
 pub const MAX_METADATA_BYTES: u64 = 1 << 20;
+/// Most values in the metadata, counted as its commas and opening brackets outside of strings.
+pub const MAX_METADATA_VALUES: u64 = 16 << 10;
 
 /// Most bytes of the parent hint.
 pub const MAX_PARENT_HINT_BYTES: u64 = 4 + 4096;

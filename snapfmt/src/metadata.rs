@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::codec::Codec;
 use crate::error::{Corruption, Part, Problem};
+use crate::layout::MAX_METADATA_VALUES;
 use crate::section::SectionKind;
 
 /// The metadata section: a JSON object. It informs; nothing in it is needed to restore.
@@ -64,8 +65,47 @@ impl StorageUse {
 
 /// Parses metadata whose checksum was found right.
 pub(crate) fn parse(bytes: &[u8], offset: u64) -> Result<Metadata, Corruption> {
+    // A value takes some hundred bytes of memory for a few of text: counted before any is made.
+    let (max, found) = (MAX_METADATA_VALUES, values(bytes));
+    if found > max {
+        let problem = Problem::Range { field: "metadata values", min: 0, max, found };
+        return Err(Corruption::new(Part::Section(SectionKind::METADATA), offset, problem));
+    }
     serde_json::from_slice(bytes).map_err(|error| {
         let problem = Problem::Json { line: error.line(), column: error.column() };
         Corruption::new(Part::Section(SectionKind::METADATA), offset, problem)
     })
+}
+
+/// At least as many as there are values in a JSON text: its commas, brackets and braces outside of
+/// strings, and one.
+pub(crate) fn values(json: &[u8]) -> u64 {
+    let (mut in_string, mut escaped, mut values) = (false, false, 1);
+    for byte in json {
+        match (in_string, byte) {
+            (true, _) if escaped => escaped = false,
+            (true, b'\\') => escaped = true,
+            (_, b'"') => in_string = !in_string,
+            (false, b',' | b'[' | b'{') => values += 1,
+            _ => {}
+        }
+    }
+    values
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_counted_outside_of_strings() {
+        for (json, count) in [
+            (&b"{}"[..], 2),
+            (br#"{"a":[1,2,{"b":null}]}"#, 6),
+            (br#"{"[,{":"\"[,{\\"}"#, 2),
+            (br#"["\\",1]"#, 3),
+        ] {
+            assert_eq!(values(json), count, "{}", json.escape_ascii());
+        }
+    }
 }

@@ -163,7 +163,7 @@ impl<'a> Packer<'a> {
             let piece = &mut self.raw[start..start + len as usize];
             self.memory
                 .read_exact_at(piece, source_offset)
-                .map_err(|source| WriteError::Memory { source_offset, len, source })?;
+                .map_err(|source| WriteError::memory(source_offset, len, source))?;
             // Below 2^32: memory is at most 16 TiB.
             let first = (source_offset / PAGE_BYTES as u64) as u32;
             for (at, number) in (start..start + len as usize).step_by(PAGE_BYTES).zip(first..) {
@@ -209,7 +209,7 @@ impl<'a> Packer<'a> {
                     if other_is != Some(earlier) {
                         let source_offset = earlier.source_offset();
                         self.memory.read_exact_at(&mut other, source_offset).map_err(|source| {
-                            WriteError::Memory { source_offset, len: PAGE_BYTES as u64, source }
+                            WriteError::memory(source_offset, PAGE_BYTES as u64, source)
                         })?;
                         other_is = Some(earlier);
                     }

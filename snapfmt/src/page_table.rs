@@ -10,14 +10,16 @@ use std::sync::OnceLock;
 use crate::entry::{PageEntry, PageIndex};
 use crate::error::ReadError;
 use crate::layer::Layer;
-use crate::layout::{ENTRY_BYTES, LEAF_PAGES, LEAF_SPAN_BYTES, u64_at};
+use crate::layout::{ENTRY_BYTES, LEAF_PAGES, u64_at};
 use crate::read_at::ReadAt;
 
 /// The merged index of some layers, top first.
 pub(crate) struct PageTable {
-    /// Position of each possible leaf in `leaves`, plus one; 0 for a leaf that no layer has.
-    /// Zeroed memory that the kernel provides when touched: a sparse guest pays for what it has.
+    /// Position in `leaves`, plus one, of each leaf from `first_leaf` to the last that there is;
+    /// 0 for a leaf that no layer has. Zeroed memory that the kernel provides when touched: a
+    /// sparse guest pays for what it has, and nothing for what lies above it.
     positions: Vec<u32>,
+    first_leaf: u32,
     leaves: Vec<(u32, OnceLock<Box<Leaf>>)>,
     pages: u64,
     /// What a page is that no layer speaks of.
@@ -38,12 +40,15 @@ impl PageTable {
             layers.iter().flat_map(|layer| layer.index.leaf_numbers()).collect();
         numbers.sort_unstable();
         numbers.dedup();
-        let mut positions = vec![0; memory_bytes.div_ceil(LEAF_SPAN_BYTES) as usize];
+        let first_leaf = numbers.first().copied().unwrap_or(0);
+        let span = numbers.last().map_or(0, |last| last - first_leaf + 1);
+        let mut positions = vec![0; span as usize];
         for (position, number) in numbers.iter().enumerate() {
-            positions[*number as usize] = position as u32 + 1;
+            positions[(number - first_leaf) as usize] = position as u32 + 1;
         }
         Self {
             positions,
+            first_leaf,
             leaves: numbers.into_iter().map(|number| (number, OnceLock::new())).collect(),
             pages: memory_bytes / crate::layout::PAGE_BYTES as u64,
             absent: layers.last().map_or(PageEntry::Zero, |layer| layer.index.absent()),
@@ -117,10 +122,9 @@ impl PageTable {
     }
 
     fn position(&self, page: PageIndex) -> Option<usize> {
-        match self.positions.get(page.leaf() as usize) {
-            None | Some(0) => None,
-            Some(position) => Some(*position as usize - 1),
-        }
+        let at = page.leaf().checked_sub(self.first_leaf)?;
+        let position = self.positions.get(at as usize)?;
+        (*position as usize).checked_sub(1)
     }
 
     fn leaf<R: ReadAt>(&self, layers: &[Layer<R>], position: usize) -> Result<&Leaf, ReadError> {
@@ -158,7 +162,8 @@ fn merge<R: ReadAt>(layers: &[Layer<R>], number: u32) -> Result<Leaf, ReadError>
             break;
         }
         let absent = layer.index.absent().encode();
-        let leaf = layer.index.leaf(&layer.storage, number)?;
+        let leaf = layer.index.leaf(&layer.storage, number);
+        let leaf = leaf.map_err(|error| layer.named(depth.into(), error))?;
         for (at, entry) in entries.iter_mut().enumerate().filter(|(_, entry)| **entry == parent) {
             *entry = leaf.as_ref().map_or(absent, |leaf| u64_at(&leaf[..], at * ENTRY_BYTES));
             of_layer[at] = depth;

@@ -14,7 +14,7 @@ use crate::entry::PageIndex;
 use crate::error::{ChainError, Corruption, Part, Problem, ReadError};
 use crate::header::Header;
 use crate::layer::Layer;
-use crate::layout::{HEADER_BYTES, u32_at};
+use crate::layout::u32_at;
 use crate::memory_map::MemoryRegion;
 use crate::read_at::ReadAt;
 use crate::section::SectionKind;
@@ -120,7 +120,12 @@ impl Parents {
     pub(crate) fn open_chain(&self, path: &Path) -> Result<Vec<Layer<File>>, ReadError> {
         let mut layers = vec![open(path)?];
         let mut child = path.to_owned();
-        while let Some(hint) = layers[layers.len() - 1].parent_hint()? {
+        loop {
+            let number = layers.len() - 1;
+            let hint = layers[number].parent_hint();
+            let Some(hint) = hint.map_err(|error| layers[number].named(number, error))? else {
+                break;
+            };
             if layers.iter().any(|layer| layer.header.id == hint.id) {
                 return Err(ChainError::Loop { id: hint.id }.into());
             }
@@ -163,9 +168,11 @@ impl Parents {
 }
 
 fn open(path: &Path) -> Result<Layer<File>, ReadError> {
-    let file = open_file(path)
-        .map_err(|source| ReadError::io(Part::Header, 0, HEADER_BYTES as u64, source))?;
-    Layer::open(file)
+    let file =
+        open_file(path).map_err(|source| ReadError::Open { path: path.to_owned(), source })?;
+    let mut layer = Layer::open(file)?;
+    layer.path = Some(path.to_owned());
+    Ok(layer)
 }
 
 /// Opens a regular file; anything else, a pipe say, could make the opener wait for ever.

@@ -71,11 +71,11 @@ impl<R: ReadAt> Snapshot<R> {
     ///
     /// # Memory
     /// Whatever a file claims, an open snapshot takes at most 4 bytes for each 2 MiB of the guest's
-    /// memory (32 MiB for the 16 TiB that are the most there can be; zeroed, so only touched where
-    /// there are pages) and 64 bytes for each 2 MiB that its index lists. A look-up keeps the leaf
+    /// memory between the first and the last page that is stored (32 MiB for the 16 TiB that are
+    /// the most there can be; zeroed, so only touched where there are pages) and 64 bytes for each 2 MiB that its index lists. A look-up keeps the leaf
     /// it has used: 4 KiB, in a chain 5 KiB. Passes over all pages keep no leaves. A
     /// [`ChunkBuffer`] grows to at most 7 MiB, [`Snapshot::state`] takes 64 MiB at most, and
-    /// [`Snapshot::metadata`] 256 MiB for a mebibyte of the worst JSON.
+    /// [`Snapshot::metadata`] 16 MiB for the worst JSON.
     ///
     /// # Errors
     /// [`ReadError`], with section, offset, expected and found, when the storage fails, the bytes
@@ -97,7 +97,7 @@ impl<R: ReadAt> Snapshot<R> {
 
     fn of_layers(layers: Vec<Layer<R>>) -> Result<Self, ReadError> {
         for (number, layer) in layers.iter().enumerate() {
-            let hint = layer.parent_hint()?;
+            let hint = layer.parent_hint().map_err(|error| layer.named(number, error))?;
             match (hint, layers.get(number + 1)) {
                 (None, None) => {}
                 // More storages than layers: the last layer is complete without them.
@@ -160,6 +160,11 @@ impl<R: ReadAt> Snapshot<R> {
         &self.top().storage
     }
 
+    /// Where the file, its parent, and so on are; `None` for what was not opened by path.
+    pub fn paths(&self) -> impl ExactSizeIterator<Item = Option<&Path>> {
+        self.layers.iter().map(|layer| layer.path.as_deref())
+    }
+
     /// The storages of the file, its parent, and so on.
     pub fn storages(&self) -> impl ExactSizeIterator<Item = &R> {
         self.layers.iter().map(|layer| &layer.storage)
@@ -168,7 +173,8 @@ impl<R: ReadAt> Snapshot<R> {
     /// What the file says of itself.
     ///
     /// # Errors
-    /// [`ReadError`] when the section is missing, damaged, larger than 1 MiB or not JSON.
+    /// [`ReadError`] when the section is missing, damaged, larger than 1 MiB, of more than 16384
+    /// values or not JSON.
     pub fn metadata(&self) -> Result<Metadata, ReadError> {
         self.top().metadata()
     }
@@ -213,14 +219,14 @@ impl<R: ReadAt> Snapshot<R> {
     ) -> Result<Chunk<'b>, ReadError> {
         if !buffer.holds(self.serial, extent) {
             self.fetch_chunk(extent, buffer)?;
-            buffer.decode(extent)?;
+            self.decode_chunk(extent, buffer)?;
             buffer.hold(self.serial, extent);
         }
         buffer.held(extent)
     }
 
     /// The first half of reading a chunk: its stored bytes, unchecked. For callers that time the
-    /// two halves; the second is [`ChunkBuffer::decode`].
+    /// two halves; the second is [`Snapshot::decode_chunk`].
     ///
     /// # Errors
     /// [`ReadError::Io`] when the storage fails.
@@ -239,6 +245,25 @@ impl<R: ReadAt> Snapshot<R> {
             .storage
             .read_exact_at(stored, extent.offset())
             .map_err(|source| ReadError::io(part, extent.offset(), len as u64, source))
+            .map_err(|error| layer.named(extent.layer().into(), error))
+    }
+
+    /// The second half of reading a chunk: checks and decodes what [`Snapshot::fetch_chunk`] has
+    /// read for the same `extent`.
+    ///
+    /// # Errors
+    /// [`ReadError::Corrupt`], of a layer's parent in [`ReadError::InParent`], when the chunk is
+    /// damaged or another one was fetched.
+    pub fn decode_chunk<'b>(
+        &self,
+        extent: ChunkExtent,
+        buffer: &'b mut ChunkBuffer,
+    ) -> Result<Chunk<'b>, ReadError> {
+        let number = usize::from(extent.layer());
+        buffer.decode(extent).map_err(|error| match self.layers.get(number) {
+            Some(layer) => layer.named(number, error),
+            None => error,
+        })
     }
 
     /// Copies one page into `page_bytes`.
@@ -292,7 +317,7 @@ impl<R: ReadAt> Snapshot<R> {
         chunk: &Chunk<'b>,
     ) -> Result<&'b [u8], ReadError> {
         let layer = usize::from(chunk.extent().layer());
-        Ok(chunk.slot(slot).ok_or_else(|| self.bad_slot(layer, page, slot))?)
+        chunk.slot(slot).ok_or_else(|| self.bad_slot(layer, page, slot))
     }
 
     /// Number of 2 MiB leaves that may hold something other than zeros.
@@ -323,13 +348,14 @@ impl<R: ReadAt> Snapshot<R> {
         self.table.for_each_entry(&self.layers, leaves, &mut visit)
     }
 
-    pub(crate) fn bad_slot(&self, layer: usize, page: PageIndex, slot: u16) -> Corruption {
-        let layer = &self.layers[layer];
-        Corruption::new(
+    pub(crate) fn bad_slot(&self, number: usize, page: PageIndex, slot: u16) -> ReadError {
+        let layer = &self.layers[number];
+        let corruption = Corruption::new(
             Part::Section(SectionKind::INDEX_LEAVES),
             layer.index.entry_offset(page),
             Problem::Slot { page: page.0, slot },
-        )
+        );
+        layer.named(number, corruption.into())
     }
 
     fn check_page(&self, page: PageIndex) -> Result<(), ReadError> {

@@ -36,7 +36,29 @@ pub struct Verified {
 }
 
 impl<R: ReadAt> Snapshot<R> {
-    /// Reads the whole file and checks all there is to check, so that a flip of any byte is
+    /// [`Snapshot::verify`] of the file and of all its parents, in this order. Gives what was
+    /// looked at in each.
+    ///
+    /// # Errors
+    /// The first [`ReadError`]; of a parent it is [`ReadError::InParent`].
+    pub fn verify_chain(
+        &self,
+        threads: NonZeroUsize,
+        progress: OnProgress<'_>,
+    ) -> Result<Vec<Verified>, ReadError> {
+        let total_bytes = self.layers.iter().map(|layer| layer.header.file_bytes).sum();
+        let mut before = 0;
+        let each = self.layers.iter().enumerate().map(|(number, layer)| {
+            let verified = verify(layer, threads, &|Progress { done_bytes, .. }| {
+                progress(Progress { done_bytes: before + done_bytes, total_bytes })
+            });
+            before += layer.header.file_bytes;
+            verified.map_err(|error| layer.named(number, error))
+        });
+        each.collect()
+    }
+
+    /// Reads the whole file, but not its parents, and checks all there is to check, so that a flip of any byte is
     /// noticed: all checksums, padding, that each chunk decodes, that each slot belongs to the
     /// page that it was stored for, and that the counts in the header are right.
     ///
@@ -47,39 +69,41 @@ impl<R: ReadAt> Snapshot<R> {
         threads: NonZeroUsize,
         progress: OnProgress<'_>,
     ) -> Result<Verified, ReadError> {
-        let header = self.header();
-        let total_bytes = header.file_bytes;
-        let report = |done_bytes| match progress(Progress { done_bytes, total_bytes }) {
-            ControlFlow::Continue(()) => Ok(()),
-            ControlFlow::Break(()) => Err(ReadError::Cancelled),
-        };
-        let layer = &self.layers[0];
-        let verifier = Verifier { layer, table: PageTable::new(std::slice::from_ref(layer)) };
-        verifier.reserved()?;
-        let chunks = verifier.chunk_list()?;
-        let stored_pages = verifier.chunks(&chunks, threads, &report)?;
-        verifier.sections(&report)?;
-        let (data_pages, parent_pages) = verifier.index(&chunks)?;
-
-        let expect = |field, expected, found: u64| match expected == found {
-            true => Ok(()),
-            false => {
-                let problem = Problem::Field { field, expected, found };
-                Err(Corruption::new(Part::Header, 0, problem))
-            }
-        };
-        expect("chunks", chunks.len() as u64, header.chunks)?;
-        expect("stored_pages", stored_pages, header.stored_pages)?;
-        expect("data_pages", data_pages, header.data_pages)?;
-        expect("parent_pages", parent_pages, header.parent_pages)?;
-        report(total_bytes)?;
-        Ok(Verified {
-            file_bytes: total_bytes,
-            chunks: chunks.len() as u64,
-            stored_pages,
-            data_pages,
-        })
+        verify(&self.layers[0], threads, progress)
     }
+}
+
+fn verify<R: ReadAt>(
+    layer: &Layer<R>,
+    threads: NonZeroUsize,
+    progress: OnProgress<'_>,
+) -> Result<Verified, ReadError> {
+    let header = &layer.header;
+    let total_bytes = header.file_bytes;
+    let report = |done_bytes| match progress(Progress { done_bytes, total_bytes }) {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(()) => Err(ReadError::Cancelled),
+    };
+    let verifier = Verifier { layer, table: PageTable::new(std::slice::from_ref(layer)) };
+    verifier.reserved()?;
+    let chunks = verifier.chunk_list()?;
+    let stored_pages = verifier.chunks(&chunks, threads, &report)?;
+    verifier.sections(&report)?;
+    let (data_pages, parent_pages) = verifier.index(&chunks)?;
+
+    let expect = |field, expected, found: u64| match expected == found {
+        true => Ok(()),
+        false => {
+            let problem = Problem::Field { field, expected, found };
+            Err(Corruption::new(Part::Header, 0, problem))
+        }
+    };
+    expect("chunks", chunks.len() as u64, header.chunks)?;
+    expect("stored_pages", stored_pages, header.stored_pages)?;
+    expect("data_pages", data_pages, header.data_pages)?;
+    expect("parent_pages", parent_pages, header.parent_pages)?;
+    report(total_bytes)?;
+    Ok(Verified { file_bytes: total_bytes, chunks: chunks.len() as u64, stored_pages, data_pages })
 }
 
 /// One file, looked at alone: its parents, if it has any, are verified on their own.

@@ -16,11 +16,11 @@ use crate::header::Header;
 use crate::index::IndexBuilder;
 use crate::layout::{
     CHUNK_ALIGN, H_CRC, HEADER_BYTES, INCOMPAT_LAYERED, MAX_CHUNK_OFFSET, MAX_CHUNK_PAGES,
-    MAX_METADATA_BYTES, MAX_PARENT_HINT_BYTES, MAX_SECTIONS, MAX_STATE_BYTES, PAGE_BYTES,
-    SECTION_RECORD_BYTES, VERSION, u32_at,
+    MAX_METADATA_BYTES, MAX_METADATA_VALUES, MAX_PARENT_HINT_BYTES, MAX_SECTIONS, MAX_STATE_BYTES,
+    PAGE_BYTES, SECTION_RECORD_BYTES, VERSION, u32_at,
 };
 use crate::memory_map::{self, MemoryRegion};
-use crate::metadata::{Metadata, StorageUse};
+use crate::metadata::{self, Metadata, StorageUse};
 use crate::ordered;
 use crate::output::{Existing, Output};
 use crate::pack::{LeafTasks, PackedLeaf, Packer};
@@ -266,6 +266,16 @@ impl<'a> FileBuilder<'a> {
         if json.len() as u64 > MAX_METADATA_BYTES {
             let (what, found) = ("the length of the metadata", json.len() as u64);
             return Err(WriteError::Limit { what, min: 0, max: MAX_METADATA_BYTES, found });
+        }
+        let values = metadata::values(&json);
+        if values > MAX_METADATA_VALUES {
+            let what = "the number of values in the metadata";
+            return Err(WriteError::Limit {
+                what,
+                min: 0,
+                max: MAX_METADATA_VALUES,
+                found: values,
+            });
         }
         self.align(PAGE_BYTES)?;
         self.begin(SectionKind::INDEX_LEAVES);

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use proptest::prelude::*;
 use snapfmt::{
     ChainError, ChunkBuffer, Contents, Header, MemoryRegion, Metadata, PageEntry, PageIndex,
-    Parent, Parents, ReadError, Snapshot, WriteOptions, write_layer, write_snapshot,
+    Parent, Parents, ReadError, SectionKind, Snapshot, WriteError, WriteOptions, write_layer,
+    write_snapshot,
 };
 
 const PAGE: usize = 4096;
@@ -208,6 +209,81 @@ fn a_damaged_parent_is_named() {
     let ChainError::Parent { path, source } = error else { panic!("{error}") };
     assert_eq!(path, base);
     assert!(matches!(*source, ReadError::NotASnapshot { .. }));
+}
+
+/// Whoever reads a page, or the whole chain, is told which file is damaged.
+#[test]
+fn damage_behind_the_header_of_a_parent_is_the_parents() {
+    let (_folder, base, top) = pair();
+    let whole = std::fs::read(&base).unwrap();
+    let snapshot = Snapshot::open(&base).unwrap();
+    let leaves = snapshot.sections().iter().find(|s| s.kind == SectionKind::INDEX_LEAVES).unwrap();
+    for at in [PAGE + 100, leaves.offset as usize] {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 1;
+        std::fs::write(&base, bytes).unwrap();
+        let snapshot = Snapshot::open(&top).unwrap();
+        let id = snapshot.headers().nth(1).unwrap().id;
+        snapshot.verify(NonZeroUsize::MIN, &go_on).unwrap();
+        let mut buffer = ChunkBuffer::new();
+        let read = snapshot.page(PageIndex(0), &mut buffer).map(drop);
+        let loaded = snapshot.load(NonZeroUsize::MIN, &|_, _| {}, &go_on).map(drop);
+        let verified = snapshot.verify_chain(NonZeroUsize::MIN, &go_on).map(drop);
+        for result in [read, loaded, verified] {
+            match result {
+                Err(ReadError::InParent { layer: 1, id: of, path: Some(path), source }) => {
+                    assert_eq!((of, &path), (id, &base));
+                    assert!(matches!(*source, ReadError::Corrupt(_)), "{source}");
+                }
+                other => panic!("byte {at}: {other:?}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn verifying_a_chain_looks_at_each_file_and_its_progress_ascends() {
+    let (_folder, _, top) = pair();
+    let snapshot = Snapshot::open(&top).unwrap();
+    let total: u64 = snapshot.headers().map(|header| header.file_bytes).sum();
+    let last = std::sync::Mutex::new(0);
+    let progress = |progress: snapfmt::Progress| {
+        let mut last = last.lock().unwrap();
+        assert!(*last <= progress.done_bytes && progress.total_bytes == total);
+        *last = progress.done_bytes;
+        ControlFlow::Continue(())
+    };
+    let verified = snapshot.verify_chain(NonZeroUsize::MIN, &progress).unwrap();
+    assert_eq!(verified.iter().map(|layer| layer.data_pages).collect::<Vec<_>>(), [1, 2]);
+    assert_eq!(*last.lock().unwrap(), total);
+}
+
+#[test]
+fn a_snapshot_that_is_rewritten_and_cannot_be_read_is_a_typed_error() {
+    let (folder, base, _) = pair();
+    let mut bytes = std::fs::read(&base).unwrap();
+    bytes[PAGE + 100] ^= 1;
+    std::fs::write(&base, bytes).unwrap();
+    let snapshot = Snapshot::open(&base).unwrap();
+    let contents = Contents {
+        regions: snapshot.regions(),
+        memory: &snapshot.memory(),
+        data: &snapshot.populated().collect::<Vec<_>>(),
+        states: &[],
+        metadata: Metadata::default(),
+    };
+    let out = folder.path().join("out.snap");
+    let written = write_snapshot(&out, contents, &WriteOptions::default(), &go_on);
+    assert!(
+        matches!(written, Err(WriteError::Snapshot { source: ReadError::Corrupt(_), .. })),
+        "{written:?}"
+    );
+}
+
+#[test]
+fn a_file_that_is_not_there_is_named() {
+    let error = Snapshot::open("/nonexistent/x.snap").map(drop).unwrap_err();
+    assert_eq!(error.to_string(), "cannot open /nonexistent/x.snap");
 }
 
 #[test]

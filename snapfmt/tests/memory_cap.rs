@@ -24,8 +24,8 @@ const BYTES_PER_POSSIBLE_LEAF: usize = 4;
 const BYTES_PER_LISTED_LEAF: usize = 64;
 /// Reading a chunk: stored, decoded, page list.
 const CHUNK_CAP: usize = 7 * MIB;
-/// Metadata is at most 1 MiB of JSON, of which small objects unfold most.
-const METADATA_CAP: usize = 256 * MIB;
+/// Metadata is at most 1 MiB of JSON, of which small objects unfold most, in 16384 values.
+const METADATA_CAP: usize = 16 * MIB;
 
 struct Counting;
 
@@ -219,6 +219,9 @@ fn metadata_that_unfolds() {
             "0]}",
             "{\"a\":[",
         ),
+        // As many values as there may be, and long strings in what is left of the mebibyte.
+        ["{\"a\":[", &"{\"\":\"\"},".repeat(8000), "0]}"].concat(),
+        ["{\"a\":[", &["{\"", &"x".repeat(110), "\":{}},"].concat().repeat(5400), "0]}"].concat(),
         mebibyte("[", "", ""),
         mebibyte("{\"a\":", "", ""),
         mebibyte("\\u0000", "\"}", "{\"tool\":\""),

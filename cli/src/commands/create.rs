@@ -36,7 +36,7 @@ Examples:
   snap create later.snap --when output:'beat 100'
   snap create linux.snap --kernel vmlinuz --initrd initrd.img --memory 512M --cpus 2 \
       --cmdline 'console=ttyS0 quiet' --when output:'login:'
-  snap create layer.snap --parent demo.snap --when output:'beat 5'")]
+  snap create layer.snap --from demo.snap --when output:'beat 5'")]
 pub(crate) struct Args {
     /// The file to write. It appears when it is complete.
     #[arg(value_name = "OUT.snap")]
@@ -46,14 +46,14 @@ pub(crate) struct Args {
     pub(crate) guest: GuestArgs,
 
     /// Bring this snapshot back, run it until --when, and store only what has changed since.
-    #[arg(long, value_name = "BASE.snap", conflicts_with = "guest")]
+    #[arg(long = "from", alias = "parent", value_name = "BASE.snap", conflicts_with = "guest")]
     pub(crate) parent: Option<PathBuf>,
 
     #[command(flatten)]
     pub(crate) storage: Storage,
 
     /// When to store the guest: ready (the demo guest's default), output:TEXT (at the last byte of
-    /// this text), after:TIME (since its boot; with --parent, since it was brought back), or
+    /// this text), after:TIME (since its boot; with --from, since it was brought back), or
     /// request (a Linux guest's default: it writes any byte to I/O port 0x680).
     #[arg(long, value_name = "TRIGGER")]
     pub(crate) when: Option<Trigger>,
@@ -108,6 +108,8 @@ impl Trigger {
 #[derive(Serialize)]
 pub(crate) struct Summary {
     file: PathBuf,
+    id: String,
+    parent_id: Option<String>,
     pub(crate) memory_bytes: u64,
     pub(crate) nonzero_bytes: u64,
     pub(crate) file_bytes: u64,
@@ -144,6 +146,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
 pub(crate) fn create(args: &Args, session: &Session) -> Result<Summary> {
     let started = Instant::now();
     // Before the guest's boot, which would be in vain.
+    args.storage.options()?;
     if !args.storage.force && args.out.symlink_metadata().is_ok() {
         bail!("{} exists; give --force to replace it", args.out.display());
     }
@@ -154,6 +157,8 @@ pub(crate) fn create(args: &Args, session: &Session) -> Result<Summary> {
     let now = Instant::now();
     Ok(Summary {
         file: args.out.clone(),
+        id: header.id.to_string(),
+        parent_id: header.parent_id.map(|id| id.to_string()),
         memory_bytes: header.memory_bytes,
         nonzero_bytes: header.data_pages * PAGE_BYTES as u64,
         file_bytes: header.file_bytes,
@@ -195,7 +200,7 @@ fn create_whole(args: &Args, session: &Session) -> Result<(Header, Instant, Inst
         metadata: metadata(args.guest.metadata()),
     };
     let bar = Bar::new("storing", session.quiet, &session.interrupt);
-    let options = args.storage.options();
+    let options = args.storage.options()?;
     let (header, _) = write_snapshot(&args.out, contents, &options, &|p| bar.update(p))?;
     Ok((header, paused_at, paused_at))
 }
@@ -243,7 +248,7 @@ fn create_layer(args: &Args, base: &Path, session: &Session) -> Result<(Header, 
     };
     let parent = Parent::new(&snapshot, path_of_parent(base, &args.out)?);
     let bar = Bar::new("storing", session.quiet, &session.interrupt);
-    let options = args.storage.options();
+    let options = args.storage.options()?;
     let (header, _) = write_layer(&args.out, contents, &parent, &options, &|p| bar.update(p))?;
     // The vCPUs before the pager: nobody touches a missing page any more.
     drop(guest);

@@ -181,7 +181,10 @@ impl Export<'_> {
         match loaded {
             // The user's Ctrl-C: nothing is wrong with the snapshot.
             Err(error @ ReadError::Cancelled) => Err(error.into()),
-            loaded => loaded.with_context(|| self.args.input.file.display().to_string()),
+            loaded => {
+                let named = || self.args.input.file.display().to_string();
+                loaded.map(drop).with_context(named)
+            }
         }
     }
 

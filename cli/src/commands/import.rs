@@ -17,9 +17,9 @@ use super::foreign::firecracker::{self, Arch, VMSTATE};
 use super::foreign::memory_file::{Layout, MemoryFile};
 use super::foreign::{self, cloud_hypervisor};
 use super::stdout::print_line;
+use super::summary::Written;
 use super::{Session, refuse_same};
 use crate::progress::Bar;
-use crate::report::ms;
 use crate::size;
 use crate::storage::Storage;
 
@@ -79,20 +79,16 @@ impl FromStr for Region {
 /// What was stored.
 #[derive(Serialize)]
 struct Summary<'a> {
-    file: &'a Path,
+    #[serde(flatten)]
+    written: Written<'a>,
     /// `raw`, `firecracker` or `cloud-hypervisor`.
     source: &'static str,
-    memory_bytes: u64,
-    nonzero_bytes: u64,
-    file_bytes: u64,
-    /// Bytes of non-zero memory for each byte of the file.
-    ratio: f64,
-    total_ms: f64,
 }
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let started = Instant::now();
     // Before anything is read, which would be in vain.
+    args.storage.options()?;
     if !args.storage.force && args.out.symlink_metadata().is_ok() {
         bail!("{} exists; give --force to replace it", args.out.display());
     }
@@ -110,28 +106,20 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         refuse_same(&args.out, &input)?;
     }
     let header = imported.store(args, session)?;
-    let nonzero_bytes = header.data_pages * PAGE_BYTES as u64;
-    let summary = Summary {
-        file: &args.out,
-        source: imported.kind,
-        memory_bytes: header.memory_bytes,
-        nonzero_bytes,
-        file_bytes: header.file_bytes,
-        ratio: nonzero_bytes as f64 / header.file_bytes as f64,
-        total_ms: ms(started.elapsed()),
-    };
+    let written = Written::new(&args.out, &header, started);
+    let summary = Summary { written, source: imported.kind };
     if args.json {
         print_line(serde_json::to_string_pretty(&summary)?)?;
     } else if !session.quiet {
         print_line(format_args!(
             "{}: {} memory {}, non-zero {}, stored {} (ratio {:.2}), {:.0} ms",
-            summary.file.display(),
+            summary.written.file.display(),
             summary.source,
-            size::human(summary.memory_bytes),
-            size::human(summary.nonzero_bytes),
-            size::human(summary.file_bytes),
-            summary.ratio,
-            summary.total_ms,
+            size::human(summary.written.memory_bytes),
+            size::human(summary.written.nonzero_bytes),
+            size::human(summary.written.file_bytes),
+            summary.written.ratio,
+            summary.written.total_ms,
         ))?;
     }
     Ok(())
@@ -201,7 +189,7 @@ impl Imported {
     }
 
     fn store(&self, args: &Args, session: &Session) -> Result<Header> {
-        let options = args.storage.options();
+        let options = args.storage.options()?;
         let bar = Bar::new("importing", session.quiet, &session.interrupt);
         let data = self
             .memory

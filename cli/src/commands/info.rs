@@ -9,10 +9,11 @@ use serde_json::{Value, json};
 use snapfmt::layout::PAGE_BYTES;
 use snapfmt::{Header, Metadata, Snapshot};
 
-use super::Input;
 use super::foreign::staging::{Shape, Staging};
 use super::map::Picture;
 use super::stdout::{print_line, print_text, to_stdout};
+use super::summary::{Pages, ratio};
+use super::{Input, refuse_as_output};
 use crate::size;
 
 /// Show what is in a snapshot, without KVM.
@@ -22,7 +23,8 @@ Examples:
   snap info guest.snap
   snap info guest.snap --json | jq .pages
   snap info guest.snap --map                  a picture of memory
-  snap info guest.snap --map=memory.svg")]
+  snap info guest.snap --map=memory.svg
+  snap info guest.snap --map=memory.png")]
 pub(crate) struct Args {
     #[command(flatten)]
     input: Input,
@@ -32,17 +34,21 @@ pub(crate) struct Args {
     json: bool,
 
     /// Draw memory instead: what is zero, and how the rest is stored. On stdout, in colours if it
-    /// is a terminal and NO_COLOR is not set, or into an SVG file that does not exist yet.
-    #[arg(long, value_name = "FILE.svg", num_args = 0..=1, require_equals = true,
+    /// is a terminal and NO_COLOR is not set, or into a file: SVG, or PNG without letters.
+    #[arg(long, value_name = "FILE.svg|FILE.png", num_args = 0..=1, require_equals = true,
           default_missing_value = "-", conflicts_with = "json")]
     map: Option<PathBuf>,
+
+    /// Replace the picture if it exists.
+    #[arg(long, short, requires = "map")]
+    force: bool,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     let file = &args.input.file;
     let snapshot = args.input.open()?;
     if let Some(path) = &args.map {
-        return draw(&snapshot, path).with_context(|| file.display().to_string());
+        return draw(&snapshot, path, args.force).with_context(|| file.display().to_string());
     }
     let metadata = snapshot.metadata().with_context(|| file.display().to_string())?;
     if args.json {
@@ -53,19 +59,23 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Rows of letters, rows of which two share a line, and rows of an SVG file.
+/// Rows of letters, rows of which two share a line, and rows of a file.
 const MAP_ROWS: [u64; 3] = [32, 64, 64];
 
 /// Draws memory on stdout, or into a file if there is a path.
-fn draw(snapshot: &Snapshot, path: &Path) -> Result<()> {
-    let [ascii_rows, ansi_rows, svg_rows] = MAP_ROWS;
+fn draw(snapshot: &Snapshot, path: &Path, force: bool) -> Result<()> {
+    let [ascii_rows, ansi_rows, file_rows] = MAP_ROWS;
     if path != Path::new("-") {
-        if path.extension().is_none_or(|extension| extension != "svg") {
-            bail!("--map={}: the picture is SVG, and its name ends so", path.display());
-        }
-        let staging = Staging::new(path, Shape::File, false)?;
-        let svg = Picture::new(snapshot, svg_rows)?.as_svg();
-        let written = staging.file()?.write_all(svg.as_bytes());
+        let png = match path.extension().and_then(|extension| extension.to_str()) {
+            Some("png") => true,
+            Some("svg") => false,
+            _ => bail!("--map={}: the picture's name ends in .svg or .png", path.display()),
+        };
+        refuse_as_output(path, [snapshot])?;
+        let staging = Staging::new(path, Shape::File, force)?;
+        let picture = Picture::new(snapshot, file_rows)?;
+        let bytes = if png { picture.as_png()? } else { picture.as_svg().into_bytes() };
+        let written = staging.file()?.write_all(&bytes);
         written.with_context(|| format!("cannot write {}", path.display()))?;
         return staging.publish();
     }
@@ -86,11 +96,6 @@ fn created(header: &Header) -> String {
 /// A hostile file may claim any time; years above 9999 have no RFC 3339 form.
 fn bounded(at: SystemTime) -> SystemTime {
     at.min(UNIX_EPOCH + Duration::from_secs(253_402_300_799))
-}
-
-/// Bytes of non-zero memory for each byte of the file.
-fn ratio(header: &Header) -> f64 {
-    (header.data_pages * PAGE_BYTES as u64) as f64 / header.file_bytes as f64
 }
 
 fn as_json(snapshot: &Snapshot, metadata: &Metadata) -> Value {
@@ -121,9 +126,7 @@ fn as_json(snapshot: &Snapshot, metadata: &Metadata) -> Value {
         "page_bytes": PAGE_BYTES,
         "chunk_pages": header.chunk_pages,
         "regions": regions,
-        "pages": { "total": header.pages(), "zero": header.zero_pages(),
-                   "data": header.data_pages, "unique": header.stored_pages,
-                   "parent": header.parent_pages },
+        "pages": Pages::of(header),
         "chunks": header.chunks,
         "file_bytes": header.file_bytes,
         "ratio": ratio(header),
@@ -141,7 +144,7 @@ fn as_text(snapshot: &Snapshot, metadata: &Metadata) -> String {
     ];
     for (depth, layer) in snapshot.headers().enumerate().skip(1) {
         let pages = layer.data_pages;
-        lines.push(format!("parent {depth:<3} {}, {pages} pages stored", layer.id));
+        lines.push(format!("parent {depth:<3} {}, {pages} data pages", layer.id));
     }
     for (name, value) in &metadata.other {
         lines.push(format!("{name:<10} {}", one_line(value)));
@@ -151,13 +154,10 @@ fn as_text(snapshot: &Snapshot, metadata: &Metadata) -> String {
         let end = region.gpa.saturating_add(region.len);
         lines.push(format!("{name:<10} {:#x}..{end:#x}  {}", region.gpa, size::human(region.len)));
     }
+    let Pages { total, zero, data, stored, duplicate, parent } = Pages::of(header);
     lines.push(format!(
-        "pages      {} in all: {} zero, {} stored, {} of them unique, {} as in the parent",
-        header.pages(),
-        header.zero_pages(),
-        header.data_pages,
-        header.stored_pages,
-        header.parent_pages
+        "pages      {total} in all: {zero} zero, {data} data ({stored} stored, {duplicate} \
+         duplicate), {parent} as in the parent"
     ));
     for (codec, used) in &metadata.storage {
         let raw = used.pages * PAGE_BYTES as u64;
@@ -171,7 +171,7 @@ fn as_text(snapshot: &Snapshot, metadata: &Metadata) -> String {
         ));
     }
     lines.push(format!(
-        "file       {}, ratio {:.2} to the stored pages",
+        "file       {}, ratio {:.2} to the data pages",
         size::human(header.file_bytes),
         ratio(header)
     ));

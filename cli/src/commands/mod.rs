@@ -15,6 +15,7 @@ pub(crate) mod restore;
 mod rewrite;
 pub(crate) mod serve;
 mod stdout;
+mod summary;
 mod verify;
 
 use std::fs::Metadata;
@@ -24,7 +25,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use clap::Subcommand;
-use snapfmt::{Parents, Snapshot};
+use snapfmt::{Parents, ReadError, Snapshot};
 
 use crate::interrupt::Interrupt;
 
@@ -79,7 +80,11 @@ pub(crate) fn open(path: &Path, parents: &[PathBuf]) -> Result<Snapshot> {
         files: parents.to_vec(),
         folders: std::env::split_paths(&folders).filter(|f| *f != Path::new("")).collect(),
     };
-    Snapshot::open_with(path, &parents).with_context(|| path.display().to_string())
+    Snapshot::open_with(path, &parents).map_err(|error| match error {
+        // Says itself which file.
+        ReadError::Open { .. } => error.into(),
+        _ => anyhow::Error::new(error).context(path.display().to_string()),
+    })
 }
 
 /// Refuses an output that is one of the snapshots' files: replacing it would destroy what the

@@ -10,7 +10,6 @@ use anyhow::{Context, Result, anyhow};
 use clap::ValueEnum;
 use pager::shared::SharedClone;
 use pager::{FailurePolicy, Pager, Placement, Populate};
-use snapfmt::{SectionKind, Snapshot};
 use vmm::Stop;
 
 use super::{Input, Session};
@@ -203,7 +202,8 @@ impl Restore<'_> {
         let (console, seen) = GuestConsole::new(out, self.until.clone());
         let restored = self.origin.restore(console, session)?;
         // In this order, so that whatever goes wrong the vCPUs are gone before the pager.
-        let Restored { snapshot, memory, pager, clone, vm, opened, memory_ready } = restored;
+        let Restored { snapshot, memory, pager, clone, vm, opened, memory_ready, loaded_bytes } =
+            restored;
         let keyboard = match self.keyboard {
             true => Some(Keyboard::connect(vm.handle()).context("cannot use the keyboard")?),
             false => None,
@@ -271,20 +271,14 @@ impl Restore<'_> {
             bad_beats: seen.beats().1,
             bytes_read: match &stats {
                 Some(stats) => stats.bytes_read,
-                // The server has read, for all clones.
-                None if self.origin.share.is_some() => 0,
-                None => chunk_bytes(&snapshot),
+                // In a clone, the server has read for all of them.
+                None => loaded_bytes,
             },
             memory_sha256,
             pager: stats,
         };
         Ok((report, outcome))
     }
-}
-
-fn chunk_bytes(snapshot: &Snapshot) -> u64 {
-    let chunks = snapshot.sections().iter().filter(|s| s.kind == SectionKind::CHUNKS);
-    chunks.map(|section| section.len).sum()
 }
 
 fn describe(stop: Option<Stop>, seen: &Seen, session: &Session) -> String {

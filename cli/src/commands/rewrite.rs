@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde_json::json;
 use snapfmt::{
-    Contents, Header, Metadata, Parent, SectionKind, Snapshot, StateBlob, write_layer,
+    Contents, Metadata, Parent, SectionKind, Snapshot, StateBlob, WriteError, write_layer,
     write_snapshot,
 };
 
 use super::stdout::print_line;
+use super::summary::Written;
 use super::{Input, Session, refuse_as_output};
 use crate::progress::Bar;
 use crate::size;
@@ -65,20 +66,22 @@ pub(crate) struct RebaseArgs {
 }
 
 pub(crate) fn flatten(args: &FlattenArgs, session: &Session) -> Result<()> {
+    let options = args.storage.options()?;
     let snapshot = args.input.open()?;
     refuse_as_output(&args.out, [&snapshot])?;
     let bar = Bar::new("flattening", session.quiet, &session.interrupt);
     let data: Vec<_> = snapshot.populated().collect();
     let memory = snapshot.memory();
-    let parts = Parts::of(&snapshot)?;
+    let parts = Parts::of(&snapshot).with_context(|| args.input.file.display().to_string())?;
     let contents = parts.contents(&snapshot, &memory, &data);
-    let options = args.storage.options();
-    let (header, _) = write_snapshot(&args.out, contents, &options, &|p| bar.update(p))?;
+    let written = write_snapshot(&args.out, contents, &options, &|p| bar.update(p));
+    let (header, _) = written.map_err(|error| named(error, &args.input.file, &args.input.file))?;
     drop(bar);
-    tell(&args.out, &header, args.json, session)
+    tell(&Written::new(&args.out, &header, session.started), args.json, session)
 }
 
 pub(crate) fn rebase(args: &RebaseArgs, session: &Session) -> Result<()> {
+    let options = args.storage.options()?;
     let snapshot = args.input.open()?;
     let onto = args.input.beside(&args.onto)?;
     refuse_as_output(&args.out, [&snapshot, &onto])?;
@@ -86,13 +89,23 @@ pub(crate) fn rebase(args: &RebaseArgs, session: &Session) -> Result<()> {
     // What is zero in both need not be looked at.
     let data: Vec<_> = snapshot.populated().chain(onto.populated()).collect();
     let memory = snapshot.memory();
-    let parts = Parts::of(&snapshot)?;
+    let parts = Parts::of(&snapshot).with_context(|| args.input.file.display().to_string())?;
     let contents = parts.contents(&snapshot, &memory, &data);
     let parent = Parent::new(&onto, path_of_parent(&args.onto, &args.out)?);
-    let options = args.storage.options();
-    let (header, _) = write_layer(&args.out, contents, &parent, &options, &|p| bar.update(p))?;
+    let written = write_layer(&args.out, contents, &parent, &options, &|p| bar.update(p));
+    let (header, _) = written.map_err(|error| named(error, &args.input.file, &args.onto))?;
     drop(bar);
-    tell(&args.out, &header, args.json, session)
+    tell(&Written::new(&args.out, &header, session.started), args.json, session)
+}
+
+/// An error that says which of the two files that are read it is about.
+fn named(error: WriteError, input: &Path, onto: &Path) -> anyhow::Error {
+    let file = match error {
+        WriteError::Snapshot { .. } => input,
+        WriteError::Parent(_) => onto,
+        _ => return error.into(),
+    };
+    anyhow::Error::new(error).context(file.display().to_string())
 }
 
 /// How a layer names its parent: by the bare name beside it, otherwise by the full path.
@@ -140,24 +153,16 @@ impl Parts {
     }
 }
 
-fn tell(out: &Path, header: &Header, json: bool, session: &Session) -> Result<()> {
+fn tell(written: &Written<'_>, json: bool, session: &Session) -> Result<()> {
     if json {
-        let summary = json!({
-            "file": out,
-            "id": header.id.to_string(),
-            "parent_id": header.parent_id.map(|id| id.to_string()),
-            "file_bytes": header.file_bytes,
-            "pages": { "data": header.data_pages, "unique": header.stored_pages,
-                       "parent": header.parent_pages, "zero": header.zero_pages() },
-        });
-        print_line(serde_json::to_string_pretty(&summary)?)?;
+        print_line(serde_json::to_string_pretty(written)?)?;
     } else if !session.quiet {
         print_line(format_args!(
-            "{}: {} pages stored in {}, {} as in the parent",
-            out.display(),
-            header.data_pages,
-            size::human(header.file_bytes),
-            header.parent_pages
+            "{}: {} data pages in {}, {} as in the parent",
+            written.file.display(),
+            written.pages.data,
+            size::human(written.file_bytes),
+            written.pages.parent
         ))?;
     }
     Ok(())

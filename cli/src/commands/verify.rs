@@ -1,4 +1,4 @@
-//! `snap verify`: check every byte of a snapshot.
+//! `snap verify`: check every byte of a snapshot and of its parents.
 
 use std::num::NonZeroUsize;
 
@@ -10,13 +10,15 @@ use super::{Input, Session};
 use crate::progress::Bar;
 use crate::size;
 
-/// Check every byte of a snapshot: checksums, index, padding.
-///
-/// Of a layer's parents only that they are the right ones: verify each on its own.
+/// Check every byte of a snapshot, and of a layer's parents: checksums, index, padding.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
     input: Input,
+
+    /// Of a layer's parents check only that they are the right ones.
+    #[arg(long)]
+    this_file_only: bool,
 
     /// Print the result as JSON.
     #[arg(long)]
@@ -28,28 +30,44 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let snapshot = args.input.open()?;
     let bar = Bar::new("verifying", session.quiet, &session.interrupt);
     let threads = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
-    let verified = snapshot
-        .verify(threads, &|progress| bar.update(progress))
+    let update = |progress| bar.update(progress);
+    let verified = match args.this_file_only {
+        true => snapshot.verify(threads, &update).map(|verified| vec![verified]),
+        false => snapshot.verify_chain(threads, &update),
+    };
+    let verified = verified
         .and_then(|verified| snapshot.metadata().map(|_| verified))
         .with_context(|| file.display().to_string())?;
     drop(bar);
     if args.json {
+        let layers = verified.iter().zip(snapshot.headers()).zip(snapshot.paths());
+        let layers = layers.map(|((verified, header), path)| {
+            json!({
+                "file": path,
+                "id": header.id.to_string(),
+                "file_bytes": verified.file_bytes,
+                "chunks": verified.chunks,
+                "stored_pages": verified.stored_pages,
+                "data_pages": verified.data_pages,
+            })
+        });
         let result = json!({
             "file": file,
             "ok": true,
-            "file_bytes": verified.file_bytes,
-            "chunks": verified.chunks,
-            "stored_pages": verified.stored_pages,
-            "data_pages": verified.data_pages,
+            "file_bytes": verified.iter().map(|layer| layer.file_bytes).sum::<u64>(),
+            "chunks": verified.iter().map(|layer| layer.chunks).sum::<u64>(),
+            "layers": layers.collect::<Vec<_>>(),
         });
         print_line(serde_json::to_string_pretty(&result)?)?;
     } else if !session.quiet {
-        print_line(format_args!(
-            "{}: ok, {} in {} chunks",
-            file.display(),
-            size::human(verified.file_bytes),
-            verified.chunks
-        ))?;
+        for (verified, path) in verified.iter().zip(snapshot.paths()) {
+            print_line(format_args!(
+                "{}: ok, {} in {} chunks",
+                path.unwrap_or(file).display(),
+                size::human(verified.file_bytes),
+                verified.chunks
+            ))?;
+        }
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! `snap info --map`: memory as a picture, on a terminal or in an SVG file.
+//! `snap info --map`: memory as a picture, on a terminal or in a file.
 //!
 //! Memory is cut into cells of equal size. A cell is drawn in the colour of what most of its
 //! pages that are not zero are, and the stronger the more of its pages are not zero; so it is
@@ -6,7 +6,10 @@
 //! stored page alone: the picture costs the index and one chunk header a cell, whatever the size
 //! of the guest.
 
+mod png;
+
 use std::fmt::Write as _;
+use std::ops::Range;
 
 use anyhow::Result;
 use snapfmt::layout::PAGE_BYTES;
@@ -23,6 +26,8 @@ const COLUMNS: u64 = 64;
 pub(crate) enum Kind {
     Zero,
     Stored(Codec),
+    /// Equal to an earlier page, whose slot it shares.
+    Duplicate,
     Parent,
 }
 
@@ -36,11 +41,12 @@ struct Look {
     colour: [u8; 3],
 }
 
-const LEGEND: [Look; 5] = [
+const LEGEND: [Look; 6] = [
     Look { kind: Kind::Zero, name: "zero", letter: '.', colour: [1, 1, 1] },
     Look { kind: Kind::Stored(Codec::Raw), name: "raw", letter: 'r', colour: [5, 2, 0] },
     Look { kind: Kind::Stored(Codec::Lz4), name: "lz4", letter: 'l', colour: [1, 3, 5] },
     Look { kind: Kind::Stored(Codec::Zstd), name: "zstd", letter: 'z', colour: [1, 5, 1] },
+    Look { kind: Kind::Duplicate, name: "duplicate", letter: 'd', colour: [5, 1, 5] },
     Look { kind: Kind::Parent, name: "parent", letter: 'p', colour: [5, 5, 1] },
 ];
 
@@ -94,6 +100,7 @@ pub(crate) struct Picture {
 #[derive(Clone, Copy, Default)]
 struct Tally {
     stored: u64,
+    duplicate: u64,
     parent: u64,
     first: Option<ChunkExtent>,
 }
@@ -105,8 +112,10 @@ impl Picture {
         let page = PAGE_BYTES as u64;
         let cell_bytes = memory_bytes.div_ceil(rows * COLUMNS).max(page).next_power_of_two();
         let mut picture = Self { rows: Vec::new(), cell_bytes, memory_bytes };
+        let mut last_stored = None;
         for (number, region) in snapshot.regions().iter().enumerate() {
-            let tallies = tallies(snapshot, region.source_offset, region.len, cell_bytes)?;
+            let range = region.source_offset..region.source_offset + region.len;
+            let tallies = tallies(snapshot, range, cell_bytes, &mut last_stored)?;
             let row_bytes = COLUMNS * cell_bytes;
             for (row, in_row) in (0..).zip(tallies.chunks(COLUMNS as usize)) {
                 let start = row * row_bytes;
@@ -197,11 +206,11 @@ impl Picture {
         }
         let y = height - 2 * side;
         for (at, look) in self.legend().enumerate() {
-            rect(left + at * 80, y, 1, look.colour, "");
+            rect(left + at * 90, y, 1, look.colour, "");
         }
         let baseline = side - 1;
         for (at, look) in self.legend().enumerate() {
-            let (x, y) = (left + at * 80 + side + 4, y + baseline);
+            let (x, y) = (left + at * 90 + side + 4, y + baseline);
             let _infallible = writeln!(text, "<text x=\"{x}\" y=\"{y}\">{}</text>", look.name);
         }
         for (number, row) in self.rows.iter().enumerate() {
@@ -233,9 +242,17 @@ fn indexed([r, g, b]: [u8; 3]) -> u8 {
 }
 
 /// Counts the pages of each cell of one region.
-fn tallies(snapshot: &Snapshot, start: u64, len: u64, cell_bytes: u64) -> Result<Vec<Tally>> {
-    let mut tallies = vec![Tally::default(); len.div_ceil(cell_bytes) as usize];
-    let end = start + len;
+///
+/// A writer stores pages in their order, so a page whose slot is not behind all slots before it
+/// shares it with an earlier one. `last_stored` is the furthest slot so far. (Of a file that was
+/// written in another order, some pages are drawn as duplicates that are none.)
+fn tallies(
+    snapshot: &Snapshot,
+    Range { start, end }: Range<u64>,
+    cell_bytes: u64,
+    last_stored: &mut Option<(ChunkExtent, u16)>,
+) -> Result<Vec<Tally>> {
+    let mut tallies = vec![Tally::default(); (end - start).div_ceil(cell_bytes) as usize];
     for (leaf, range) in snapshot.populated().enumerate() {
         if range.end <= start || range.start >= end {
             continue;
@@ -248,10 +265,12 @@ fn tallies(snapshot: &Snapshot, start: u64, len: u64, cell_bytes: u64) -> Result
                     PageEntry::Zero => {}
                     PageEntry::Parent => tally.parent += 1,
                     PageEntry::Data { chunk, .. } if chunk.layer() > 0 => tally.parent += 1,
-                    PageEntry::Data { chunk, .. } => {
+                    PageEntry::Data { chunk, slot } if *last_stored < Some((chunk, slot)) => {
+                        *last_stored = Some((chunk, slot));
                         tally.stored += 1;
                         tally.first.get_or_insert(chunk);
                     }
+                    PageEntry::Data { .. } => tally.duplicate += 1,
                 }
             }
             Ok(())
@@ -261,19 +280,21 @@ fn tallies(snapshot: &Snapshot, start: u64, len: u64, cell_bytes: u64) -> Result
 }
 
 fn cell(snapshot: &Snapshot, tally: &Tally, pages: u64) -> Result<Cell> {
-    let kind = match tally.first {
-        Some(chunk) if tally.stored >= tally.parent => Kind::Stored(codec_of(snapshot, chunk)?),
-        _ if tally.parent > 0 => Kind::Parent,
+    let Tally { stored, duplicate, parent, first } = *tally;
+    let kind = match first {
+        Some(chunk) if stored >= duplicate.max(parent) => Kind::Stored(codec_of(snapshot, chunk)?),
+        _ if duplicate > parent => Kind::Duplicate,
+        _ if parent > 0 => Kind::Parent,
         _ => Kind::Zero,
     };
-    Ok(Cell { kind, share: (tally.stored + tally.parent) as f64 / pages as f64 })
+    Ok(Cell { kind, share: (stored + duplicate + parent) as f64 / pages as f64 })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn picture() -> Picture {
+    pub(super) fn picture() -> Picture {
         let cell = |kind, share| Cell { kind, share };
         let zero = cell(Kind::Zero, 0.0);
         let zstd = |share| cell(Kind::Stored(Codec::Zstd), share);
