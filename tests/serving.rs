@@ -1,7 +1,7 @@
 //! `snap serve` from outside: its socket's life, and clones that share memory. Firecracker's handshake is tested
 //! with the library.
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -15,14 +15,19 @@ use crate::support::{Ran, SNAP, Sample, end_of, needs_vm, restore, signal, snap,
 struct Serving {
     server: Child,
     socket: PathBuf,
+    first: String,
     says: Receiver<String>,
 }
 
 impl Serving {
     fn start(sample: &Sample) -> Serving {
+        Serving::with(sample, &[])
+    }
+
+    fn with(sample: &Sample, options: &[&str]) -> Serving {
         let socket = sample.folder.path().join("pages.sock");
         let mut command = Command::new(SNAP);
-        command.arg("serve").arg(&sample.file).arg("--listen").arg(&socket);
+        command.arg("serve").arg(&sample.file).arg("--listen").arg(&socket).args(options);
         let mut server = start(command);
         let mut lines = BufReader::new(server.stderr.take().expect("a pipe")).lines();
         let first = lines.next().expect("it says something").expect("text");
@@ -33,7 +38,7 @@ impl Serving {
                 let _ = told.send(line);
             }
         });
-        Serving { server, socket, says }
+        Serving { server, socket, first, says }
     }
 
     /// Restores a guest that shares its pages by this server.
@@ -178,6 +183,31 @@ fn a_damaged_page_stops_the_clone_with_its_cause() {
         .restore(&sample.file, &["--beats", "3"])
         .failed(5, &["guest stopped", "guest.snap", "checksum expected"]);
     serving.end("TERM");
+}
+
+#[test]
+fn figures_are_told_over_http() {
+    needs_vm!();
+    let sample = Sample::small();
+    let serving = Serving::with(&sample, &["--metrics", "0"]);
+    let (_, at) = serving.first.split_once("http://").expect("it says where");
+    let address = at.trim_end().strip_suffix("/metrics").expect("the path").to_owned();
+    serving.restore(&sample.file, &["--beats", "2"]).ok();
+    serving.says("ended after");
+    let ask = |path: &str| {
+        let mut stream = std::net::TcpStream::connect(&address).expect("it listens");
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").expect("it is taken");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("an answer");
+        answer
+    };
+    let figures = ask("/metrics");
+    assert!(figures.starts_with("HTTP/1.1 200 OK\r\n"), "{figures}");
+    assert!(figures.contains("\nsnap_guests 0\n"), "{figures}");
+    assert!(figures.contains("\nsnap_guests_total 1\n"), "{figures}");
+    assert!(!figures.contains("\nsnap_faults_total 0\n"), "{figures}");
+    assert!(ask("/").starts_with("HTTP/1.1 404"));
+    assert_eq!(serving.end("TERM"), Some(130));
 }
 
 #[test]

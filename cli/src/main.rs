@@ -8,6 +8,7 @@ mod guest_console;
 mod guest_memory;
 mod interrupt;
 mod memory_hash;
+mod metrics;
 mod progress;
 mod report;
 mod restored;

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 use std::io::Write;
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,7 +15,7 @@ use snapfmt::Snapshot;
 use super::restore::OnError;
 use super::{Input, Session};
 use crate::exit::Interrupted;
-use crate::size;
+use crate::{metrics, size};
 
 /// Serve a snapshot's memory to guests of Firecracker, and to clones that share it.
 ///
@@ -35,6 +36,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SOCKET")]
     listen: PathBuf,
 
+    /// Answer `GET /metrics` with figures for Prometheus here: a port of 127.0.0.1, or ADDRESS:PORT. Whoever
+    /// can connect can read them.
+    #[arg(long, value_name = "PORT", value_parser = metrics::parse_address)]
+    metrics: Option<SocketAddr>,
+
     /// What to do with a page that cannot be read or is damaged.
     #[arg(long, value_name = "POLICY", default_value = "poison")]
     on_error: OnError,
@@ -54,12 +60,15 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         }
     })?;
     allow_many_descriptors();
+    let metrics = args.metrics.map(|at| metrics::serve(at, server.handle())).transpose()?;
     let (stopped, stop) = std::io::pipe().context("cannot make a pipe")?;
     session.interrupt.stops(server.handle(), stop);
     if !session.quiet {
         let (file, socket) = (args.input.file.display(), args.listen.display());
         let memory = size::human(snapshot.header().memory_bytes);
-        let line = format!("serving {memory} of {file} at {socket}\n");
+        let figures =
+            metrics.map_or(String::new(), |at| format!(", figures at http://{at}/metrics"));
+        let line = format!("serving {memory} of {file} at {socket}{figures}\n");
         let _ = std::io::stderr().write_all(line.as_bytes());
     }
     server.run(stopped.as_fd()).context("cannot serve")?;

@@ -6,6 +6,7 @@
 
 mod error;
 pub(crate) mod handshake;
+mod metrics;
 mod peer;
 mod session;
 mod socket;
@@ -33,6 +34,7 @@ use crate::failure::FailurePolicy;
 use crate::shared::SharedImage;
 use crate::source::PageSource;
 use crate::stats::Stats;
+use metrics::Totals;
 use session::Session;
 use socket::Socket;
 
@@ -129,6 +131,8 @@ pub(crate) struct Hall {
 struct Guests {
     sessions: BTreeMap<u64, Arc<Session>>,
     threads: usize,
+    /// What was done for those that have ended.
+    ended: Totals,
 }
 
 impl Server {
@@ -205,6 +209,16 @@ impl ServerHandle {
     /// The processes of the clients that are served now, and what was done for each.
     pub fn guests(&self) -> Vec<(i32, Stats)> {
         self.0.sessions().iter().map(|session| (session.peer.pid, session.pager.stats())).collect()
+    }
+
+    /// The figures of all clients, those that have ended too, in the text format of Prometheus.
+    pub fn metrics(&self) -> String {
+        let (ended, sessions): (Totals, Vec<_>) = {
+            let guests = self.0.guests();
+            (guests.ended, guests.sessions.values().cloned().collect())
+        };
+        let stats = |session: &Arc<Session>| (session.peer.pid, session.pager.stats());
+        metrics::text(ended, &sessions.iter().map(stats).collect::<Vec<_>>())
     }
 
     /// Ends the processes of all clients that still need the server, by SIGKILL: without it they would wait for
@@ -292,7 +306,10 @@ pub(crate) struct Entry {
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        self.hall.guests().sessions.remove(&self.id);
+        let mut guests = self.hall.guests();
+        if let Some(session) = guests.sessions.remove(&self.id) {
+            guests.ended.add(&session.pager.stats());
+        }
     }
 }
 
