@@ -46,6 +46,11 @@ impl Block {
         Block { disk, config }
     }
 
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn disk(&self) -> &Disk {
+        &self.disk
+    }
+
     fn read(&self, memory: &DeviceMemory, sector: u64, data: &Buffers) -> Result<Outcome, Fault> {
         self.transfer(memory, sector, data, Direction::ToGuest)
     }

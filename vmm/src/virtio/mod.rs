@@ -16,6 +16,8 @@ mod event_loop;
 #[cfg(test)]
 mod fake_driver;
 mod fault;
+#[cfg(any(test, fuzzing))]
+mod hostile;
 mod memory;
 mod rings;
 mod rng;
@@ -31,6 +33,8 @@ use std::sync::Arc;
 pub use device::VirtioDevice;
 pub use disk::{Disk, DiskError};
 pub use event_loop::EventLoop;
+#[cfg(fuzzing)]
+pub use hostile::any_queue;
 pub use state::{
     BackendState, BlockState, Fingerprint, QueueRegisters, TransportState, VIRTIO_STATE_VERSION,
     VirtioState, VirtioStateError,

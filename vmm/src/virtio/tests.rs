@@ -448,3 +448,39 @@ fn impossible_states_are_refused() {
     VirtioState::decode(&other).unwrap_err();
     VirtioState::decode(&crate::state::DeviceState { version: 2, ..state }).unwrap_err();
 }
+
+/// The encoding of version 1, as it was when it was released. It may not change.
+#[test]
+fn the_encoding_is_frozen() {
+    let golden = include_bytes!("../../tests/golden/virtio-block-state-v1.bin").to_vec();
+    let state = crate::state::DeviceState { kind: 2, version: 1, bytes: golden };
+    let decoded = VirtioState::decode(&state).unwrap();
+    assert_eq!(decoded, golden_state());
+    assert_eq!(decoded.encode(), state);
+}
+
+fn golden_state() -> VirtioState {
+    let queue = super::QueueRegisters {
+        size: 128,
+        descriptors: 0x1_0000_1000,
+        available: 0x2000,
+        used: 0x3000,
+        ready: true,
+        next_available: 7,
+        next_used: 6,
+    };
+    let transport = super::TransportState {
+        status: 15,
+        interrupt_status: 1,
+        driver_features: 1 << 32 | 1 << 9,
+        device_features_sel: 2,
+        driver_features_sel: 3,
+        queue_sel: 4,
+        config_generation: 5,
+        queues: vec![queue],
+    };
+    let fingerprint = super::Fingerprint { len: 1 << 20, mtime_ns: -1, sample_crc32: 0x1234_5678 };
+    let path = "/images/disk.img".into();
+    let disk = super::BlockState { path, read_only: true, fingerprint };
+    VirtioState { transport, device: BackendState::Block(disk) }
+}
