@@ -9,7 +9,10 @@ mod golden_files;
 mod import_export;
 mod independent_reader;
 mod interruptions;
+#[path = "../vmm/tests/common/kernel.rs"]
+mod kernel;
 mod layers;
+mod linux_guests;
 mod looking_inside;
 mod serving;
 mod support;

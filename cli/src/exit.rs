@@ -9,12 +9,13 @@ use snapfmt::ReadError;
 /// The exit codes, for `snap --help`.
 pub(crate) const HELP: &str = "\
 Exit codes:
-  0    done
+  0    done; also when a restored guest powers off
   1    failed; the message says what and where
   2    the command line is wrong
   3    the file is not a snapshot, is damaged, needs a newer snap, or lacks its parent
   4    this host lacks something: KVM, userfaultfd, or the permission to use them
-  5    the guest stopped by itself: halt, triple fault, reset, unreadable memory
+  5    the guest stopped by itself: halt, triple fault, reset, unreadable memory,
+       or power off before it was stored
   130  interrupted";
 
 /// Interrupted by Ctrl-C or SIGTERM; nothing is left behind.
@@ -46,7 +47,7 @@ const GUEST: u8 = 5;
 const INTERRUPTED: u8 = 130;
 
 fn code(error: &Error) -> u8 {
-    use vmm::{BootError, ProbeError, RestoreError};
+    use vmm::{BootError, FeaturesError, ProbeError, RestoreError};
     let mut code = FAILED;
     for cause in error.chain() {
         if cause.is::<Interrupted>() {
@@ -59,6 +60,7 @@ fn code(error: &Error) -> u8 {
         let host = cause.is::<ProbeError>()
             || matches!(cause.downcast_ref(), Some(BootError::Host(_)))
             || matches!(cause.downcast_ref(), Some(RestoreError::Host(_)))
+            || matches!(cause.downcast_ref(), Some(FeaturesError::Host(_)))
             || matches!(
                 cause.downcast_ref(),
                 Some(pager::StartError::Open(_) | pager::StartError::PoisonUnavailable)

@@ -11,7 +11,7 @@ use pager::{Failure, FailurePolicy, Pager, Placement, Populate, Region, Snapshot
 use snapfmt::Snapshot;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm::state::{STATE_KIND, VmState};
-use vmm::{Console, MemoryRange, PausedVm, RestoreOptions, VmHandle};
+use vmm::{Clock, Console, HostCpu, MemoryRange, PausedVm, RestoreOptions, VmHandle};
 
 use crate::commands::{Session, open, serve};
 use crate::devices::SavedDeviceArgs;
@@ -36,6 +36,10 @@ pub(crate) struct Origin<'a> {
     pub(crate) populate: Populate,
     pub(crate) populate_rate: Option<NonZeroU64>,
     pub(crate) placement: Placement,
+    /// What the guest's clocks do about the time it was stored.
+    pub(crate) clock: Clock,
+    /// Whether a CPU that lacks features of the saved one is taken.
+    pub(crate) force: bool,
     /// Whether the guest stops when it asks to be stored.
     pub(crate) heed_requests: bool,
     /// What its devices are connected to.
@@ -68,6 +72,7 @@ impl Origin<'_> {
         let named = || self.file.display().to_string();
         let snapshot = Arc::new(open(self.file, self.parents)?);
         let state = self.state(&snapshot).with_context(named)?;
+        self.check_cpu(&snapshot, &state).with_context(named)?;
         // Before anything that takes time: a disk may be refused.
         let devices = self.devices.restore(&state.devices).with_context(named)?;
         let opened = Instant::now();
@@ -98,7 +103,7 @@ impl Origin<'_> {
         }
         let memory_ready = Instant::now();
 
-        let options = options.heed_requests(self.heed_requests);
+        let options = options.heed_requests(self.heed_requests).clock(self.clock);
         let restored =
             PausedVm::restore_with(Arc::clone(&memory), &state, console, &options, devices);
         let vm = match (restored, pager.as_ref().and_then(Pager::failure)) {
@@ -150,6 +155,29 @@ impl Origin<'_> {
         let on_failure = move |reason: String| guest.fail(stopped(&file, &reason).to_string());
         SharedClone::start(socket, &name, &ranges, on_failure)
             .with_context(|| format!("cannot share memory by {}", socket.display()))
+    }
+
+    /// Refuses a guest that was given CPU features which this host does not have.
+    fn check_cpu(&self, snapshot: &Snapshot, state: &VmState) -> Result<()> {
+        if self.force {
+            return Ok(());
+        }
+        // Asking KVM takes time, which is not spent on the CPU that the guest was saved on.
+        let saved = snapshot.metadata()?.other.remove("host_cpu").map(serde_json::from_value);
+        if let Some(Ok(saved)) = saved
+            && HostCpu::current() == saved
+        {
+            return Ok(());
+        }
+        let missing = vmm::missing_features(state)?;
+        if missing.is_empty() {
+            return Ok(());
+        }
+        bail!(
+            "this host's CPU lacks what the guest was given: {}; --force restores it all the same, \
+             and it may crash",
+            missing.join(", ")
+        )
     }
 
     fn start_pager(

@@ -40,15 +40,16 @@ pub(crate) fn state(vm: &VmFd) -> Result<ChipState, KvmError> {
 
 /// After the vCPUs have their LAPICs back: an interrupt that the I/O APIC holds pending is
 /// delivered to them as soon as it is set.
-pub(crate) fn restore(vm: &VmFd, state: &ChipState) -> Result<(), KvmError> {
+pub(crate) fn restore(vm: &VmFd, state: &ChipState, slept_ns: u64) -> Result<(), KvmError> {
     for chip in [&state.pic_master, &state.pic_slave, &state.ioapic] {
         vm.set_irqchip(&chip.0).call("KVM_SET_IRQCHIP")?;
     }
     // After the interrupt controllers: the timer starts to count, and may interrupt, at once.
     vm.set_pit2(&state.pit.0).call("KVM_SET_PIT2")?;
-    // The guest's clock goes on from the moment it was saved. The flags that KVM_GET_CLOCK reports are
+    // The guest's clock goes on from the moment it was saved, plus what it slept. The flags that KVM_GET_CLOCK reports are
     // not valid for KVM_SET_CLOCK.
     let mut clock = state.clock.0;
     clock.flags = 0;
+    clock.clock = clock.clock.saturating_add(slept_ns);
     vm.set_clock(&clock).call("KVM_SET_CLOCK")
 }

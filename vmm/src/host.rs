@@ -150,7 +150,7 @@ fn signature(eax: u32) -> (u32, u32, u32) {
     (family, model, field(0, 4))
 }
 
-fn text(words: &[u32]) -> String {
+pub(crate) fn text(words: &[u32]) -> String {
     let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
     String::from_utf8_lossy(&bytes).trim_matches(['\0', ' ']).to_owned()
 }

@@ -18,7 +18,6 @@
 //!
 //! # Not features
 //! - Other architectures than x86_64; AMX state; nested guests; 32-bit PAE guests while they run.
-//! - Moving the guest's clocks on after a restore: they go on from the moment of the pause.
 //! - Translation between CPU models: KVM refuses what it cannot take.
 //!
 //! # Signals
@@ -80,7 +79,9 @@ mod cpuid;
 pub mod demo;
 mod devices;
 mod error;
+mod features;
 mod frozen;
+mod generation;
 mod host;
 mod kick;
 pub mod layout;
@@ -105,6 +106,7 @@ pub use devices::{
     device_window,
 };
 pub use error::KvmError;
+pub use features::{FeaturesError, missing_features};
 pub use frozen::Frozen;
 pub use host::{HostCpu, HostReport, KVM_DEVICE, ProbeError, probe};
 pub use layout::{LayoutError, MemoryRange, memory_layout};
@@ -112,6 +114,6 @@ pub use payload::{Payload, PayloadError};
 pub use state::{StateError, VmState};
 pub use vcpu::VcpuError;
 pub use vm::{
-    BootError, BootOptions, MemoryMismatch, PauseError, PausedVm, RestoreError, RestoreOptions,
-    ResumeError, RunningVm, SaveError,
+    BootError, BootOptions, Clock, MemoryMismatch, PauseError, PausedVm, RestoreError,
+    RestoreOptions, ResumeError, RunningVm, SaveError,
 };

@@ -81,8 +81,13 @@ impl Vcpu {
         Ok(Vcpu { fd, cpuid })
     }
 
-    /// A vCPU as it was when `state` was saved.
-    pub(crate) fn restore(vm: &VmFd, index: u8, state: &VcpuState) -> Result<Vcpu, VcpuError> {
+    /// A vCPU as it was when `state` was saved, its time stamp counter `slept_ns` later.
+    pub(crate) fn restore(
+        vm: &VmFd,
+        index: u8,
+        state: &VcpuState,
+        slept_ns: u64,
+    ) -> Result<Vcpu, VcpuError> {
         let fd = vm.create_vcpu(index.into()).call("KVM_CREATE_VCPU")?;
         let entries: Vec<kvm_cpuid_entry2> = state.cpuid.iter().map(|entry| entry.0).collect();
         let cpuid = CpuId::from_entries(&entries)
@@ -108,7 +113,7 @@ impl Vcpu {
         // After sregs (see there), before the MSRs: the deadline timer's MSR is dropped unless the
         // LAPIC's timer is in deadline mode.
         fd.set_lapic(&state.lapic.0).call("KVM_SET_LAPIC")?;
-        set_msrs(&fd, &state.msrs)?;
+        set_msrs(&fd, &later(&state.msrs, slept_ns, state.tsc_khz))?;
         // After the LAPIC: a vCPU that waits for a start-up interrupt looks at it.
         fd.set_mp_state(state.mp_state.0).call("KVM_SET_MP_STATE")?;
         // Last: KVM_SET_REGS drops a pending exception, KVM_SET_SREGS the interrupt being delivered.
@@ -167,6 +172,21 @@ fn msrs(kvm: &Kvm, fd: &VcpuFd) -> Result<Vec<Frozen<kvm_msr_entry>>, KvmError> 
     Ok(entries)
 }
 
+/// The MSRs with the time stamp counter as it is after a sleep. Its deadline stays: one that has passed
+/// meanwhile raises its interrupt at once.
+fn later(
+    msrs: &[Frozen<kvm_msr_entry>],
+    slept_ns: u64,
+    tsc_khz: u32,
+) -> Vec<Frozen<kvm_msr_entry>> {
+    let ticks = (u128::from(slept_ns) * u128::from(tsc_khz) / 1_000_000) as u64;
+    let mut msrs = msrs.to_vec();
+    for msr in msrs.iter_mut().filter(|msr| msr.0.index == MSR_IA32_TSC) {
+        msr.0.data = msr.0.data.wrapping_add(ticks);
+    }
+    msrs
+}
+
 fn too_many_msrs() -> KvmError {
     KvmError { call: "KVM_GET_MSRS", source: std::io::Error::from_raw_os_error(libc::E2BIG) }
 }
@@ -181,5 +201,20 @@ fn set_msrs(fd: &VcpuFd, msrs: &[Frozen<kvm_msr_entry>]) -> Result<(), VcpuError
     match entries.get(set) {
         None => Ok(()),
         Some(refused) => Err(VcpuError::Msr { index: refused.index, value: refused.data }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_time_stamp_counter_moves() {
+        let msr = |index, data| Frozen(kvm_msr_entry { index, data, ..Default::default() });
+        let msrs = [msr(0x11, 5), msr(MSR_IA32_TSC, 1000), msr(MSR_IA32_TSC_DEADLINE, 2000)];
+        // Half a second at 2 GHz.
+        let found: Vec<u64> =
+            later(&msrs, 500_000_000, 2_000_000).iter().map(|msr| msr.0.data).collect();
+        assert_eq!(found, [5, 1_000_001_000, 2000]);
     }
 }

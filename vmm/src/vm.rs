@@ -16,6 +16,7 @@ use crate::console::Console;
 use crate::control::{Control, Stop, VmHandle};
 use crate::devices::{DeviceError, Devices, MmioDevice};
 use crate::error::KvmError;
+use crate::generation;
 use crate::host::{self, ProbeError};
 use crate::kick;
 use crate::layout::{LayoutError, MemoryRange, memory_layout};
@@ -84,6 +85,17 @@ impl BootOptions {
     }
 }
 
+/// What the guest's clocks do about the time between the save and the restore.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Clock {
+    /// kvm-clock and time stamp counters go on by the host's time of day, as if the guest had slept.
+    /// States of version 1 do not say when they were saved: their clocks are kept.
+    #[default]
+    Advance,
+    /// They go on from the moment of the pause: for the guest no time has passed.
+    Keep,
+}
+
 /// How to restore a guest.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
@@ -96,6 +108,8 @@ pub struct RestoreOptions {
     pub first: Option<Vec<Range<u64>>>,
     /// As in [`BootOptions::heed_requests`].
     pub heed_requests: bool,
+    /// The guest's clocks.
+    pub clock: Clock,
 }
 
 /// A guest that could not be booted.
@@ -111,6 +125,9 @@ pub enum BootError {
     /// The memory given is not laid out as [`memory_layout`] says.
     #[error(transparent)]
     Memory(#[from] MemoryMismatch),
+    /// The guest's generation id could not be written.
+    #[error("cannot write a generation id into guest memory")]
+    GenerationId(#[source] io::Error),
     /// A number of vCPUs that no guest has.
     #[error("{found} vCPUs, expected 1 to {VCPUS_MAX}")]
     Cpus {
@@ -144,6 +161,9 @@ pub enum RestoreError {
     /// The devices given are not the saved ones, or cannot be connected.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The guest's generation id could not be changed.
+    #[error("cannot write a new generation id into guest memory")]
+    GenerationId(#[source] io::Error),
     /// This host does not take the state of a vCPU.
     #[error("vCPU {index} cannot be restored")]
     Vcpu {
@@ -248,9 +268,12 @@ impl PausedVm {
         let vcpus = (0..cpus)
             .map(|index| Vcpu::boot(&kvm, &vm, index, cpus, entry))
             .collect::<Result<Vec<_>, _>>()?;
+        let generation = payload.has_generation_id().then_some(GENERATION_ID_GPA);
+        if let Some(gpa) = generation {
+            generation::renew(&memslots, gpa).map_err(BootError::GenerationId)?;
+        }
         let com1 = Com1::new(Arc::clone(&vm));
         let bus = Bus::new(com1, Rtc::default(), Box::new(console), options.heed_requests);
-        let generation = payload.has_generation_id().then_some(GENERATION_ID_GPA);
         let machine = Machine::new(kvm, vm, memslots, bus, devices, ranges, generation);
         machine.attach_devices()?;
         Ok(PausedVm { vcpus, machine })
@@ -258,7 +281,7 @@ impl PausedVm {
 
     /// The guest of `state`, with what `memory` holds or comes to hold.
     ///
-    /// Nothing here reads guest memory, so its pages may still be on their way.
+    /// Nothing here reads guest memory (only a generation id is written), so its pages may still be on their way.
     ///
     /// # Errors
     /// [`RestoreError`] when the host cannot run guests, when memory is not laid out as the state says,
@@ -299,6 +322,12 @@ impl PausedVm {
         let memslots = Memslots::plug_first(Arc::clone(&vm), memory, first.as_deref())?;
         // Then the interrupt controllers, without which vCPUs get no LAPIC.
         chips::create(&vm)?;
+        let slept_ns = match options.clock {
+            Clock::Advance if state.saved_unix_ns != 0 => {
+                unix_ns().saturating_sub(state.saved_unix_ns)
+            }
+            Clock::Advance | Clock::Keep => 0,
+        };
         // The vCPUs with all of their state, CPUID from the state: asking KVM what it supports
         // (KVM_GET_SUPPORTED_CPUID) takes half as long as all of the rest.
         let vcpus = state
@@ -306,12 +335,16 @@ impl PausedVm {
             .iter()
             .zip(0u8..)
             .map(|(vcpu, index)| {
-                Vcpu::restore(&vm, index, vcpu)
+                Vcpu::restore(&vm, index, vcpu, slept_ns)
                     .map_err(|source| RestoreError::Vcpu { index: index.into(), source })
             })
             .collect::<Result<Vec<_>, _>>()?;
         // The chips' state at the end: it may deliver interrupts to LAPICs, and it starts clocks.
-        chips::restore(&vm, &state.chips)?;
+        chips::restore(&vm, &state.chips, slept_ns)?;
+        if let Some(gpa) = state.generation_id_gpa {
+            generation::renew(&memslots, gpa).map_err(RestoreError::GenerationId)?;
+            generation::notify(&vm)?;
+        }
         let com1 = Com1::restore(Arc::clone(&vm), &state.com1);
         let rtc = Rtc::restore(&state.rtc);
         let bus = Bus::new(com1, rtc, Box::new(console), options.heed_requests);
@@ -467,6 +500,13 @@ impl RestoreOptions {
     #[must_use]
     pub fn plug_first(mut self, ranges: Vec<Range<u64>>) -> RestoreOptions {
         self.first = Some(ranges);
+        self
+    }
+
+    /// Sets [`RestoreOptions::clock`].
+    #[must_use]
+    pub fn clock(mut self, clock: Clock) -> RestoreOptions {
+        self.clock = clock;
         self
     }
 

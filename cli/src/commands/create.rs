@@ -225,6 +225,8 @@ fn create_layer(args: &Args, base: &Path, session: &Session) -> Result<(Header, 
         populate: Populate::Off,
         populate_rate: None,
         placement: Placement::default(),
+        clock: vmm::Clock::Advance,
+        force: false,
         heed_requests: when == Trigger::Request,
         devices: &SavedDeviceArgs::default(),
     };

@@ -63,6 +63,8 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
                 populate: Populate::Off,
                 populate_rate: None,
                 placement: Placement::default(),
+                clock: vmm::Clock::Advance,
+                force: false,
                 heed_requests: false,
                 devices: &SavedDeviceArgs::default(),
             },

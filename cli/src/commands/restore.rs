@@ -75,6 +75,14 @@ pub(crate) struct Args {
     #[arg(long, value_name = "PLACE", default_value = "follow", requires = "lazy")]
     placement: Place,
 
+    /// The guest's clocks.
+    #[arg(long, value_name = "CLOCK", default_value = "advance")]
+    clock: ClockArg,
+
+    /// Restore although this host's CPU lacks features that the guest was given.
+    #[arg(long)]
+    force: bool,
+
     /// At the end, hash all of the guest's memory (a lazy restore loads it for that).
     #[arg(long)]
     hash: bool,
@@ -136,6 +144,23 @@ impl FromStr for Background {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
+enum ClockArg {
+    /// Go on as if the guest had slept while it was stored.
+    Advance,
+    /// Go on as if no time had passed.
+    Keep,
+}
+
+impl From<ClockArg> for vmm::Clock {
+    fn from(arg: ClockArg) -> Self {
+        match arg {
+            ClockArg::Advance => Self::Advance,
+            ClockArg::Keep => Self::Keep,
+        }
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
 enum ReportForm {
     Text,
     Json,
@@ -158,6 +183,8 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
                 Place::Spin => Placement::Spin,
                 Place::None => Placement::None,
             },
+            clock: args.clock.into(),
+            force: args.force,
             heed_requests: false,
             devices: &args.devices,
         },
@@ -220,6 +247,8 @@ impl Restore<'_> {
         let (first_entry, first_exit) = (running.first_entry(), running.first_exit());
         let paused = running.pause();
         let mut outcome = match &paused {
+            // Off is how a guest ends well.
+            Err(error) if error.stop == Stop::PowerOff => Ok(()),
             Err(error) => Err(GuestStopped(error.to_string()).into()),
             Ok(_) if session.interrupt.requested() => Err(Interrupted.into()),
             Ok(_) => Ok(()),

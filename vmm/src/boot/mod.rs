@@ -28,7 +28,8 @@ use std::path::PathBuf;
 use vm_memory::GuestMemoryMmap;
 
 pub(crate) use acpi::{
-    GENERATION_ID_GPA, RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, is_power_off,
+    GENERATION_ID_GPA, GENERATION_IRQ, RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT,
+    SLEEP_STATUS_PORT, is_power_off,
 };
 pub(crate) use entry::Entry;
 pub use error::{KernelError, LinuxError};

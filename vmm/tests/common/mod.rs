@@ -1,6 +1,8 @@
 //! What the integration tests share.
 #![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used, clippy::expect_used)]
 
+pub mod kernel;
+
 use std::io::Write;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;

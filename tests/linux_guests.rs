@@ -1,0 +1,97 @@
+//! Linux guests through the program: what is refused before a guest runs, and how one ends.
+
+use std::fs;
+
+use crate::kernel;
+use crate::support::{needs_vm, snap};
+
+/// A folder with a kernel in it.
+fn folder_with(kernel: &[u8]) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().expect("a folder");
+    fs::write(folder.path().join("kernel"), kernel).expect("it is written");
+    folder
+}
+
+/// `snap create` with this kernel is refused with these words, and leaves no file.
+#[track_caller]
+fn refused(kernel: &[u8], args: &[&str], says: &[&str]) {
+    let folder = folder_with(kernel);
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    fs::write(path("initrd"), vec![7; 8 << 20]).expect("it is written");
+    let args = args.iter().map(|arg| arg.replace("FOLDER", &path("")));
+    let ran = snap(
+        ["create".into(), path("out.snap"), "--kernel".into(), path("kernel")]
+            .into_iter()
+            .chain(args),
+    );
+    ran.failed(1, says);
+    assert!(!folder.path().join("out.snap").exists());
+}
+
+#[test]
+fn kernels_that_are_none_are_named() {
+    refused(b"#!/bin/sh\n", &[], &["kernel: neither an ELF vmlinux nor a bzImage"]);
+    refused(b"", &[], &["neither an ELF vmlinux nor a bzImage"]);
+    let mut elf = kernel::elf(&kernel::power_off(), true, 0);
+    elf[4] = 1;
+    refused(&elf, &[], &["not an executable for x86-64"]);
+    elf[4] = 2;
+    refused(&elf[..40], &[], &["damaged: the ELF header is cut short"]);
+    let mut bzimage = vec![0; 4096];
+    bzimage[0x202..0x208].copy_from_slice(b"HdrS\x05\x02");
+    refused(&bzimage, &[], &["a bzImage of boot protocol 0x0205 without a 64-bit entry point"]);
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_its_size() {
+    let kernel = kernel::elf(&kernel::power_off(), true, 100 << 20);
+    refused(&kernel, &["--memory", "64M"], &["needs memory up to", "and the guest has 67108864"]);
+    let kernel = kernel::elf(&kernel::power_off(), true, 0);
+    let long = "x".repeat(2048);
+    refused(
+        &kernel,
+        &["--cmdline", &long],
+        &["command line of 2048 bytes, this kernel takes at most 2047"],
+    );
+    refused(
+        &kernel,
+        &["--memory", "8M", "--initrd", "FOLDERinitrd"],
+        &["of 8388608 bytes does not fit, room for", "give the guest more memory"],
+    );
+    refused(&kernel, &["--initrd", "FOLDERnone"], &["cannot open", "none"]);
+    refused(&kernel, &["--when", "ready"], &["--when ready is of the demo guest"]);
+}
+
+#[test]
+fn a_guest_that_ends_says_how() {
+    needs_vm!();
+    let ends = |code: &[u8], says: &str| {
+        let folder = folder_with(&kernel::elf(code, true, 0));
+        let (kernel, out) = (folder.path().join("kernel"), folder.path().join("out.snap"));
+        let words = ["create".as_ref(), out.as_os_str(), "--kernel".as_ref(), kernel.as_os_str()];
+        snap(words).failed(5, &[says]);
+        assert!(!out.exists());
+    };
+    ends(&kernel::power_off(), "the guest powered off");
+    ends(&kernel::out(0x602, 1), "the guest asked for a reset");
+    // An undefined instruction without an interrupt table.
+    ends(&[0x0f, 0x0b], "triple fault");
+}
+
+/// The guest asks to be stored, and goes on after it: prints its command line, and powers off.
+#[test]
+fn a_guest_is_stored_at_its_request_and_ends_well() {
+    needs_vm!();
+    let request = &kernel::out(0x680, 1)[..7];
+    let code = [request, kernel::PRINT_CMDLINE_PVH, &kernel::power_off()].concat();
+    let folder = folder_with(&kernel::elf(&code, true, 0));
+    let (kernel, out) = (folder.path().join("kernel"), folder.path().join("out.snap"));
+    let kernel = ["--kernel".as_ref(), kernel.as_os_str(), "--cmdline".as_ref(), "hello".as_ref()];
+    snap(["create".as_ref(), out.as_os_str()].into_iter().chain(kernel)).ok();
+    for mode in [&["--lazy"][..], &["--clock", "keep"]] {
+        let words = ["restore".as_ref(), out.as_os_str()];
+        let ran = snap(words.into_iter().chain(mode.iter().map(std::ffi::OsStr::new))).ok();
+        assert_eq!(ran.stdout, "hello\n");
+        assert!(ran.stderr.contains("the guest powered off"), "{}", ran.stderr);
+    }
+}

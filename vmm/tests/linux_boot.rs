@@ -1,0 +1,143 @@
+//! Booting as Linux is booted: the protocols, several vCPUs, power off, reset, requests, refusals.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use common::{Lines, MIB, guest_memory, kernel, kvm_or_skip, run_to_pause, stop_of};
+use vmm::boot::LinuxConfig;
+use vmm::{BootError, BootOptions, PausedVm, Payload, RestoreOptions, Stop};
+
+/// A file that is gone when this is.
+struct TempFile(PathBuf);
+
+impl TempFile {
+    fn new(name: &str, bytes: &[u8]) -> TempFile {
+        let path = std::env::temp_dir().join(format!("vmm-{}-{name}", std::process::id()));
+        std::fs::write(&path, bytes).unwrap();
+        TempFile(path)
+    }
+}
+
+impl Drop for TempFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+fn linux(kernel: &TempFile, cmdline: &str) -> Payload {
+    Payload::Linux(LinuxConfig {
+        kernel: kernel.0.clone(),
+        initrd: None,
+        cmdline: cmdline.to_owned(),
+    })
+}
+
+fn boot(
+    name: &str,
+    file: &[u8],
+    cmdline: &str,
+    console: Lines,
+    options: &BootOptions,
+) -> Result<PausedVm, BootError> {
+    let kernel = TempFile::new(name, file);
+    PausedVm::boot_with(guest_memory(8 * MIB), &linux(&kernel, cmdline), console, options, vec![])
+}
+
+#[test]
+fn both_protocols_hand_over_the_command_line() {
+    if !kvm_or_skip("both_protocols_hand_over_the_command_line") {
+        return;
+    }
+    for (name, print, pvh) in
+        [("pvh", kernel::PRINT_CMDLINE_PVH, true), ("long", kernel::PRINT_CMDLINE_64, false)]
+    {
+        let file = kernel::elf(&[print, &kernel::power_off()].concat(), pvh, 0);
+        let console = Lines::default();
+        let vm =
+            boot(name, &file, "console=x quiet", console.clone(), &BootOptions::default()).unwrap();
+        assert_eq!(stop_of(&vm.resume().unwrap()), Stop::PowerOff, "{name}");
+        assert_eq!(console.take(), ["console=x quiet"], "{name}");
+    }
+}
+
+#[test]
+fn a_second_cpu_starts_and_goes_on_after_a_restore() {
+    if !kvm_or_skip("a_second_cpu_starts_and_goes_on_after_a_restore") {
+        return;
+    }
+    let file = kernel::elf(kernel::START_SECOND_CPU, true, 0);
+    let kernel = TempFile::new("smp", &file);
+    let memory = guest_memory(8 * MIB);
+    let console = Lines::pausing_after(3);
+    let options = BootOptions::default().cpus(2);
+    let payload = linux(&kernel, "");
+    let vm = PausedVm::boot_with(Arc::clone(&memory), &payload, console.clone(), &options, vec![]);
+    let state = run_to_pause(vm.unwrap()).state().unwrap();
+    assert_eq!(console.take(), ["A", "A", "A"]);
+    assert_eq!(state.vcpus.len(), 2);
+    // The first one still stands where it was told to, the second one is in its loop.
+    assert_eq!(state.vcpus[0].regs.0.rip, u64::from(kernel::LOAD_GPA) + 70);
+    assert!(
+        (0x8000..0x8010).contains(&(state.vcpus[1].sregs.0.cs.base + state.vcpus[1].regs.0.rip))
+    );
+
+    let console = Lines::pausing_after(2);
+    let vm = PausedVm::restore(memory, &state, console.clone(), &RestoreOptions::default());
+    run_to_pause(vm.unwrap());
+    assert_eq!(console.take(), ["A", "A"]);
+}
+
+#[test]
+fn the_generation_id_is_new_in_every_restored_guest() {
+    use vm_memory::{Bytes, GuestAddress};
+    if !kvm_or_skip("the_generation_id_is_new_in_every_restored_guest") {
+        return;
+    }
+    let file = kernel::elf(&[kernel::PRINT_CMDLINE_PVH, &[0xeb, 0xfe]].concat(), true, 0);
+    let kernel = TempFile::new("generation", &file);
+    let memory = guest_memory(8 * MIB);
+    let console = Lines::pausing_after(1);
+    let vm = PausedVm::boot(Arc::clone(&memory), &linux(&kernel, "x"), console).unwrap();
+    let state = run_to_pause(vm).state().unwrap();
+    let gpa = GuestAddress(state.generation_id_gpa.unwrap());
+    let id = || memory.read_obj::<u128>(gpa).unwrap();
+    let mut ids = vec![0, id()];
+    for _ in 0..2 {
+        let options = RestoreOptions::default();
+        PausedVm::restore(Arc::clone(&memory), &state, Lines::default(), &options).unwrap();
+        ids.push(id());
+    }
+    ids.sort_unstable();
+    ids.dedup();
+    assert_eq!(ids.len(), 4, "{ids:x?}");
+}
+
+#[test]
+fn resets_and_requests_stop_the_guest() {
+    if !kvm_or_skip("resets_and_requests_stop_the_guest") {
+        return;
+    }
+    let heed = BootOptions::default().heed_requests(true);
+    for (name, port, value, stop) in [
+        ("reset", 0x602, 1, Stop::Reset),
+        ("i8042", 0x64, 0xfe, Stop::Reset),
+        ("request", vmm::REQUEST_PORT, b'x', Stop::Requested),
+    ] {
+        let file = kernel::elf(&kernel::out(port, value), true, 0);
+        let vm = boot(name, &file, "", Lines::default(), &heed).unwrap();
+        assert_eq!(stop_of(&vm.resume().unwrap()), stop, "{name}");
+    }
+    // A request that nobody heeds does nothing: the guest goes on to its end.
+    let code = [&kernel::out(vmm::REQUEST_PORT, 1)[..7], &kernel::power_off()].concat();
+    let vm = boot(
+        "unheeded",
+        &kernel::elf(&code, true, 0),
+        "",
+        Lines::default(),
+        &BootOptions::default(),
+    );
+    assert_eq!(stop_of(&vm.unwrap().resume().unwrap()), Stop::PowerOff);
+}
