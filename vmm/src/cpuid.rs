@@ -7,6 +7,7 @@ use kvm_bindings::kvm_cpuid_entry2;
 /// Leaf 1: the features in ECX, the APIC id and the number of logical CPUs in EBX, HTT in EDX.
 const LEAF_FEATURES: u32 = 0x1;
 const FEATURE_TSC_DEADLINE: u32 = 1 << 24;
+const FEATURE_HYPERVISOR: u32 = 1 << 31;
 const FEATURE_HTT: u32 = 1 << 28;
 /// Leaf 4: the caches, and in EAX bits 31:26 the number of cores less one.
 const LEAF_CACHES: u32 = 0x4;
@@ -30,6 +31,8 @@ pub(crate) fn adjust(entry: &mut kvm_cpuid_entry2, index: u8, count: u8) {
             // KVM has it whenever the LAPIC is its own, and leaves it to the VMM to say so. Guests without
             // a timer of the platform need it: nothing else there calibrates the LAPIC's.
             entry.ecx |= FEATURE_TSC_DEADLINE;
+            // KVM leaves this to the VMM too. Without it Linux does not look for KVM, nor find its clock.
+            entry.ecx |= FEATURE_HYPERVISOR;
         }
         LEAF_CACHES if entry.eax & 0x1f != 0 => {
             // No two vCPUs share a cache but the last level; all are cores of one package.
@@ -73,7 +76,8 @@ mod tests {
         let leaf = kvm_cpuid_entry2 { function: 1, ebx: 0xffff_1234, ..Default::default() };
         let found = adjusted(leaf, 2, 3);
         assert_eq!(found.ebx, 0x0203_1234);
-        assert_eq!((found.edx & FEATURE_HTT, found.ecx), (FEATURE_HTT, FEATURE_TSC_DEADLINE));
+        assert_eq!(found.edx & FEATURE_HTT, FEATURE_HTT);
+        assert_eq!(found.ecx, FEATURE_TSC_DEADLINE | FEATURE_HYPERVISOR);
         let leaf = kvm_cpuid_entry2 { function: 0xb, index: 1, edx: 77, ..Default::default() };
         let found = adjusted(leaf, 2, 3);
         assert_eq!((found.eax, found.ebx, found.ecx, found.edx), (2, 3, 0x201, 2));
