@@ -12,6 +12,7 @@ use snapfmt::layout::PAGE_BYTES;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 const PIECE_BYTES: usize = 64 << 10;
+const ZERO_PAGE: &[u8] = &[0; PAGE_BYTES];
 
 /// SHA-256 over the number and the bytes of every page that is not zero, in source order.
 ///
@@ -35,7 +36,7 @@ pub(crate) fn sha256(memory: &GuestMemoryMmap, regions: &[MemoryRegion]) -> Resu
             scratch.read_exact_at(bytes, 0).context("cannot read a memfd")?;
             let first = (region.source_offset + offset) / PAGE_BYTES as u64;
             for (page, number) in bytes.chunks_exact(PAGE_BYTES).zip(first..) {
-                if page.iter().any(|byte| *byte != 0) {
+                if page != ZERO_PAGE {
                     hasher.update(number.to_le_bytes());
                     hasher.update(page);
                 }
