@@ -116,6 +116,37 @@ fn the_generation_id_is_new_in_every_restored_guest() {
 }
 
 #[test]
+fn the_guest_is_told_of_its_new_generation_id() {
+    /// Offsets of the spurious vector and interrupt request registers in the LAPIC's page.
+    const SPURIOUS: usize = 0xf0;
+    const REQUESTS: usize = 0x200;
+    const VECTOR: usize = 0x51;
+    if !kvm_or_skip("the_guest_is_told_of_its_new_generation_id") {
+        return;
+    }
+    let file = kernel::elf(&[kernel::PRINT_CMDLINE_PVH, &[0xeb, 0xfe]].concat(), true, 0);
+    let kernel = TempFile::new("told", &file);
+    let memory = guest_memory(8 * MIB);
+    let console = Lines::pausing_after(1);
+    let vm = PausedVm::boot(Arc::clone(&memory), &linux(&kernel, "x"), console).unwrap();
+    let mut state = run_to_pause(vm).state().unwrap();
+    // As a kernel sets it up: the LAPIC on, the event device's interrupt (16) a vector of CPU 0.
+    state.vcpus[0].lapic.0.regs[SPURIOUS + 1] |= 1;
+    let mut ioapic =
+        kvm_bindings::kvm_ioapic_state { base_address: 0xfec0_0000, ..Default::default() };
+    ioapic.redirtbl[16].bits = VECTOR as u64;
+    state.chips.ioapic.0.chip.ioapic = ioapic;
+    let requested = |state: &vmm::state::VmState| {
+        let lapic = &state.vcpus[0].lapic.0.regs;
+        lapic[REQUESTS + VECTOR / 32 * 16 + VECTOR % 32 / 8] as u8 >> (VECTOR % 8) & 1
+    };
+    assert_eq!(requested(&state), 0);
+    let options = RestoreOptions::default();
+    let mut vm = PausedVm::restore(memory, &state, Lines::default(), &options).unwrap();
+    assert_eq!(requested(&vm.state().unwrap()), 1);
+}
+
+#[test]
 fn resets_and_requests_stop_the_guest() {
     if !kvm_or_skip("resets_and_requests_stop_the_guest") {
         return;
