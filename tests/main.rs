@@ -14,5 +14,6 @@ mod kernel;
 mod layers;
 mod linux_guests;
 mod looking_inside;
+mod running;
 mod serving;
 mod support;

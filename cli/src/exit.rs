@@ -9,7 +9,7 @@ use snapfmt::ReadError;
 /// The exit codes, for `snap --help`.
 pub(crate) const HELP: &str = "\
 Exit codes:
-  0    done; also when a restored guest powers off
+  0    done; also when a guest that is run or restored powers off
   1    failed; the message says what and where
   2    the command line is wrong
   3    the file is not a snapshot, is damaged, needs a newer snap, or lacks its parent

@@ -1,12 +1,14 @@
 //! The program `snap`: stores a running KVM guest in one file and brings it back.
 #![forbid(unsafe_code)]
 
+mod booted;
 mod commands;
 mod devices;
 mod exit;
 mod guest_console;
 mod guest_memory;
 mod interrupt;
+mod live;
 mod memory_hash;
 mod metrics;
 mod progress;

@@ -4,22 +4,23 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use pager::{FailurePolicy, Pager, Placement, Populate};
 use serde::Serialize;
 use serde_json::json;
 use snapfmt::layout::PAGE_BYTES;
 use snapfmt::{Contents, Header, Metadata, Parent, StateBlob, write_layer, write_snapshot};
-use vmm::{BootOptions, HostCpu, PausedVm, Stop, memory_layout};
+use vmm::{HostCpu, PausedVm, Stop};
 
 use super::guest::GuestArgs;
 use super::rewrite::path_of_parent;
 use super::stdout::print_line;
 use super::{Session, refuse_as_output};
+use crate::booted::Booted;
 use crate::devices::SavedDeviceArgs;
 use crate::exit::{GuestStopped, Interrupted};
 use crate::guest_console::{GuestConsole, READY, Seen, Until};
-use crate::guest_memory::{FileMemory, GuestBytes, to_regions};
+use crate::guest_memory::{GuestBytes, to_regions};
 use crate::progress::Bar;
 use crate::report::ms;
 use crate::restored::{Origin, Restored, damaged};
@@ -171,8 +172,6 @@ pub(crate) fn create(args: &Args, session: &Session) -> Result<Summary> {
 
 /// Boots a guest and stores all of it. Gives also when it ran and when it was paused.
 fn create_whole(args: &Args, session: &Session) -> Result<(Header, Instant, Instant)> {
-    let ranges = memory_layout(args.guest.memory).context("--memory")?;
-    let memory = FileMemory::new(&ranges)?;
     let when = match &args.when {
         Some(Trigger::Ready) if args.guest.is_linux() => bail!(
             "--when ready is of the demo guest: give --when output:TEXT, after:TIME or request"
@@ -182,15 +181,9 @@ fn create_whole(args: &Args, session: &Session) -> Result<(Header, Instant, Inst
         None => Trigger::Ready,
     };
     let (console, seen) = GuestConsole::new(std::io::sink(), when.until());
-    let options =
-        BootOptions::default().cpus(args.guest.cpus).heed_requests(when == Trigger::Request);
-    let payload = args.guest.payload();
-    let memory_given = memory.mapped.clone();
-    let devices = args.guest.devices.create()?;
-    let guest = PausedVm::boot_with(memory_given, &payload, console, &options, devices)
-        .context("cannot boot the guest")?;
-    session.interrupt.pauses(guest.handle());
-    let (mut guest, paused_at) = run_until_ready(guest, args, &when, &seen, session)?;
+    let heed_requests = when == Trigger::Request;
+    let Booted { vm, memory, ranges } = Booted::new(&args.guest, console, heed_requests, session)?;
+    let (mut guest, paused_at) = run_until_ready(vm, args, &when, &seen, session)?;
     let state = [stored_state(&mut guest)?];
     let contents = Contents {
         regions: &to_regions(&ranges),

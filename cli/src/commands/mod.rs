@@ -6,13 +6,14 @@ mod demo;
 mod diff;
 mod export;
 mod foreign;
-mod guest;
+pub(crate) mod guest;
 mod import;
 mod info;
 mod map;
 mod pages;
 pub(crate) mod restore;
 mod rewrite;
+mod run;
 pub(crate) mod serve;
 mod stdout;
 mod summary;
@@ -32,6 +33,7 @@ use crate::interrupt::Interrupt;
 #[derive(Subcommand)]
 pub(crate) enum Command {
     Create(create::Args),
+    Run(run::Args),
     Restore(restore::Args),
     Info(info::Args),
     Verify(verify::Args),
@@ -58,6 +60,7 @@ pub(crate) fn run(command: Command, quiet: bool, started: Instant) -> Result<()>
     let session = Session { quiet, started, interrupt: Interrupt::install()? };
     match command {
         Command::Create(args) => create::run(&args, &session),
+        Command::Run(args) => run::run(&args, &session),
         Command::Restore(args) => restore::run(&args, &session),
         Command::Info(args) => info::run(&args),
         Command::Verify(args) => verify::run(&args, &session),

@@ -1,21 +1,20 @@
 //! `snap restore`: bring a guest back, with all its memory at once or page by page.
 
-use std::io::{ErrorKind, Write};
+use std::io::Write;
 use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use clap::ValueEnum;
 use pager::shared::SharedClone;
 use pager::{FailurePolicy, Pager, Placement, Populate};
-use vmm::Stop;
 
 use super::{Input, Session};
 use crate::devices::SavedDeviceArgs;
-use crate::exit::{GuestStopped, Interrupted};
-use crate::guest_console::{BEAT, GuestConsole, Seen, Until};
+use crate::guest_console::{BEAT, GuestConsole, Until};
+use crate::live::{self, EndArgs, Ended};
 use crate::report::{RestoreReport, ms, ms_since};
 use crate::restored::{Origin, Restored, damaged, stopped};
 use crate::terminal::Keyboard;
@@ -50,13 +49,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     beats: Option<u64>,
 
-    /// End when the guest has written this.
-    #[arg(long, value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
-    until: Option<String>,
-
-    /// End after this long.
-    #[arg(long = "for", value_name = "TIME", value_parser = humantime::parse_duration)]
-    run_for: Option<Duration>,
+    #[command(flatten)]
+    end: EndArgs,
 
     /// Fail unless the guest has exactly this much memory.
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
@@ -188,11 +182,8 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             heed_requests: false,
             devices: &args.devices,
         },
-        until: Until {
-            lines: args.beats.map(|beats| (BEAT, beats)),
-            pattern: args.until.clone().map(String::into_bytes),
-        },
-        run_for: args.run_for,
+        until: Until { lines: args.beats.map(|beats| (BEAT, beats)), ..args.end.until() },
+        run_for: args.end.run_for,
         hash: args.hash,
         keyboard: true,
     };
@@ -236,34 +227,11 @@ impl Restore<'_> {
             false => None,
         };
 
-        let running = vm.resume()?;
-        // Again: resuming has forgotten a pause that was asked for before it.
-        session.interrupt.pauses(running.handle());
-        let stop = running.wait(self.run_for);
-        let end = Instant::now();
+        let ended = live::run(vm, self.run_for, session)?;
         // The figures are those of the run: what comes after it, a hash say, is not the guest's.
         let stats = pager.as_ref().map(Pager::stats);
         drop(keyboard);
-        let (first_entry, first_exit) = (running.first_entry(), running.first_exit());
-        let paused = running.pause();
-        let mut outcome = match &paused {
-            // Off is how a guest ends well.
-            Err(error) if error.stop == Stop::PowerOff => Ok(()),
-            Err(error) => Err(GuestStopped(error.to_string()).into()),
-            Ok(_) if session.interrupt.requested() => Err(Interrupted.into()),
-            Ok(_) => Ok(()),
-        };
-        match seen.output_error() {
-            Some(error) if error.kind() != ErrorKind::BrokenPipe && outcome.is_ok() => {
-                outcome = Err(anyhow!("cannot write the guest's output: {error}"));
-            }
-            _ => {}
-        }
-        if let (beats, bad @ 1..) = seen.beats()
-            && outcome.is_ok()
-        {
-            outcome = Err(anyhow!("{bad} of {beats} beats found wrong pages"));
-        }
+        let mut outcome = ended.outcome(&seen, session);
         let mut memory_sha256 = None;
         if self.hash && outcome.is_ok() {
             match memory_hash::sha256(&memory, snapshot.regions()) {
@@ -276,6 +244,8 @@ impl Restore<'_> {
             outcome = Err(damaged(self.origin.file, failure));
         }
         // The vCPUs are gone before the pager: from here on nobody touches a missing page.
+        let stop = ended.describe(&seen, session);
+        let Ended { at: end, first_entry, first_exit, paused, .. } = ended;
         drop(paused);
         drop(pager);
         if let Some(reason) = clone.and_then(SharedClone::stop) {
@@ -295,7 +265,7 @@ impl Restore<'_> {
             first_exit_ms: ms_since(started, first_exit),
             first_output_ms: ms_since(started, seen.first_output()),
             end_ms: ms(end - started),
-            stop: describe(stop, &seen, session),
+            stop,
             beats: seen.beats().0,
             bad_beats: seen.beats().1,
             bytes_read: match &stats {
@@ -307,18 +277,5 @@ impl Restore<'_> {
             pager: stats,
         };
         Ok((report, outcome))
-    }
-}
-
-fn describe(stop: Option<Stop>, seen: &Seen, session: &Session) -> String {
-    match stop {
-        _ if session.interrupt.requested() => "interrupted".into(),
-        None => "time is up".into(),
-        Some(Stop::ConsolePause) if seen.output_error().is_some() => {
-            "nobody takes the output any more".into()
-        }
-        Some(Stop::ConsolePause) if seen.beats().1 > 0 => "done, with wrong pages".into(),
-        Some(Stop::ConsolePause) => "done".into(),
-        Some(stop) => stop.to_string(),
     }
 }
