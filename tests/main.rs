@@ -16,4 +16,5 @@ mod linux_guests;
 mod looking_inside;
 mod running;
 mod serving;
+mod sockets;
 mod support;

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use vmm::MmioDevice;
 use vmm::state::DeviceState;
-use vmm::virtio::{BackendState, Disk, EventLoop, Host, VirtioDevice, VirtioState};
+use vmm::virtio::{BackendState, Disk, EventLoop, Host, VirtioDevice, VirtioState, VsockHost};
 
 /// Devices of a fresh guest.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -20,6 +20,12 @@ pub(crate) struct DeviceArgs {
     /// Give the guest a source of random numbers (virtio-rng).
     #[arg(long, requires = "kernel")]
     rng: bool,
+
+    /// Give the guest sockets to the host (virtio-vsock): its context id, and a unix socket to make. Who connects
+    /// there and writes `CONNECT PORT` reaches the guest's port; the guest reaches port N of the host at
+    /// SOCKET_N.
+    #[arg(long, value_name = "CID,SOCKET", requires = "kernel")]
+    vsock: Option<VsockArg>,
 }
 
 /// Devices of a guest that is brought back.
@@ -34,6 +40,34 @@ pub(crate) struct SavedDeviceArgs {
     /// may break.
     #[arg(long)]
     force_disks: bool,
+
+    /// Another context id and socket for the guest's vsock, as each of several clones needs.
+    #[arg(long, value_name = "CID,SOCKET")]
+    vsock: Option<VsockArg>,
+}
+
+/// `CID,SOCKET`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct VsockArg {
+    cid: u64,
+    path: PathBuf,
+}
+
+impl FromStr for VsockArg {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let parsed = text.split_once(',').filter(|(_, path)| !path.is_empty());
+        let (cid, path) = parsed.ok_or("expected CID,SOCKET")?;
+        let cid = cid.parse().map_err(|_| "the context id is no number")?;
+        Ok(Self { cid, path: path.into() })
+    }
+}
+
+impl VsockArg {
+    fn bind(&self) -> Result<Host> {
+        Ok(Host::Vsock(VsockHost::bind(self.cid, &self.path).context("--vsock")?))
+    }
 }
 
 /// `IMG` or `IMG,ro`.
@@ -68,6 +102,9 @@ impl DeviceArgs {
         if self.rng {
             hosts.push(Host::Entropy);
         }
+        if let Some(vsock) = &self.vsock {
+            hosts.push(vsock.bind()?);
+        }
         if hosts.is_empty() {
             return Ok(Vec::new());
         }
@@ -83,7 +120,8 @@ impl DeviceArgs {
     pub(crate) fn metadata(&self) -> Vec<Value> {
         let disk = |disk: &DiskArg| json!({ "disk": disk.path, "read_only": disk.read_only });
         let rng = self.rng.then(|| json!("virtio-rng"));
-        self.disks.iter().map(disk).chain(rng).collect()
+        let vsock = self.vsock.iter().map(|vsock| json!({ "vsock": vsock.path, "cid": vsock.cid }));
+        self.disks.iter().map(disk).chain(rng).chain(vsock).collect()
     }
 }
 
@@ -100,6 +138,10 @@ impl SavedDeviceArgs {
         let (given, disks) = (self.disks.len(), devices.iter().filter(is_disk).count());
         if given != 0 && given != disks {
             bail!("--disk is given {given} times, and the guest has {disks} disks");
+        }
+        let is_vsock = |device: &VirtioState| matches!(device.device, BackendState::Vsock(_));
+        if self.vsock.is_some() && !devices.iter().any(is_vsock) {
+            bail!("--vsock is given, and the guest has no vsock");
         }
         if devices.is_empty() {
             return Ok(Vec::new());
@@ -128,6 +170,13 @@ impl SavedDeviceArgs {
                 )?)
             }
             BackendState::Rng => Host::Entropy,
+            BackendState::Vsock(saved) => match &self.vsock {
+                Some(vsock) => vsock.bind()?,
+                None => Host::Vsock(
+                    VsockHost::bind(saved.guest_cid, &saved.path)
+                        .context("the guest's vsock (--vsock gives it another socket)")?,
+                ),
+            },
             _ => bail!("the snapshot has a device that this version of snap does not know"),
         })
     }

@@ -2,6 +2,7 @@
 //! of the devices.
 
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -9,13 +10,14 @@ use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING, VIRTIO_MMIO_INTERRUPT_ACK,
     VIRTIO_MMIO_INTERRUPT_STATUS,
 };
+use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::event_loop::{EventLoop, Listener};
+use super::event_loop::{EventLoop, Listener, Watcher};
 use super::fault::Fault;
 use super::memory::DeviceMemory;
 use super::rings::Rings;
-use super::state::{BackendState, TransportState, VirtioState};
+use super::state::{BackendState, QUEUES_MAX, TransportState, VirtioState};
 use super::transport::{Action, CONFIG_OFFSET, Transport};
 use crate::control::VmHandle;
 use crate::devices::{MmioDevice, Wiring};
@@ -38,6 +40,29 @@ pub(super) trait Backend: Send {
     /// A [`Fault`], after which no queue is looked at until the driver resets the device.
     fn serve(&mut self, rings: &mut Rings<'_>, queue: usize) -> Result<bool, Fault>;
 
+    /// The device is part of a machine: from here on the host's side may call.
+    ///
+    /// # Errors
+    /// When the host's descriptors cannot be watched.
+    fn connect(&mut self, _watcher: HostWatcher) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// A descriptor of the host has changed, also while the guest is paused or has no driver: it is
+    /// remembered, and guest memory is left alone. Gives the queue that [`Backend::serve`] is to look at.
+    fn host_changed(&mut self, _token: u32, _events: EventSet) -> usize {
+        0
+    }
+
+    /// The driver has set the device back, or is another one.
+    fn reset(&mut self) {}
+
+    /// The driver knows the device from before the guest was saved.
+    fn restored(&mut self) {}
+
+    /// The driver writes to the configuration.
+    fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
+
     /// Nothing is under way: brings what the host has cached to where the saved guest finds it.
     ///
     /// # Errors
@@ -49,6 +74,21 @@ pub(super) trait Backend: Send {
     /// What belongs to this kind of device.
     fn state(&self) -> BackendState;
 }
+
+/// What a device watches descriptors of the host with.
+#[derive(Clone)]
+pub(super) struct HostWatcher(Watcher);
+
+impl HostWatcher {
+    /// Has [`Backend::host_changed`] told of changes of `fd`, until it is closed.
+    pub(super) fn watch(&self, token: u32, fd: &impl AsRawFd) -> io::Result<()> {
+        // Tokens are the device's: they may come again, after 2^32 of them.
+        self.0.watch_changes(HOST_SOURCES.saturating_add(token), fd)
+    }
+}
+
+/// Sources below this are queues.
+const HOST_SOURCES: u32 = QUEUES_MAX as u32;
 
 /// A virtio device, as a machine takes it.
 pub struct VirtioDevice {
@@ -123,10 +163,15 @@ impl MmioDevice for VirtioDevice {
             let impossible = || io::Error::new(io::ErrorKind::InvalidData, NOT_THIS_DEVICE);
             inner.transport.restore(&saved, &memory).ok_or_else(impossible)?;
             self.core.interrupt_status.store(saved.interrupt_status, Ordering::SeqCst);
+            if inner.transport.is_running() {
+                inner.backend.restored();
+            }
         }
+        let watcher = self.event_loop.watcher(self.listener_id);
         for (source, event) in (0..).zip(&wiring.queue_events) {
-            self.event_loop.watch(self.listener_id, source, event)?;
+            watcher.watch_readable(source, event)?;
         }
+        inner.backend.connect(HostWatcher(watcher))?;
         let Wiring { interrupt, queue_events, handle, .. } = wiring;
         inner.wired = Some(Wired { memory, interrupt, queue_events, handle });
         Ok(())
@@ -151,9 +196,12 @@ impl MmioDevice for VirtioDevice {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        // No device here has configuration that a driver may change.
+        if let Some(at) = offset.checked_sub(CONFIG_OFFSET) {
+            let Ok(at) = usize::try_from(at) else { return };
+            return self.core.lock().backend.write_config(at, data);
+        }
         let Ok(value) = <[u8; 4]>::try_from(data).map(u32::from_le_bytes) else { return };
-        if offset >= CONFIG_OFFSET || !offset.is_multiple_of(4) {
+        if !offset.is_multiple_of(4) {
             return;
         }
         if offset == u64::from(VIRTIO_MMIO_INTERRUPT_ACK) {
@@ -161,12 +209,15 @@ impl MmioDevice for VirtioDevice {
             return;
         }
         let mut inner = self.core.lock();
-        let Inner { transport, wired: Some(wired), .. } = &mut *inner else { return };
+        let Inner { transport, backend, wired: Some(wired), .. } = &mut *inner else { return };
         match transport.write(offset, value, &wired.memory) {
             Action::None => {}
             Action::Start => wired.kick_all(),
             Action::Notify(queue) => wired.kick(queue),
-            Action::Reset => self.core.interrupt_status.store(0, Ordering::SeqCst),
+            Action::Reset => {
+                self.core.interrupt_status.store(0, Ordering::SeqCst);
+                backend.reset();
+            }
             Action::NeedsReset => self.core.break_down(transport, wired),
         }
     }
@@ -222,24 +273,29 @@ impl Drop for VirtioDevice {
 }
 
 impl Listener for Core {
-    fn readable(&self, source: u32) {
+    fn ready(&self, source: u32, events: EventSet) {
         let mut inner = self.lock();
         let Inner { transport, backend, wired: Some(wired), resumed } = &mut *inner else { return };
         let _stop_guest = StopOnPanic(&wired.handle);
-        let Some(event) = wired.queue_events.get(source as usize) else { return };
-        let _ = event.read();
+        let queue = match source.checked_sub(HOST_SOURCES) {
+            Some(token) => backend.host_changed(token, events),
+            None => {
+                let Some(event) = wired.queue_events.get(source as usize) else { return };
+                let _ = event.read();
+                source as usize
+            }
+        };
         if !*resumed || !transport.is_running() {
             return;
         }
-        let queue = source as usize;
         let memory = &wired.memory;
         let mut rings = Rings { queues: &mut transport.queues, memory, used: false };
         // One turn is at most one queue's worth: a driver that never stops does not keep the thread from the
-        // other devices.
-        let mut turns = rings.size(queue);
+        // other devices. A queue that is not set up has none, and must not come again and again.
+        let mut turns = rings.size(queue).max(1);
         let outcome = loop {
             if turns == 0 || self.pausing.load(Ordering::SeqCst) {
-                let _ = event.write(1);
+                wired.kick(queue as u32);
                 break Ok(());
             }
             turns -= 1;

@@ -32,11 +32,37 @@ struct Listeners {
     by_id: HashMap<u32, Weak<dyn Listener>>,
 }
 
-/// Who is told that one of its descriptors is readable.
+/// Who is told that one of its descriptors is ready.
 pub(super) trait Listener: Send + Sync {
-    /// `source` is the number that the descriptor was added with. The descriptor stays readable, and this is
-    /// called again, until somebody reads it.
-    fn readable(&self, source: u32);
+    /// `source` is the number that the descriptor was added with.
+    fn ready(&self, source: u32, events: EventSet);
+}
+
+/// What a listener watches its descriptors with, from whatever thread it is on.
+#[derive(Clone)]
+pub(super) struct Watcher {
+    shared: Arc<Shared>,
+    listener_id: u32,
+}
+
+impl Watcher {
+    /// Tells the listener whenever `fd` becomes readable or writable, or its other end hangs up: once for each
+    /// change, so that a descriptor that nobody reads keeps no thread busy. Closing `fd` undoes it.
+    pub(super) fn watch_changes(&self, source: u32, fd: &impl AsRawFd) -> io::Result<()> {
+        let changes = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
+        self.watch(source, fd, changes)
+    }
+
+    /// Tells the listener for as long as `fd` is readable.
+    pub(super) fn watch_readable(&self, source: u32, fd: &impl AsRawFd) -> io::Result<()> {
+        self.watch(source, fd, EventSet::IN)
+    }
+
+    fn watch(&self, source: u32, fd: &impl AsRawFd, events: EventSet) -> io::Result<()> {
+        let token = u64::from(self.listener_id) << 32 | u64::from(source);
+        let event = EpollEvent::new(events, token);
+        self.shared.epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), event)
+    }
 }
 
 impl EventLoop {
@@ -65,13 +91,12 @@ impl EventLoop {
         id
     }
 
-    /// Tells listener `id` whenever `fd` is readable.
-    pub(super) fn watch(&self, id: u32, source: u32, fd: &impl AsRawFd) -> io::Result<()> {
-        let event = EpollEvent::new(EventSet::IN, u64::from(id) << 32 | u64::from(source));
-        self.shared.epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), event)
+    /// What listener `id` watches descriptors with.
+    pub(super) fn watcher(&self, id: u32) -> Watcher {
+        Watcher { shared: Arc::clone(&self.shared), listener_id: id }
     }
 
-    /// Undoes [`EventLoop::watch`].
+    /// Undoes what a [`Watcher`] did.
     pub(super) fn unwatch(&self, fd: &impl AsRawFd) {
         // It fails only for a descriptor that is not watched.
         let _ =
@@ -107,7 +132,7 @@ impl Shared {
                 let (id, source) = ((event.data() >> 32) as u32, event.data() as u32);
                 let listener = self.lock().by_id.get(&id).and_then(Weak::upgrade);
                 if let Some(listener) = listener {
-                    listener.readable(source);
+                    listener.ready(source, event.event_set());
                 }
             }
         }

@@ -19,6 +19,8 @@ pub(super) const DESCRIPTORS: u64 = 0x1000;
 pub(super) const AVAILABLE: u64 = 0x2000;
 pub(super) const USED: u64 = 0x3000;
 pub(super) const QUEUE_SIZE: u32 = 16;
+/// From the rings of one queue to those of the next.
+const RINGS_STRIDE: u64 = 0x100;
 
 pub(super) const NEXT: u16 = 1;
 pub(super) const WRITE: u16 = 2;
@@ -94,10 +96,46 @@ impl Driver {
 
     /// Everything until the device works on its first queue.
     pub(super) fn start(&mut self) {
+        self.start_queues(1);
+    }
+
+    /// The same for as many queues; each has its rings [`RINGS_STRIDE`] behind those of the one before.
+    pub(super) fn start_queues(&mut self, count: u32) {
         self.negotiate();
-        self.set_queue(QUEUE_SIZE, DESCRIPTORS, AVAILABLE, USED);
+        for queue in (0..count).rev() {
+            let at = u64::from(queue) * RINGS_STRIDE;
+            self.memory.write_obj(0u32, GuestAddress(AVAILABLE + at)).unwrap();
+            self.memory.write_obj(0u32, GuestAddress(USED + at)).unwrap();
+            self.select_and_set(queue, QUEUE_SIZE, DESCRIPTORS + at, AVAILABLE + at, USED + at);
+        }
         self.set(STATUS, 1 | 2 | 8 | 4);
         assert_eq!(self.get(STATUS), 1 | 2 | 8 | 4);
+    }
+
+    /// Offers one chain in a queue, at descriptor `head`, and notifies the device.
+    pub(super) fn offer_in(&mut self, queue: u32, head: u16, buffers: &[(u64, u32, u16)]) {
+        let at = u64::from(queue) * RINGS_STRIDE;
+        self.chain_at(DESCRIPTORS + at, head, buffers);
+        self.offer_at(AVAILABLE + at, head);
+        self.set(0x50, queue);
+    }
+
+    /// How many chains of a queue came back.
+    pub(super) fn used_in(&self, queue: u32) -> u16 {
+        let at = u64::from(queue) * RINGS_STRIDE;
+        self.memory.read_obj(GuestAddress(USED + at + 2)).unwrap()
+    }
+
+    /// Waits until so many chains of a queue came back; gives the last one's head and length.
+    pub(super) fn wait_used_in(&mut self, queue: u32, count: u16) -> (u32, u32) {
+        while self.used_in(queue) < count {
+            assert_eq!(self.wait_for_interrupt(), 1, "status {}", self.get(STATUS));
+        }
+        assert_eq!(self.used_in(queue), count);
+        let slot = u64::from(count - 1) % u64::from(QUEUE_SIZE);
+        let at = USED + u64::from(queue) * RINGS_STRIDE + 4 + 8 * slot;
+        let element: u64 = self.memory.read_obj(GuestAddress(at)).unwrap();
+        (element as u32, (element >> 32) as u32)
     }
 
     pub(super) fn negotiate(&mut self) {
@@ -116,7 +154,18 @@ impl Driver {
     }
 
     pub(super) fn set_queue(&mut self, size: u32, descriptors: u64, available: u64, used: u64) {
-        self.set(0x30, 0);
+        self.select_and_set(0, size, descriptors, available, used);
+    }
+
+    fn select_and_set(
+        &mut self,
+        queue: u32,
+        size: u32,
+        descriptors: u64,
+        available: u64,
+        used: u64,
+    ) {
+        self.set(0x30, queue);
         self.set(0x38, size);
         for (offset, gpa) in [(0x80, descriptors), (0x90, available), (0xa0, used)] {
             self.set(offset, gpa as u32);
@@ -134,20 +183,28 @@ impl Driver {
 
     /// Puts a chain of (address, length, flags) at descriptor `head`.
     pub(super) fn chain(&self, head: u16, buffers: &[(u64, u32, u16)]) {
+        self.chain_at(DESCRIPTORS, head, buffers);
+    }
+
+    fn chain_at(&self, descriptors: u64, head: u16, buffers: &[(u64, u32, u16)]) {
         for (index, &(gpa, len, flags)) in buffers.iter().enumerate() {
             let index = head + index as u16;
             let last = usize::from(index - head) + 1 == buffers.len();
             let flags = if last { flags } else { flags | NEXT };
-            self.descriptor(DESCRIPTORS + u64::from(index) * 16, gpa, len, flags, index + 1);
+            self.descriptor(descriptors + u64::from(index) * 16, gpa, len, flags, index + 1);
         }
     }
 
     /// Offers the chain at `head`; says so with [`Driver::notify`].
     pub(super) fn offer(&self, head: u16) {
-        let index: u16 = self.memory.read_obj(GuestAddress(AVAILABLE + 2)).unwrap();
+        self.offer_at(AVAILABLE, head);
+    }
+
+    fn offer_at(&self, available: u64, head: u16) {
+        let index: u16 = self.memory.read_obj(GuestAddress(available + 2)).unwrap();
         let slot = u64::from(index) % u64::from(QUEUE_SIZE);
-        self.memory.write_obj(head, GuestAddress(AVAILABLE + 4 + 2 * slot)).unwrap();
-        self.memory.write_obj(index.wrapping_add(1), GuestAddress(AVAILABLE + 2)).unwrap();
+        self.memory.write_obj(head, GuestAddress(available + 4 + 2 * slot)).unwrap();
+        self.memory.write_obj(index.wrapping_add(1), GuestAddress(available + 2)).unwrap();
     }
 
     pub(super) fn notify(&mut self) {

@@ -1,4 +1,4 @@
-//! Virtio devices in windows of guest physical addresses (virtio-mmio, version 2): disks and entropy.
+//! Virtio devices in windows of guest physical addresses (virtio-mmio, version 2).
 //!
 //! What each device is, what it is not, and how it is saved: `docs/devices.md` in the source.
 //!
@@ -7,7 +7,7 @@
 //! - `device`: the transport in its window, and its queues on the devices' one thread.
 //! - `rings`: requests out of a queue, as lists of buffers that are whole and in memory.
 //! - `memory`: the only code that touches guest memory, and never at the price of a SIGBUS.
-//! - `block`, `rng`: what a device does with a request.
+//! - `block`, `rng`, `vsock`: what a device does with a request.
 
 mod block;
 mod device;
@@ -25,6 +25,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 mod transport;
+mod vsock;
 
 use std::fs::File;
 use std::io;
@@ -37,8 +38,9 @@ pub use event_loop::EventLoop;
 pub use hostile::any_queue;
 pub use state::{
     BackendState, BlockState, Fingerprint, QueueRegisters, TransportState, VIRTIO_STATE_VERSION,
-    VirtioState, VirtioStateError,
+    VirtioState, VirtioStateError, VsockState,
 };
+pub use vsock::{VsockError, VsockHost};
 
 /// What a device is connected to on the host.
 #[derive(Debug)]
@@ -48,6 +50,8 @@ pub enum Host {
     Disk(Disk),
     /// The host's random numbers.
     Entropy,
+    /// Unix sockets.
+    Vsock(VsockHost),
 }
 
 impl VirtioDevice {
@@ -76,6 +80,7 @@ impl VirtioDevice {
 fn backend(host: Host) -> io::Result<Box<dyn device::Backend>> {
     Ok(match host {
         Host::Disk(disk) => Box::new(block::Block::new(disk)),
+        Host::Vsock(host) => Box::new(vsock::Vsock::new(host)),
         Host::Entropy => Box::new(rng::Rng { source: File::open("/dev/urandom")? }),
     })
 }

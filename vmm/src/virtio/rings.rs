@@ -1,5 +1,7 @@
 //! The queues of a device while its driver runs them: chains of buffers in, used buffers out.
 
+use std::sync::atomic::Ordering;
+
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -58,6 +60,21 @@ impl Rings<'_> {
             return Err(Fault::Driver("a chain that is broken, endless or longer than 4 GiB"));
         }
         Ok(Some(Request { head, readable, writable }))
+    }
+
+    /// Puts the request that was popped last back, as if it had not been looked at.
+    pub(super) fn unpop(&mut self, queue: usize) {
+        if let Some(Some(queue)) = self.queues.get_mut(queue) {
+            queue.go_to_previous_position();
+        }
+    }
+
+    /// How many requests the driver has offered in this queue since it was set up, modulo 2^16.
+    pub(super) fn offered(&self, queue: usize) -> Result<u16, Fault> {
+        let Some(Some(queue)) = self.queues.get(queue) else { return Ok(0) };
+        let index = queue.avail_idx(self.memory, Ordering::Acquire);
+        self.memory.check()?;
+        index.map(|index| index.0).map_err(|_| Fault::Driver("an impossible available index"))
     }
 
     /// Gives a request's buffers back, with `written` bytes in them.
@@ -124,6 +141,13 @@ impl Buffers {
             }
         }
         Some(Buffers(front))
+    }
+
+    /// Copies all bytes out of guest memory.
+    pub(super) fn read_all(mut self, memory: &DeviceMemory) -> Result<Vec<u8>, Fault> {
+        let mut bytes = vec![0; self.len()];
+        self.read_front(memory, &mut bytes)?;
+        Ok(bytes)
     }
 
     /// Takes the last byte away, and gives its address.

@@ -70,6 +70,17 @@ pub enum BackendState {
     Block(BlockState),
     /// A source of random bytes, which has no state.
     Rng,
+    /// Sockets between guest and host.
+    Vsock(VsockState),
+}
+
+/// The sockets between guest and host. Connections are not part of it: they do not outlive a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockState {
+    /// The guest's context id.
+    pub guest_cid: u64,
+    /// The host's socket, absolute.
+    pub path: PathBuf,
 }
 
 /// A disk, as it was when the guest was saved.
@@ -140,6 +151,7 @@ impl BackendState {
         match self {
             BackendState::Block(_) => super::block::DEVICE_ID,
             BackendState::Rng => super::rng::DEVICE_ID,
+            BackendState::Vsock(_) => super::vsock::DEVICE_ID,
         }
     }
 }
@@ -176,10 +188,13 @@ impl VirtioState {
         if decoded.transport.queues.len() > QUEUES_MAX {
             return Err(VirtioStateError::Impossible { what: "number of queues" });
         }
-        if let BackendState::Block(block) = &decoded.device
-            && (block.path.as_os_str().len() > PATH_MAX_BYTES || !block.path.is_absolute())
-        {
-            return Err(VirtioStateError::Impossible { what: "path of a disk" });
+        let (path, what) = match &decoded.device {
+            BackendState::Block(block) => (Some(&block.path), "path of a disk"),
+            BackendState::Vsock(vsock) => (Some(&vsock.path), "path of a vsock"),
+            BackendState::Rng => (None, "path"),
+        };
+        if path.is_some_and(|path| path.as_os_str().len() > PATH_MAX_BYTES || !path.is_absolute()) {
+            return Err(VirtioStateError::Impossible { what });
         }
         Ok(decoded)
     }

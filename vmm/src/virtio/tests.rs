@@ -449,17 +449,48 @@ fn impossible_states_are_refused() {
     VirtioState::decode(&crate::state::DeviceState { version: 2, ..state }).unwrap_err();
 }
 
-/// The encoding of version 1, as it was when it was released. It may not change.
+/// The encodings of version 1, as they were when they were released. They may not change.
 #[test]
-fn the_encoding_is_frozen() {
-    let golden = include_bytes!("../../tests/golden/virtio-block-state-v1.bin").to_vec();
-    let state = crate::state::DeviceState { kind: 2, version: 1, bytes: golden };
-    let decoded = VirtioState::decode(&state).unwrap();
-    assert_eq!(decoded, golden_state());
-    assert_eq!(decoded.encode(), state);
+fn the_encodings_are_frozen() {
+    for (name, device) in golden_devices() {
+        let bytes = std::fs::read(golden_path(name)).expect("a golden file that is there");
+        let state = crate::state::DeviceState { kind: device.kind(), version: 1, bytes };
+        let decoded = VirtioState::decode(&state).unwrap();
+        assert_eq!(decoded, golden_state(device));
+        assert_eq!(decoded.encode(), state);
+    }
 }
 
-fn golden_state() -> VirtioState {
+/// For a new kind of device: `cargo test -p vmm --lib write_golden -- --ignored`. What is there stays as it is.
+#[test]
+#[ignore = "writes the golden files that are missing"]
+fn write_golden_states() {
+    for (name, device) in golden_devices() {
+        if !golden_path(name).exists() {
+            std::fs::write(golden_path(name), golden_state(device).encode().bytes).unwrap();
+        }
+    }
+}
+
+fn golden_path(name: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/virtio-{name}-state-v1.bin"))
+}
+
+fn golden_devices() -> [(&'static str, BackendState); 3] {
+    [("block", golden_disk()), ("rng", BackendState::Rng), ("vsock", golden_vsock())]
+}
+
+fn golden_vsock() -> BackendState {
+    BackendState::Vsock(super::VsockState { guest_cid: 52, path: "/run/guest.vsock".into() })
+}
+
+fn golden_disk() -> BackendState {
+    let fingerprint = super::Fingerprint { len: 1 << 20, mtime_ns: -1, sample_crc32: 0x1234_5678 };
+    let path = "/images/disk.img".into();
+    BackendState::Block(super::BlockState { path, read_only: true, fingerprint })
+}
+
+fn golden_state(device: BackendState) -> VirtioState {
     let queue = super::QueueRegisters {
         size: 128,
         descriptors: 0x1_0000_1000,
@@ -479,8 +510,5 @@ fn golden_state() -> VirtioState {
         config_generation: 5,
         queues: vec![queue],
     };
-    let fingerprint = super::Fingerprint { len: 1 << 20, mtime_ns: -1, sample_crc32: 0x1234_5678 };
-    let path = "/images/disk.img".into();
-    let disk = super::BlockState { path, read_only: true, fingerprint };
-    VirtioState { transport, device: BackendState::Block(disk) }
+    VirtioState { transport, device }
 }
