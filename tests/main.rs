@@ -2,6 +2,7 @@
 
 mod bad_files;
 mod bad_hosts;
+mod benchmarks;
 mod command_line;
 mod continuity;
 mod failing_restores;

@@ -28,6 +28,14 @@ pub(crate) struct Interrupted;
 #[error("{0}")]
 pub(crate) struct GuestStopped(pub(crate) String);
 
+/// Another `snap` that this one has started has failed: its message, and its exit code.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub(crate) struct ChildFailed {
+    pub(crate) message: String,
+    pub(crate) code: Option<u8>,
+}
+
 /// Prints an error with all its causes and gives the exit code for it.
 pub(crate) fn report(error: &Error) -> ExitCode {
     let code = code(error);
@@ -52,6 +60,9 @@ fn code(error: &Error) -> u8 {
     for cause in error.chain() {
         if cause.is::<Interrupted>() {
             return INTERRUPTED;
+        }
+        if let Some(ChildFailed { code: Some(code), .. }) = cause.downcast_ref() {
+            return *code;
         }
         // What the guest met counts more than why.
         if cause.is::<GuestStopped>() {

@@ -2,13 +2,14 @@
 
 use std::fs::File;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use rustix::fs::{MemfdFlags, SeekFrom};
 use rustix::io::Errno;
 use snapfmt::MemoryRegion;
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 use vmm::MemoryRange;
 
 /// Memory that is private to this process: what a guest is restored into.
@@ -16,6 +17,31 @@ pub(crate) fn private(ranges: &[MemoryRange]) -> Result<Arc<GuestMemoryMmap>> {
     let regions: Vec<_> =
         ranges.iter().map(|range| (GuestAddress(range.gpa), range.len as usize)).collect();
     Ok(Arc::new(GuestMemoryMmap::from_ranges(&regions).context("cannot map guest memory")?))
+}
+
+/// Memory that is a private mapping of a raw image, in which source offsets are file offsets: the
+/// kernel reads a page when it is touched, and what the guest writes stays with it.
+pub(crate) fn image(path: &Path, ranges: &[MemoryRange]) -> Result<Arc<GuestMemoryMmap>> {
+    let named = || path.display().to_string();
+    let file = File::open(path).with_context(named)?;
+    let found = file.metadata().with_context(named)?.len();
+    let expected: u64 = ranges.iter().map(|range| range.len).sum();
+    // A mapping of what is not there would be SIGBUS.
+    if found != expected {
+        bail!("{} is {found} bytes long, expected {expected}", named());
+    }
+    let (prot, flags) =
+        (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_NORESERVE);
+    let map = |range: &MemoryRange| {
+        let at = FileOffset::new(file.try_clone().with_context(named)?, range.source_offset);
+        let mapped = MmapRegion::build(Some(at), range.len as usize, prot, flags)
+            .with_context(|| format!("cannot map {}", named()))?;
+        GuestRegionMmap::new(mapped, GuestAddress(range.gpa))
+            .with_context(|| format!("memory at gpa {:#x} has no end", range.gpa))
+    };
+    let regions = ranges.iter().map(map).collect::<Result<Vec<_>>>()?;
+    let memory = GuestMemoryMmap::from_regions(regions).context("cannot map guest memory")?;
+    Ok(Arc::new(memory))
 }
 
 /// Memory that is also a file (a memfd): what a guest is created in. The file tells which parts

@@ -1,11 +1,13 @@
 //! Ctrl-C and SIGTERM: the first asks everything to come to a clean end, the second ends at once.
 
 use std::io::PipeWriter;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use anyhow::{Context, Result};
 use pager::serve::ServerHandle;
+use rustix::process::{Signal, pidfd_send_signal};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use vmm::VmHandle;
@@ -21,6 +23,8 @@ struct Shared {
     requested: AtomicBool,
     guest: Mutex<Option<VmHandle>>,
     server: Mutex<Option<Serving>>,
+    /// Processes of ours, for as long as somebody waits for them.
+    children: Mutex<Vec<Weak<OwnedFd>>>,
 }
 
 /// A server, and what to drop to stop it.
@@ -70,6 +74,18 @@ impl Interrupt {
         }
     }
 
+    /// Passes an interrupt on to the process of this pidfd, or one that has come already, for as long as
+    /// the pidfd is there.
+    pub(crate) fn reaches(&self, process: &Arc<OwnedFd>) {
+        let mut children = self.children();
+        children.retain(|child| child.strong_count() > 0);
+        children.push(Arc::downgrade(process));
+        drop(children);
+        if self.requested() {
+            self.interrupt_children();
+        }
+    }
+
     fn request(&self) {
         if self.0.requested.swap(true, Ordering::SeqCst) {
             if let Some(serving) = &*self.server() {
@@ -80,6 +96,18 @@ impl Interrupt {
         }
         self.pause_guest();
         self.stop_server();
+        self.interrupt_children();
+    }
+
+    fn interrupt_children(&self) {
+        for child in self.children().iter().filter_map(Weak::upgrade) {
+            // One that has ended already needs no telling.
+            let _ = pidfd_send_signal(&*child, Signal::INT);
+        }
+    }
+
+    fn children(&self) -> MutexGuard<'_, Vec<Weak<OwnedFd>>> {
+        self.0.children.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn stop_server(&self) {

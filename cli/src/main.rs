@@ -17,6 +17,7 @@ mod restored;
 mod size;
 mod storage;
 mod terminal;
+mod usage;
 
 use std::process::ExitCode;
 use std::time::Instant;

@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use crate::size;
+use crate::usage::Usage;
 
 /// The report of one restore. All times are counted from the start of the command.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct RestoreReport {
-    /// `eager`, `lazy` or `shared`.
+    /// `eager`, `lazy`, `shared` or `mmap`.
     pub(crate) mode: &'static str,
     pub(crate) memory_bytes: u64,
     /// Until the file was open and checked as far as opening does.
@@ -37,6 +38,9 @@ pub(crate) struct RestoreReport {
     pub(crate) memory_sha256: Option<String>,
     /// What the pager did, in a lazy restore, until the run was over.
     pub(crate) pager: Option<pager::Stats>,
+    /// What the process has used until then, where that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) process: Option<Usage>,
 }
 
 pub(crate) fn ms(duration: Duration) -> f64 {

@@ -28,6 +28,8 @@ pub(crate) struct Origin<'a> {
     pub(crate) lazy: bool,
     /// Whose pages a lazy restore shares, if anybody's.
     pub(crate) share: Option<&'a Path>,
+    /// A raw image of the memory, mapped privately instead of reading the file's pages.
+    pub(crate) image: Option<&'a Path>,
     /// What a lazy restore does with a page that cannot be had.
     pub(crate) on_error: FailurePolicy,
     /// How much memory the guest must have, if that was said.
@@ -82,21 +84,24 @@ impl Origin<'_> {
         let guest = GuestSlot::default();
         let mut loaded_bytes = 0;
         let (mut pager, mut clone, mut options) = (None, None, RestoreOptions::default());
-        if self.lazy {
+        if self.lazy || self.image.is_some() {
             let first = snapshot
                 .populated()
                 .flat_map(|range| guest_memory::gpa_ranges(snapshot.regions(), range));
             options = options.plug_first(first.collect());
         }
-        let memory = match self.share {
-            Some(socket) => {
+        let memory = match (self.share, self.image) {
+            (None, Some(image)) => guest_memory::image(image, &ranges)?,
+            (Some(socket), _) => {
                 let (started, memory) = self.start_clone(socket, &snapshot, &ranges, &guest)?;
                 clone = Some(started);
                 memory
             }
-            None => guest_memory::private(&ranges)?,
+            (None, None) => guest_memory::private(&ranges)?,
         };
-        if !self.lazy {
+        if self.image.is_some() {
+            // The kernel reads it, when the guest touches it.
+        } else if !self.lazy {
             loaded_bytes = load(&snapshot, &memory, session).with_context(named)?;
         } else if clone.is_none() {
             pager = Some(self.start_pager(&snapshot, &memory, &guest)?);

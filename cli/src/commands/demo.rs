@@ -58,6 +58,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
                 parents: &[],
                 lazy,
                 share: None,
+                image: None,
                 on_error: FailurePolicy::Poison,
                 memory_bytes: None,
                 populate: Populate::Off,
@@ -72,6 +73,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             run_for: None,
             hash: true,
             keyboard: false,
+            measure: None,
         };
         let (report, outcome) = restore.run(std::io::sink(), session, Instant::now())?;
         outcome.map(|()| report)

@@ -1,5 +1,6 @@
 //! One file a command; each has its arguments and a function that does it.
 
+mod bench;
 mod cat;
 pub(crate) mod create;
 mod demo;
@@ -46,6 +47,7 @@ pub(crate) enum Command {
     Pages(pages::Args),
     Serve(serve::Args),
     Demo(demo::Args),
+    Bench(bench::Args),
 }
 
 /// What every command is given.
@@ -73,6 +75,7 @@ pub(crate) fn run(command: Command, quiet: bool, started: Instant) -> Result<()>
         Command::Pages(args) => pages::run(&args, &session),
         Command::Serve(args) => serve::run(&args, &session),
         Command::Demo(args) => demo::run(&args, &session),
+        Command::Bench(args) => bench::run(&args, &session),
     }
 }
 

@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use clap::ValueEnum;
 use pager::shared::SharedClone;
 use pager::{FailurePolicy, Pager, Placement, Populate};
+use rustix::process::{Signal, set_parent_process_death_signal};
 
 use super::{Input, Session};
 use crate::devices::SavedDeviceArgs;
@@ -18,7 +19,8 @@ use crate::live::{self, EndArgs, Ended};
 use crate::report::{RestoreReport, ms, ms_since};
 use crate::restored::{Origin, Restored, damaged, stopped};
 use crate::terminal::Keyboard;
-use crate::{memory_hash, size};
+use crate::usage::{Counters, Measure, Usage};
+use crate::{memory_hash, size, usage};
 
 /// Bring a guest back and run it.
 ///
@@ -80,6 +82,14 @@ pub(crate) struct Args {
     /// At the end, hash all of the guest's memory (a lazy restore loads it for that).
     #[arg(long)]
     hash: bool,
+
+    /// Map this raw image of the memory privately, instead of reading the pages of the file. For `snap bench`.
+    #[arg(long, value_name = "IMAGE", hide = true, conflicts_with = "lazy")]
+    image: Option<PathBuf>,
+
+    /// Report also what the process has used, and end with the process that started this one. For `snap bench`.
+    #[arg(long, value_name = "WHAT", hide = true)]
+    measure: Option<Measure>,
 
     /// How to report on stderr at the end.
     #[arg(long, value_name = "FORM", default_value = "text")]
@@ -168,6 +178,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             parents: &args.input.parents,
             lazy: args.lazy,
             share: args.share.as_deref(),
+            image: args.image.as_deref(),
             on_error: args.on_error.into(),
             memory_bytes: args.memory,
             populate: args.populate.0,
@@ -185,8 +196,13 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         until: Until { lines: args.beats.map(|beats| (BEAT, beats)), ..args.end.until() },
         run_for: args.end.run_for,
         hash: args.hash,
-        keyboard: true,
+        keyboard: args.measure.is_none(),
+        measure: args.measure,
     };
+    if args.measure.is_some() {
+        let with_parent = set_parent_process_death_signal(Some(Signal::KILL));
+        with_parent.context("cannot be tied to the process that measures")?;
+    }
     let (report, outcome) = restore.run(std::io::stdout(), session, session.started)?;
     let told = match args.report {
         ReportForm::Json => serde_json::to_string_pretty(&report)? + "\n",
@@ -206,6 +222,8 @@ pub(crate) struct Restore<'a> {
     pub(crate) hash: bool,
     /// Whether stdin is the guest's.
     pub(crate) keyboard: bool,
+    /// What of the process is looked at, if anything.
+    pub(crate) measure: Option<Measure>,
 }
 
 impl Restore<'_> {
@@ -227,7 +245,14 @@ impl Restore<'_> {
             false => None,
         };
 
-        let ended = live::run(vm, self.run_for, session)?;
+        let before = self.measure.map(|_| Counters::now()).transpose()?;
+        let live = || live::run(vm, self.run_for, session);
+        let (ended, timeline) = match self.measure {
+            Some(Measure::Timeline) => usage::sampled(started, pager.as_ref(), live)?,
+            Some(Measure::Totals) | None => (live(), Vec::new()),
+        };
+        let ended = ended?;
+        let process = before.map(|before| Usage::since(&before, &memory, timeline)).transpose()?;
         // The figures are those of the run: what comes after it, a hash say, is not the guest's.
         let stats = pager.as_ref().map(Pager::stats);
         drop(keyboard);
@@ -253,10 +278,11 @@ impl Restore<'_> {
         }
 
         let report = RestoreReport {
-            mode: match (self.origin.lazy, self.origin.share) {
-                (_, Some(_)) => "shared",
-                (true, None) => "lazy",
-                (false, None) => "eager",
+            mode: match (self.origin.lazy, self.origin.share, self.origin.image) {
+                (_, Some(_), _) => "shared",
+                (_, None, Some(_)) => "mmap",
+                (true, None, None) => "lazy",
+                (false, None, None) => "eager",
             },
             memory_bytes: snapshot.header().memory_bytes,
             opened_ms: ms(opened - started),
@@ -275,6 +301,7 @@ impl Restore<'_> {
             },
             memory_sha256,
             pager: stats,
+            process,
         };
         Ok((report, outcome))
     }

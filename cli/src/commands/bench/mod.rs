@@ -1,0 +1,216 @@
+//! `snap bench`: what the ways to restore a guest cost, side by side.
+
+mod child;
+mod cold;
+mod figures;
+mod mode;
+mod run;
+mod subject;
+mod table;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::{Value, json};
+use vmm::HostCpu;
+
+use self::child::Snap;
+use self::figures::{Measured, Ratios};
+use self::mode::Mode;
+use self::run::{Outcome, Plan};
+use self::subject::Subject;
+use super::Session;
+use super::stdout::{print_line, print_text};
+use crate::size;
+
+/// The target that is no file.
+const DEMO: &str = "demo";
+
+/// Measure the ways to restore a guest, side by side.
+///
+/// Restores the guest in each mode in turn, each time in a new process, and lets it run until its work is done.
+/// Tells the medians of the runs, and ratios of runs that were made one after the other. What each figure is, is
+/// said in docs/benchmarks.md.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  snap bench demo                                  a guest with 512 MiB that touches 10 % of it
+  snap bench demo --cold --runs 9 --memory 1G --touch 5
+  snap bench linux.snap --until 'work is done' --modes lazy,mmap --json
+  snap bench linux.snap --for 2s --dir /var/tmp")]
+pub(crate) struct Args {
+    /// The snapshot; `demo` makes one of the demo guest (a file of that name: ./demo).
+    #[arg(value_name = "FILE|demo")]
+    target: PathBuf,
+
+    /// Of a layer: a file that may be its parent, or its parent's.
+    #[arg(long = "parent", value_name = "FILE")]
+    parents: Vec<PathBuf>,
+
+    /// The modes to compare.
+    #[arg(long, value_name = "MODES", value_delimiter = ',', default_value = "eager,mmap,lazy")]
+    modes: Vec<Mode>,
+
+    /// How often each mode is run and measured.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    runs: u32,
+
+    /// Drop the files from the page cache before each run.
+    #[arg(long)]
+    cold: bool,
+
+    /// The work is done when the guest has written this.
+    #[arg(long, value_name = "TEXT", conflicts_with_all = ["run_for", "beats"],
+          value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    until: Option<String>,
+
+    /// The work is done after this long.
+    #[arg(long = "for", id = "run_for", value_name = "TIME", conflicts_with = "beats",
+          value_parser = humantime::parse_duration)]
+    run_for: Option<Duration>,
+
+    /// The work is done after this many beats; of the demo guest one, unless told.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    beats: Option<u64>,
+
+    /// Of the demo guest: its memory; 512M unless told.
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    memory: Option<u64>,
+
+    /// Of the demo guest: how much of its memory a beat reads, in percent; 10 unless told.
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(1..=100))]
+    touch: Option<u8>,
+
+    /// Where temporary files are made: the demo guest's snapshot, the raw image.
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+
+    /// Give up when the work is not done after this long.
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = humantime::parse_duration)]
+    timeout: Duration,
+
+    /// Print everything as JSON: medians, every run, ratios, the course of one run.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
+    for (number, mode) in args.modes.iter().enumerate() {
+        if args.modes[..number].contains(mode) {
+            bail!("--modes: {mode} is there twice");
+        }
+    }
+    let snap = Snap::new(session)?;
+    let steps = Steps::new(args, session.quiet);
+    let subject = Subject::prepare(args, &snap, &|what| steps.say(what))?;
+    let plan = Plan {
+        subject: &subject,
+        snap: &snap,
+        modes: &args.modes,
+        rounds: args.runs,
+        cold: args.cold,
+        timeout: args.timeout,
+    };
+    let outcome = plan.run(&|what| steps.next(what))?;
+    drop(steps);
+    let ratios = Ratios::of(&outcome.all);
+    match args.json {
+        true => {
+            let all = to_json(args, &subject, &outcome, &ratios);
+            print_line(serde_json::to_string_pretty(&all)?)
+        }
+        false => {
+            let (head, foot) = (headline(args, &subject, &outcome), footer(&outcome));
+            print_text(format!("{head}\n\n{}{foot}", table::table(&outcome.all, &ratios)))
+        }
+    }
+}
+
+/// What was measured, in a line.
+fn headline(args: &Args, subject: &Subject, outcome: &Outcome) -> String {
+    format!(
+        "{}: {} of memory in {}; work: {}; page cache {}; medians of {}",
+        args.target.display(),
+        size::human(subject.memory_bytes()),
+        size::human(subject.file_bytes()),
+        subject.work.describe(),
+        page_cache(outcome),
+        match args.runs {
+            1 => "one run".into(),
+            runs => format!("{runs} runs"),
+        }
+    )
+}
+
+fn footer(outcome: &Outcome) -> &'static str {
+    match outcome.memory_sha256 {
+        Some(_) => "\nAfter the work, the guest's memory is the same in all modes.\n",
+        None => "",
+    }
+}
+
+fn page_cache(outcome: &Outcome) -> String {
+    outcome.way.map_or("warm".into(), |way| format!("cold, by {}", way.name()))
+}
+
+fn to_json(args: &Args, subject: &Subject, outcome: &Outcome, ratios: &Ratios) -> Value {
+    // Not there without /proc, where nothing else is measured either.
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    json!({
+        "tool_version": env!("CARGO_PKG_VERSION"),
+        "host": {
+            "cpu": HostCpu::current(),
+            "cpus": std::thread::available_parallelism().map_or(1, usize::from),
+            "kernel": kernel.trim(),
+        },
+        "snapshot": {
+            "name": args.target,
+            "memory_bytes": subject.memory_bytes(),
+            "file_bytes": subject.file_bytes(),
+        },
+        "work": subject.work.to_json(),
+        "page_cache": page_cache(outcome),
+        "runs": args.runs,
+        "modes": outcome.all.iter().map(Measured::to_json).collect::<Vec<_>>(),
+        "ratios": ratios,
+        "memory_sha256": outcome.memory_sha256,
+    })
+}
+
+/// What is being done, on stderr.
+struct Steps(ProgressBar);
+
+impl Steps {
+    fn new(args: &Args, quiet: bool) -> Self {
+        let target = match quiet {
+            true => ProgressDrawTarget::hidden(),
+            false => ProgressDrawTarget::stderr_with_hz(10),
+        };
+        let runs = args.modes.len() as u64 * (u64::from(args.runs) + 1);
+        let bar = ProgressBar::with_draw_target(Some(runs), target);
+        // A constant; were it wrong, the bar would look plain.
+        if let Ok(style) = ProgressStyle::with_template("[{bar:30}] {pos}/{len} {msg}") {
+            bar.set_style(style.progress_chars("=> "));
+        }
+        Self(bar)
+    }
+
+    fn say(&self, what: &str) {
+        self.0.set_message(what.to_owned());
+        self.0.tick();
+    }
+
+    /// The one before is over.
+    fn next(&self, what: &str) {
+        self.0.set_message(what.to_owned());
+        self.0.inc(1);
+    }
+}
+
+impl Drop for Steps {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}

@@ -1,0 +1,213 @@
+//! What is restored again and again: a snapshot, its raw image, and when its work is done.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+use snapfmt::Snapshot;
+use snapfmt::layout::PAGE_BYTES;
+use tempfile::TempDir;
+use vmm::demo::WORK_ALIGN_BYTES;
+
+use super::child::Snap;
+use super::mode::Mode;
+use super::{Args, DEMO};
+use crate::{commands, size};
+
+/// A guest to restore. Its temporary files go when it is dropped.
+pub(super) struct Subject {
+    pub(super) file: PathBuf,
+    pub(super) parents: Vec<PathBuf>,
+    /// The raw image of its memory, where a mode needs it.
+    pub(super) image: Option<PathBuf>,
+    /// Held open: the files whose page cache is dropped are these very ones.
+    pub(super) snapshot: Snapshot,
+    pub(super) work: Work,
+    /// Whether memory is the same after the work, however the guest was restored.
+    pub(super) is_deterministic: bool,
+    folder: TempDir,
+}
+
+/// When a guest's work is done.
+#[derive(Clone, Debug)]
+pub(super) enum Work {
+    Beats(u64),
+    Until(String),
+    For(Duration),
+}
+
+impl Subject {
+    /// Makes what is missing: the demo guest's snapshot, the image.
+    pub(super) fn prepare(args: &Args, snap: &Snap<'_>, say: &dyn Fn(&str)) -> Result<Self> {
+        let folder = temporary_folder(args.dir.as_deref())?;
+        let file = match args.is_demo() {
+            true => {
+                say("creating the demo guest");
+                let file = folder.path().join("demo.snap");
+                snap.run(demo_command(args, &file)?).context("cannot create the demo guest")?;
+                file
+            }
+            false => args.target.clone(),
+        };
+        let snapshot = commands::open(&file, &args.parents)?;
+        let guest = snapshot.metadata()?.other.remove("guest").unwrap_or_default();
+        let is_demo = guest.get("kind").and_then(Value::as_str) == Some("demo");
+        let work = args.work(is_demo)?;
+        let mut subject = Self {
+            is_deterministic: is_demo && matches!(work, Work::Beats(_)),
+            file,
+            parents: args.parents.clone(),
+            image: None,
+            snapshot,
+            work,
+            folder,
+        };
+        if args.modes.contains(&Mode::Mmap) {
+            say("writing the raw image of its memory");
+            let image = subject.path("memory.raw");
+            let mut command: Vec<OsString> = vec!["--quiet".into(), "export".into()];
+            command.extend(subject.input());
+            command.extend(["--format".into(), "raw".into(), "-o".into(), image.clone().into()]);
+            snap.run(command).context("cannot write the raw image")?;
+            subject.image = Some(image);
+        }
+        Ok(subject)
+    }
+
+    /// The arguments that name the snapshot.
+    pub(super) fn input(&self) -> impl Iterator<Item = OsString> + '_ {
+        let parents = self.parents.iter().flat_map(|path| ["--parent".into(), path.into()]);
+        std::iter::once(self.file.clone().into()).chain(parents)
+    }
+
+    /// A path in the temporary folder.
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    pub(super) fn memory_bytes(&self) -> u64 {
+        self.snapshot.header().memory_bytes
+    }
+
+    /// Bytes of the file, of a layer its parents' too.
+    pub(super) fn file_bytes(&self) -> u64 {
+        self.snapshot.headers().map(|header| header.file_bytes).sum()
+    }
+}
+
+impl Work {
+    /// The options of `snap restore` that end it there, or after `timeout` all the same.
+    pub(super) fn options(&self, timeout: Duration) -> Vec<OsString> {
+        let time = |time: &Duration| humantime::format_duration(*time).to_string();
+        let (option, value, limit) = match self {
+            Self::Beats(beats) => ("--beats", beats.to_string(), Some(timeout)),
+            Self::Until(text) => ("--until", text.clone(), Some(timeout)),
+            Self::For(run) => ("--for", time(run), None),
+        };
+        let limit = limit.map(|limit| format!("--for={}", time(&limit)));
+        // In one word: a text may begin with a dash.
+        std::iter::once(format!("{option}={value}")).chain(limit).map(OsString::from).collect()
+    }
+
+    /// What `snap restore` says when it has ended there.
+    pub(super) fn is_done(&self, stop: &str) -> bool {
+        match self {
+            Self::Beats(_) | Self::Until(_) => stop == "done",
+            Self::For(_) => stop == "time is up",
+        }
+    }
+
+    pub(super) fn describe(&self) -> String {
+        match self {
+            Self::Beats(1) => "one beat of the demo guest".into(),
+            Self::Beats(beats) => format!("{beats} beats of the demo guest"),
+            Self::Until(text) => format!("until it writes {text:?}"),
+            Self::For(time) => humantime::format_duration(*time).to_string(),
+        }
+    }
+
+    pub(super) fn to_json(&self) -> Value {
+        match self {
+            Self::Beats(beats) => json!({ "beats": beats }),
+            Self::Until(text) => json!({ "until": text }),
+            Self::For(time) => json!({ "for_ms": time.as_millis() as u64 }),
+        }
+    }
+}
+
+fn temporary_folder(parent: Option<&Path>) -> Result<TempDir> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix("snap-bench-");
+    let made = match parent {
+        Some(parent) => builder.tempdir_in(parent),
+        None => builder.tempdir(),
+    };
+    let parent = parent.map_or_else(std::env::temp_dir, Path::to_owned);
+    made.with_context(|| format!("cannot create a temporary folder in {}", parent.display()))
+}
+
+/// Of the pages of the demo guest's working area, a beat reads this share.
+const READ_BY_A_BEAT: (u64, u64) = (7, 32);
+
+fn demo_command(args: &Args, file: &Path) -> Result<Vec<OsString>> {
+    let (memory, touch) = (args.memory_bytes(), u64::from(args.touch_percent()));
+    let ranges = vmm::memory_layout(memory).context("--memory")?;
+    let (share, of) = READ_BY_A_BEAT;
+    let most = vmm::demo::max_work_bytes(&ranges);
+    let work = (memory / PAGE_BYTES as u64 * touch / 100 * of / share * PAGE_BYTES as u64)
+        .next_multiple_of(WORK_ALIGN_BYTES);
+    ensure!(
+        work <= most,
+        "--touch {touch}: a beat of the demo guest reads at most {} % of a memory of {}",
+        most * share / of * 100 / memory,
+        size::human(memory)
+    );
+    Ok(["--quiet".into(), "create".into(), file.into()]
+        .into_iter()
+        .chain(["--memory", &memory.to_string(), "--work", &work.to_string()].map(OsString::from))
+        .collect())
+}
+
+impl Args {
+    fn is_demo(&self) -> bool {
+        self.target == Path::new(DEMO)
+    }
+
+    fn memory_bytes(&self) -> u64 {
+        self.memory.unwrap_or(512 << 20)
+    }
+
+    fn touch_percent(&self) -> u8 {
+        self.touch.unwrap_or(10)
+    }
+
+    fn work(&self, is_demo: bool) -> Result<Work> {
+        if !self.is_demo() && (self.memory.is_some() || self.touch.is_some()) {
+            bail!("--memory and --touch are of `snap bench {DEMO}`: a snapshot has its own");
+        }
+        Ok(match (&self.until, self.run_for, self.beats) {
+            (Some(text), _, _) => Work::Until(text.clone()),
+            (None, Some(time), _) => Work::For(time),
+            (None, None, Some(beats)) => Work::Beats(beats),
+            (None, None, None) if is_demo => Work::Beats(1),
+            (None, None, None) => bail!(
+                "say when the guest's work is done: --until TEXT that it then writes, or --for TIME"
+            ),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_beat_reads_the_share_that_is_said() {
+        let (share, of) = READ_BY_A_BEAT;
+        let pages = 1 << 16;
+        let read = (0..pages).filter(|&page| vmm::demo::in_working_set(page)).count() as u64;
+        assert!(read.abs_diff(pages * share / of) < pages / 100, "{read} of {pages}");
+    }
+}

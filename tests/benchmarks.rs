@@ -1,0 +1,162 @@
+//! `snap bench`: its table, its JSON, what it refuses, and that it leaves nothing behind.
+
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::support::{
+    Ran, SNAP, Sample, end_of, names, needs_vm, run, signal, snap, start, wait_for_handlers,
+};
+
+/// `snap bench` of a small demo guest, with a folder of its own for temporary files.
+fn bench(folder: &Path, options: &[&str]) -> Command {
+    let mut command = Command::new(SNAP);
+    command.args(["bench", "demo", "--memory", "16M", "--touch", "5", "--dir"]).arg(folder);
+    command.args(options);
+    command
+}
+
+#[test]
+fn the_table_has_a_column_for_each_mode() {
+    needs_vm!();
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let ran = run(bench(folder.path(), &["--runs", "1", "--modes", "lazy,mmap,eager"])).ok();
+    let header: Vec<_> =
+        ran.stdout.lines().nth(2).expect("a table").split_ascii_whitespace().collect();
+    assert_eq!(header, ["lazy", "mmap", "eager"]);
+    for what in
+        ["page cache warm", "workload done", "fault p99", "done, x of mmap", "the same in all"]
+    {
+        assert!(ran.stdout.contains(what), "{what}: {}", ran.stdout);
+    }
+    assert_eq!(ran.stderr, "", "progress is for terminals");
+    assert!(names(folder.path()).is_empty(), "{:?}", names(folder.path()));
+}
+
+#[test]
+fn json_tells_every_run_and_the_modes_agree() {
+    needs_vm!();
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let options = ["--runs", "3", "--modes", "eager,mmap,lazy,shared", "--json"];
+    let all = run(bench(folder.path(), &options)).ok().json();
+    assert_eq!(all["memory_sha256"].as_str().map(str::len), Some(64));
+    assert_eq!((&all["runs"], &all["page_cache"]), (&3.into(), &"warm".into()));
+    assert_eq!(all["snapshot"]["memory_bytes"], 16 << 20);
+    let modes = all["modes"].as_array().expect("modes");
+    let named: Vec<_> = modes.iter().map(|mode| mode["mode"].as_str().expect("a name")).collect();
+    assert_eq!(named, ["eager", "mmap", "lazy", "shared"]);
+    let number = |value: &Value| value.as_f64().expect("a number");
+    for mode in modes {
+        let runs = mode["runs"].as_array().expect("runs");
+        assert_eq!(runs.len(), 3);
+        for run in runs.iter().chain([&mode["median"]]) {
+            assert!(number(&run["first_instruction_ms"]) <= number(&run["done_ms"]));
+        }
+        // A median is one of three.
+        assert!(runs.iter().any(|run| run["done_ms"] == mode["median"]["done_ms"]));
+        assert!(mode["timeline"].as_array().is_some_and(|samples| samples.len() >= 2));
+    }
+    let median = |mode: usize, figure: &str| &modes[mode]["median"][figure];
+    // Each says what it did, and nothing of what it did not.
+    assert!(median(0, "served_faults").is_null() && median(1, "served_faults").is_null());
+    assert!(number(median(2, "served_faults")) > 0.0 && number(median(2, "fault_p50_us")) > 0.0);
+    assert_eq!(median(0, "unloaded_bytes"), 0);
+    for lazily in [1, 2, 3] {
+        assert!(number(median(lazily, "unloaded_bytes")) > 0.0);
+    }
+    assert!(number(&all["ratios"]["done_ms"]["lazy"]["mmap"]) > 0.0);
+    assert!(names(folder.path()).is_empty());
+}
+
+#[test]
+fn cold_runs_read_from_storage_or_say_that_they_cannot() {
+    needs_vm!();
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let ran = run(bench(folder.path(), &["--runs", "1", "--cold", "--json"]));
+    if ran.code == Some(1) {
+        // A temporary folder in memory.
+        ran.failed(1, &["cannot be dropped", "--dir"]);
+        return;
+    }
+    let all = ran.ok().json();
+    assert!(all["page_cache"].as_str().is_some_and(|way| way.starts_with("cold, by ")));
+    for mode in all["modes"].as_array().expect("modes") {
+        assert!(mode["median"]["storage_bytes_read"].as_u64() > Some(0), "{mode}");
+    }
+    let in_memory = Path::new("/dev/shm");
+    if in_memory.is_dir() {
+        run(bench(in_memory, &["--runs", "1", "--cold"])).failed(1, &["in memory", "--dir"]);
+    }
+}
+
+#[test]
+fn a_snapshot_is_measured_until_its_work_is_done() {
+    needs_vm!();
+    let sample = Sample::small();
+    let bench = |options: &[&str]| {
+        let mut command = Command::new(SNAP);
+        command.arg("bench").arg(&sample.file).args(["--runs", "1", "--modes", "lazy"]);
+        run({
+            command.args(options);
+            command
+        })
+    };
+    let until = bench(&["--until", "beat 2 ok", "--json"]).ok().json();
+    assert_eq!(until["work"]["until"], "beat 2 ok");
+    let forever = ["--until", "no guest says this", "--timeout", "200ms"];
+    bench(&forever).failed(1, &["mode lazy", "was not done after 200ms", "--timeout"]);
+    bench(&["--for", "50ms"]).ok();
+    bench(&["--memory", "64M"]).failed(1, &["--memory and --touch are of `snap bench demo`"]);
+    assert_eq!(sample.names(), ["guest.snap"]);
+}
+
+#[test]
+fn bad_input_is_refused() {
+    for (options, code, says) in [
+        (&["--modes", "eager,fast"][..], 2, &["fast", "possible values", "mmap"][..]),
+        (&["--runs", "0"], 2, &["--runs", "0"]),
+        (&["--touch", "0"], 2, &["--touch"]),
+        (&["--until", "x", "--for", "1s"], 2, &["cannot be used with"]),
+        (&["--modes", "lazy,lazy"], 1, &["lazy is there twice"]),
+        (&["--touch", "40"], 1, &["a beat of the demo guest reads at most 21 %"]),
+        (&["--memory", "3M"], 1, &["--memory"]),
+        (&["--dir", "/no/such"], 1, &["/no/such"]),
+    ] {
+        snap(["bench", "demo"].iter().chain(options)).failed(code, says);
+    }
+    snap(["bench", "/no/such.snap"]).failed(1, &["/no/such.snap"]);
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("a.snap");
+    std::fs::write(&file, [7; 8192]).expect("it can be written");
+    snap(["bench".as_ref(), file.as_os_str()]).failed(3, &["a.snap"]);
+}
+
+#[test]
+fn a_guest_that_cannot_be_restored_is_its_own_error() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    std::fs::write(path("memory"), vec![1; 1 << 20]).expect("it can be written");
+    snap(["import", &*path("memory"), "-o", &*path("a.snap")]).ok();
+    snap(["bench", &*path("a.snap")]).failed(1, &["say when the guest's work is done"]);
+    let ran = snap(["bench", &*path("a.snap"), "--for", "1s"]);
+    ran.failed(1, &["mode eager", "no state of a KVM guest"]);
+}
+
+#[test]
+fn an_interrupt_ends_it_and_leaves_nothing() {
+    needs_vm!();
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    for moment_ms in [0, 300, 1500] {
+        // It would go on for minutes.
+        let mut command = bench(folder.path(), &["--runs", "1000"]);
+        command.args(["--beats", "20", "--modes", "lazy,shared,mmap"]);
+        let child = start(command);
+        wait_for_handlers(child.id());
+        // Somewhere while it creates, exports, or runs: each must end cleanly.
+        std::thread::sleep(std::time::Duration::from_millis(moment_ms));
+        signal(child.id(), "INT");
+        Ran::from(end_of(child)).failed(130, &["interrupted"]);
+        assert!(names(folder.path()).is_empty(), "{:?}", names(folder.path()));
+    }
+}
