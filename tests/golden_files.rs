@@ -9,8 +9,8 @@ use std::path::Path;
 
 use snapfmt::layout::PAGE_BYTES;
 use snapfmt::{
-    ChunkBuffer, Codec, Contents, MemoryRegion, Metadata, PageIndex, Snapshot, StateBlob,
-    WriteOptions, write_snapshot,
+    ChunkBuffer, Codec, Contents, HotPages, HotRun, MemoryRegion, Metadata, PageIndex, Phase,
+    Snapshot, StateBlob, WorkingSet, WriteOptions, write_snapshot, write_with_set,
 };
 
 use crate::support::snap;
@@ -43,6 +43,9 @@ fn memory() -> Vec<u8> {
     (0..2048).flat_map(page).collect()
 }
 
+/// The file with a working set, its pages in front.
+const HOT: &str = "v1-working-set.snap";
+
 const STATE: &[u8] = b"the state of a golden machine";
 
 /// The files that there must be: a missing one is an error, not a skip.
@@ -55,7 +58,7 @@ fn golden_files_read_as_they_always_did() {
     if let Some(new) = std::env::var_os("SNAP_MAKE_GOLDEN") {
         make(Path::new(&new));
     }
-    for (name, codec) in FILES {
+    for (name, codec) in FILES.into_iter().chain([(HOT, Codec::Lz4)]) {
         let path = folder.join(name);
         let snapshot = Snapshot::open(&path).expect(name);
         assert_eq!(snapshot.header().version, 1, "{name}");
@@ -65,6 +68,8 @@ fn golden_files_read_as_they_always_did() {
         let metadata = snapshot.metadata().expect(name);
         assert_eq!(metadata.tool, "golden");
         assert!(metadata.storage.contains_key(codec.name()), "{name}");
+        let set = snapshot.working_set().expect(name);
+        assert_eq!(set, (name == HOT).then(working_set), "{name}");
         let (mut buffer, mut found) = (ChunkBuffer::new(), [0; PAGE_BYTES]);
         for number in 0..2048 {
             snapshot.read_page(PageIndex(number), &mut buffer, &mut found).expect(name);
@@ -75,18 +80,45 @@ fn golden_files_read_as_they_always_did() {
     }
 }
 
+/// Two restores: 40 pages in one run, some single ones, one that only the second has touched.
+fn working_set() -> WorkingSet {
+    let first = (30..70).chain([1900, 5, 38]).map(|page| (PageIndex(page), Phase::FirstOutput));
+    let first: Vec<_> = first.chain([(PageIndex(2047), Phase::FirstSecond)]).collect();
+    let second: Vec<_> = first.iter().copied().chain([(PageIndex(1030), Phase::Later)]).collect();
+    WorkingSet::join([&first[..], &second[..]])
+}
+
+#[test]
+fn the_golden_working_set_is_what_it_seems() {
+    let run = |first, pages, phase, seen| HotRun { first: PageIndex(first), pages, phase, seen };
+    let expected = [
+        run(30, 40, Phase::FirstOutput, 2),
+        run(1900, 1, Phase::FirstOutput, 2),
+        run(5, 1, Phase::FirstOutput, 2),
+        run(2047, 1, Phase::FirstSecond, 2),
+        run(1030, 1, Phase::Later, 1),
+    ];
+    assert_eq!(working_set().runs(), expected);
+}
+
 fn make(folder: &Path) {
     let memory = memory();
+    let states = [StateBlob { tag: 7, version: 3, bytes: STATE.to_vec() }];
+    let data = [0..memory.len() as u64];
+    let contents = || Contents {
+        regions: &REGIONS,
+        memory: &memory,
+        data: &data,
+        states: &states,
+        metadata: Metadata { tool: "golden".into(), ..Metadata::default() },
+    };
+    let go_on = |_| ControlFlow::Continue(());
     for (name, codec) in FILES {
-        let contents = Contents {
-            regions: &REGIONS,
-            memory: &memory,
-            data: &[0..memory.len() as u64],
-            states: &[StateBlob { tag: 7, version: 3, bytes: STATE.to_vec() }],
-            metadata: Metadata { tool: "golden".into(), ..Metadata::default() },
-        };
         let options = WriteOptions { codec, ..WriteOptions::default() };
-        let go_on = |_| ControlFlow::Continue(());
-        write_snapshot(folder.join(name), contents, &options, &go_on).expect(name);
+        write_snapshot(folder.join(name), contents(), &options, &go_on).expect(name);
     }
+    let set = working_set();
+    let hot = HotPages { set: &set, front: Some(Codec::Lz4) };
+    let options = WriteOptions::default();
+    write_with_set(folder.join(HOT), contents(), None, &hot, &options, &go_on).expect(HOT);
 }

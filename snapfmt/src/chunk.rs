@@ -112,8 +112,12 @@ pub(crate) fn corruption(offset: u64, problem: Problem) -> Corruption {
 /// that reading a chunk allocates nothing once the buffers have grown.
 #[derive(Default)]
 pub struct ChunkBuffer {
-    /// The chunk as it is in the file.
+    /// The chunk as it is in the file; of chunks that were read ahead, all of them.
     pub(crate) stored: Vec<u8>,
+    /// Where in `stored` the chunk is.
+    at: usize,
+    /// Of which snapshot and layer `stored` is, and from which offset on, if it may have chunks read ahead.
+    ahead: Option<(u64, u16, u64)>,
     decoded: Vec<u8>,
     list: Vec<PageIndex>,
     decompressor: Decompressor,
@@ -133,8 +137,28 @@ impl ChunkBuffer {
     pub(crate) fn refill(&mut self, len: usize) -> &mut [u8] {
         self.header = None;
         self.holds = None;
+        (self.at, self.ahead) = (0, None);
         self.stored.resize(len, 0);
         &mut self.stored
+    }
+
+    /// Notes that `stored` is filled with a snapshot's bytes that begin with the chunk at `extent`.
+    pub(crate) fn filled_ahead(&mut self, snapshot: u64, extent: ChunkExtent) {
+        self.ahead = Some((snapshot, extent.layer(), extent.offset()));
+    }
+
+    /// Whether the chunk was read ahead; then it is the one that is decoded next.
+    pub(crate) fn turn_to(&mut self, snapshot: u64, extent: ChunkExtent) -> bool {
+        let Some((of, layer, start)) = self.ahead else { return false };
+        let at = extent.offset().checked_sub(start).and_then(|at| usize::try_from(at).ok());
+        let there = at.filter(|at| {
+            (of, layer) == (snapshot, extent.layer())
+                && self.stored.len().checked_sub(*at) >= Some(extent.len_bytes() as usize)
+        });
+        let Some(at) = there else { return false };
+        self.at = at;
+        (self.header, self.holds) = (None, None);
+        true
     }
 
     /// Notes which chunk was decoded.
@@ -151,7 +175,7 @@ impl ChunkBuffer {
         let header = self.header.ok_or(ReadError::NothingFetched)?;
         let bytes = match header.codec {
             Codec::Raw => {
-                let start = CHUNK_HEADER_BYTES + 4 * usize::from(header.pages);
+                let start = self.at + CHUNK_HEADER_BYTES + 4 * usize::from(header.pages);
                 &self.stored[start..start + header.payload_bytes as usize]
             }
             Codec::Lz4 | Codec::Zstd => &self.decoded,
@@ -162,12 +186,15 @@ impl ChunkBuffer {
     /// Checks and decodes what was read for the same `extent`.
     pub(crate) fn decode(&mut self, extent: ChunkExtent) -> Result<Chunk<'_>, ReadError> {
         let offset = extent.offset();
-        if self.stored.len() != extent.len_bytes() as usize {
-            let (expected, found) = (extent.len_bytes().into(), self.stored.len() as u64);
+        let len = extent.len_bytes() as usize;
+        let fetched = self.stored.get(self.at..).unwrap_or_default();
+        if fetched.len() != len && (self.ahead.is_none() || fetched.len() < len) {
+            let (expected, found) = (extent.len_bytes().into(), fetched.len() as u64);
             let problem = Problem::Field { field: "bytes fetched", expected, found };
             return Err(corruption(offset, problem).into());
         }
-        let header = ChunkHeader::decode(&self.stored[..CHUNK_HEADER_BYTES], offset)?;
+        let fetched = &fetched[..len];
+        let header = ChunkHeader::decode(&fetched[..CHUNK_HEADER_BYTES], offset)?;
         let implied = header.extent(offset).in_layer(extent.layer());
         if implied != extent {
             return Err(corruption(
@@ -180,7 +207,7 @@ impl ChunkBuffer {
             )
             .into());
         }
-        let body = &self.stored[CHUNK_HEADER_BYTES..];
+        let body = &fetched[CHUNK_HEADER_BYTES..];
         let (expected, found) = (header.body_crc, crc32fast::hash(body));
         if expected != found {
             return Err(corruption(offset, Problem::Checksum { expected, found }).into());

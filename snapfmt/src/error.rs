@@ -401,6 +401,9 @@ pub enum WriteError {
     /// The parent of a layer could not be read.
     #[error("cannot read the parent")]
     Parent(#[source] ReadError),
+    /// The snapshot to be copied could not be read.
+    #[error("cannot read the snapshot")]
+    Original(#[source] ReadError),
     /// A codec failed.
     #[error("{codec} could not compress a chunk")]
     Codec {

@@ -61,6 +61,11 @@ impl Index {
         Ok(Self { leaves, leaves_offset: leaves_section.offset, chunks, layered })
     }
 
+    /// One past the last byte of the file that chunks may lie in.
+    pub(crate) fn chunks_end(&self) -> u64 {
+        self.chunks.end
+    }
+
     /// Numbers of the leaves there are, ascending.
     pub(crate) fn leaf_numbers(&self) -> impl ExactSizeIterator<Item = u32> {
         self.leaves.iter().map(|(number, _)| *number)

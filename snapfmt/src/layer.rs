@@ -7,7 +7,8 @@ use crate::header::Header;
 use crate::index::Index;
 use crate::layout::{
     HEADER_BYTES, INCOMPAT_LAYERED, LEAF_SPAN_BYTES, MAX_METADATA_BYTES, MAX_PARENT_HINT_BYTES,
-    MAX_REGIONS, MAX_STATE_BYTES, REGION_RECORD_BYTES, ROOT_RECORD_BYTES, SECTION_RECORD_BYTES,
+    MAX_REGIONS, MAX_STATE_BYTES, MAX_WORKING_SET_BYTES, REGION_RECORD_BYTES, ROOT_RECORD_BYTES,
+    SECTION_RECORD_BYTES,
 };
 use crate::memory_map::{self, MemoryRegion};
 use crate::metadata::{self, Metadata};
@@ -15,6 +16,7 @@ use crate::parent::ParentHint;
 use crate::read_at::ReadAt;
 use crate::section::{self, Section, SectionKind};
 use crate::snapshot::StateBlob;
+use crate::working_set::WorkingSet;
 
 /// One file of a chain.
 pub(crate) struct Layer<R> {
@@ -85,6 +87,17 @@ impl<R: ReadAt> Layer<R> {
         let Some(section) = self.sections.iter().find(of_tag) else { return Ok(None) };
         let bytes = read_section(&self.storage, section, 1, MAX_STATE_BYTES)?;
         Ok(Some(StateBlob { tag, version: section.version, bytes }))
+    }
+
+    pub(crate) fn working_set(&self) -> Result<Option<WorkingSet>, ReadError> {
+        let of_kind = |section: &&Section| section.kind == SectionKind::WORKING_SET;
+        if !self.sections.iter().any(|section| of_kind(&section)) {
+            return Ok(None);
+        }
+        let section =
+            section::only(&self.sections, SectionKind::WORKING_SET, self.header.table_offset)?;
+        let bytes = read_section(&self.storage, &section, 1, MAX_WORKING_SET_BYTES)?;
+        Ok(WorkingSet::parse(&bytes, section.offset, self.header.pages())?)
     }
 
     /// What the file says of its parent, if it is a layer.

@@ -76,6 +76,18 @@ pub const MAX_METADATA_VALUES: u64 = 16 << 10;
 /// Most bytes of the parent hint.
 pub const MAX_PARENT_HINT_BYTES: u64 = 4 + 4096;
 
+/// Most bytes of the working set.
+pub const MAX_WORKING_SET_BYTES: u64 = 4 << 20;
+
+/// Version of the working set's encoding that this crate writes, and the only one it understands.
+pub const WORKING_SET_VERSION: u32 = 1;
+
+/// Bytes in front of the records of the working set.
+pub const WORKING_SET_HEADER_BYTES: usize = 16;
+
+/// Bytes of one record of the working set.
+pub const WORKING_SET_RECORD_BYTES: usize = 8;
+
 /// Feature bit (incompatible): pages may be in a parent snapshot.
 pub const INCOMPAT_LAYERED: u64 = 1 << 0;
 
@@ -127,6 +139,16 @@ pub(crate) const S_OFFSET: usize = 16;
 pub(crate) const S_LEN: usize = 24;
 pub(crate) const S_RESERVED: usize = 32;
 
+// Byte offsets of the fields of the working set's header, and of its records.
+pub(crate) const W_VERSION: usize = 0;
+pub(crate) const W_RESTORES: usize = 4;
+pub(crate) const W_RECORDS: usize = 8;
+pub(crate) const W_RESERVED: usize = 12;
+pub(crate) const W_FIRST_PAGE: usize = 0;
+pub(crate) const W_PAGES: usize = 4;
+pub(crate) const W_PHASE: usize = 6;
+pub(crate) const W_SEEN: usize = 7;
+
 // A page entry: kind in bits 0..3, slot in 3..12, extent units - 1 in 12..28, offset in 28..64.
 pub(crate) const E_KIND_BITS: u32 = 3;
 pub(crate) const E_SLOT_SHIFT: u32 = 3;
@@ -165,6 +187,8 @@ const _: () = {
     assert!(H_CRC == 4092);
     assert!(C_CRC + 4 == CHUNK_HEADER_BYTES);
     assert!(S_RESERVED + 8 == SECTION_RECORD_BYTES);
+    assert!(W_RESERVED + 4 == WORKING_SET_HEADER_BYTES);
+    assert!(W_SEEN + 1 == WORKING_SET_RECORD_BYTES);
     assert!(E_KIND_BITS == E_SLOT_SHIFT);
     assert!(E_SLOT_SHIFT + E_SLOT_BITS == E_UNITS_SHIFT);
     assert!(E_UNITS_SHIFT + E_UNITS_BITS == E_OFFSET_SHIFT);

@@ -50,10 +50,12 @@
 
 mod chunk;
 mod codec;
+mod copy;
 mod dedupe;
 mod entry;
 mod error;
 mod header;
+mod hot;
 mod index;
 mod layer;
 pub mod layout;
@@ -70,14 +72,17 @@ mod read_at;
 mod section;
 mod snapshot;
 mod verify;
+mod working_set;
 mod writeback;
 mod writer;
 
 pub use chunk::{Chunk, ChunkBuffer, ChunkHeader};
 pub use codec::{Codec, UnknownCodec};
+pub use copy::{Changes, copy_snapshot};
 pub use entry::{ChunkExtent, PageEntry, PageIndex};
 pub use error::{ChainError, Corruption, Part, Problem, ReadError, WriteError};
 pub use header::Header;
+pub use hot::HotPages;
 pub use load::OnPages;
 pub use memory::SnapshotMemory;
 pub use memory_map::MemoryRegion;
@@ -86,6 +91,9 @@ pub use output::Existing;
 pub use parent::{Parent, ParentHint, Parents};
 pub use read_at::ReadAt;
 pub use section::{Section, SectionKind};
-pub use snapshot::{Snapshot, StateBlob};
+pub use snapshot::{READ_AHEAD_BYTES, Snapshot, StateBlob};
 pub use verify::Verified;
-pub use writer::{Contents, OnProgress, Progress, WriteOptions, write_layer, write_snapshot};
+pub use working_set::{HotRun, Phase, WorkingSet};
+pub use writer::{
+    Contents, OnProgress, Progress, WriteOptions, write_layer, write_snapshot, write_with_set,
+};

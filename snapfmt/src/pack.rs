@@ -1,8 +1,10 @@
 //! From guest memory to chunks: which pages have to be stored, gathered and compressed, on all
 //! cores.
 //!
-//! One task is one leaf of the index, 2 MiB of memory, so a chunk never crosses a leaf.
+//! One task is one leaf of the index, 2 MiB of memory, so a chunk never crosses a leaf. Pages that are to stand in
+//! front ([`HotPages`](crate::HotPages)) are packed before, in an order of their own, and left out of their leaves.
 
+use std::collections::HashSet;
 use std::ops::Range;
 
 use crate::chunk::{self, ChunkBuffer};
@@ -20,7 +22,7 @@ pub(crate) struct PackedLeaf {
     pub(crate) number: u32,
     pub(crate) bytes: Vec<u8>,
     pub(crate) chunks: Vec<PackedChunk>,
-    /// Stored pages in the order of the chunks' slots, which is ascending.
+    /// Stored pages in the order of the chunks' slots: of a leaf, ascending.
     pub(crate) pages: Vec<PageIndex>,
     /// Pages that have the bytes of another one, which comes before them.
     pub(crate) duplicates: Vec<(PageIndex, PageIndex)>,
@@ -71,6 +73,13 @@ impl LeafTasks {
         self.leaves.len()
     }
 
+    /// Whether the page may hold data.
+    pub(crate) fn covers(&self, page: PageIndex) -> bool {
+        let at = page.source_offset();
+        let after = self.ranges.partition_point(|range| range.end <= at);
+        self.ranges.get(after).is_some_and(|range| range.start <= at)
+    }
+
     pub(crate) fn total_bytes(&self) -> u64 {
         self.ranges.iter().map(|range| range.end - range.start).sum()
     }
@@ -102,6 +111,8 @@ pub(crate) struct Packer<'a> {
     chunk_pages: usize,
     dedupe: Option<&'a Dedupe>,
     parent: Option<(&'a dyn ParentPages, ChunkBuffer)>,
+    /// Pages that are stored already.
+    skip: Option<&'a HashSet<PageIndex>>,
     /// The leaf's pages that are to be stored, end to end, as far as `gathered`; behind them room
     /// for the rest of the leaf.
     raw: Vec<u8>,
@@ -118,30 +129,69 @@ impl<'a> Packer<'a> {
     ) -> Self {
         let parent = parent.map(|parent| (parent, ChunkBuffer::new()));
         let raw = vec![0; LEAF_SPAN_BYTES as usize];
-        Self { memory, compressor, chunk_pages, dedupe, parent, raw, gathered: 0 }
+        Self { memory, compressor, chunk_pages, dedupe, parent, skip: None, raw, gathered: 0 }
     }
 
-    /// Reads one leaf's memory and packs what has to be stored. Gives the bytes that were read.
+    /// Leaves these pages out of all leaves.
+    pub(crate) fn skipping(mut self, pages: &'a HashSet<PageIndex>) -> Self {
+        self.skip = Some(pages);
+        self
+    }
+
+    /// Reads and packs the given pages, at most those of one leaf, in the given order. `turn` is the number of this
+    /// among all tasks.
+    pub(crate) fn pack_pages(
+        &mut self,
+        turn: usize,
+        pages: &[PageIndex],
+        packed: &mut PackedLeaf,
+    ) -> Result<(), WriteError> {
+        let ticket = self.dedupe.map(|dedupe| dedupe.ticket(turn));
+        self.clear(packed);
+        for page in pages {
+            let start = page.source_offset();
+            self.gather(start..start + PAGE_BYTES as u64, packed)?;
+        }
+        self.encode(ticket, packed)
+    }
+
+    /// Reads one leaf's memory and packs what has to be stored. Gives the bytes that were read. `turn` is the number
+    /// of this among all tasks.
     pub(crate) fn pack(
         &mut self,
+        turn: usize,
         tasks: &LeafTasks,
         task: usize,
         packed: &mut PackedLeaf,
     ) -> Result<u64, WriteError> {
-        let ticket = self.dedupe.map(|dedupe| dedupe.ticket(task));
+        let ticket = self.dedupe.map(|dedupe| dedupe.ticket(turn));
         let (number, ranges) = tasks.ranges_of(task);
+        self.clear(packed);
         packed.number = number;
+        let mut read_bytes = 0;
+        for range in ranges {
+            read_bytes += range.end - range.start;
+            self.gather(range, packed)?;
+        }
+        self.encode(ticket, packed)?;
+        Ok(read_bytes)
+    }
+
+    fn clear(&mut self, packed: &mut PackedLeaf) {
         packed.bytes.clear();
         packed.chunks.clear();
         packed.pages.clear();
         packed.duplicates.clear();
         packed.cleared.clear();
         self.gathered = 0;
-        let mut read_bytes = 0;
-        for range in ranges {
-            read_bytes += range.end - range.start;
-            self.gather(range, packed)?;
-        }
+    }
+
+    /// Makes chunks of what was gathered.
+    fn encode(
+        &mut self,
+        ticket: Option<Ticket<'_>>,
+        packed: &mut PackedLeaf,
+    ) -> Result<(), WriteError> {
         if let Some(ticket) = ticket {
             self.drop_duplicates(ticket, packed)?;
         }
@@ -151,7 +201,7 @@ impl<'a> Packer<'a> {
             let (len, codec) = chunk::encode(&mut self.compressor, pages, raw, bytes)?;
             chunks.push(PackedChunk { len, pages: pages.len() as u16, codec });
         }
-        Ok(read_bytes)
+        Ok(())
     }
 
     /// Reads a range and gathers the pages that are not zero or, with a parent, not as there.
@@ -167,6 +217,9 @@ impl<'a> Packer<'a> {
             // Below 2^32: memory is at most 16 TiB.
             let first = (source_offset / PAGE_BYTES as u64) as u32;
             for (at, number) in (start..start + len as usize).step_by(PAGE_BYTES).zip(first..) {
+                if self.skip.is_some_and(|skip| skip.contains(&PageIndex(number))) {
+                    continue;
+                }
                 let bytes = &self.raw[at..at + PAGE_BYTES];
                 let (page, zero) = (PageIndex(number), is_zero(bytes));
                 let there = match &mut self.parent {

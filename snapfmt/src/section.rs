@@ -25,7 +25,7 @@ impl SectionKind {
     pub const STATE: Self = Self(5);
     /// What the file is and where it comes from, as JSON.
     pub const METADATA: Self = Self(6);
-    /// Reserved: which pages a restored guest touches first.
+    /// Which pages a restored guest touches, and how soon: a hint.
     pub const WORKING_SET: Self = Self(7);
     /// Of a layer: checksum of the parent's header, and where the parent may be found.
     pub const PARENT_HINT: Self = Self(8);

@@ -17,6 +17,10 @@ use crate::page_table::PageTable;
 use crate::parent::{ParentHint, Parents};
 use crate::read_at::ReadAt;
 use crate::section::{Section, SectionKind};
+use crate::working_set::WorkingSet;
+
+/// Most bytes that [`Snapshot::fetch_chunk_ahead`] reads at once, unless a single chunk has more.
+pub const READ_AHEAD_BYTES: u64 = 2 << 20;
 
 /// An opened snapshot: one file, or a file and all the parents that it builds on.
 ///
@@ -187,6 +191,15 @@ impl<R: ReadAt> Snapshot<R> {
         self.top().state(tag)
     }
 
+    /// Which pages a restored guest touched, if the file says so in a way that is known here. A hint: what it
+    /// says may be out of date or made up.
+    ///
+    /// # Errors
+    /// [`ReadError`] when the section is damaged, larger than 4 MiB, or not possible for this memory.
+    pub fn working_set(&self) -> Result<Option<WorkingSet>, ReadError> {
+        self.top().working_set()
+    }
+
     /// Where a page is; never [`PageEntry::Parent`].
     ///
     /// # Errors
@@ -246,6 +259,37 @@ impl<R: ReadAt> Snapshot<R> {
             .read_exact_at(stored, extent.offset())
             .map_err(|source| ReadError::io(part, extent.offset(), len as u64, source))
             .map_err(|error| layer.named(extent.layer().into(), error))
+    }
+
+    /// As [`Snapshot::fetch_chunk`], for chunks that are wanted one after the other: reads on behind the chunk, up to
+    /// the offset `until` of its file but at most [`READ_AHEAD_BYTES`], so that for those that follow nothing need be
+    /// read. Gives the bytes that were read now.
+    ///
+    /// # Errors
+    /// [`ReadError::Io`] when the storage fails.
+    pub fn fetch_chunk_ahead(
+        &self,
+        extent: ChunkExtent,
+        until: u64,
+        buffer: &mut ChunkBuffer,
+    ) -> Result<u64, ReadError> {
+        if buffer.turn_to(self.serial, extent) {
+            return Ok(0);
+        }
+        let layer = self.layers.get(usize::from(extent.layer()));
+        let layer = layer.ok_or(ReadError::NoSuchLayer { layer: extent.layer() })?;
+        let furthest = layer.index.chunks_end().min(extent.offset() + READ_AHEAD_BYTES);
+        let end = until.min(furthest).max(extent.end());
+        let len = end - extent.offset();
+        let stored = buffer.refill(len as usize);
+        let part = Part::Section(SectionKind::CHUNKS);
+        layer
+            .storage
+            .read_exact_at(stored, extent.offset())
+            .map_err(|source| ReadError::io(part, extent.offset(), len, source))
+            .map_err(|error| layer.named(extent.layer().into(), error))?;
+        buffer.filled_ahead(self.serial, extent);
+        Ok(len)
     }
 
     /// The second half of reading a chunk: checks and decodes what [`Snapshot::fetch_chunk`] has

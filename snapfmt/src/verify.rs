@@ -238,6 +238,7 @@ impl<R: ReadAt> Verifier<'_, R> {
                 return Err(Corruption::new(Part::SectionTable, place, problem).into());
             }
         }
+        self.working_set()?;
         for section in sections.iter().filter(|section| section.has_crc()) {
             let part = Part::Section(section.kind);
             let mut hasher = crc32fast::Hasher::new();
@@ -252,6 +253,23 @@ impl<R: ReadAt> Verifier<'_, R> {
             }
         }
         Ok(())
+    }
+
+    /// A working set lists no page twice: what opens the file only looks that it is bounded.
+    fn working_set(&self) -> Result<(), ReadError> {
+        let Some(set) = self.layer.working_set()? else { return Ok(()) };
+        let mut runs = set.runs().to_vec();
+        runs.sort_unstable_by_key(|run| run.first);
+        let overlap = runs.windows(2).find(|pair| {
+            u64::from(pair[0].first.0) + u64::from(pair[0].pages) > u64::from(pair[1].first.0)
+        });
+        let Some(pair) = overlap else { return Ok(()) };
+        let kind = SectionKind::WORKING_SET;
+        let section = section::only(&self.layer.sections, kind, self.layer.header.table_offset)?;
+        let min = u64::from(pair[0].first.0) + u64::from(pair[0].pages);
+        let (field, found) = ("working_set.first_page", u64::from(pair[1].first.0));
+        let problem = Problem::Range { field, min, max: self.layer.header.pages(), found };
+        Err(Corruption::new(Part::Section(kind), section.offset, problem).into())
     }
 
     /// Every entry leads to a slot of a chunk that is there. Gives the number of data pages and

@@ -1,5 +1,6 @@
 //! Writing: a guest's memory and state into one file, which appears whole or not at all.
 
+use std::collections::{BTreeMap, HashSet};
 use std::num::NonZeroUsize;
 use std::ops::{ControlFlow, Range};
 use std::path::Path;
@@ -10,14 +11,15 @@ use uuid::Uuid;
 use crate::chunk;
 use crate::codec::{Codec, Compressor};
 use crate::dedupe::Dedupe;
-use crate::entry::{ChunkExtent, PageEntry};
+use crate::entry::{ChunkExtent, PageEntry, PageIndex};
 use crate::error::{ChainError, WriteError};
 use crate::header::Header;
+use crate::hot::{self, HotPages};
 use crate::index::IndexBuilder;
 use crate::layout::{
-    CHUNK_ALIGN, H_CRC, HEADER_BYTES, INCOMPAT_LAYERED, MAX_CHUNK_OFFSET, MAX_CHUNK_PAGES,
-    MAX_METADATA_BYTES, MAX_METADATA_VALUES, MAX_PARENT_HINT_BYTES, MAX_SECTIONS, MAX_STATE_BYTES,
-    PAGE_BYTES, SECTION_RECORD_BYTES, VERSION, u32_at,
+    CHUNK_ALIGN, H_CRC, HEADER_BYTES, INCOMPAT_LAYERED, LEAF_PAGES, MAX_CHUNK_OFFSET,
+    MAX_CHUNK_PAGES, MAX_METADATA_BYTES, MAX_METADATA_VALUES, MAX_PARENT_HINT_BYTES, MAX_SECTIONS,
+    MAX_STATE_BYTES, PAGE_BYTES, SECTION_RECORD_BYTES, VERSION, u32_at,
 };
 use crate::memory_map::{self, MemoryRegion};
 use crate::metadata::{self, Metadata, StorageUse};
@@ -99,7 +101,7 @@ pub fn write_snapshot(
     options: &WriteOptions,
     progress: OnProgress<'_>,
 ) -> Result<(Header, Metadata), WriteError> {
-    write(path.as_ref(), contents, None, options, progress)
+    write(path.as_ref(), contents, None, None, options, progress)
 }
 
 /// Writes a layer to `path`: only the pages that differ from `parent`, and gives its header and
@@ -119,13 +121,34 @@ pub fn write_layer(
         let source = ChainError::MemoryMap { id: parent.hint.id }.into();
         return Err(WriteError::Parent(source));
     }
-    write(path.as_ref(), contents, Some(parent), options, progress)
+    write(path.as_ref(), contents, Some(parent), None, options, progress)
+}
+
+/// Writes a snapshot, or with a parent a layer, with a working set, whose pages it may put in front: see
+/// [`HotPages`].
+///
+/// # Errors
+/// As [`write_snapshot`] and [`write_layer`]; also when the set has pages beyond memory.
+pub fn write_with_set(
+    path: impl AsRef<Path>,
+    contents: Contents<'_>,
+    parent: Option<&Parent<'_>>,
+    hot: &HotPages<'_>,
+    options: &WriteOptions,
+    progress: OnProgress<'_>,
+) -> Result<(Header, Metadata), WriteError> {
+    if parent.is_some_and(|parent| contents.regions != parent.regions) {
+        let id = parent.map_or(Uuid::nil(), |parent| parent.hint.id);
+        return Err(WriteError::Parent(ChainError::MemoryMap { id }.into()));
+    }
+    write(path.as_ref(), contents, parent, Some(hot), options, progress)
 }
 
 fn write(
     path: &Path,
     contents: Contents<'_>,
     parent: Option<&Parent<'_>>,
+    hot: Option<&HotPages<'_>>,
     options: &WriteOptions,
     progress: OnProgress<'_>,
 ) -> Result<(Header, Metadata), WriteError> {
@@ -136,32 +159,51 @@ fn write(
 
     let tasks = LeafTasks::new(contents.data, memory_bytes);
     let dedupe = options.dedupe.then(Dedupe::default);
-    let total_bytes = tasks.total_bytes();
+    let packer = |codec| {
+        let compressor = Compressor::new(codec, options.level)?;
+        let (dedupe, parent) = (dedupe.as_ref(), parent.map(|parent| parent.pages));
+        let chunk_pages = options.chunk_pages;
+        Ok(Packer::new(contents.memory, compressor, chunk_pages, dedupe, parent))
+    };
+    let front = hot::front(hot, &tasks, memory_bytes)?;
+    let hot_bytes = front.pages.len() as u64 * PAGE_BYTES as u64;
+    let total_bytes = tasks.total_bytes() + hot_bytes;
     let mut done_bytes = 0;
+    let mut report = |bytes| {
+        done_bytes += bytes;
+        match progress(Progress { done_bytes, total_bytes }) {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => Err(WriteError::Cancelled),
+        }
+    };
     file.begin(SectionKind::CHUNKS);
+    let hot_tasks = front.tasks(options.chunk_pages);
+    ordered::run(
+        hot_tasks.len(),
+        options.threads,
+        || packer(front.codec),
+        |packer, task, packed: &mut PackedLeaf| packer.pack_pages(task, &hot_tasks[task], packed),
+        |packed| {
+            file.append_hot(packed)?;
+            report((packed.pages.len() * PAGE_BYTES) as u64)
+        },
+    )?;
+    let skip: HashSet<_> = front.pages.iter().copied().collect();
     ordered::run(
         tasks.len(),
         options.threads,
-        || {
-            let compressor = Compressor::new(options.codec, options.level)?;
-            let (dedupe, parent) = (dedupe.as_ref(), parent.map(|parent| parent.pages));
-            let chunk_pages = options.chunk_pages;
-            Ok(Packer::new(contents.memory, compressor, chunk_pages, dedupe, parent))
-        },
+        || packer(options.codec).map(|packer| packer.skipping(&skip)),
         |packer, task, (packed, read_bytes): &mut (PackedLeaf, u64)| {
-            *read_bytes = packer.pack(&tasks, task, packed)?;
+            *read_bytes = packer.pack(hot_tasks.len() + task, &tasks, task, packed)?;
             Ok(())
         },
         |(packed, read_bytes)| {
             file.append_leaf(packed)?;
-            done_bytes += *read_bytes;
-            match progress(Progress { done_bytes, total_bytes }) {
-                ControlFlow::Continue(()) => Ok(()),
-                ControlFlow::Break(()) => Err(WriteError::Cancelled),
-            }
+            report(*read_bytes)
         },
     )?;
     file.end(0);
+    file.working_set = hot.map(|hot| hot.set.encode());
 
     let mut metadata = contents.metadata;
     metadata.storage = file.storage.by_name();
@@ -181,7 +223,7 @@ fn check_limits(
         false => Err(WriteError::Limit { what, min, max, found: found as u64 }),
     };
     limit("pages per chunk", 1, MAX_CHUNK_PAGES as u64, options.chunk_pages)?;
-    limit("the number of states", 0, MAX_SECTIONS as u64 - 6, contents.states.len())?;
+    limit("the number of states", 0, MAX_SECTIONS as u64 - 7, contents.states.len())?;
     let hint_bytes = parent.map_or(0, |parent| parent.hint.encode().len());
     limit("the length of the parent's path", 0, MAX_PARENT_HINT_BYTES, hint_bytes)?;
     for state in contents.states {
@@ -191,19 +233,22 @@ fn check_limits(
 }
 
 /// Appends to the output and keeps the books: sections, index, counts.
-struct FileBuilder<'a> {
+pub(crate) struct FileBuilder<'a> {
     output: &'a mut Output,
     parent: Option<&'a Parent<'a>>,
-    offset: u64,
-    sections: Vec<Section>,
+    pub(crate) offset: u64,
+    pub(crate) sections: Vec<Section>,
     index: IndexBuilder,
     storage: StorageUse,
     data_pages: u64,
     cleared_pages: u64,
+    /// Entries of the pages that stand in front, until their leaves are there.
+    hot: BTreeMap<PageIndex, PageEntry>,
+    working_set: Option<Vec<u8>>,
 }
 
 impl<'a> FileBuilder<'a> {
-    fn new(output: &'a mut Output, parent: Option<&'a Parent<'a>>) -> Self {
+    pub(crate) fn new(output: &'a mut Output, parent: Option<&'a Parent<'a>>) -> Self {
         let absent = if parent.is_some() { PageEntry::Parent } else { PageEntry::Zero };
         Self {
             output,
@@ -215,11 +260,28 @@ impl<'a> FileBuilder<'a> {
             storage: StorageUse::default(),
             data_pages: 0,
             cleared_pages: 0,
+            hot: BTreeMap::new(),
+            working_set: None,
         }
     }
 
-    /// Places the chunks of one leaf at the end of the file and adds the leaf to the index.
-    fn append_leaf(&mut self, packed: &mut PackedLeaf) -> Result<(), WriteError> {
+    /// Places chunks of pages from anywhere at the end of the file and keeps their entries for their leaves.
+    fn append_hot(&mut self, packed: &mut PackedLeaf) -> Result<(), WriteError> {
+        let stored = self.place(packed)?;
+        self.hot.extend(packed.pages.iter().copied().zip(stored));
+        for (page, equal) in &packed.duplicates {
+            // It was stored before, here or in an earlier task.
+            let entry = self.hot.get(equal).copied().unwrap_or(PageEntry::Zero);
+            self.hot.insert(*page, entry);
+        }
+        self.hot.extend(packed.cleared.iter().map(|page| (*page, PageEntry::Zero)));
+        self.data_pages += (packed.pages.len() + packed.duplicates.len()) as u64;
+        self.cleared_pages += packed.cleared.len() as u64;
+        self.append(&packed.bytes)
+    }
+
+    /// Gives encoded chunks their places at the end of the file, and the entries of their slots.
+    fn place(&mut self, packed: &mut PackedLeaf) -> Result<Vec<PageEntry>, WriteError> {
         let mut rest = &mut packed.bytes[..];
         let mut offset = self.offset;
         let mut stored = Vec::with_capacity(packed.pages.len());
@@ -236,17 +298,29 @@ impl<'a> FileBuilder<'a> {
             self.storage.add(packed.codec, packed.pages.into(), packed.len);
             offset = extent.end();
         }
+        Ok(stored)
+    }
+
+    /// Places the chunks of one leaf at the end of the file and adds the leaf to the index.
+    fn append_leaf(&mut self, packed: &mut PackedLeaf) -> Result<(), WriteError> {
+        let stored = self.place(packed)?;
         // A page comes after the one that it is equal to: that one is in this leaf or in the index.
         let duplicates = packed.duplicates.iter().map(|(page, equal)| {
             let entry = match packed.pages.binary_search(equal) {
                 Ok(at) => stored[at],
-                Err(_) => self.index.entry(*equal),
+                Err(_) => match self.hot.get(equal) {
+                    Some(entry) => *entry,
+                    None => self.index.entry(*equal),
+                },
             };
             (*page, entry)
         });
         let mut entries: Vec<_> = duplicates.collect();
         entries.extend(packed.cleared.iter().map(|page| (*page, PageEntry::Zero)));
         entries.extend(packed.pages.iter().copied().zip(stored));
+        let first = PageIndex(packed.number * LEAF_PAGES as u32);
+        let last = PageIndex(first.0 + (LEAF_PAGES as u32 - 1));
+        entries.extend(self.hot.range(first..=last).map(|(page, entry)| (*page, *entry)));
         self.data_pages += (packed.pages.len() + packed.duplicates.len()) as u64;
         self.cleared_pages += packed.cleared.len() as u64;
         self.index.push_leaf(packed.number, entries);
@@ -262,21 +336,7 @@ impl<'a> FileBuilder<'a> {
         metadata: &Metadata,
         options: &WriteOptions,
     ) -> Result<Header, WriteError> {
-        let json = serde_json::to_vec(metadata).map_err(WriteError::Metadata)?;
-        if json.len() as u64 > MAX_METADATA_BYTES {
-            let (what, found) = ("the length of the metadata", json.len() as u64);
-            return Err(WriteError::Limit { what, min: 0, max: MAX_METADATA_BYTES, found });
-        }
-        let values = metadata::values(&json);
-        if values > MAX_METADATA_VALUES {
-            let what = "the number of values in the metadata";
-            return Err(WriteError::Limit {
-                what,
-                min: 0,
-                max: MAX_METADATA_VALUES,
-                found: values,
-            });
-        }
+        let json = encoded(metadata)?;
         self.align(PAGE_BYTES)?;
         self.begin(SectionKind::INDEX_LEAVES);
         let absent = IndexBuilder::new(PageEntry::Zero);
@@ -289,28 +349,24 @@ impl<'a> FileBuilder<'a> {
             self.section(SectionKind::STATE, state.tag, state.version, &state.bytes)?;
         }
         self.section(SectionKind::METADATA, 0, 0, &json)?;
+        if let Some(set) = self.working_set.take() {
+            self.section(SectionKind::WORKING_SET, 0, 0, &set)?;
+        }
         if let Some(parent) = self.parent {
             self.section(SectionKind::PARENT_HINT, 0, 0, &parent.hint.encode())?;
         }
 
-        self.align(CHUNK_ALIGN)?;
-        let mut table = vec![0; self.sections.len() * SECTION_RECORD_BYTES];
-        for (record, section) in table.chunks_exact_mut(SECTION_RECORD_BYTES).zip(&self.sections) {
-            section.encode(record);
-        }
-        let table_offset = self.offset;
-        self.append(&table)?;
         let stored = self.storage.total();
-        let mut header = Header {
+        let header = Header {
             version: VERSION,
             incompat: if self.parent.is_some() { INCOMPAT_LAYERED } else { 0 },
             ro_compat: 0,
             compat: 0,
-            id: Uuid::new_v4(),
+            id: Uuid::nil(),
             parent_id: self.parent.map(|parent| parent.hint.id),
             chunk_pages: options.chunk_pages as u32,
             memory_bytes,
-            file_bytes: self.offset,
+            file_bytes: 0,
             data_pages: self.data_pages,
             stored_pages: stored.pages,
             parent_pages: match self.parent {
@@ -318,11 +374,32 @@ impl<'a> FileBuilder<'a> {
                 None => 0,
             },
             chunks: stored.chunks,
+            created_unix_ms: 0,
+            table_offset: 0,
+            table_records: 0,
+            table_crc: 0,
+            crc: 0,
+        };
+        self.seal(header)
+    }
+
+    /// Writes the section table, and the header with an id of its own.
+    pub(crate) fn seal(mut self, header: Header) -> Result<Header, WriteError> {
+        self.align(CHUNK_ALIGN)?;
+        let mut table = vec![0; self.sections.len() * SECTION_RECORD_BYTES];
+        for (record, section) in table.chunks_exact_mut(SECTION_RECORD_BYTES).zip(&self.sections) {
+            section.encode(record);
+        }
+        let table_offset = self.offset;
+        self.append(&table)?;
+        let mut header = Header {
+            id: Uuid::new_v4(),
             created_unix_ms: unix_ms(),
+            file_bytes: self.offset,
             table_offset,
             table_records: self.sections.len() as u32,
             table_crc: crc32fast::hash(&table),
-            crc: 0,
+            ..header
         };
         header.crc = self.write_header(&header)?;
         Ok(header)
@@ -335,19 +412,19 @@ impl<'a> FileBuilder<'a> {
         Ok(u32_at(&bytes[..], H_CRC))
     }
 
-    fn begin(&mut self, kind: SectionKind) {
+    pub(crate) fn begin(&mut self, kind: SectionKind) {
         let offset = self.offset;
         self.sections.push(Section { kind, tag: 0, version: 0, crc: 0, offset, len: 0 });
     }
 
-    fn end(&mut self, crc: u32) {
+    pub(crate) fn end(&mut self, crc: u32) {
         if let Some(section) = self.sections.last_mut() {
             section.len = self.offset - section.offset;
             section.crc = crc;
         }
     }
 
-    fn section(
+    pub(crate) fn section(
         &mut self,
         kind: SectionKind,
         tag: u32,
@@ -361,16 +438,30 @@ impl<'a> FileBuilder<'a> {
         self.append(bytes)
     }
 
-    fn align(&mut self, unit: usize) -> Result<(), WriteError> {
+    pub(crate) fn align(&mut self, unit: usize) -> Result<(), WriteError> {
         let padding = self.offset.next_multiple_of(unit as u64) - self.offset;
         self.append(&[0; PAGE_BYTES][..padding as usize])
     }
 
-    fn append(&mut self, bytes: &[u8]) -> Result<(), WriteError> {
+    pub(crate) fn append(&mut self, bytes: &[u8]) -> Result<(), WriteError> {
         self.output.write_at(bytes, self.offset)?;
         self.offset += bytes.len() as u64;
         Ok(())
     }
+}
+
+/// The metadata as JSON, if it is within the format's limits.
+pub(crate) fn encoded(metadata: &Metadata) -> Result<Vec<u8>, WriteError> {
+    let json = serde_json::to_vec(metadata).map_err(WriteError::Metadata)?;
+    for (what, max, found) in [
+        ("the length of the metadata", MAX_METADATA_BYTES, json.len() as u64),
+        ("the number of values in the metadata", MAX_METADATA_VALUES, metadata::values(&json)),
+    ] {
+        if found > max {
+            return Err(WriteError::Limit { what, min: 0, max, found });
+        }
+    }
+    Ok(json)
 }
 
 fn unix_ms() -> u64 {

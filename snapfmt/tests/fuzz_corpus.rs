@@ -14,8 +14,8 @@ use std::path::{Path, PathBuf};
 
 use harness::TEMPLATES;
 use snapfmt::{
-    Codec, Contents, Existing, MemoryRegion, Metadata, Parent, Snapshot, StateBlob, WriteOptions,
-    write_layer, write_snapshot,
+    Codec, Contents, Existing, HotPages, MemoryRegion, Metadata, PageIndex, Parent, Phase,
+    Snapshot, StateBlob, WorkingSet, WriteOptions, write_layer, write_snapshot, write_with_set,
 };
 
 const FUZZ: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz");
@@ -85,7 +85,7 @@ fn chunk() {
 /// The harness would find nothing if what it starts from were refused at once.
 #[test]
 fn templates_and_forged_files_are_good_until_they_are_changed() {
-    for template in TEMPLATES {
+    for template in TEMPLATES.into_iter().chain([harness::HOT]) {
         harness::exercise::read_file(template).expect("a template is a good file");
         // Sealing a good file changes nothing, so every checksum is found where it is.
         let mut sealed = template.to_vec();
@@ -128,6 +128,7 @@ fn write_templates() {
     for page in [1, 2, 3, 513] {
         fill(&mut memory, page, page);
     }
+    write_hot_template(&memory);
     write_template("raw", Codec::Raw, &memory, 4096..8192, None);
     for codec in [Codec::Lz4, Codec::Zstd] {
         write_template(codec.name(), codec, &memory, 0..memory.len() as u64, None);
@@ -146,6 +147,20 @@ fn template_path(name: &str) -> PathBuf {
     Path::new(FUZZ).join(format!("templates/{name}.snap"))
 }
 
+fn write_hot_template(memory: &Vec<u8>) {
+    let touched = [(513, Phase::FirstOutput), (2, Phase::FirstOutput), (3, Phase::FirstOutput)];
+    let touched = touched.map(|(page, phase)| (PageIndex(page), phase));
+    let set = WorkingSet::join([&touched[..], &[(PageIndex(1), Phase::Later)]]);
+    let hot = HotPages { set: &set, front: Some(Codec::Raw) };
+    let options =
+        WriteOptions { chunk_pages: 2, existing: Existing::Replace, ..Default::default() };
+    let all = 0..memory.len() as u64;
+    let contents = contents(memory, std::slice::from_ref(&all));
+    let go_on = |_| ControlFlow::Continue(());
+    write_with_set(template_path("hot"), contents, None, &hot, &options, &go_on)
+        .expect("it can be written");
+}
+
 fn write_template(
     name: &str,
     codec: Codec,
@@ -153,19 +168,7 @@ fn write_template(
     data: Range<u64>,
     parent: Option<&Parent<'_>>,
 ) {
-    let contents = Contents {
-        regions: &[
-            MemoryRegion { gpa: 0, len: 1 << 20, source_offset: 0 },
-            MemoryRegion { gpa: 4 << 20, len: (1 << 20) + (32 << 10), source_offset: 1 << 20 },
-        ],
-        memory,
-        data: &[data],
-        states: &[
-            StateBlob { tag: 1, version: 1, bytes: vec![9; 40] },
-            StateBlob { tag: 2, version: 1, bytes: Vec::new() },
-        ],
-        metadata: Metadata { tool: "fuzz".into(), ..Metadata::default() },
-    };
+    let contents = contents(memory, std::slice::from_ref(&data));
     let existing = Existing::Replace;
     let options = WriteOptions { codec, chunk_pages: 2, existing, ..WriteOptions::default() };
     let (path, go_on) = (template_path(name), |_| ControlFlow::Continue(()));
@@ -174,4 +177,27 @@ fn write_template(
         Some(parent) => write_layer(path, contents, parent, &options, &go_on),
     }
     .expect("it can be written");
+}
+
+fn contents<'a>(memory: &'a Vec<u8>, data: &'a [Range<u64>]) -> Contents<'a> {
+    Contents {
+        regions: &[
+            MemoryRegion { gpa: 0, len: 1 << 20, source_offset: 0 },
+            MemoryRegion { gpa: 4 << 20, len: (1 << 20) + (32 << 10), source_offset: 1 << 20 },
+        ],
+        memory,
+        data,
+        states: states(),
+        metadata: Metadata { tool: "fuzz".into(), ..Metadata::default() },
+    }
+}
+
+fn states() -> &'static [StateBlob] {
+    static STATES: std::sync::LazyLock<[StateBlob; 2]> = std::sync::LazyLock::new(|| {
+        [
+            StateBlob { tag: 1, version: 1, bytes: vec![9; 40] },
+            StateBlob { tag: 2, version: 1, bytes: Vec::new() },
+        ]
+    });
+    &*STATES
 }

@@ -24,6 +24,12 @@ pub(crate) fn read_everything<R: ReadAt>(snapshot: &Snapshot<R>) -> Result<(), R
     let go_on = |_| ControlFlow::Continue(());
     let verified = snapshot.verify(NonZeroUsize::MIN, &go_on);
     let metadata = snapshot.metadata().map(drop);
+    let set = snapshot.working_set();
+    if let Ok(Some(set)) = &set {
+        assert!(set.len() <= memory_bytes / 4096);
+        assert!(set.pages().all(|(page, _)| u64::from(page.0) < memory_bytes / 4096));
+        assert!(set.pages().is_sorted_by_key(|(_, phase)| phase));
+    }
     let mut states = Ok(());
     for section in snapshot.sections().iter().filter(|s| s.kind == SectionKind::STATE) {
         states = states.and(snapshot.state(section.tag).map(|state| {
@@ -87,6 +93,11 @@ pub(crate) fn read_everything<R: ReadAt>(snapshot: &Snapshot<R>) -> Result<(), R
             assert_eq!(verified.data_pages, loaded.len() as u64);
         }
         read.as_ref().expect("a file that was verified can be read");
+        let set = set.as_ref().expect("a file that was verified has a good set, or none");
+        let mut pages: Vec<_> =
+            set.iter().flat_map(|set| set.pages()).map(|(page, _)| page).collect();
+        pages.sort_unstable();
+        assert!(pages.windows(2).all(|pair| pair[0] != pair[1]), "a page twice in the set");
     }
-    verified.map(drop).and(read).and(metadata).and(states)
+    verified.map(drop).and(read).and(metadata).and(states).and(set.map(drop))
 }

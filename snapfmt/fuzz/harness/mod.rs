@@ -21,6 +21,11 @@ pub(crate) const LAYER: &[u8] = include_bytes!("../templates/layer.snap");
 /// Its number among the templates.
 pub(crate) const LAYER_NUMBER: u8 = 3;
 
+/// A snapshot with a working set, whose pages stand in front.
+pub(crate) const HOT: &[u8] = include_bytes!("../templates/hot.snap");
+/// Its number among the templates.
+pub(crate) const HOT_NUMBER: u8 = 4;
+
 /// In place of a template's number: the rest of the input is the file.
 pub(crate) const AS_IS: u8 = 0xff;
 
@@ -40,6 +45,7 @@ pub(crate) fn open_and_read(input: &[u8]) {
     let mut file = match *template {
         AS_IS => patches.to_vec(),
         LAYER_NUMBER => patched(LAYER, patches),
+        HOT_NUMBER => patched(HOT, patches),
         number => patched(TEMPLATES[usize::from(number) % TEMPLATES.len()], patches),
     };
     seal::seal(&mut file, *seals);

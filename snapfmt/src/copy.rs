@@ -1,0 +1,121 @@
+//! The same snapshot in another file, with another working set: chunks and index as they are, byte for byte.
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Part, ReadError, WriteError};
+use crate::layout::{CHUNK_ALIGN, MAX_PARENT_HINT_BYTES, MAX_SECTIONS, PAGE_BYTES};
+use crate::metadata::Metadata;
+use crate::output::{Existing, Output};
+use crate::parent::ParentHint;
+use crate::read_at::ReadAt;
+use crate::section::{Section, SectionKind};
+use crate::snapshot::Snapshot;
+use crate::working_set::WorkingSet;
+use crate::writer::{self, FileBuilder, OnProgress, Progress};
+
+/// What is other in the copy of a snapshot: see [`copy_snapshot`].
+#[derive(Clone, Debug)]
+pub struct Changes {
+    /// Its working set.
+    pub working_set: WorkingSet,
+    /// What it says of itself.
+    pub metadata: Metadata,
+    /// Of a layer: where the copy is to say that its parent is. `None`: where the original says.
+    pub parent_path: Option<PathBuf>,
+    /// What to do with a file that is already there.
+    pub existing: Existing,
+}
+
+/// Bytes that are copied at a time.
+const PIECE_BYTES: u64 = 1 << 20;
+
+/// Copies the file of a snapshot (of a chain the top one) to `path` with some changes, under an id of its own. Chunks are copied and not looked at:
+/// damage stays damage, and stays noticed.
+///
+/// # Errors
+/// [`WriteError`]; then nothing new is at `path`.
+pub fn copy_snapshot<R: ReadAt>(
+    path: impl AsRef<Path>,
+    snapshot: &Snapshot<R>,
+    changes: &Changes,
+    progress: OnProgress<'_>,
+) -> Result<crate::Header, WriteError> {
+    let header = snapshot.header().clone();
+    changes.working_set.check(header.pages())?;
+    let json = writer::encoded(&changes.metadata)?;
+    let hint = parent_hint(snapshot, changes)?;
+
+    let mut output = Output::create(path.as_ref(), changes.existing)?;
+    let mut file = FileBuilder::new(&mut output, None);
+    let storage = snapshot.storage();
+    let total_bytes = header.file_bytes;
+    let mut done_bytes = 0;
+    let mut copy = |file: &mut FileBuilder<'_>, section: &Section| {
+        let offset = file.offset;
+        file.sections.push(Section { offset, ..*section });
+        let mut piece = vec![0; section.len.min(PIECE_BYTES) as usize];
+        for at in (section.offset..section.end()).step_by(PIECE_BYTES as usize) {
+            let piece = &mut piece[..(section.end() - at).min(PIECE_BYTES) as usize];
+            let part = Part::Section(section.kind);
+            storage
+                .read_exact_at(piece, at)
+                .map_err(|source| ReadError::io(part, at, piece.len() as u64, source))
+                .map_err(WriteError::Original)?;
+            file.append(piece)?;
+            done_bytes += piece.len() as u64;
+            if progress(Progress { done_bytes, total_bytes }) == ControlFlow::Break(()) {
+                return Err(WriteError::Cancelled);
+            }
+        }
+        Ok(())
+    };
+    // Entries and chunks say where chunks stand: there they stay.
+    let mut others = Vec::new();
+    for section in snapshot.sections() {
+        match section.kind {
+            SectionKind::CHUNKS => {
+                file.offset = section.offset;
+                copy(&mut file, section)?;
+            }
+            SectionKind::METADATA | SectionKind::WORKING_SET | SectionKind::PARENT_HINT => {}
+            _ => others.push(*section),
+        }
+    }
+    for section in others {
+        let leaves = section.kind == SectionKind::INDEX_LEAVES;
+        file.align(if leaves { PAGE_BYTES } else { CHUNK_ALIGN })?;
+        copy(&mut file, &section)?;
+    }
+    file.section(SectionKind::METADATA, 0, 0, &json)?;
+    file.section(SectionKind::WORKING_SET, 0, 0, &changes.working_set.encode())?;
+    if let Some(hint) = hint {
+        file.section(SectionKind::PARENT_HINT, 0, 0, &hint.encode())?;
+    }
+    let found = file.sections.len() as u64;
+    if found > MAX_SECTIONS as u64 {
+        let (what, max) = ("the number of sections", MAX_SECTIONS as u64);
+        return Err(WriteError::Limit { what, min: 1, max, found });
+    }
+    let header = file.seal(header)?;
+    output.publish()?;
+    Ok(header)
+}
+
+fn parent_hint<R: ReadAt>(
+    snapshot: &Snapshot<R>,
+    changes: &Changes,
+) -> Result<Option<ParentHint>, WriteError> {
+    let Some(mut hint) = snapshot.parent_hint().map_err(WriteError::Original)? else {
+        return Ok(None);
+    };
+    if let Some(path) = &changes.parent_path {
+        hint.path.clone_from(path);
+    }
+    let found = hint.encode().len() as u64;
+    if found > MAX_PARENT_HINT_BYTES {
+        let (what, max) = ("the length of the parent's path", MAX_PARENT_HINT_BYTES);
+        return Err(WriteError::Limit { what, min: 0, max, found });
+    }
+    Ok(Some(hint))
+}

@@ -1,0 +1,333 @@
+//! Files with a working set: what it says comes back, its pages stand in front, and no page ever changes for it.
+#![cfg(feature = "zstd")]
+
+use std::num::NonZeroUsize;
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use proptest::prelude::*;
+use snapfmt::{
+    Changes, ChunkBuffer, Codec, Contents, Corruption, Existing, Header, HotPages, MemoryRegion,
+    Metadata, PageEntry, PageIndex, Parent, Phase, Problem, ReadError, SectionKind, Snapshot,
+    StateBlob, WorkingSet, WriteError, WriteOptions, copy_snapshot, write_layer, write_snapshot,
+    write_with_set,
+};
+
+const PAGE: usize = 4096;
+const PAGES: usize = 1300;
+
+fn go_on(_: snapfmt::Progress) -> ControlFlow<()> {
+    ControlFlow::Continue(())
+}
+
+/// Zero, compressible, incompressible, and equal to others.
+fn memory() -> Vec<u8> {
+    let mut memory = vec![0; PAGES * PAGE];
+    let mut random = 1u64;
+    for (number, page) in memory.chunks_mut(PAGE).enumerate() {
+        for (at, byte) in page.iter_mut().enumerate() {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            *byte = match number % 5 {
+                0 => 0,
+                1 | 2 => (at / 60) as u8 ^ (number / 5) as u8 | 1,
+                3 => random as u8,
+                _ => (at / 70) as u8 | 1,
+            };
+        }
+        if matches!(number % 5, 1 | 2) {
+            page[..2].copy_from_slice(&(number as u16).to_le_bytes());
+        }
+    }
+    memory
+}
+
+fn contents(memory: &Vec<u8>) -> Contents<'_> {
+    const REGIONS: [MemoryRegion; 1] =
+        [MemoryRegion { gpa: 0, len: (PAGES * PAGE) as u64, source_offset: 0 }];
+    Contents {
+        regions: &REGIONS,
+        memory,
+        data: &[0..(PAGES * PAGE) as u64],
+        states: &[],
+        metadata: Metadata { tool: "test".into(), ..Metadata::default() },
+    }
+}
+
+fn set(pages: &[(u32, Phase)]) -> WorkingSet {
+    let pages: Vec<_> = pages.iter().map(|(page, phase)| (PageIndex(*page), *phase)).collect();
+    WorkingSet::join([&pages[..]])
+}
+
+/// Writes, verifies, and reads everything back.
+fn store(
+    path: &Path,
+    memory: &Vec<u8>,
+    parent: Option<&Parent<'_>>,
+    hot: &HotPages<'_>,
+    options: &WriteOptions,
+) -> Header {
+    let header =
+        write_with_set(path, contents(memory), parent, hot, options, &go_on).expect("written").0;
+    let snapshot = Snapshot::open(path).expect("it opens");
+    snapshot.verify_chain(NonZeroUsize::MIN, &go_on).expect("it is good");
+    assert_eq!(snapshot.working_set().expect("it is good").as_ref(), Some(hot.set));
+    assert!(read_all(&snapshot) == *memory);
+    header
+}
+
+fn read_all(snapshot: &Snapshot) -> Vec<u8> {
+    let mut memory = vec![0; snapshot.header().memory_bytes as usize];
+    let mut buffer = ChunkBuffer::new();
+    for (number, bytes) in memory.chunks_mut(PAGE).enumerate() {
+        snapshot.read_page(PageIndex(number as u32), &mut buffer, bytes).unwrap();
+    }
+    memory
+}
+
+fn offset_of(snapshot: &Snapshot, page: u32) -> Option<u64> {
+    match snapshot.entry(PageIndex(page)).unwrap() {
+        PageEntry::Data { chunk, .. } => Some(chunk.offset()),
+        _ => None,
+    }
+}
+
+#[test]
+fn hot_pages_stand_in_front_by_phase_and_in_the_order_of_touching() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("hot.snap");
+    let memory = memory();
+    // Every sixth page, backwards; half of them early.
+    let hot: Vec<u32> = (0..PAGES as u32).rev().filter(|page| page % 6 == 1).collect();
+    let (late, early) = hot.split_at(hot.len() / 2);
+    let pages: Vec<_> = early
+        .iter()
+        .map(|page| (*page, Phase::FirstOutput))
+        .chain(late.iter().map(|page| (*page, Phase::Later)))
+        .collect();
+    let set = set(&pages);
+    for front in [Codec::Raw, Codec::Lz4, Codec::Zstd] {
+        let options = WriteOptions { existing: Existing::Replace, ..WriteOptions::default() };
+        store(&path, &memory, None, &HotPages { set: &set, front: Some(front) }, &options);
+        let snapshot = Snapshot::open(&path).unwrap();
+        let cold = (0..PAGES as u32).filter(|page| page % 6 != 1);
+        // A cold page may share the slot of an equal hot one.
+        let first_cold =
+            cold.filter(|page| page % 5 != 4).filter_map(|page| offset_of(&snapshot, page)).min();
+        let places = |pages: &[u32]| -> Vec<u64> {
+            let stored = pages.iter().filter(|page| *page % 5 != 4);
+            stored.filter_map(|page| offset_of(&snapshot, *page)).collect()
+        };
+        let (early, late) = (places(early), places(late));
+        // But for the last few: within a chunk, pages ascend.
+        let in_order = |places: &[u64]| places.windows(33).all(|of| of[0] <= of[32]);
+        assert!(in_order(&early) && in_order(&late), "{front}");
+        assert!(
+            early.iter().max() < late.iter().min() && late.iter().max() < first_cold.as_ref(),
+            "{front}"
+        );
+        let metadata = snapshot.metadata().unwrap();
+        assert!(metadata.storage.contains_key("zstd"));
+        assert!(metadata.storage.contains_key(front.name()));
+    }
+}
+
+#[test]
+fn the_same_input_gives_the_same_bytes_for_any_number_of_threads() {
+    let folder = tempfile::tempdir().unwrap();
+    let memory = memory();
+    let pages: Vec<_> =
+        (0..PAGES as u32).filter(|p| p % 3 == 0).map(|p| (p, Phase::Later)).collect();
+    let set = set(&pages);
+    let hot = HotPages { set: &set, front: Some(Codec::Lz4) };
+    let stored = |name: &str, threads, memory: &Vec<u8>| {
+        let path = folder.path().join(name);
+        let threads = NonZeroUsize::new(threads).unwrap();
+        store(&path, memory, None, &hot, &WriteOptions { threads, ..WriteOptions::default() });
+        let header = Snapshot::open(&path).unwrap().header().clone();
+        let mut bytes = std::fs::read(&path).unwrap();
+        // Id, time and the checksum over them are the file's own.
+        bytes[40..56].fill(0);
+        bytes[144..152].fill(0);
+        bytes[4092..4096].fill(0);
+        (bytes, header)
+    };
+    let (one, _) = stored("one", 1, &memory);
+    let (four, _) = stored("four", 4, &memory);
+    assert!(one == four);
+    // Written from itself it is the same again.
+    let again = read_all(&Snapshot::open(folder.path().join("four")).unwrap());
+    let (again, _) = stored("again", 2, &again);
+    assert!(one == again);
+}
+
+#[test]
+fn a_layer_keeps_what_is_as_in_its_parent_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let (base, layer) = (folder.path().join("base.snap"), folder.path().join("layer.snap"));
+    let mut memory = memory();
+    write_snapshot(&base, contents(&memory), &WriteOptions::default(), &go_on).unwrap();
+    let parent = Snapshot::open(&base).unwrap();
+    let parent = Parent::new(&parent, "base.snap");
+    memory[7 * PAGE..8 * PAGE].fill(9);
+    memory[8 * PAGE..9 * PAGE].fill(0);
+    memory[700 * PAGE..701 * PAGE].fill(9);
+    let set = set(&[
+        (8, Phase::FirstOutput),
+        (7, Phase::FirstOutput),
+        (6, Phase::FirstSecond),
+        (0, Phase::Later),
+    ]);
+    let hot = HotPages { set: &set, front: Some(Codec::Raw) };
+    let header = store(&layer, &memory, Some(&parent), &hot, &WriteOptions::default());
+    // Page 7 and its equal, 700; page 8 is zero and was not.
+    assert_eq!((header.data_pages, header.stored_pages), (2, 1));
+    assert_eq!(header.parent_pages, PAGES as u64 - 3);
+
+    let mut elsewhere = contents(&memory);
+    elsewhere.regions = &[];
+    let error =
+        write_with_set(&layer, elsewhere, Some(&parent), &hot, &WriteOptions::default(), &go_on);
+    assert!(matches!(error, Err(WriteError::Parent(_))));
+}
+
+#[test]
+fn a_copy_has_the_same_memory_and_state_and_another_set() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let mut memory = memory();
+    let states = [StateBlob { tag: 5, version: 2, bytes: b"state".to_vec() }];
+    let whole = Contents { states: &states, ..contents(&memory) };
+    write_snapshot(path("base"), whole, &WriteOptions::default(), &go_on).unwrap();
+    let base = Snapshot::open(path("base")).unwrap();
+    memory[3 * PAGE..4 * PAGE].fill(1);
+    let parent = Parent::new(&base, "base");
+    write_layer(path("layer"), contents(&memory), &parent, &WriteOptions::default(), &go_on)
+        .unwrap();
+
+    let copied = |from: &str, to: &str, set: &WorkingSet, parent_path| {
+        let snapshot = Snapshot::open(path(from)).unwrap();
+        let changes = Changes {
+            working_set: set.clone(),
+            metadata: Metadata { tool: "copier".into(), ..snapshot.metadata().unwrap() },
+            parent_path,
+            existing: Existing::Keep,
+        };
+        let header = copy_snapshot(path(to), &snapshot, &changes, &go_on)?;
+        let copy = Snapshot::open(path(to)).unwrap();
+        copy.verify_chain(NonZeroUsize::MIN, &go_on).expect("it is good");
+        assert_ne!(header.id, snapshot.header().id);
+        assert_eq!(header.parent_id, snapshot.header().parent_id);
+        assert!(read_all(&copy) == read_all(&snapshot));
+        assert_eq!(copy.working_set().unwrap().as_ref(), Some(set));
+        assert_eq!(copy.metadata().unwrap().tool, "copier");
+        assert_eq!(copy.state(5).unwrap(), snapshot.state(5).unwrap());
+        Ok::<_, WriteError>(())
+    };
+    let (small, large) =
+        (set(&[(3, Phase::Later)]), set(&[(1, Phase::FirstOutput), (900, Phase::Later)]));
+    copied("base", "first", &small, None).unwrap();
+    copied("first", "second", &large, None).unwrap();
+    copied("layer", "third", &small, None).unwrap();
+    copied("layer", "fourth", &small, Some(path("base"))).unwrap();
+    assert_eq!(
+        Snapshot::open(path("fourth")).unwrap().parent_hint().unwrap().unwrap().path,
+        path("base")
+    );
+    let exists = copied("base", "first", &small, None);
+    assert!(matches!(exists, Err(WriteError::Exists { .. })));
+    let beyond = set(&[(PAGES as u32, Phase::Later)]);
+    let error = copied("base", "fifth", &beyond, None).unwrap_err();
+    assert!(matches!(error, WriteError::Limit { found: 1301, max: 1300, .. }), "{error}");
+    assert!(!path("fifth").exists());
+}
+
+/// Damage is told to whoever asks for the set, and to nobody else: pages come without it.
+#[test]
+fn a_damaged_set_is_named_and_in_nobodys_way() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("hot.snap");
+    let memory = memory();
+    let set = set(&[(1, Phase::FirstOutput), (2, Phase::FirstOutput), (900, Phase::Later)]);
+    store(&path, &memory, None, &HotPages { set: &set, front: None }, &WriteOptions::default());
+    let good = std::fs::read(&path).unwrap();
+    let snapshot = Snapshot::new(good.clone()).unwrap();
+    let of_kind = |s: &&snapfmt::Section| s.kind == SectionKind::WORKING_SET;
+    let section = *snapshot.sections().iter().find(of_kind).unwrap();
+    let mut bad = good.clone();
+    bad[section.offset as usize + 20] ^= 1;
+    let snapshot = Snapshot::new(bad).unwrap();
+    let error = snapshot.working_set().unwrap_err();
+    let ReadError::Corrupt(Corruption { problem: Problem::Checksum { .. }, offset, .. }) = error
+    else {
+        panic!("{error}");
+    };
+    assert_eq!(offset, section.offset);
+    let mut bytes = [0; PAGE];
+    snapshot.read_page(PageIndex(2), &mut ChunkBuffer::new(), &mut bytes).unwrap();
+    assert!(bytes == memory[2 * PAGE..3 * PAGE]);
+    assert!(snapshot.verify(NonZeroUsize::MIN, &go_on).is_err());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn any_set_and_any_chunk_size_give_the_same_memory(
+        pages in prop::collection::vec((0..PAGES as u32, 0usize..4), 0..300),
+        chunk_pages in 1usize..40,
+        dedupe: bool,
+        front in prop::sample::select(vec![None, Some(Codec::Raw), Some(Codec::Lz4)]),
+    ) {
+        let folder = tempfile::tempdir().unwrap();
+        let pages: Vec<_> =
+            pages.into_iter().map(|(page, phase)| (page, Phase::ALL[phase])).collect();
+        let options = WriteOptions { chunk_pages, dedupe, ..WriteOptions::default() };
+        let set = set(&pages);
+        store(&folder.path().join("x"), &memory(), None, &HotPages { set: &set, front }, &options);
+    }
+}
+
+/// Chunks that follow each other come with one read, and are the same as one by one.
+#[test]
+fn chunks_are_read_ahead() {
+    let memory = memory();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("plain.snap");
+    write_snapshot(&path, contents(&memory), &WriteOptions::default(), &go_on).unwrap();
+    let snapshot = Snapshot::open(&path).unwrap();
+    let mut extents = Vec::new();
+    let count = snapshot.leaf_count();
+    snapshot
+        .for_each_entry(0..count, |_, entry| {
+            if let PageEntry::Data { chunk, .. } = entry {
+                extents.push(chunk);
+            }
+            Ok(())
+        })
+        .unwrap();
+    extents.sort_unstable();
+    extents.dedup();
+    let (mut ahead, mut single) = (ChunkBuffer::new(), ChunkBuffer::new());
+    let mut reads = 0;
+    // Forwards once, then back to the first, which is not there any more, or still is.
+    for extent in extents.iter().chain(&extents[..1]) {
+        reads += u64::from(snapshot.fetch_chunk_ahead(*extent, u64::MAX, &mut ahead).unwrap() > 0);
+        let chunk = snapshot.decode_chunk(*extent, &mut ahead).unwrap();
+        assert!(chunk.bytes() == snapshot.chunk(*extent, &mut single).unwrap().bytes());
+    }
+    let bytes: u64 = extents.iter().map(|extent| u64::from(extent.len_bytes())).sum();
+    assert!(reads <= bytes.div_ceil(snapfmt::READ_AHEAD_BYTES) + 2, "{reads} for {bytes}");
+    // Only as far as it is wanted.
+    let first = extents[0];
+    let mut buffer = ChunkBuffer::new();
+    assert_eq!(
+        snapshot.fetch_chunk_ahead(first, first.end(), &mut buffer).unwrap(),
+        u64::from(first.len_bytes())
+    );
+    // What was read ahead of one snapshot is not another's; and a chunk must be fetched to be decoded.
+    let other = Snapshot::open(&path).unwrap();
+    assert!(other.fetch_chunk_ahead(first, 0, &mut buffer).unwrap() > 0);
+    assert!(other.decode_chunk(extents[1], &mut buffer).is_err());
+}
