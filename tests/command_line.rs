@@ -27,6 +27,14 @@ fn impossible_sizes_are_refused_before_anything_is_done() {
 }
 
 #[test]
+fn a_guest_that_is_brought_back_takes_no_words_of_a_fresh_one() {
+    for word in [["--memory", "64M"], ["--work", "8M"], ["--kernel", "vmlinux"]] {
+        let args = ["create", "out.snap", "--from", "base.snap", "--when", "after:1s"];
+        snap(args.into_iter().chain(word)).failed(2, &["cannot be used with", word[0]]);
+    }
+}
+
+#[test]
 fn a_level_without_zstd_is_refused() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let out = folder.path().join("a.snap");

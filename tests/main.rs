@@ -5,6 +5,7 @@ mod bad_hosts;
 mod benchmarks;
 mod command_line;
 mod continuity;
+mod control;
 mod failing_restores;
 mod golden_files;
 mod import_export;

@@ -1,7 +1,7 @@
 //! The guest's serial output on its way to the user, and the moments at which it ends the run.
 
 use std::io::{self, Write};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
@@ -38,6 +38,7 @@ struct SeenInner {
     beats: AtomicU64,
     bad_beats: AtomicU64,
     output_error: OnceLock<io::Error>,
+    done: AtomicBool,
     tail: Mutex<Vec<u8>>,
 }
 
@@ -58,6 +59,11 @@ impl Seen {
     /// enough, is one of the reasons.
     pub(crate) fn output_error(&self) -> Option<&io::Error> {
         self.0.output_error.get()
+    }
+
+    /// Whether the console has asked for the end.
+    pub(crate) fn is_done(&self) -> bool {
+        self.0.done.load(Ordering::SeqCst)
     }
 
     /// The last of the output.
@@ -140,6 +146,9 @@ impl<W: Write + Send> Console for GuestConsole<W> {
         if let Err(error) = self.out.write_all(bytes).and_then(|()| self.out.flush()) {
             self.seen.0.output_error.get_or_init(|| error);
             flow = ConsoleFlow::Pause;
+        }
+        if flow == ConsoleFlow::Pause {
+            self.seen.0.done.store(true, Ordering::SeqCst);
         }
         flow
     }

@@ -1,6 +1,7 @@
 //! The program `snap`: stores a running KVM guest in one file and brings it back.
 #![forbid(unsafe_code)]
 
+mod api;
 mod booted;
 mod commands;
 mod devices;
@@ -11,11 +12,13 @@ mod interrupt;
 mod live;
 mod memory_hash;
 mod metrics;
+mod pagemap;
 mod progress;
 mod report;
 mod restored;
 mod size;
 mod storage;
+mod stored;
 mod terminal;
 mod usage;
 

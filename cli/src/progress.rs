@@ -31,6 +31,11 @@ impl Bar {
         Self { bar, interrupt: interrupt.clone() }
     }
 
+    /// Whether anybody sees it.
+    pub(crate) fn is_shown(&self) -> bool {
+        !self.bar.is_hidden()
+    }
+
     /// Shows how far it is; cancels when the user has interrupted.
     pub(crate) fn update(&self, progress: Progress) -> ControlFlow<()> {
         if self.bar.elapsed() > Duration::from_millis(300) {

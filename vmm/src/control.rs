@@ -109,6 +109,8 @@ pub(crate) struct Control {
     stopping: AtomicBool,
     inner: Mutex<Inner>,
     stopped: Condvar,
+    /// Called after each [`Control::stop`], without the lock.
+    on_stop: OnceLock<Box<dyn Fn() + Send + Sync>>,
     first_entry: OnceLock<Instant>,
     first_exit: OnceLock<Instant>,
 }
@@ -139,6 +141,10 @@ impl Control {
             thread.kick();
         }
         self.stopped.notify_all();
+        drop(inner);
+        if let Some(on_stop) = self.on_stop.get() {
+            on_stop();
+        }
     }
 
     pub(crate) fn is_stopping(&self) -> bool {
@@ -229,6 +235,13 @@ impl VmHandle {
     /// A guest that is paused already is not changed: it runs when it is resumed.
     pub fn request_pause(&self) {
         self.control.stop(Stop::PauseRequested);
+    }
+
+    /// Calls `notify` whenever the guest has stopped, or is told to stop, until it is gone; on the thread that
+    /// stops it, which it must not hold up. For who waits for other things too: [`RunningVm::wait`](crate::RunningVm::wait)
+    /// with no time then says why. The first call counts, later ones do nothing.
+    pub fn on_stop(&self, notify: impl Fn() + Send + Sync + 'static) {
+        let _ = self.control.on_stop.set(Box::new(notify));
     }
 
     /// Stops the guest for good with [`Stop::Failed`], for example because its pager cannot read a

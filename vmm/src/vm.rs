@@ -359,7 +359,7 @@ impl PausedVm {
     /// # Errors
     /// [`SaveError`] when a KVM call fails, or when the guest has broken down while it was paused.
     pub fn state(&mut self) -> Result<VmState, SaveError> {
-        if let Some(stop) = self.machine.shared.control.reason().filter(|s| !s.is_resumable()) {
+        if let Some(stop) = self.breakdown() {
             return Err(SaveError::Stopped { stop });
         }
         let machine = &self.machine;
@@ -383,6 +383,18 @@ impl PausedVm {
             generation_id_gpa: machine.generation_id_gpa,
             devices: machine.shared.devices.states(),
         })
+    }
+
+    /// How many vCPUs it has.
+    #[must_use]
+    pub fn vcpu_count(&self) -> usize {
+        self.vcpus.len()
+    }
+
+    /// Why the guest cannot go on, if it has broken down while it was paused: [`VmHandle::fail`].
+    #[must_use]
+    pub fn breakdown(&self) -> Option<Stop> {
+        self.machine.shared.control.reason().filter(|stop| !stop.is_resumable())
     }
 
     /// Lets the guest run.

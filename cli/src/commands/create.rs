@@ -6,26 +6,23 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use pager::{FailurePolicy, Pager, Placement, Populate};
-use serde::Serialize;
-use serde_json::json;
-use snapfmt::layout::PAGE_BYTES;
-use snapfmt::{Contents, Header, Metadata, Parent, StateBlob, write_layer, write_snapshot};
-use vmm::{HostCpu, PausedVm, Stop};
+use snapfmt::Header;
+use vmm::{PausedVm, Stop};
 
-use super::guest::GuestArgs;
-use super::rewrite::path_of_parent;
+use super::Session;
+use super::guest::{self, GuestArgs};
 use super::stdout::print_line;
-use super::{Session, refuse_as_output};
+use crate::api::client;
 use crate::booted::Booted;
 use crate::devices::SavedDeviceArgs;
 use crate::exit::{GuestStopped, Interrupted};
 use crate::guest_console::{GuestConsole, READY, Seen, Until};
-use crate::guest_memory::{GuestBytes, to_regions};
+use crate::guest_memory::to_regions;
 use crate::progress::Bar;
-use crate::report::ms;
 use crate::restored::{Origin, Restored, damaged};
 use crate::size;
 use crate::storage::Storage;
+use crate::stored::{Filled, Kept, Origins, Summary};
 
 /// Boot a guest, wait until it is ready, and store it in one file.
 #[derive(clap::Args)]
@@ -37,7 +34,8 @@ Examples:
   snap create later.snap --when output:'beat 100'
   snap create linux.snap --kernel vmlinuz --initrd initrd.img --memory 512M --cpus 2 \
       --cmdline 'console=ttyS0 quiet' --when output:'login:'
-  snap create layer.snap --from demo.snap --when output:'beat 5'")]
+  snap create layer.snap --from demo.snap --when output:'beat 5'
+  snap create now.snap --vm vm.sock           a guest that runs with --api vm.sock")]
 pub(crate) struct Args {
     /// The file to write. It appears when it is complete.
     #[arg(value_name = "OUT.snap")]
@@ -47,8 +45,22 @@ pub(crate) struct Args {
     pub(crate) guest: GuestArgs,
 
     /// Bring this snapshot back, run it until --when, and store only what has changed since.
-    #[arg(long = "from", alias = "parent", value_name = "BASE.snap", conflicts_with = "guest")]
+    #[arg(long = "from", alias = "parent", value_name = "BASE.snap", conflicts_with_all = guest::WORDS)]
     pub(crate) parent: Option<PathBuf>,
+
+    /// Store the guest that runs with this control socket (`snap run --api`, `snap restore --api`). It stands still
+    /// meanwhile, and then goes on.
+    #[arg(long, value_name = "SOCKET", conflicts_with_all = guest::WORDS,
+          conflicts_with_all = ["parent", "when", "timeout"])]
+    pub(crate) vm: Option<PathBuf>,
+
+    /// With --vm: store only what has changed since the snapshot that the guest was restored from.
+    #[arg(long, requires = "vm")]
+    pub(crate) diff: bool,
+
+    /// With --vm: end the guest when it is stored.
+    #[arg(long, requires = "vm")]
+    pub(crate) stop: bool,
 
     #[command(flatten)]
     pub(crate) storage: Storage,
@@ -105,25 +117,6 @@ impl Trigger {
     }
 }
 
-/// What was made.
-#[derive(Serialize)]
-pub(crate) struct Summary {
-    file: PathBuf,
-    id: String,
-    parent_id: Option<String>,
-    pub(crate) memory_bytes: u64,
-    pub(crate) nonzero_bytes: u64,
-    pub(crate) file_bytes: u64,
-    /// Bytes of non-zero memory for each byte of the file.
-    ratio: f64,
-    /// The whole command.
-    pub(crate) total_ms: f64,
-    /// Until the guest was ready to be stored, or brought back.
-    ready_ms: f64,
-    /// How long the guest stood still: reading its state and writing the file.
-    pub(crate) pause_ms: f64,
-}
-
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let summary = create(args, session)?;
     if args.json {
@@ -151,23 +144,15 @@ pub(crate) fn create(args: &Args, session: &Session) -> Result<Summary> {
     if !args.storage.force && args.out.symlink_metadata().is_ok() {
         bail!("{} exists; give --force to replace it", args.out.display());
     }
+    if let Some(socket) = &args.vm {
+        let (changes_only, stop) = (args.diff, args.stop);
+        return client::create(socket, &args.out, changes_only, stop, &args.storage, session);
+    }
     let (header, ready_at, paused_at) = match &args.parent {
         None => create_whole(args, session)?,
         Some(base) => create_layer(args, base, session)?,
     };
-    let now = Instant::now();
-    Ok(Summary {
-        file: args.out.clone(),
-        id: header.id.to_string(),
-        parent_id: header.parent_id.map(|id| id.to_string()),
-        memory_bytes: header.memory_bytes,
-        nonzero_bytes: header.data_pages * PAGE_BYTES as u64,
-        file_bytes: header.file_bytes,
-        ratio: (header.data_pages * PAGE_BYTES as u64) as f64 / header.file_bytes as f64,
-        total_ms: ms(now - started),
-        ready_ms: ms(ready_at - started),
-        pause_ms: ms(now - paused_at),
-    })
+    Ok(Summary::new(&args.out, &header, started, ready_at, paused_at))
 }
 
 /// Boots a guest and stores all of it. Gives also when it ran and when it was paused.
@@ -184,17 +169,14 @@ fn create_whole(args: &Args, session: &Session) -> Result<(Header, Instant, Inst
     let heed_requests = when == Trigger::Request;
     let Booted { vm, memory, ranges } = Booted::new(&args.guest, console, heed_requests, session)?;
     let (mut guest, paused_at) = run_until_ready(vm, args, &when, &seen, session)?;
-    let state = [stored_state(&mut guest)?];
-    let contents = Contents {
+    let kept = Kept::Booted {
+        memory: &memory,
         regions: &to_regions(&ranges),
-        memory: &memory.file,
-        data: &memory.touched()?,
-        states: &state,
-        metadata: metadata(args.guest.metadata()),
+        guest: args.guest.metadata(),
     };
     let bar = Bar::new("storing", session.quiet, &session.interrupt);
     let options = args.storage.options()?;
-    let (header, _) = write_snapshot(&args.out, contents, &options, &|p| bar.update(p))?;
+    let header = kept.store_whole(&mut guest, &args.out, &options, &|p| bar.update(p))?;
     Ok((header, paused_at, paused_at))
 }
 
@@ -226,26 +208,21 @@ fn create_layer(args: &Args, base: &Path, session: &Session) -> Result<(Header, 
     };
     let Restored { snapshot, memory, pager, vm, memory_ready, .. } =
         origin.restore(console, session)?;
-    refuse_as_output(&args.out, [&*snapshot])?;
     let ran = run_until_ready(vm, args, &when, &seen, session);
     // What the pager could not do is the cause of whatever else went wrong.
     if let Some(failure) = pager.as_ref().and_then(Pager::failure) {
         return Err(damaged(base, failure));
     }
     let (mut guest, paused_at) = ran?;
-    let state = [stored_state(&mut guest)?];
-    let guest_kind = snapshot.metadata()?.other.remove("guest").unwrap_or_default();
-    let contents = Contents {
-        regions: snapshot.regions(),
-        memory: &GuestBytes { memory: &memory, regions: snapshot.regions() },
-        data: &pager.as_ref().map(Pager::touched).unwrap_or_default(),
-        states: &state,
-        metadata: metadata(guest_kind),
-    };
-    let parent = Parent::new(&snapshot, path_of_parent(base, &args.out)?);
+    let kept = Kept::Restored(Origins {
+        file: base,
+        snapshot: &snapshot,
+        memory: &memory,
+        from: pager.as_ref().map_or(Filled::AtOnce, Filled::By),
+    });
     let bar = Bar::new("storing", session.quiet, &session.interrupt);
     let options = args.storage.options()?;
-    let (header, _) = write_layer(&args.out, contents, &parent, &options, &|p| bar.update(p))?;
+    let header = kept.store_changes(&mut guest, &args.out, &options, &|p| bar.update(p))?;
     // The vCPUs before the pager: nobody touches a missing page any more.
     drop(guest);
     drop(pager);
@@ -283,23 +260,4 @@ fn run_until_ready(
     }
     let paused_at = Instant::now();
     Ok((running.pause()?, paused_at))
-}
-
-fn stored_state(guest: &mut PausedVm) -> Result<StateBlob> {
-    let bytes = guest.state()?.encode();
-    Ok(StateBlob { tag: vmm::state::STATE_KIND, version: vmm::state::STATE_VERSION, bytes })
-}
-
-fn metadata(guest: serde_json::Value) -> Metadata {
-    let other = json!({
-        "host_cpu": HostCpu::current(),
-        "guest": guest,
-        "devices": ["serial 8250 at port 0x3f8, irq 4"],
-    });
-    Metadata {
-        tool: env!("CARGO_PKG_NAME").into(),
-        tool_version: env!("CARGO_PKG_VERSION").into(),
-        other: other.as_object().cloned().unwrap_or_default(),
-        ..Metadata::default()
-    }
 }

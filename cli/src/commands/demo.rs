@@ -74,6 +74,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             hash: true,
             keyboard: false,
             measure: None,
+            api: None,
         };
         let (report, outcome) = restore.run(std::io::sink(), session, Instant::now())?;
         outcome.map(|()| report)
@@ -109,6 +110,9 @@ fn create_args(args: &Args, out: std::path::PathBuf) -> create::Args {
         out,
         guest: GuestArgs::demo(args.memory, args.work),
         parent: None,
+        vm: None,
+        diff: false,
+        stop: false,
         storage: Storage::default(),
         when: None,
         timeout: std::time::Duration::from_secs(60),

@@ -10,9 +10,11 @@ use vmm::demo::DemoConfig;
 use crate::devices::DeviceArgs;
 use crate::size;
 
+/// The options of a fresh guest that need no other, for those that they conflict with.
+pub(crate) const WORDS: [&str; 3] = ["memory", "work", "kernel"];
+
 /// A guest to boot: the demo guest, or Linux.
 #[derive(Clone, Debug, clap::Args)]
-#[group(id = "guest", multiple = true)]
 pub(crate) struct GuestArgs {
     /// Memory of the guest.
     #[arg(long, value_name = "SIZE", default_value = "128M", value_parser = size::parse)]

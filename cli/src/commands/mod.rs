@@ -29,6 +29,8 @@ use anyhow::{Context, Result, bail};
 use clap::Subcommand;
 use snapfmt::{Parents, ReadError, Snapshot};
 
+pub(crate) use rewrite::path_of_parent;
+
 use crate::interrupt::Interrupt;
 
 #[derive(Subcommand)]
@@ -95,7 +97,7 @@ pub(crate) fn open(path: &Path, parents: &[PathBuf]) -> Result<Snapshot> {
 
 /// Refuses an output that is one of the snapshots' files: replacing it would destroy what the
 /// result, or another layer, builds on.
-fn refuse_as_output<'a>(
+pub(crate) fn refuse_as_output<'a>(
     out: &Path,
     snapshots: impl IntoIterator<Item = &'a Snapshot>,
 ) -> Result<()> {

@@ -4,20 +4,23 @@ use std::io::Write;
 use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use pager::shared::SharedClone;
-use pager::{FailurePolicy, Pager, Placement, Populate};
+use pager::{FailurePolicy, Placement, Populate};
 use rustix::process::{Signal, set_parent_process_death_signal};
 
 use super::{Input, Session};
+use crate::api::{Api, ApiArgs, Facts};
 use crate::devices::SavedDeviceArgs;
 use crate::guest_console::{BEAT, GuestConsole, Until};
-use crate::live::{self, EndArgs, Ended};
+use crate::live::{self, EndArgs, Ended, Live};
 use crate::report::{RestoreReport, ms, ms_since};
 use crate::restored::{Origin, Restored, damaged, stopped};
+use crate::stored::{Filled, Kept, Origins};
 use crate::terminal::Keyboard;
 use crate::usage::{Counters, Measure, Usage};
 use crate::{memory_hash, size, usage};
@@ -53,6 +56,9 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     end: EndArgs,
+
+    #[command(flatten)]
+    api: ApiArgs,
 
     /// Fail unless the guest has exactly this much memory.
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
@@ -198,6 +204,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         hash: args.hash,
         keyboard: args.measure.is_none(),
         measure: args.measure,
+        api: args.api.bind()?,
     };
     if args.measure.is_some() {
         let with_parent = set_parent_process_death_signal(Some(Signal::KILL));
@@ -224,6 +231,8 @@ pub(crate) struct Restore<'a> {
     pub(crate) keyboard: bool,
     /// What of the process is looked at, if anything.
     pub(crate) measure: Option<Measure>,
+    /// Where it can be controlled.
+    pub(crate) api: Option<Api>,
 }
 
 impl Restore<'_> {
@@ -240,22 +249,47 @@ impl Restore<'_> {
         // In this order, so that whatever goes wrong the vCPUs are gone before the pager.
         let Restored { snapshot, memory, pager, clone, vm, opened, memory_ready, loaded_bytes } =
             restored;
+        // Shared with the control socket, which is gone before this function is.
+        let pager = pager.map(Arc::new);
         let keyboard = match self.keyboard {
             true => Some(Keyboard::connect(vm.handle()).context("cannot use the keyboard")?),
             false => None,
         };
 
+        let (remote, events) = live::remote();
+        let kept = Kept::Restored(Origins {
+            file: self.origin.file,
+            snapshot: &snapshot,
+            memory: &memory,
+            from: match (&pager, &clone) {
+                (Some(pager), _) => Filled::By(pager),
+                (None, Some(_)) => Filled::Shared,
+                (None, None) => Filled::AtOnce,
+            },
+        });
+        let facts = Facts {
+            memory_bytes: snapshot.header().memory_bytes,
+            vcpus: vm.vcpu_count(),
+            restored_from: Some(self.origin.file.to_owned()),
+            started,
+            pager: {
+                let pager = pager.as_ref().map(Arc::downgrade);
+                Box::new(move || pager.as_ref()?.upgrade().map(|pager| pager.stats()))
+            },
+        };
+        let serving = self.api.map(|api| api.serve(remote, facts)).transpose()?;
+        let live = Live { session, seen: &seen, run_for: self.run_for, events, kept };
         let before = self.measure.map(|_| Counters::now()).transpose()?;
-        let live = || live::run(vm, self.run_for, session);
+        let live = || live.run(vm);
         let (ended, timeline) = match self.measure {
-            Some(Measure::Timeline) => usage::sampled(started, pager.as_ref(), live)?,
+            Some(Measure::Timeline) => usage::sampled(started, pager.as_deref(), live)?,
             Some(Measure::Totals) | None => (live(), Vec::new()),
         };
         let ended = ended?;
         let process = before.map(|before| Usage::since(&before, &memory, timeline)).transpose()?;
         // The figures are those of the run: what comes after it, a hash say, is not the guest's.
-        let stats = pager.as_ref().map(Pager::stats);
-        drop(keyboard);
+        let stats = pager.as_ref().map(|pager| pager.stats());
+        drop((keyboard, serving));
         let mut outcome = ended.outcome(&seen, session);
         let mut memory_sha256 = None;
         if self.hash && outcome.is_ok() {
@@ -265,7 +299,7 @@ impl Restore<'_> {
             }
         }
         // What the pager could not do is the cause of whatever else went wrong.
-        if let Some(failure) = pager.as_ref().and_then(Pager::failure) {
+        if let Some(failure) = pager.as_ref().and_then(|pager| pager.failure()) {
             outcome = Err(damaged(self.origin.file, failure));
         }
         // The vCPUs are gone before the pager: from here on nobody touches a missing page.

@@ -6,9 +6,12 @@ use anyhow::{Context, Result};
 
 use super::Session;
 use super::guest::GuestArgs;
+use crate::api::{ApiArgs, Facts};
 use crate::booted::Booted;
 use crate::guest_console::GuestConsole;
-use crate::live::{self, EndArgs};
+use crate::guest_memory::to_regions;
+use crate::live::{self, EndArgs, Live};
+use crate::stored::Kept;
 use crate::terminal::Keyboard;
 
 /// Boot a guest and run it.
@@ -20,22 +23,47 @@ use crate::terminal::Keyboard;
 Examples:
   snap run                                    the built-in demo guest, until Ctrl-C
   snap run --kernel vmlinuz --initrd initrd.img --memory 512M --cpus 2
-  snap run --kernel vmlinux --initrd initrd.img --disk root.img --until 'login:'")]
+  snap run --kernel vmlinux --initrd initrd.img --disk root.img --until 'login:'
+  snap run --api vm.sock &                    then: snap create demo.snap --vm vm.sock")]
 pub(crate) struct Args {
     #[command(flatten)]
     guest: GuestArgs,
 
     #[command(flatten)]
     end: EndArgs,
+
+    #[command(flatten)]
+    api: ApiArgs,
 }
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
+    let api = args.api.bind()?;
     let (console, seen) = GuestConsole::new(std::io::stdout(), args.end.until());
     // In this order: the vCPUs are gone before the memory.
-    let Booted { memory: _memory, vm, .. } = Booted::new(&args.guest, console, false, session)?;
+    let Booted { memory, ranges, vm } = Booted::new(&args.guest, console, false, session)?;
+    let (remote, events) = live::remote();
+    let live = Live {
+        session,
+        seen: &seen,
+        run_for: args.end.run_for,
+        events,
+        kept: Kept::Booted {
+            memory: &memory,
+            regions: &to_regions(&ranges),
+            guest: args.guest.metadata(),
+        },
+    };
+    let facts = Facts {
+        memory_bytes: args.guest.memory,
+        vcpus: args.guest.cpus.into(),
+        restored_from: None,
+        started: session.started,
+        pager: Box::new(|| None),
+    };
+    let serving = api.map(|api| api.serve(remote, facts)).transpose()?;
     let keyboard = Keyboard::connect(vm.handle()).context("cannot use the keyboard")?;
-    let ended = live::run(vm, args.end.run_for, session)?;
-    drop(keyboard);
+    let ended = live.run(vm)?;
+    drop((keyboard, serving));
     let outcome = ended.outcome(&seen, session);
     if outcome.is_ok() && !session.quiet {
         let ran = humantime::format_duration(std::time::Duration::from_millis(

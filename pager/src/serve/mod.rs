@@ -29,6 +29,8 @@ use rustix::io::Errno;
 pub use error::{BindError, RefuseError};
 pub(crate) use handshake::Answer;
 pub use handshake::SnapshotName;
+pub use peer::check_user;
+pub use socket::Socket;
 
 use crate::failure::FailurePolicy;
 use crate::shared::SharedImage;
@@ -36,7 +38,6 @@ use crate::source::PageSource;
 use crate::stats::Stats;
 use metrics::Totals;
 use session::Session;
-use socket::Socket;
 
 /// How a server is to be.
 #[derive(Clone, Debug)]

@@ -5,9 +5,28 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::process::{PidfdFlags, Signal};
+use rustix::process::{Pid, PidfdFlags, Signal};
 
 use super::error::RefuseError;
+
+/// Refuses a connection from a process of another user than this process', unless it is root's.
+///
+/// # Errors
+/// [`RefuseError::User`], or [`RefuseError::System`] when it cannot be seen who connects.
+pub fn check_user(stream: &UnixStream) -> Result<(), RefuseError> {
+    allowed(stream).map(drop)
+}
+
+/// The process that has connected, if its user may (unix(7), "SO_PEERCRED").
+fn allowed(stream: &UnixStream) -> Result<Pid, RefuseError> {
+    let credentials = rustix::net::sockopt::socket_peercred(stream)
+        .map_err(|error| RefuseError::System { what: "see who connects", error: error.into() })?;
+    let uid = credentials.uid;
+    if uid != rustix::process::geteuid() && !uid.is_root() {
+        return Err(RefuseError::User { uid: uid.as_raw() });
+    }
+    Ok(credentials.pid)
+}
 
 /// A client's process.
 #[derive(Debug)]
@@ -22,12 +41,7 @@ impl Peer {
         let system = |what| {
             move |error: rustix::io::Errno| RefuseError::System { what, error: error.into() }
         };
-        let credentials =
-            rustix::net::sockopt::socket_peercred(stream).map_err(system("see who connects"))?;
-        let (pid, uid) = (credentials.pid, credentials.uid);
-        if uid != rustix::process::geteuid() && !uid.is_root() {
-            return Err(RefuseError::User { uid: uid.as_raw() });
-        }
+        let pid = allowed(stream)?;
         let gone =
             |error: io::Error| RefuseError::Process { pid: pid.as_raw_nonzero().get(), error };
         // A process that serves itself would fill memory that it works with.

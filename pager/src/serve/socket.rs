@@ -15,9 +15,10 @@ use super::error::BindError;
 
 const BACKLOG: i32 = 1024;
 
-/// A listening unix socket with a name. The name goes when it is dropped.
+/// A listening unix socket with a name that only this user, and root, can connect to. The name goes when it is
+/// dropped.
 #[derive(Debug)]
-pub(crate) struct Socket {
+pub struct Socket {
     listener: UnixListener,
     path: PathBuf,
     /// Of the name in the file system, to take away only this one.
@@ -25,8 +26,11 @@ pub(crate) struct Socket {
 }
 
 impl Socket {
-    /// Listens at `path`, with mode 0600.
-    pub(crate) fn bind(path: &Path) -> Result<Socket, BindError> {
+    /// Listens at `path`, with mode 0600. A name that a dead server has left is taken over.
+    ///
+    /// # Errors
+    /// [`BindError`] when the name is a live server's, is no socket's, or cannot be had.
+    pub fn bind(path: &Path) -> Result<Socket, BindError> {
         let system = |what| move |error: Errno| BindError::System { what, error: error.into() };
         let address =
             SocketAddrUnix::new(path).map_err(|_| BindError::Name { path: path.to_owned() })?;
@@ -63,8 +67,12 @@ impl Socket {
         })
     }
 
-    /// The next connection, if one is waiting.
-    pub(crate) fn accept(&self) -> io::Result<Option<UnixStream>> {
+    /// The next connection, if one is waiting. Its process may still be another user's: see
+    /// [`check_user`](super::check_user).
+    ///
+    /// # Errors
+    /// As accept(2), but for EAGAIN.
+    pub fn accept(&self) -> io::Result<Option<UnixStream>> {
         match self.listener.accept() {
             Ok((stream, _)) => Ok(Some(stream)),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),

@@ -1,0 +1,141 @@
+//! The other side of a control socket: `snap create --vm`.
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use snapfmt::Progress;
+
+use super::http::read_response;
+use super::routes::{CreateSnapshot, SnapshotType};
+use crate::commands::Session;
+use crate::exit::Interrupted;
+use crate::progress::Bar;
+use crate::storage::Storage;
+use crate::stored::Summary;
+
+/// How often it is looked how far the guest's file is, and whether the user has interrupted.
+const LOOK: Duration = Duration::from_millis(100);
+/// A socket that does not say how far it is for so long is not asked again.
+const STATE: Duration = Duration::from_secs(1);
+
+/// Has the guest at this socket stored at `out`, a path of its own file system. An interrupt cancels it.
+pub(crate) fn create(
+    socket: &Path,
+    out: &Path,
+    changes_only: bool,
+    stop: bool,
+    storage: &Storage,
+    session: &Session,
+) -> Result<Summary> {
+    let wanted = CreateSnapshot {
+        snapshot_path: std::path::absolute(out).context("cannot find the working folder")?,
+        snapshot_type: if changes_only { SnapshotType::Diff } else { SnapshotType::Full },
+        stop,
+        force: storage.force,
+        codec: Some(storage.codec.to_string()),
+        level: storage.level,
+        chunk_pages: Some(storage.chunk_pages),
+        dedupe: Some(!storage.no_dedupe),
+        threads: storage.threads,
+    };
+    let bar = Bar::new("storing", session.quiet, &session.interrupt);
+    let waiting = || {
+        if session.interrupt.requested() {
+            return Err(Interrupted.into());
+        }
+        if bar.is_shown()
+            && let Some(progress) = progress(socket)
+        {
+            // Interrupts are looked at above.
+            let _ = bar.update(progress);
+        }
+        Ok(())
+    };
+    let named = || format!("cannot ask the guest at {}", socket.display());
+    let stream = UnixStream::connect(socket).with_context(named)?;
+    let (status, body) =
+        ask(stream, "PUT", "/snapshot/create", &json!(wanted), &waiting).with_context(named)?;
+    drop(bar);
+    match status {
+        200 => Ok(serde_json::from_value(body).context("the guest's answer is not understood")?),
+        _ => match body["fault_message"].as_str() {
+            Some(message) => bail!("{}: {message}", socket.display()),
+            None => bail!("{}: answer {status}", socket.display()),
+        },
+    }
+}
+
+/// How far the guest at this socket is with its file.
+fn progress(socket: &Path) -> Option<Progress> {
+    #[derive(Deserialize)]
+    struct Storing {
+        done_bytes: u64,
+        total_bytes: u64,
+    }
+    let stream = UnixStream::connect(socket).ok()?;
+    let deadline = Instant::now() + STATE;
+    let in_time = || match Instant::now() < deadline {
+        true => Ok(()),
+        false => bail!("too late"),
+    };
+    let (_, mut state) = ask(stream, "GET", "/vm", &Value::Null, &in_time).ok()?;
+    let Storing { done_bytes, total_bytes } =
+        serde_json::from_value(state["storing"].take()).ok()?;
+    Some(Progress { done_bytes, total_bytes })
+}
+
+/// One request and its answer. `waiting` is called meanwhile, and its error gives up.
+fn ask(
+    mut stream: UnixStream,
+    method: &str,
+    path: &str,
+    body: &Value,
+    waiting: &dyn Fn() -> Result<()>,
+) -> Result<(u16, Value)> {
+    let body = if body.is_null() { String::new() } else { body.to_string() };
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
+    stream.set_read_timeout(Some(LOOK))?;
+    stream.set_write_timeout(Some(STATE))?;
+    stream.write_all((head + &body).as_bytes())?;
+    let mut patient = Patient { stream, waiting };
+    let (status, body) = match read_response(&mut patient) {
+        Ok(response) => response,
+        Err(error) => {
+            // What was given up for comes before that it was.
+            waiting()?;
+            return Err(error.into());
+        }
+    };
+    let body = match body.is_empty() {
+        true => Value::Null,
+        false => serde_json::from_slice(&body).context("the answer is not JSON")?,
+    };
+    Ok((status, body))
+}
+
+/// Reads without end, but looks around all the time.
+struct Patient<'a> {
+    stream: UnixStream,
+    waiting: &'a dyn Fn() -> Result<()>,
+}
+
+impl Read for Patient<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.stream.read(buf) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    (self.waiting)().map_err(io::Error::other)?;
+                }
+                read => return read,
+            }
+        }
+    }
+}

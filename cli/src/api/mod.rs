@@ -1,0 +1,49 @@
+//! The control socket of a guest: JSON over HTTP/1.1 at a private unix socket. What it understands: docs/api.md.
+//!
+//! A connection has a thread of its own and limits in bytes and in time, so that no client holds up
+//! the guest or another client.
+
+pub(crate) mod client;
+mod http;
+mod routes;
+mod server;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use pager::serve::Socket;
+
+pub(crate) use routes::Facts;
+pub(crate) use server::Serving;
+
+use crate::live::Remote;
+
+/// Where a guest can be controlled.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub(crate) struct ApiArgs {
+    /// Make a socket to control the guest by: pause, resume, store, state, figures. Its words are in docs/api.md.
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) api: Option<PathBuf>,
+}
+
+impl ApiArgs {
+    pub(crate) fn bind(&self) -> Result<Option<Api>> {
+        self.api.as_deref().map(Api::bind).transpose()
+    }
+}
+
+/// A control socket that nobody answers at yet: clients wait.
+pub(crate) struct Api(Socket);
+
+impl Api {
+    fn bind(path: &Path) -> Result<Self> {
+        let socket = Socket::bind(path);
+        Ok(Self(socket.with_context(|| format!("cannot listen at {}", path.display()))?))
+    }
+
+    /// Answers from now on, until what it gives is dropped.
+    pub(crate) fn serve(self, remote: Remote, facts: Facts) -> Result<Serving> {
+        Serving::start(self.0, routes::Routes { remote, facts })
+            .context("cannot serve the control socket")
+    }
+}

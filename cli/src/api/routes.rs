@@ -1,0 +1,304 @@
+//! What can be asked for at the control socket, and the words for it.
+
+use std::num::NonZeroUsize;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::RecvTimeoutError;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use snapfmt::{Codec, Existing, WriteOptions};
+
+use super::http::{Request, Response};
+use crate::live::{Answer, Command, Refused, Remote, StoreRequest};
+
+/// What does not change about the guest, and its figures.
+pub(crate) struct Facts {
+    pub(crate) memory_bytes: u64,
+    pub(crate) vcpus: usize,
+    pub(crate) restored_from: Option<PathBuf>,
+    pub(crate) started: Instant,
+    /// The pager's figures, where there is one.
+    pub(crate) pager: Box<dyn Fn() -> Option<pager::Stats> + Send + Sync>,
+}
+
+pub(super) struct Routes {
+    pub(super) remote: Remote,
+    pub(super) facts: Facts,
+}
+
+/// The body of `PATCH /vm`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct VmState {
+    state: Wanted,
+}
+
+#[derive(Deserialize)]
+enum Wanted {
+    Paused,
+    Resumed,
+}
+
+/// The body of `PUT /snapshot/create`.
+#[derive(Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct CreateSnapshot {
+    pub(super) snapshot_path: PathBuf,
+    #[serde(default)]
+    pub(super) snapshot_type: SnapshotType,
+    #[serde(default)]
+    pub(super) stop: bool,
+    #[serde(default)]
+    pub(super) force: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) codec: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) level: Option<i32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) chunk_pages: Option<u16>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) dedupe: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) threads: Option<NonZeroUsize>,
+}
+
+impl CreateSnapshot {
+    /// How the file is to be written; or what is wrong with it.
+    fn options(&self) -> Result<WriteOptions, String> {
+        let mut options = WriteOptions::default();
+        if let Some(codec) = &self.codec {
+            options.codec = codec.parse().map_err(|error| format!("codec: {error}"))?;
+        }
+        if let Some(level) = self.level {
+            if options.codec != Codec::Zstd {
+                return Err(format!("level: {} has no levels", options.codec));
+            }
+            if !(-7..=22).contains(&level) {
+                return Err(format!("level: {level} is not in -7 to 22"));
+            }
+            options.level = level;
+        }
+        if let Some(pages) = self.chunk_pages {
+            if !(1..=512).contains(&pages) {
+                return Err(format!("chunk_pages: {pages} is not in 1 to 512"));
+            }
+            options.chunk_pages = pages.into();
+        }
+        options.dedupe = self.dedupe.unwrap_or(options.dedupe);
+        options.threads = self.threads.unwrap_or(options.threads);
+        options.existing = if self.force { Existing::Replace } else { Existing::Keep };
+        Ok(options)
+    }
+}
+
+#[derive(Clone, Copy, Default, Deserialize, Serialize)]
+pub(super) enum SnapshotType {
+    #[default]
+    Full,
+    Diff,
+}
+
+/// How often it is looked whether a client still waits.
+const LOOK: Duration = Duration::from_millis(100);
+
+impl Routes {
+    /// Does what a request asks for. `stream` tells whether the client still waits for it.
+    pub(super) fn answer(&self, request: &Request, stream: &UnixStream) -> Response {
+        let allowed = match request.path.as_str() {
+            "/" | "/vm" | "/stats" => match (request.path.as_str(), request.method.as_str()) {
+                ("/stats", "GET") => return self.stats(),
+                (_, "GET") => return self.state(),
+                ("/vm", "PATCH") => return self.patch(&request.body),
+                ("/vm", _) => "GET or PATCH",
+                _ => "GET",
+            },
+            "/snapshot/create" => match request.method.as_str() {
+                "PUT" => return self.create(&request.body, stream),
+                _ => "PUT",
+            },
+            path => {
+                let message = format!("{path:?} is not here; see docs/api.md");
+                return Response::fault(404, message);
+            }
+        };
+        let (method, path) = (&request.method, &request.path);
+        Response::fault(405, format!("{method} is not for {path}: {allowed}"))
+    }
+
+    fn state(&self) -> Response {
+        let facts = &self.facts;
+        let body = json!({
+            "id": format!("snap-{}", std::process::id()),
+            "app_name": "snap",
+            "vmm_version": env!("CARGO_PKG_VERSION"),
+            "state": self.remote.state(),
+            "storing": self.remote.storing(),
+            "memory_bytes": facts.memory_bytes,
+            "vcpus": facts.vcpus,
+            "restored_from": facts.restored_from,
+        });
+        Response { status: 200, body: Some(body) }
+    }
+
+    fn stats(&self) -> Response {
+        let body = json!({
+            "state": self.remote.state(),
+            "uptime_ms": crate::report::ms(self.facts.started.elapsed()),
+            "pager": (self.facts.pager)(),
+        });
+        Response { status: 200, body: Some(body) }
+    }
+
+    fn patch(&self, body: &[u8]) -> Response {
+        let command = match parse(body) {
+            Ok(VmState { state: Wanted::Paused }) => Command::Pause,
+            Ok(VmState { state: Wanted::Resumed }) => Command::Resume,
+            Err(refused) => return refused,
+        };
+        match self.remote.ask(command).and_then(|answer| answer.recv().unwrap_or(ENDED)) {
+            Ok(_) => Response { status: 204, body: None },
+            Err(error) => failed(&error),
+        }
+    }
+
+    fn create(&self, body: &[u8], stream: &UnixStream) -> Response {
+        let wanted: CreateSnapshot = match parse(body) {
+            Ok(wanted) => wanted,
+            Err(refused) => return refused,
+        };
+        if !wanted.snapshot_path.is_absolute() {
+            let message = "snapshot_path is relative, and the guest's working folder is not yours";
+            return Response::fault(400, message);
+        }
+        let options = match wanted.options() {
+            Ok(options) => options,
+            Err(error) => return Response::fault(400, error),
+        };
+        let cancelled = Arc::new(AtomicBool::new(false));
+        let request = StoreRequest {
+            out: wanted.snapshot_path,
+            changes_only: matches!(wanted.snapshot_type, SnapshotType::Diff),
+            stop: wanted.stop,
+            options,
+            cancelled: Arc::clone(&cancelled),
+        };
+        let answer = match self.remote.ask(Command::Store(request)) {
+            Ok(answer) => answer,
+            Err(error) => return failed(&error),
+        };
+        let answer = loop {
+            match answer.recv_timeout(LOOK) {
+                Ok(answer) => break answer,
+                Err(RecvTimeoutError::Disconnected) => break ENDED,
+                Err(RecvTimeoutError::Timeout) if has_left(stream) => {
+                    cancelled.store(true, Ordering::SeqCst);
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        };
+        match answer {
+            Ok(summary) => Response { status: 200, body: Some(json!(summary)) },
+            Err(error) => failed(&error),
+        }
+    }
+}
+
+/// What a command that was never answered came to.
+const ENDED: Answer = Err(Refused::Ended);
+
+fn failed(error: &Refused) -> Response {
+    let status = match error {
+        Refused::Busy | Refused::Ended => 409,
+        Refused::Failed(_) => 500,
+    };
+    Response::fault(status, error.to_string())
+}
+
+fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Response> {
+    serde_json::from_slice(body).map_err(|error| Response::fault(400, format!("body: {error}")))
+}
+
+/// Whether the client has closed its end; one that only sends no more has not.
+fn has_left(stream: &UnixStream) -> bool {
+    let mut fds = [PollFd::new(stream, PollFlags::empty())];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    rustix::event::poll(&mut fds, Some(&now)).is_ok()
+        && fds[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use super::*;
+    use crate::live::remote;
+
+    fn answer(method: &str, path: &str, body: &str) -> (u16, Value) {
+        let (remote, events) = remote();
+        // The guest has ended.
+        drop(events);
+        let facts = Facts {
+            memory_bytes: 1 << 20,
+            vcpus: 2,
+            restored_from: None,
+            started: Instant::now(),
+            pager: Box::new(|| None),
+        };
+        let request = Request {
+            method: method.into(),
+            path: path.into(),
+            body: body.into(),
+            keep_alive: false,
+        };
+        let (_client, server) = UnixStream::pair().unwrap();
+        let response = Routes { remote, facts }.answer(&request, &server);
+        (response.status, response.body.unwrap_or_default())
+    }
+
+    #[track_caller]
+    fn refused(method: &str, path: &str, body: &str, status: u16, says: &str) {
+        let (found, body) = answer(method, path, body);
+        let message = body["fault_message"].as_str().unwrap_or_default().to_owned();
+        assert_eq!(found, status, "{body}");
+        assert!(message.contains(says), "{message}");
+    }
+
+    #[test]
+    fn the_state_is_told() {
+        for path in ["/", "/vm"] {
+            let (status, body) = answer("GET", path, "");
+            assert_eq!(status, 200);
+            assert_eq!((&body["state"], &body["vcpus"]), (&json!("Not started"), &json!(2)));
+        }
+        assert_eq!(answer("GET", "/stats", "").1["pager"], Value::Null);
+    }
+
+    #[test]
+    fn what_is_wrong_is_told() {
+        refused("GET", "/nowhere", "", 404, "\"/nowhere\" is not here");
+        refused("POST", "/vm", "", 405, "POST is not for /vm: GET or PATCH");
+        refused("GET", "/snapshot/create", "", 405, "PUT");
+        refused("PATCH", "/vm", "", 400, "body: EOF");
+        refused("PATCH", "/vm", "{\"state\":\"Off\"}", 400, "unknown variant `Off`");
+        refused("PATCH", "/vm", "{\"state\":\"Paused\",\"a\":1}", 400, "unknown field `a`");
+        refused("PATCH", "/vm", "{\"state\":\"Paused\"}", 409, "the guest has ended");
+        let create = |body: &str, says: &str| refused("PUT", "/snapshot/create", body, 400, says);
+        create("{}", "missing field `snapshot_path`");
+        create("{\"snapshot_path\":\"a.snap\"}", "snapshot_path is relative");
+        create("{\"snapshot_path\":\"/a\",\"mem_file_path\":\"/b\"}", "mem_file_path");
+        create("{\"snapshot_path\":\"/a\",\"codec\":\"gzip\"}", "gzip");
+        create(
+            "{\"snapshot_path\":\"/a\",\"codec\":\"lz4\",\"level\":3}",
+            "level: lz4 has no levels",
+        );
+        create("{\"snapshot_path\":\"/a\",\"level\":99}", "level: 99 is not in -7 to 22");
+        create("{\"snapshot_path\":\"/a\",\"chunk_pages\":0}", "chunk_pages: 0 is not in 1 to 512");
+        create("{\"snapshot_path\":\"/a\",\"threads\":0}", "0");
+    }
+}

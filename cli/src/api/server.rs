@@ -1,0 +1,175 @@
+//! Connections of the control socket: a thread each, and at most a few of them.
+
+use std::io::{self, PipeWriter};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use pager::serve::{Socket, check_user};
+use rustix::event::{PollFd, PollFlags};
+
+use super::http::{Connection, NoRequest, Patience, Response};
+use super::routes::Routes;
+
+/// Connections at once. One more takes the place of the one that has been quiet for the longest.
+const CONNECTIONS: usize = 16;
+const PATIENCE: Patience =
+    Patience { idle: Duration::from_secs(60), request: Duration::from_secs(5) };
+/// A client that does not take its answer for so long does not get it.
+const WRITE: Duration = Duration::from_secs(5);
+
+/// Answers clients until it is dropped; then the socket's name is gone, and those that wait for the answer to
+/// something that is under way still get it.
+pub(crate) struct Serving {
+    stop: Option<PipeWriter>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Serving {
+    pub(super) fn start(socket: Socket, routes: Routes) -> io::Result<Self> {
+        let (stopped, stop) = io::pipe()?;
+        let routes = Arc::new(routes);
+        let serve = move || {
+            let clients = Clients::default();
+            loop {
+                let mut fds =
+                    [PollFd::new(&socket, PollFlags::IN), PollFd::new(&stopped, PollFlags::IN)];
+                match rustix::event::poll(&mut fds, None) {
+                    Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                    Err(_) => break,
+                }
+                if !fds[1].revents().is_empty() {
+                    break;
+                }
+                match socket.accept() {
+                    Ok(Some(stream)) => clients.add(stream, &routes),
+                    Ok(None) => {}
+                    // Out of descriptors, say: there are more when clients have gone.
+                    Err(_) => std::thread::sleep(Duration::from_millis(100)),
+                }
+            }
+            drop(socket);
+            clients.finish();
+        };
+        let thread = std::thread::Builder::new().name("api".into()).spawn(serve)?;
+        Ok(Self { stop: Some(stop), thread: Some(thread) })
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            // It does not panic; if it did, nobody is left who could be told.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The connections that there are.
+#[derive(Default)]
+struct Clients(Mutex<Vec<Client>>);
+
+struct Client {
+    stream: Arc<UnixStream>,
+    activity: Arc<Activity>,
+    thread: JoinHandle<()>,
+}
+
+struct Activity {
+    /// Whether a request is being answered.
+    busy: AtomicBool,
+    since: Mutex<Instant>,
+}
+
+impl Activity {
+    fn set_busy(&self, busy: bool) {
+        *self.since.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        self.busy.store(busy, Ordering::SeqCst);
+    }
+
+    fn quiet_since(&self) -> Option<Instant> {
+        let since = *self.since.lock().unwrap_or_else(PoisonError::into_inner);
+        (!self.busy.load(Ordering::SeqCst)).then_some(since)
+    }
+}
+
+impl Clients {
+    /// Serves one more; if there are too many, at the cost of the quietest.
+    fn add(&self, stream: UnixStream, routes: &Arc<Routes>) {
+        let mut clients = self.lock();
+        clients.retain(|client| !client.thread.is_finished());
+        if clients.len() >= CONNECTIONS {
+            let quietest = (0..clients.len())
+                .filter_map(|i| Some((clients[i].activity.quiet_since()?, i)))
+                .min()
+                .map(|(_, i)| i);
+            match quietest {
+                Some(i) => {
+                    // Its thread ends when it next looks.
+                    let _ = clients.swap_remove(i).stream.shutdown(Shutdown::Both);
+                }
+                // All are being answered. This one may try again.
+                None => return,
+            }
+        }
+        let stream = Arc::new(stream);
+        let activity =
+            Arc::new(Activity { busy: AtomicBool::new(false), since: Mutex::new(Instant::now()) });
+        let serve = {
+            let (stream, activity) = (Arc::clone(&stream), Arc::clone(&activity));
+            let routes = Arc::clone(routes);
+            move || {
+                serve(&stream, &activity, &routes);
+                // The list still has it; the client is to see now that it was all.
+                let _ = stream.shutdown(Shutdown::Both);
+            }
+        };
+        // No thread to be had: the connection closes, which the client sees.
+        if let Ok(thread) = std::thread::Builder::new().name("api-client".into()).spawn(serve) {
+            clients.push(Client { stream, activity, thread });
+        }
+    }
+
+    /// Lets those end that are being answered.
+    fn finish(&self) {
+        for client in self.lock().drain(..) {
+            let _ = client.stream.shutdown(Shutdown::Read);
+            let _ = client.thread.join();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Client>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Answers one client until it leaves.
+fn serve(stream: &UnixStream, activity: &Activity, routes: &Routes) {
+    if stream.set_write_timeout(Some(WRITE)).is_err() {
+        return;
+    }
+    if let Err(error) = check_user(stream) {
+        let _ = Response::fault(403, error.to_string()).write(&mut &*stream, false);
+        return;
+    }
+    let mut connection = Connection::new(stream);
+    loop {
+        let (response, keep_alive) = match connection.request(PATIENCE) {
+            Ok(request) => {
+                activity.set_busy(true);
+                (routes.answer(&request, stream), request.keep_alive)
+            }
+            Err(NoRequest::Refused(response)) => (response, false),
+            Err(NoRequest::Gone) => return,
+        };
+        let written = response.write(&mut &*stream, keep_alive);
+        activity.set_busy(false);
+        if written.is_err() || !keep_alive {
+            return;
+        }
+    }
+}

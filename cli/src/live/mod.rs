@@ -1,0 +1,256 @@
+//! A guest that runs until something ends it, and how that counts.
+
+mod remote;
+
+use std::io::ErrorKind;
+use std::ops::ControlFlow;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{RecvTimeoutError, Sender};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, anyhow};
+use vmm::{PauseError, PausedVm, RunningVm, Stop};
+
+use crate::commands::Session;
+use crate::exit::{GuestStopped, Interrupted};
+use crate::guest_console::{Seen, Until};
+use crate::stored::{Kept, Summary};
+use remote::Event;
+pub(crate) use remote::{Answer, Command, Events, Refused, Remote, State, StoreRequest, remote};
+
+/// When a run ends that nobody interrupts.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub(crate) struct EndArgs {
+    /// End when the guest has written this.
+    #[arg(long, value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub(crate) until: Option<String>,
+
+    /// End after this long.
+    #[arg(long = "for", value_name = "TIME", value_parser = humantime::parse_duration)]
+    pub(crate) run_for: Option<Duration>,
+}
+
+impl EndArgs {
+    pub(crate) fn until(&self) -> Until {
+        Until { lines: None, pattern: self.until.clone().map(String::into_bytes) }
+    }
+}
+
+/// A guest that is to run, and who decides about it.
+pub(crate) struct Live<'a> {
+    pub(crate) session: &'a Session,
+    pub(crate) seen: &'a Seen,
+    pub(crate) run_for: Option<Duration>,
+    pub(crate) events: Events,
+    /// How it is stored.
+    pub(crate) kept: Kept<'a>,
+}
+
+/// A guest that does not run any more.
+pub(crate) struct Ended {
+    pub(crate) end: End,
+    /// When.
+    pub(crate) at: Instant,
+    pub(crate) first_entry: Option<Instant>,
+    pub(crate) first_exit: Option<Instant>,
+    pub(crate) paused: Result<PausedVm, PauseError>,
+}
+
+/// Why it does not.
+pub(crate) enum End {
+    Stopped(Stop),
+    TimeIsUp,
+    /// A client has had it stored and stopped.
+    Stored,
+}
+
+/// The guest in one of its two forms.
+enum Guest {
+    Running(RunningVm),
+    Paused(PausedVm),
+}
+
+/// What follows from an event.
+enum Next {
+    Go(Guest),
+    /// It has ended; or could not be paused, because it had.
+    End(End, Result<Guest, PauseError>),
+}
+
+impl Live<'_> {
+    /// Runs the guest until it stops, is stopped by its console, a client or an interrupt, or its time is up.
+    pub(crate) fn run(self, vm: PausedVm) -> Result<Ended> {
+        let deadline = self.run_for.and_then(|time| Instant::now().checked_add(time));
+        let events = self.events.sender.clone();
+        // Nobody listens any more: the guest is on its way out.
+        vm.handle().on_stop(move || drop(events.send(Event::Stopped)));
+        let mut guest = self.resume(vm)?;
+        let (end, guest) = loop {
+            let event = match deadline {
+                None => self.events.received.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(deadline) => self
+                    .events
+                    .received
+                    .recv_timeout(deadline.saturating_duration_since(Instant::now())),
+            };
+            let next = match event {
+                Ok(Event::Stopped) => match self.why_stopped(&guest) {
+                    Some(stop) => break (End::Stopped(stop), Ok(guest)),
+                    None => Next::Go(guest),
+                },
+                Ok(Event::Command(command, answer)) => self.obey(guest, command, &answer)?,
+                // It cannot be disconnected: a sender is here.
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                    break (End::TimeIsUp, Ok(guest));
+                }
+            };
+            match next {
+                Next::Go(next) => guest = next,
+                Next::End(end, guest) => break (end, guest),
+            }
+        };
+        let at = Instant::now();
+        self.events.status.set(State::Ended);
+        let (mut first_entry, mut first_exit) = (None, None);
+        let paused = guest.and_then(|guest| match guest {
+            Guest::Paused(vm) => Ok(vm),
+            Guest::Running(vm) => {
+                (first_entry, first_exit) = (vm.first_entry(), vm.first_exit());
+                vm.pause()
+            }
+        });
+        if let Ok(vm) = &paused {
+            (first_entry, first_exit) = (vm.first_entry(), vm.first_exit());
+        }
+        Ok(Ended { end, at, first_entry, first_exit, paused })
+    }
+
+    fn resume(&self, vm: PausedVm) -> Result<Guest> {
+        let running = vm.resume()?;
+        self.events.status.set(State::Running);
+        // Again: resuming has forgotten a pause that was asked for before it.
+        self.session.interrupt.pauses(running.handle());
+        Ok(Guest::Running(running))
+    }
+
+    /// Why the guest is not to go on, if it is not.
+    fn why_stopped(&self, guest: &Guest) -> Option<Stop> {
+        match guest {
+            Guest::Running(vm) => vm.wait(Some(Duration::ZERO)),
+            Guest::Paused(vm) => vm.breakdown().or_else(|| {
+                let interrupted = self.session.interrupt.requested();
+                interrupted.then_some(Stop::PauseRequested)
+            }),
+        }
+    }
+
+    fn obey(&self, guest: Guest, command: Command, answer: &Sender<Answer>) -> Result<Next> {
+        // Who does not listen to the answer has what was asked for all the same.
+        let tell = |what| drop(answer.send(what));
+        let was_running = matches!(guest, Guest::Running(_));
+        if let (Command::Resume, Guest::Running(_)) = (&command, &guest) {
+            tell(Ok(None));
+            return Ok(Next::Go(guest));
+        }
+        let mut vm = match guest {
+            Guest::Paused(vm) => vm,
+            Guest::Running(vm) => match vm.pause() {
+                Ok(vm) => vm,
+                Err(error) => {
+                    tell(Err(Refused::Failed(error.to_string())));
+                    return Ok(Next::End(End::Stopped(error.stop.clone()), Err(error)));
+                }
+            },
+        };
+        self.events.status.set(State::Paused);
+        let paused_at = Instant::now();
+        let (done, go_on, stop) = match command {
+            Command::Pause => (Ok(None), false, false),
+            Command::Resume => (Ok(None), true, false),
+            Command::Store(request) => {
+                self.events.status.storing(true);
+                let stored = self.store(&mut vm, &request, paused_at);
+                self.events.status.storing(false);
+                let stop = stored.is_ok() && request.stop;
+                let done = stored.map(Some);
+                (done.map_err(|error| Refused::Failed(format!("{error:#}"))), was_running, stop)
+            }
+        };
+        let next = if stop {
+            Next::End(End::Stored, Ok(Guest::Paused(vm)))
+        } else if self.seen.is_done() {
+            // The console has asked for the end in the moment of the pause.
+            Next::End(End::Stopped(Stop::ConsolePause), Ok(Guest::Paused(vm)))
+        } else if go_on {
+            Next::Go(self.resume(vm)?)
+        } else {
+            Next::Go(Guest::Paused(vm))
+        };
+        // At the end: whoever has the answer finds the guest as it says.
+        tell(done);
+        Ok(next)
+    }
+
+    fn store(
+        &self,
+        vm: &mut PausedVm,
+        request: &StoreRequest,
+        paused_at: Instant,
+    ) -> Result<Summary> {
+        let out = &request.out;
+        let (status, interrupt) = (&self.events.status, &self.session.interrupt);
+        let progress = |progress| {
+            status.progress(progress);
+            let cancelled = request.cancelled.load(Ordering::SeqCst);
+            match cancelled || interrupt.requested() {
+                true => ControlFlow::Break(()),
+                false => ControlFlow::Continue(()),
+            }
+        };
+        let header = match request.changes_only {
+            false => self.kept.store_whole(vm, out, &request.options, &progress)?,
+            true => self.kept.store_changes(vm, out, &request.options, &progress)?,
+        };
+        Ok(Summary::new(out, &header, paused_at, paused_at, paused_at))
+    }
+}
+
+impl Ended {
+    /// Whether the command has done what it was asked for.
+    pub(crate) fn outcome(&self, seen: &Seen, session: &Session) -> Result<()> {
+        match &self.paused {
+            // Off is how a guest ends well.
+            Err(error) if error.stop == Stop::PowerOff => {}
+            Err(error) => return Err(GuestStopped(error.to_string()).into()),
+            Ok(_) if session.interrupt.requested() => return Err(Interrupted.into()),
+            Ok(_) => {}
+        }
+        match seen.output_error() {
+            Some(error) if error.kind() != ErrorKind::BrokenPipe => {
+                return Err(anyhow!("cannot write the guest's output: {error}"));
+            }
+            _ => {}
+        }
+        match seen.beats() {
+            (beats, bad @ 1..) => Err(anyhow!("{bad} of {beats} beats found wrong pages")),
+            _ => Ok(()),
+        }
+    }
+
+    /// Why it ended, for people.
+    pub(crate) fn describe(&self, seen: &Seen, session: &Session) -> String {
+        match &self.end {
+            _ if session.interrupt.requested() => "interrupted".into(),
+            End::TimeIsUp => "time is up".into(),
+            End::Stored => "stored and stopped".into(),
+            End::Stopped(Stop::ConsolePause) if seen.output_error().is_some() => {
+                "nobody takes the output any more".into()
+            }
+            End::Stopped(Stop::ConsolePause) if seen.beats().1 > 0 => {
+                "done, with wrong pages".into()
+            }
+            End::Stopped(Stop::ConsolePause) => "done".into(),
+            End::Stopped(stop) => stop.to_string(),
+        }
+    }
+}

@@ -1,0 +1,328 @@
+//! The control socket of a running guest, and `snap create --vm`.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Stdio};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::support::{Ran, SNAP, Sample, end_of, names, needs_vm, restore, signal, snap};
+
+/// A guest that runs with a control socket; it is killed when this is dropped.
+struct Vm {
+    child: Option<Child>,
+    lines: std::io::Lines<BufReader<ChildStdout>>,
+    socket: PathBuf,
+}
+
+impl Vm {
+    /// `snap WORDS --api FOLDER/api`; the guest runs when this returns.
+    #[track_caller]
+    fn start(folder: &Path, words: &[&str]) -> Vm {
+        let socket = folder.join("api");
+        let mut command = Command::new(SNAP);
+        command.args(words).arg("--api").arg(&socket).stdin(Stdio::null());
+        let mut child =
+            command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("snap starts");
+        let lines = BufReader::new(child.stdout.take().expect("it is piped")).lines();
+        let mut vm = Vm { child: Some(child), lines, socket };
+        // The guest runs when it has said something.
+        vm.beats(1);
+        vm
+    }
+
+    #[track_caller]
+    fn booted(folder: &Path) -> Vm {
+        Vm::start(folder, &["run", "--memory", "64M", "--work", "8M"])
+    }
+
+    /// Reads so many beats of the guest, all of which are ok.
+    #[track_caller]
+    fn beats(&mut self, count: usize) {
+        let mut seen = 0;
+        while seen < count {
+            let line = self.lines.next().map(|line| line.expect("it can be read"));
+            match line.as_deref() {
+                Some(line) if line.starts_with("beat ") => {
+                    assert!(line.ends_with(" ok"), "{line}");
+                    seen += 1;
+                }
+                Some(_) => {}
+                None => panic!("the guest has ended: {}", self.end().stderr),
+            }
+        }
+    }
+
+    fn connect(&self) -> UnixStream {
+        UnixStream::connect(&self.socket).expect("somebody listens")
+    }
+
+    /// One request: the status, and the JSON of the answer.
+    fn ask(&self, method: &str, path: &str, body: &Value) -> (u16, Value) {
+        let body = if body.is_null() { String::new() } else { body.to_string() };
+        let head = format!("{method} {path} HTTP/1.1\r\nConnection: close\r\n");
+        let request = format!("{head}Content-Length: {}\r\n\r\n{body}", body.len());
+        let mut stream = self.connect();
+        stream.write_all(request.as_bytes()).expect("it can be sent");
+        answer(stream)
+    }
+
+    fn state(&self) -> Value {
+        self.ask("GET", "/vm", &Value::Null).1["state"].take()
+    }
+
+    #[track_caller]
+    fn set(&self, state: &str) {
+        assert_eq!(self.ask("PATCH", "/vm", &json!({ "state": state })).0, 204);
+    }
+
+    /// `snap create OUT --vm SOCKET`.
+    fn create(&self, out: &Path, options: &[&str]) -> Ran {
+        let words = ["create".as_ref(), out.as_os_str(), "--vm".as_ref(), self.socket.as_os_str()];
+        snap(words.into_iter().chain(options.iter().map(std::ffi::OsStr::new)))
+    }
+
+    /// Waits for its end; what is left of its output is read too.
+    fn end(&mut self) -> Ran {
+        let child = self.child.take().expect("it ends once");
+        let rest: Vec<_> = self.lines.by_ref().map_while(Result::ok).collect();
+        let mut ran = Ran::from(end_of(child));
+        ran.stdout = rest.join("\n");
+        ran
+    }
+
+    #[track_caller]
+    fn interrupt(mut self) {
+        signal(self.child.as_ref().expect("it runs").id(), "INT");
+        self.end().failed(130, &["interrupted"]);
+        assert!(!self.socket.exists());
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+fn answer(mut stream: UnixStream) -> (u16, Value) {
+    let mut text = String::new();
+    stream.read_to_string(&mut text).expect("an answer comes");
+    let (head, body) = text.split_once("\r\n\r\n").expect(&text);
+    let status = head.split(' ').nth(1).and_then(|code| code.parse().ok()).expect(head);
+    (status, serde_json::from_str(body).unwrap_or_default())
+}
+
+fn folder() -> TempDir {
+    tempfile::tempdir().expect("a folder")
+}
+
+/// It comes back and goes on, eagerly and lazily.
+#[track_caller]
+fn goes_on(file: &Path) {
+    for mode in [&["--lazy", "--beats", "2"][..], &["--beats", "2"]] {
+        let report = restore(file, mode).ok().report();
+        assert_eq!((&report["beats"], &report["bad_beats"]), (&json!(2), &json!(0)));
+    }
+}
+
+#[test]
+fn a_guest_is_paused_and_resumed() {
+    needs_vm!();
+    let folder = folder();
+    let mut vm = Vm::booted(folder.path());
+    let mode = vm.socket.metadata().expect("it is there").permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let (status, state) = vm.ask("GET", "/", &Value::Null);
+    assert_eq!((status, &state["state"]), (200, &json!("Running")), "{state}");
+    assert_eq!((&state["app_name"], &state["memory_bytes"]), (&json!("snap"), &json!(64 << 20)));
+    // Twice the same is the same.
+    for _ in 0..2 {
+        vm.set("Paused");
+        assert_eq!(vm.state(), "Paused");
+    }
+    for _ in 0..2 {
+        vm.set("Resumed");
+        assert_eq!(vm.state(), "Running");
+    }
+    vm.beats(2);
+    vm.set("Paused");
+    // A paused guest can be interrupted.
+    vm.interrupt();
+}
+
+#[test]
+fn a_running_guest_is_stored_and_goes_on() {
+    needs_vm!();
+    let folder = folder();
+    let mut vm = Vm::booted(folder.path());
+    let file = folder.path().join("now.snap");
+    let made = vm.create(&file, &["--json", "--codec", "lz4"]).ok().json();
+    assert_eq!(made["parent_id"], Value::Null);
+    assert_eq!(vm.state(), "Running");
+    vm.beats(2);
+    goes_on(&file);
+    // Again, to the same name.
+    vm.create(&file, &[]).failed(1, &["now.snap exists; give --force"]);
+    vm.set("Paused");
+    vm.create(&file, &["--force"]).ok();
+    assert_eq!(vm.state(), "Paused");
+    goes_on(&file);
+    let diff = folder.path().join("diff.snap");
+    vm.create(&diff, &["--diff"]).failed(1, &["was not brought back from a snapshot"]);
+    vm.set("Resumed");
+    vm.beats(1);
+    let last = folder.path().join("last.snap");
+    vm.create(&last, &["--stop"]).ok();
+    let ended = vm.end().ok();
+    assert!(ended.stderr.contains("stored and stopped"), "{}", ended.stderr);
+    goes_on(&last);
+    assert_eq!(names(folder.path()), ["last.snap", "now.snap"]);
+}
+
+/// A guest in each way in which one comes back, stored whole and as a layer at the same moment: both are the
+/// same, both go on, and so does the guest.
+#[test]
+fn a_restored_guest_is_stored_whole_and_as_a_layer() {
+    needs_vm!();
+    let sample = Sample::small();
+    let base = sample.file.to_str().expect("a plain name");
+    for mode in [&["--lazy"][..], &["--lazy", "--populate", "full"], &[]] {
+        let folder = folder();
+        let words: Vec<_> = ["restore", base].iter().chain(mode).copied().collect();
+        let mut vm = Vm::start(folder.path(), &words);
+        vm.set("Paused");
+        let (whole, layer) = (folder.path().join("whole.snap"), folder.path().join("layer.snap"));
+        vm.create(&whole, &[]).ok();
+        let made = vm.create(&layer, &["--diff", "--json"]).ok().json();
+        assert!(made["parent_id"].is_string(), "{made}");
+        let diff = snap(["diff".as_ref(), whole.as_os_str(), layer.as_os_str(), "--json".as_ref()]);
+        let diff = diff.ok().json();
+        assert_eq!(diff["differing_pages"], 0, "{mode:?}: {diff}");
+        vm.set("Resumed");
+        vm.beats(2);
+        goes_on(&whole);
+        goes_on(&layer);
+        // What the guest lives on is not replaced.
+        vm.create(&sample.file, &["--force"]).failed(1, &["is read, itself or as a parent"]);
+        vm.interrupt();
+    }
+}
+
+#[test]
+fn a_clone_with_shared_pages_is_stored_too() {
+    needs_vm!();
+    let sample = Sample::small();
+    let base = sample.file.to_str().expect("a plain name");
+    let folder = folder();
+    let socket = folder.path().join("serve");
+    let mut server = Command::new(SNAP);
+    server.args(["serve", base, "--listen"]).arg(&socket);
+    let server = crate::support::start(server);
+    while !socket.exists() {
+        std::thread::yield_now();
+    }
+    let share = socket.to_str().expect("a plain name");
+    let mut vm = Vm::start(folder.path(), &["restore", "--lazy", "--share", share, base]);
+    vm.set("Paused");
+    let (whole, layer) = (folder.path().join("whole.snap"), folder.path().join("layer.snap"));
+    vm.create(&whole, &[]).ok();
+    vm.create(&layer, &["--diff"]).ok();
+    let words = ["diff".as_ref(), whole.as_os_str(), layer.as_os_str(), "--json".as_ref()];
+    let diff = snap(words).ok().json();
+    assert_eq!(diff["differing_pages"], 0, "{diff}");
+    vm.set("Resumed");
+    vm.beats(2);
+    goes_on(&whole);
+    goes_on(&layer);
+    vm.interrupt();
+    signal(server.id(), "INT");
+    end_of(server);
+}
+
+#[test]
+fn what_cannot_be_asked_is_told() {
+    needs_vm!();
+    let folder = folder();
+    let vm = Vm::booted(folder.path());
+    let other = snap(["run".as_ref(), "--api".as_ref(), vm.socket.as_os_str()]);
+    other.failed(1, &["cannot listen at", "a server is listening there"]);
+    let nobody = folder.path().join("nobody");
+    let out = folder.path().join("out.snap");
+    let words = ["create".as_ref(), out.as_os_str(), "--vm".as_ref(), nobody.as_os_str()];
+    snap(words).failed(1, &["cannot ask the guest at", "nobody", "No such file"]);
+    let elsewhere = Path::new("/nonexistent/out.snap");
+    vm.create(elsewhere, &[]).failed(1, &["cannot create /nonexistent/out.snap"]);
+    vm.create(&out, &["--when", "after:1s"]).failed(2, &["cannot be used with"]);
+    for word in [["--memory", "64M"], ["--kernel", "k"], ["--from", "b"]] {
+        vm.create(&out, &word).failed(2, &["cannot be used with"]);
+    }
+    assert_eq!(names(folder.path()), ["api"]);
+    vm.interrupt();
+}
+
+/// Clients that say nothing, nonsense, or half of something, more of them than there are places.
+#[test]
+fn hostile_clients_hold_nobody_up() {
+    needs_vm!();
+    let folder = folder();
+    let mut vm = Vm::booted(folder.path());
+    let mut half: Vec<UnixStream> = Vec::new();
+    for n in 0..40 {
+        let mut stream = vm.connect();
+        let said: &[u8] = match n % 4 {
+            0 => b"",
+            1 => b"PATCH /vm HTTP/1.1\r\nContent-Len",
+            2 => b"PUT /snapshot/create HTTP/1.1\r\nContent-Length: 60000\r\n\r\n{",
+            _ => &[0xff; 20000],
+        };
+        // It may have been shown out already.
+        let _ = stream.write_all(said);
+        half.push(stream);
+        if n % 10 == 9 {
+            assert_eq!(vm.state(), "Running");
+        }
+    }
+    vm.beats(2);
+    vm.set("Paused");
+    vm.set("Resumed");
+    let (status, fault) = vm.ask("PUT", "/snapshot/create", &json!({ "snapshot_path": "x" }));
+    assert_eq!(status, 400);
+    assert!(fault["fault_message"].as_str().expect("a text").contains("relative"), "{fault}");
+    vm.interrupt();
+}
+
+/// A client that leaves in the middle leaves no file, and the guest goes on.
+#[test]
+fn a_client_that_leaves_has_no_file() {
+    needs_vm!();
+    let folder = folder();
+    let mut vm = Vm::start(folder.path(), &["run", "--memory", "512M", "--work", "384M"]);
+    let out = folder.path().join("out.snap");
+    // Long enough to be left: seconds, with this level.
+    let body = json!({ "snapshot_path": out, "codec": "zstd", "level": 19, "threads": 1 });
+    let body = body.to_string();
+    let mut client = vm.connect();
+    let head = "PUT /snapshot/create HTTP/1.1\r\nContent-Length: ";
+    let request = format!("{head}{}\r\n\r\n{body}", body.len());
+    client.write_all(request.as_bytes()).expect("it can be sent");
+    while vm.ask("GET", "/vm", &Value::Null).1["storing"].is_null() {
+        std::thread::yield_now();
+    }
+    // Others are told that it is busy, at once.
+    let (status, fault) = vm.ask("PATCH", "/vm", &json!({ "state": "Paused" }));
+    assert_eq!((status, &fault["fault_message"]), (409, &json!("the guest is being stored")));
+    drop(client);
+    while !vm.ask("GET", "/vm", &Value::Null).1["storing"].is_null() {
+        std::thread::yield_now();
+    }
+    vm.beats(1);
+    assert_eq!(names(folder.path()), ["api"]);
+    vm.interrupt();
+}
