@@ -160,3 +160,61 @@ fn an_interrupt_ends_it_and_leaves_nothing() {
         assert!(names(folder.path()).is_empty(), "{:?}", names(folder.path()));
     }
 }
+
+#[test]
+fn the_page_is_whole_and_needs_nothing_else() {
+    needs_vm!();
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let out = folder.path().join("figures.html");
+    let options = ["--runs", "2", "--modes", "eager,mmap,lazy", "--html"];
+    let bench = |more: &[&str]| {
+        let mut command = bench(folder.path(), &options);
+        command.arg(&out).args(more);
+        run(command)
+    };
+    let ran = bench(&[]).ok();
+    assert!(ran.stdout.contains("workload done"), "the table is still printed");
+    let page = std::fs::read_to_string(&out).expect("it is there");
+    assert!(page.starts_with("<!doctype html>") && page.ends_with("</html>\n"));
+    // Nothing is fetched, nothing is run.
+    for foreign in ["<script", "<link", "<img", "<iframe", "src=", "@import", "url(", "href="] {
+        assert!(!page.contains(foreign), "{foreign}");
+    }
+    assert_eq!(
+        page.matches("http").count(),
+        page.matches("http://www.w3.org/2000/svg").count() + 1
+    );
+    assert!(page.contains("default-src 'none'") && page.contains("prefers-color-scheme: dark"));
+    for title in [
+        "Time until the work is done",
+        "Memory loaded over time",
+        "Faults over time",
+        "How long a fault took",
+    ] {
+        assert!(page.contains(title), "{title}");
+    }
+    // A curve of each mode in both plots of the course, and no number that is none.
+    assert_eq!(page.matches("class=\"curve").count(), 2 * 3);
+    assert!(!page.contains("NaN") && !page.contains("inf"), "{page}");
+    assert_closed(&page);
+
+    bench(&[]).failed(1, &["figures.html exists", "--force"]);
+    bench(&["--force"]).ok();
+    assert_eq!(names(folder.path()), ["figures.html"]);
+}
+
+/// Every element that is opened is closed, in order.
+fn assert_closed(page: &str) {
+    let body = page.split_once("<html").expect("a page").1;
+    let mut open = vec!["html"];
+    for tag in body.split('<').skip(1) {
+        let tag = tag.split('>').next().unwrap_or_default();
+        let name = tag.split([' ', '/']).next().unwrap_or_default();
+        match tag.strip_prefix('/') {
+            Some(closed) => assert_eq!(open.pop(), Some(closed)),
+            None if tag.ends_with('/') || name == "meta" => {}
+            None => open.push(name),
+        }
+    }
+    assert!(open.is_empty(), "{open:?}");
+}

@@ -103,21 +103,35 @@ const INTERVAL: Duration = Duration::from_millis(1);
 /// When there are so many samples, every second one goes, and the interval doubles.
 const SAMPLES_MAX: usize = 2048;
 
-/// Runs `wait` and looks at the process meanwhile, on another thread.
+/// Whose faults a sample counts.
+#[derive(Clone, Copy)]
+pub(crate) enum Faults<'a> {
+    /// There is no guest yet.
+    None,
+    Served(&'a Pager),
+    Kernel,
+}
+
+/// Does `work` and, with [`Measure::Timeline`], looks at the process meanwhile, on another thread.
 pub(crate) fn sampled<T>(
+    measure: Option<Measure>,
     started: Instant,
-    pager: Option<&Pager>,
-    wait: impl FnOnce() -> T,
+    faults: Faults<'_>,
+    work: impl FnOnce() -> T,
 ) -> Result<(T, Vec<Sample>)> {
+    if measure != Some(Measure::Timeline) {
+        return Ok((work(), Vec::new()));
+    }
     let sample = || -> Result<Sample> {
         let rss_pages = read("/proc/self/statm")?
             .split_ascii_whitespace()
             .nth(1)
             .and_then(|pages| pages.parse::<u64>().ok())
             .context("cannot understand /proc/self/statm")?;
-        let faults = match pager {
-            Some(pager) => pager.stats().faults,
-            None => {
+        let faults = match faults {
+            Faults::None => 0,
+            Faults::Served(pager) => pager.faults(),
+            Faults::Kernel => {
                 let Counters { minor_faults, major_faults } = Counters::now()?;
                 minor_faults + major_faults
             }
@@ -147,19 +161,19 @@ pub(crate) fn sampled<T>(
                 Ok(samples)
             })
             .context("cannot start the thread that takes samples")?;
-        let waited = wait();
+        let done_work = work();
         drop(done);
         let samples: Result<Vec<Sample>> = match sampler.join() {
             Ok(samples) => samples,
             Err(panic) => std::panic::resume_unwind(panic),
         };
         let mut samples = samples?;
-        // Those of the run only: the process has had others before.
-        if pager.is_none() {
+        // Those of this time only: the process has had others before.
+        if matches!(faults, Faults::Kernel) {
             let first = samples.first().map_or(0, |sample| sample.faults);
             samples.iter_mut().for_each(|sample| sample.faults -= first);
         }
-        Ok((waited, samples))
+        Ok((done_work, samples))
     })
 }
 
@@ -239,7 +253,8 @@ Pss:                   4 kB
             use vm_memory::{Bytes, GuestAddress};
             memory.write_slice(&[1; 1 << 20], GuestAddress(0)).unwrap();
         };
-        let ((), timeline) = sampled(Instant::now(), None, touch).unwrap();
+        let ((), timeline) =
+            sampled(Some(Measure::Timeline), Instant::now(), Faults::Kernel, touch).unwrap();
         let usage = Usage::since(&before, &memory, timeline).unwrap();
         assert!(usage.minor_faults > 0);
         assert!(usage.guest_resident_bytes >= 1 << 20 && usage.pss_bytes <= usage.rss_bytes);

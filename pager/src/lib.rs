@@ -113,5 +113,5 @@ pub use snapshot_source::SnapshotSource;
 pub use source::{
     Load, LoadCost, LoadedPage, LoadedPages, PageReader, PageSource, SourceError, SourceErrorKind,
 };
-pub use stats::{Latency, PageCounts, PagesByOrigin, Stats};
+pub use stats::{Latency, LatencyStep, PageCounts, PagesByOrigin, Stats};
 pub use vec_source::VecSource;

@@ -36,6 +36,8 @@ pub struct Stats {
     pub source_retries: u64,
     /// Message read until the faulting thread is woken, and all that came with its page is installed.
     pub service: Latency,
+    /// The whole distribution of `service`: the steps that hold values, ascending.
+    pub service_steps: Vec<LatencyStep>,
     /// Of that: reading from storage, as far as the source says.
     pub read: Latency,
     /// Of that: verifying and decoding, as far as the source says.
@@ -89,6 +91,15 @@ pub struct Latency {
     pub max_ns: u64,
     /// The mean.
     pub mean_ns: f64,
+}
+
+/// A step of a distribution: two make a doubling.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct LatencyStep {
+    /// Values of this step are at most this, and above the step before.
+    pub up_to_ns: u64,
+    /// How many there are.
+    pub count: u64,
 }
 
 impl AddAssign for PageCounts {
@@ -228,6 +239,7 @@ impl Distributions {
 
     pub(crate) fn add_to(&self, stats: &mut Stats) {
         stats.service = latency(&self.service);
+        stats.service_steps = steps(&self.service);
         stats.read = latency(&self.read);
         stats.decode = latency(&self.decode);
         stats.install = latency(&self.install);
@@ -280,9 +292,37 @@ fn latency(histogram: &Histogram<u32>) -> Latency {
     }
 }
 
+/// The first of the steps that `steps` makes.
+const FIRST_STEP_NS: u64 = 1024;
+
+fn steps(histogram: &Histogram<u32>) -> Vec<LatencyStep> {
+    let all = histogram.iter_log(FIRST_STEP_NS, std::f64::consts::SQRT_2);
+    all.map(|step| LatencyStep {
+        up_to_ns: step.value_iterated_to(),
+        count: step.count_since_last_iteration(),
+    })
+    .filter(|step| step.count > 0)
+    .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn steps_hold_every_value_once() {
+        let recorder = Recorder::new();
+        for service_ns in [0, 900, 1500, 1_000_000, 1_000_100, 30_000_000_000] {
+            recorder.record(FaultTimes { service_ns, ..FaultTimes::default() });
+        }
+        let (mut all, mut stats) = (Distributions::new(), Stats::default());
+        recorder.merge_into(&mut all);
+        all.add_to(&mut stats);
+        let steps = &stats.service_steps;
+        assert_eq!(steps.iter().map(|step| step.count).collect::<Vec<_>>(), [2, 1, 2, 1]);
+        assert!(steps.is_sorted_by(|a, b| a.up_to_ns < b.up_to_ns), "{steps:?}");
+        assert!(steps[2].up_to_ns > 1_000_000 && steps[2].up_to_ns < 1_500_000, "{steps:?}");
+    }
 
     #[test]
     fn states_always_sum_up_to_the_total() {

@@ -22,7 +22,7 @@ use crate::report::{RestoreReport, ms, ms_since};
 use crate::restored::{Origin, Restored, damaged, stopped};
 use crate::stored::{Filled, Kept, Origins};
 use crate::terminal::Keyboard;
-use crate::usage::{Counters, Measure, Usage};
+use crate::usage::{Counters, Faults, Measure, Usage};
 use crate::{memory_hash, size, usage};
 
 /// Bring a guest back and run it.
@@ -245,10 +245,12 @@ impl Restore<'_> {
         started: Instant,
     ) -> Result<(RestoreReport, Result<()>)> {
         let (console, seen) = GuestConsole::new(out, self.until.clone());
-        let restored = self.origin.restore(console, session)?;
+        let restore = || self.origin.restore(console, session);
+        let (restored, mut timeline) =
+            usage::sampled(self.measure, started, Faults::None, restore)?;
         // In this order, so that whatever goes wrong the vCPUs are gone before the pager.
         let Restored { snapshot, memory, pager, clone, vm, opened, memory_ready, loaded_bytes } =
-            restored;
+            restored?;
         // Shared with the control socket, which is gone before this function is.
         let pager = pager.map(Arc::new);
         let keyboard = match self.keyboard {
@@ -280,11 +282,10 @@ impl Restore<'_> {
         let serving = self.api.map(|api| api.serve(remote, facts)).transpose()?;
         let live = Live { session, seen: &seen, run_for: self.run_for, events, kept };
         let before = self.measure.map(|_| Counters::now()).transpose()?;
+        let faults = pager.as_deref().map_or(Faults::Kernel, Faults::Served);
         let live = || live.run(vm);
-        let (ended, timeline) = match self.measure {
-            Some(Measure::Timeline) => usage::sampled(started, pager.as_deref(), live)?,
-            Some(Measure::Totals) | None => (live(), Vec::new()),
-        };
+        let (ended, of_run) = usage::sampled(self.measure, started, faults, live)?;
+        timeline.extend(of_run);
         let ended = ended?;
         let process = before.map(|before| Usage::since(&before, &memory, timeline)).transpose()?;
         // The figures are those of the run: what comes after it, a hash say, is not the guest's.

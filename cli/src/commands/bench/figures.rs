@@ -3,6 +3,7 @@
 //! What they mean for users is said in docs/benchmarks.md, under the same names.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -31,6 +32,7 @@ struct Paging {
     faults: u64,
     pages: Pages,
     service: Latency,
+    service_steps: Vec<Step>,
     read: Latency,
     decode: Latency,
     install: Latency,
@@ -45,6 +47,12 @@ struct Pages {
 struct Latency {
     p50_ns: u64,
     p99_ns: u64,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+struct Step {
+    up_to_ns: u64,
+    count: u64,
 }
 
 impl Run {
@@ -219,6 +227,24 @@ impl Measured {
         self.runs.iter().map(|run| (figure.of)(self.mode, run))
     }
 
+    /// The least and the most of the runs.
+    pub(super) fn spread(&self, figure: &Figure) -> Option<Range<f64>> {
+        let least = self.values(figure).flatten().min_by(f64::total_cmp)?;
+        let most = self.values(figure).flatten().max_by(f64::total_cmp)?;
+        Some(least..most)
+    }
+
+    /// How long the served faults of all runs took: the upper bound of each step in us, and the share of
+    /// the faults that are in it.
+    pub(super) fn fault_shares(&self) -> Vec<(f64, f64)> {
+        let mut counts: BTreeMap<u64, u64> = BTreeMap::new();
+        for step in self.runs.iter().flat_map(|run| &run.pager).flat_map(|p| &p.service_steps) {
+            *counts.entry(step.up_to_ns).or_default() += step.count;
+        }
+        let all = counts.values().sum::<u64>() as f64;
+        counts.into_iter().map(|(ns, count)| (ns as f64 / 1e3, count as f64 / all)).collect()
+    }
+
     pub(super) fn to_json(&self) -> Value {
         let object = |value: &dyn Fn(&Figure) -> Option<f64>| -> Value {
             FIGURES
@@ -229,11 +255,17 @@ impl Measured {
         };
         let runs: Vec<_> =
             self.runs.iter().map(|run| object(&|figure| (figure.of)(self.mode, run))).collect();
+        let shares: Vec<_> = self
+            .fault_shares()
+            .into_iter()
+            .map(|(up_to_us, share)| serde_json::json!({ "up_to_us": up_to_us, "share": share }))
+            .collect();
         serde_json::json!({
             "mode": self.mode,
             "median": object(&|figure| self.median(figure)),
             "runs": runs,
             "timeline": self.timeline,
+            "fault_shares": shares,
         })
     }
 }

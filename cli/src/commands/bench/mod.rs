@@ -3,18 +3,19 @@
 mod child;
 mod cold;
 mod figures;
+mod html;
 mod mode;
 mod run;
 mod subject;
 mod table;
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
-use vmm::HostCpu;
 
 use self::child::Snap;
 use self::figures::{Measured, Ratios};
@@ -22,6 +23,7 @@ use self::mode::Mode;
 use self::run::{Outcome, Plan};
 use self::subject::Subject;
 use super::Session;
+use super::foreign::staging::{Shape, Staging};
 use super::stdout::{print_line, print_text};
 use crate::size;
 
@@ -39,7 +41,7 @@ Examples:
   snap bench demo                                  a guest with 512 MiB that touches 10 % of it
   snap bench demo --cold --runs 9 --memory 1G --touch 5
   snap bench linux.snap --until 'work is done' --modes lazy,mmap --json
-  snap bench linux.snap --for 2s --dir /var/tmp")]
+  snap bench linux.snap --for 2s --dir /var/tmp --html linux.html")]
 pub(crate) struct Args {
     /// The snapshot; `demo` makes one of the demo guest (a file of that name: ./demo).
     #[arg(value_name = "FILE|demo")]
@@ -94,6 +96,14 @@ pub(crate) struct Args {
     /// Print everything as JSON: medians, every run, ratios, the course of one run.
     #[arg(long)]
     json: bool,
+
+    /// Also write a page with tables and plots to this file: it needs no network and no scripts.
+    #[arg(long, value_name = "OUT")]
+    html: Option<PathBuf>,
+
+    /// Replace OUT if it exists.
+    #[arg(long, short, requires = "html")]
+    force: bool,
 }
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
@@ -102,6 +112,9 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             bail!("--modes: {mode} is there twice");
         }
     }
+    // Before the runs: it may be refused.
+    let page = args.html.as_deref().map(|out| Staging::new(out, Shape::File, args.force));
+    let page = page.transpose()?;
     let snap = Snap::new(session)?;
     let steps = Steps::new(args, session.quiet);
     let subject = Subject::prepare(args, &snap, &|what| steps.say(what))?;
@@ -116,6 +129,12 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let outcome = plan.run(&|what| steps.next(what))?;
     drop(steps);
     let ratios = Ratios::of(&outcome.all);
+    if let Some(page) = page {
+        let text = html(args, &subject, &outcome, &ratios);
+        let written = page.file()?.write_all(text.as_bytes());
+        written.context("cannot write the page")?;
+        page.publish()?;
+    }
     match args.json {
         true => {
             let all = to_json(args, &subject, &outcome, &ratios);
@@ -123,16 +142,27 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         }
         false => {
             let (head, foot) = (headline(args, &subject, &outcome), footer(&outcome));
-            print_text(format!("{head}\n\n{}{foot}", table::table(&outcome.all, &ratios)))
+            let name = args.target.display();
+            print_text(format!("{name}: {head}\n\n{}{foot}", table::table(&outcome.all, &ratios)))
         }
     }
+}
+
+fn html(args: &Args, subject: &Subject, outcome: &Outcome, ratios: &Ratios) -> String {
+    let host = Host::this();
+    let words = html::Words {
+        name: &args.target.display().to_string(),
+        subject: &headline(args, subject, outcome),
+        host: &format!("{}, {} CPUs, Linux {}", host.cpu_name, host.cpus, host.kernel),
+        footer: footer(outcome),
+    };
+    html::page(&words, &outcome.all, ratios)
 }
 
 /// What was measured, in a line.
 fn headline(args: &Args, subject: &Subject, outcome: &Outcome) -> String {
     format!(
-        "{}: {} of memory in {}; work: {}; page cache {}; medians of {}",
-        args.target.display(),
+        "{} of memory in a file of {}; work: {}; page cache {}; medians of {}",
         size::human(subject.memory_bytes()),
         size::human(subject.file_bytes()),
         subject.work.describe(),
@@ -156,14 +186,13 @@ fn page_cache(outcome: &Outcome) -> String {
 }
 
 fn to_json(args: &Args, subject: &Subject, outcome: &Outcome, ratios: &Ratios) -> Value {
-    // Not there without /proc, where nothing else is measured either.
-    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let host = Host::this();
     json!({
         "tool_version": env!("CARGO_PKG_VERSION"),
         "host": {
-            "cpu": HostCpu::current(),
-            "cpus": std::thread::available_parallelism().map_or(1, usize::from),
-            "kernel": kernel.trim(),
+            "cpu": host.cpu_name,
+            "cpus": host.cpus,
+            "kernel": host.kernel,
         },
         "snapshot": {
             "name": args.target,
@@ -177,6 +206,28 @@ fn to_json(args: &Args, subject: &Subject, outcome: &Outcome, ratios: &Ratios) -
         "ratios": ratios,
         "memory_sha256": outcome.memory_sha256,
     })
+}
+
+/// Where it was measured.
+struct Host {
+    cpu_name: String,
+    cpus: usize,
+    kernel: String,
+}
+
+impl Host {
+    fn this() -> Self {
+        // Nothing else is measured without /proc.
+        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+        let cpus = read("/proc/cpuinfo");
+        let name = cpus.lines().find(|line| line.starts_with("model name"));
+        let name = name.and_then(|line| line.split_once(": ")).map(|(_, name)| name.trim());
+        Self {
+            cpu_name: name.unwrap_or("unknown CPU").to_owned(),
+            cpus: std::thread::available_parallelism().map_or(1, usize::from),
+            kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
+        }
+    }
 }
 
 /// What is being done, on stderr.

@@ -47,6 +47,10 @@ impl Plan<'_> {
         let mut hashes = Vec::with_capacity(self.modes.len());
         for &mode in self.modes {
             say(&format!("{mode}, first look"));
+            if mode == Mode::Shared && !self.cold {
+                // The clone that brings the pages for the others.
+                self.one(mode, &files, way, "totals")?;
+            }
             let run = self.first_look(mode, &files, &mut way)?;
             hashes.extend(run.memory_sha256.clone().map(|hash| (mode, hash)));
             all.push(Measured { mode, runs: Vec::new(), timeline: run.timeline().to_vec() });

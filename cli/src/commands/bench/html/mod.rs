@@ -1,0 +1,243 @@
+//! The figures as one page that needs nothing else: plots as inline SVG, no scripts, no network.
+
+mod plot;
+
+use std::fmt::Write as _;
+
+use self::plot::{Lying, Plot, Scale, escape, lying};
+use super::figures::{FIGURES, Figure, Measured, Ratios};
+use super::mode::Mode;
+use super::table::RATIOS;
+use crate::size;
+
+/// What the page says besides the figures.
+pub(super) struct Words<'a> {
+    pub(super) name: &'a str,
+    /// What was measured, and on what.
+    pub(super) subject: &'a str,
+    pub(super) host: &'a str,
+    /// That the modes agree, if they do.
+    pub(super) footer: &'a str,
+}
+
+pub(super) fn page(words: &Words<'_>, all: &[Measured], ratios: &Ratios) -> String {
+    let Words { name, subject, host, footer } = words;
+    let title = format!("snap bench: {name}");
+    let mut html = format!(
+        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
+         <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n\
+         <title>{title}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n\
+         <header><h1>{title}</h1>\n<p>{subject}</p>\n<p class=\"soft\">{host}</p></header>\n",
+        title = escape(&title),
+        subject = escape(subject),
+        host = escape(host),
+        style = include_str!("style.css"),
+    );
+    let figures = [
+        Some(until_done(all)),
+        Some(over_time(all, "Memory loaded over time", LOADED, |sample| sample.rss_bytes)),
+        Some(over_time(all, "Faults over time", FAULTS, |sample| sample.faults)),
+        latencies(all),
+    ];
+    html.extend(figures.into_iter().flatten());
+    html += &table(all, ratios);
+    let footer = escape(footer.trim());
+    let _ = write!(
+        html,
+        "<section><p>{footer} What each figure is, and how it is measured: docs/benchmarks.md of the project.</p>\
+         <p class=\"soft\">Made by snap {}.</p></section>\n</main>\n</body>\n</html>\n",
+        env!("CARGO_PKG_VERSION")
+    );
+    html
+}
+
+/// The class that gives a mode its colour.
+fn class(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Eager => "m-eager",
+        Mode::Mmap => "m-mmap",
+        Mode::Lazy => "m-lazy",
+        Mode::Shared => "m-shared",
+    }
+}
+
+fn figure(title: &str, caption: &str, legend: &[Mode], svg: &str) -> String {
+    let mut html = format!("<figure><h2>{title}</h2><figcaption>{caption}</figcaption>\n");
+    if !legend.is_empty() {
+        html += "<ul class=\"legend\">";
+        for mode in legend {
+            let _ = write!(html, "<li class=\"{}\">{mode}</li>", class(*mode));
+        }
+        html += "</ul>\n";
+    }
+    html + svg + "</figure>\n"
+}
+
+fn by_key(key: &str) -> Option<&'static Figure> {
+    FIGURES.iter().find(|figure| figure.key == key)
+}
+
+fn until_done(all: &[Measured]) -> String {
+    let median = |measured: &Measured, key| by_key(key).and_then(|figure| measured.median(figure));
+    let bars: Vec<Lying<'_>> = all
+        .iter()
+        .map(|measured| {
+            let end = median(measured, "done_ms").unwrap_or(0.0);
+            let middle = median(measured, "first_instruction_ms").unwrap_or(end).min(end);
+            let spread = by_key("done_ms").and_then(|figure| measured.spread(figure));
+            Lying {
+                class: class(measured.mode),
+                name: measured.mode.name(),
+                end,
+                middle,
+                spread: spread.unwrap_or(end..end),
+                label: format!("{}, runs after {}", short_ms(end), short_ms(middle)),
+            }
+        })
+        .collect();
+    let caption = "Medians, from the start of the command. Pale: until the guest's first instruction; full: its work. \
+                   The line spans the fastest and the slowest run.";
+    let title = "Time until the work is done";
+    figure(title, caption, &[], &lying(title, &bars, &short_ms))
+}
+
+const LOADED: &str = "Memory of the process in one run that is not among the measured ones. It includes the program itself, \
+     a few MiB. The dot is the end of the work.";
+const FAULTS: &str = "Page faults so far, in the same runs: with a pager those that it has served, otherwise those of the kernel. \
+     A steep line is a guest that waits most of the time.";
+
+fn over_time(
+    all: &[Measured],
+    title: &str,
+    caption: &str,
+    value: fn(&crate::usage::Sample) -> u64,
+) -> String {
+    let samples = || all.iter().flat_map(|measured| &measured.timeline);
+    let first = samples().map(|sample| sample.ms).fold(f64::INFINITY, f64::min);
+    let last = samples().map(|sample| sample.ms).fold(0.0, f64::max);
+    let most = samples().map(value).max().unwrap_or(0) as f64;
+    let is_bytes = title.starts_with("Memory");
+    let y = if is_bytes { Scale::bytes(most) } else { Scale::linear(most) };
+    let tick = |value: f64| if is_bytes { size::human(value as u64) } else { count(value) };
+    let first = if first.is_finite() { first } else { 1.0 };
+    let mut plot = Plot::new(
+        title,
+        (
+            Scale::log(first.max(0.1)..last),
+            "time since the start of the command, logarithmic",
+            &short_ms,
+        ),
+        (y, &tick),
+    );
+    for measured in all {
+        let points: Vec<_> =
+            measured.timeline.iter().map(|sample| (sample.ms, value(sample) as f64)).collect();
+        let end = points.last().map_or((0.0, 0.0), |&point| point);
+        let name = format!("{}: {} after {}", measured.mode, tick(end.1), short_ms(end.0));
+        plot.curve(class(measured.mode), &name, &points);
+    }
+    let modes: Vec<_> = all.iter().map(|measured| measured.mode).collect();
+    figure(title, caption, &modes, &plot.finish())
+}
+
+/// How long the pager took for a fault, of the modes that have one.
+fn latencies(all: &[Measured]) -> Option<String> {
+    let shown: Vec<_> = all
+        .iter()
+        .map(|measured| (measured.mode, measured.fault_shares()))
+        .filter(|(_, shares)| !shares.is_empty())
+        .collect();
+    let steps = || shown.iter().flat_map(|(_, shares)| shares);
+    let first = steps().map(|step| step.0).fold(f64::INFINITY, f64::min);
+    let last = steps().map(|step| step.0).fold(0.0, f64::max);
+    let most = steps().map(|step| step.1).fold(0.0, f64::max);
+    if !first.is_finite() {
+        return None;
+    }
+    let (title, ratio) = ("How long a fault took", std::f64::consts::SQRT_2);
+    let mut plot = Plot::new(
+        title,
+        (
+            Scale::log(first / ratio..last),
+            "from the message to the last page installed, logarithmic",
+            &short_us,
+        ),
+        (Scale::linear(most * 100.0), &|percent| format!("{percent} %")),
+    );
+    for (number, (mode, shares)) in shown.iter().enumerate() {
+        let bar = |number: usize| 0.04 + 0.92 * number as f64 / shown.len() as f64;
+        for &(up_to_us, share) in shares {
+            let over = up_to_us / ratio..up_to_us;
+            let percent = share * 100.0;
+            let name = format!(
+                "{mode}: {percent:.1} % took {} to {}",
+                short_us(over.start),
+                short_us(over.end)
+            );
+            plot.bar(class(*mode), &name, over, bar(number)..bar(number + 1), percent);
+        }
+    }
+    let modes: Vec<_> = shown.iter().map(|(mode, _)| *mode).collect();
+    let caption = "Of the faults that the pager has served in the measured runs: the share in each step. Each step ends at 1.4 times \
+                   its beginning. What the kernel serves by itself (mmap, pages that are there) is not among them.";
+    Some(figure(title, caption, &modes, &plot.finish()))
+}
+
+fn table(all: &[Measured], ratios: &Ratios) -> String {
+    let mut html =
+        "<section><h2>All figures</h2><div class=\"scroll\"><table>\n<thead><tr><th></th>"
+            .to_owned();
+    for measured in all {
+        let _ = write!(html, "<th class=\"{}\">{}</th>", class(measured.mode), measured.mode);
+    }
+    html += "</tr></thead>\n<tbody>\n";
+    let mut row = |row_class: &str, label: &str, cells: Vec<String>| {
+        let part = if label.starts_with(' ') { " class=\"part\"" } else { "" };
+        let label = escape(label.trim_start());
+        let _ = write!(html, "<tr{row_class}><th{part} scope=\"row\">{label}</th>");
+        for cell in cells {
+            let _ = write!(html, "<td>{}</td>", escape(&cell));
+        }
+        html += "</tr>\n";
+    };
+    for figure in FIGURES {
+        let medians: Vec<_> = all.iter().map(|measured| measured.median(figure)).collect();
+        if medians.iter().any(Option::is_some) {
+            let show = |value: Option<f64>| value.map_or("–".into(), |v| figure.unit.show(v));
+            row("", figure.label, medians.into_iter().map(show).collect());
+        }
+    }
+    let mut row_class = " class=\"first-ratio\"";
+    for (key, label, base) in RATIOS {
+        if all.len() > 1 && all.iter().any(|measured| measured.mode == base) {
+            let show = |measured: &Measured| match ratios.get(key, measured.mode, base) {
+                _ if measured.mode == base => "1".into(),
+                ratio => ratio.map_or("–".into(), |ratio| format!("{ratio:.2} ×")),
+            };
+            row(std::mem::take(&mut row_class), label, all.iter().map(show).collect());
+        }
+    }
+    html + "</tbody></table></div></section>\n"
+}
+
+/// Few digits, for axes and labels.
+fn short(value: f64) -> String {
+    match value {
+        _ if value >= 99.5 || value.fract().abs() < 1e-9 => format!("{value:.0}"),
+        _ if value >= 9.95 => format!("{value:.1}"),
+        _ => format!("{}", (value * 100.0).round() / 100.0),
+    }
+}
+
+fn short_ms(value: f64) -> String {
+    if value >= 1000.0 { short(value / 1000.0) + " s" } else { short(value) + " ms" }
+}
+
+fn short_us(value: f64) -> String {
+    if value >= 1000.0 { short_ms(value / 1000.0) } else { short(value) + " us" }
+}
+
+fn count(value: f64) -> String {
+    if value >= 10_000.0 { short(value / 1000.0) + " k" } else { short(value) }
+}
