@@ -5,6 +5,7 @@
 //! happens outside.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::entry::PageIndex;
@@ -50,27 +51,31 @@ impl Dedupe {
 impl Ticket<'_> {
     /// Waits for the turn. Then calls `visit` with a function that remembers a page by its hash,
     /// and gives the page that was remembered by the same hash before.
-    pub(crate) fn take<E>(
+    pub(crate) fn take(
         mut self,
-        visit: impl FnOnce(&mut dyn FnMut(u64, PageIndex) -> Option<PageIndex>) -> Result<(), E>,
-    ) -> Result<(), E> {
+        visit: impl FnOnce(&mut dyn FnMut(u64, PageIndex) -> Option<PageIndex>),
+    ) {
         let mut state = self.dedupe.lock();
         while state.turn != self.task && !state.abandoned {
             state = self.dedupe.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         let seen = &mut state.seen;
         visit(&mut |hash, page| {
-            let known = seen.get(&hash).copied();
-            if known.is_none() && seen.len() < MAX_REMEMBERED {
-                seen.insert(hash, page);
+            let room = seen.len() < MAX_REMEMBERED;
+            match seen.entry(hash) {
+                Entry::Occupied(known) => Some(*known.get()),
+                Entry::Vacant(new) => {
+                    if room {
+                        new.insert(page);
+                    }
+                    None
+                }
             }
-            known
-        })?;
+        });
         state.turn += 1;
         self.used = true;
         drop(state);
         self.dedupe.changed.notify_all();
-        Ok(())
     }
 }
 

@@ -117,6 +117,10 @@ pub(crate) struct Packer<'a> {
     /// for the rest of the leaf.
     raw: Vec<u8>,
     gathered: usize,
+    /// With dedupe: a hash of each of them.
+    hashes: Vec<u64>,
+    /// With dedupe: the page that each of them may be equal to.
+    candidates: Vec<Option<PageIndex>>,
 }
 
 impl<'a> Packer<'a> {
@@ -129,7 +133,18 @@ impl<'a> Packer<'a> {
     ) -> Self {
         let parent = parent.map(|parent| (parent, ChunkBuffer::new()));
         let raw = vec![0; LEAF_SPAN_BYTES as usize];
-        Self { memory, compressor, chunk_pages, dedupe, parent, skip: None, raw, gathered: 0 }
+        Self {
+            memory,
+            compressor,
+            chunk_pages,
+            dedupe,
+            parent,
+            skip: None,
+            raw,
+            gathered: 0,
+            hashes: Vec::new(),
+            candidates: Vec::new(),
+        }
     }
 
     /// Leaves these pages out of all leaves.
@@ -184,6 +199,7 @@ impl<'a> Packer<'a> {
         packed.duplicates.clear();
         packed.cleared.clear();
         self.gathered = 0;
+        self.hashes.clear();
     }
 
     /// Makes chunks of what was gathered.
@@ -233,8 +249,14 @@ impl<'a> Packer<'a> {
                     (true, Some(_)) => packed.cleared.push(page),
                     (false, Some(there)) if there == bytes => {}
                     (false, _) => {
+                        // While the page is in the core's cache.
+                        if self.dedupe.is_some() {
+                            self.hashes.push(dedupe::hash(bytes));
+                        }
                         packed.pages.push(page);
-                        self.raw.copy_within(at..at + PAGE_BYTES, self.gathered);
+                        if at != self.gathered {
+                            self.raw.copy_within(at..at + PAGE_BYTES, self.gathered);
+                        }
                         self.gathered += PAGE_BYTES;
                     }
                 }
@@ -249,34 +271,38 @@ impl<'a> Packer<'a> {
         ticket: Ticket<'_>,
         packed: &mut PackedLeaf,
     ) -> Result<(), WriteError> {
-        let hashes: Vec<_> =
-            self.raw[..self.gathered].chunks_exact(PAGE_BYTES).map(dedupe::hash).collect();
+        // Others wait for this turn: the pages are compared after it. Whatever that finds, the
+        // page that was remembered is one that is stored.
+        self.candidates.clear();
+        ticket.take(|remember| {
+            let pages = packed.pages.iter().zip(&self.hashes);
+            self.candidates.extend(pages.map(|(page, hash)| remember(*hash, *page)));
+        });
         // Many pages may be equal to the same one: it is read once.
         let (mut other, mut other_is) = ([0; PAGE_BYTES], None);
         let mut kept = 0;
-        ticket.take(|remember| {
-            for (at, hash) in hashes.iter().enumerate() {
-                let page = packed.pages[at];
-                let start = at * PAGE_BYTES;
-                if let Some(earlier) = remember(*hash, page) {
-                    if other_is != Some(earlier) {
-                        let source_offset = earlier.source_offset();
-                        self.memory.read_exact_at(&mut other, source_offset).map_err(|source| {
-                            WriteError::memory(source_offset, PAGE_BYTES as u64, source)
-                        })?;
-                        other_is = Some(earlier);
-                    }
-                    if self.raw[start..start + PAGE_BYTES] == other {
-                        packed.duplicates.push((page, earlier));
-                        continue;
-                    }
+        for (at, candidate) in self.candidates.iter().enumerate() {
+            let page = packed.pages[at];
+            let bytes = at * PAGE_BYTES..(at + 1) * PAGE_BYTES;
+            if let Some(earlier) = *candidate {
+                if other_is != Some(earlier) {
+                    let source_offset = earlier.source_offset();
+                    self.memory.read_exact_at(&mut other, source_offset).map_err(|source| {
+                        WriteError::memory(source_offset, PAGE_BYTES as u64, source)
+                    })?;
+                    other_is = Some(earlier);
                 }
-                self.raw.copy_within(start..start + PAGE_BYTES, kept * PAGE_BYTES);
-                packed.pages[kept] = page;
-                kept += 1;
+                if self.raw[bytes.clone()] == other {
+                    packed.duplicates.push((page, earlier));
+                    continue;
+                }
             }
-            Ok(())
-        })?;
+            if kept != at {
+                self.raw.copy_within(bytes, kept * PAGE_BYTES);
+                packed.pages[kept] = page;
+            }
+            kept += 1;
+        }
         packed.pages.truncate(kept);
         self.gathered = kept * PAGE_BYTES;
         Ok(())
