@@ -23,6 +23,14 @@ pub(crate) fn read_everything<R: ReadAt>(snapshot: &Snapshot<R>) -> Result<(), R
     let memory_bytes = snapshot.header().memory_bytes;
     let go_on = |_| ControlFlow::Continue(());
     let verified = snapshot.verify(NonZeroUsize::MIN, &go_on);
+    let chain = snapshot.verify_chain(NonZeroUsize::MIN, &go_on);
+    match &chain {
+        Ok(layers) => {
+            assert!(verified.is_ok());
+            assert_eq!(layers.len(), snapshot.headers().len());
+        }
+        Err(_) => assert!(verified.is_err() || snapshot.headers().len() > 1),
+    }
     let metadata = snapshot.metadata().map(drop);
     let set = snapshot.working_set();
     if let Ok(Some(set)) = &set {
@@ -84,7 +92,7 @@ pub(crate) fn read_everything<R: ReadAt>(snapshot: &Snapshot<R>) -> Result<(), R
     }
 
     let read = load.and(index).and(single);
-    if let Ok(verified) = &verified {
+    if let (Ok(verified), Ok(_)) = (&verified, &chain) {
         let tags = snapshot.sections().iter().filter(|s| s.kind == SectionKind::STATE);
         let mut tags: Vec<_> = tags.map(|section| section.tag).collect();
         tags.sort_unstable();

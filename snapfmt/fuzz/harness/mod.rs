@@ -20,6 +20,8 @@ pub(crate) const TEMPLATES: [&[u8]; 3] = [
 pub(crate) const LAYER: &[u8] = include_bytes!("../templates/layer.snap");
 /// Its number among the templates.
 pub(crate) const LAYER_NUMBER: u8 = 3;
+/// The number of its parent, with the layer as it is on top.
+pub(crate) const PARENT_NUMBER: u8 = 5;
 
 /// A snapshot with a working set, whose pages stand in front.
 pub(crate) const HOT: &[u8] = include_bytes!("../templates/hot.snap");
@@ -46,13 +48,17 @@ pub(crate) fn open_and_read(input: &[u8]) {
         AS_IS => patches.to_vec(),
         LAYER_NUMBER => patched(LAYER, patches),
         HOT_NUMBER => patched(HOT, patches),
+        PARENT_NUMBER => patched(TEMPLATES[1], patches),
         number => patched(TEMPLATES[usize::from(number) % TEMPLATES.len()], patches),
     };
     seal::seal(&mut file, *seals);
     // Any answer is right but a panic, or two answers that contradict each other.
+    let chain = |layers: [&[u8]; 2]| {
+        Snapshot::chain(layers).and_then(|snapshot| exercise::read_everything(&snapshot))
+    };
     let _ = match *template {
-        LAYER_NUMBER => Snapshot::chain([&file[..], TEMPLATES[1]])
-            .and_then(|snapshot| exercise::read_everything(&snapshot)),
+        LAYER_NUMBER => chain([&file, TEMPLATES[1]]),
+        PARENT_NUMBER => chain([LAYER, &file]),
         _ => exercise::read_file(&file[..]),
     };
 }
