@@ -12,7 +12,8 @@ Exit codes:
   0    done; also when a guest that is run or restored powers off
   1    failed; the message says what and where
   2    the command line is wrong
-  3    the file is not a snapshot, is damaged, needs a newer snap, or lacks its parent
+  3    the file is not a snapshot, or not what import takes; it is damaged, needs a newer
+       snap, or lacks its parent
   4    this host lacks something: KVM, userfaultfd, or the permission to use them
   5    the guest stopped by itself: halt, triple fault, reset, unreadable memory,
        or power off before it was stored
@@ -34,6 +35,21 @@ pub(crate) struct GuestStopped(pub(crate) String);
 pub(crate) struct ChildFailed {
     pub(crate) message: String,
     pub(crate) code: Option<u8>,
+}
+
+/// A file of another program that is damaged, or is something else.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct BadInput(String);
+
+impl BadInput {
+    /// Says of an error that the file's bytes are its cause, unless it is one of reading them.
+    pub(crate) fn of(error: Error) -> Error {
+        match error.chain().any(|cause| cause.is::<std::io::Error>()) {
+            true => error,
+            false => Self(format!("{error:#}")).into(),
+        }
+    }
 }
 
 /// Prints an error with all its causes and gives the exit code for it.
@@ -85,7 +101,7 @@ fn code(error: &Error) -> u8 {
             Some(ReadError::Cancelled) => return INTERRUPTED,
             Some(_) => code = BAD_FILE,
         }
-        if cause.is::<vmm::state::StateError>() {
+        if cause.is::<vmm::state::StateError>() || cause.is::<BadInput>() {
             code = BAD_FILE;
         }
         if matches!(cause.downcast_ref(), Some(snapfmt::WriteError::Cancelled)) {

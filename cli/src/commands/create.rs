@@ -123,7 +123,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         print_line(serde_json::to_string_pretty(&summary)?)?;
     } else if !session.quiet {
         print_line(format_args!(
-            "{}: memory {}, non-zero {}, stored {} (ratio {:.2}), {:.0} ms, paused {:.0} ms",
+            "{}: memory {}, non-zero {}, file {} (ratio {:.2}), {:.0} ms, paused {:.0} ms",
             summary.file.display(),
             size::human(summary.memory_bytes),
             size::human(summary.nonzero_bytes),

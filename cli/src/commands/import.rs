@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use serde::Serialize;
 use serde_json::{Value, json};
 use snapfmt::layout::{MAGIC, PAGE_BYTES};
@@ -19,6 +19,7 @@ use super::foreign::{self, cloud_hypervisor};
 use super::stdout::print_line;
 use super::summary::Written;
 use super::{Session, refuse_same};
+use crate::exit::BadInput;
 use crate::progress::Bar;
 use crate::size;
 use crate::storage::Storage;
@@ -112,7 +113,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         print_line(serde_json::to_string_pretty(&summary)?)?;
     } else if !session.quiet {
         print_line(format_args!(
-            "{}: {} memory {}, non-zero {}, stored {} (ratio {:.2}), {:.0} ms",
+            "{}: {} memory {}, non-zero {}, file {} (ratio {:.2}), {:.0} ms",
             summary.written.file.display(),
             summary.source,
             size::human(summary.written.memory_bytes),
@@ -136,8 +137,7 @@ struct Imported {
 
 impl Imported {
     fn raw(path: &Path, regions: &[Region]) -> Result<Self> {
-        let file = open_memory(path)?;
-        let len = file.metadata().with_context(|| path.display().to_string())?.len();
+        let (file, len) = open_memory(path)?;
         let layout = layout(path, regions, || vec![0..len])?;
         let memory = MemoryFile::new(file, path, layout)?;
         Ok(Self { kind: "raw", memory, states: Vec::new(), source: json!({ "kind": "raw" }) })
@@ -145,23 +145,22 @@ impl Imported {
 
     fn firecracker(path: &Path, vmstate: &Path, regions: &[Region]) -> Result<Self> {
         let state = VMSTATE.read(vmstate)?;
-        let file = open_memory(path)?;
-        let len = file.metadata().with_context(|| path.display().to_string())?.len();
+        let (file, len) = open_memory(path)?;
         let arch = Arch::of_vmstate(&state.bytes);
         if regions.is_empty() {
             if !len.is_multiple_of(firecracker::MEMORY_UNIT) {
-                bail!(
+                return Err(BadInput::of(anyhow!(
                     "{}: {len} bytes are not whole MiB, as a Firecracker guest's memory is; \
                      the file was cut short or is something else",
                     path.display()
-                );
+                )));
             }
             if arch.is_none() {
-                bail!(
+                return Err(BadInput::of(anyhow!(
                     "{} does not start like a vmstate of Firecracker; if it is one, say with \
                      --region where memory lies",
                     vmstate.display()
-                );
+                )));
             }
         }
         let layout = layout(path, regions, || arch.map_or(vec![], |arch| arch.ranges(len)))?;
@@ -178,9 +177,11 @@ impl Imported {
         let config = CONFIG.read(&folder.join(CONFIG.name)).with_context(not_one)?;
         let layout = cloud_hypervisor::ranges(&state.bytes)
             .and_then(|ranges| Layout::new(&ranges))
-            .with_context(|| state_path.display().to_string())?;
+            .with_context(|| state_path.display().to_string())
+            .map_err(BadInput::of)?;
         let path = folder.join(MEMORY);
-        let memory = MemoryFile::new(open_memory(&path).with_context(not_one)?, &path, layout)?;
+        let (file, _) = open_memory(&path).with_context(not_one)?;
+        let memory = MemoryFile::new(file, &path, layout).map_err(BadInput::of)?;
         if !quiet {
             tell_of_others(folder, &[CONFIG.name, STATE.name, MEMORY])?;
         }
@@ -216,8 +217,9 @@ impl Imported {
     }
 }
 
-/// Opens a file of memory; refuses what is surely none, before it is stored as if it were.
-fn open_memory(path: &Path) -> Result<File> {
+/// Opens a file of memory and gives its length; refuses what is surely none, before it is stored
+/// as if it were.
+fn open_memory(path: &Path) -> Result<(File, u64)> {
     let file = foreign::open(path)?;
     let named = || path.display().to_string();
     let len = file.metadata().with_context(named)?.len();
@@ -225,16 +227,16 @@ fn open_memory(path: &Path) -> Result<File> {
     if len >= start.len() as u64 {
         (&file).read_exact(&mut start).with_context(named)?;
     }
-    if start == MAGIC {
-        bail!("{} is a snapshot already", named());
-    }
-    if start.starts_with(b"\x7fELF") {
-        bail!("{} is an ELF file, not a flat image of memory", named());
-    }
-    if len == 0 || !len.is_multiple_of(PAGE_BYTES as u64) {
-        bail!("{}: {len} bytes are not whole pages of {PAGE_BYTES} bytes", named());
-    }
-    Ok(file)
+    let problem = if start == MAGIC {
+        anyhow!("{} is a snapshot already", named())
+    } else if start.starts_with(b"\x7fELF") {
+        anyhow!("{} is an ELF file, not a flat image of memory", named())
+    } else if len == 0 || !len.is_multiple_of(PAGE_BYTES as u64) {
+        anyhow!("{}: {len} bytes are not whole pages of {PAGE_BYTES} bytes", named())
+    } else {
+        return Ok((file, len));
+    };
+    Err(BadInput::of(problem))
 }
 
 /// The layout that the user gives, or else the program's own.

@@ -14,9 +14,11 @@ use std::io::Read;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use snapfmt::layout::MAX_STATE_BYTES;
 use snapfmt::{Snapshot, StateBlob};
+
+use crate::exit::BadInput;
 
 /// A file that is kept whole in a state section.
 pub(crate) struct Kept {
@@ -42,7 +44,9 @@ impl Kept {
             .read_to_end(&mut bytes)
             .with_context(|| format!("cannot read {}", path.display()))?;
         if bytes.len() as u64 > most {
-            bail!("{}: {len} bytes; a {} has at most {most}", path.display(), self.what);
+            let what = self.what;
+            let problem = anyhow!("{}: {len} bytes; a {what} has at most {most}", path.display());
+            return Err(BadInput::of(problem));
         }
         Ok(StateBlob { tag: self.tag, version: OPAQUE, bytes })
     }
