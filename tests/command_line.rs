@@ -71,20 +71,66 @@ fn a_working_area_that_does_not_fit_is_refused() {
     snap(["create", &out, "--work", "1M"]).failed(1, &["multiple"]);
 }
 
+/// The commands that `snap --help` lists.
+fn commands() -> Vec<String> {
+    let help = snap(["--help"]).ok().stdout;
+    let list = help.lines().skip_while(|line| *line != "Commands:").skip(1);
+    let list = list.take_while(|line| !line.is_empty());
+    // A description's further lines stand under it, far to the right.
+    let names = list.filter(|line| !line.starts_with("   "));
+    let names = names.filter_map(|line| line.split_whitespace().next());
+    names.filter(|name| *name != "help").map(str::to_owned).collect()
+}
+
 #[test]
-fn every_command_has_help_with_examples_or_a_description() {
-    let commands = [
-        "create", "restore", "info", "verify", "diff", "flatten", "rebase", "import", "export",
-        "cat", "pages", "demo",
-    ];
-    for command in commands {
+fn every_command_has_help_with_an_example_of_its_use() {
+    let commands = commands();
+    for one in ["create", "restore", "info", "flatten", "import", "man"] {
+        assert!(commands.iter().any(|name| name == one), "{one} is not in {commands:?}");
+    }
+    for command in &commands {
         let help = snap([command, "--help"]).ok().stdout;
         assert!(help.contains("Usage: snap"), "{help}");
+        let examples = help.split_once("Examples:").map_or("", |(_, examples)| examples);
+        assert!(examples.contains(&format!("snap {command}")), "{help}");
     }
     let help = snap(["--help"]).ok().stdout;
-    for what in commands.iter().chain(&["Exit codes", "130"]) {
+    for what in ["Exit codes", "130"] {
         assert!(help.contains(what), "{what} not in {help}");
     }
+}
+
+#[test]
+fn shells_complete_every_command() {
+    for shell in ["bash", "zsh", "fish"] {
+        let script = snap(["completions", shell]).ok().stdout;
+        for command in commands().iter().map(String::as_str).chain(["chunk-pages"]) {
+            assert!(script.contains(command), "{command} is not in the script for {shell}");
+        }
+    }
+    // A shell that is there takes the script as it is.
+    let script = snap(["completions", "bash"]).ok().stdout;
+    let mut bash = std::process::Command::new("bash");
+    bash.arg("-c").arg(format!("{script}\ncomplete -p snap"));
+    crate::support::run(bash).ok();
+    snap(["completions", "tcsh"]).failed(2, &["tcsh", "bash"]);
+}
+
+#[test]
+fn every_command_has_a_manual_page() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let pages = folder.path().join("share/man1");
+    for _ in 0..2 {
+        snap(["man".as_ref(), pages.as_os_str()]).ok();
+    }
+    let page = |name: &str| {
+        std::fs::read_to_string(pages.join(format!("{name}.1"))).expect("there is such a page")
+    };
+    assert!(page("snap").contains("Exit codes"));
+    for command in commands() {
+        assert!(page(&format!("snap-{command}")).contains("Examples:"), "{command}");
+    }
+    snap(["man", "/dev/null/folder"]).failed(1, &["/dev/null/folder"]);
 }
 
 #[test]

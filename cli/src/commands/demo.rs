@@ -17,6 +17,10 @@ use crate::storage::Storage;
 
 /// Create a snapshot of the demo guest, restore it eagerly and lazily, and check that all agree.
 #[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  snap demo                                   create, restore eagerly and lazily, side by side
+  snap demo --memory 4G --work 256M")]
 pub(crate) struct Args {
     /// Memory of the guest.
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = size::parse)]

@@ -2,6 +2,7 @@
 
 mod bench;
 mod cat;
+mod completions;
 pub(crate) mod create;
 mod demo;
 mod diff;
@@ -50,6 +51,8 @@ pub(crate) enum Command {
     Serve(serve::Args),
     Demo(demo::Args),
     Bench(bench::Args),
+    Completions(completions::CompletionsArgs),
+    Man(completions::ManArgs),
 }
 
 /// What every command is given.
@@ -78,6 +81,8 @@ pub(crate) fn run(command: Command, quiet: bool, started: Instant) -> Result<()>
         Command::Serve(args) => serve::run(&args, &session),
         Command::Demo(args) => demo::run(&args, &session),
         Command::Bench(args) => bench::run(&args, &session),
+        Command::Completions(args) => completions::completions(&args),
+        Command::Man(args) => completions::man(&args),
     }
 }
 

@@ -12,6 +12,10 @@ use crate::size;
 
 /// Check every byte of a snapshot, and of a layer's parents: checksums, index, padding.
 #[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  snap verify guest.snap
+  snap verify layer.snap --parent base.snap --json")]
 pub(crate) struct Args {
     #[command(flatten)]
     input: Input,

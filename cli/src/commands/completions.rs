@@ -1,0 +1,59 @@
+//! `snap completions` and `snap man`: what shells and `man` want to know, made from the definition
+//! of the command line.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::{CommandFactory, ValueEnum};
+use clap_complete::Shell;
+
+use super::stdout::to_stdout;
+
+/// Print the completion script of a shell.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  snap completions bash > ~/.local/share/bash-completion/completions/snap
+  snap completions zsh > ~/.zfunc/_snap
+  snap completions fish > ~/.config/fish/completions/snap.fish")]
+pub(crate) struct CompletionsArgs {
+    /// The shell.
+    shell: KnownShell,
+}
+
+/// Shells that complete `snap`.
+#[derive(Clone, Copy, ValueEnum)]
+enum KnownShell {
+    Bash,
+    Zsh,
+    Fish,
+}
+
+pub(crate) fn completions(args: &CompletionsArgs) -> Result<()> {
+    let shell = match args.shell {
+        KnownShell::Bash => Shell::Bash,
+        KnownShell::Zsh => Shell::Zsh,
+        KnownShell::Fish => Shell::Fish,
+    };
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut crate::Cli::command(), "snap", &mut script);
+    to_stdout(|out| Ok(out.write_all(&script)?))
+}
+
+/// Write the manual pages, one for each command, into a folder.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  snap man ~/.local/share/man/man1 && man snap-create")]
+pub(crate) struct ManArgs {
+    /// The folder; it is made if it is not there. Pages of an older snap are replaced.
+    #[arg(value_name = "FOLDER")]
+    folder: PathBuf,
+}
+
+pub(crate) fn man(args: &ManArgs) -> Result<()> {
+    let folder = &args.folder;
+    std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    clap_mangen::generate_to(crate::Cli::command(), folder)
+        .with_context(|| format!("cannot write manual pages into {}", folder.display()))
+}
