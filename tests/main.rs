@@ -11,6 +11,7 @@ mod golden_files;
 mod import_export;
 mod independent_reader;
 mod interruptions;
+mod keeping;
 #[path = "../vmm/tests/common/kernel.rs"]
 mod kernel;
 mod layers;

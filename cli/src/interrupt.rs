@@ -27,9 +27,9 @@ struct Shared {
     children: Mutex<Vec<Weak<OwnedFd>>>,
 }
 
-/// A server, and what to drop to stop it.
+/// A server, or a keeper, which has no handle; and what to drop to stop it.
 struct Serving {
-    server: ServerHandle,
+    server: Option<ServerHandle>,
     stop: Option<PipeWriter>,
 }
 
@@ -67,7 +67,7 @@ impl Interrupt {
 
     /// The first interrupt drops `stop`; the second ends the guests that still need the server, which would
     /// wait for ever without it.
-    pub(crate) fn stops(&self, server: ServerHandle, stop: PipeWriter) {
+    pub(crate) fn stops(&self, server: Option<ServerHandle>, stop: PipeWriter) {
         *self.server() = Some(Serving { server, stop: Some(stop) });
         if self.requested() {
             self.stop_server();
@@ -89,7 +89,7 @@ impl Interrupt {
     fn request(&self) {
         if self.0.requested.swap(true, Ordering::SeqCst) {
             if let Some(serving) = &*self.server() {
-                serving.server.kill_guests();
+                let _ = serving.server.as_ref().map(ServerHandle::kill_guests);
             }
             terminal::restore();
             std::process::exit(130);

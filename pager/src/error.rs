@@ -61,6 +61,14 @@ pub enum StartError {
         #[source]
         errno: Errno,
     },
+    /// The kept page states are of other memory.
+    #[error("states of {found} pages are kept, the memory has {pages}")]
+    Records {
+        /// Pages of the regions.
+        pages: usize,
+        /// Pages of the states.
+        found: usize,
+    },
     /// The source gives no reader.
     #[error("the source cannot be read")]
     Source(#[source] SourceError),

@@ -5,7 +5,7 @@ use std::io;
 use std::time::Instant;
 
 use crate::slice::Shared;
-use crate::uffd::{Message, MessageBatch};
+use crate::uffd::{Journal, Message, MessageBatch};
 
 /// A thread waits for the page at `address`.
 #[derive(Clone, Copy, Debug)]
@@ -27,10 +27,11 @@ pub(crate) struct Inbox {
 }
 
 impl Inbox {
-    pub(crate) fn new() -> Inbox {
+    /// With a journal, messages that were read are not lost with this process.
+    pub(crate) fn new(journal: Option<Journal>) -> Inbox {
         // Every thread waits for one page at most: room for more faulting threads than there are vCPUs.
         Inbox {
-            batch: MessageBatch::new(),
+            batch: MessageBatch::journaled(journal),
             faults: VecDeque::with_capacity(256),
             unserved: None,
             broken: None,
@@ -65,6 +66,7 @@ impl Inbox {
                 }
             }
         }
+        self.batch.applied();
         Ok(count)
     }
 }

@@ -76,9 +76,12 @@ mod failure;
 mod handler;
 mod inbox;
 mod install;
+#[cfg(feature = "serve")]
+pub mod keep;
 #[cfg(feature = "snapfmt")]
 mod large_pages;
 mod layout;
+mod mapping;
 #[cfg(test)]
 mod model;
 mod page_state;
@@ -86,6 +89,7 @@ mod pager;
 mod placement;
 mod populate;
 mod purpose;
+mod records;
 mod region;
 mod register;
 mod run;

@@ -2,8 +2,10 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::ptr::{self, NonNull};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+
+use crate::mapping::Mapping;
 
 /// What the pager knows of a page.
 ///
@@ -36,7 +38,8 @@ impl PageState {
 /// The states of `pages` pages.
 #[derive(Debug)]
 pub(crate) struct PageStates {
-    bytes: NonNull<AtomicU8>,
+    mapping: Arc<Mapping>,
+    offset: usize,
     pages: usize,
 }
 
@@ -44,23 +47,19 @@ impl PageStates {
     /// All missing. The memory is mapped, not filled: only the parts that are looked at become resident
     /// (4096 states, 16 MiB of guest, a page), where an allocator might hand out and clear reused memory.
     pub(crate) fn all_missing(pages: usize) -> io::Result<PageStates> {
-        // SAFETY: a new anonymous mapping at an address of the kernel's choice touches no other memory.
-        let address = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                pages.max(1),
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
-                0,
-            )
-        };
-        if address == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let bytes = NonNull::new(address.cast::<AtomicU8>())
-            .ok_or_else(|| io::Error::other("mmap answered the address 0"))?;
-        Ok(PageStates { bytes, pages })
+        let mapping = Arc::new(Mapping::anonymous(pages.max(1))?);
+        Ok(PageStates { mapping, offset: 0, pages })
+    }
+
+    /// Those that the mapping has at `offset`.
+    #[cfg(feature = "serve")]
+    pub(crate) fn within(mapping: Arc<Mapping>, offset: usize, pages: usize) -> PageStates {
+        mapping.at(offset, pages);
+        PageStates { mapping, offset, pages }
+    }
+
+    pub(crate) fn pages(&self) -> usize {
+        self.pages
     }
 
     pub(crate) fn of(&self, page: u64) -> PageState {
@@ -75,25 +74,12 @@ impl PageStates {
     fn byte(&self, page: u64) -> &AtomicU8 {
         let page = page as usize;
         assert!(page < self.pages, "page {page} of {}", self.pages);
-        // SAFETY: the mapping holds `pages` bytes, `page` is less than that.
-        let byte = unsafe { self.bytes.add(page) };
-        // SAFETY: mapped, readable and writable until `self` is dropped, all bit patterns are valid for
+        let byte = self.mapping.at(self.offset + page, 1).cast::<AtomicU8>();
+        // SAFETY: mapped, readable and writable as long as `self` lives, all bit patterns are valid for
         // an AtomicU8, and it is accessed as nothing else.
         unsafe { byte.as_ref() }
     }
 }
-
-impl Drop for PageStates {
-    fn drop(&mut self) {
-        // SAFETY: this is the mapping made in `all_missing`, and no reference into it outlives `self`.
-        unsafe { libc::munmap(self.bytes.as_ptr().cast(), self.pages.max(1)) };
-    }
-}
-
-// SAFETY: the mapping belongs to the process, not to a thread, and is only accessed by atomics.
-unsafe impl Send for PageStates {}
-// SAFETY: as above.
-unsafe impl Sync for PageStates {}
 
 #[cfg(test)]
 mod tests {

@@ -20,6 +20,7 @@ use crate::layout::Layout;
 use crate::page_state::{PageState, PageStates};
 use crate::placement::{Follower, Placement};
 use crate::populate::{OnComplete, Populate, Population, Progress, Worker};
+use crate::records::{self, Records};
 use crate::region::Region;
 use crate::register;
 use crate::slice::{Shared, Slice};
@@ -53,6 +54,7 @@ pub struct PagerBuilder {
     on_failure: Option<OnFailure>,
     foreign: Option<(ForeignUffd, OwnedFd)>,
     backed: bool,
+    records: Option<Records>,
     populate: Populate,
     populate_rate: Option<NonZeroU64>,
     populate_threads: usize,
@@ -72,6 +74,7 @@ impl Pager {
             on_failure: None,
             foreign: None,
             backed: false,
+            records: None,
             populate: Populate::Off,
             populate_rate: None,
             populate_threads: 1,
@@ -274,13 +277,20 @@ impl PagerBuilder {
         self
     }
 
+    /// Of a foreign process' memory: keeps account of the pages there, or goes on with what is found there.
+    #[cfg(feature = "serve")]
+    pub(crate) fn recorded(mut self, records: Records) -> PagerBuilder {
+        self.records = Some(records);
+        self
+    }
+
     /// Registers the memory and starts the threads. The cost does not depend on the size of the memory.
     ///
     /// # Errors
     /// [`StartError`]; then nothing is registered, and missing pages read as zero: don't run a guest on it.
     pub fn start(self) -> Result<Pager, StartError> {
         let PagerBuilder { source, regions, slices, placement, retry, on_error, .. } = self;
-        let PagerBuilder { on_failure, foreign, backed, .. } = self;
+        let PagerBuilder { on_failure, foreign, backed, records, .. } = self;
         let PagerBuilder { populate, populate_rate, populate_threads, on_complete, .. } = self;
         if backed && populate != Populate::Off {
             return Err(StartError::PopulateBacked);
@@ -294,8 +304,17 @@ impl PagerBuilder {
         let system = |what| move |error| StartError::System { what, error };
         let (stop_reader, stop) = io::pipe().map_err(system("a pipe"))?;
         let stop_reader = Arc::new(stop_reader);
-        let states = PageStates::all_missing(layout.pages() as usize)
-            .map_err(system("memory for the page states"))?;
+        let pages = layout.pages() as usize;
+        let (states, mut journal, resumed) = match records {
+            Some(Records { states, journal, resumed }) => (states, Some(journal), resumed),
+            None => {
+                let states = PageStates::all_missing(pages);
+                (states.map_err(system("memory for the page states"))?, None, false)
+            }
+        };
+        if states.pages() != pages {
+            return Err(StartError::Records { pages, found: states.pages() });
+        }
 
         let mut optional = Features::NONE;
         if on_error == FailurePolicy::Poison {
@@ -354,10 +373,20 @@ impl PagerBuilder {
             _regions: regions,
         });
 
+        let unserved = match &journal {
+            Some(journal) if resumed => records::resume(&shared, journal).map_err(|errno| {
+                StartError::System { what: "the threads that wait", error: errno.into() }
+            })?,
+            _ => None,
+        };
+
         // From here on, dropping `pager` ends the threads that were started.
         let mut pager =
             Pager { shared, threads: Vec::new(), workers: Vec::new(), stop: Some(stop) };
         for (slice, reader) in readers.into_iter().enumerate() {
+            // Only foreign memory has records, and one slice.
+            let mut inbox = Inbox::new(journal.take());
+            inbox.unserved = unserved;
             let handler = Handler {
                 shared: Arc::clone(&pager.shared),
                 slice,
@@ -365,7 +394,7 @@ impl PagerBuilder {
                 retry,
                 stop: Arc::clone(&stop_reader),
                 follower: Follower::new(placement),
-                inbox: Inbox::new(),
+                inbox,
                 desk: Desk::new(slice),
             };
             let thread = thread::Builder::new()

@@ -11,6 +11,7 @@ mod foreign;
 pub(crate) mod guest;
 mod import;
 mod info;
+mod keep;
 mod map;
 mod pages;
 pub(crate) mod restore;
@@ -49,6 +50,7 @@ pub(crate) enum Command {
     Cat(cat::Args),
     Pages(pages::Args),
     Serve(serve::Args),
+    Keep(keep::Args),
     Demo(demo::Args),
     Bench(bench::Args),
     Completions(completions::CompletionsArgs),
@@ -79,6 +81,7 @@ pub(crate) fn run(command: Command, quiet: bool, started: Instant) -> Result<()>
         Command::Cat(args) => cat::run(&args, &session),
         Command::Pages(args) => pages::run(&args, &session),
         Command::Serve(args) => serve::run(&args, &session),
+        Command::Keep(args) => keep::run(&args, &session),
         Command::Demo(args) => demo::run(&args, &session),
         Command::Bench(args) => bench::run(&args, &session),
         Command::Completions(args) => completions::completions(&args),

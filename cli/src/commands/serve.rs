@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use pager::SnapshotSource;
-use pager::serve::{ServeEvent, ServeOptions, Server, SnapshotName};
+use pager::serve::{KeepAt, ServeEvent, ServeOptions, Server, SnapshotName};
 use snapfmt::Snapshot;
 
 use super::restore::OnError;
@@ -23,7 +23,7 @@ use crate::{metrics, size};
 /// number of guests at once. Firecracker loads its snapshot with `mem_backend` of the type `Uffd` and this
 /// socket as `backend_path`. `snap restore --lazy --share SOCKET` makes clones that have the pages in common which they
 /// don't write to. Ctrl-C: no new guests, and ends when the last one has ended; again: kills those that still
-/// need pages.
+/// need pages, unless a keeper has them.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -35,6 +35,11 @@ pub(crate) struct Args {
     /// The socket. One that a dead server has left is replaced.
     #[arg(long, value_name = "SOCKET")]
     listen: PathBuf,
+
+    /// Give the `snap keep` at this socket what another server needs to go on with the guests if this one dies, and
+    /// go on with those of one that has died.
+    #[arg(long, value_name = "SOCKET")]
+    keep: Option<PathBuf>,
 
     /// Answer `GET /metrics` with figures for Prometheus here: a port of 127.0.0.1, or ADDRESS:PORT. Whoever
     /// can connect can read them.
@@ -51,6 +56,9 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let mut options = ServeOptions::default();
     options.on_error = args.on_error.into();
     options.share = Some(snapshot_name(&snapshot));
+    let keep_at =
+        |socket: &PathBuf| KeepAt { socket: socket.clone(), snapshot: snapshot_name(&snapshot) };
+    options.keep = args.keep.as_ref().map(keep_at);
     let (file, quiet) = (args.input.file.display().to_string(), session.quiet);
     let source = Arc::new(SnapshotSource::new(Arc::clone(&snapshot)));
     let server = Server::bind(&args.listen, source, options, move |event| {
@@ -62,7 +70,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     allow_many_descriptors();
     let metrics = args.metrics.map(|at| metrics::serve(at, server.handle())).transpose()?;
     let (stopped, stop) = std::io::pipe().context("cannot make a pipe")?;
-    session.interrupt.stops(server.handle(), stop);
+    session.interrupt.stops(Some(server.handle()), stop);
     if !session.quiet {
         let (file, socket) = (args.input.file.display(), args.listen.display());
         let memory = size::human(snapshot.header().memory_bytes);
@@ -88,15 +96,6 @@ pub(crate) fn snapshot_name(snapshot: &Snapshot) -> SnapshotName {
 
 /// What is said of an event: failures also to those who want it quiet.
 fn told(file: &str, event: &ServeEvent<'_>, quiet: bool) -> Option<String> {
-    let with_causes = |error: &dyn std::error::Error| {
-        let mut text = error.to_string();
-        let mut cause = error.source();
-        while let Some(error) = cause {
-            let _ = write!(text, ": {error}");
-            cause = error.source();
-        }
-        text
-    };
     Some(match event {
         ServeEvent::Failed { pid, failure } => {
             format!("snap: {file}, for process {pid}: {}\n", with_causes(failure))
@@ -105,10 +104,16 @@ fn told(file: &str, event: &ServeEvent<'_>, quiet: bool) -> Option<String> {
             let who = pid.map_or("a client".into(), |pid| format!("process {pid}"));
             format!("snap: {who} is not served: {}\n", with_causes(error))
         }
+        ServeEvent::NotKept { pid, error } => {
+            format!("snap: process {pid} will not survive this server: {}\n", with_causes(error))
+        }
         ServeEvent::Accept { error } => format!("snap: cannot accept: {error}\n"),
         _ if quiet => return None,
         ServeEvent::Served { pid, memory_bytes } => {
             format!("process {pid}: {} are served\n", size::human(*memory_bytes))
+        }
+        ServeEvent::TakenOver { pid, memory_bytes } => {
+            format!("process {pid}: {} are served on\n", size::human(*memory_bytes))
         }
         ServeEvent::Ended { pid, stats } => {
             let loaded = stats.pages.total - stats.pages.missing;
@@ -119,8 +124,19 @@ fn told(file: &str, event: &ServeEvent<'_>, quiet: bool) -> Option<String> {
     })
 }
 
+/// The error and all its causes, in one line.
+pub(super) fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let _ = write!(text, ": {error}");
+        cause = error.source();
+    }
+    text
+}
+
 /// Each guest needs six descriptors: as many as may be had without asking anybody.
-fn allow_many_descriptors() {
+pub(super) fn allow_many_descriptors() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
     // Refused: then fewer guests fit, and the others are told so.

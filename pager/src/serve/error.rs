@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::error::StartError;
+use crate::keep::KeepError;
 use crate::region::RegionError;
 use crate::uffd::ForeignUffdError;
 
@@ -30,6 +31,9 @@ pub enum BindError {
         /// The socket's name.
         path: PathBuf,
     },
+    /// The keeper does not keep.
+    #[error("the keeper")]
+    Keep(#[source] KeepError),
     /// A system call failed.
     #[error("cannot {what}")]
     System {
@@ -144,9 +148,15 @@ pub enum RefuseError {
         /// Why.
         why: &'static str,
     },
+    /// What was kept of it cannot be used.
+    #[error("it cannot be taken over")]
+    Kept(#[source] KeepError),
     /// The pager does not start.
     #[error("the pager does not start")]
     Start(#[source] StartError),
+    /// The keeper does not keep.
+    #[error("the keeper")]
+    Keep(#[source] KeepError),
     /// A system call failed.
     #[error("cannot {what}")]
     System {

@@ -17,7 +17,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -33,6 +33,7 @@ pub use peer::check_user;
 pub use socket::Socket;
 
 use crate::failure::FailurePolicy;
+use crate::keep::{KeepError, Kept, Link};
 use crate::shared::SharedImage;
 use crate::source::PageSource;
 use crate::stats::Stats;
@@ -52,6 +53,17 @@ pub struct ServeOptions {
     pub clients: usize,
     /// The name of the source's snapshot, to share its pages between clones that ask for it.
     pub share: Option<SnapshotName>,
+    /// The keeper that holds what the next server needs, should this one die: see [`crate::keep`].
+    pub keep: Option<KeepAt>,
+}
+
+/// A keeper, and what it is told.
+#[derive(Clone, Debug)]
+pub struct KeepAt {
+    /// Its socket.
+    pub socket: PathBuf,
+    /// The name of what is served. The guests of a dead server of the same name are taken over.
+    pub snapshot: SnapshotName,
 }
 
 impl Default for ServeOptions {
@@ -62,6 +74,7 @@ impl Default for ServeOptions {
             handshake_timeout: Duration::from_secs(5),
             clients: 4096,
             share: None,
+            keep: None,
         }
     }
 }
@@ -76,6 +89,20 @@ pub enum ServeEvent<'a> {
         pid: i32,
         /// Size of its memory.
         memory_bytes: u64,
+    },
+    /// A client of a server that has died is served on from now on.
+    TakenOver {
+        /// Its process.
+        pid: i32,
+        /// Size of its memory.
+        memory_bytes: u64,
+    },
+    /// A client is served, but would not survive this server: its keeper does not keep it.
+    NotKept {
+        /// Its process.
+        pid: i32,
+        /// Why.
+        error: &'a KeepError,
     },
     /// A client is not served.
     Refused {
@@ -126,6 +153,7 @@ pub(crate) struct Hall {
     guests: Mutex<Guests>,
     emptied: Condvar,
     next_id: AtomicU64,
+    keep: Option<Link>,
 }
 
 #[derive(Default)]
@@ -138,7 +166,7 @@ struct Guests {
 
 impl Server {
     /// Listens at `path`: a socket that only this user can connect to. The name of a server that is dead is taken
-    /// over.
+    /// over; where there is a keeper, so are its clients.
     ///
     /// # Errors
     /// [`BindError`].
@@ -149,7 +177,11 @@ impl Server {
         on_event: impl Fn(ServeEvent<'_>) + Send + Sync + 'static,
     ) -> Result<Server, BindError> {
         let socket = Socket::bind(path.as_ref())?;
+        let keep = options.keep.as_ref().map(|keep| {
+            Link::connect(&keep.socket, &keep.snapshot, options.on_error).map_err(BindError::Keep)
+        });
         let hall = Hall {
+            keep: keep.transpose()?,
             source,
             options,
             on_event: Box::new(on_event),
@@ -158,7 +190,23 @@ impl Server {
             emptied: Condvar::new(),
             next_id: AtomicU64::new(0),
         };
-        Ok(Server { socket, hall: Arc::new(hall) })
+        let server = Server { socket, hall: Arc::new(hall) };
+        server.take_over()?;
+        Ok(server)
+    }
+
+    /// Goes on with the clients of a server that has died.
+    fn take_over(&self) -> Result<(), BindError> {
+        let Some(keep) = &self.hall.keep else {
+            return Ok(());
+        };
+        loop {
+            let id = self.hall.new_id();
+            let Some(kept) = keep.take(id).map_err(BindError::Keep)? else {
+                return Ok(());
+            };
+            self.hall.resume(id, kept);
+        }
     }
 
     /// For other threads.
@@ -223,10 +271,13 @@ impl ServerHandle {
     }
 
     /// Ends the processes of all clients that still need the server, by SIGKILL: without it they would wait for
-    /// ever for their missing pages. Answers how many.
+    /// ever for their missing pages. Answers how many. Those that a keeper has are left to it.
     pub fn kill_guests(&self) -> usize {
         let sessions = self.0.sessions();
-        let needy = sessions.iter().filter(|session| session.pager.stats().pages.missing > 0);
+        let keeper = self.0.keep().is_some_and(Link::is_alive);
+        let needy = sessions.iter().filter(|session| {
+            !(keeper && session.is_kept) && session.pager.stats().pages.missing > 0
+        });
         needy.map(|session| session.peer.kill()).count()
     }
 }
@@ -243,13 +294,30 @@ impl Hall {
             }
             guests.threads += 1;
         }
+        self.give_thread(move |hall| session::attend(hall, &stream));
+    }
+
+    /// Gives a client of a dead server its thread. There are as many as that one had.
+    fn resume(self: &Arc<Hall>, id: u64, kept: Kept) {
+        self.guests().threads += 1;
+        self.give_thread(move |hall| session::resume(hall, id, kept));
+    }
+
+    /// The thread is counted before.
+    fn give_thread(self: &Arc<Hall>, body: impl FnOnce(&Arc<Hall>) + Send + 'static) {
         let place = Place(Arc::clone(self));
-        let spawned = thread::Builder::new()
-            .name("client".into())
-            .spawn(move || session::attend(&place.0, &stream));
+        let spawned = thread::Builder::new().name("client".into()).spawn(move || body(&place.0));
         if let Err(error) = spawned {
             self.refuse(None, &RefuseError::System { what: "start a thread", error });
         }
+    }
+
+    pub(crate) fn new_id(&self) -> u64 {
+        self.next_id.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(crate) fn keep(&self) -> Option<&Link> {
+        self.keep.as_ref()
     }
 
     pub(crate) fn refuse(&self, pid: Option<i32>, error: &RefuseError) {
@@ -257,8 +325,7 @@ impl Hall {
     }
 
     /// Keeps the session among those that are served; until the answer is dropped.
-    pub(crate) fn enter(self: &Arc<Hall>, session: Arc<Session>) -> Entry {
-        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+    pub(crate) fn enter(self: &Arc<Hall>, id: u64, session: Arc<Session>) -> Entry {
         self.guests().sessions.insert(id, session);
         Entry { hall: Arc::clone(self), id }
     }

@@ -61,6 +61,11 @@ impl Peer {
         Ok(Peer { pid: pid.as_raw_nonzero().get(), process })
     }
 
+    /// One that a keeper has kept.
+    pub(crate) fn kept(pid: i32, process: OwnedFd) -> Peer {
+        Peer { pid, process }
+    }
+
     /// Becomes readable when the process ends.
     pub(crate) fn process(&self) -> BorrowedFd<'_> {
         self.process.as_fd()

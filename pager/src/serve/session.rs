@@ -1,7 +1,7 @@
 //! One client, from its first word to its end.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, PoisonError};
 
@@ -14,15 +14,21 @@ use super::handshake::{self, Answer, Hello, RegionMessage, Request, SnapshotName
 use super::peer::Peer;
 use super::wire::{self, Inlet};
 use super::{Hall, ServeEvent};
+use crate::keep::{KeepError, Kept, Ledger, Record};
 use crate::pager::Pager;
+use crate::records::Records;
+use crate::region::Region;
 use crate::shared::SharedImage;
 use crate::uffd::ForeignUffd;
 
 /// A client that is served.
 #[derive(Debug)]
 pub(crate) struct Session {
+    pub(crate) id: u64,
     pub(crate) peer: Arc<Peer>,
     pub(crate) pager: Pager,
+    /// A keeper has what the next server needs.
+    pub(crate) is_kept: bool,
 }
 
 /// The body of a client's thread.
@@ -43,8 +49,13 @@ fn attend_peer(hall: &Arc<Hall>, stream: &UnixStream, peer: Peer) -> Result<(), 
     match handshake::receive(&mut inlet)? {
         Hello::Fill { regions, descriptor } => {
             let uffd = handshake::userfaultfd(descriptor)?;
-            let session = start(hall, peer, uffd, &regions, None)?;
-            attend_until(hall, session, &regions, |peer| until_its_process_ends(stream, peer));
+            let memory = handshake::regions(&regions)?;
+            let id = hall.new_id();
+            let records = keep(hall, id, stream, &peer, &uffd, &regions);
+            let served = served(&peer, &memory);
+            let session = start(hall, id, peer, uffd, memory, None, records)
+                .inspect_err(|_| forget(hall, id))?;
+            attend_until(hall, session, served, |peer| until_its_process_ends(stream, peer));
             Ok(())
         }
         Hello::Request(Request::Share(wanted)) => {
@@ -76,9 +87,11 @@ fn share(
     };
     let uffd = handshake::userfaultfd(descriptor)?;
     let told = stream.try_clone().map_err(|error| system("duplicate a connection", error))?;
-    let session = start(hall, peer, uffd, &regions, Some((image, told)))?;
+    let memory = handshake::regions(&regions)?;
+    let served = served(&peer, &memory);
+    let session = start(hall, hall.new_id(), peer, uffd, memory, Some((image, told)), None)?;
     answer(stream, &Answer::Accepted {}, None)?;
-    attend_until(hall, session, &regions, |peer| until_it_hangs_up(stream, peer));
+    attend_until(hall, session, served, |peer| until_it_hangs_up(stream, peer));
     Ok(())
 }
 
@@ -97,6 +110,11 @@ fn shared_image(hall: &Hall, wanted: &SnapshotName) -> Result<Arc<SharedImage>, 
     Ok(Arc::clone(image.insert(new)))
 }
 
+fn served(peer: &Peer, regions: &[Region]) -> ServeEvent<'static> {
+    let memory_bytes = regions.iter().map(Region::len_bytes).sum();
+    ServeEvent::Served { pid: peer.pid, memory_bytes }
+}
+
 fn answer(
     stream: &UnixStream,
     words: &Answer,
@@ -113,12 +131,13 @@ fn system(what: &'static str, error: io::Error) -> RefuseError {
 /// Starts the pager of a client. A clone is told of failures.
 fn start(
     hall: &Arc<Hall>,
+    id: u64,
     peer: Peer,
     uffd: ForeignUffd,
-    regions: &[RegionMessage],
+    regions: Vec<Region>,
     shared: Option<(Arc<SharedImage>, UnixStream)>,
+    records: Option<Records>,
 ) -> Result<Arc<Session>, RefuseError> {
-    let regions = handshake::regions(regions)?;
     let peer = Arc::new(peer);
     let process = peer.duplicate().map_err(|error| system("duplicate a pidfd", error))?;
     let (image, clone) = shared.unzip();
@@ -137,19 +156,101 @@ fn start(
     if image.is_some() {
         builder = builder.backed();
     }
+    let is_kept = records.is_some();
+    if let Some(records) = records {
+        builder = builder.recorded(records);
+    }
     let pager = builder.start().map_err(RefuseError::Start)?;
-    Ok(Arc::new(Session { peer, pager }))
+    Ok(Arc::new(Session { id, peer, pager, is_kept }))
+}
+
+/// Gives the keeper, if there is one, what the next server needs. From before the first message is read: what this
+/// process has read is known to nobody else.
+fn keep(
+    hall: &Hall,
+    id: u64,
+    stream: &UnixStream,
+    peer: &Peer,
+    uffd: &ForeignUffd,
+    regions: &[RegionMessage],
+) -> Option<Records> {
+    let link = hall.keep()?;
+    let kept = || -> Result<Records, KeepError> {
+        let record = Record { pid: peer.pid, regions: regions.to_vec() };
+        let pages = |region: &RegionMessage| {
+            region.size / region.page_size.or(region.page_size_kib).unwrap_or(4096).max(1)
+        };
+        let pages = regions.iter().map(pages).sum();
+        let ledger = Ledger::create(record, pages)?;
+        let records = ledger.records(false);
+        let records = records.map_err(|error| KeepError::System { what: "map it", error })?;
+        link.keep(id, [uffd.as_fd(), stream.as_fd(), peer.process(), ledger.as_fd()])?;
+        Ok(records)
+    }();
+    match kept {
+        Ok(records) => Some(records),
+        Err(error) => {
+            (hall.on_event)(ServeEvent::NotKept { pid: peer.pid, error: &error });
+            None
+        }
+    }
+}
+
+/// The body of the thread of a client whose server has died.
+pub(crate) fn resume(hall: &Arc<Hall>, id: u64, kept: Kept) {
+    let Kept { uffd, connection, process, ledger } = kept;
+    let (pid, outcome) = match Ledger::open(ledger) {
+        Err(error) => (None, Err(RefuseError::Kept(error))),
+        Ok(ledger) => {
+            let (pid, process) = (ledger.record.pid, process.try_clone());
+            let resumed = process
+                .map_err(|error| system("duplicate a pidfd", error))
+                .and_then(|process| resume_peer(hall, id, uffd, connection, process, &ledger));
+            (Some(pid), resumed)
+        }
+    };
+    if let Err(error) = outcome {
+        // It would wait for ever.
+        Peer::kept(pid.unwrap_or_default(), process).kill();
+        forget(hall, id);
+        hall.refuse(pid, &error);
+    }
+}
+
+fn resume_peer(
+    hall: &Arc<Hall>,
+    id: u64,
+    uffd: OwnedFd,
+    connection: OwnedFd,
+    process: OwnedFd,
+    ledger: &Ledger,
+) -> Result<(), RefuseError> {
+    let peer = Peer::kept(ledger.record.pid, process);
+    let uffd = handshake::userfaultfd(uffd)?;
+    let regions = handshake::regions(&ledger.record.regions)?;
+    let records = ledger.records(true).map_err(|error| system("map the ledger", error))?;
+    let stream = UnixStream::from(connection);
+    let memory_bytes = regions.iter().map(Region::len_bytes).sum();
+    let session = start(hall, id, peer, uffd, regions, None, Some(records))?;
+    let taken = ServeEvent::TakenOver { pid: session.peer.pid, memory_bytes };
+    attend_until(hall, session, taken, |peer| until_its_process_ends(&stream, peer));
+    Ok(())
+}
+
+fn forget(hall: &Hall, id: u64) {
+    if let Some(link) = hall.keep() {
+        link.forget(id);
+    }
 }
 
 fn attend_until(
     hall: &Arc<Hall>,
     session: Arc<Session>,
-    regions: &[RegionMessage],
+    begun: ServeEvent<'_>,
     wait: impl FnOnce(&Peer),
 ) {
-    let entry = hall.enter(Arc::clone(&session));
-    let memory_bytes = regions.iter().map(|region| region.size).sum();
-    (hall.on_event)(ServeEvent::Served { pid: session.peer.pid, memory_bytes });
+    let entry = hall.enter(session.id, Arc::clone(&session));
+    (hall.on_event)(begun);
     wait(&session.peer);
     drop(entry);
     end(hall, session);
@@ -157,9 +258,12 @@ fn attend_until(
 
 /// The pager's threads end here, and its descriptors are closed.
 fn end(hall: &Hall, session: Arc<Session>) {
-    let pid = session.peer.pid;
+    let (pid, id, is_kept) = (session.peer.pid, session.id, session.is_kept);
     let stats = session.pager.stats();
     drop(session);
+    if is_kept {
+        forget(hall, id);
+    }
     (hall.on_event)(ServeEvent::Ended { pid, stats: &stats });
 }
 

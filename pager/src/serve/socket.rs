@@ -31,6 +31,10 @@ impl Socket {
     /// # Errors
     /// [`BindError`] when the name is a live server's, is no socket's, or cannot be had.
     pub fn bind(path: &Path) -> Result<Socket, BindError> {
+        Socket::bind_kind(path, SocketType::STREAM)
+    }
+
+    pub(crate) fn bind_kind(path: &Path, kind: SocketType) -> Result<Socket, BindError> {
         let system = |what| move |error: Errno| BindError::System { what, error: error.into() };
         let address =
             SocketAddrUnix::new(path).map_err(|_| BindError::Name { path: path.to_owned() })?;
@@ -45,14 +49,14 @@ impl Socket {
         rustix::fs::flock(&folder, FlockOperation::LockExclusive)
             .map_err(system("lock the socket's folder"))?;
 
-        let socket = unix_socket().map_err(system("make a socket"))?;
+        let socket = unix_socket(kind).map_err(system("make a socket"))?;
         // The name's mode is that of the socket when it is bound, less the umask (unix_bind_bsd): so there is
         // no moment in which others could connect.
         rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)
             .map_err(system("set the socket's mode"))?;
         match rustix::net::bind(&socket, &address) {
             Err(Errno::ADDRINUSE) => {
-                remove_if_dead(path, &address)?;
+                remove_if_dead(path, &address, kind)?;
                 rustix::net::bind(&socket, &address).map_err(system("bind the socket"))?;
             }
             bound => bound.map_err(system("bind the socket"))?,
@@ -97,19 +101,23 @@ impl Drop for Socket {
     }
 }
 
-fn unix_socket() -> Result<OwnedFd, Errno> {
+fn unix_socket(kind: SocketType) -> Result<OwnedFd, Errno> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+    rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None)
 }
 
 /// Removes the name if it is a socket that nobody listens at.
-fn remove_if_dead(path: &Path, address: &SocketAddrUnix) -> Result<(), BindError> {
+fn remove_if_dead(
+    path: &Path,
+    address: &SocketAddrUnix,
+    kind: SocketType,
+) -> Result<(), BindError> {
     let system = |what| move |error| BindError::System { what, error };
     let found = fs::symlink_metadata(path).map_err(system("see what has the socket's name"))?;
     if !found.file_type().is_socket() {
         return Err(BindError::NoSocket { path: path.to_owned() });
     }
-    let probe = unix_socket().map_err(|error| system("make a socket")(error.into()))?;
+    let probe = unix_socket(kind).map_err(|error| system("make a socket")(error.into()))?;
     match rustix::net::connect(&probe, address) {
         Err(Errno::CONNREFUSED) => fs::remove_file(path).map_err(system("remove the old socket")),
         // EAGAIN: somebody listens, and has much to do.

@@ -11,7 +11,6 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -20,6 +19,7 @@ use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 use crate::error::StartError;
 use crate::install::{self, Book, Fill, Filler, InstallError, Settled, Target};
 use crate::layout::Layout;
+use crate::mapping::Mapping;
 use crate::page_state::{PageState, PageStates};
 use crate::region::Region;
 use crate::register;
@@ -45,6 +45,7 @@ pub(crate) struct SharedImage {
     tampered: AtomicBool,
     /// For clones: it cannot be written through.
     handed: OwnedFd,
+    /// Only ever written to by `UFFDIO_COPY`.
     _mapping: Mapping,
 }
 
@@ -57,14 +58,17 @@ impl SharedImage {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = rustix::fs::memfd_create("snapshot-pages", flags).map_err(system("a memfd"))?;
         rustix::fs::ftruncate(&file, len_bytes).map_err(system("a memfd of that size"))?;
-        let mapping = Mapping::of(file.as_fd(), len_bytes)
+        let mapping = usize::try_from(len_bytes)
+            .map_err(io::Error::other)
+            .and_then(|len| Mapping::shared(file.as_fd(), len))
             .map_err(|error| StartError::System { what: "a mapping of the memfd", error })?;
         rustix::fs::fcntl_add_seals(&file, SEALS).map_err(system("a sealed memfd"))?;
         rustix::fs::fchmod(&file, Mode::RUSR).map_err(system("a private memfd"))?;
         let handed = read_only(file.as_fd()).map_err(system("the memfd again, to be read only"))?;
 
         // SAFETY: the mapping is this object's own, lives longer than the userfaultfd, and is never accessed.
-        let region = unsafe { Region::new(mapping.host_addr(), len_bytes, PAGE_BYTES, 0) };
+        let region =
+            unsafe { Region::new(mapping.at(0, 0).as_ptr() as u64, len_bytes, PAGE_BYTES, 0) };
         let region = region.map_err(|error| StartError::System {
             what: "a region of the memfd",
             error: io::Error::other(error),
@@ -239,44 +243,6 @@ impl PageReader for ImageReader {
     }
 }
 
-/// A shared mapping of the file, only ever written to by `UFFDIO_COPY`.
-struct Mapping {
-    start: NonNull<u8>,
-    len: usize,
-}
-
-impl Mapping {
-    fn of(file: BorrowedFd<'_>, len_bytes: u64) -> io::Result<Mapping> {
-        let len = usize::try_from(len_bytes).map_err(io::Error::other)?;
-        use std::os::fd::AsRawFd;
-        let (prot, flags) =
-            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_NORESERVE);
-        // SAFETY: a new mapping at an address of the kernel's choice.
-        let start = unsafe { libc::mmap(ptr::null_mut(), len, prot, flags, file.as_raw_fd(), 0) };
-        if start == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let start = NonNull::new(start.cast()).ok_or_else(|| io::Error::other("mapped at 0"))?;
-        Ok(Mapping { start, len })
-    }
-
-    fn host_addr(&self) -> u64 {
-        self.start.as_ptr() as u64
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: the mapping made in `of`; nothing refers to it any more.
-        unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
-    }
-}
-
-// SAFETY: an address of the process, dereferenced by nobody.
-unsafe impl Send for Mapping {}
-// SAFETY: as above.
-unsafe impl Sync for Mapping {}
-
 /// The same file, opened anew for reading: a duplicate could be written through.
 fn read_only(file: BorrowedFd<'_>) -> rustix::io::Result<OwnedFd> {
     use std::os::fd::AsRawFd;
@@ -349,7 +315,7 @@ mod tests {
         assert!(writable.write_at(&[1], 0).is_err());
         assert!(writable.set_len(0).is_err());
         assert!(rustix::fs::fallocate(&writable, punch, 0, 4096).is_err());
-        assert!(Mapping::of(writable.as_fd(), 4096).is_err());
+        assert!(Mapping::shared(writable.as_fd(), 4096).is_err());
         // What is left to root is found.
         rustix::fs::fallocate(&writable, FallocateFlags::empty(), 4096, 4096)
             .expect("zeros get in");

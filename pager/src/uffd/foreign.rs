@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use super::{Features, Uffd};
 
@@ -73,6 +73,11 @@ impl ForeignUffd {
     /// The features that its maker has asked for.
     pub fn features(&self) -> Features {
         self.0.features()
+    }
+
+    #[cfg(feature = "serve")]
+    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 
     pub(crate) fn into_uffd(self) -> Uffd {

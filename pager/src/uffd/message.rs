@@ -2,7 +2,7 @@
 
 use std::os::fd::RawFd;
 
-use super::abi;
+use super::{Journal, abi};
 
 /// One event. Addresses are those of the process that owns the memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,18 +98,33 @@ impl Message {
 
 /// How many messages one `read(2)` takes at most.
 const BATCH_MESSAGES: usize = 64;
+pub(super) const BATCH_BYTES: usize = BATCH_MESSAGES * abi::MESSAGE_BYTES;
 
 /// A fixed buffer for a batch of messages: reading allocates nothing.
 #[derive(Debug)]
 pub struct MessageBatch {
-    bytes: [u8; BATCH_MESSAGES * abi::MESSAGE_BYTES],
+    bytes: [u8; BATCH_BYTES],
     filled_bytes: usize,
+    /// Where the kernel puts the messages first, if what was read must survive this process.
+    pub(super) journal: Option<Journal>,
 }
 
 impl MessageBatch {
     /// An empty batch.
     pub fn new() -> MessageBatch {
-        MessageBatch { bytes: [0; BATCH_MESSAGES * abi::MESSAGE_BYTES], filled_bytes: 0 }
+        MessageBatch { bytes: [0; BATCH_BYTES], filled_bytes: 0, journal: None }
+    }
+
+    /// One whose messages are in the journal until they are [`MessageBatch::applied`].
+    pub(crate) fn journaled(journal: Option<Journal>) -> MessageBatch {
+        MessageBatch { journal, ..MessageBatch::new() }
+    }
+
+    /// What the messages of the last read say is done.
+    pub(crate) fn applied(&self) {
+        if let Some(journal) = &self.journal {
+            journal.clear(self.filled_bytes);
+        }
     }
 
     /// The messages of the last read, in the kernel's order: page faults first, then other events.
@@ -122,7 +137,7 @@ impl MessageBatch {
         self.filled_bytes == 0
     }
 
-    pub(super) fn buffer(&mut self) -> &mut [u8] {
+    pub(super) fn buffer(&mut self) -> &mut [u8; BATCH_BYTES] {
         &mut self.bytes
     }
 

@@ -10,6 +10,7 @@
 
 mod abi;
 mod foreign;
+mod journal;
 mod message;
 mod open;
 
@@ -19,6 +20,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 pub use foreign::{ForeignUffd, ForeignUffdError};
+pub(crate) use journal::Journal;
 pub use message::{FaultKind, Message, MessageBatch};
 pub use open::{Features, OpenError};
 
@@ -175,7 +177,11 @@ impl Uffd {
     pub fn read(&self, batch: &mut MessageBatch) -> io::Result<()> {
         batch.set_filled(0);
         loop {
-            match (&self.file).read(batch.buffer()) {
+            let read = match batch.journal.clone() {
+                None => (&self.file).read(batch.buffer()),
+                Some(journal) => journal.read(&self.file, batch.buffer()),
+            };
+            match read {
                 Ok(bytes) => {
                     batch.set_filled(bytes);
                     return Ok(());

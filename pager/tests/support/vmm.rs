@@ -8,11 +8,16 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 
 use pager::uffd::{Features, Uffd};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 use super::support::{Memory, PAGE, shuffled, stamp};
+
+const STORM_THREADS: usize = 4;
 
 const SOCKET: &str = "PAGER_TEST_VMM_SOCKET";
 
@@ -100,12 +105,19 @@ pub fn run() {
     std::process::exit(0);
 }
 
+/// Threads that work, each on pages of its own, until they are told to end.
+struct Storm {
+    until: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<Result<u64, String>>>,
+}
+
 #[derive(Default)]
 struct State {
     socket: std::path::PathBuf,
-    memory: Option<Memory>,
+    memory: Option<Arc<Memory>>,
     uffd: Option<Uffd>,
     stream: Option<UnixStream>,
+    storm: Option<Storm>,
 }
 
 impl State {
@@ -164,6 +176,28 @@ impl State {
                 }
                 "ok".into()
             }
+            // `storm SEED`: reads, writes and removes with four threads, until `calm`, which answers what they found.
+            "storm" => {
+                let until = Arc::new(AtomicBool::new(false));
+                let start = |own| {
+                    let memory = Arc::clone(self.memory.as_ref().expect("mapped before"));
+                    let until = Arc::clone(&until);
+                    let seed = (number(1) * STORM_THREADS + own) as u64;
+                    std::thread::spawn(move || storm(&memory, own, seed, &until))
+                };
+                let threads = (0..STORM_THREADS).map(start).collect();
+                self.storm = Some(Storm { until, threads });
+                "ok".into()
+            }
+            "calm" => {
+                let Storm { until, threads } = self.storm.take().expect("a storm");
+                until.store(true, Ordering::Relaxed);
+                let outcomes = threads.into_iter().map(|thread| thread.join().expect("no panic"));
+                match outcomes.sum::<Result<u64, String>>() {
+                    Ok(checked) => format!("ok {checked}"),
+                    Err(wrong) => wrong,
+                }
+            }
             // `churn SEED`: touches and removes for ever.
             "churn" => {
                 let memory = self.memory();
@@ -187,7 +221,7 @@ impl State {
         let uffd = Uffd::open(features, Features::NONE).expect("a userfaultfd");
         // SAFETY: a mapping that is only accessed by volatile operations.
         unsafe { uffd.register(memory.addr(), memory.len() as u64) }.expect("it is registered");
-        (self.memory, self.uffd) = (Some(memory), Some(uffd));
+        (self.memory, self.uffd) = (Some(Arc::new(memory)), Some(uffd));
     }
 
     fn memory(&self) -> &Memory {
@@ -264,6 +298,47 @@ impl State {
         self.stream = Some(stream);
         sent.map_or_else(|error| format!("not sent: {error}"), |()| "ok".into())
     }
+}
+
+/// Works on every `STORM_THREADS`th page, and knows what each must hold. Answers how many were checked.
+fn storm(memory: &Memory, own: usize, seed: u64, until: &AtomicBool) -> Result<u64, String> {
+    let pages = memory.len() / PAGE;
+    let mut expected: Vec<u64> = (0..pages).map(stamp).collect();
+    let mut checked = 0;
+    let mut check = |page: usize, expected: &[u64]| match memory.read_u64(page * PAGE) {
+        found if found == expected[page] => {
+            checked += 1;
+            Ok(())
+        }
+        found => Err(format!("page {page} has {found:x} instead of {:x}", expected[page])),
+    };
+    let mut random = seed * 2 + 1;
+    let mut next = |below: usize| {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        (random >> 33) as usize % below
+    };
+    while !until.load(Ordering::Relaxed) {
+        let page = next(pages / STORM_THREADS) * STORM_THREADS + own;
+        match next(16) {
+            0..4 => {
+                memory.remove(page, 1);
+                expected[page] = 0;
+            }
+            4..7 => {
+                let byte = next(256) as u8;
+                memory.write(page * PAGE + 3, byte);
+                let mut bytes = expected[page].to_ne_bytes();
+                bytes[3] = byte;
+                expected[page] = u64::from_ne_bytes(bytes);
+            }
+            _ => check(page, &expected)?,
+        }
+    }
+    // All of them, also those that were never touched.
+    (own..pages).step_by(STORM_THREADS).try_for_each(|page| check(page, &expected))?;
+    Ok(checked)
 }
 
 fn send(stream: &UnixStream, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> std::io::Result<()> {

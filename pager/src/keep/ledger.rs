@@ -1,0 +1,182 @@
+//! What is known of one guest's pages, in a memfd that outlives the server which writes it.
+//!
+//! | offset | what |
+//! |---|---|
+//! | 0 | `SNAPKEEP`, then as little-endian numbers: version (4 bytes), length of the record (4), pages (8) |
+//! | 4096 | the journal: messages that were read and may not have been applied |
+//! | 8192 | the state of each page, a byte each |
+//! | after that, at a multiple of 4096 | the record: who it is and where its memory lies, in JSON |
+//!
+//! It is sealed, so that nobody makes it shorter, and of mode 0600.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use rustix::fs::{MemfdFlags, Mode, SealFlags};
+use serde::{Deserialize, Serialize};
+
+use super::wire::{KeepError, VERSION, system};
+use crate::mapping::Mapping;
+use crate::page_state::PageStates;
+use crate::records::Records;
+use crate::serve::handshake::RegionMessage;
+use crate::uffd::Journal;
+
+const MAGIC: [u8; 8] = *b"SNAPKEEP";
+const JOURNAL_AT: usize = 4096;
+const STATES_AT: usize = 8192;
+const _: () = assert!(JOURNAL_AT + Journal::BYTES <= STATES_AT);
+/// 2^32 pages are 16 TiB of guest memory.
+const PAGES_LIMIT: u64 = 1 << 32;
+const RECORD_LIMIT_BYTES: usize = 2 << 20;
+const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
+
+/// Who a guest is and where its memory lies.
+#[derive(Debug, Deserialize, Serialize)]
+pub(crate) struct Record {
+    pub(crate) pid: i32,
+    pub(crate) regions: Vec<RegionMessage>,
+}
+
+/// The memfd, and what it begins with.
+#[derive(Debug)]
+pub(crate) struct Ledger {
+    file: File,
+    pages: usize,
+    pub(crate) record: Record,
+}
+
+impl Ledger {
+    /// A new one, of that many pages that are missing.
+    pub(crate) fn create(record: Record, pages: u64) -> Result<Ledger, KeepError> {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file =
+            rustix::fs::memfd_create("snap-ledger", flags).map_err(system("make a memfd"))?;
+        rustix::fs::fchmod(&file, Mode::RUSR | Mode::WUSR).map_err(system("make it private"))?;
+        let pages = checked(pages)?;
+        let bytes = serde_json::to_vec(&record).map_err(super::wire::unclear)?;
+        if bytes.len() > RECORD_LIMIT_BYTES {
+            return Err(KeepError::Ledger { why: "a record that is too long" });
+        }
+        let file = File::from(file);
+        let failed = |error| KeepError::System { what: "write the ledger", error };
+        let mut head = [0; 24];
+        head[..8].copy_from_slice(&MAGIC);
+        head[8..12].copy_from_slice(&VERSION.to_le_bytes());
+        head[12..16].copy_from_slice(&(bytes.len() as u32).to_le_bytes());
+        head[16..].copy_from_slice(&(pages as u64).to_le_bytes());
+        file.write_all_at(&head, 0).map_err(failed)?;
+        file.set_len((record_at(pages) + RECORD_LIMIT_BYTES) as u64).map_err(failed)?;
+        file.write_all_at(&bytes, record_at(pages) as u64).map_err(failed)?;
+        rustix::fs::fcntl_add_seals(&file, SEALS).map_err(system("seal the ledger"))?;
+        Ok(Ledger { file, pages, record })
+    }
+
+    /// One that another process has made.
+    pub(crate) fn open(descriptor: OwnedFd) -> Result<Ledger, KeepError> {
+        let file = File::from(descriptor);
+        let failed = |error| KeepError::System { what: "read the ledger", error };
+        let bad = |why| KeepError::Ledger { why };
+        if !rustix::fs::fcntl_get_seals(&file).is_ok_and(|seals| seals.contains(SEALS)) {
+            return Err(bad("no sealed file"));
+        }
+        let mut head = [0; 24];
+        file.read_exact_at(&mut head, 0).map_err(failed)?;
+        let number =
+            |at: usize| u32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
+        if head[..8] != MAGIC || number(8) != VERSION {
+            return Err(bad("no ledger of this version"));
+        }
+        let pages = checked(u64::from(number(16)) | u64::from(number(20)) << 32)?;
+        let len = number(12) as usize;
+        let file_len = file.metadata().map_err(failed)?.len();
+        if len > RECORD_LIMIT_BYTES || file_len < (record_at(pages) + RECORD_LIMIT_BYTES) as u64 {
+            return Err(bad("a record that is too long"));
+        }
+        let mut bytes = vec![0; len];
+        file.read_exact_at(&mut bytes, record_at(pages) as u64).map_err(failed)?;
+        let record = serde_json::from_slice(&bytes).map_err(super::wire::unclear)?;
+        Ok(Ledger { file, pages, record })
+    }
+
+    /// Its states and journal, for a pager: the first one, or one that goes on (`resumed`).
+    pub(crate) fn records(&self, resumed: bool) -> io::Result<Records> {
+        let mapping = Arc::new(Mapping::shared(self.file.as_fd(), record_at(self.pages))?);
+        Ok(Records {
+            journal: Journal::within(Arc::clone(&mapping), JOURNAL_AT),
+            states: PageStates::within(mapping, STATES_AT, self.pages),
+            resumed,
+        })
+    }
+}
+
+impl AsFd for Ledger {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+fn checked(pages: u64) -> Result<usize, KeepError> {
+    let possible = usize::try_from(pages).ok().filter(|_| pages <= PAGES_LIMIT);
+    possible.ok_or(KeepError::Ledger { why: "too many pages" })
+}
+
+fn record_at(pages: usize) -> usize {
+    STATES_AT + pages.next_multiple_of(4096)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::page_state::PageState;
+
+    fn record() -> Record {
+        let region = RegionMessage {
+            base_host_virt_addr: 4096,
+            size: 8192,
+            offset: 0,
+            page_size: Some(4096),
+            page_size_kib: None,
+        };
+        Record { pid: 7, regions: vec![region] }
+    }
+
+    #[test]
+    fn what_was_written_is_found_by_another() {
+        let ledger = Ledger::create(record(), 5000).expect("it is made");
+        let states = ledger.records(false).expect("it is mapped").states;
+        states.set(4999, PageState::Removed);
+        let other = Ledger::open(ledger.file.try_clone().expect("one").into()).expect("it opens");
+        assert_eq!((other.record.pid, other.record.regions.len(), other.pages), (7, 1, 5000));
+        let found = other.records(true).expect("it is mapped");
+        assert_eq!(found.states.of(4999), PageState::Removed);
+        assert_eq!(found.states.of(0), PageState::Missing);
+        assert!(found.journal.left().is_empty());
+    }
+
+    #[test]
+    fn other_files_are_refused() {
+        assert!(Ledger::create(record(), PAGES_LIMIT + 1).is_err());
+        let null = File::open("/dev/null").expect("there is one");
+        assert!(matches!(Ledger::open(null.into()), Err(KeepError::Ledger { .. })));
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let head = |pages: u64, len: u32, file_len: u64| {
+            let file = File::from(rustix::fs::memfd_create("x", flags).expect("a memfd"));
+            let mut head = MAGIC.to_vec();
+            head.extend(VERSION.to_le_bytes());
+            head.extend(len.to_le_bytes());
+            head.extend(pages.to_le_bytes());
+            file.write_all_at(&head, 0).expect("it is written");
+            file.set_len(file_len).expect("it is");
+            rustix::fs::fcntl_add_seals(&file, SEALS).expect("it is sealed");
+            Ledger::open(file.into()).expect_err("it is refused").to_string()
+        };
+        assert!(head(u64::MAX, 0, 1 << 20).contains("too many pages"));
+        assert!(head(1 << 20, 0, 1 << 20).contains("too long"));
+        assert!(head(1, u32::MAX, 8 << 20).contains("too long"));
+        assert!(head(1, 0, 8 << 20).contains("EOF"));
+    }
+}

@@ -1,0 +1,207 @@
+//! What a server and its keeper say to each other: one JSON object a packet, and descriptors with it.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::failure::FailurePolicy;
+use crate::serve::SnapshotName;
+
+/// Of the words and of the ledger. A keeper and a server of different versions do not work together.
+pub(super) const VERSION: u32 = 1;
+/// No packet is longer.
+const PACKET_LIMIT_BYTES: usize = 64 << 10;
+/// Userfaultfd, connection, process, ledger.
+pub(super) const DESCRIPTORS: usize = 4;
+
+/// Why nothing is kept.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum KeepError {
+    /// Nobody listens, or something else failed on the way.
+    #[error("cannot {what}")]
+    System {
+        /// What.
+        what: &'static str,
+        /// The answer.
+        #[source]
+        error: io::Error,
+    },
+    /// It runs as somebody else.
+    #[error("the other side runs as user {uid}: only this user and root are trusted")]
+    User {
+        /// Whose it is.
+        uid: u32,
+    },
+    /// It has said something else than expected.
+    #[error("the other side says what is not understood: {why}")]
+    Message {
+        /// What is wrong with it.
+        why: String,
+    },
+    /// It is another version of this program.
+    #[error("the keeper speaks version {found}, this server {wanted}")]
+    Version {
+        /// The keeper's.
+        found: u32,
+        /// The server's.
+        wanted: u32,
+    },
+    /// It has closed the connection.
+    #[error("the keeper is gone")]
+    Gone,
+    /// What was kept of a guest cannot be used.
+    #[error("what was kept is unusable: {why}")]
+    Ledger {
+        /// What is wrong with it.
+        why: &'static str,
+    },
+}
+
+/// What a server says.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum ToKeeper {
+    /// First of all. Answered by `Welcome`.
+    Hello { version: u32, snapshot: SnapshotName, on_error: OnError },
+    /// A guest whose server has died shall be this one's, by this number. Answered by `Guest` or `Nobody`.
+    Take { id: u64 },
+    /// A guest, with its descriptors. Not answered.
+    Keep { id: u64 },
+    /// The guest with this number has ended. Not answered.
+    Forget { id: u64 },
+}
+
+/// What the keeper answers.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum FromKeeper {
+    Welcome { version: u32 },
+    Guest {},
+    Nobody {},
+}
+
+/// [`FailurePolicy`] in words.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum OnError {
+    Poison,
+    Kill,
+}
+
+impl From<FailurePolicy> for OnError {
+    fn from(policy: FailurePolicy) -> OnError {
+        match policy {
+            FailurePolicy::Poison => OnError::Poison,
+            FailurePolicy::Kill => OnError::Kill,
+        }
+    }
+}
+
+impl From<OnError> for FailurePolicy {
+    fn from(policy: OnError) -> FailurePolicy {
+        match policy {
+            OnError::Poison => FailurePolicy::Poison,
+            OnError::Kill => FailurePolicy::Kill,
+        }
+    }
+}
+
+/// Connects to the keeper at `path`.
+pub(super) fn connect(path: &Path) -> Result<OwnedFd, KeepError> {
+    let address = SocketAddrUnix::new(path).map_err(system("connect to the keeper"))?;
+    let (family, kind) = (AddressFamily::UNIX, SocketType::SEQPACKET);
+    let socket = rustix::net::socket_with(family, kind, SocketFlags::CLOEXEC, None)
+        .map_err(system("make a socket"))?;
+    rustix::net::connect(&socket, &address).map_err(system("connect to the keeper"))?;
+    trusted(&socket)?;
+    Ok(socket)
+}
+
+/// Both sides give the other what they live by: it must be of this user, or root's. Answers its process.
+pub(super) fn trusted(socket: &OwnedFd) -> Result<i32, KeepError> {
+    let credentials = rustix::net::sockopt::socket_peercred(socket)
+        .map_err(system("see who is on the other side"))?;
+    match credentials.uid {
+        uid if uid == rustix::process::geteuid() || uid.is_root() => {
+            Ok(credentials.pid.as_raw_nonzero().get())
+        }
+        uid => Err(KeepError::User { uid: uid.as_raw() }),
+    }
+}
+
+/// Sends one packet. Waits for room, unless `flags` say otherwise.
+pub(super) fn send(
+    socket: &OwnedFd,
+    message: &impl Serialize,
+    descriptors: &[BorrowedFd<'_>],
+    flags: SendFlags,
+) -> Result<(), KeepError> {
+    let bytes = serde_json::to_vec(message).map_err(unclear)?;
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
+        return Err(unclear("too many descriptors"));
+    }
+    let flags = flags | SendFlags::NOSIGNAL;
+    loop {
+        match rustix::net::sendmsg(socket, &[IoSlice::new(&bytes)], &mut control, flags) {
+            Ok(_) => return Ok(()),
+            Err(Errno::INTR) => {}
+            Err(Errno::PIPE | Errno::CONNRESET) => return Err(KeepError::Gone),
+            Err(error) => return Err(system("send")(error)),
+        }
+    }
+}
+
+/// Receives one packet; `None` if there is none now and `flags` say not to wait.
+pub(super) fn receive<T: DeserializeOwned>(
+    socket: &OwnedFd,
+    flags: RecvFlags,
+) -> Result<Option<(T, Vec<OwnedFd>)>, KeepError> {
+    let mut bytes = vec![0; PACKET_LIMIT_BYTES];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = flags | RecvFlags::CMSG_CLOEXEC;
+    let received = loop {
+        let mut into = [IoSliceMut::new(&mut bytes)];
+        match rustix::net::recvmsg(socket, &mut into, &mut control, flags) {
+            Ok(received) => break received,
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => return Ok(None),
+            Err(Errno::CONNRESET) => return Err(KeepError::Gone),
+            Err(error) => return Err(system("receive")(error)),
+        }
+    };
+    let mut descriptors = Vec::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(received) = message {
+            descriptors.extend(received);
+        }
+    }
+    if received.bytes == 0 {
+        return Err(KeepError::Gone);
+    }
+    if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
+        return Err(unclear("a packet that is too long"));
+    }
+    let message = serde_json::from_slice(&bytes[..received.bytes]).map_err(unclear)?;
+    Ok(Some((message, descriptors)))
+}
+
+pub(super) fn unclear(why: impl std::fmt::Display) -> KeepError {
+    KeepError::Message { why: why.to_string() }
+}
+
+pub(super) fn system(what: &'static str) -> impl Fn(Errno) -> KeepError {
+    move |error| KeepError::System { what, error: error.into() }
+}

@@ -1,0 +1,146 @@
+//! Servers that are killed, a keeper that outlives them, and guests that never notice.
+#![allow(missing_docs)]
+
+#[path = "support/daemon.rs"]
+mod daemon;
+mod support;
+#[path = "support/vmm.rs"]
+mod vmm;
+
+use std::os::unix::process::ExitStatusExt;
+use std::thread;
+use std::time::Duration;
+
+use daemon::{Daemon, Keeping};
+use support::userfaultfd_works;
+use vmm::Vmm;
+
+const PAGES: usize = 1024;
+const FOREVER: Duration = Duration::from_secs(3600);
+
+/// Not a test: the process of a VMM.
+#[test]
+fn vmm_process() {
+    vmm::run();
+}
+
+/// Not a test: the process of a server.
+#[test]
+fn daemon_process() {
+    daemon::run();
+}
+
+fn vmm_of(folder: &std::path::Path, daemon: &Daemon) -> Vmm {
+    let mut vmm = Vmm::start(&daemon::socket(folder));
+    vmm.ok(&format!("map {PAGES}"));
+    vmm.ok("body new");
+    daemon.expect("Served");
+    vmm
+}
+
+#[test]
+fn guests_go_on_when_their_server_is_killed_under_load() {
+    if !userfaultfd_works("guests_go_on_when_their_server_is_killed_under_load") {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path();
+    let keeping = Keeping::start(folder, FOREVER);
+    let mut server = Daemon::start(folder, PAGES, "poison");
+    let mut vmms: Vec<Vmm> = (0..3).map(|_| vmm_of(folder, &server)).collect();
+    for (seed, vmm) in vmms.iter_mut().enumerate() {
+        vmm.ok(&format!("storm {seed}"));
+    }
+    for round in 0..8 {
+        // Any moment: early ones, when most pages are missing, and later ones.
+        thread::sleep(Duration::from_micros(500 << round));
+        server.kill();
+        keeping.expect("Lost");
+        server = Daemon::start(folder, PAGES, "poison");
+        let told = keeping.expect("TakenOver");
+        assert!(told.contains("guests: 3"), "{told}");
+    }
+    for vmm in &mut vmms {
+        let found = vmm.ask("calm").expect("it lives");
+        assert!(found.starts_with("ok "), "{found}");
+    }
+    drop(vmms);
+    (0..3).for_each(|_| drop(server.expect("Ended")));
+    server.kill();
+    let told = keeping.expect("Lost");
+    assert!(told.contains("guests: 0"), "{told}");
+    assert_eq!(keeping.finish(), 0);
+}
+
+#[test]
+fn a_guest_of_a_dead_server_is_forgotten_when_it_ends() {
+    if !userfaultfd_works("a_guest_of_a_dead_server_is_forgotten_when_it_ends") {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path();
+    let keeping = Keeping::start(folder, FOREVER);
+    let server = Daemon::start(folder, PAGES, "poison");
+    let (dies, mut lives) = (vmm_of(folder, &server), vmm_of(folder, &server));
+    server.kill();
+    keeping.expect("Lost");
+    drop(dies);
+    let server = Daemon::start(folder, PAGES, "poison");
+    let told = keeping.expect("TakenOver");
+    assert!(told.contains("guests: 1"), "{told}");
+    lives.ok(&format!("check 0 {PAGES} 1"));
+    server.kill();
+    keeping.expect("Lost");
+    // Without a keeper nobody can go on with it.
+    assert_eq!(keeping.finish(), 1);
+    let status = lives.child.wait().expect("it ends");
+    assert_eq!(status.signal(), Some(libc::SIGKILL));
+}
+
+#[test]
+fn what_a_guest_lacks_fails_when_no_server_comes_back() {
+    if !userfaultfd_works("what_a_guest_lacks_fails_when_no_server_comes_back") {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path();
+    let keeping = Keeping::start(folder, Duration::from_millis(50));
+    let server = Daemon::start(folder, PAGES, "poison");
+    let mut vmm = vmm_of(folder, &server);
+    vmm.ok("check 0 8 1");
+    vmm.ok("remove 4 1");
+    server.kill();
+    // It waits for its page, until the keeper has waited long enough.
+    let errno = format!("errno {}", libc::EFAULT);
+    assert_eq!(vmm.ask("syscall 512").as_deref(), Some(&*errno));
+    keeping.expect("GivenUp { guests: 1, killed: [] }");
+    vmm.ok("check 0 4 1");
+    assert_eq!(vmm.ask("read 4").as_deref(), Some("0"));
+    // One that comes late after all brings what has not failed yet.
+    let server = Daemon::start(folder, PAGES, "poison");
+    keeping.expect("TakenOver");
+    vmm.ok("check 600 100 1");
+    assert_eq!(vmm.ask("syscall 512").as_deref(), Some(&*errno));
+    drop(vmm);
+    server.expect("Ended");
+    server.kill();
+    assert_eq!(keeping.finish(), 0);
+}
+
+#[test]
+fn with_the_policy_kill_a_guest_without_a_server_dies() {
+    if !userfaultfd_works("with_the_policy_kill_a_guest_without_a_server_dies") {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path();
+    let keeping = Keeping::start(folder, Duration::from_millis(50));
+    let server = Daemon::start(folder, PAGES, "kill");
+    let mut vmm = vmm_of(folder, &server);
+    vmm.ok("check 0 8 1");
+    server.kill();
+    assert_eq!(vmm.ask("syscall 512"), None);
+    let status = vmm.child.wait().expect("it ends");
+    assert_eq!(status.signal(), Some(libc::SIGKILL));
+    assert_eq!(keeping.finish(), 0);
+}

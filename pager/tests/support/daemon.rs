@@ -1,0 +1,151 @@
+//! A page server in a process of its own, to be killed: the test's binary, started again. And a keeper, in this one.
+#![allow(dead_code, missing_docs, unreachable_pub)]
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use pager::FailurePolicy;
+use pager::keep::{KeepOptions, Keeper};
+use pager::serve::{KeepAt, ServeEvent, ServeOptions, Server, SnapshotName};
+
+use super::support::{PAGE, source_of};
+
+const SETTINGS: &str = "PAGER_TEST_DAEMON";
+/// Longer than anything here takes: a hang becomes a failure.
+const HUNG: Duration = Duration::from_secs(60);
+
+/// A server, from the test's side.
+pub struct Daemon {
+    pub child: Child,
+    events: Receiver<String>,
+}
+
+impl Daemon {
+    /// Starts one of `pages` stamped pages. The test binary must have a test `daemon_process` that calls [`run`].
+    pub fn start(folder: &Path, pages: usize, policy: &str) -> Daemon {
+        let settings = format!("{pages} {policy} {}", folder.display());
+        let mut child = Command::new(std::env::current_exe().expect("this test"))
+            .args(["--exact", "daemon_process", "--nocapture", "--test-threads=1"])
+            .env(SETTINGS, settings)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .expect("it starts");
+        let lines = BufReader::new(child.stdout.take().expect("a pipe")).lines();
+        let (told, events) = channel();
+        thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                if let Some((_, event)) = line.split_once("daemon: ") {
+                    let _ = told.send(event.to_owned());
+                }
+            }
+        });
+        let daemon = Daemon { child, events };
+        daemon.expect("listens");
+        daemon
+    }
+
+    /// What it says next that has this in it.
+    #[track_caller]
+    pub fn expect(&self, what: &str) -> String {
+        loop {
+            let event = self.events.recv_timeout(HUNG).expect("the server has said something");
+            if event.contains(what) {
+                return event;
+            }
+        }
+    }
+
+    pub fn kill(mut self) {
+        self.child.kill().expect("it can be killed");
+        self.child.wait().expect("it ends");
+    }
+}
+
+/// The name of the server's socket in the folder.
+pub fn socket(folder: &Path) -> PathBuf {
+    folder.join("pages.sock")
+}
+
+/// The server's side. Does nothing where no settings were given.
+pub fn run() {
+    let Ok(settings) = std::env::var(SETTINGS) else {
+        return;
+    };
+    let mut words = settings.splitn(3, ' ');
+    let mut word = || words.next().expect("three words");
+    let (pages, policy, folder) =
+        (word().parse().expect("a number"), word(), PathBuf::from(word()));
+    // A page comes with seven others of its block, and one from far away.
+    let source = source_of(pages, move |offset, answer| {
+        let page = offset as usize / PAGE;
+        answer.push(page);
+        let block = page - page % 8;
+        let around = (block..(block + 8).min(pages)).filter(|&other| other != page);
+        around.for_each(|other| answer.push(other));
+        answer.push((page * 7 + 211) % pages);
+        Ok(())
+    });
+    let snapshot =
+        SnapshotName { layers: vec!["test".into()], memory_bytes: (pages * PAGE) as u64 };
+    let mut options = ServeOptions::default();
+    options.keep = Some(KeepAt { socket: folder.join("keep.sock"), snapshot });
+    options.on_error = match policy {
+        "kill" => FailurePolicy::Kill,
+        _ => FailurePolicy::Poison,
+    };
+    let told = |event: ServeEvent<'_>| {
+        let text = format!("\ndaemon: {event:?}\n").replace("TakenOver", "taken over");
+        let _ = std::io::stdout().write_all(text.as_bytes());
+    };
+    // Its socket is there before it takes guests over.
+    let server = Server::bind(socket(&folder), source, options, told).expect("it binds");
+    println!("\ndaemon: listens");
+    let (stop, _never) = std::io::pipe().expect("a pipe");
+    server.run(stop.as_fd()).expect("it can poll");
+}
+
+/// A keeper, on a thread of this process.
+pub struct Keeping {
+    events: Receiver<String>,
+    stop: Option<std::io::PipeWriter>,
+    thread: Option<JoinHandle<usize>>,
+}
+
+impl Keeping {
+    pub fn start(folder: &Path, patience: Duration) -> Keeping {
+        let (told, events) = channel();
+        let mut options = KeepOptions::default();
+        options.patience = patience;
+        let keeper = Keeper::bind(folder.join("keep.sock"), options, move |event| {
+            let _ = told.send(format!("{event:?}"));
+        });
+        let keeper = keeper.expect("it binds");
+        let (reader, stop) = std::io::pipe().expect("a pipe");
+        let thread = thread::spawn(move || keeper.run(reader.as_fd()).expect("it can poll"));
+        Keeping { events, stop: Some(stop), thread: Some(thread) }
+    }
+
+    /// What it says next that has this in it.
+    #[track_caller]
+    pub fn expect(&self, what: &str) -> String {
+        loop {
+            let event = self.events.recv_timeout(HUNG).expect("the keeper has said something");
+            if event.contains(what) {
+                return event;
+            }
+        }
+    }
+
+    /// Stops it; answers how many guests it had to end.
+    pub fn finish(mut self) -> usize {
+        drop(self.stop.take());
+        self.thread.take().expect("once").join().expect("the keeper does not panic")
+    }
+}

@@ -1,0 +1,92 @@
+//! `snap keep`: servers that die, and what goes on.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use crate::support::{SNAP, Sample, end_of, needs_vm, signal, snap, start};
+
+/// A command that goes on, and what it says on stderr.
+struct Running {
+    child: Child,
+    says: Receiver<String>,
+}
+
+impl Running {
+    fn start(command: Command) -> Running {
+        let mut child = start(command);
+        let lines = BufReader::new(child.stderr.take().expect("a pipe")).lines();
+        let (told, says) = channel();
+        std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                let _ = told.send(line);
+            }
+        });
+        Running { child, says }
+    }
+
+    fn keeper(folder: &Path, options: &[&str]) -> Running {
+        let mut command = Command::new(SNAP);
+        command.arg("keep").arg("--listen").arg(keeper_socket(folder)).args(options);
+        let keeper = Running::start(command);
+        keeper.says("keeping at");
+        keeper
+    }
+
+    fn server(sample: &Sample) -> Running {
+        let folder = sample.folder.path();
+        let mut command = Command::new(SNAP);
+        command.arg("serve").arg(&sample.file).arg("--listen").arg(folder.join("pages.sock"));
+        command.arg("--keep").arg(keeper_socket(folder));
+        let server = Running::start(command);
+        server.says("serving ");
+        server
+    }
+
+    /// What it says next that has this in it.
+    #[track_caller]
+    fn says(&self, what: &str) -> String {
+        loop {
+            let line = self.says.recv_timeout(Duration::from_secs(60)).expect("it says more");
+            if line.contains(what) {
+                return line;
+            }
+        }
+    }
+
+    #[track_caller]
+    fn end(self, signal_name: &str) -> Option<i32> {
+        signal(self.child.id(), signal_name);
+        end_of(self.child).status.code()
+    }
+}
+
+fn keeper_socket(folder: &Path) -> PathBuf {
+    folder.join("keep.sock")
+}
+
+#[test]
+fn a_keeper_knows_when_servers_come_and_go() {
+    needs_vm!();
+    let sample = Sample::small();
+    let folder = sample.folder.path();
+    let socket = keeper_socket(folder);
+    let pages = folder.join("pages.sock");
+    let (file, pages) = (sample.file.to_str().expect("text"), pages.to_str().expect("text"));
+    let keep = socket.to_str().expect("text");
+    snap(["serve", file, "--listen", pages, "--keep", keep])
+        .failed(1, &["the keeper: cannot connect to the keeper"]);
+    let keeper = Running::keeper(folder, &[]);
+    snap(["keep", "--listen", keep]).failed(1, &["keep.sock: a server is listening there"]);
+    let server = Running::server(&sample);
+    keeper.says("connected");
+    server.end("KILL");
+    keeper.says("gone, 0 guests wait");
+    let server = Running::server(&sample);
+    assert_eq!(server.end("TERM"), Some(130));
+    keeper.says("gone, 0 guests wait");
+    assert_eq!(keeper.end("TERM"), Some(130));
+    assert!(!socket.exists());
+}
