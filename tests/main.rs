@@ -21,3 +21,4 @@ mod running;
 mod serving;
 mod sockets;
 mod support;
+mod working_sets;

@@ -30,12 +30,26 @@ pub(crate) fn image(path: &Path, ranges: &[MemoryRange]) -> Result<Arc<GuestMemo
     if found != expected {
         bail!("{} is {found} bytes long, expected {expected}", named());
     }
+    map_privately(&file, ranges).with_context(|| format!("cannot map {}", named()))
+}
+
+/// Memory that is a private mapping of a file in memory, for a pager that records what is touched.
+pub(crate) fn recorded(ranges: &[MemoryRange]) -> Result<(File, Arc<GuestMemoryMmap>)> {
+    let file: File = rustix::fs::memfd_create("recorded-memory", MemfdFlags::CLOEXEC)
+        .context("cannot create a memfd for recorded memory")?
+        .into();
+    let memory_bytes = ranges.iter().map(|range| range.len).sum();
+    file.set_len(memory_bytes).context("cannot size the recorded memory")?;
+    let memory = map_privately(&file, ranges)?;
+    Ok((file, memory))
+}
+
+fn map_privately(file: &File, ranges: &[MemoryRange]) -> Result<Arc<GuestMemoryMmap>> {
     let (prot, flags) =
         (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_NORESERVE);
     let map = |range: &MemoryRange| {
-        let at = FileOffset::new(file.try_clone().with_context(named)?, range.source_offset);
-        let mapped = MmapRegion::build(Some(at), range.len as usize, prot, flags)
-            .with_context(|| format!("cannot map {}", named()))?;
+        let at = FileOffset::new(file.try_clone()?, range.source_offset);
+        let mapped = MmapRegion::build(Some(at), range.len as usize, prot, flags)?;
         GuestRegionMmap::new(mapped, GuestAddress(range.gpa))
             .with_context(|| format!("memory at gpa {:#x} has no end", range.gpa))
     };

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use crate::recording::Touched;
 use crate::size;
 use crate::usage::Usage;
 
@@ -38,6 +39,11 @@ pub(crate) struct RestoreReport {
     pub(crate) memory_sha256: Option<String>,
     /// What the pager did, in a lazy restore, until the run was over.
     pub(crate) pager: Option<pager::Stats>,
+    /// Why the file's working set could not be used; the guest has run without.
+    pub(crate) working_set_damage: Option<String>,
+    /// Which pages were touched, if that was recorded.
+    #[serde(skip)]
+    pub(crate) touched: Option<Touched>,
     /// What the process has used until then, where that was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) process: Option<Usage>,
@@ -77,6 +83,14 @@ impl fmt::Display for RestoreReport {
                 "  pages              {} on demand, {} with them, {} zero; {} never loaded",
                 pages.demand, pages.fault_around, pages.zero, stats.pages.missing
             )?;
+            if stats.prefetch != pager::Prefetch::Off {
+                let state = match stats.prefetch {
+                    pager::Prefetch::Done => "all of the set is there",
+                    pager::Prefetch::GivenUp => "given up",
+                    _ => "not at its end",
+                };
+                writeln!(f, "  prefetched         {} pages; {state}", pages.prefetched)?;
+            }
             if stats.population != pager::Population::Off {
                 let state = match stats.population {
                     pager::Population::Complete => "all is loaded".into(),
@@ -85,6 +99,9 @@ impl fmt::Display for RestoreReport {
                 };
                 writeln!(f, "  populated          {} pages; {state}", pages.populated)?;
             }
+        }
+        if let Some(damage) = &self.working_set_damage {
+            writeln!(f, "  working set        not used: {damage}")?;
         }
         if let Some(hash) = &self.memory_sha256 {
             writeln!(f, "  memory sha256      {hash}")?;

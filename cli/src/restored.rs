@@ -1,5 +1,6 @@
 //! A guest brought back from a file, about to run: what every command does that needs one.
 
+use std::fs::File;
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -7,7 +8,10 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use pager::shared::SharedClone;
-use pager::{Failure, FailurePolicy, Pager, Placement, Populate, Region, SnapshotSource};
+use pager::{
+    Failure, FailurePolicy, Pager, PagerBuilder, Placement, Populate, Recording, Region,
+    SnapshotSource,
+};
 use snapfmt::Snapshot;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm::state::{STATE_KIND, VmState};
@@ -16,6 +20,7 @@ use vmm::{Clock, Console, HostCpu, MemoryRange, PausedVm, RestoreOptions, VmHand
 use crate::commands::{Session, open, serve};
 use crate::devices::SavedDeviceArgs;
 use crate::exit::GuestStopped;
+use crate::prefetch::{self, PrefetchArg, SetDamage};
 use crate::progress::Bar;
 use crate::{guest_memory, size};
 
@@ -37,6 +42,10 @@ pub(crate) struct Origin<'a> {
     /// What a lazy restore loads in the background, and how many bytes a second at most.
     pub(crate) populate: Populate,
     pub(crate) populate_rate: Option<NonZeroU64>,
+    /// What of the file's working set, and beyond, a lazy restore loads in front of the guest.
+    pub(crate) prefetch: PrefetchArg,
+    /// Whether a lazy restore records which pages are touched.
+    pub(crate) record: bool,
     pub(crate) placement: Placement,
     /// What the guest's clocks do about the time it was stored.
     pub(crate) clock: Clock,
@@ -54,6 +63,10 @@ pub(crate) struct Restored {
     // would read as zeros.
     pub(crate) vm: PausedVm,
     pub(crate) pager: Option<Pager>,
+    /// Which pages are touched, if that is recorded.
+    pub(crate) recording: Option<Recording>,
+    /// Why the file's working set is of no use, if that turns out.
+    pub(crate) set_damage: SetDamage,
     pub(crate) clone: Option<SharedClone>,
     pub(crate) memory: Arc<GuestMemoryMmap>,
     pub(crate) snapshot: Arc<Snapshot>,
@@ -83,18 +96,25 @@ impl Origin<'_> {
         let ranges = guest_memory::to_ranges(snapshot.regions());
         let guest = GuestSlot::default();
         let mut loaded_bytes = 0;
-        let (mut pager, mut clone, mut options) = (None, None, RestoreOptions::default());
+        let (mut pager, mut clone, mut recording) = (None, None, None);
+        let (mut options, set_damage) = (RestoreOptions::default(), SetDamage::default());
         if self.lazy || self.image.is_some() {
             let first = snapshot
                 .populated()
                 .flat_map(|range| guest_memory::gpa_ranges(snapshot.regions(), range));
             options = options.plug_first(first.collect());
         }
+        let mut recorded = None;
         let memory = match (self.share, self.image) {
             (None, Some(image)) => guest_memory::image(image, &ranges)?,
             (Some(socket), _) => {
                 let (started, memory) = self.start_clone(socket, &snapshot, &ranges, &guest)?;
                 clone = Some(started);
+                memory
+            }
+            (None, None) if self.record => {
+                let (file, memory) = guest_memory::recorded(&ranges)?;
+                recorded = Some(file);
                 memory
             }
             (None, None) => guest_memory::private(&ranges)?,
@@ -103,8 +123,11 @@ impl Origin<'_> {
             // The kernel reads it, when the guest touches it.
         } else if !self.lazy {
             loaded_bytes = load(&snapshot, &memory, session).with_context(named)?;
+        } else if let Some(file) = recorded {
+            let (record, started) = self.start_recording(&snapshot, &memory, file, &guest)?;
+            (recording, pager) = (Some(record), Some(started));
         } else if clone.is_none() {
-            pager = Some(self.start_pager(&snapshot, &memory, &guest)?);
+            pager = Some(self.start_pager(&snapshot, &memory, &guest, &set_damage)?);
         }
         let memory_ready = Instant::now();
 
@@ -120,7 +143,18 @@ impl Origin<'_> {
         };
         guest.connect(vm.handle());
         session.interrupt.pauses(vm.handle());
-        Ok(Restored { vm, pager, clone, memory, snapshot, loaded_bytes, opened, memory_ready })
+        Ok(Restored {
+            vm,
+            pager,
+            recording,
+            set_damage,
+            clone,
+            memory,
+            snapshot,
+            loaded_bytes,
+            opened,
+            memory_ready,
+        })
     }
 
     /// The machine state of the file; checks that it and `--memory` fit to the file's memory.
@@ -190,23 +224,54 @@ impl Origin<'_> {
         snapshot: &Arc<Snapshot>,
         memory: &Arc<GuestMemoryMmap>,
         guest: &GuestSlot,
+        set_damage: &SetDamage,
     ) -> Result<Pager> {
-        let offset_of = |gpa: vm_memory::GuestAddress| {
-            let regions = snapshot.regions().iter();
-            regions.filter(|r| r.gpa == gpa.0).map(|r| r.source_offset).next().unwrap_or(u64::MAX)
+        let mut builder = Pager::builder(Arc::new(SnapshotSource::new(Arc::clone(snapshot))))
+            .regions(regions(snapshot, memory)?);
+        if self.prefetch != PrefetchArg::Off && prefetch::has_set(snapshot) {
+            builder = builder.prefetch(prefetch::list(Arc::clone(snapshot), set_damage.clone()));
+        }
+        self.start(builder, guest)
+    }
+
+    fn start_recording(
+        &self,
+        snapshot: &Arc<Snapshot>,
+        memory: &Arc<GuestMemoryMmap>,
+        file: File,
+        guest: &GuestSlot,
+    ) -> Result<(Recording, Pager)> {
+        let source = Arc::new(SnapshotSource::new(Arc::clone(snapshot)));
+        let recording = Recording::new(source, file, regions(snapshot, memory)?)
+            .context("cannot record which pages are touched")?;
+        let pager = self.start(Pager::recording(&recording), guest)?;
+        Ok((recording, pager))
+    }
+
+    fn start(&self, builder: PagerBuilder, guest: &GuestSlot) -> Result<Pager> {
+        let populate = match self.prefetch {
+            PrefetchArg::All if !self.record => Populate::Full,
+            _ => self.populate,
         };
-        let regions = Region::of_guest_memory(memory, offset_of)?;
         let (file, guest) = (self.file.to_owned(), guest.clone());
-        Pager::builder(Arc::new(SnapshotSource::new(Arc::clone(snapshot))))
-            .regions(regions)
+        builder
             .on_error(self.on_error)
             .placement(self.placement)
-            .populate(self.populate)
+            .populate(populate)
             .populate_rate(self.populate_rate)
             .on_failure(move |failure| guest.fail(format!("{:#}", damaged(&file, failure))))
             .start()
             .context("cannot restore lazily (without --lazy, userfaultfd is not needed)")
     }
+}
+
+/// The regions of guest memory for the pager.
+fn regions(snapshot: &Snapshot, memory: &Arc<GuestMemoryMmap>) -> Result<Vec<Region>> {
+    let offset_of = |gpa: GuestAddress| {
+        let regions = snapshot.regions().iter();
+        regions.filter(|r| r.gpa == gpa.0).map(|r| r.source_offset).next().unwrap_or(u64::MAX)
+    };
+    Ok(Region::of_guest_memory(memory, offset_of)?)
 }
 
 /// The guest that a failing pager stops: known only after the pager was started.

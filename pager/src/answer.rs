@@ -96,7 +96,7 @@ impl Desk {
         loaded: LoadedPages<'_>,
         inbox: &mut Inbox,
     ) -> Result<bool, Trouble> {
-        self.lay_out(shared, fault, loaded)?;
+        self.lay_out(shared, Some(fault), loaded)?;
         let page_bytes = shared.layout.page_bytes() as usize;
         let mut answered = false;
         for (index, run) in self.runs.iter().enumerate() {
@@ -126,12 +126,14 @@ impl Desk {
         Ok(answered)
     }
 
-    /// Installs, wherever it belongs, what was loaded for a page that nobody waits for. `next_step` is called before
-    /// each step with its length in bytes, to change it; its `None` ends the work.
+    /// Installs, wherever it belongs, what was loaded for a page that nobody waits for (`None`: for no page in
+    /// particular). `next_step` is called before each step with its length in bytes, to change it; its `None` ends
+    /// the work.
     pub(crate) fn populate(
         &mut self,
         shared: &Shared,
-        asked: Place,
+        asked: Option<Place>,
+        purpose: Purpose,
         loaded: LoadedPages<'_>,
         mut next_step: impl FnMut(&mut usize) -> Option<()>,
     ) -> Result<(), Trouble> {
@@ -154,7 +156,7 @@ impl Desk {
                 };
                 let from = run.buffer_offset + done * page_bytes;
                 let fill = Fill::Copy(&loaded.bytes[from..from + pages * page_bytes]);
-                shared.install_elsewhere(slice, target, fill, Purpose::Populate)?;
+                shared.install_elsewhere(slice, target, fill, purpose)?;
                 done += pages;
             }
         }
@@ -165,7 +167,7 @@ impl Desk {
     fn lay_out(
         &mut self,
         shared: &Shared,
-        asked: Place,
+        asked: Option<Place>,
         loaded: LoadedPages<'_>,
     ) -> Result<(), Trouble> {
         let page_bytes = shared.layout.page_bytes() as usize;
@@ -176,12 +178,16 @@ impl Desk {
             return Err(unusable("a page lies beyond the loaded bytes"));
         }
         // A page that no region has (memory that is not mapped here) is left out.
+        let hint = asked.map_or(0, |asked| asked.extent);
         let placed = loaded.pages.iter().filter_map(|loaded| {
-            let place = shared.layout.at_source(loaded.source_offset, asked.extent)?;
+            let place = shared.layout.at_source(loaded.source_offset, hint)?;
             Some(Placed { place, buffer_offset: loaded.buffer_offset })
         });
-        run::coalesce(placed, page_bytes, asked.page, &mut self.runs);
-        if !self.runs.first().is_some_and(|run| run.holds(asked.page)) {
+        // No page has that number.
+        let asked_page = asked.map_or(u64::MAX, |asked| asked.page);
+        run::coalesce(placed, page_bytes, asked_page, &mut self.runs);
+        let held = self.runs.first().is_some_and(|run| run.holds(asked_page));
+        if asked.is_some() && !held {
             return Err(unusable("the asked page is not among the loaded ones"));
         }
         Ok(())

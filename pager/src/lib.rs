@@ -47,8 +47,10 @@
 //! - Starting costs the same for 64 MiB and 16 GiB. A fault takes no allocation, and no lock that slices share
 //!   (but for chunks that reach from one into the other).
 //! - Memory of another process that has sent its userfaultfd is served as well: [`PagerBuilder::foreign`].
+//! - Pages that will probably be needed are installed in front of who needs them: [`PagerBuilder::prefetch`].
 //! - What nobody has touched is loaded in the background if wanted ([`Populate`]), behind all faults; then
 //!   neither the pager nor the source is needed any more.
+//! - Which pages are touched, one by one, can be recorded: [`Pager::recording`].
 //! - [`Stats`]: pages by state and by origin, and how long faults took.
 //!
 //! # What it does not do
@@ -88,16 +90,21 @@ mod page_state;
 mod pager;
 mod placement;
 mod populate;
+mod prefetch;
 mod purpose;
+mod recording;
 mod records;
 mod region;
 mod register;
 mod run;
+mod sequence;
 #[cfg(feature = "serve")]
 pub mod serve;
 #[cfg(feature = "serve")]
 pub mod shared;
 mod slice;
+#[cfg(feature = "snapfmt")]
+mod snapshot_sequence;
 #[cfg(feature = "snapfmt")]
 mod snapshot_source;
 mod source;
@@ -111,7 +118,10 @@ pub use handler::RetryPolicy;
 pub use pager::{Pager, PagerBuilder};
 pub use placement::Placement;
 pub use populate::{Populate, Population};
+pub use prefetch::Prefetch;
+pub use recording::Recording;
 pub use region::{Region, RegionError};
+pub use sequence::PageSequence;
 #[cfg(feature = "snapfmt")]
 pub use snapshot_source::SnapshotSource;
 pub use source::{

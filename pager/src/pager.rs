@@ -20,6 +20,8 @@ use crate::layout::Layout;
 use crate::page_state::{PageState, PageStates};
 use crate::placement::{Follower, Placement};
 use crate::populate::{OnComplete, Populate, Population, Progress, Worker};
+use crate::prefetch::{PageList, Prefetch, PrefetchProgress, Prefetcher};
+use crate::recording::Recording;
 use crate::records::{self, Records};
 use crate::region::Region;
 use crate::register;
@@ -59,6 +61,8 @@ pub struct PagerBuilder {
     populate_rate: Option<NonZeroU64>,
     populate_threads: usize,
     on_complete: Option<OnComplete>,
+    prefetch: Option<PageList>,
+    one_by_one: bool,
 }
 
 impl Pager {
@@ -79,7 +83,17 @@ impl Pager {
             populate_rate: None,
             populate_threads: 1,
             on_complete: None,
+            prefetch: None,
+            one_by_one: false,
         }
+    }
+
+    /// A pager that records which pages of the recording's memory are touched, to be started. It is
+    /// [`PagerBuilder::backed`], with what that means for memory that is given back, prefetch and population. Wants Linux 5.19.
+    pub fn recording(recording: &Recording) -> PagerBuilder {
+        let mut builder = Pager::builder(recording.source());
+        builder.one_by_one = true;
+        builder.regions(recording.regions().iter().cloned()).backed()
     }
 
     /// What it has done so far.
@@ -132,6 +146,11 @@ impl Pager {
         self.shared.population.wait(timeout)
     }
 
+    /// Waits until the prefetch has ended, or for `timeout`, and answers how far it has come.
+    pub fn wait_prefetched(&self, timeout: Duration) -> Prefetch {
+        self.shared.prefetch.wait(timeout)
+    }
+
     /// The first failure, if there was one.
     pub fn failure(&self) -> Option<&Failure> {
         self.shared.failures.first()
@@ -175,6 +194,7 @@ impl Shared {
         }
         distributions.add_to(&mut stats);
         stats.population = self.population.state();
+        stats.prefetch = self.prefetch.state();
         stats
     }
 }
@@ -246,6 +266,19 @@ impl PagerBuilder {
         self
     }
 
+    /// Installs these pages (ranges of source offsets, in the order in which they will probably be needed) as soon as the
+    /// pager runs, on a thread of its own, which calls `list` for them. Faults are answered before; population comes after.
+    ///
+    /// The list is a hint: pages that are not missing, or in no region, are passed over, and one that cannot be had is
+    /// left to whoever touches it. It leads to at most 16 times its bytes, and 64 MiB, being decoded.
+    pub fn prefetch(
+        mut self,
+        list: impl FnOnce() -> Vec<Range<u64>> + Send + 'static,
+    ) -> PagerBuilder {
+        self.prefetch = Some(Box::new(list));
+        self
+    }
+
     /// Called once, when the population has ended ([`Population::Complete`] or [`Population::Incomplete`]), on
     /// its last thread. Not when the pager is stopped before.
     pub fn on_complete(
@@ -290,9 +323,11 @@ impl PagerBuilder {
     /// [`StartError`]; then nothing is registered, and missing pages read as zero: don't run a guest on it.
     pub fn start(self) -> Result<Pager, StartError> {
         let PagerBuilder { source, regions, slices, placement, retry, on_error, .. } = self;
-        let PagerBuilder { on_failure, foreign, backed, records, .. } = self;
-        let PagerBuilder { populate, populate_rate, populate_threads, on_complete, .. } = self;
-        if backed && populate != Populate::Off {
+        let PagerBuilder { on_failure, foreign, backed, records, one_by_one, .. } = self;
+        let PagerBuilder {
+            populate, populate_rate, populate_threads, on_complete, prefetch, ..
+        } = self;
+        if backed && (populate != Populate::Off || prefetch.is_some()) {
             return Err(StartError::PopulateBacked);
         }
         let page_bytes = check(&regions, source.len_bytes())?;
@@ -338,7 +373,7 @@ impl PagerBuilder {
             if on_error == FailurePolicy::Poison && !uffd.features().contains(Features::POISON) {
                 return Err(StartError::PoisonUnavailable);
             }
-            let zeropage = register::all(&uffd, layout.extents_of(index))?;
+            let zeropage = register::all(&uffd, layout.extents_of(index), one_by_one)?;
             let zeros = (!zeropage).then(|| vec![0; page_bytes].into_boxed_slice());
             let pages =
                 layout.extents_of(index).iter().map(|extent| extent.host.end - extent.host.start);
@@ -364,6 +399,7 @@ impl PagerBuilder {
         );
         let shared = Arc::new(Shared {
             population,
+            prefetch: PrefetchProgress::new(prefetch.is_some()),
             slices: parts,
             layout,
             states,
@@ -402,6 +438,14 @@ impl PagerBuilder {
                 .spawn(move || handler.run())
                 .map_err(system("a thread"))?;
             pager.threads.push(thread);
+        }
+        if let Some(list) = prefetch {
+            let prefetcher = Prefetcher { shared: Arc::clone(&pager.shared), source, list };
+            let thread = thread::Builder::new()
+                .name("prefetch".into())
+                .spawn(move || prefetcher.run())
+                .map_err(system("a thread"))?;
+            pager.workers.push(thread);
         }
         for (index, reader) in populating.into_iter().enumerate() {
             let worker = Worker::new(Arc::clone(&pager.shared), reader, retry);

@@ -20,6 +20,8 @@ use crate::answer::{Desk, Trouble};
 use crate::handler::{Panicked, RetryPolicy};
 use crate::layout::Place;
 use crate::page_state::PageState;
+use crate::prefetch::Prefetch;
+use crate::purpose::Purpose;
 use crate::slice::Shared;
 use crate::source::{Load, PageReader, SourceErrorKind};
 
@@ -68,6 +70,8 @@ const ASIDE: Duration = Duration::from_micros(50);
 const LONGEST_ASIDE: Duration = Duration::from_millis(10);
 /// As long nothing must have faulted for `Idle` to begin.
 const QUIET: Duration = Duration::from_millis(5);
+/// While there is a prefetch, between looks whether the pager was stopped.
+const AFTER_PREFETCH: Duration = Duration::from_millis(5);
 /// The first burst of `Idle`, and the pause after each burst.
 const FIRST_BURST_BYTES: u64 = 256 << 10;
 const LONGEST_BURST_BYTES: u64 = 32 << 20;
@@ -178,6 +182,12 @@ impl Worker {
 
     /// The thread's body. A source that panics has no more to say to this thread; the pages are left to faults.
     pub(crate) fn run(mut self) {
+        // What will probably be asked for goes first.
+        while self.shared.prefetch.wait(AFTER_PREFETCH) == Prefetch::Running {
+            if stopped(&self.shared).is_err() {
+                return;
+            }
+        }
         loop {
             let progress = &self.shared.population;
             let number = progress.next_part.fetch_add(1, Ordering::Relaxed);
@@ -232,11 +242,13 @@ impl Worker {
                         .read(loaded.cost.bytes_read);
                     let bytes = loaded.pages.len() as u64 * page_bytes;
                     let pace = &mut self.pace;
-                    let installed = self.desk.populate(&shared, place, loaded, |step| {
-                        pace.between_steps(&shared)?;
-                        *step = pace.step_bytes;
-                        Some(())
-                    });
+                    let purpose = Purpose::Populate;
+                    let installed =
+                        self.desk.populate(&shared, Some(place), purpose, loaded, |step| {
+                            pace.between_steps(&shared)?;
+                            *step = pace.step_bytes;
+                            Some(())
+                        });
                     match installed {
                         Ok(()) => {}
                         Err(Trouble::ProcessGone) => return Err(Ended),

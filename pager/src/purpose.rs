@@ -9,6 +9,8 @@ pub(crate) enum Purpose {
     Load { fault_page: u64, zero: bool },
     /// Content of the source, for pages that are missing and that nobody has asked for.
     Populate,
+    /// The same, for pages that will probably be asked for.
+    Prefetch,
     /// Whatever its state, this page is answered: with zeros where nothing is.
     Answer { fault_page: u64 },
     /// Nothing of the slice can be had any more.
@@ -21,7 +23,9 @@ impl Purpose {
     /// Whether a page in that state is to be filled.
     pub(crate) fn wants(self, state: PageState) -> bool {
         match self {
-            Purpose::Load { .. } | Purpose::Populate => state == PageState::Missing,
+            Purpose::Load { .. } | Purpose::Populate | Purpose::Prefetch => {
+                state == PageState::Missing
+            }
             Purpose::PoisonMissing => matches!(state, PageState::Missing | PageState::Removed),
             // What was removed or brought while its load failed is not lost.
             Purpose::Poison { .. } => matches!(state, PageState::Missing | PageState::Poisoned),
@@ -33,14 +37,17 @@ impl Purpose {
     pub(crate) fn filled(self) -> PageState {
         match self {
             Purpose::Poison { .. } | Purpose::PoisonMissing => PageState::Poisoned,
-            Purpose::Load { .. } | Purpose::Populate | Purpose::Answer { .. } => PageState::Present,
+            Purpose::Load { .. }
+            | Purpose::Populate
+            | Purpose::Prefetch
+            | Purpose::Answer { .. } => PageState::Present,
         }
     }
 
     /// The page that somebody waits for.
     pub(crate) fn fault_page(self) -> Option<u64> {
         match self {
-            Purpose::Populate | Purpose::PoisonMissing => None,
+            Purpose::Populate | Purpose::Prefetch | Purpose::PoisonMissing => None,
             Purpose::Load { fault_page, .. }
             | Purpose::Answer { fault_page }
             | Purpose::Poison { fault_page } => Some(fault_page),

@@ -12,6 +12,7 @@ use crate::install::{self, Book, Fill, Filler, InstallError, PageOps, Settled, T
 use crate::layout::{Layout, Place};
 use crate::page_state::{PageState, PageStates};
 use crate::populate::Progress;
+use crate::prefetch::PrefetchProgress;
 use crate::purpose::Purpose;
 use crate::region::Region;
 use crate::register;
@@ -78,6 +79,7 @@ pub(crate) struct Shared {
     /// The memory is a private mapping of a file that the source fills.
     pub(crate) backed: bool,
     pub(crate) population: Progress,
+    pub(crate) prefetch: PrefetchProgress,
     pub(crate) _regions: Vec<Region>,
 }
 
@@ -122,7 +124,7 @@ impl Shared {
         let other = &self.slices[slice];
         // Population is patient: it has looked that nobody waits for the gate.
         let gate = match purpose {
-            Purpose::Populate => Some(other.gate()),
+            Purpose::Populate | Purpose::Prefetch => Some(other.gate()),
             _ => other.try_gate(),
         };
         if gate.is_none() || other.is_released() {
@@ -268,6 +270,7 @@ impl Book for SliceBook<'_> {
         match self.purpose {
             Purpose::Poison { .. } | Purpose::PoisonMissing => {}
             Purpose::Populate => counters.installed(Origin::Populated, pages_count),
+            Purpose::Prefetch => counters.installed(Origin::Prefetched, pages_count),
             Purpose::Load { zero: false, .. } => {
                 counters.installed(Origin::Demand, u64::from(with_fault));
                 counters.installed(Origin::FaultAround, pages_count - u64::from(with_fault));

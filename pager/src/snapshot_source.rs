@@ -1,5 +1,6 @@
 //! The pages of a `.snap` file as a source.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -7,6 +8,8 @@ use snapfmt::layout::PAGE_BYTES;
 use snapfmt::{ChunkBuffer, PageEntry, PageIndex, ReadAt, ReadError, Snapshot};
 
 use crate::large_pages::LargePages;
+use crate::sequence::{PageByPage, PageSequence};
+use crate::snapshot_sequence::SnapshotSequence;
 use crate::source::{Load, LoadCost, LoadedPage, LoadedPages, PageReader, PageSource, SourceError};
 
 /// Serves the memory of a snapshot: whole chunks, verified as they are read.
@@ -37,6 +40,18 @@ impl<R: ReadAt + 'static> PageSource for SnapshotSource<R> {
 
     fn len_bytes(&self) -> u64 {
         self.0.header().memory_bytes
+    }
+
+    fn sequence(
+        &self,
+        page_bytes: usize,
+        pages: Vec<Range<u64>>,
+    ) -> Result<Box<dyn PageSequence>, SourceError> {
+        if page_bytes != PAGE_BYTES {
+            let reader = self.reader(page_bytes)?;
+            return Ok(Box::new(PageByPage::new(reader, page_bytes, pages)));
+        }
+        Ok(Box::new(SnapshotSequence::new(Arc::clone(&self.0), pages)))
     }
 }
 
@@ -95,13 +110,13 @@ impl<R: ReadAt> PageReader for SnapshotReader<R> {
     }
 }
 
-fn loaded(page: PageIndex, slot: u16) -> LoadedPage {
+pub(crate) fn loaded(page: PageIndex, slot: u16) -> LoadedPage {
     let buffer_offset = usize::from(slot) * PAGE_BYTES;
     LoadedPage { source_offset: page.source_offset(), buffer_offset }
 }
 
 /// What the storage says may pass; what the file says will not.
-fn source_error(page: PageIndex, error: ReadError) -> SourceError {
+pub(crate) fn source_error(page: PageIndex, error: ReadError) -> SourceError {
     let message = format!("page {} of the snapshot", page.0);
     match error.root() {
         ReadError::Io { .. } => SourceError::transient(message),

@@ -4,6 +4,8 @@
 use std::error::Error;
 use std::ops::Range;
 
+use crate::sequence::{PageByPage, PageSequence};
+
 /// A source of pages: addressed by `source_offset`, shared by the pager's threads.
 pub trait PageSource: Send + Sync {
     /// A reader of its own for one thread, with its own buffers, answering in pages of `page_bytes`.
@@ -14,6 +16,20 @@ pub trait PageSource: Send + Sync {
 
     /// Every offset below this can be loaded.
     fn len_bytes(&self) -> u64;
+
+    /// Loads pages that are known beforehand, given as ranges of source offsets in the order in which they are wanted: for
+    /// prefetching. A source that can bring many of them at once, in an order of its own that is not far from theirs,
+    /// should say how; otherwise a reader loads them one by one.
+    ///
+    /// # Errors
+    /// As [`PageSource::reader`].
+    fn sequence(
+        &self,
+        page_bytes: usize,
+        pages: Vec<Range<u64>>,
+    ) -> Result<Box<dyn PageSequence>, SourceError> {
+        Ok(Box::new(PageByPage::new(self.reader(page_bytes)?, page_bytes, pages)))
+    }
 }
 
 /// Loads pages for one thread. On the fault path: it should neither allocate nor take shared locks.

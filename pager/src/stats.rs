@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::page_state::PageState;
 use crate::populate::Population;
+use crate::prefetch::Prefetch;
 
 /// What a pager has done so far.
 ///
@@ -26,6 +27,8 @@ pub struct Stats {
     pub installed: PagesByOrigin,
     /// How far the background population has come.
     pub population: Population,
+    /// How far the prefetch has come.
+    pub prefetch: Prefetch,
     /// Page-fault messages answered.
     pub faults: u64,
     /// Those among them whose page was there already: another fault had brought it.
@@ -70,6 +73,8 @@ pub struct PagesByOrigin {
     pub fault_around: u64,
     /// Loaded in the background, before anybody asked.
     pub populated: u64,
+    /// Loaded from a list of pages that will probably be asked for, zero pages included.
+    pub prefetched: u64,
     /// Zero pages: zero in the source, or given back and touched again.
     pub zero: u64,
     /// Were in memory before the pager could install them.
@@ -121,6 +126,7 @@ pub(crate) enum Origin {
     Existing,
     File,
     Populated,
+    Prefetched,
 }
 
 /// The counters of a slice. Mostly written by its own thread; by others only when their chunks reach in.
@@ -129,7 +135,7 @@ pub(crate) struct Counters {
     pub(crate) total_pages: u64,
     /// By `PageState`; those of `Missing` count what has left that state.
     by_state: [AtomicU64; 4],
-    by_origin: [AtomicU64; 6],
+    by_origin: [AtomicU64; 7],
     faults: AtomicU64,
     spurious_faults: AtomicU64,
     bytes_read: AtomicU64,
@@ -194,6 +200,7 @@ impl Counters {
         stats.installed.zero += of(&self.by_origin[Origin::Zero as usize]);
         stats.installed.existing += of(&self.by_origin[Origin::Existing as usize]);
         stats.installed.file += of(&self.by_origin[Origin::File as usize]);
+        stats.installed.prefetched += of(&self.by_origin[Origin::Prefetched as usize]);
         stats.installed.populated += of(&self.by_origin[Origin::Populated as usize]);
         stats.faults += of(&self.faults);
         stats.spurious_faults += of(&self.spurious_faults);

@@ -18,6 +18,7 @@ use crate::devices::SavedDeviceArgs;
 use crate::exit::{GuestStopped, Interrupted};
 use crate::guest_console::{GuestConsole, READY, Seen, Until};
 use crate::guest_memory::to_regions;
+use crate::prefetch::PrefetchArg;
 use crate::progress::Bar;
 use crate::restored::{Origin, Restored, damaged};
 use crate::size;
@@ -200,6 +201,8 @@ fn create_layer(args: &Args, base: &Path, session: &Session) -> Result<(Header, 
         memory_bytes: None,
         populate: Populate::Off,
         populate_rate: None,
+        prefetch: PrefetchArg::Off,
+        record: false,
         placement: Placement::default(),
         clock: vmm::Clock::Advance,
         force: false,

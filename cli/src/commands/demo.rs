@@ -10,6 +10,7 @@ use super::stdout::{print_line, print_text};
 use super::{Session, create, restore::Restore};
 use crate::devices::SavedDeviceArgs;
 use crate::guest_console::{BEAT, Until};
+use crate::prefetch::PrefetchArg;
 use crate::report::RestoreReport;
 use crate::restored::Origin;
 use crate::size;
@@ -67,6 +68,8 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
                 memory_bytes: None,
                 populate: Populate::Off,
                 populate_rate: None,
+                prefetch: PrefetchArg::Off,
+                record: false,
                 placement: Placement::default(),
                 clock: vmm::Clock::Advance,
                 force: false,

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use snapfmt::layout::PAGE_BYTES;
-use snapfmt::{Header, Metadata, Snapshot};
+use snapfmt::{Header, Metadata, Phase, Snapshot, WorkingSet};
 
 use super::foreign::staging::{Shape, Staging};
 use super::map::Picture;
@@ -51,10 +51,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         return draw(&snapshot, path, args.force).with_context(|| file.display().to_string());
     }
     let metadata = snapshot.metadata().with_context(|| file.display().to_string())?;
+    let set = snapshot.working_set().with_context(|| file.display().to_string())?;
     if args.json {
-        print_line(serde_json::to_string_pretty(&as_json(&snapshot, &metadata))?)?;
+        print_line(serde_json::to_string_pretty(&as_json(&snapshot, &metadata, set.as_ref()))?)?;
     } else {
-        print_text(as_text(&snapshot, &metadata))?;
+        print_text(as_text(&snapshot, &metadata, set.as_ref()))?;
     }
     Ok(())
 }
@@ -98,7 +99,7 @@ fn bounded(at: SystemTime) -> SystemTime {
     at.min(UNIX_EPOCH + Duration::from_secs(253_402_300_799))
 }
 
-fn as_json(snapshot: &Snapshot, metadata: &Metadata) -> Value {
+fn as_json(snapshot: &Snapshot, metadata: &Metadata, set: Option<&WorkingSet>) -> Value {
     let header = snapshot.header();
     let regions: Vec<_> = snapshot
         .regions()
@@ -128,6 +129,12 @@ fn as_json(snapshot: &Snapshot, metadata: &Metadata) -> Value {
         "regions": regions,
         "pages": Pages::of(header),
         "chunks": header.chunks,
+        "working_set": set.map(|set| json!({
+            "restores": set.restores(),
+            "pages": set.len(),
+            "pages_by_phase": set.pages_by_phase(),
+            "runs": set.runs().len(),
+        })),
         "file_bytes": header.file_bytes,
         "ratio": ratio(header),
         "sections": sections,
@@ -135,7 +142,7 @@ fn as_json(snapshot: &Snapshot, metadata: &Metadata) -> Value {
     })
 }
 
-fn as_text(snapshot: &Snapshot, metadata: &Metadata) -> String {
+fn as_text(snapshot: &Snapshot, metadata: &Metadata, set: Option<&WorkingSet>) -> String {
     let header = snapshot.header();
     let mut lines = vec![
         format!("format     version {}", header.version),
@@ -159,6 +166,18 @@ fn as_text(snapshot: &Snapshot, metadata: &Metadata) -> String {
         "pages      {total} in all: {zero} zero, {data} data ({stored} stored, {duplicate} \
          duplicate), {parent} as in the parent"
     ));
+    if let Some(set) = set {
+        let phases = Phase::ALL.iter().zip(set.pages_by_phase()).filter(|(_, pages)| *pages > 0);
+        let phases: Vec<_> =
+            phases.map(|(phase, pages)| format!("{pages} {}", phase.name())).collect();
+        lines.push(format!(
+            "hot        {} pages, {}, of {} restores: {}",
+            set.len(),
+            size::human(set.len() * PAGE_BYTES as u64),
+            set.restores(),
+            phases.join(", ")
+        ));
+    }
     for (codec, used) in &metadata.storage {
         let raw = used.pages * PAGE_BYTES as u64;
         lines.push(format!(

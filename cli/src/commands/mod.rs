@@ -13,6 +13,7 @@ mod import;
 mod info;
 mod keep;
 mod map;
+mod optimize;
 mod pages;
 pub(crate) mod restore;
 mod rewrite;
@@ -20,6 +21,7 @@ mod run;
 pub(crate) mod serve;
 mod stdout;
 mod summary;
+mod train;
 mod verify;
 
 use std::fs::Metadata;
@@ -45,6 +47,8 @@ pub(crate) enum Command {
     Diff(diff::Args),
     Flatten(rewrite::FlattenArgs),
     Rebase(rewrite::RebaseArgs),
+    Train(train::Args),
+    Optimize(optimize::Args),
     Import(import::Args),
     Export(export::Args),
     Cat(cat::Args),
@@ -76,6 +80,8 @@ pub(crate) fn run(command: Command, quiet: bool, started: Instant) -> Result<()>
         Command::Diff(args) => diff::run(&args, &session),
         Command::Flatten(args) => rewrite::flatten(&args, &session),
         Command::Rebase(args) => rewrite::rebase(&args, &session),
+        Command::Train(args) => train::run(&args, &session),
+        Command::Optimize(args) => optimize::run(&args, &session),
         Command::Import(args) => import::run(&args, &session),
         Command::Export(args) => export::run(&args, &session),
         Command::Cat(args) => cat::run(&args, &session),

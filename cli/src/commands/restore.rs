@@ -12,12 +12,17 @@ use clap::ValueEnum;
 use pager::shared::SharedClone;
 use pager::{FailurePolicy, Placement, Populate};
 use rustix::process::{Signal, set_parent_process_death_signal};
+use snapfmt::WorkingSet;
 
 use super::{Input, Session};
 use crate::api::{Api, ApiArgs, Facts};
 use crate::devices::SavedDeviceArgs;
+use crate::exit::Interrupted;
 use crate::guest_console::{BEAT, GuestConsole, Until};
+use crate::interrupt::Interrupt;
 use crate::live::{self, EndArgs, Ended, Live};
+use crate::prefetch::PrefetchArg;
+use crate::recording::{Output, recorded};
 use crate::report::{RestoreReport, ms, ms_since};
 use crate::restored::{Origin, Restored, damaged, stopped};
 use crate::stored::{Filled, Kept, Origins};
@@ -47,7 +52,8 @@ pub(crate) struct Args {
 
     /// With --lazy: take the pages from the `snap serve` of the same snapshot at this socket, and share
     /// them with its other clones.
-    #[arg(long, value_name = "SOCKET", requires = "lazy", conflicts_with_all = ["on_error", "populate", "placement"])]
+    #[arg(long, value_name = "SOCKET", requires = "lazy",
+          conflicts_with_all = ["on_error", "populate", "placement", "prefetch", "record"])]
     share: Option<PathBuf>,
 
     /// End after this many lines that begin with `beat`.
@@ -72,6 +78,26 @@ pub(crate) struct Args {
     /// nothing; `full`: always, but pages that are asked for go first. RATE bounds the bytes a second: `full,200M`.
     #[arg(long, value_name = "off|idle|full[,RATE]", default_value = "off", requires = "lazy")]
     populate: Background,
+
+    /// With --lazy: load pages in front of the guest. `hot`: those of the file's working set (`snap train` makes one);
+    /// `all`: then everything else.
+    #[arg(
+        long,
+        value_name = "off|hot|all",
+        default_value = "hot",
+        requires = "lazy",
+        hide_possible_values = true
+    )]
+    prefetch: PrefetchArg,
+
+    /// With --lazy: record which pages the guest touches, and store them as the working set of a copy of the file. Nothing is
+    /// loaded that is not asked for.
+    #[arg(long, requires_all = ["lazy", "out"], conflicts_with_all = ["prefetch", "populate"])]
+    record: bool,
+
+    /// With --record: the file to write. It appears when it is complete.
+    #[arg(short, long, value_name = "OUT.snap", requires = "record")]
+    out: Option<PathBuf>,
 
     /// With --lazy: where the threads run that answer faults.
     #[arg(long, value_name = "PLACE", default_value = "follow", requires = "lazy")]
@@ -189,6 +215,8 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             memory_bytes: args.memory,
             populate: args.populate.0,
             populate_rate: args.populate.1,
+            prefetch: if args.record { PrefetchArg::Off } else { args.prefetch },
+            record: args.record,
             placement: match args.placement {
                 Place::Follow => Placement::Follow,
                 Place::Spin => Placement::Spin,
@@ -206,6 +234,13 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         measure: args.measure,
         api: args.api.bind()?,
     };
+    let output = match &args.out {
+        Some(path) => Some((Output { path, replace: false }, args.input.open()?)),
+        None => None,
+    };
+    if let Some((output, snapshot)) = &output {
+        output.check(snapshot)?;
+    }
     if args.measure.is_some() {
         let with_parent = set_parent_process_death_signal(Some(Signal::KILL));
         with_parent.context("cannot be tied to the process that measures")?;
@@ -218,6 +253,13 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     };
     // A closed stderr is nobody to complain to.
     let _ = std::io::stderr().write_all(told.as_bytes());
+    let ended_well = outcome.as_ref().map_or_else(|error| error.is::<Interrupted>(), |()| true);
+    if let (Some((output, snapshot)), Some(touched), true) = (&output, &report.touched, ended_well)
+    {
+        // An interrupt has ended the run, and does not cancel what is written of it.
+        let session = Session { interrupt: Interrupt::default(), ..*session };
+        output.write(snapshot, WorkingSet::join([&touched[..]]), &session)?;
+    }
     outcome
 }
 
@@ -248,9 +290,10 @@ impl Restore<'_> {
         let restore = || self.origin.restore(console, session);
         let (restored, mut timeline) =
             usage::sampled(self.measure, started, Faults::None, restore)?;
+        let restored = restored?;
         // In this order, so that whatever goes wrong the vCPUs are gone before the pager.
-        let Restored { snapshot, memory, pager, clone, vm, opened, memory_ready, loaded_bytes } =
-            restored?;
+        let Restored { snapshot, memory, pager, recording, clone, vm, .. } = restored;
+        let Restored { opened, memory_ready, loaded_bytes, set_damage, .. } = restored;
         // Shared with the control socket, which is gone before this function is.
         let pager = pager.map(Arc::new);
         let keyboard = match self.keyboard {
@@ -264,6 +307,8 @@ impl Restore<'_> {
             snapshot: &snapshot,
             memory: &memory,
             from: match (&pager, &clone) {
+                // What is recorded is a mapping of a file, too.
+                (Some(_), _) if recording.is_some() => Filled::Shared,
                 (Some(pager), _) => Filled::By(pager),
                 (None, Some(_)) => Filled::Shared,
                 (None, None) => Filled::AtOnce,
@@ -283,7 +328,14 @@ impl Restore<'_> {
         let live = Live { session, seen: &seen, run_for: self.run_for, events, kept };
         let before = self.measure.map(|_| Counters::now()).transpose()?;
         let faults = pager.as_deref().map_or(Faults::Kernel, Faults::Served);
-        let live = || live.run(vm);
+        let mut touched = None;
+        let live = || {
+            let live = || live.run(vm);
+            let Some(recording) = &recording else { return live() };
+            let (ended, pages) = recorded(recording, &seen, live);
+            touched = Some(pages);
+            ended
+        };
         let (ended, of_run) = usage::sampled(self.measure, started, faults, live)?;
         timeline.extend(of_run);
         let ended = ended?;
@@ -336,7 +388,9 @@ impl Restore<'_> {
             },
             memory_sha256,
             pager: stats,
+            working_set_damage: set_damage.get().cloned(),
             process,
+            touched: touched.transpose()?,
         };
         Ok((report, outcome))
     }

@@ -124,13 +124,13 @@ pub(crate) fn path_of_parent(parent: &Path, layer: &Path) -> Result<PathBuf> {
 }
 
 /// What goes over from the old file beside memory.
-struct Parts {
+pub(super) struct Parts {
     states: Vec<StateBlob>,
     metadata: Metadata,
 }
 
 impl Parts {
-    fn of(snapshot: &Snapshot) -> Result<Self> {
+    pub(super) fn of(snapshot: &Snapshot) -> Result<Self> {
         let tags = snapshot.sections().iter().filter(|section| section.kind == SectionKind::STATE);
         let states = tags.map(|section| {
             let state = snapshot.state(section.tag)?;
@@ -142,7 +142,7 @@ impl Parts {
         Ok(Self { states: states.collect::<Result<_>>()?, metadata })
     }
 
-    fn contents<'a>(
+    pub(super) fn contents<'a>(
         &'a self,
         snapshot: &'a Snapshot,
         memory: &'a dyn snapfmt::ReadAt,

@@ -77,7 +77,7 @@ impl SharedImage {
         let states = PageStates::all_missing(layout.pages() as usize)
             .map_err(|error| StartError::System { what: "memory for the page states", error })?;
         let uffd = Uffd::open(Features::MISSING_SHMEM, Features::NONE).map_err(StartError::Open)?;
-        register::all(&uffd, layout.extents_of(0))?;
+        register::all(&uffd, layout.extents_of(0), false)?;
         Ok(SharedImage {
             source,
             filler: Filler { uffd, zeros: None },

@@ -69,9 +69,28 @@ impl Uffd {
     /// and no Rust reference into it exists while it is registered: pages appear with whatever content
     /// is copied in, may turn into ones that raise SIGBUS, and read as zeros once the userfaultfd is closed.
     pub unsafe fn register(&self, host_addr: u64, len: u64) -> Result<Registered, Errno> {
+        // SAFETY: the caller's promise is the same.
+        unsafe { self.register_with(host_addr, len, false) }
+    }
+
+    /// As [`Uffd::register`]. With `one_by_one` also for write protection, of which no use is made, but where it is the
+    /// kernel maps no further pages of a file around one that is touched (`should_fault_around` in `mm/memory.c`).
+    ///
+    /// # Errors
+    /// As [`Uffd::register`]; with `one_by_one`, `EINVAL` from a kernel before 5.19.
+    ///
+    /// # Safety
+    /// As [`Uffd::register`].
+    pub unsafe fn register_with(
+        &self,
+        host_addr: u64,
+        len: u64,
+        one_by_one: bool,
+    ) -> Result<Registered, Errno> {
+        let protection = if one_by_one { abi::UFFDIO_REGISTER_MODE_WP } else { 0 };
         let mut argument = abi::uffdio_register {
             range: abi::uffdio_range { start: host_addr, len },
-            mode: u64::from(abi::UFFDIO_REGISTER_MODE_MISSING),
+            mode: u64::from(abi::UFFDIO_REGISTER_MODE_MISSING | protection),
             ioctls: 0,
         };
         // SAFETY: UFFDIO_REGISTER takes a `uffdio_register`; the effect on the memory is answered for

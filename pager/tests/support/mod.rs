@@ -38,6 +38,15 @@ impl Memory {
         Ok(Memory { start: NonNull::new(start.cast()).expect("not at 0"), len })
     }
 
+    /// A private mapping of a file.
+    pub fn of_file(file: &std::fs::File, len: usize) -> Memory {
+        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE);
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let start = unsafe { libc::mmap(ptr::null_mut(), len, prot, flags, file.as_raw_fd(), 0) };
+        assert_ne!(start, libc::MAP_FAILED, "{}", io::Error::last_os_error());
+        Memory { start: NonNull::new(start.cast()).expect("not at 0"), len }
+    }
+
     pub fn addr(&self) -> u64 {
         self.start.as_ptr() as u64
     }

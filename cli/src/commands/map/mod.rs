@@ -2,18 +2,20 @@
 //!
 //! Memory is cut into cells of equal size. A cell is drawn in the colour of what most of its
 //! pages that are not zero are, and the stronger the more of its pages are not zero; so it is
-//! only drawn as zero when all of it is. How a cell is compressed is looked up for its first
+//! only drawn as zero when all of it is. A cell with pages of the working set is drawn as hot, the stronger the more
+//! they are. How a cell is compressed is looked up for its first
 //! stored page alone: the picture costs the index and one chunk header a cell, whatever the size
 //! of the guest.
 
 mod png;
 
+use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::ops::Range;
 
 use anyhow::Result;
 use snapfmt::layout::PAGE_BYTES;
-use snapfmt::{ChunkExtent, Codec, PageEntry, Snapshot};
+use snapfmt::{ChunkExtent, Codec, PageEntry, PageIndex, Snapshot};
 
 use super::pages::codec_of;
 use crate::size;
@@ -26,6 +28,8 @@ const COLUMNS: u64 = 64;
 pub(crate) enum Kind {
     Zero,
     Stored(Codec),
+    /// In the working set, and not zero.
+    Hot,
     /// Equal to an earlier page, whose slot it shares.
     Duplicate,
     Parent,
@@ -41,11 +45,12 @@ struct Look {
     colour: [u8; 3],
 }
 
-const LEGEND: [Look; 6] = [
+const LEGEND: [Look; 7] = [
     Look { kind: Kind::Zero, name: "zero", letter: '.', colour: [1, 1, 1] },
     Look { kind: Kind::Stored(Codec::Raw), name: "raw", letter: 'r', colour: [5, 2, 0] },
     Look { kind: Kind::Stored(Codec::Lz4), name: "lz4", letter: 'l', colour: [1, 3, 5] },
     Look { kind: Kind::Stored(Codec::Zstd), name: "zstd", letter: 'z', colour: [1, 5, 1] },
+    Look { kind: Kind::Hot, name: "hot", letter: 'h', colour: [5, 0, 0] },
     Look { kind: Kind::Duplicate, name: "duplicate", letter: 'd', colour: [5, 1, 5] },
     Look { kind: Kind::Parent, name: "parent", letter: 'p', colour: [5, 5, 1] },
 ];
@@ -99,6 +104,7 @@ pub(crate) struct Picture {
 /// What is counted for a cell.
 #[derive(Clone, Copy, Default)]
 struct Tally {
+    hot: u64,
     stored: u64,
     duplicate: u64,
     parent: u64,
@@ -112,10 +118,13 @@ impl Picture {
         let page = PAGE_BYTES as u64;
         let cell_bytes = memory_bytes.div_ceil(rows * COLUMNS).max(page).next_power_of_two();
         let mut picture = Self { rows: Vec::new(), cell_bytes, memory_bytes };
+        let set = snapshot.working_set()?;
+        let hot: HashSet<_> =
+            set.iter().flat_map(|set| set.pages()).map(|(page, _)| page).collect();
         let mut last_stored = None;
         for (number, region) in snapshot.regions().iter().enumerate() {
             let range = region.source_offset..region.source_offset + region.len;
-            let tallies = tallies(snapshot, range, cell_bytes, &mut last_stored)?;
+            let tallies = tallies(snapshot, range, cell_bytes, &hot, &mut last_stored)?;
             let row_bytes = COLUMNS * cell_bytes;
             for (row, in_row) in (0..).zip(tallies.chunks(COLUMNS as usize)) {
                 let start = row * row_bytes;
@@ -250,6 +259,7 @@ fn tallies(
     snapshot: &Snapshot,
     Range { start, end }: Range<u64>,
     cell_bytes: u64,
+    hot: &HashSet<PageIndex>,
     last_stored: &mut Option<(ChunkExtent, u16)>,
 ) -> Result<Vec<Tally>> {
     let mut tallies = vec![Tally::default(); (end - start).div_ceil(cell_bytes) as usize];
@@ -263,6 +273,8 @@ fn tallies(
                 let tally = &mut tallies[((at - start) / cell_bytes) as usize];
                 match entry {
                     PageEntry::Zero => {}
+                    // It may stand in front of pages that come before it.
+                    _ if hot.contains(&page) => tally.hot += 1,
                     PageEntry::Parent => tally.parent += 1,
                     PageEntry::Data { chunk, .. } if chunk.layer() > 0 => tally.parent += 1,
                     PageEntry::Data { chunk, slot } if *last_stored < Some((chunk, slot)) => {
@@ -280,7 +292,10 @@ fn tallies(
 }
 
 fn cell(snapshot: &Snapshot, tally: &Tally, pages: u64) -> Result<Cell> {
-    let Tally { stored, duplicate, parent, first } = *tally;
+    let Tally { hot, stored, duplicate, parent, first } = *tally;
+    if hot > 0 {
+        return Ok(Cell { kind: Kind::Hot, share: hot as f64 / pages as f64 });
+    }
     let kind = match first {
         Some(chunk) if stored >= duplicate.max(parent) => Kind::Stored(codec_of(snapshot, chunk)?),
         _ if duplicate > parent => Kind::Duplicate,

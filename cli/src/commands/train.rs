@@ -1,0 +1,160 @@
+//! `snap train`: watch a guest several times, and store which pages it touches.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use pager::{FailurePolicy, Placement, Populate};
+use serde::Serialize;
+use snapfmt::{Phase, WorkingSet};
+
+use super::restore::Restore;
+use super::stdout::print_line;
+use super::{Input, Session};
+use crate::devices::SavedDeviceArgs;
+use crate::guest_console::{BEAT, Until};
+use crate::live::EndArgs;
+use crate::prefetch::PrefetchArg;
+use crate::recording::{Output, Touched};
+use crate::report::ms;
+use crate::restored::Origin;
+
+/// Bring a guest back several times, watch which pages it touches, and store that in a copy of the file.
+///
+/// A lazy restore of the copy loads these pages before they are asked for; `snap optimize` puts them together. The file itself is
+/// not changed. Disks of the guest that may be written are written by each run: give copies of them.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  snap train demo.snap --beats 1 -o trained.snap
+  snap train guest.snap --until 'server ready' --runs 5 -o trained.snap
+  snap train guest.snap --for 2s -o trained.snap && snap optimize trained.snap -o fast.snap")]
+pub(crate) struct Args {
+    #[command(flatten)]
+    input: Input,
+
+    /// The file to write. It appears when it is complete.
+    #[arg(short, long, value_name = "OUT.snap")]
+    out: PathBuf,
+
+    /// How often the guest is brought back.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    runs: u16,
+
+    /// A run ends after this many lines that begin with `beat`.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    beats: Option<u64>,
+
+    #[command(flatten)]
+    end: EndArgs,
+
+    #[command(flatten)]
+    devices: SavedDeviceArgs,
+
+    /// Replace the output if it exists.
+    #[arg(long, short)]
+    force: bool,
+
+    /// Restore although this host's CPU lacks features that the guest was given.
+    #[arg(long)]
+    force_cpu: bool,
+
+    /// Print the summary as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What was learnt.
+#[derive(Serialize)]
+struct Summary {
+    file: PathBuf,
+    id: String,
+    runs: u16,
+    /// Pages that each run touched.
+    pages_of_runs: Vec<usize>,
+    /// Pages of the joined set, and in each phase.
+    pages: u64,
+    pages_by_phase: [u64; 4],
+    /// Pages that all runs touched.
+    in_all_runs: u64,
+    total_ms: f64,
+}
+
+pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
+    if args.beats.is_none() && args.end.until.is_none() && args.end.run_for.is_none() {
+        bail!("say when a run is over: --until TEXT, --for TIME or, of the demo guest, --beats N");
+    }
+    let output = Output { path: &args.out, replace: args.force };
+    let snapshot = args.input.open()?;
+    output.check(&snapshot)?;
+    let mut runs = Vec::new();
+    for number in 1..=args.runs {
+        let touched = touched(args, session).with_context(|| format!("run {number}"))?;
+        if !session.quiet && !args.json {
+            print_line(format_args!("run {number}: {} pages touched", touched.len()))?;
+        }
+        runs.push(touched);
+    }
+    let set = WorkingSet::join(runs.iter().map(Vec::as_slice));
+    let in_all_runs = set.runs().iter().filter(|run| u16::from(run.seen) >= args.runs.min(255));
+    let in_all_runs = in_all_runs.map(|run| u64::from(run.pages)).sum();
+    let (pages, pages_by_phase) = (set.len(), set.pages_by_phase());
+    let header = output.write(&snapshot, set, session)?;
+    let summary = Summary {
+        file: args.out.clone(),
+        id: header.id.to_string(),
+        runs: args.runs,
+        pages_of_runs: runs.iter().map(Vec::len).collect(),
+        pages,
+        pages_by_phase,
+        in_all_runs,
+        total_ms: ms(session.started.elapsed()),
+    };
+    if args.json {
+        return print_line(serde_json::to_string_pretty(&summary)?);
+    }
+    if !session.quiet {
+        let phases = Phase::ALL.iter().zip(pages_by_phase).filter(|(_, pages)| *pages > 0);
+        let phases: Vec<_> =
+            phases.map(|(phase, pages)| format!("{pages} {}", phase.name())).collect();
+        print_line(format_args!(
+            "{}: a working set of {pages} pages, {in_all_runs} of them in all runs: {}",
+            summary.file.display(),
+            phases.join(", "),
+        ))?;
+    }
+    Ok(())
+}
+
+/// One run.
+fn touched(args: &Args, session: &Session) -> Result<Touched> {
+    let restore = Restore {
+        origin: Origin {
+            file: &args.input.file,
+            parents: &args.input.parents,
+            lazy: true,
+            share: None,
+            image: None,
+            on_error: FailurePolicy::Poison,
+            memory_bytes: None,
+            populate: Populate::Off,
+            populate_rate: None,
+            prefetch: PrefetchArg::Off,
+            record: true,
+            placement: Placement::default(),
+            clock: vmm::Clock::Advance,
+            force: args.force_cpu,
+            heed_requests: false,
+            devices: &args.devices,
+        },
+        until: Until { lines: args.beats.map(|beats| (BEAT, beats)), ..args.end.until() },
+        run_for: args.end.run_for,
+        hash: false,
+        keyboard: false,
+        measure: None,
+        api: None,
+    };
+    let (report, outcome) = restore.run(std::io::sink(), session, Instant::now())?;
+    outcome?;
+    report.touched.context("nothing was recorded")
+}

@@ -1,0 +1,49 @@
+//! What a lazy restore loads in front of the guest: the pages of the file's working set.
+
+use std::ops::Range;
+use std::sync::{Arc, OnceLock};
+
+use clap::ValueEnum;
+use snapfmt::layout::PAGE_BYTES;
+use snapfmt::{SectionKind, Snapshot};
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PrefetchArg {
+    /// Nothing.
+    Off,
+    /// The pages of the file's working set, if it has one.
+    #[default]
+    Hot,
+    /// These, and then everything else: as with `--populate full`.
+    All,
+}
+
+/// Why a working set could not be used, once that is known.
+pub(crate) type SetDamage = Arc<OnceLock<String>>;
+
+pub(crate) fn has_set(snapshot: &Snapshot) -> bool {
+    snapshot.sections().iter().any(|section| section.kind == SectionKind::WORKING_SET)
+}
+
+/// Reads the working set when it is asked for its pages, on the thread that loads them: the guest does not wait for it.
+/// The set is a hint: one that is damaged is told, and the guest runs without.
+pub(crate) fn list(
+    snapshot: Arc<Snapshot>,
+    damage: SetDamage,
+) -> impl FnOnce() -> Vec<Range<u64>> + Send + 'static {
+    move || match snapshot.working_set() {
+        Ok(set) => {
+            let runs = set.iter().flat_map(|set| set.runs());
+            let page = PAGE_BYTES as u64;
+            runs.map(|run| {
+                let start = run.first.source_offset();
+                start..start + u64::from(run.pages) * page
+            })
+            .collect()
+        }
+        Err(error) => {
+            damage.get_or_init(|| error.to_string());
+            Vec::new()
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! The run of a guest whose touched pages are recorded, and the file that keeps them.
+
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use pager::Recording;
+use serde_json::json;
+use snapfmt::{Changes, Existing, Header, PageIndex, Phase, Snapshot, WorkingSet, copy_snapshot};
+
+use crate::commands::{Session, path_of_parent, refuse_as_output};
+use crate::guest_console::Seen;
+use crate::progress::Bar;
+
+/// Pages in the order of touching, each with the phase it was first touched in.
+pub(crate) type Touched = Vec<(PageIndex, Phase)>;
+
+/// Between looks whether the guest has written something.
+const BEAT: Duration = Duration::from_millis(1);
+const PHASE_ENDS: [(Phase, Duration); 2] =
+    [(Phase::First100Ms, Duration::from_millis(100)), (Phase::FirstSecond, Duration::from_secs(1))];
+
+/// Does `run`, which runs the guest, and marks the ends of the phases meanwhile, on a thread of its own.
+pub(crate) fn recorded<T>(
+    recording: &Recording,
+    seen: &Seen,
+    run: impl FnOnce() -> T,
+) -> (T, Result<Touched>) {
+    let (done, ended) = channel::<()>();
+    let (ran, marked) = std::thread::scope(|scope| {
+        let marker = scope.spawn(move || mark_phases(recording, seen, &ended));
+        let ran = run();
+        drop(done);
+        (ran, marker.join())
+    });
+    let touched = || -> Result<Touched> {
+        let Ok(marked) = marked else { bail!("the thread that records has panicked") };
+        let phases = marked.context("cannot read which pages are touched")?;
+        let of_mark = |mark: u8| phases.get(usize::from(mark)).copied().unwrap_or(Phase::Later);
+        let touched = recording
+            .touched()
+            .into_iter()
+            .filter_map(|(offset, mark)| Some((PageIndex::containing(offset)?, of_mark(mark))));
+        let mut touched: Touched = touched.collect();
+        // Of the same phase in the order of loading.
+        touched.sort_by_key(|(_, phase)| *phase);
+        Ok(touched)
+    };
+    (ran, touched())
+}
+
+/// Marks the ends of phases until the run is over; answers the phase of each mark.
+fn mark_phases(
+    recording: &Recording,
+    seen: &Seen,
+    ended: &std::sync::mpsc::Receiver<()>,
+) -> std::io::Result<Vec<Phase>> {
+    let began = Instant::now();
+    let mut marked = Vec::new();
+    let mut ends = PHASE_ENDS.into_iter().peekable();
+    loop {
+        let wait = match ends.peek() {
+            // Then only the end of the run is waited for.
+            None if !marked.is_empty() => Duration::from_secs(3600),
+            _ => BEAT,
+        };
+        let over = ended.recv_timeout(wait) != Err(RecvTimeoutError::Timeout);
+        let output = seen.first_output().is_some();
+        if marked.is_empty() && (output || over) {
+            recording.mark()?;
+            marked.push(Phase::FirstOutput);
+        }
+        // What comes before the first output is one phase, however long that takes.
+        while !marked.is_empty() && ends.peek().is_some_and(|end| began.elapsed() >= end.1) {
+            recording.mark()?;
+            marked.extend(ends.next().map(|end| end.0));
+        }
+        if over {
+            recording.mark()?;
+            marked.push(ends.next().map_or(Phase::Later, |end| end.0));
+            return Ok(marked);
+        }
+    }
+}
+
+/// Where a recorded working set goes.
+pub(crate) struct Output<'a> {
+    pub(crate) path: &'a Path,
+    pub(crate) replace: bool,
+}
+
+impl Output<'_> {
+    /// Refuses, before any work, what could not be written after it.
+    pub(crate) fn check(&self, snapshot: &Snapshot) -> Result<()> {
+        refuse_as_output(self.path, [snapshot])?;
+        if !self.replace && self.path.symlink_metadata().is_ok() {
+            bail!("{} exists; choose another output", self.path.display());
+        }
+        Ok(())
+    }
+
+    /// Writes the snapshot with another working set.
+    pub(crate) fn write(
+        &self,
+        snapshot: &Snapshot,
+        set: WorkingSet,
+        session: &Session,
+    ) -> Result<Header> {
+        let mut metadata = snapshot.metadata()?;
+        metadata.other.insert("rewritten_from".into(), json!([snapshot.header().id.to_string()]));
+        let parent = snapshot.paths().nth(1).flatten();
+        let parent_path: Option<PathBuf> =
+            parent.map(|parent| path_of_parent(parent, self.path)).transpose()?;
+        let existing = if self.replace { Existing::Replace } else { Existing::Keep };
+        let changes = Changes { working_set: set, metadata, parent_path, existing };
+        let bar = Bar::new("writing", session.quiet, &session.interrupt);
+        Ok(copy_snapshot(self.path, snapshot, &changes, &|p| bar.update(p))?)
+    }
+}

@@ -1,0 +1,210 @@
+//! Prefetch: a list of pages, in the order in which they will probably be needed, is installed in front of who runs.
+//!
+//! The list is a hint. Each of its pages is looked up, and one that is not missing, or in no region, is passed over; what
+//! is decoded for it in vain is bounded. A page that cannot be had is left to the fault that may never come.
+//! Faults overtake: between two small steps the thread waits until those that are there are answered, but
+//! not for long, since to be in front is what it is for.
+
+use std::fmt;
+use std::ops::Range;
+use std::panic::{self, AssertUnwindSafe};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::answer::{Desk, Trouble};
+use crate::install::{Fill, Target};
+use crate::page_state::PageState;
+use crate::purpose::Purpose;
+use crate::slice::Shared;
+use crate::source::{Load, PageSource};
+
+/// How far the prefetch has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Prefetch {
+    /// None was asked for.
+    #[default]
+    Off,
+    /// Under way; also when the pager was stopped before its end.
+    Running,
+    /// At the end of the list.
+    Done,
+    /// Given up: what had to be decoded for the pages of the list was out of proportion, or the source panicked.
+    GivenUp,
+}
+
+/// Installed under the gate at once: about 20 us that a fault may have to wait.
+const STEP_BYTES: usize = 64 << 10;
+/// Zero pages cost a fraction of that.
+const ZERO_STEP_PAGES: u64 = 256;
+/// For each load, faults are waited for so long at most: a guest that faults all the time is the one to be in front of.
+const LONGEST_ASIDE: Duration = Duration::from_micros(200);
+/// A list leads to at most so many decoded bytes for each byte of its pages (a chunk of 16 pages for each of them), and so
+/// many in any case.
+const DECODED_PER_LISTED: u64 = 16;
+const DECODED_ANYHOW: u64 = 64 << 20;
+
+/// Gives the pages, as ranges of source offsets: called on the thread that prefetches.
+pub(crate) type PageList = Box<dyn FnOnce() -> Vec<Range<u64>> + Send>;
+
+/// How far it has come, for those who wait for it.
+pub(crate) struct PrefetchProgress {
+    state: Mutex<Prefetch>,
+    changed: Condvar,
+}
+
+impl PrefetchProgress {
+    pub(crate) fn new(wanted: bool) -> PrefetchProgress {
+        let state = if wanted { Prefetch::Running } else { Prefetch::Off };
+        PrefetchProgress { state: Mutex::new(state), changed: Condvar::new() }
+    }
+
+    pub(crate) fn state(&self) -> Prefetch {
+        *self.lock()
+    }
+
+    /// Waits until it is not `Running` any more, or for `timeout`.
+    pub(crate) fn wait(&self, timeout: Duration) -> Prefetch {
+        let running = |state: &mut Prefetch| *state == Prefetch::Running;
+        let (state, _) = self
+            .changed
+            .wait_timeout_while(self.lock(), timeout, running)
+            .unwrap_or_else(PoisonError::into_inner);
+        *state
+    }
+
+    fn ended(&self, state: Prefetch) {
+        *self.lock() = state;
+        self.changed.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Prefetch> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for PrefetchProgress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.state().fmt(f)
+    }
+}
+
+/// The thread that prefetches.
+pub(crate) struct Prefetcher {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) source: Arc<dyn PageSource>,
+    pub(crate) list: PageList,
+}
+
+/// The pager was stopped, or the process is gone.
+struct Ended;
+
+impl Prefetcher {
+    /// The thread's body.
+    pub(crate) fn run(self) {
+        let shared = Arc::clone(&self.shared);
+        let state = match panic::catch_unwind(AssertUnwindSafe(|| self.load())) {
+            Ok(Ok(state)) => state,
+            Ok(Err(Ended)) => return,
+            Err(_) => Prefetch::GivenUp,
+        };
+        shared.prefetch.ended(state);
+    }
+
+    fn load(self) -> Result<Prefetch, Ended> {
+        let Prefetcher { shared, source, list } = self;
+        let page_bytes = shared.layout.page_bytes();
+        let mut ranges = list();
+        for range in &mut ranges {
+            range.end = range.end.min(source.len_bytes());
+        }
+        ranges.retain(|range| range.start < range.end);
+        let listed =
+            ranges.iter().fold(0u64, |sum, range| sum.saturating_add(range.end - range.start));
+        let mut budget = listed.saturating_mul(DECODED_PER_LISTED).saturating_add(DECODED_ANYHOW);
+        let Ok(mut sequence) = source.sequence(page_bytes as usize, ranges) else {
+            return Ok(Prefetch::GivenUp);
+        };
+        let mut desk = Desk::new(usize::MAX);
+        let wanted = |offset: u64| {
+            let place = shared.layout.at_source(offset, 0);
+            place.is_some_and(|place| shared.states.of(place.page) == PageState::Missing)
+        };
+        loop {
+            stopped(&shared)?;
+            match sequence.next(&wanted) {
+                None => return Ok(Prefetch::Done),
+                Some(Ok(Load::Zero { range })) => fill_zero(&shared, range)?,
+                Some(Ok(Load::Pages(loaded))) => {
+                    let first = &shared.slices[0];
+                    first.counters.read(loaded.cost.bytes_read);
+                    let began = Instant::now();
+                    let installed =
+                        desk.populate(&shared, None, Purpose::Prefetch, loaded, |step| {
+                            *step = STEP_BYTES;
+                            step_aside(&shared, began).ok()
+                        });
+                    match installed {
+                        // A page that is refused has its say when somebody waits for it.
+                        Ok(()) | Err(Trouble::Failed(_)) => {}
+                        Err(Trouble::ProcessGone) => return Err(Ended),
+                    }
+                    match budget.checked_sub(loaded.bytes.len() as u64) {
+                        Some(left) => budget = left,
+                        None => return Ok(Prefetch::GivenUp),
+                    }
+                }
+                // As above. A file that the memory maps is somebody else's to fill.
+                Some(Ok(Load::InFile { .. }) | Err(_)) => {}
+            }
+        }
+    }
+}
+
+/// Fills the missing pages of a range that is zero.
+fn fill_zero(shared: &Shared, range: Range<u64>) -> Result<(), Ended> {
+    let page_bytes = shared.layout.page_bytes();
+    let mut offset = range.start.next_multiple_of(page_bytes);
+    while offset < range.end {
+        let Some(place) = shared.layout.at_source(offset, 0) else {
+            offset = offset.saturating_add(page_bytes);
+            continue;
+        };
+        let extent = shared.layout.extent(place.extent);
+        let pages = ((range.end - offset) / page_bytes)
+            .min(extent.end_page(page_bytes) - place.page)
+            .min(ZERO_STEP_PAGES);
+        if pages == 0 {
+            break;
+        }
+        step_aside(shared, Instant::now())?;
+        let target = Target {
+            first_page: place.page,
+            pages: pages as usize,
+            host_addr: place.host_addr,
+            page_bytes: page_bytes as usize,
+        };
+        // As for pages that are refused.
+        let _ = shared.install_elsewhere(extent.slice, target, Fill::Zero, Purpose::Prefetch);
+        offset += pages * page_bytes;
+    }
+    Ok(())
+}
+
+/// Lets faults that are there be answered, but not for ever.
+fn step_aside(shared: &Shared, began: Instant) -> Result<(), Ended> {
+    while shared.demand() && began.elapsed() < LONGEST_ASIDE {
+        thread::yield_now();
+        stopped(shared)?;
+    }
+    stopped(shared)
+}
+
+fn stopped(shared: &Shared) -> Result<(), Ended> {
+    if shared.stopping.load(Ordering::Relaxed) { Err(Ended) } else { Ok(()) }
+}

@@ -1,0 +1,245 @@
+//! Recording: which pages are touched, and how soon.
+//!
+//! A fault brings a whole chunk, so faults tell which chunks are touched; which of their pages, only the page tables
+//! do. Memory that is recorded is a private mapping of a file in memory (a memfd). What is loaded is written into that file and not
+//! mapped: the thread that waits tries again and maps its page, and the other pages of the chunk are mapped by the kernel when they
+//! are touched, without asking anybody. So a page that was touched is one that is mapped, which
+//! `/proc/self/pagemap` tells of any number of pages at once, and touching costs what it costs without recording, but for a
+//! short fault in the kernel for each page. (A fault for each touched page, to the pager, costs ten times that.)
+//!
+//! The kernel maps up to 16 pages around a read fault that it finds in the file. It does not where the memory is also registered for
+//! write protection, which is what [`Pager::recording`](crate::Pager::recording) does; no page is ever protected.
+//!
+//! Zero pages are filled in by the pager, 64 KiB at a time, and all of these count as touched.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::answer::ZERO_FILL_BYTES;
+use crate::region::Region;
+use crate::source::{Load, LoadedPages, PageReader, PageSource, SourceError};
+
+const PAGE_BYTES: u64 = 4096;
+/// Pages that are looked up in the page tables at once: 64 KiB of `pagemap`.
+const PIECE_PAGES: usize = 8192;
+/// In `pagemap`: the page is mapped, or swapped out (Documentation/admin-guide/mm/pagemap.rst).
+const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
+
+/// A record of touched pages: see [`Pager::recording`](crate::Pager::recording).
+pub struct Recording {
+    shared: Arc<Shared>,
+    pagemap: File,
+    /// For each page of the log, after how many marks it was found touched.
+    marks: Mutex<Marks>,
+}
+
+struct Shared {
+    source: Arc<dyn PageSource>,
+    /// The file that the memory maps, by source offset.
+    file: File,
+    regions: Vec<Region>,
+    log: Mutex<Log>,
+}
+
+/// The pages that were loaded, by number, in the order of loading; of a chunk first the one that was asked for.
+struct Log {
+    pages: Vec<u32>,
+    /// A bit a page: it is in the log.
+    known: Vec<u64>,
+}
+
+#[derive(Default)]
+struct Marks {
+    count: u8,
+    /// Of the pages of the log, in its order: the mark by which each was found, or `UNTOUCHED`.
+    found: Vec<u8>,
+}
+
+const UNTOUCHED: u8 = u8::MAX;
+
+impl Recording {
+    /// A record of what is touched of the memory of `regions`, each a private mapping of `file` in which the source offset is
+    /// the file's. The file is as long as the source, and nothing but holes.
+    ///
+    /// # Errors
+    /// When `/proc/self/pagemap` cannot be opened, or the source has 16 TiB or more.
+    pub fn new(
+        source: Arc<dyn PageSource>,
+        file: File,
+        regions: Vec<Region>,
+    ) -> io::Result<Recording> {
+        let pages = source.len_bytes().div_ceil(PAGE_BYTES);
+        if u32::try_from(pages).is_err() {
+            return Err(io::Error::other("a source of 16 TiB or more"));
+        }
+        // Both are memory that the kernel provides when it is used: a fault allocates nothing.
+        let log = Log {
+            pages: Vec::with_capacity(pages as usize),
+            known: vec![0; pages.div_ceil(64) as usize],
+        };
+        Ok(Recording {
+            shared: Arc::new(Shared { source, file, regions, log: Mutex::new(log) }),
+            pagemap: File::open("/proc/self/pagemap")?,
+            marks: Mutex::default(),
+        })
+    }
+
+    /// The source that the pager is to be given.
+    pub(crate) fn source(&self) -> Arc<dyn PageSource> {
+        Arc::new(RecordedSource(Arc::clone(&self.shared)))
+    }
+
+    pub(crate) fn regions(&self) -> &[Region] {
+        &self.shared.regions
+    }
+
+    /// What was touched since the last mark, or the start, belongs together. Costs some microseconds for each 32 MiB
+    /// in which something was loaded, on the calling thread.
+    ///
+    /// # Errors
+    /// When `/proc/self/pagemap` cannot be read.
+    pub fn mark(&self) -> io::Result<()> {
+        let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        let pages = self.shared.log().pages.clone();
+        marks.found.resize(pages.len(), UNTOUCHED);
+        let mut entries = vec![0; PIECE_PAGES * 8];
+        for region in &self.shared.regions {
+            let first = region.source_offset() / PAGE_BYTES;
+            let end = first + region.len_bytes() / PAGE_BYTES;
+            // Which pieces of the region have pages to look at, and which pages.
+            let mut wanted: Vec<(u32, usize)> = (pages.iter().copied().zip(0..))
+                .filter(|(page, at)| {
+                    (first..end).contains(&u64::from(*page)) && marks.found[*at] == UNTOUCHED
+                })
+                .collect();
+            wanted.sort_unstable();
+            let piece_of = |page: u32| (u64::from(page) - first) / PIECE_PAGES as u64;
+            for of_piece in wanted.chunk_by(|a, b| piece_of(a.0) == piece_of(b.0)) {
+                let (from, to) = (of_piece[0].0, of_piece[of_piece.len() - 1].0);
+                let entries = &mut entries[..(to - from + 1) as usize * 8];
+                let host_page = region.host_addr() / PAGE_BYTES + (u64::from(from) - first);
+                self.pagemap.read_exact_at(entries, host_page * 8)?;
+                for (page, at) in of_piece {
+                    let mut entry = [0; 8];
+                    entry.copy_from_slice(&entries[(page - from) as usize * 8..][..8]);
+                    if u64::from_ne_bytes(entry) & PRESENT_OR_SWAPPED != 0 {
+                        marks.found[*at] = marks.count;
+                    }
+                }
+            }
+        }
+        marks.count = marks.count.saturating_add(1).min(UNTOUCHED - 1);
+        Ok(())
+    }
+
+    /// The pages that were found touched, by source offset, in the order in which they were loaded; with each, how many
+    /// marks there were before the one that found it.
+    pub fn touched(&self) -> Vec<(u64, u8)> {
+        let marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        let log = self.shared.log();
+        let found = log.pages.iter().zip(&marks.found).filter(|(_, mark)| **mark != UNTOUCHED);
+        found.map(|(page, mark)| (u64::from(*page) * PAGE_BYTES, *mark)).collect()
+    }
+}
+
+impl std::fmt::Debug for Recording {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Recording").field("regions", &self.shared.regions).finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    fn log(&self) -> MutexGuard<'_, Log> {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes the zero pages that the pager fills in for a fault.
+    fn zero(&self, asked: u64, range: &std::ops::Range<u64>) {
+        let mut log = self.log();
+        log.note(asked);
+        let region = self.regions.iter().find(|region| {
+            asked.checked_sub(region.source_offset()).is_some_and(|at| at < region.len_bytes())
+        });
+        let Some(region) = region else { return };
+        // The block is one of addresses.
+        let start = region.source_offset();
+        let host_addr = region.host_addr() + (asked - start);
+        let before = (host_addr % ZERO_FILL_BYTES).min(asked - start.max(range.start.min(asked)));
+        let after = ZERO_FILL_BYTES - host_addr % ZERO_FILL_BYTES;
+        let end = (asked + after).min(range.end).min(start + region.len_bytes());
+        (asked - before..end).step_by(PAGE_BYTES as usize).for_each(|offset| log.note(offset));
+    }
+
+    /// Writes into the file what is not there yet.
+    fn store(&self, asked: u64, loaded: &LoadedPages<'_>) -> io::Result<()> {
+        let bytes_of = |buffer_offset: usize| {
+            let bytes = loaded.bytes.get(buffer_offset..)?.get(..PAGE_BYTES as usize);
+            bytes.filter(|_| buffer_offset.is_multiple_of(PAGE_BYTES as usize))
+        };
+        let mut log = self.log();
+        let first = loaded.pages.iter().filter(|page| page.source_offset == asked);
+        let others = loaded.pages.iter().filter(|page| page.source_offset != asked);
+        for page in first.chain(others) {
+            let bytes = bytes_of(page.buffer_offset).ok_or(io::ErrorKind::InvalidData)?;
+            if log.knows(page.source_offset) {
+                continue;
+            }
+            self.file.write_all_at(bytes, page.source_offset)?;
+            log.note(page.source_offset);
+        }
+        Ok(())
+    }
+}
+
+impl Log {
+    fn knows(&self, offset: u64) -> bool {
+        let page = offset / PAGE_BYTES;
+        self.known.get(page as usize / 64).is_none_or(|bits| bits >> (page % 64) & 1 == 1)
+    }
+
+    fn note(&mut self, offset: u64) {
+        let page = offset / PAGE_BYTES;
+        if !self.knows(offset) {
+            self.known[page as usize / 64] |= 1 << (page % 64);
+            self.pages.push(page as u32);
+        }
+    }
+}
+
+struct RecordedSource(Arc<Shared>);
+
+impl PageSource for RecordedSource {
+    fn reader(&self, page_bytes: usize) -> Result<Box<dyn PageReader>, SourceError> {
+        let reader = self.0.source.reader(page_bytes)?;
+        Ok(Box::new(RecordedReader { reader, shared: Arc::clone(&self.0) }))
+    }
+
+    fn len_bytes(&self) -> u64 {
+        self.0.source.len_bytes()
+    }
+}
+
+struct RecordedReader {
+    reader: Box<dyn PageReader>,
+    shared: Arc<Shared>,
+}
+
+impl PageReader for RecordedReader {
+    fn load(&mut self, source_offset: u64) -> Result<Load<'_>, SourceError> {
+        match self.reader.load(source_offset)? {
+            Load::Pages(loaded) => {
+                self.shared.store(source_offset, &loaded).map_err(|error| {
+                    SourceError::permanent("cannot write to the recorded memory").caused_by(error)
+                })?;
+                Ok(Load::InFile { cost: loaded.cost })
+            }
+            Load::Zero { range } => {
+                self.shared.zero(source_offset, &range);
+                Ok(Load::Zero { range })
+            }
+            in_file @ Load::InFile { .. } => Ok(in_file),
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! Pages of a `.snap` file that are known beforehand: chunk by chunk as they lie in the file, with large reads.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+
+use snapfmt::layout::PAGE_BYTES;
+use snapfmt::{ChunkBuffer, ChunkExtent, PageEntry, PageIndex, READ_AHEAD_BYTES, ReadAt, Snapshot};
+
+use crate::sequence::PageSequence;
+use crate::snapshot_source::{loaded, source_error};
+use crate::source::{Load, LoadCost, LoadedPage, LoadedPages, SourceError};
+
+/// Pages that are looked up before the first of them is loaded: few at first, so that the first ones are there soon.
+const FIRST_BATCH: usize = 256;
+const BATCH: usize = 4096;
+/// Bytes between two chunks that are read along rather than read apart.
+const GAP_BYTES: u64 = 64 << 10;
+
+pub(crate) struct SnapshotSequence<R: ReadAt> {
+    snapshot: Arc<Snapshot<R>>,
+    ranges: std::vec::IntoIter<Range<u64>>,
+    now: Range<u64>,
+    batch_pages: usize,
+    /// Where the pages of the batch are, chunk by chunk in the order of the file; those before `at` are done.
+    stored: Vec<(ChunkExtent, u16, PageIndex)>,
+    at: usize,
+    zeros: Vec<Range<u64>>,
+    failed: Option<SourceError>,
+    buffer: ChunkBuffer,
+    pages: Vec<LoadedPage>,
+}
+
+impl<R: ReadAt> SnapshotSequence<R> {
+    pub(crate) fn new(snapshot: Arc<Snapshot<R>>, ranges: Vec<Range<u64>>) -> Self {
+        SnapshotSequence {
+            snapshot,
+            ranges: ranges.into_iter(),
+            now: 0..0,
+            batch_pages: FIRST_BATCH,
+            stored: Vec::new(),
+            at: 0,
+            zeros: Vec::new(),
+            failed: None,
+            buffer: ChunkBuffer::new(),
+            pages: Vec::new(),
+        }
+    }
+
+    /// Looks the next pages up. Answers whether there were any.
+    fn next_batch(&mut self, wanted: &dyn Fn(u64) -> bool) -> bool {
+        self.stored.clear();
+        self.at = 0;
+        let mut count = 0;
+        while count < self.batch_pages {
+            if self.now.is_empty() {
+                let Some(range) = self.ranges.next() else { break };
+                self.now = range.start - range.start % PAGE_BYTES as u64..range.end;
+                continue;
+            }
+            let offset = self.now.start;
+            let end = offset.saturating_add(PAGE_BYTES as u64);
+            self.now.start = end;
+            count += 1;
+            let Some(page) = PageIndex::containing(offset).filter(|_| wanted(offset)) else {
+                continue;
+            };
+            match self.snapshot.entry(page) {
+                Ok(PageEntry::Data { chunk, slot }) => self.stored.push((chunk, slot, page)),
+                Ok(PageEntry::Zero) => match self.zeros.last_mut() {
+                    Some(last) if last.end == offset => last.end = end,
+                    _ => self.zeros.push(offset..end),
+                },
+                Ok(PageEntry::Parent) => {}
+                Err(error) => self.failed = Some(source_error(page, error)),
+            }
+        }
+        self.batch_pages = BATCH;
+        self.stored.sort_unstable();
+        // Taken from the end.
+        self.zeros.reverse();
+        count > 0
+    }
+
+    /// The pages of the next chunk that has wanted ones.
+    fn next_chunk(&mut self, wanted: &dyn Fn(u64) -> bool) -> Option<Range<usize>> {
+        while let Some((extent, ..)) = self.stored.get(self.at) {
+            let of_chunk = self.stored[self.at..].iter().take_while(|stored| stored.0 == *extent);
+            let range = self.at..self.at + of_chunk.count();
+            self.at = range.end;
+            if self.stored[range.clone()].iter().any(|(.., page)| wanted(page.source_offset())) {
+                return Some(range);
+            }
+        }
+        None
+    }
+
+    /// How far to read, from a chunk on: as long as chunks follow that will be loaded next.
+    fn read_until(&self, extent: ChunkExtent) -> u64 {
+        let mut end = extent.end();
+        for (next, ..) in &self.stored[self.at..] {
+            let within = next.end() <= extent.offset() + READ_AHEAD_BYTES;
+            if next.layer() != extent.layer() || next.offset() > end + GAP_BYTES || !within {
+                break;
+            }
+            end = end.max(next.end());
+        }
+        end
+    }
+
+    fn load(&mut self, range: Range<usize>) -> Result<Load<'_>, SourceError> {
+        let (extent, _, page) = self.stored[range.start];
+        let start = Instant::now();
+        let until = self.read_until(extent);
+        let bytes_read = self
+            .snapshot
+            .fetch_chunk_ahead(extent, until, &mut self.buffer)
+            .map_err(|error| source_error(page, error))?;
+        let fetched = Instant::now();
+        let chunk = self
+            .snapshot
+            .decode_chunk(extent, &mut self.buffer)
+            .map_err(|error| source_error(page, error))?;
+        self.pages.clear();
+        for (_, slot, page) in &self.stored[range] {
+            self.snapshot
+                .slot_of(*page, *slot, &chunk)
+                .map_err(|error| source_error(*page, error))?;
+            self.pages.push(loaded(*page, *slot));
+        }
+        Ok(Load::Pages(LoadedPages {
+            bytes: chunk.bytes(),
+            pages: &self.pages,
+            cost: LoadCost {
+                read_ns: (fetched - start).as_nanos() as u64,
+                decode_ns: fetched.elapsed().as_nanos() as u64,
+                bytes_read,
+            },
+        }))
+    }
+}
+
+impl<R: ReadAt> PageSequence for SnapshotSequence<R> {
+    fn next(&mut self, wanted: &dyn Fn(u64) -> bool) -> Option<Result<Load<'_>, SourceError>> {
+        loop {
+            if let Some(error) = self.failed.take() {
+                return Some(Err(error));
+            }
+            if let Some(range) = self.zeros.pop() {
+                return Some(Ok(Load::Zero { range }));
+            }
+            if let Some(range) = self.next_chunk(wanted) {
+                return Some(self.load(range));
+            }
+            if !self.next_batch(wanted) {
+                return None;
+            }
+        }
+    }
+}
