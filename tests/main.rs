@@ -2,6 +2,7 @@
 
 mod bad_files;
 mod bad_hosts;
+mod balloon;
 mod benchmarks;
 mod command_line;
 mod continuity;
@@ -17,8 +18,11 @@ mod kernel;
 mod layers;
 mod linux_guests;
 mod looking_inside;
+mod networks;
+mod overlays;
 mod running;
 mod serving;
 mod sockets;
 mod support;
+mod virtio_guest;
 mod working_sets;

@@ -89,7 +89,10 @@ impl Origin<'_> {
         let state = self.state(&snapshot).with_context(named)?;
         self.check_cpu(&snapshot, &state).with_context(named)?;
         // Before anything that takes time: a disk may be refused.
-        let devices = self.devices.restore(&state.devices).with_context(named)?;
+        let devices = self
+            .devices
+            .restore(&state.devices, |place| device_content(&snapshot, place))
+            .with_context(named)?;
         let opened = Instant::now();
 
         // Memory first, and its pager: setting the vCPUs' state may touch it already.
@@ -272,6 +275,16 @@ fn regions(snapshot: &Snapshot, memory: &Arc<GuestMemoryMmap>) -> Result<Vec<Reg
         regions.filter(|r| r.gpa == gpa.0).map(|r| r.source_offset).next().unwrap_or(u64::MAX)
     };
     Ok(Region::of_guest_memory(memory, offset_of)?)
+}
+
+/// What is stored of a device besides its state, nothing where there is no such section.
+fn device_content(snapshot: &Snapshot, place: usize) -> Result<Vec<u8>> {
+    let Some(kind) = vmm::state::device_content_kind(place) else { return Ok(Vec::new()) };
+    let Some(blob) = snapshot.state(kind)? else { return Ok(Vec::new()) };
+    if blob.version != vmm::state::DEVICE_CONTENT_VERSION {
+        bail!("the content of device {place} is of version {}, which is not known", blob.version);
+    }
+    Ok(blob.bytes)
 }
 
 /// The guest that a failing pager stops: known only after the pager was started.

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use pager::Pager;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -107,7 +107,7 @@ impl Kept<'_> {
         options: &WriteOptions,
         progress: OnProgress<'_>,
     ) -> Result<Header> {
-        let states = [stored_state(vm)?];
+        let states = stored_states(vm)?;
         let write = |regions, memory: &dyn ReadAt, data: &[Range<u64>], guest| {
             let metadata = metadata(guest);
             let contents = Contents { regions, memory, data, states: &states, metadata };
@@ -160,7 +160,7 @@ impl Kept<'_> {
             // What the guest gave back has no pages any more, and was something in the snapshot.
             data.extend(snapshot.populated());
         }
-        let states = [stored_state(vm)?];
+        let states = stored_states(vm)?;
         let contents = Contents {
             regions: snapshot.regions(),
             memory: &GuestBytes { memory, regions: snapshot.regions() },
@@ -235,9 +235,19 @@ impl ReadAt for Overlay<'_> {
     }
 }
 
-fn stored_state(vm: &mut PausedVm) -> Result<StateBlob> {
+/// The machine's state, and what its devices have besides.
+fn stored_states(vm: &mut PausedVm) -> Result<Vec<StateBlob>> {
     let bytes = vm.state()?.encode();
-    Ok(StateBlob { tag: vmm::state::STATE_KIND, version: vmm::state::STATE_VERSION, bytes })
+    let machine =
+        StateBlob { tag: vmm::state::STATE_KIND, version: vmm::state::STATE_VERSION, bytes };
+    let mut states = vec![machine];
+    let contents = vm.device_contents().context("a device of the guest cannot be stored")?;
+    for (place, content) in contents.into_iter().enumerate() {
+        if let (Some(bytes), Some(tag)) = (content, vmm::state::device_content_kind(place)) {
+            states.push(StateBlob { tag, version: vmm::state::DEVICE_CONTENT_VERSION, bytes });
+        }
+    }
+    Ok(states)
 }
 
 fn metadata(guest: Value) -> Metadata {

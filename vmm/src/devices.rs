@@ -68,6 +68,15 @@ pub trait MmioDevice: Send {
 
     /// What is needed to make the device again, its back end aside.
     fn state(&self) -> DeviceState;
+
+    /// What belongs to the device and is too large for its state, if anything. Whoever stores the one stores
+    /// the other.
+    ///
+    /// # Errors
+    /// Why it cannot be stored.
+    fn content(&self) -> io::Result<Option<Vec<u8>>> {
+        Ok(None)
+    }
 }
 
 /// What a device reaches of its machine.
@@ -181,6 +190,10 @@ impl Devices {
 
     pub(crate) fn states(&self) -> Vec<DeviceState> {
         self.all().map(|device| device.state()).collect()
+    }
+
+    pub(crate) fn contents(&self) -> io::Result<Vec<Option<Vec<u8>>>> {
+        self.all().map(|device| device.content()).collect()
     }
 
     fn all(&self) -> impl Iterator<Item = MutexGuard<'_, Box<dyn MmioDevice>>> {

@@ -21,6 +21,8 @@ use crate::serial::FIFO_BYTES;
 pub const STATE_KIND: u32 = u32::from_le_bytes(*b"KVMx");
 /// Version of the encoding that [`VmState::encode`] writes.
 pub const STATE_VERSION: u32 = 2;
+/// Version of what [`PausedVm::device_contents`](crate::PausedVm::device_contents) gives.
+pub const DEVICE_CONTENT_VERSION: u32 = 1;
 /// The first version, without what [`VmState`] has from [`VmState::rtc`] on.
 const STATE_VERSION_1: u32 = 1;
 /// More encoded bytes than this are refused unread; a vCPU needs about 12 KiB.
@@ -216,6 +218,15 @@ pub enum StateError {
         /// Sum of the ranges' lengths.
         memory_bytes: u64,
     },
+}
+
+/// Tag of what the device at this place has besides its state, among other kinds of state: "DEV" and the place
+/// as a digit.
+#[must_use]
+pub fn device_content_kind(place: usize) -> Option<u32> {
+    let digit =
+        u8::try_from(place).ok().filter(|&place| usize::from(place) < crate::DEVICES_MAX)?;
+    Some(u32::from_le_bytes([b'D', b'E', b'V', b'0' + digit]))
 }
 
 impl VmState {

@@ -397,6 +397,14 @@ impl PausedVm {
         self.machine.shared.control.reason().filter(|stop| !stop.is_resumable())
     }
 
+    /// What the devices have to store besides their states, by their places in the list.
+    ///
+    /// # Errors
+    /// Why one of them cannot be stored.
+    pub fn device_contents(&self) -> io::Result<Vec<Option<Vec<u8>>>> {
+        self.machine.shared.devices.contents()
+    }
+
     /// Lets the guest run.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 #!/bin/sh
-# linux CPUS [disk]: a stock Debian kernel is created, stored at its line READY, restored eagerly and twice
-# lazily; with `disk`, it has a disk with a file system and a source of random numbers. For the cases,
-# with the functions of steps.sh.
+# linux CPUS [devices]: a stock Debian kernel is created, stored at its line READY, restored eagerly and twice
+# lazily. With `devices` it has a disk with a file system, a raw disk, a source of random numbers and a vsock. For the
+# cases, with the functions of steps.sh.
 
 # ticks NAME: the guest's own checks from READY on, all ok.
 ticks() {
@@ -10,35 +10,71 @@ ticks() {
 }
 
 # word KEY NAME: the value of KEY= in the first tick of a run.
-word() { grep -m 1 '^tick' "$2.out" | tr ' ' '\n' | sed -n "s/^$1=//p"; }
+word() { grep -m 1 '^tick' "$2.out" | tr ' ' '\n' | tr -d '\r' | sed -n "s/^$1=//p"; }
+
+# on_time NAME: the guest's date in its last tick is this kernel's, but for the time since then.
+on_time() {
+    date=$(grep '^tick .* date=' "$1.out" | tail -n 1 | tr ' ' '\n' | sed -n 's/^date=//p')
+    behind=$(($(date +%s) - date))
+    holds "$1" "its date is right, $behind s ago" test "$behind" -ge -1 -a "$behind" -le 15
+}
+
+# A disk of 8 KiB that begins with this word.
+raw_disk() {
+    dd if=/dev/zero of="$1" bs=1024 count=8 2>/dev/null
+    printf '%s\n' "$2" | dd of="$1" conv=notrunc 2>/dev/null
+}
 
 linux() {
     cpus=$1
-    devices='' moved=''
-    if [ "${2:-}" = disk ]; then
+    devices=${2:-}
+    given='' moved=''
+    if [ -n "$devices" ]; then
+        # The disk with the file system has an overlay, so that all guests start with it as it was then.
         truncate -s 16M disk.img
         mke2fs -F disk.img >/dev/null 2>&1 || fail create "no file system on the disk"
-        devices='--disk disk.img --rng'
-        # The disk as it was at that time stays with the snapshot; each guest gets its copy, whose time of
-        # change is its own.
-        moved='--disk copy.img --force-disks'
+        raw_disk raw.img before
+        cksum disk.img >disk.sum
+        given='--disk disk.img,overlay --disk raw.img --rng --vsock 3,guest.sock'
+        # Somebody whom the guest is connected to when it is stored.
+        vsock answer guest.sock_2001 >old.out 2>&1 &
     fi
     # shellcheck disable=SC2086 # words
     step create snap create guest.snap --timeout 280s --kernel /vmlinux --initrd /guest.cpio \
-        --memory 160M --cpus "$cpus" --when output:READY $devices \
+        --memory 160M --cpus "$cpus" --when output:READY $given \
         --cmdline "console=ttyS0 quiet mitigations=off panic=-1"
     figures create 'guest.snap'
     step verify snap verify guest.snap
 
     for run in eager lazy clone; do
         case $run in eager) lazily='' ;; *) lazily=--lazy ;; esac
-        if [ -n "$moved" ]; then cp disk.img copy.img; fi
+        if [ -n "$devices" ]; then
+            # The raw disk has another content now, which the guest must see: so it is forced.
+            raw_disk raw-copy.img "changed-for-$run"
+            moved="--disk disk.img --disk raw-copy.img --force-disks"
+            if [ "$run" = clone ]; then moved="$moved --vsock 4,clone.sock"; fi
+            case $run in clone) socket=clone.sock ;; *) socket=guest.sock ;; esac
+            vsock ask $socket 1000 "hello $run" >"$run.asked" 2>&1 &
+            asking=$!
+            vsock answer ${socket}_2000 >"$run.told" 2>&1 &
+        fi
         step "$run" sh -c "echo hello | snap restore $lazily guest.snap $moved --until 'tick 12 '"
+        on_time "$run"
         figures "$run" 'tick 11|first'
         ticks "$run"
         holds "$run" "its input arrived" grep -q '^heard hello' "$run.out"
         holds "$run" "$cpus CPUs answer" grep -q "^tick 11 .* cpus=$cpus/$cpus" "$run.out"
+        if [ -n "$devices" ]; then
+            holds "$run" "it reads the disk as it is now" test "$(word raw "$run")" = "changed-for-$run"
+            holds "$run" "its writes are on the disk" grep -q 'guest wrote this' raw-copy.img
+            holds "$run" "the other disk's image is as it was" sh -c 'cksum disk.img | cmp - disk.sum'
+            holds "$run" "its vsock answered" wait "$asking"
+            holds "$run" "with what it was told" grep -qx "hello $run" "$run.asked"
+            holds "$run" "it connected to the host" grep -qx 'from the guest' "$run.told"
+            holds "$run" "its connection from before is gone" test "$(word old "$run")" = gone
+        fi
     done
     holds clone "its random numbers differ from its twin's" \
         test "$(word random lazy)" != "$(word random clone)"
+    holds clone "and its boot id" test "$(word boot lazy)" != "$(word boot clone)"
 }

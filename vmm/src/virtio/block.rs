@@ -1,6 +1,6 @@
 //! The block device (virtio 1.2, 5.2): reads, writes, flushes a disk image, one request at a time.
 
-use std::os::fd::AsFd;
+use std::io;
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX,
@@ -14,7 +14,7 @@ use super::disk::{Disk, SECTOR_BYTES};
 use super::fault::Fault;
 use super::memory::{DeviceMemory, Direction};
 use super::rings::{Buffers, Rings, write_byte};
-use super::state::BackendState;
+use super::state::{BackendState, OverlayState};
 
 /// Block device.
 pub(super) const DEVICE_ID: u32 = 2;
@@ -51,11 +51,21 @@ impl Block {
         &self.disk
     }
 
-    fn read(&self, memory: &DeviceMemory, sector: u64, data: &Buffers) -> Result<Outcome, Fault> {
+    fn read(
+        &mut self,
+        memory: &DeviceMemory,
+        sector: u64,
+        data: &Buffers,
+    ) -> Result<Outcome, Fault> {
         self.transfer(memory, sector, data, Direction::ToGuest)
     }
 
-    fn write(&self, memory: &DeviceMemory, sector: u64, data: &Buffers) -> Result<Outcome, Fault> {
+    fn write(
+        &mut self,
+        memory: &DeviceMemory,
+        sector: u64,
+        data: &Buffers,
+    ) -> Result<Outcome, Fault> {
         if self.disk.state().read_only {
             return Ok(Err(VIRTIO_BLK_S_IOERR));
         }
@@ -63,7 +73,7 @@ impl Block {
     }
 
     fn transfer(
-        &self,
+        &mut self,
         memory: &DeviceMemory,
         sector: u64,
         data: &Buffers,
@@ -78,17 +88,13 @@ impl Block {
         if len > REQUEST_MAX_BYTES || !(len as u64).is_multiple_of(SECTOR_BYTES) {
             return Ok(Err(VIRTIO_BLK_S_IOERR));
         }
-        let file = self.disk.file.as_fd();
-        let moved = memory.transfer(file, Some(start), data.segments(), direction)?;
+        let moved = self.disk.transfer(memory, start, data, direction)?;
         // Less than all: the image has shrunk under us, or its file system is full.
         Ok(moved.ok().filter(|&moved| moved == len).ok_or(VIRTIO_BLK_S_IOERR))
     }
 
     fn flush(&self) -> Outcome {
-        if self.disk.state().read_only {
-            return Ok(0);
-        }
-        self.disk.file.sync_data().map(|()| 0).map_err(|_| VIRTIO_BLK_S_IOERR)
+        self.disk.flush().map(|()| 0).map_err(|_| VIRTIO_BLK_S_IOERR)
     }
 
     /// A name that the driver shows to its user: the CRC of the image's path.
@@ -155,6 +161,16 @@ impl Backend for Block {
     }
 
     fn state(&self) -> BackendState {
-        BackendState::Block(self.disk.state().clone())
+        let disk = self.disk.state().clone();
+        match self.disk.overlay() {
+            None => BackendState::Block(disk),
+            Some(overlay) => {
+                BackendState::Overlay(OverlayState { disk, blocks: overlay.block_count() })
+            }
+        }
+    }
+
+    fn content(&self) -> io::Result<Option<Vec<u8>>> {
+        self.disk.overlay().map(|overlay| overlay.content()).transpose()
     }
 }

@@ -73,6 +73,14 @@ pub(super) trait Backend: Send {
 
     /// What belongs to this kind of device.
     fn state(&self) -> BackendState;
+
+    /// What belongs to it and is too large for that.
+    ///
+    /// # Errors
+    /// Why it cannot be stored.
+    fn content(&self) -> io::Result<Option<Vec<u8>>> {
+        Ok(None)
+    }
 }
 
 /// What a device watches descriptors of the host with.
@@ -84,6 +92,14 @@ impl HostWatcher {
     pub(super) fn watch(&self, token: u32, fd: &impl AsRawFd) -> io::Result<()> {
         // Tokens are the device's: they may come again, after 2^32 of them.
         self.0.watch_changes(HOST_SOURCES.saturating_add(token), fd)
+    }
+}
+
+#[cfg(any(test, fuzzing))]
+impl HostWatcher {
+    /// For a device that is in no machine.
+    pub(super) fn of_nobody(event_loop: &EventLoop) -> HostWatcher {
+        HostWatcher(event_loop.watcher(u32::MAX - 1))
     }
 }
 
@@ -252,6 +268,10 @@ impl MmioDevice for VirtioDevice {
         let mut transport = inner.transport.state();
         transport.interrupt_status = self.core.interrupt_status.load(Ordering::SeqCst);
         VirtioState { transport, device: inner.backend.state() }.encode()
+    }
+
+    fn content(&self) -> io::Result<Option<Vec<u8>>> {
+        self.core.lock().backend.content()
     }
 }
 

@@ -2,9 +2,14 @@
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use super::fault::Fault;
+use super::memory::{DeviceMemory, Direction};
+use super::overlay::{Overlay, OverlayPlace};
+use super::rings::Buffers;
 use super::state::{BlockState, Fingerprint};
 
 /// What virtio counts disks in.
@@ -21,6 +26,8 @@ const SAMPLE_PAGE_BYTES: u64 = 4096;
 pub struct Disk {
     pub(super) file: File,
     state: BlockState,
+    /// Where the guest's writes go instead of the image.
+    overlay: Option<Overlay>,
 }
 
 /// A disk that a guest cannot have.
@@ -65,6 +72,15 @@ pub enum DiskError {
     InUse {
         /// The image.
         path: PathBuf,
+    },
+    /// There is no place for what the guest writes, or not for what it has written.
+    #[error("cannot make the overlay of the disk {}", path.display())]
+    Overlay {
+        /// The image.
+        path: PathBuf,
+        /// What the system said, or that the content is none of such a disk.
+        #[source]
+        source: io::Error,
     },
     /// It is not as it was when the guest was saved.
     #[error(
@@ -118,7 +134,50 @@ impl Disk {
             return Err(DiskError::Path { path: absolute });
         }
         let fingerprint = Fingerprint::of(&file).map_err(failed("read"))?;
-        Ok(Disk { file, state: BlockState { path: absolute, read_only, fingerprint } })
+        let state = BlockState { path: absolute, read_only, fingerprint };
+        Ok(Disk { file, state, overlay: None })
+    }
+
+    /// Opens an image that stays as it is: what the guest writes goes to `place`. Many guests may
+    /// have it at a time.
+    ///
+    /// # Errors
+    /// Those of [`Disk::open`], and [`DiskError::Overlay`].
+    pub fn open_below(path: &Path, place: &OverlayPlace) -> Result<Disk, DiskError> {
+        Disk::open(path, true)?.put_below(place)
+    }
+
+    fn put_below(mut self, place: &OverlayPlace) -> Result<Disk, DiskError> {
+        let path = self.state.path.clone();
+        let overlay = Overlay::new(place, self.capacity_bytes());
+        self.overlay = Some(overlay.map_err(|source| DiskError::Overlay { path, source })?);
+        self.state.read_only = false;
+        Ok(self)
+    }
+
+    /// As [`Disk::open_saved`], for a disk with an overlay, or one that is to have one from now on. `content`
+    /// is what [`MmioDevice::content`](crate::MmioDevice::content) gave, of `blocks` blocks.
+    ///
+    /// # Errors
+    /// Those of [`Disk::open_saved`], and [`DiskError::Overlay`].
+    pub fn open_saved_below(
+        saved: &BlockState,
+        path: Option<&Path>,
+        force: bool,
+        place: &OverlayPlace,
+        blocks: u32,
+        content: &[u8],
+    ) -> Result<Disk, DiskError> {
+        let opened = Disk::open(path.unwrap_or(&saved.path), true)?;
+        let mut disk = opened.check(saved, force)?.put_below(place)?;
+        let path = disk.state.path.clone();
+        if let Some(overlay) = &mut disk.overlay
+            && blocks > 0
+        {
+            let loaded = overlay.load(content, blocks);
+            loaded.map_err(|source| DiskError::Overlay { path, source })?;
+        }
+        Ok(disk)
     }
 
     /// Opens the disk of a saved guest: at `path` if one is given, else where it was.
@@ -131,8 +190,12 @@ impl Disk {
         path: Option<&Path>,
         force: bool,
     ) -> Result<Disk, DiskError> {
-        let disk = Disk::open(path.unwrap_or(&saved.path), saved.read_only)?;
-        let (found, expected) = (disk.state.fingerprint, saved.fingerprint);
+        Disk::open(path.unwrap_or(&saved.path), saved.read_only)?.check(saved, force)
+    }
+
+    /// That it is the saved one.
+    fn check(self, saved: &BlockState, force: bool) -> Result<Disk, DiskError> {
+        let (found, expected) = (self.state.fingerprint, saved.fingerprint);
         let values: [(&'static str, i128, i128); 3] = [
             ("length in bytes is", found.len.into(), expected.len.into()),
             (
@@ -144,9 +207,9 @@ impl Disk {
         ];
         let checked = if force { &values[..1] } else { &values[..] };
         match checked.iter().find(|(_, found, expected)| found != expected) {
-            None => Ok(disk),
+            None => Ok(self),
             Some(&(what, found, expected)) => {
-                Err(DiskError::Changed { path: disk.state.path, what, found, expected })
+                Err(DiskError::Changed { path: self.state.path, what, found, expected })
             }
         }
     }
@@ -157,13 +220,45 @@ impl Disk {
         &self.state
     }
 
+    /// The overlay's blocks, if it has one.
+    pub(super) fn overlay(&self) -> Option<&Overlay> {
+        self.overlay.as_ref()
+    }
+
+    /// Moves data of the guest, all inside the disk.
+    pub(super) fn transfer(
+        &mut self,
+        memory: &DeviceMemory,
+        start: u64,
+        data: &Buffers,
+        direction: Direction,
+    ) -> Result<io::Result<usize>, Fault> {
+        match (&mut self.overlay, direction) {
+            (None, _) => {
+                memory.transfer(self.file.as_fd(), Some(start), data.segments(), direction)
+            }
+            (Some(overlay), Direction::ToGuest) => {
+                overlay.read(&self.file, memory, start, data.clone())
+            }
+            (Some(overlay), Direction::FromGuest) => overlay.write(&self.file, memory, start, data),
+        }
+    }
+
+    /// Has what was written brought to the image. An overlay outlives nothing: it is not.
+    pub(super) fn flush(&self) -> io::Result<()> {
+        match self.state.read_only || self.overlay.is_some() {
+            true => Ok(()),
+            false => self.file.sync_data(),
+        }
+    }
+
     pub(super) fn capacity_bytes(&self) -> u64 {
         self.state.fingerprint.len
     }
 
     /// Brings everything that was written to the disk, and takes its fingerprint.
     pub(super) fn settle(&mut self) -> Result<(), DiskError> {
-        if self.state.read_only {
+        if self.state.read_only || self.overlay.is_some() {
             return Ok(());
         }
         let path = &self.state.path;

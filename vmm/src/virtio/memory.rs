@@ -19,7 +19,8 @@ use std::sync::Arc;
 use vm_memory::bitmap::BS;
 use vm_memory::guest_memory::GuestMemorySliceIterator;
 use vm_memory::{
-    GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, Permissions,
+    GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
+    GuestMemoryRegion, Permissions,
 };
 
 use super::fault::Fault;
@@ -105,6 +106,42 @@ impl DeviceMemory {
             rest = advance(rest, moved);
         }
         Ok(Ok(done))
+    }
+
+    /// Forgets the whole pages of a segment: they read as zeros from now on, and cost nothing until they are
+    /// written. Gives the number of bytes; less where memory is a private view of a file, which would come
+    /// back instead of zeros.
+    pub(super) fn discard(&self, segment: Segment) -> u64 {
+        let mut discarded = 0;
+        for region in self.memory.iter() {
+            let advice = match (region.file_offset(), region.flags() & libc::MAP_SHARED != 0) {
+                (None, false) => libc::MADV_DONTNEED,
+                (Some(_), true) => libc::MADV_REMOVE,
+                _ => continue,
+            };
+            let page = PAGE_BYTES as u64;
+            let (first, last) = (region.start_addr().0, region.start_addr().0 + region.len());
+            let start = segment.gpa.next_multiple_of(page).max(first);
+            let end = segment.gpa.saturating_add(segment.len as u64).min(last) / page * page;
+            if start >= end {
+                continue;
+            }
+            let at = region.as_ptr().wrapping_add((start - first) as usize);
+            loop {
+                // SAFETY: whole pages of a region that stays mapped as long as `self.memory` lives, and to
+                // which no reference exists: guest memory may change at any time. They keep being mapped.
+                let result = unsafe { libc::madvise(at.cast(), (end - start) as usize, advice) };
+                if result == 0 {
+                    discarded += end - start;
+                    break;
+                }
+                let error = io::Error::last_os_error();
+                if !matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) {
+                    break;
+                }
+            }
+        }
+        discarded
     }
 
     /// Where the segments are in this process. Nobody follows these pointers but the kernel.

@@ -7,8 +7,9 @@
 //! - `device`: the transport in its window, and its queues on the devices' one thread.
 //! - `rings`: requests out of a queue, as lists of buffers that are whole and in memory.
 //! - `memory`: the only code that touches guest memory, and never at the price of a SIGBUS.
-//! - `block`, `rng`, `vsock`: what a device does with a request.
+//! - `balloon`, `block`, `net`, `rng`, `vsock`: what a device does with a request.
 
+mod balloon;
 mod block;
 mod device;
 mod disk;
@@ -19,6 +20,8 @@ mod fault;
 #[cfg(any(test, fuzzing))]
 mod hostile;
 mod memory;
+mod net;
+mod overlay;
 mod rings;
 mod rng;
 mod state;
@@ -36,9 +39,11 @@ pub use disk::{Disk, DiskError};
 pub use event_loop::EventLoop;
 #[cfg(fuzzing)]
 pub use hostile::any_queue;
+pub use net::{MacAddress, MacError, Tap, TapError};
+pub use overlay::OverlayPlace;
 pub use state::{
-    BackendState, BlockState, Fingerprint, QueueRegisters, TransportState, VIRTIO_STATE_VERSION,
-    VirtioState, VirtioStateError, VsockState,
+    BackendState, BalloonState, BlockState, Fingerprint, NetState, OverlayState, QueueRegisters,
+    TransportState, VIRTIO_STATE_VERSION, VirtioState, VirtioStateError, VsockState,
 };
 pub use vsock::{VsockError, VsockHost};
 
@@ -52,6 +57,10 @@ pub enum Host {
     Entropy,
     /// Unix sockets.
     Vsock(VsockHost),
+    /// A network interface, and the address that the guest has at it.
+    Net(Tap, MacAddress),
+    /// The guest's own memory, with what was given back of it before.
+    Balloon(BalloonState),
 }
 
 impl VirtioDevice {
@@ -80,6 +89,8 @@ impl VirtioDevice {
 fn backend(host: Host) -> io::Result<Box<dyn device::Backend>> {
     Ok(match host {
         Host::Disk(disk) => Box::new(block::Block::new(disk)),
+        Host::Net(tap, mac) => Box::new(net::Net::new(tap, mac)),
+        Host::Balloon(state) => Box::new(balloon::Balloon::new(state)),
         Host::Vsock(host) => Box::new(vsock::Vsock::new(host)),
         Host::Entropy => Box::new(rng::Rng { source: File::open("/dev/urandom")? }),
     })

@@ -110,7 +110,7 @@ pub(super) struct Request {
 }
 
 /// Runs of guest memory that are RAM, less than 4 GiB together.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Buffers(Vec<Segment>);
 
 impl Buffers {

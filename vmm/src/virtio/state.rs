@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use bincode::Options;
 use serde::{Deserialize, Serialize};
 
+use super::net::MacAddress;
 use crate::state::{DEVICE_STATE_MAX_BYTES, DeviceState};
 
 /// Version of the encoding of [`VirtioState`].
@@ -72,6 +73,40 @@ pub enum BackendState {
     Rng,
     /// Sockets between guest and host.
     Vsock(VsockState),
+    /// A network interface.
+    Net(NetState),
+    /// A memory balloon.
+    Balloon(BalloonState),
+    /// A disk that stays as it is, and what the guest has changed of it.
+    Overlay(OverlayState),
+}
+
+/// A disk with an overlay. The changed blocks are the device's content
+/// ([`MmioDevice::content`](crate::MmioDevice::content)).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OverlayState {
+    /// The disk that stays as it is.
+    pub disk: BlockState,
+    /// How many blocks of 4 KiB the content has.
+    pub blocks: u32,
+}
+
+/// A network interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetState {
+    /// Name of the host's tap.
+    pub tap: String,
+    /// The guest's address.
+    pub mac: MacAddress,
+}
+
+/// A memory balloon. What was given back is known to guest memory alone: it is zero there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonState {
+    /// Pages of 4 KiB that the driver says are in the balloon.
+    pub actual_pages: u32,
+    /// Bytes that the driver gave back, in the balloon or as reports of free pages, since the guest's boot.
+    pub returned_bytes: u64,
 }
 
 /// The sockets between guest and host. Connections are not part of it: they do not outlive a snapshot.
@@ -149,9 +184,11 @@ impl BackendState {
     #[must_use]
     pub fn kind(&self) -> u32 {
         match self {
-            BackendState::Block(_) => super::block::DEVICE_ID,
+            BackendState::Block(_) | BackendState::Overlay(_) => super::block::DEVICE_ID,
             BackendState::Rng => super::rng::DEVICE_ID,
             BackendState::Vsock(_) => super::vsock::DEVICE_ID,
+            BackendState::Net(_) => super::net::DEVICE_ID,
+            BackendState::Balloon(_) => super::balloon::DEVICE_ID,
         }
     }
 }
@@ -190,11 +227,17 @@ impl VirtioState {
         }
         let (path, what) = match &decoded.device {
             BackendState::Block(block) => (Some(&block.path), "path of a disk"),
+            BackendState::Overlay(overlay) => (Some(&overlay.disk.path), "path of a disk"),
             BackendState::Vsock(vsock) => (Some(&vsock.path), "path of a vsock"),
-            BackendState::Rng => (None, "path"),
+            BackendState::Rng | BackendState::Net(_) | BackendState::Balloon(_) => (None, "path"),
         };
         if path.is_some_and(|path| path.as_os_str().len() > PATH_MAX_BYTES || !path.is_absolute()) {
             return Err(VirtioStateError::Impossible { what });
+        }
+        if let BackendState::Net(net) = &decoded.device
+            && (net.tap.len() > super::net::NAME_MAX_BYTES || !net.mac.is_unicast())
+        {
+            return Err(VirtioStateError::Impossible { what: "network interface" });
         }
         Ok(decoded)
     }

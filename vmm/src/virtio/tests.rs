@@ -4,10 +4,12 @@ use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::fake_driver::*;
-use super::{BackendState, Disk, DiskError, EventLoop, Host, VirtioDevice, VirtioState};
+use super::{
+    BackendState, Disk, DiskError, EventLoop, Host, OverlayPlace, VirtioDevice, VirtioState,
+};
 use crate::control::Stop;
 use crate::devices::MmioDevice;
 
@@ -396,6 +398,82 @@ fn files_that_are_no_disks_are_refused() {
     assert!(matches!(Disk::open(Path::new("/dev/null"), true), Err(DiskError::NotAFile { .. })));
 }
 
+fn block_below(path: &Path, place: &OverlayPlace) -> Driver {
+    let event_loop = EventLoop::start().unwrap();
+    let disk = Disk::open_below(path, place).unwrap();
+    let device = VirtioDevice::create(&event_loop, Host::Disk(disk)).unwrap();
+    let mut driver = Driver::attach(device, memory());
+    driver.start();
+    driver
+}
+
+/// The whole disk, through the device.
+fn whole_disk(driver: &mut Driver) -> Vec<u8> {
+    let len = SECTORS as u32 * 512;
+    assert_eq!(request(driver, 0, 0, (DATA, len, WRITE)), (0, len + 1));
+    bytes(driver, DATA, len as usize)
+}
+
+#[test]
+fn an_overlay_takes_the_writes_and_goes_with_the_guest() {
+    let image = image();
+    let before = std::fs::read(image.path()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    for place in [OverlayPlace::Memory, OverlayPlace::Folder(folder.path().into())] {
+        let mut driver = block_below(image.path(), &place);
+        // Another guest has it too, and one that wants to write it is refused.
+        let mut twin = block_below(image.path(), &place);
+        assert!(matches!(Disk::open(image.path(), false), Err(DiskError::InUse { .. })));
+        let mut expected = before.clone();
+        assert_eq!(whole_disk(&mut driver), expected);
+        // Inside of a block; over its end; two whole ones; the end of the disk; again.
+        let writes = [(1, 2, 0xa1), (15, 3, 0xa2), (24, 16, 0xa3), (63, 1, 0xa4), (2, 1, 0xa5)];
+        for (sector, count, byte) in writes {
+            let len = count as usize * 512;
+            driver.memory.write_slice(&vec![byte; len], GuestAddress(DATA)).unwrap();
+            assert_eq!(request(&mut driver, 1, sector, (DATA, count * 512, 0)), (0, 1));
+            expected[sector as usize * 512..][..len].fill(byte);
+            assert_eq!(whole_disk(&mut driver), expected, "{sector}");
+        }
+        set_header(&driver, 4, 0);
+        assert_eq!(driver.run(&[(HEADER, 16, 0), (RESULT, 1, WRITE)]), 1);
+        assert_eq!(whole_disk(&mut twin), before, "a twin's writes are seen");
+        assert_eq!(std::fs::read(image.path()).unwrap(), before);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+
+        // Stored, and brought back, with the image where it was or a copy.
+        driver.device.pause();
+        let saved = VirtioState::decode(&driver.device.state()).unwrap();
+        let content = driver.device.content().unwrap().unwrap();
+        let BackendState::Overlay(overlay) = saved.device else { panic!("{saved:?}") };
+        assert_eq!(overlay.blocks, 6);
+        assert_eq!(content.len(), 4 + 6 * (4 + 4096));
+        let reopen = |content: &[u8], blocks| {
+            Disk::open_saved_below(&overlay.disk, None, false, &place, blocks, content)
+        };
+        let disk = reopen(&content, 6).unwrap();
+        let event_loop = EventLoop::start().unwrap();
+        let device = VirtioDevice::restore(&event_loop, saved.transport, Host::Disk(disk)).unwrap();
+        let mut restored = Driver::attach(device, Arc::clone(&driver.memory));
+        assert_eq!(whole_disk(&mut restored), expected);
+        assert_eq!(restored.device.content().unwrap().unwrap(), content);
+
+        for at in [0, 3, 4, 100, content.len() - 1] {
+            assert!(matches!(reopen(&content[..at], 6), Err(DiskError::Overlay { .. })), "{at}");
+        }
+        for (at, byte) in [(0, 7), (4, 1), (7, 1), (4, 2)] {
+            let mut bad = content.clone();
+            bad[at] = byte;
+            assert!(matches!(reopen(&bad, 6), Err(DiskError::Overlay { .. })), "{at}");
+        }
+        assert!(matches!(reopen(&content, 5), Err(DiskError::Overlay { .. })));
+        assert!(matches!(reopen(&content, u32::MAX), Err(DiskError::Overlay { .. })));
+        assert!(matches!(reopen(&[], 6), Err(DiskError::Overlay { .. })));
+    }
+    let nowhere = OverlayPlace::Folder(folder.path().join("none"));
+    assert!(matches!(Disk::open_below(image.path(), &nowhere), Err(DiskError::Overlay { .. })));
+}
+
 #[test]
 fn entropy_fills_what_it_is_given() {
     let event_loop = EventLoop::start().unwrap();
@@ -412,6 +490,72 @@ fn entropy_fills_what_it_is_given() {
     driver.notify();
     let stop = driver.wait_for_stop();
     assert_eq!(stop, Stop::MemoryError { gpa: Some(BROKEN_GPA), host_addr: None });
+}
+
+/// A fresh guest's memory is a file that is shared, a restored one's is private: each gives its pages back in its
+/// own way.
+#[test]
+fn reported_pages_are_given_back() {
+    const FREE: u64 = 0x4_0000;
+    let private =
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES as usize)]).unwrap();
+    for memory in [memory(), Arc::new(private)] {
+        let event_loop = EventLoop::start().unwrap();
+        let host = Host::Balloon(super::BalloonState::default());
+        let device = VirtioDevice::create(&event_loop, host).unwrap();
+        let mut driver = Driver::attach(device, memory);
+        driver.start_queues(3);
+        assert_eq!(driver.get(0x08), 5);
+        driver.memory.write_slice(&[7; 0x6000], GuestAddress(FREE)).unwrap();
+        // Two pages, one page with parts of its neighbours, and half a page.
+        let report =
+            [(FREE, 0x2000, WRITE), (FREE + 0x2800, 0x2000, WRITE), (FREE + 0x5000, 0x800, WRITE)];
+        driver.offer_in(2, 0, &report);
+        driver.wait_used_in(2, 1);
+        let page = |at: u64| bytes(&driver, FREE + at, 0x1000);
+        assert_eq!([page(0), page(0x1000), page(0x3000)], [const { [0; 0x1000] }; 3]);
+        assert_eq!([page(0x2000), page(0x4000), page(0x5000)], [const { [7; 0x1000] }; 3]);
+        driver.device.pause();
+        let state = VirtioState::decode(&driver.device.state()).unwrap();
+        let BackendState::Balloon(balloon) = state.device else { panic!("{state:?}") };
+        assert_eq!(balloon.returned_bytes, 3 << 12);
+    }
+}
+
+#[test]
+fn a_balloon_takes_pages_and_says_how_many() {
+    let event_loop = EventLoop::start().unwrap();
+    let host = Host::Balloon(super::BalloonState::default());
+    let mut driver = Driver::attach(VirtioDevice::create(&event_loop, host).unwrap(), memory());
+    driver.start_queues(3);
+    driver.memory.write_slice(&[7; 0x8000], GuestAddress(0x4_0000)).unwrap();
+    driver.memory.write_obj([0x45u32, 0x41, 0x40], GuestAddress(DATA)).unwrap();
+    driver.offer_in(0, 0, &[(DATA, 12, 0)]);
+    driver.wait_used_in(0, 1);
+    let first: Vec<u8> = (0..8).map(|page| bytes(&driver, 0x4_0000 + (page << 12), 1)[0]).collect();
+    assert_eq!(first, [0, 0, 7, 7, 7, 0, 7, 7]);
+    driver.device.write(0x104, &3u32.to_le_bytes());
+    driver.device.write(0x100, &9u32.to_le_bytes());
+    driver.device.write(0x106, &9u32.to_le_bytes());
+    assert_eq!((driver.get(0x100), driver.get(0x104)), (0, 3));
+    // Out again: nothing to do.
+    driver.offer_in(1, 0, &[(DATA, 12, 0)]);
+    driver.wait_used_in(1, 1);
+    type Chain<'a> = &'a [(u64, u32, u16)];
+    let attacks: [(u32, Chain<'_>); 4] = [
+        (0, &[(DATA + 12, 4, 0)]),
+        (0, &[(DATA, 13, 0)]),
+        (0, &[(DATA, 4100, 0)]),
+        (2, &[(DATA, 16, 0), (0x4_2000, 0x1000, WRITE)]),
+    ];
+    driver.memory.write_obj(u32::MAX, GuestAddress(DATA + 12)).unwrap();
+    for (queue, chain) in attacks {
+        driver.offer_in(queue, 0, chain);
+        while driver.wait_for_interrupt() & 2 == 0 {}
+        assert_eq!(driver.get(STATUS), 15 | NEEDS_RESET, "{chain:?}");
+        driver.start_queues(3);
+    }
+    assert_eq!(bytes(&driver, 0x4_2000, 1), [7]);
 }
 
 #[test]
@@ -476,8 +620,17 @@ fn golden_path(name: &str) -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/virtio-{name}-state-v1.bin"))
 }
 
-fn golden_devices() -> [(&'static str, BackendState); 3] {
-    [("block", golden_disk()), ("rng", BackendState::Rng), ("vsock", golden_vsock())]
+fn golden_devices() -> [(&'static str, BackendState); 6] {
+    let mac = super::MacAddress([2, 0, 0, 0, 0, 0x2a]);
+    let balloon = super::BalloonState { actual_pages: 3, returned_bytes: 4 << 20 };
+    [
+        ("block", golden_disk()),
+        ("rng", BackendState::Rng),
+        ("vsock", golden_vsock()),
+        ("net", BackendState::Net(super::NetState { tap: "tap0".into(), mac })),
+        ("balloon", BackendState::Balloon(balloon)),
+        ("overlay", BackendState::Overlay(golden_overlay())),
+    ]
 }
 
 fn golden_vsock() -> BackendState {
@@ -488,6 +641,11 @@ fn golden_disk() -> BackendState {
     let fingerprint = super::Fingerprint { len: 1 << 20, mtime_ns: -1, sample_crc32: 0x1234_5678 };
     let path = "/images/disk.img".into();
     BackendState::Block(super::BlockState { path, read_only: true, fingerprint })
+}
+
+fn golden_overlay() -> super::OverlayState {
+    let BackendState::Block(disk) = golden_disk() else { panic!("a disk") };
+    super::OverlayState { disk: super::BlockState { read_only: false, ..disk }, blocks: 5 }
 }
 
 fn golden_state(device: BackendState) -> VirtioState {

@@ -1,5 +1,5 @@
 # shellcheck shell=sh
-# The same with a disk and a source of random numbers.
+# The same with disks, a source of random numbers and a vsock.
 # shellcheck source=tests/nested/outer/linux.sh
 . /linux.sh
-linux 1 disk
+linux 1 devices

@@ -1,0 +1,202 @@
+//! What a guest has changed of a disk that itself stays as it is: blocks in a file that nobody else sees.
+//!
+//! The file has no name and goes with the guest. It has each block where the disk has it, and holes for the
+//! rest; which blocks it has is known here, not from its holes.
+
+use std::collections::BTreeSet;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::PathBuf;
+
+use rustix::fs::MemfdFlags;
+
+use super::fault::Fault;
+use super::memory::{DeviceMemory, Direction};
+use super::rings::Buffers;
+
+/// What is copied when a part of it changes.
+const BLOCK_BYTES: u64 = 4096;
+/// Longest encoding: a state of a snapshot has at most 64 MiB.
+const CONTENT_MAX_BYTES: usize = 63 << 20;
+
+/// Where the blocks are that a guest changes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum OverlayPlace {
+    /// In memory.
+    Memory,
+    /// In a file without a name, in this folder.
+    Folder(PathBuf),
+}
+
+#[derive(Debug)]
+pub(super) struct Overlay {
+    file: File,
+    disk_bytes: u64,
+    changed: BTreeSet<u32>,
+}
+
+impl Overlay {
+    /// Nothing is changed.
+    pub(super) fn new(place: &OverlayPlace, disk_bytes: u64) -> io::Result<Overlay> {
+        if disk_bytes.div_ceil(BLOCK_BYTES) > u64::from(u32::MAX) {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        let file = match place {
+            OverlayPlace::Memory => {
+                rustix::fs::memfd_create("snap-disk-overlay", MemfdFlags::CLOEXEC)?.into()
+            }
+            OverlayPlace::Folder(folder) => OpenOptions::new()
+                .read(true)
+                .write(true)
+                .mode(0o600)
+                .custom_flags(libc::O_TMPFILE)
+                .open(folder)?,
+        };
+        file.set_len(disk_bytes)?;
+        Ok(Overlay { file, disk_bytes, changed: BTreeSet::new() })
+    }
+
+    /// Reads from the disk as the guest has changed it.
+    pub(super) fn read(
+        &self,
+        disk: &File,
+        memory: &DeviceMemory,
+        start: u64,
+        mut data: Buffers,
+    ) -> Result<io::Result<usize>, Fault> {
+        let mut at = start;
+        while data.len() > 0 {
+            // As far as it comes from the same file.
+            let changed = self.has(at);
+            let mut run = (BLOCK_BYTES - at % BLOCK_BYTES) as usize;
+            while run < data.len() && self.has(at + run as u64) == changed {
+                run += BLOCK_BYTES as usize;
+            }
+            let part = data.split_front(run.min(data.len())).unwrap_or_default();
+            let file = if changed { &self.file } else { disk };
+            match memory.transfer(file.as_fd(), Some(at), part.segments(), Direction::ToGuest)? {
+                Ok(moved) if moved == part.len() => at += moved as u64,
+                Ok(moved) => return Ok(Ok((at - start) as usize + moved)),
+                Err(error) => return Ok(Err(error)),
+            }
+        }
+        Ok(Ok((at - start) as usize))
+    }
+
+    /// Writes, and leaves the disk alone.
+    pub(super) fn write(
+        &mut self,
+        disk: &File,
+        memory: &DeviceMemory,
+        start: u64,
+        data: &Buffers,
+    ) -> Result<io::Result<usize>, Fault> {
+        let end = start + data.len() as u64;
+        if start == end {
+            return Ok(Ok(0));
+        }
+        // The blocks at both ends keep what is beside the new data.
+        for edge in [start, end - 1] {
+            if let Err(error) = self.copy_up(disk, edge, start, end) {
+                return Ok(Err(error));
+            }
+        }
+        let file = self.file.as_fd();
+        let moved = memory.transfer(file, Some(start), data.segments(), Direction::FromGuest)?;
+        if moved.as_ref().is_ok_and(|&moved| moved == data.len()) {
+            self.changed.extend(block_of(start)..=block_of(end - 1));
+        }
+        Ok(moved)
+    }
+
+    fn has(&self, at: u64) -> bool {
+        self.changed.contains(&block_of(at))
+    }
+
+    /// Makes the block at `edge` one of this file, unless all of it will be written.
+    fn copy_up(&mut self, disk: &File, edge: u64, start: u64, end: u64) -> io::Result<()> {
+        let block = block_of(edge);
+        let first = u64::from(block) * BLOCK_BYTES;
+        let last = (first + BLOCK_BYTES).min(self.disk_bytes);
+        if self.changed.contains(&block) || (start <= first && last <= end) {
+            return Ok(());
+        }
+        let mut bytes = vec![0; (last - first) as usize];
+        disk.read_exact_at(&mut bytes, first)?;
+        self.file.write_all_at(&bytes, first)?;
+        self.changed.insert(block);
+        Ok(())
+    }
+
+    pub(super) fn block_count(&self) -> u32 {
+        // Their numbers have 32 bits, and there is one less of them than that: see `new`.
+        self.changed.len() as u32
+    }
+
+    /// All of it: the number of blocks (4 bytes), their numbers (4 bytes each, ascending), their bytes.
+    ///
+    /// # Errors
+    /// What the file says, and `FileTooLarge` for more than a snapshot stores.
+    pub(super) fn content(&self) -> io::Result<Vec<u8>> {
+        let len = 4 + self.changed.len() * (4 + BLOCK_BYTES as usize);
+        if len > CONTENT_MAX_BYTES {
+            let text = format!(
+                "the guest has changed {} MiB of the disk: more than {} MiB cannot be stored",
+                len >> 20,
+                CONTENT_MAX_BYTES >> 20
+            );
+            return Err(io::Error::new(io::ErrorKind::FileTooLarge, text));
+        }
+        let mut content = Vec::with_capacity(len);
+        content.extend(self.block_count().to_le_bytes());
+        self.changed.iter().for_each(|block| content.extend(block.to_le_bytes()));
+        for block in &self.changed {
+            let mut bytes = [0; BLOCK_BYTES as usize];
+            let first = u64::from(*block) * BLOCK_BYTES;
+            let len = BLOCK_BYTES.min(self.disk_bytes - first) as usize;
+            let (part, _) = bytes.split_at_mut(len);
+            self.file.read_exact_at(part, first)?;
+            content.extend(bytes);
+        }
+        Ok(content)
+    }
+
+    /// Takes the place of what [`Overlay::content`] gave, of as many blocks.
+    ///
+    /// # Errors
+    /// `InvalidData` when it is none of this disk, and what the file says.
+    pub(super) fn load(&mut self, content: &[u8], block_count: u32) -> io::Result<()> {
+        let invalid = || io::Error::new(io::ErrorKind::InvalidData, "no blocks of this disk");
+        let (count, rest) = content.split_first_chunk::<4>().ok_or_else(invalid)?;
+        let numbers_len = block_count as usize * 4;
+        let (numbers, blocks) = rest.split_at_checked(numbers_len).ok_or_else(invalid)?;
+        let (blocks, torn) = blocks.as_chunks::<{ BLOCK_BYTES as usize }>();
+        let (numbers, _) = numbers.as_chunks::<4>();
+        if u32::from_le_bytes(*count) != block_count
+            || blocks.len() != numbers.len()
+            || !torn.is_empty()
+            || !numbers.is_sorted_by_key(|number| u32::from_le_bytes(*number))
+        {
+            return Err(invalid());
+        }
+        for (number, block) in numbers.iter().zip(blocks) {
+            let number = u32::from_le_bytes(*number);
+            let first = u64::from(number) * BLOCK_BYTES;
+            let len = self.disk_bytes.checked_sub(first).filter(|&len| len > 0);
+            let len = len.ok_or_else(invalid)?.min(BLOCK_BYTES) as usize;
+            let (part, _) = block.split_at(len);
+            self.file.write_all_at(part, first)?;
+            if !self.changed.insert(number) {
+                return Err(invalid());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The number of the block that has this byte. `Overlay::new` makes sure that it fits.
+fn block_of(at: u64) -> u32 {
+    (at / BLOCK_BYTES) as u32
+}
