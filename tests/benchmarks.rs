@@ -70,6 +70,25 @@ fn json_tells_every_run_and_the_modes_agree() {
 }
 
 #[test]
+fn hot_pages_are_loaded_in_front_of_the_guest() {
+    needs_vm!();
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let options = ["--runs", "1", "--modes", "lazy,lazy+hot,lazy+other", "--json"];
+    let all = run(bench(folder.path(), &options)).ok().json();
+    let mode = |number: usize| &all["modes"][number]["median"];
+    let set = all["hot"]["working_set_bytes"].as_u64().expect("a working set");
+    // Five percent of 16 MiB, and a little.
+    assert!((600 << 10..2 << 20).contains(&set), "{set}");
+    assert!(mode(1)["prefetched_bytes"].as_u64() > Some(0), "{}", mode(1));
+    assert!(mode(0)["prefetched_bytes"].is_null(), "of plain lazy nothing is");
+    // The other set is as large, and does not help.
+    assert!(all["other"]["working_set_bytes"].as_u64() > Some(set / 2));
+    assert!(mode(2)["served_faults"].as_u64() > Some(0));
+    assert_eq!(all["memory_sha256"].as_str().map(str::len), Some(64), "right pages all the same");
+    assert!(names(folder.path()).is_empty());
+}
+
+#[test]
 fn cold_runs_read_from_storage_or_say_that_they_cannot() {
     needs_vm!();
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -139,8 +158,8 @@ fn a_guest_that_cannot_be_restored_is_its_own_error() {
     std::fs::write(path("memory"), vec![1; 1 << 20]).expect("it can be written");
     snap(["import", &*path("memory"), "-o", &*path("a.snap")]).ok();
     snap(["bench", &*path("a.snap")]).failed(1, &["say when the guest's work is done"]);
-    let ran = snap(["bench", &*path("a.snap"), "--for", "1s"]);
-    ran.failed(1, &["mode eager", "no state of a KVM guest"]);
+    let ran = snap(["bench", &*path("a.snap"), "--for", "1s", "--modes", "lazy"]);
+    ran.failed(1, &["mode lazy", "no state of a KVM guest"]);
 }
 
 #[test]

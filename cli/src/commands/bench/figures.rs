@@ -31,6 +31,7 @@ pub(super) struct Run {
 struct Paging {
     faults: u64,
     pages: Pages,
+    installed: Installed,
     service: Latency,
     service_steps: Vec<Step>,
     read: Latency,
@@ -41,6 +42,11 @@ struct Paging {
 #[derive(Clone, Debug, Deserialize)]
 struct Pages {
     missing: u64,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct Installed {
+    prefetched: u64,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize)]
@@ -162,7 +168,9 @@ pub(super) const FIGURES: &[Figure] = &[
         // The kernel reads the image, and a server for its clones.
         of: |mode, run| match mode {
             Mode::Mmap | Mode::Shared => None,
-            Mode::Eager | Mode::Lazy => Some(run.bytes_read as f64),
+            Mode::Eager | Mode::Lazy | Mode::LazyHot | Mode::LazyOther => {
+                Some(run.bytes_read as f64)
+            }
         },
     },
     Figure {
@@ -170,6 +178,15 @@ pub(super) const FIGURES: &[Figure] = &[
         label: "read from storage",
         unit: Unit::Bytes,
         of: |_, run| Some(run.process.storage_bytes as f64),
+    },
+    Figure {
+        key: "prefetched_bytes",
+        label: "loaded in front of the guest",
+        unit: Unit::Bytes,
+        of: |mode, run| {
+            let pager = run.pager.as_ref().filter(|_| mode.prefetches())?;
+            Some((pager.installed.prefetched * PAGE_BYTES as u64) as f64)
+        },
     },
     latency!("fault_p50_us", "fault p50", service, p50_ns),
     latency!("fault_p99_us", "fault p99", service, p99_ns),
@@ -280,7 +297,8 @@ fn number(unit: Unit, value: Option<f64>) -> Value {
 }
 
 /// The figures of which ratios are told.
-const COMPARED: [&str; 4] = ["first_instruction_ms", "done_ms", "run_ms", "served_faults"];
+const COMPARED: [&str; 5] =
+    ["first_instruction_ms", "done_ms", "run_ms", "served_faults", "storage_bytes_read"];
 
 /// How many times the figure of another mode: figure, mode, other mode. The median of the ratios of
 /// the runs of each round, which were made one after the other.

@@ -3,6 +3,7 @@
 mod child;
 mod cold;
 mod figures;
+mod hot;
 mod html;
 mod mode;
 mod run;
@@ -16,9 +17,12 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
+use snapfmt::Snapshot;
+use snapfmt::layout::PAGE_BYTES;
 
 use self::child::Snap;
 use self::figures::{Measured, Ratios};
+use self::hot::Hot;
 use self::mode::Mode;
 use self::run::{Outcome, Plan};
 use self::subject::Subject;
@@ -52,7 +56,12 @@ pub(crate) struct Args {
     parents: Vec<PathBuf>,
 
     /// The modes to compare.
-    #[arg(long, value_name = "MODES", value_delimiter = ',', default_value = "eager,mmap,lazy")]
+    #[arg(
+        long,
+        value_name = "MODES",
+        value_delimiter = ',',
+        default_value = "eager,mmap,lazy,lazy+hot"
+    )]
     modes: Vec<Mode>,
 
     /// How often each mode is run and measured.
@@ -141,7 +150,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             print_line(serde_json::to_string_pretty(&all)?)
         }
         false => {
-            let (head, foot) = (headline(args, &subject, &outcome), footer(&outcome));
+            let (head, foot) = (headline(args, &subject, &outcome), footer(&subject, &outcome));
             let name = args.target.display();
             print_text(format!("{name}: {head}\n\n{}{foot}", table::table(&outcome.all, &ratios)))
         }
@@ -154,7 +163,7 @@ fn html(args: &Args, subject: &Subject, outcome: &Outcome, ratios: &Ratios) -> S
         name: &args.target.display().to_string(),
         subject: &headline(args, subject, outcome),
         host: &format!("{}, {} CPUs, Linux {}", host.cpu_name, host.cpus, host.kernel),
-        footer: footer(outcome),
+        footer: &footer(subject, outcome),
     };
     html::page(&words, &outcome.all, ratios)
 }
@@ -164,7 +173,7 @@ fn headline(args: &Args, subject: &Subject, outcome: &Outcome) -> String {
     format!(
         "{} of memory in a file of {}; work: {}; page cache {}; medians of {}",
         size::human(subject.memory_bytes()),
-        size::human(subject.file_bytes()),
+        size::human(file_bytes(&subject.snapshot)),
         subject.work.describe(),
         page_cache(outcome),
         match args.runs {
@@ -174,11 +183,24 @@ fn headline(args: &Args, subject: &Subject, outcome: &Outcome) -> String {
     )
 }
 
-fn footer(outcome: &Outcome) -> &'static str {
-    match outcome.memory_sha256 {
-        Some(_) => "\nAfter the work, the guest's memory is the same in all modes.\n",
-        None => "",
+/// What else is worth a sentence.
+fn footer(subject: &Subject, outcome: &Outcome) -> String {
+    let mut text = String::new();
+    for (name, hot) in [("lazy+hot", &subject.hot), ("lazy+other", &subject.other)] {
+        if let Some(Hot { snapshot, pages, .. }) = hot {
+            let bytes = file_bytes(snapshot);
+            text += &format!(
+                "\n{name}: a working set of {}, in a file of {} ({:.2} x).",
+                size::human(pages * PAGE_BYTES as u64),
+                size::human(bytes),
+                bytes as f64 / file_bytes(&subject.snapshot) as f64
+            );
+        }
     }
+    if outcome.memory_sha256.is_some() {
+        text += "\nAfter the work, the guest's memory is the same in all modes.";
+    }
+    if text.is_empty() { text } else { text + "\n" }
 }
 
 fn page_cache(outcome: &Outcome) -> String {
@@ -194,10 +216,12 @@ fn to_json(args: &Args, subject: &Subject, outcome: &Outcome, ratios: &Ratios) -
             "cpus": host.cpus,
             "kernel": host.kernel,
         },
+        "hot": hot(&subject.hot),
+        "other": hot(&subject.other),
         "snapshot": {
             "name": args.target,
             "memory_bytes": subject.memory_bytes(),
-            "file_bytes": subject.file_bytes(),
+            "file_bytes": file_bytes(&subject.snapshot),
         },
         "work": subject.work.to_json(),
         "page_cache": page_cache(outcome),
@@ -206,6 +230,21 @@ fn to_json(args: &Args, subject: &Subject, outcome: &Outcome, ratios: &Ratios) -
         "ratios": ratios,
         "memory_sha256": outcome.memory_sha256,
     })
+}
+
+/// A file with hot pages in front, in JSON.
+fn hot(hot: &Option<Hot>) -> Value {
+    hot.as_ref().map_or(Value::Null, |hot| {
+        json!({
+            "working_set_bytes": hot.pages * PAGE_BYTES as u64,
+            "file_bytes": file_bytes(&hot.snapshot),
+        })
+    })
+}
+
+/// Bytes of the file, of a layer its parents' too.
+fn file_bytes(snapshot: &Snapshot) -> u64 {
+    snapshot.headers().map(|header| header.file_bytes).sum()
 }
 
 /// Where it was measured.

@@ -14,6 +14,12 @@ pub(super) enum Mode {
     Mmap,
     /// Run at once; pages come from the snapshot when they are touched.
     Lazy,
+    /// The same, of a file with the hot pages in front: they are loaded before they are touched.
+    #[value(name = "lazy+hot")]
+    LazyHot,
+    /// The same, of a file that was trained on other work: a hint that is wrong. Of the demo guest.
+    #[value(name = "lazy+other")]
+    LazyOther,
     /// As a clone of a `snap serve` that has served another one before (with --cold: none).
     Shared,
 }
@@ -24,8 +30,15 @@ impl Mode {
             Self::Eager => "eager",
             Self::Mmap => "mmap",
             Self::Lazy => "lazy",
+            Self::LazyHot => "lazy+hot",
+            Self::LazyOther => "lazy+other",
             Self::Shared => "shared",
         }
+    }
+
+    /// Whether pages are loaded before they are touched.
+    pub(super) fn prefetches(self) -> bool {
+        matches!(self, Self::LazyHot | Self::LazyOther)
     }
 }
 

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use snapfmt::Snapshot;
 
 use super::child::{Running, Snap};
 use super::cold::Way;
@@ -36,7 +37,8 @@ impl Plan<'_> {
     pub(super) fn run(&self, say: &dyn Fn(&str)) -> Result<Outcome> {
         let image = self.subject.image.as_ref().map(File::open).transpose();
         let image = image.context("cannot open the raw image")?;
-        let files: Vec<&File> = self.subject.snapshot.storages().chain(&image).collect();
+        let files: Vec<&File> =
+            self.subject.snapshots().flat_map(Snapshot::storages).chain(&image).collect();
         let mut way = self.cold.then(|| Way::first(&files)).transpose()?;
         let server = match self.modes.contains(&Mode::Shared) && !self.cold {
             true => Some(self.server()?),
@@ -115,7 +117,13 @@ impl Plan<'_> {
     fn command(&self, mode: Mode, measure: &str) -> Result<Vec<OsString>> {
         let subject = self.subject;
         let mut command: Vec<OsString> = vec!["restore".into()];
-        command.extend(subject.input());
+        match subject.hot(mode) {
+            Some(hot) => {
+                command.push(hot.file.clone().into());
+                command.extend(subject.parents());
+            }
+            None => command.extend(subject.input()),
+        }
         command.extend(["--report", "json", "--measure", measure].map(OsString::from));
         command.extend(subject.work.options(self.timeout));
         if measure == "timeline" && subject.is_deterministic {
@@ -123,7 +131,10 @@ impl Plan<'_> {
         }
         match mode {
             Mode::Eager => {}
-            Mode::Lazy => command.push("--lazy".into()),
+            Mode::Lazy => command.extend(["--lazy", "--prefetch", "off"].map(OsString::from)),
+            Mode::LazyHot | Mode::LazyOther => {
+                command.extend(["--lazy", "--prefetch", "hot"].map(OsString::from));
+            }
             Mode::Shared => {
                 command.extend(["--lazy".into(), "--share".into(), self.socket().into()]);
             }

@@ -12,6 +12,7 @@ use tempfile::TempDir;
 use vmm::demo::WORK_ALIGN_BYTES;
 
 use super::child::Snap;
+use super::hot::Hot;
 use super::mode::Mode;
 use super::{Args, DEMO};
 use crate::{commands, size};
@@ -22,6 +23,9 @@ pub(super) struct Subject {
     pub(super) parents: Vec<PathBuf>,
     /// The raw image of its memory, where a mode needs it.
     pub(super) image: Option<PathBuf>,
+    /// The same guest with its hot pages in front, and with others there.
+    pub(super) hot: Option<Hot>,
+    pub(super) other: Option<Hot>,
     /// Held open: the files whose page cache is dropped are these very ones.
     pub(super) snapshot: Snapshot,
     pub(super) work: Work,
@@ -60,6 +64,8 @@ impl Subject {
             file,
             parents: args.parents.clone(),
             image: None,
+            hot: None,
+            other: None,
             snapshot,
             work,
             folder,
@@ -73,13 +79,38 @@ impl Subject {
             snap.run(command).context("cannot write the raw image")?;
             subject.image = Some(image);
         }
+        if args.modes.contains(&Mode::LazyHot) {
+            subject.hot = Some(Hot::of_this_work(&subject, snap, args.timeout, say)?);
+        }
+        if args.modes.contains(&Mode::LazyOther) {
+            subject.other = Some(Hot::of_other_work(&subject, snap, say)?);
+        }
         Ok(subject)
     }
 
     /// The arguments that name the snapshot.
     pub(super) fn input(&self) -> impl Iterator<Item = OsString> + '_ {
-        let parents = self.parents.iter().flat_map(|path| ["--parent".into(), path.into()]);
-        std::iter::once(self.file.clone().into()).chain(parents)
+        std::iter::once(self.file.clone().into()).chain(self.parents())
+    }
+
+    /// The arguments that name files that may be parents.
+    pub(super) fn parents(&self) -> impl Iterator<Item = OsString> + '_ {
+        self.parents.iter().flat_map(|path| ["--parent".into(), path.into()])
+    }
+
+    /// The file with hot pages that a mode restores.
+    pub(super) fn hot(&self, mode: Mode) -> Option<&Hot> {
+        match mode {
+            Mode::LazyHot => self.hot.as_ref(),
+            Mode::LazyOther => self.other.as_ref(),
+            Mode::Eager | Mode::Mmap | Mode::Lazy | Mode::Shared => None,
+        }
+    }
+
+    /// All snapshots that some mode restores.
+    pub(super) fn snapshots(&self) -> impl Iterator<Item = &Snapshot> {
+        let hot = self.hot.iter().chain(&self.other).map(|hot| &hot.snapshot);
+        std::iter::once(&self.snapshot).chain(hot)
     }
 
     /// A path in the temporary folder.
@@ -89,11 +120,6 @@ impl Subject {
 
     pub(super) fn memory_bytes(&self) -> u64 {
         self.snapshot.header().memory_bytes
-    }
-
-    /// Bytes of the file, of a layer its parents' too.
-    pub(super) fn file_bytes(&self) -> u64 {
-        self.snapshot.headers().map(|header| header.file_bytes).sum()
     }
 }
 

@@ -9,11 +9,13 @@ const LABEL_WIDTH: usize = 32;
 const COLUMN_WIDTH: usize = 13;
 
 /// The rows of ratios: figure, label, and the mode that the others are compared with.
-pub(super) const RATIOS: [(&str, &str, Mode); 4] = [
+pub(super) const RATIOS: [(&str, &str, Mode); 6] = [
     ("done_ms", "done, x of mmap", Mode::Mmap),
     ("done_ms", "done, x of lazy", Mode::Lazy),
     ("done_ms", "done, x of eager", Mode::Eager),
     ("run_ms", "run, x of eager", Mode::Eager),
+    ("first_instruction_ms", "first instruction, x of lazy", Mode::Lazy),
+    ("served_faults", "faults served, x of lazy", Mode::Lazy),
 ];
 
 pub(super) fn table(all: &[Measured], ratios: &Ratios) -> String {

@@ -58,6 +58,8 @@ fn class(mode: Mode) -> &'static str {
         Mode::Eager => "m-eager",
         Mode::Mmap => "m-mmap",
         Mode::Lazy => "m-lazy",
+        Mode::LazyHot => "m-hot",
+        Mode::LazyOther => "m-other",
         Mode::Shared => "m-shared",
     }
 }

@@ -1,0 +1,138 @@
+//! Snapshots whose hot pages stand in front: trained on the work that is measured, or on other work.
+
+use std::ffi::OsString;
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use snapfmt::{
+    Changes, Existing, MemoryRegion, PageIndex, Phase, Snapshot, WorkingSet, copy_snapshot,
+};
+use vmm::demo::{DemoConfig, DemoPlan, PageClass};
+
+use super::child::Snap;
+use super::subject::Subject;
+use crate::commands;
+
+/// How often the guest is watched.
+const TRAINING_RUNS: &str = "3";
+
+/// A file with hot pages in front.
+pub(super) struct Hot {
+    pub(super) file: PathBuf,
+    pub(super) snapshot: Snapshot,
+    /// Pages of its working set.
+    pub(super) pages: u64,
+}
+
+impl Hot {
+    /// Of the work that is measured. A file that knows its hot pages already is taken as it is.
+    pub(super) fn of_this_work(
+        subject: &Subject,
+        snap: &Snap<'_>,
+        timeout: Duration,
+        say: &dyn Fn(&str),
+    ) -> Result<Self> {
+        if subject.snapshot.working_set()?.is_some() {
+            return Self::open(subject, subject.file.clone());
+        }
+        say("watching which pages the guest touches");
+        let trained = subject.path("trained.snap");
+        let mut command: Vec<OsString> = vec!["--quiet".into(), "train".into()];
+        command.extend(subject.input());
+        command.extend(["--runs", TRAINING_RUNS].map(OsString::from));
+        command.extend(subject.work.options(timeout));
+        command.extend(["-o".into(), trained.clone().into()]);
+        snap.run(command).context("cannot find out which pages are hot")?;
+        Self::optimized(subject, snap, trained, "hot.snap", say)
+    }
+
+    /// Of other work: the demo guest's pages that a beat does not touch, as many as it does.
+    pub(super) fn of_other_work(
+        subject: &Subject,
+        snap: &Snap<'_>,
+        say: &dyn Fn(&str),
+    ) -> Result<Self> {
+        let mut metadata = subject.snapshot.metadata()?;
+        let guest = metadata.other.get("guest").filter(|guest| guest["kind"] == "demo");
+        let work_bytes = guest.and_then(|guest| guest.get("work_bytes")).and_then(Value::as_u64);
+        let Some(work_bytes) = work_bytes else {
+            bail!(
+                "mode lazy+other is of the demo guest: of others it is not known what they don't touch"
+            );
+        };
+        let set = untouched(&DemoConfig { work_bytes }, subject.snapshot.regions())?;
+        let trained = subject.path("other.snap");
+        metadata.other.remove("rewritten_from");
+        let changes = Changes {
+            working_set: WorkingSet::join([&set[..]]),
+            metadata,
+            parent_path: None,
+            existing: Existing::Keep,
+        };
+        copy_snapshot(&trained, &subject.snapshot, &changes, &|_| ControlFlow::Continue(()))
+            .context("cannot write a snapshot that was trained on other work")?;
+        Self::optimized(subject, snap, trained, "other-hot.snap", say)
+    }
+
+    fn optimized(
+        subject: &Subject,
+        snap: &Snap<'_>,
+        trained: PathBuf,
+        name: &str,
+        say: &dyn Fn(&str),
+    ) -> Result<Self> {
+        say("putting the hot pages in front");
+        let file = subject.path(name);
+        let mut command: Vec<OsString> = vec!["--quiet".into(), "optimize".into(), trained.into()];
+        command.extend(subject.parents());
+        command.extend(["-o".into(), file.clone().into()]);
+        snap.run(command).context("cannot put the hot pages in front")?;
+        Self::open(subject, file)
+    }
+
+    fn open(subject: &Subject, file: PathBuf) -> Result<Self> {
+        let snapshot = commands::open(&file, &subject.parents)?;
+        let pages = snapshot.working_set()?.map_or(0, |set| set.len());
+        Ok(Self { file, snapshot, pages })
+    }
+}
+
+/// Pages of the demo guest's working area that hold something and that no beat reads, one of three: about
+/// as many as those that it reads.
+fn untouched(demo: &DemoConfig, regions: &[MemoryRegion]) -> Result<Vec<(PageIndex, Phase)>> {
+    let plan = DemoPlan::new(demo, &crate::guest_memory::to_ranges(regions))?;
+    let in_use = (0..plan.pages()).filter(|&page| {
+        vmm::demo::page_class(page) != PageClass::Zero && !vmm::demo::in_working_set(page)
+    });
+    let page_index = |page| {
+        let gpa = plan.page_gpa(page);
+        let region = regions.iter().find(|r| (r.gpa..r.gpa + r.len).contains(&gpa))?;
+        PageIndex::containing(region.source_offset + (gpa - region.gpa))
+    };
+    Ok(in_use.step_by(3).filter_map(|page| Some((page_index(page)?, Phase::First100Ms))).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use snapfmt::layout::PAGE_BYTES;
+
+    use super::*;
+
+    #[test]
+    fn other_work_touches_as_many_pages_and_none_of_the_same() {
+        let regions = crate::guest_memory::to_regions(&vmm::memory_layout(256 << 20).unwrap());
+        let demo = DemoConfig { work_bytes: 64 << 20 };
+        let plan = DemoPlan::new(&demo, &vmm::memory_layout(256 << 20).unwrap()).unwrap();
+        let touched: Vec<u64> = (0..plan.pages())
+            .filter(|&page| vmm::demo::in_working_set(page))
+            .map(|page| plan.page_gpa(page) / PAGE_BYTES as u64)
+            .collect();
+        let other = untouched(&demo, &regions).unwrap();
+        assert!(other.len().abs_diff(touched.len()) < touched.len() / 20);
+        // One region: source offsets are guest addresses.
+        assert!(other.iter().all(|(page, _)| !touched.contains(&u64::from(page.0))));
+    }
+}
