@@ -172,7 +172,7 @@ impl ChunkBuffer {
 
     /// The chunk that was decoded last.
     pub(crate) fn held(&self, extent: ChunkExtent) -> Result<Chunk<'_>, ReadError> {
-        let header = self.header.ok_or(ReadError::NothingFetched)?;
+        let Some(header) = self.header else { return Err(ReadError::NothingFetched) };
         let bytes = match header.codec {
             Codec::Raw => {
                 let start = self.at + CHUNK_HEADER_BYTES + 4 * usize::from(header.pages);

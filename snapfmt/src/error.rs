@@ -126,7 +126,7 @@ pub enum ChainError {
         id: Uuid,
     },
     /// No file that might be the parent is there.
-    #[error("parent {id} expected, found at none of {looked_at:?}: say where it is")]
+    #[error("parent {id} is not there; looked for at {}: say where it is", listed(looked_at))]
     NotFound {
         /// The parent's id.
         id: Uuid,
@@ -177,6 +177,10 @@ pub enum ChainError {
         /// The most there may be.
         most: usize,
     },
+}
+
+fn listed(paths: &[PathBuf]) -> String {
+    paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
 }
 
 impl ReadError {

@@ -253,7 +253,9 @@ impl<R: ReadAt> Snapshot<R> {
         let len = extent.len_bytes() as usize;
         let stored = buffer.refill(len);
         let layer = self.layers.get(usize::from(extent.layer()));
-        let layer = layer.ok_or(ReadError::NoSuchLayer { layer: extent.layer() })?;
+        let Some(layer) = layer else {
+            return Err(ReadError::NoSuchLayer { layer: extent.layer() });
+        };
         layer
             .storage
             .read_exact_at(stored, extent.offset())
@@ -277,7 +279,9 @@ impl<R: ReadAt> Snapshot<R> {
             return Ok(0);
         }
         let layer = self.layers.get(usize::from(extent.layer()));
-        let layer = layer.ok_or(ReadError::NoSuchLayer { layer: extent.layer() })?;
+        let Some(layer) = layer else {
+            return Err(ReadError::NoSuchLayer { layer: extent.layer() });
+        };
         let furthest = layer.index.chunks_end().min(extent.offset() + READ_AHEAD_BYTES);
         let end = until.min(furthest).max(extent.end());
         let len = end - extent.offset();

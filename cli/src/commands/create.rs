@@ -9,9 +9,9 @@ use pager::{FailurePolicy, Pager, Placement, Populate};
 use snapfmt::Header;
 use vmm::{PausedVm, Stop};
 
-use super::Session;
 use super::guest::{self, GuestArgs};
 use super::stdout::print_line;
+use super::{Session, refuse_existing};
 use crate::api::client;
 use crate::booted::Booted;
 use crate::devices::SavedDeviceArgs;
@@ -142,9 +142,7 @@ pub(crate) fn create(args: &Args, session: &Session) -> Result<Summary> {
     let started = Instant::now();
     // Before the guest's boot, which would be in vain.
     args.storage.options()?;
-    if !args.storage.force && args.out.symlink_metadata().is_ok() {
-        bail!("{} exists; give --force to replace it", args.out.display());
-    }
+    refuse_existing(&args.out, args.storage.force)?;
     if let Some(socket) = &args.vm {
         let (changes_only, stop) = (args.diff, args.stop);
         return client::create(socket, &args.out, changes_only, stop, &args.storage, session);

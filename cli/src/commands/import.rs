@@ -18,7 +18,7 @@ use super::foreign::memory_file::{Layout, MemoryFile};
 use super::foreign::{self, cloud_hypervisor};
 use super::stdout::print_line;
 use super::summary::Written;
-use super::{Session, refuse_same};
+use super::{Session, refuse_existing, refuse_same};
 use crate::exit::BadInput;
 use crate::progress::Bar;
 use crate::size;
@@ -90,9 +90,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let started = Instant::now();
     // Before anything is read, which would be in vain.
     args.storage.options()?;
-    if !args.storage.force && args.out.symlink_metadata().is_ok() {
-        bail!("{} exists; give --force to replace it", args.out.display());
-    }
+    refuse_existing(&args.out, args.storage.force)?;
     let folder = args.input.is_dir();
     let imported = match &args.vmstate {
         Some(_) if folder => bail!("--vmstate goes with a memory file, not with a folder"),

@@ -109,6 +109,14 @@ pub(crate) fn open(path: &Path, parents: &[PathBuf]) -> Result<Snapshot> {
     })
 }
 
+/// Refuses an output that is there already, before anything is done that would be in vain.
+fn refuse_existing(out: &Path, force: bool) -> Result<()> {
+    if !force && out.symlink_metadata().is_ok() {
+        bail!("{} exists; give --force to replace it", out.display());
+    }
+    Ok(())
+}
+
 /// Refuses an output that is one of the snapshots' files: replacing it would destroy what the
 /// result, or another layer, builds on.
 pub(crate) fn refuse_as_output<'a>(

@@ -12,7 +12,7 @@ use snapfmt::{
 
 use super::stdout::print_line;
 use super::summary::Written;
-use super::{Input, Session, refuse_as_output};
+use super::{Input, Session, refuse_as_output, refuse_existing};
 use crate::progress::Bar;
 use crate::size;
 use crate::storage::Storage;
@@ -67,6 +67,7 @@ pub(crate) struct RebaseArgs {
 
 pub(crate) fn flatten(args: &FlattenArgs, session: &Session) -> Result<()> {
     let options = args.storage.options()?;
+    refuse_existing(&args.out, args.storage.force)?;
     let snapshot = args.input.open()?;
     refuse_as_output(&args.out, [&snapshot])?;
     let bar = Bar::new("flattening", session.quiet, &session.interrupt);
@@ -82,6 +83,7 @@ pub(crate) fn flatten(args: &FlattenArgs, session: &Session) -> Result<()> {
 
 pub(crate) fn rebase(args: &RebaseArgs, session: &Session) -> Result<()> {
     let options = args.storage.options()?;
+    refuse_existing(&args.out, args.storage.force)?;
     let snapshot = args.input.open()?;
     let onto = args.input.beside(&args.onto)?;
     refuse_as_output(&args.out, [&snapshot, &onto])?;
