@@ -57,3 +57,43 @@ fn an_interrupt_ends_a_run() {
     signal(child.id(), "INT");
     Ran::from(end_of(child)).failed(130, &["interrupted"]);
 }
+
+#[test]
+fn options_come_from_a_file_too() {
+    needs_vm!();
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let code = [kernel::PRINT_CMDLINE_PVH, &kernel::power_off()].concat();
+    fs::write(path("kernel"), kernel::elf(&code, true, 0)).expect("it is written");
+    let json = serde_json::json!({ "kernel": path("kernel"), "memory": "64M", "cmdline": "a" });
+    fs::write(path("vm.json"), json.to_string()).expect("it is written");
+    assert_eq!(snap(["run", "--config", &path("vm.json")]).ok().stdout, "a\n");
+    // The command line counts more.
+    let ran = snap(["run", "--config", &path("vm.json"), "--cmdline", "b"]).ok();
+    assert_eq!(ran.stdout, "b\n");
+    let config = format!("--config={}", path("vm.json"));
+    let out = path("out.snap");
+    snap(["create", &out, &config, "--when", "after:1ms"]).failed(5, &["powered off"]);
+}
+
+#[test]
+fn a_file_of_options_that_is_wrong_says_where() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("vm.json");
+    let file = file.to_str().expect("a plain name");
+    let wrong = |json: &str, code: i32, says: &[&str]| {
+        fs::write(file, json).expect("it is written");
+        snap(["run", "--config", file]).failed(code, says);
+    };
+    wrong("{\n\"memory\": \"lots\"}", 2, &["vm.json, line 2: \"memory\"", "'lots'"]);
+    wrong("{\"cpus\": 0, \"kernel\": \"k\"}", 2, &["line 1: \"cpus\"", "'0'"]);
+    wrong("{\n\n\"memroy\": 1}", 2, &["line 3: \"memroy\" is no option of snap run"]);
+    wrong("{\"memory\": {}}", 2, &["line 1: \"memory\"", "found an object"]);
+    wrong("{\"initrd\": \"x\"}", 2, &["--kernel"]);
+    wrong("nonsense", 2, &["vm.json", "not a JSON object of options", "line 1 column"]);
+    snap(["run", "--config", "/nonexistent.json"]).failed(2, &["cannot read /nonexistent.json"]);
+    // It also is the command line when it is in the way of another option.
+    fs::write(file, "{\"kernel\": \"k\"}").expect("it is written");
+    let ran = snap(["run", "--config", file, "--work", "8M"]);
+    ran.failed(2, &["line 1: \"kernel\"", "cannot be used with"]);
+}

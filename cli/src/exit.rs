@@ -52,6 +52,11 @@ impl BadInput {
     }
 }
 
+/// The command line is wrong, or the file of options that it names; with all causes.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct WrongOptions(pub(crate) String);
+
 /// Prints an error with all its causes and gives the exit code for it.
 pub(crate) fn report(error: &Error) -> ExitCode {
     let code = code(error);
@@ -65,6 +70,7 @@ pub(crate) fn report(error: &Error) -> ExitCode {
 }
 
 const FAILED: u8 = 1;
+const WRONG_OPTIONS: u8 = 2;
 const BAD_FILE: u8 = 3;
 const HOST: u8 = 4;
 const GUEST: u8 = 5;
@@ -79,6 +85,9 @@ fn code(error: &Error) -> u8 {
         }
         if let Some(ChildFailed { code: Some(code), .. }) = cause.downcast_ref() {
             return *code;
+        }
+        if cause.is::<WrongOptions>() {
+            return WRONG_OPTIONS;
         }
         // What the guest met counts more than why.
         if cause.is::<GuestStopped>() {

@@ -4,6 +4,7 @@
 mod api;
 mod booted;
 mod commands;
+mod config;
 mod devices;
 mod exit;
 mod guest_console;
@@ -24,10 +25,12 @@ mod stored;
 mod terminal;
 mod usage;
 
+use std::io::Write;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use clap::Parser;
+use anyhow::Result;
+use clap::{CommandFactory, FromArgMatches, Parser};
 
 use commands::Command;
 
@@ -46,9 +49,28 @@ struct Cli {
 fn main() -> ExitCode {
     // All times that `snap` reports count from here.
     let started = Instant::now();
-    let cli = Cli::parse();
-    match commands::run(cli.command, cli.quiet, started) {
+    let result = command_line().and_then(|cli| commands::run(cli.command, cli.quiet, started));
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => exit::report(&error),
     }
+}
+
+/// The command line, with what `--config` adds to it. One that is wrong ends the process, with exit code 2.
+fn command_line() -> Result<Cli> {
+    let args: Vec<_> = std::env::args_os().collect();
+    let mut command = Cli::command();
+    let expanded = config::expand(&mut command, &args)
+        .map_err(|error| exit::WrongOptions(format!("{error:#}")))?;
+    let words = expanded.as_ref().map_or(&args, |expanded| &expanded.args);
+    let parsed = command
+        .try_get_matches_from_mut(words)
+        .and_then(|matches| Cli::from_arg_matches(&matches).map_err(|e| e.format(&mut command)));
+    parsed.or_else(|error| {
+        if let Some(place) = expanded.and_then(|expanded| expanded.place_of(&error)) {
+            // A closed stderr is nobody to complain to; the exit code still tells.
+            let _ = writeln!(std::io::stderr(), "snap: {place}:");
+        }
+        error.exit()
+    })
 }

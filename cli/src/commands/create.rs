@@ -14,6 +14,7 @@ use super::stdout::print_line;
 use super::{Session, refuse_existing};
 use crate::api::client;
 use crate::booted::Booted;
+use crate::config::ConfigArgs;
 use crate::devices::SavedDeviceArgs;
 use crate::exit::{GuestStopped, Interrupted};
 use crate::guest_console::{GuestConsole, READY, Seen, Until};
@@ -44,6 +45,9 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     pub(crate) guest: GuestArgs,
+
+    #[command(flatten)]
+    pub(crate) config: ConfigArgs,
 
     /// Bring this snapshot back, run it until --when, and store only what has changed since.
     #[arg(long = "from", alias = "parent", value_name = "BASE.snap", conflicts_with_all = guest::WORDS)]

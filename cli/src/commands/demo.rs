@@ -8,6 +8,7 @@ use pager::{FailurePolicy, Placement, Populate};
 use super::guest::GuestArgs;
 use super::stdout::{print_line, print_text};
 use super::{Session, create, restore::Restore};
+use crate::config::ConfigArgs;
 use crate::devices::SavedDeviceArgs;
 use crate::guest_console::{BEAT, Until};
 use crate::prefetch::PrefetchArg;
@@ -116,6 +117,7 @@ fn create_args(args: &Args, out: std::path::PathBuf) -> create::Args {
     create::Args {
         out,
         guest: GuestArgs::demo(args.memory, args.work),
+        config: ConfigArgs::default(),
         parent: None,
         vm: None,
         diff: false,

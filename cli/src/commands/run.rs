@@ -8,6 +8,7 @@ use super::Session;
 use super::guest::GuestArgs;
 use crate::api::{ApiArgs, Facts};
 use crate::booted::Booted;
+use crate::config::ConfigArgs;
 use crate::guest_console::GuestConsole;
 use crate::guest_memory::to_regions;
 use crate::live::{self, EndArgs, Live};
@@ -28,6 +29,9 @@ Examples:
 pub(crate) struct Args {
     #[command(flatten)]
     guest: GuestArgs,
+
+    #[command(flatten)]
+    config: ConfigArgs,
 
     #[command(flatten)]
     end: EndArgs,
