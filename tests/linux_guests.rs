@@ -3,7 +3,7 @@
 use std::fs;
 
 use crate::kernel;
-use crate::support::{needs_vm, snap};
+use crate::support::{Sample, needs_vm, restore, snap};
 
 /// A folder with a kernel in it.
 fn folder_with(kernel: &[u8]) -> tempfile::TempDir {
@@ -93,5 +93,40 @@ fn a_guest_is_stored_at_its_request_and_ends_well() {
         let ran = snap(words.into_iter().chain(mode.iter().map(std::ffi::OsStr::new))).ok();
         assert_eq!(ran.stdout, "hello\n");
         assert!(ran.stderr.contains("the guest powered off"), "{}", ran.stderr);
+    }
+}
+
+/// A snapshot of a CPU with a feature that no CPU has: refused with its name, and taken by force.
+#[test]
+fn a_snapshot_of_another_cpu_is_refused() {
+    use snapfmt::{Contents, Snapshot, StateBlob, WriteOptions};
+    use vmm::state::{STATE_KIND, STATE_VERSION, VmState};
+
+    needs_vm!();
+    let sample = Sample::small();
+    let snapshot = Snapshot::open(&sample.file).expect("it opens");
+    let blob = snapshot.state(STATE_KIND).expect("it can be read").expect("it is there");
+    let mut state = VmState::decode(STATE_KIND, blob.version, &blob.bytes).expect("it is whole");
+    let leaf = state.vcpus[0].cpuid.iter_mut().find(|leaf| leaf.0.function == 7);
+    // AVX-512 for Xeon Phi (PF, ER), of which there is none in a machine of today.
+    leaf.expect("every CPU has this leaf").0.ebx |= 1 << 26 | 1 << 27;
+    let mut metadata = snapshot.metadata().expect("it can be read");
+    metadata.other.remove("host_cpu");
+    let data: Vec<_> = snapshot.populated().collect();
+    let contents = Contents {
+        regions: snapshot.regions(),
+        memory: &snapshot.memory(),
+        data: &data,
+        states: &[StateBlob { bytes: state.encode(), version: STATE_VERSION, ..blob }],
+        metadata,
+    };
+    let file = sample.folder.path().join("other.snap");
+    let go_on = |_| std::ops::ControlFlow::Continue(());
+    snapfmt::write_snapshot(&file, contents, &WriteOptions::default(), &go_on).expect("it is made");
+    for mode in [&["--lazy", "--beats", "1"][..], &["--beats", "1"]] {
+        let ran = restore(&file, mode);
+        assert_eq!(ran.stdout, "");
+        ran.failed(1, &["other.snap: this host's CPU lacks what the guest was given", "--force"]);
+        restore(&file, &[mode, &["--force"]].concat()).ok();
     }
 }

@@ -7,6 +7,7 @@ mod benchmarks;
 mod command_line;
 mod continuity;
 mod control;
+mod disks;
 mod failing_restores;
 mod golden_files;
 mod import_export;

@@ -66,6 +66,14 @@ impl Seen {
         self.0.done.load(Ordering::SeqCst)
     }
 
+    /// The last line with something in it, for a message.
+    pub(crate) fn last_line(&self) -> String {
+        match self.tail().lines().rev().map(str::trim).find(|line| !line.is_empty()) {
+            None => "it has written nothing".into(),
+            Some(line) => format!("its last line: {:?}", line.chars().take(80).collect::<String>()),
+        }
+    }
+
     /// The last of the output.
     pub(crate) fn tail(&self) -> String {
         let tail = self.0.tail.lock().unwrap_or_else(PoisonError::into_inner);
@@ -168,6 +176,16 @@ mod tests {
         assert_eq!(console.write(b"\n"), ConsoleFlow::Pause);
         assert_eq!(seen.beats(), (2, 1));
         assert_eq!(console.out, b"ready\nbeat 1 ok\nbeat 2 BAD page=1\n");
+    }
+
+    #[test]
+    fn the_last_line_is_bounded_and_harmless() {
+        let (mut console, seen) = GuestConsole::new(Vec::new(), Until::default());
+        assert_eq!(seen.last_line(), "it has written nothing");
+        console.write(b"one\r\n\x1b[2Jtwo\r\n\r\n");
+        assert_eq!(seen.last_line(), r#"its last line: "\u{1b}[2Jtwo""#);
+        console.write(&[b'x'; 1000]);
+        assert!(seen.last_line().len() < 100);
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! `snap create`: boot a guest, wait until it is ready, store it.
 
+use std::fmt;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
@@ -7,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use pager::{FailurePolicy, Pager, Placement, Populate};
 use snapfmt::Header;
-use vmm::{PausedVm, Stop};
+use vmm::{PausedVm, REQUEST_PORT, Stop};
 
 use super::guest::{self, GuestArgs};
 use super::stdout::print_line;
@@ -77,7 +79,7 @@ pub(crate) struct Args {
     pub(crate) when: Option<Trigger>,
 
     /// Give up when the guest is not ready after this long.
-    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = humantime::parse_duration)]
     pub(crate) timeout: Duration,
 
     /// Print the summary as JSON.
@@ -108,6 +110,18 @@ impl FromStr for Trigger {
             Some(("output", pattern)) if !pattern.is_empty() => Ok(Self::Output(pattern.into())),
             Some(("after", time)) => Ok(Self::After(humantime::parse_duration(time)?)),
             _ => bail!("expected ready, output:TEXT, after:TIME or request"),
+        }
+    }
+}
+
+/// What is waited for.
+impl fmt::Display for Trigger {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ready => write!(f, "the guest's line {READY:?}"),
+            Self::Output(text) => write!(f, "the guest's output {text:?}"),
+            Self::After(time) => write!(f, "{} to pass", humantime::format_duration(*time)),
+            Self::Request => write!(f, "the guest's write to I/O port {REQUEST_PORT:#x}"),
         }
     }
 }
@@ -234,6 +248,9 @@ fn create_layer(args: &Args, base: &Path, session: &Session) -> Result<(Header, 
     Ok((header, memory_ready, paused_at))
 }
 
+/// How often it is told that the guest is not ready yet.
+const TELL_EVERY: Duration = Duration::from_secs(10);
+
 /// Runs a guest until it is to be stored; gives it, and when it stopped.
 fn run_until_ready(
     guest: PausedVm,
@@ -249,16 +266,31 @@ fn run_until_ready(
         Trigger::After(time) => (*time, true),
         Trigger::Ready | Trigger::Output(_) | Trigger::Request => (args.timeout, false),
     };
-    match running.wait(Some(limit)) {
+    let started = Instant::now();
+    let stop = loop {
+        let rest = limit.saturating_sub(started.elapsed());
+        let stop = running.wait(Some(rest.min(TELL_EVERY)));
+        if stop.is_some() || rest <= TELL_EVERY {
+            break stop;
+        }
+        if !session.quiet {
+            let waited = started.elapsed().as_secs();
+            let line =
+                format!("snap create: {waited} s, waiting for {when}; {}\n", seen.last_line());
+            // A closed stderr is nobody to complain to.
+            let _ = std::io::stderr().write_all(line.as_bytes());
+        }
+    };
+    match stop {
         Some(Stop::ConsolePause | Stop::Requested) => {}
         None if on_time => {}
         _ if session.interrupt.requested() => return Err(Interrupted.into()),
         Some(stop) => {
-            let message = format!("before the guest was ready, {stop}\n{}", seen.tail());
+            let message = format!("before {when}, {stop}\n{}", seen.tail());
             return Err(GuestStopped(message).into());
         }
         None => bail!(
-            "the guest is not ready after {}; give more time with --timeout\n{}",
+            "the guest is not ready after {}: waited for {when}; give more time with --timeout, or another --when\n{}",
             humantime::format_duration(args.timeout),
             seen.tail()
         ),
