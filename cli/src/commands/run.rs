@@ -25,7 +25,7 @@ Examples:
   snap run                                    the built-in demo guest, until Ctrl-C
   snap run --kernel vmlinuz --initrd initrd.img --memory 512M --cpus 2
   snap run --kernel vmlinux --initrd initrd.img --disk root.img --until 'login:'
-  snap run --api vm.sock &                    then: snap create demo.snap --vm vm.sock")]
+  snap run --api vm.sock                      then, elsewhere: snap create demo.snap --vm vm.sock")]
 pub(crate) struct Args {
     #[command(flatten)]
     guest: GuestArgs,
