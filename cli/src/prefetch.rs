@@ -1,7 +1,9 @@
 //! What a lazy restore loads in front of the guest: the pages of the file's working set.
 
 use std::ops::Range;
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use clap::ValueEnum;
 use snapfmt::layout::PAGE_BYTES;
@@ -25,25 +27,38 @@ pub(crate) fn has_set(snapshot: &Snapshot) -> bool {
     snapshot.sections().iter().any(|section| section.kind == SectionKind::WORKING_SET)
 }
 
+/// Lets the prefetch begin when it is dropped: once the guest is about to run. Before that it would be in the way of those
+/// who build the machine, for a processor and for the lock of the address space.
+pub(crate) type Start = Sender<()>;
+
+/// Longer than building a machine takes.
+const START_AT_THE_LATEST: Duration = Duration::from_secs(1);
+
 /// Reads the working set when it is asked for its pages, on the thread that loads them: the guest does not wait for it.
 /// The set is a hint: one that is damaged is told, and the guest runs without.
 pub(crate) fn list(
     snapshot: Arc<Snapshot>,
     damage: SetDamage,
-) -> impl FnOnce() -> Vec<Range<u64>> + Send + 'static {
-    move || match snapshot.working_set() {
-        Ok(set) => {
-            let runs = set.iter().flat_map(|set| set.runs());
-            let page = PAGE_BYTES as u64;
-            runs.map(|run| {
-                let start = run.first.source_offset();
-                start..start + u64::from(run.pages) * page
-            })
-            .collect()
+) -> (Start, impl FnOnce() -> Vec<Range<u64>> + Send + 'static) {
+    let (start, started) = channel();
+    let list = move || {
+        let set = snapshot.working_set();
+        let _dropped_or_late = started.recv_timeout(START_AT_THE_LATEST);
+        match set {
+            Ok(set) => {
+                let runs = set.iter().flat_map(|set| set.runs());
+                let page = PAGE_BYTES as u64;
+                runs.map(|run| {
+                    let start = run.first.source_offset();
+                    start..start + u64::from(run.pages) * page
+                })
+                .collect()
+            }
+            Err(error) => {
+                damage.get_or_init(|| error.to_string());
+                Vec::new()
+            }
         }
-        Err(error) => {
-            damage.get_or_init(|| error.to_string());
-            Vec::new()
-        }
-    }
+    };
+    (start, list)
 }

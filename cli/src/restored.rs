@@ -107,7 +107,7 @@ impl Origin<'_> {
                 .flat_map(|range| guest_memory::gpa_ranges(snapshot.regions(), range));
             options = options.plug_first(first.collect());
         }
-        let mut recorded = None;
+        let (mut recorded, mut prefetch_start) = (None, None);
         let memory = match (self.share, self.image) {
             (None, Some(image)) => guest_memory::image(image, &ranges)?,
             (Some(socket), _) => {
@@ -130,10 +130,13 @@ impl Origin<'_> {
             let (record, started) = self.start_recording(&snapshot, &memory, file, &guest)?;
             (recording, pager) = (Some(record), Some(started));
         } else if clone.is_none() {
-            pager = Some(self.start_pager(&snapshot, &memory, &guest, &set_damage)?);
+            let (started, start) = self.start_pager(&snapshot, &memory, &guest, &set_damage)?;
+            (pager, prefetch_start) = (Some(started), start);
         }
         let memory_ready = Instant::now();
 
+        // Declared after the pager, which waits for its thread: gone before it, whatever goes wrong.
+        let prefetch_start = prefetch_start;
         let options = options.heed_requests(self.heed_requests).clock(self.clock);
         let restored =
             PausedVm::restore_with(Arc::clone(&memory), &state, console, &options, devices);
@@ -144,6 +147,7 @@ impl Origin<'_> {
                 return Err(error).with_context(|| format!("cannot restore {}", named()));
             }
         };
+        drop(prefetch_start);
         guest.connect(vm.handle());
         session.interrupt.pauses(vm.handle());
         Ok(Restored {
@@ -228,13 +232,16 @@ impl Origin<'_> {
         memory: &Arc<GuestMemoryMmap>,
         guest: &GuestSlot,
         set_damage: &SetDamage,
-    ) -> Result<Pager> {
+    ) -> Result<(Pager, Option<prefetch::Start>)> {
+        let mut start = None;
         let mut builder = Pager::builder(Arc::new(SnapshotSource::new(Arc::clone(snapshot))))
             .regions(regions(snapshot, memory)?);
         if self.prefetch != PrefetchArg::Off && prefetch::has_set(snapshot) {
-            builder = builder.prefetch(prefetch::list(Arc::clone(snapshot), set_damage.clone()));
+            let (begin, list) = prefetch::list(Arc::clone(snapshot), set_damage.clone());
+            builder = builder.prefetch(list);
+            start = Some(begin);
         }
-        self.start(builder, guest)
+        Ok((self.start(builder, guest)?, start))
     }
 
     fn start_recording(
