@@ -1,7 +1,7 @@
 // The program of the nested lane's guest: fills memory, writes a file, says READY, then checks all of it
 // again and again, one line each time:
 //
-//     tick N ok date=SECONDS random=HEX boot=UUID cpus=ANSWERED/ONLINE raw=WORD old=STATE
+//     tick N ok date=SECONDS random=HEX boot=UUID cpus=ANSWERED/ONLINE raw=WORD old=STATE ready=SECONDS
 //
 // or `tick N BAD WHAT`. A line that it reads on the console comes back as `heard LINE`.
 //
@@ -187,6 +187,8 @@ int main(void) {
     int old = vsock ? vsock_to_host(2001) : -1;
     char boot_id[64], word[32] = "none";
     printf("devices disk=%d raw=%d rng=%d vsock=%d old=%s\n", disk, raw, rng, vsock, state_of(old));
+    struct timespec ready;
+    clock_gettime(CLOCK_REALTIME, &ready);
     printf("READY cpus=%d\n", cpus);
 
     for (uint64_t tick = 1;; tick++) {
@@ -218,9 +220,9 @@ int main(void) {
         read_text("/proc/sys/kernel/random/boot_id", boot_id, sizeof boot_id);
         struct timespec now;
         clock_gettime(CLOCK_REALTIME, &now);
-        printf("tick %lu %s%s date=%ld random=%016lx boot=%s cpus=%d/%d raw=%s old=%s\n", tick,
+        printf("tick %lu %s%s date=%ld random=%016lx boot=%s cpus=%d/%d raw=%s old=%s ready=%ld\n", tick,
                bad ? "BAD " : "ok", bad ? bad : "", now.tv_sec, random, boot_id, answered, cpus, word,
-               state_of(old));
+               state_of(old), ready.tv_sec);
         hear();
     }
 }

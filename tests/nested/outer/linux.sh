@@ -12,13 +12,15 @@ ticks() {
 # word KEY NAME: the value of KEY= in the first tick of a run.
 word() { grep -m 1 '^tick' "$2.out" | tr ' ' '\n' | tr -d '\r' | sed -n "s/^$1=//p"; }
 
-# on_time NAME BEGAN: the dates of all ticks lie between the start of the restore and now. A clock that was not
-# moved on would be before it.
+# on_time NAME RESTORED_AT: from its line READY to its ticks the guest's date has gone on as this kernel's has. The
+# bounds are moments that were before and after. (A guest that starves while it boots loses time: that is not the
+# restore's.)
 on_time() {
     dates=$(grep '^tick .* date=' "$1.out" | tr ' ' '\n' | sed -n 's/^date=//p')
-    first=$(echo "$dates" | head -n 1)
-    last=$(echo "$dates" | tail -n 1)
-    holds "$1" "its date is right" test "$first" -ge $(($2 - 1)) -a "$last" -le $(($(date +%s) + 1))
+    first=$(($(echo "$dates" | head -n 1) - $(word ready "$1")))
+    last=$(($(echo "$dates" | tail -n 1) - $(word ready "$1")))
+    holds "$1" "its date has gone on" test "$first" -ge $(($2 - created_at - 1)) \
+        -a "$last" -le $(($(date +%s) - creating_at + 1))
 }
 
 # A disk of 8 KiB that begins with this word.
@@ -41,10 +43,12 @@ linux() {
         # Somebody whom the guest is connected to when it is stored.
         vsock answer guest.sock_2001 >old.out 2>&1 &
     fi
+    creating_at=$(date +%s)
     # shellcheck disable=SC2086 # words
     step create snap create guest.snap --timeout 280s --kernel /vmlinux --initrd /guest.cpio \
         --memory 160M --cpus "$cpus" --when output:READY $given \
         --cmdline "console=ttyS0 quiet mitigations=off panic=-1"
+    created_at=$(date +%s)
     figures create 'guest.snap'
     step verify snap verify guest.snap
 
