@@ -2,7 +2,6 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::{self, NonNull};
 
 /// Unmapped when it is dropped.
@@ -20,8 +19,8 @@ impl Mapping {
 
     /// The first `len` bytes of a file, shared with all who map it.
     #[cfg(feature = "serve")]
-    pub(crate) fn shared(file: BorrowedFd<'_>, len: usize) -> io::Result<Mapping> {
-        Mapping::map(len, libc::MAP_SHARED, file.as_raw_fd())
+    pub(crate) fn shared(file: std::os::fd::BorrowedFd<'_>, len: usize) -> io::Result<Mapping> {
+        Mapping::map(len, libc::MAP_SHARED, std::os::fd::AsRawFd::as_raw_fd(&file))
     }
 
     fn map(len: usize, flags: i32, fd: i32) -> io::Result<Mapping> {

@@ -27,6 +27,7 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 
 pub use error::{BindError, RefuseError};
+#[cfg(feature = "vm-memory")]
 pub(crate) use handshake::Answer;
 pub use handshake::SnapshotName;
 pub use peer::check_user;
