@@ -30,7 +30,7 @@ fn ctrl_c_ends_a_run_cleanly() {
 }
 
 #[test]
-fn ctrl_c_in_the_first_moments_is_not_lost() {
+fn a_signal_in_the_first_moments_is_not_lost() {
     // A signal that came between the guest's making and its first instruction was once forgotten,
     // and the guest then ran for ever.
     needs_vm!();
@@ -40,7 +40,9 @@ fn ctrl_c_in_the_first_moments_is_not_lost() {
         command.args(["restore", "--lazy"]).arg(&sample.file);
         let child = start(command);
         std::thread::sleep(Duration::from_micros(500 * moment));
-        signal(child.id(), "INT");
+        // Not SIGINT: jobs in the background of a script are started with that one ignored, and
+        // `snap` takes it over only in its first millisecond.
+        signal(child.id(), "TERM");
         let ended = end_of(child);
         // Before the handlers are there, the signal itself ends the process.
         assert!(matches!(ended.status.code(), Some(130) | None), "{ended:?}");
