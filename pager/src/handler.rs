@@ -72,6 +72,14 @@ impl Handler {
     /// waits, or touches a missing page later, is told so and does not hang.
     pub(crate) fn run(mut self) {
         self.follower.begin();
+        let shared = Arc::clone(&self.shared);
+        let standing = &shared.slices[self.slice].standing;
+        standing.begin();
+        self.live();
+        standing.end();
+    }
+
+    fn live(&mut self) {
         for _life in 0..2 {
             match panic::catch_unwind(AssertUnwindSafe(|| self.serve_until_stopped())) {
                 Ok(End::Clean) => return,
@@ -95,7 +103,7 @@ impl Handler {
                     return End::Failed(FailureCause::Messages(error));
                 }
                 self.inbox.faults.pop_front();
-                self.follower.served(fault.thread_id);
+                self.follower.served(fault, &self.shared, self.slice);
             }
             if let Some(event) = self.inbox.unserved.take() {
                 // Other events can still be read, and moved memory still fails here: go on for them.

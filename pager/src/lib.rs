@@ -73,6 +73,7 @@
 compile_error!("pager serves page faults with userfaultfd, which only Linux has");
 
 mod answer;
+mod deference;
 mod error;
 mod failure;
 mod handler;

@@ -11,6 +11,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use crate::answer::Desk;
+use crate::deference::Watch;
 use crate::error::StartError;
 use crate::failure::{Failure, FailurePolicy, FailureReport, OnFailure};
 use crate::handler::{Handler, RetryPolicy};
@@ -169,6 +170,8 @@ impl Pager {
 
     fn end(&mut self) {
         self.shared.stopping.store(true, Ordering::Relaxed);
+        // First: demand threads that stand back might be kept from ending.
+        self.shared.watch.stop();
         drop(self.stop.take());
         self.workers.iter().for_each(|worker| worker.thread().unpark());
         for thread in self.threads.drain(..).chain(self.workers.drain(..)) {
@@ -406,6 +409,7 @@ impl PagerBuilder {
             failures: FailureReport::new(on_error, process, on_failure),
             stopping: AtomicBool::new(false),
             backed,
+            watch: Watch::default(),
             _regions: regions,
         });
 

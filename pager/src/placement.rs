@@ -2,11 +2,18 @@
 //! waking another one: an interrupt between processors, and in a virtual machine an exit to its host.
 #![allow(unsafe_code)]
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::mem;
 use std::os::unix::fs::FileExt;
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crate::deference::Watch;
+use crate::inbox::Fault;
+use crate::slice::Shared;
 
 /// Where demand threads run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -16,11 +23,11 @@ pub enum Placement {
     None,
     /// All on this CPU.
     Cpu(usize),
-    /// Each on the CPU on which the thread that faults runs, looked up now and then. It pays where
-    /// faulting threads are bound to a CPU, as vCPUs often are: measured, 10 us a fault instead of 50. A
-    /// thread that is not bound is moved away by the kernel when another CPU is idle: then it makes no
-    /// difference. Where following is not possible (no `/proc`, affinity may not be set), the same as
-    /// `None`.
+    /// Each on the CPU on which the thread that faults runs, looked up now and then: measured, 10 us a fault instead of
+    /// 50. While one thread faults and nothing else wants that CPU, the demand thread runs there under `SCHED_IDLE`, so
+    /// that the scheduler leaves the faulting thread where it is. Without CAP_SYS_NICE (or an RLIMIT_NICE of 20) it cannot, and
+    /// following pays only where faulting threads are bound to CPUs. Where following is not possible (no `/proc`,
+    /// affinity may not be set), the same as `None`.
     #[default]
     Follow,
     /// Wherever the scheduler puts them, and awake: for a millisecond after each fault they look for the next
@@ -32,27 +39,57 @@ pub enum Placement {
 #[derive(Debug)]
 pub(crate) struct Follower {
     placement: Placement,
-    faults: u64,
+    /// The CPUs that it may run on.
+    allowed: Option<Cpus>,
     /// The CPU this thread is bound to.
     bound_to: Option<usize>,
+    /// When it last looked, and answered.
+    looked: Option<Instant>,
+    answered: Option<Instant>,
+    /// The thread that faulted last, and how many faults it has had in a row.
+    last: u32,
+    in_a_row: u64,
+    /// Others have faulted, too, a short time ago.
+    several: bool,
     /// The thread that was looked up last, and its `stat` file.
     followed: Option<(u32, File)>,
 }
 
-/// After the first few, every so many faults are looked up: some microseconds each.
-const LOOK_EVERY: u64 = 64;
+/// Between two looks, of 3 us each.
+const LOOK: Duration = Duration::from_millis(1);
+/// A fault that comes so long after the last answer may come from a thread on another CPU: waking that, and
+/// being woken by it, takes longer than this.
+const LATE: Duration = Duration::from_micros(20);
+/// Between two looks when faults come late, as they do also when the thread has other things to do.
+const LOOK_IF_LATE: Duration = Duration::from_micros(100);
+/// After so many faults in a row a thread is taken for the only one that faults.
+const ALONE: u64 = 4;
+/// The same, when there were several: then it is followed no more, for it would be in the way of the others.
+const ALONE_AGAIN: u64 = 16;
 const SPIN: Duration = Duration::from_millis(1);
 
 impl Follower {
     pub(crate) fn new(placement: Placement) -> Follower {
-        Follower { placement, faults: 0, bound_to: None, followed: None }
+        Follower {
+            placement,
+            allowed: None,
+            bound_to: None,
+            looked: None,
+            answered: None,
+            last: 0,
+            in_a_row: 0,
+            several: false,
+            followed: None,
+        }
     }
 
     /// In the thread, before it serves.
     pub(crate) fn begin(&mut self) {
-        if let Placement::Cpu(cpu) = self.placement {
+        match self.placement {
             // A CPU that is not there or not allowed is a matter of speed only.
-            let _ = bind_to(cpu);
+            Placement::Cpu(cpu) => drop(Cpus::one(cpu).bind()),
+            Placement::Follow => self.allowed = Cpus::of_this_thread().ok(),
+            Placement::None | Placement::Spin => {}
         }
     }
 
@@ -62,40 +99,114 @@ impl Follower {
     }
 
     /// A fault of that thread (0: unknown) was answered: look where it runs, if it is time to.
-    pub(crate) fn served(&mut self, thread_id: u32) {
-        if self.placement != Placement::Follow || thread_id == 0 {
+    pub(crate) fn served(&mut self, fault: Fault, shared: &Arc<Shared>, slice: usize) {
+        if self.placement != Placement::Follow || fault.thread_id == 0 {
             return;
         }
-        self.faults += 1;
-        if self.faults > 4 && !self.faults.is_multiple_of(LOOK_EVERY) {
-            return;
-        }
-        // A thread that has ended meanwhile is not found: the next one will be.
-        let Ok(Some(cpu)) = self.cpu_of(thread_id) else {
-            self.followed = None;
+        let own = &shared.slices[slice];
+        let Some(cpu) = self.follow(fault) else {
+            if self.bound_to.is_none() {
+                own.bound_to.store(NOWHERE, Ordering::Relaxed);
+                own.standing.set(false);
+            }
             return;
         };
-        if self.bound_to == Some(cpu) {
-            return;
-        }
-        match bind_to(cpu) {
-            Ok(()) => self.bound_to = Some(cpu),
-            Err(_) => self.placement = Placement::None,
+        own.bound_to.store(cpu, Ordering::Relaxed);
+        if let Some(allowed) = &self.allowed
+            && self.in_a_row >= ALONE
+            && own.standing.set(true)
+        {
+            Watch::call(shared, allowed);
         }
     }
 
-    /// The CPU on which the thread runs, or ran last.
-    fn cpu_of(&mut self, thread_id: u32) -> io::Result<Option<usize>> {
+    /// Binds this thread to the CPU of the one that faulted. Answers which it is, if it was time to look.
+    fn follow(&mut self, fault: Fault) -> Option<usize> {
+        let now = Instant::now();
+        let answered = self.answered.replace(now);
+        if fault.thread_id != self.last {
+            self.several |= self.last != 0;
+            (self.last, self.in_a_row) = (fault.thread_id, 0);
+        }
+        self.in_a_row += 1;
+        if self.several && self.in_a_row < ALONE_AGAIN {
+            self.let_go();
+            return None;
+        }
+        self.several = false;
+        let late = answered.is_some_and(|at| fault.read_at.saturating_duration_since(at) > LATE);
+        let pause = if late { LOOK_IF_LATE } else { LOOK };
+        if self.in_a_row != ALONE && self.looked.is_some_and(|at| now - at < pause) {
+            return None;
+        }
+        self.looked = Some(now);
+        let cpu = self.cpu_of(fault.thread_id)?;
+        if self.bound_to != Some(cpu) {
+            if Cpus::one(cpu).bind().is_err() {
+                self.let_go();
+                self.placement = Placement::None;
+                return None;
+            }
+            self.bound_to = Some(cpu);
+        }
+        Some(cpu)
+    }
+
+    /// To wherever the scheduler puts it.
+    fn let_go(&mut self) {
+        if let (Some(_), Some(allowed)) = (self.bound_to.take(), &self.allowed) {
+            // A matter of speed only.
+            let _ = allowed.bind();
+        }
+    }
+
+    /// The CPU on which the thread runs, or ran last. One that has ended meanwhile is not found: the next one
+    /// will be.
+    fn cpu_of(&mut self, thread_id: u32) -> Option<usize> {
         let stat = match self.followed.take() {
             Some((id, stat)) if id == thread_id => stat,
-            _ => File::open(format!("/proc/self/task/{thread_id}/stat"))?,
+            _ => File::open(format!("/proc/{thread_id}/stat")).ok()?,
         };
         let mut text = [0; 1024];
-        let len = stat.read_at(&mut text, 0)?;
+        let len = stat.read_at(&mut text, 0).ok()?;
         self.followed = Some((thread_id, stat));
-        Ok(last_cpu(&text[..len]))
+        last_cpu(&text[..len])
     }
 }
+
+/// Keeps a thread that loads in the background off the CPUs of demand threads, as long as there are others.
+#[derive(Debug, Default)]
+pub(crate) struct Aside {
+    allowed: Option<Cpus>,
+    avoided: Vec<usize>,
+}
+
+impl Aside {
+    /// In the thread, before it works.
+    pub(crate) fn begin(&mut self) {
+        self.allowed = Cpus::of_this_thread().ok();
+    }
+
+    /// In the thread, now and then.
+    pub(crate) fn step(&mut self, shared: &Shared) {
+        let Some(allowed) = &self.allowed else { return };
+        let bound = || {
+            let bound = shared.slices.iter().map(|slice| slice.bound_to.load(Ordering::Relaxed));
+            bound.filter(|&cpu| cpu != NOWHERE)
+        };
+        if bound().eq(self.avoided.iter().copied()) {
+            return;
+        }
+        self.avoided.clear();
+        self.avoided.extend(bound());
+        let rest = self.avoided.iter().fold(*allowed, Cpus::without);
+        // A matter of speed only.
+        let _ = if rest.is_empty() { allowed.bind() } else { rest.bind() };
+    }
+}
+
+/// Of a demand thread that is bound to no CPU.
+pub(crate) const NOWHERE: usize = usize::MAX;
 
 /// Field 39 of `/proc/<pid>/stat` (proc_pid_stat(5)). The second field, a name in parentheses, may hold anything.
 fn last_cpu(stat: &[u8]) -> Option<usize> {
@@ -104,22 +215,70 @@ fn last_cpu(stat: &[u8]) -> Option<usize> {
     std::str::from_utf8(field).ok()?.trim().parse().ok()
 }
 
-fn bind_to(cpu: usize) -> io::Result<()> {
-    if cpu >= libc::CPU_SETSIZE as usize {
-        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+/// A set of CPUs.
+#[derive(Clone, Copy)]
+pub(crate) struct Cpus(libc::cpu_set_t);
+
+impl Cpus {
+    fn none() -> Cpus {
+        // SAFETY: all zero bits are an empty cpu_set_t.
+        Cpus(unsafe { mem::zeroed() })
     }
-    // SAFETY: all zero bits are an empty cpu_set_t.
-    let mut set: libc::cpu_set_t = unsafe { mem::zeroed() };
-    // SAFETY: `cpu` is within the set, as checked above.
-    unsafe { libc::CPU_SET(cpu, &mut set) };
-    // SAFETY: 0 is the calling thread; the set is valid and of the given size.
-    let result = unsafe { libc::sched_setaffinity(0, mem::size_of_val(&set), &set) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+
+    /// One that has a number beyond what a set can hold is the empty set, to which nothing can be bound.
+    fn one(cpu: usize) -> Cpus {
+        let mut cpus = Cpus::none();
+        if cpu < libc::CPU_SETSIZE as usize {
+            // SAFETY: `cpu` is within the set.
+            unsafe { libc::CPU_SET(cpu, &mut cpus.0) };
+        }
+        cpus
+    }
+
+    fn without(mut self, cpu: &usize) -> Cpus {
+        if *cpu < libc::CPU_SETSIZE as usize {
+            // SAFETY: `cpu` is within the set.
+            unsafe { libc::CPU_CLR(*cpu, &mut self.0) };
+        }
+        self
+    }
+
+    fn is_empty(&self) -> bool {
+        // SAFETY: a valid set.
+        unsafe { libc::CPU_COUNT(&self.0) == 0 }
+    }
+
+    /// Those that the calling thread may run on.
+    fn of_this_thread() -> io::Result<Cpus> {
+        let mut cpus = Cpus::none();
+        // SAFETY: 0 is the calling thread; the set is valid and of the given size.
+        let result = unsafe { libc::sched_getaffinity(0, mem::size_of_val(&cpus.0), &mut cpus.0) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cpus) }
+    }
+
+    /// Lets the calling thread run on these only.
+    pub(crate) fn bind(&self) -> io::Result<()> {
+        // SAFETY: 0 is the calling thread; the set is valid and of the given size.
+        let result = unsafe { libc::sched_setaffinity(0, mem::size_of_val(&self.0), &self.0) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+}
+
+impl fmt::Debug for Cpus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // SAFETY: the numbers are within the set.
+        let within = |cpu: &usize| unsafe { libc::CPU_ISSET(*cpu, &self.0) };
+        f.debug_set().entries((0..libc::CPU_SETSIZE as usize).filter(within)).finish()
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn fault_of(thread_id: u32) -> Fault {
+        Fault { address: 0, thread_id, read_at: Instant::now() }
+    }
 
     #[test]
     fn the_cpu_is_field_39_whatever_the_name_is() {
@@ -135,11 +294,11 @@ mod tests {
         std::thread::spawn(|| {
             // SAFETY: takes nothing and has no effect.
             let cpu = unsafe { libc::sched_getcpu() } as usize;
-            bind_to(cpu).expect("the CPU it runs on is allowed");
+            Cpus::one(cpu).bind().expect("the CPU it runs on is allowed");
             // SAFETY: takes nothing and has no effect.
             let own_id = unsafe { libc::gettid() } as u32;
             let mut follower = Follower::new(Placement::Follow);
-            follower.served(own_id);
+            assert_eq!(follower.follow(fault_of(own_id)), Some(cpu));
             assert_eq!((follower.placement, follower.bound_to), (Placement::Follow, Some(cpu)));
         })
         .join()
@@ -149,8 +308,15 @@ mod tests {
     #[test]
     fn a_thread_that_is_gone_is_followed_no_further() {
         let mut follower = Follower::new(Placement::Follow);
-        follower.served(u32::MAX);
+        assert_eq!(follower.follow(fault_of(u32::MAX)), None);
         assert_eq!((follower.placement, follower.bound_to), (Placement::Follow, None));
         assert!(follower.followed.is_none());
+    }
+
+    #[test]
+    fn sets_of_cpus_hold_what_fits() {
+        let cpus = [Cpus::one(3), Cpus::one(usize::MAX), Cpus::one(3).without(&3)];
+        assert_eq!(cpus.map(|cpus| cpus.is_empty()), [false, true, true]);
+        assert_eq!(format!("{:?}", Cpus::one(70)), "{70}");
     }
 }

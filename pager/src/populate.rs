@@ -20,6 +20,7 @@ use crate::answer::{Desk, Trouble};
 use crate::handler::{Panicked, RetryPolicy};
 use crate::layout::Place;
 use crate::page_state::PageState;
+use crate::placement::Aside;
 use crate::prefetch::Prefetch;
 use crate::purpose::Purpose;
 use crate::slice::Shared;
@@ -156,6 +157,7 @@ pub(crate) struct Worker {
     pub(crate) retry: RetryPolicy,
     pub(crate) desk: Desk,
     pace: Pace,
+    aside: Aside,
 }
 
 /// The pager was stopped, or the process is gone.
@@ -177,11 +179,12 @@ impl Worker {
             burst: 0,
             burst_bytes: FIRST_BURST_BYTES,
         };
-        Worker { shared, reader, retry, desk: Desk::new(usize::MAX), pace }
+        Worker { shared, reader, retry, desk: Desk::new(usize::MAX), pace, aside: Aside::default() }
     }
 
     /// The thread's body. A source that panics has no more to say to this thread; the pages are left to faults.
     pub(crate) fn run(mut self) {
+        self.aside.begin();
         // What will probably be asked for goes first.
         while self.shared.prefetch.wait(AFTER_PREFETCH) == Prefetch::Running {
             if stopped(&self.shared).is_err() {
@@ -229,6 +232,7 @@ impl Worker {
         let mut tries = 0;
         while shared.states.of(page) == PageState::Missing {
             self.pace.step_aside(&shared)?;
+            self.aside.step(&shared);
             match self.reader.load(offset) {
                 Ok(Load::Zero { range }) => {
                     // Left to the kernel, or to a fault.

@@ -18,6 +18,7 @@ use serde::Serialize;
 use crate::answer::{Desk, Trouble};
 use crate::install::{Fill, Target};
 use crate::page_state::PageState;
+use crate::placement::Aside;
 use crate::purpose::Purpose;
 use crate::slice::Shared;
 use crate::source::{Load, PageSource};
@@ -131,12 +132,15 @@ impl Prefetcher {
             return Ok(Prefetch::GivenUp);
         };
         let mut desk = Desk::new(usize::MAX);
+        let mut aside = Aside::default();
+        aside.begin();
         let wanted = |offset: u64| {
             let place = shared.layout.at_source(offset, 0);
             place.is_some_and(|place| shared.states.of(place.page) == PageState::Missing)
         };
         loop {
             stopped(&shared)?;
+            aside.step(&shared);
             match sequence.next(&wanted) {
                 None => return Ok(Prefetch::Done),
                 Some(Ok(Load::Zero { range })) => fill_zero(&shared, range)?,

@@ -1,16 +1,18 @@
 //! A slice of the paged memory: a userfaultfd of its own, and the rule by which its pages change.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread;
 use std::time::Duration;
 
+use crate::deference::{Standing, Watch};
 use crate::failure::FailureReport;
 use crate::inbox::Inbox;
 use crate::install::{self, Book, Fill, Filler, InstallError, PageOps, Settled, Target};
 use crate::layout::{Layout, Place};
 use crate::page_state::{PageState, PageStates};
+use crate::placement::NOWHERE;
 use crate::populate::Progress;
 use crate::prefetch::PrefetchProgress;
 use crate::purpose::Purpose;
@@ -35,6 +37,9 @@ pub(crate) struct Slice {
     gate: Mutex<()>,
     /// The slice's thread has messages in its hands. Others step aside while it has.
     pub(crate) answering: AtomicBool,
+    /// The CPU that the slice's thread is bound to, or [`NOWHERE`].
+    pub(crate) bound_to: AtomicUsize,
+    pub(crate) standing: Standing,
     /// All is loaded and nothing is registered any more. Set under the gate.
     released: AtomicBool,
 }
@@ -47,6 +52,8 @@ impl Slice {
             recorder: Recorder::new(),
             gate: Mutex::new(()),
             answering: AtomicBool::new(false),
+            bound_to: AtomicUsize::new(NOWHERE),
+            standing: Standing::default(),
             released: AtomicBool::new(false),
         }
     }
@@ -80,6 +87,7 @@ pub(crate) struct Shared {
     pub(crate) backed: bool,
     pub(crate) population: Progress,
     pub(crate) prefetch: PrefetchProgress,
+    pub(crate) watch: Watch,
     pub(crate) _regions: Vec<Region>,
 }
 
