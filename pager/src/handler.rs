@@ -127,7 +127,7 @@ impl Handler {
                 Err(error) => return End::Failed(FailureCause::Messages(error)),
             }
             slice.answering.store(true, Ordering::Relaxed);
-            let gate = slice.gate();
+            let gate = slice.gate.demand();
             let received = self.inbox.receive(&self.shared, self.slice);
             drop(gate);
             if let Err(error) = received {

@@ -76,6 +76,7 @@ mod answer;
 mod deference;
 mod error;
 mod failure;
+mod gate;
 mod handler;
 mod inbox;
 mod install;

@@ -117,7 +117,7 @@ impl Pager {
         let Shared { layout, states, slices, .. } = &*self.shared;
         // A page is usable a moment before its state says so. Both happen under the gate of its slice:
         // once each gate was free, the states of all pages that were usable before are set.
-        slices.iter().for_each(|slice| drop(slice.gate()));
+        slices.iter().for_each(|slice| drop(slice.gate.background()));
         let mut touched: Vec<Range<u64>> = Vec::new();
         let released = slices.iter().any(Slice::is_released);
         for (first_page, source) in layout.by_source() {

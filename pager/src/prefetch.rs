@@ -2,16 +2,15 @@
 //!
 //! The list is a hint. Each of its pages is looked up, and one that is not missing, or in no region, is passed over; what
 //! is decoded for it in vain is bounded. A page that cannot be had is left to the fault that may never come.
-//! Faults overtake: between two small steps the thread waits until those that are there are answered, but
-//! not for long, since to be in front is what it is for.
+//! Faults overtake: they get the lock of memory between two small steps, and the thread keeps off their CPUs. It does not
+//! wait until there are none, since to be in front of them is what it is for.
 
 use std::fmt;
 use std::ops::Range;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -43,8 +42,9 @@ pub enum Prefetch {
 const STEP_BYTES: usize = 64 << 10;
 /// Zero pages cost a fraction of that.
 const ZERO_STEP_PAGES: u64 = 256;
-/// For each load, faults are waited for so long at most: a guest that faults all the time is the one to be in front of.
-const LONGEST_ASIDE: Duration = Duration::from_micros(200);
+/// When a fault has brought what was just being loaded, whoever runs has caught up: so many pages are left to its faults,
+/// to get in front of it again. They come at the end.
+const LEAD_PAGES: usize = 512;
 /// A list leads to at most so many decoded bytes for each byte of its pages (a chunk of 16 pages for each of them), and so
 /// many in any case.
 const DECODED_PER_LISTED: u64 = 16;
@@ -128,9 +128,6 @@ impl Prefetcher {
         let listed =
             ranges.iter().fold(0u64, |sum, range| sum.saturating_add(range.end - range.start));
         let mut budget = listed.saturating_mul(DECODED_PER_LISTED).saturating_add(DECODED_ANYHOW);
-        let Ok(mut sequence) = source.sequence(page_bytes as usize, ranges) else {
-            return Ok(Prefetch::GivenUp);
-        };
         let mut desk = Desk::new(usize::MAX);
         let mut aside = Aside::default();
         aside.begin();
@@ -138,35 +135,51 @@ impl Prefetcher {
             let place = shared.layout.at_source(offset, 0);
             place.is_some_and(|place| shared.states.of(place.page) == PageState::Missing)
         };
-        loop {
-            stopped(&shared)?;
-            aside.step(&shared);
-            match sequence.next(&wanted) {
-                None => return Ok(Prefetch::Done),
-                Some(Ok(Load::Zero { range })) => fill_zero(&shared, range)?,
-                Some(Ok(Load::Pages(loaded))) => {
-                    let first = &shared.slices[0];
-                    first.counters.read(loaded.cost.bytes_read);
-                    let began = Instant::now();
-                    let installed =
-                        desk.populate(&shared, None, Purpose::Prefetch, loaded, |step| {
-                            *step = STEP_BYTES;
-                            step_aside(&shared, began).ok()
-                        });
-                    match installed {
-                        // A page that is refused has its say when somebody waits for it.
-                        Ok(()) | Err(Trouble::Failed(_)) => {}
-                        Err(Trouble::ProcessGone) => return Err(Ended),
+        // The second time for what was passed over.
+        for leads in [true, false] {
+            let Ok(mut sequence) = source.sequence(page_bytes as usize, ranges.clone()) else {
+                return Ok(Prefetch::GivenUp);
+            };
+            let mut passed_over = false;
+            loop {
+                stopped(&shared)?;
+                aside.step(&shared);
+                let loaded = match sequence.next(&wanted) {
+                    None => break,
+                    Some(Ok(Load::Zero { range })) => {
+                        fill_zero(&shared, range)?;
+                        continue;
                     }
-                    match budget.checked_sub(loaded.bytes.len() as u64) {
-                        Some(left) => budget = left,
-                        None => return Ok(Prefetch::GivenUp),
-                    }
+                    Some(Ok(Load::Pages(loaded))) => loaded,
+                    // A page that cannot be had has its say when somebody waits for it. A file that the memory maps
+                    // is somebody else's to fill.
+                    Some(Ok(Load::InFile { .. }) | Err(_)) => continue,
+                };
+                shared.slices[0].counters.read(loaded.cost.bytes_read);
+                match budget.checked_sub(loaded.bytes.len() as u64) {
+                    Some(left) => budget = left,
+                    None => return Ok(Prefetch::GivenUp),
                 }
-                // As above. A file that the memory maps is somebody else's to fill.
-                Some(Ok(Load::InFile { .. }) | Err(_)) => {}
+                let caught_up = loaded.pages.iter().any(|page| !wanted(page.source_offset));
+                let step = |step: &mut usize| {
+                    *step = STEP_BYTES;
+                    stopped(&shared).ok()
+                };
+                match desk.populate(&shared, None, Purpose::Prefetch, loaded, step) {
+                    // As above.
+                    Ok(()) | Err(Trouble::Failed(_)) => {}
+                    Err(Trouble::ProcessGone) => return Err(Ended),
+                }
+                if leads && caught_up {
+                    sequence.skip(LEAD_PAGES);
+                    passed_over = true;
+                }
+            }
+            if !passed_over {
+                break;
             }
         }
+        Ok(Prefetch::Done)
     }
 }
 
@@ -186,7 +199,7 @@ fn fill_zero(shared: &Shared, range: Range<u64>) -> Result<(), Ended> {
         if pages == 0 {
             break;
         }
-        step_aside(shared, Instant::now())?;
+        stopped(shared)?;
         let target = Target {
             first_page: place.page,
             pages: pages as usize,
@@ -198,15 +211,6 @@ fn fill_zero(shared: &Shared, range: Range<u64>) -> Result<(), Ended> {
         offset += pages * page_bytes;
     }
     Ok(())
-}
-
-/// Lets faults that are there be answered, but not for ever.
-fn step_aside(shared: &Shared, began: Instant) -> Result<(), Ended> {
-    while shared.demand() && began.elapsed() < LONGEST_ASIDE {
-        thread::yield_now();
-        stopped(shared)?;
-    }
-    stopped(shared)
 }
 
 fn stopped(shared: &Shared) -> Result<(), Ended> {

@@ -27,7 +27,7 @@ pub(crate) fn resume(shared: &Shared, journal: &Journal) -> Result<Option<Messag
         shared.slices[0].counters.moved(PageState::Missing, to, counts[to as usize]);
     }
     let mut unserved = None;
-    let gate = shared.slices[0].gate();
+    let gate = shared.slices[0].gate.demand();
     for message in journal.left() {
         match message {
             Message::Pagefault { .. } => {}

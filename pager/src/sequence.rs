@@ -12,6 +12,9 @@ pub trait PageSequence: Send {
     /// # Errors
     /// [`SourceError`] for a part that cannot be had; the call after it goes on behind that part.
     fn next(&mut self, wanted: &dyn Fn(u64) -> bool) -> Option<Result<Load<'_>, SourceError>>;
+
+    /// Passes over about so many pages, which do not come any more. Does nothing unless it is overridden.
+    fn skip(&mut self, _pages: usize) {}
 }
 
 /// Page by page, in the order of the list.
@@ -51,5 +54,13 @@ impl PageSequence for PageByPage {
     fn next(&mut self, wanted: &dyn Fn(u64) -> bool) -> Option<Result<Load<'_>, SourceError>> {
         let offset = self.next_wanted(wanted)?;
         Some(self.reader.load(offset))
+    }
+
+    fn skip(&mut self, pages: usize) {
+        for _ in 0..pages {
+            if self.next_wanted(&|_| true).is_none() {
+                break;
+            }
+        }
     }
 }

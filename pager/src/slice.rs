@@ -2,12 +2,12 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread;
 use std::time::Duration;
 
 use crate::deference::{Standing, Watch};
 use crate::failure::FailureReport;
+use crate::gate::Gate;
 use crate::inbox::Inbox;
 use crate::install::{self, Book, Fill, Filler, InstallError, PageOps, Settled, Target};
 use crate::layout::{Layout, Place};
@@ -27,14 +27,7 @@ pub(crate) struct Slice {
     pub(crate) filler: Filler,
     pub(crate) counters: Counters,
     pub(crate) recorder: Recorder,
-    /// Held by whoever reads this slice's messages or installs its pages.
-    ///
-    /// Why: reading a REMOVE lets the thread that removes go on, and the pages vanish. Were another
-    /// thread then between looking at a page's state and installing it, it would put back content that
-    /// the guest has given away. So a read and the state changes that it brings are one step, and
-    /// looking and installing are one step. The slice's own thread waits for the gate (at most for one
-    /// run of pages); other threads only ever try it, and leave pages out that they cannot have at once.
-    gate: Mutex<()>,
+    pub(crate) gate: Gate,
     /// The slice's thread has messages in its hands. Others step aside while it has.
     pub(crate) answering: AtomicBool,
     /// The CPU that the slice's thread is bound to, or [`NOWHERE`].
@@ -50,7 +43,7 @@ impl Slice {
             filler,
             counters: Counters::of(pages),
             recorder: Recorder::new(),
-            gate: Mutex::new(()),
+            gate: Gate::default(),
             answering: AtomicBool::new(false),
             bound_to: AtomicUsize::new(NOWHERE),
             standing: Standing::default(),
@@ -58,20 +51,8 @@ impl Slice {
         }
     }
 
-    pub(crate) fn gate(&self) -> MutexGuard<'_, ()> {
-        self.gate.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     pub(crate) fn is_released(&self) -> bool {
         self.released.load(Ordering::Relaxed)
-    }
-
-    fn try_gate(&self) -> Option<MutexGuard<'_, ()>> {
-        match self.gate.try_lock() {
-            Ok(gate) => Some(gate),
-            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
-        }
     }
 }
 
@@ -102,7 +83,7 @@ impl Shared {
         inbox: &mut Inbox,
     ) -> Result<bool, InstallError> {
         let own = &self.slices[slice];
-        let _gate = own.gate();
+        let _gate = own.gate.demand();
         if own.is_released() {
             // Who waited was woken by that, and finds the page or the kernel's zeros.
             return Ok(true);
@@ -130,10 +111,9 @@ impl Shared {
         purpose: Purpose,
     ) -> Result<(), InstallError> {
         let other = &self.slices[slice];
-        // Population is patient: it has looked that nobody waits for the gate.
         let gate = match purpose {
-            Purpose::Populate | Purpose::Prefetch => Some(other.gate()),
-            _ => other.try_gate(),
+            Purpose::Populate | Purpose::Prefetch => Some(other.gate.background()),
+            _ => other.gate.try_take(),
         };
         if gate.is_none() || other.is_released() {
             return Ok(());
@@ -161,7 +141,7 @@ impl Shared {
                     host_addr: extent.host.start + at * page_bytes,
                     page_bytes: page_bytes as usize,
                 };
-                let _gate = own.gate();
+                let _gate = own.gate.demand();
                 let mut book = SliceBook::new(self, slice, Purpose::PoisonMissing, Some(inbox));
                 let done = install::install(&own.filler, target, Fill::Poison, &mut book);
                 let left = (target.first_page..target.first_page + target.pages as u64)
@@ -178,7 +158,7 @@ impl Shared {
         let own = &self.slices[slice];
         let mut settles = 0;
         while !self.stopping.load(Ordering::Relaxed) {
-            let _gate = own.gate();
+            let _gate = own.gate.demand();
             match own.filler.poison(host_addr, page_bytes as usize) {
                 Ok(_) => return true,
                 Err(Errno(libc::EAGAIN)) => match inbox.receive(self, slice) {
@@ -204,7 +184,7 @@ impl Shared {
     /// All is loaded: takes the memory out of the userfaultfds, slice by slice.
     pub(crate) fn release(&self) -> Result<(), Errno> {
         for (index, slice) in self.slices.iter().enumerate() {
-            let _gate = slice.gate();
+            let _gate = slice.gate.background();
             for extent in self.layout.extents_of(index) {
                 let len = extent.host.end - extent.host.start;
                 slice.filler.uffd.unregister(extent.host.start, len)?;

@@ -25,6 +25,8 @@ pub(crate) struct SnapshotSequence<R: ReadAt> {
     /// Where the pages of the batch are, chunk by chunk in the order of the file; those before `at` are done.
     stored: Vec<(ChunkExtent, u16, PageIndex)>,
     at: usize,
+    /// Pages behind the batch to pass over.
+    skip: usize,
     zeros: Vec<Range<u64>>,
     failed: Option<SourceError>,
     buffer: ChunkBuffer,
@@ -40,6 +42,7 @@ impl<R: ReadAt> SnapshotSequence<R> {
             batch_pages: FIRST_BATCH,
             stored: Vec::new(),
             at: 0,
+            skip: 0,
             zeros: Vec::new(),
             failed: None,
             buffer: ChunkBuffer::new(),
@@ -61,6 +64,10 @@ impl<R: ReadAt> SnapshotSequence<R> {
             let offset = self.now.start;
             let end = offset.saturating_add(PAGE_BYTES as u64);
             self.now.start = end;
+            if self.skip > 0 {
+                self.skip -= 1;
+                continue;
+            }
             count += 1;
             let Some(page) = PageIndex::containing(offset).filter(|_| wanted(offset)) else {
                 continue;
@@ -156,5 +163,11 @@ impl<R: ReadAt> PageSequence for SnapshotSequence<R> {
                 return None;
             }
         }
+    }
+
+    fn skip(&mut self, pages: usize) {
+        let of_batch = pages.min(self.stored.len() - self.at);
+        self.at += of_batch;
+        self.skip += pages - of_batch;
     }
 }
