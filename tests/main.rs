@@ -23,6 +23,7 @@ mod networks;
 mod overlays;
 mod running;
 mod serving;
+mod slow_readers;
 mod sockets;
 mod support;
 mod virtio_guest;

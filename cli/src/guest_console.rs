@@ -1,6 +1,7 @@
 //! The guest's serial output on its way to the user, and the moments at which it ends the run.
 
-use std::io::{self, Write};
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
@@ -90,6 +91,8 @@ pub(crate) struct GuestConsole<W> {
     line: Vec<u8>,
     /// The last bytes, one less than the pattern has.
     window: Vec<u8>,
+    /// What `out` has not taken yet, because the guest was to stop. A guest that goes on begins with it.
+    rest: VecDeque<u8>,
 }
 
 /// A line is looked at only this far.
@@ -98,8 +101,8 @@ const LINE_BYTES: usize = 256;
 impl<W: Write + Send> GuestConsole<W> {
     pub(crate) fn new(out: W, until: Until) -> (Self, Seen) {
         let seen = Seen::default();
-        let console = Self { out, until, seen: seen.clone(), line: Vec::new(), window: Vec::new() };
-        (console, seen)
+        let (line, window, rest) = (Vec::new(), Vec::new(), VecDeque::new());
+        (Self { out, until, seen: seen.clone(), line, window, rest }, seen)
     }
 
     fn watch(&mut self, byte: u8) -> ConsoleFlow {
@@ -133,6 +136,21 @@ impl<W: Write + Send> GuestConsole<W> {
         }
         flow
     }
+
+    /// Hands on what there is, as much of it as is taken: see `GuestOutput`.
+    fn hand_on(&mut self) -> io::Result<()> {
+        while !self.rest.is_empty() {
+            let (first, _) = self.rest.as_slices();
+            match self.out.write(first) {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                Ok(taken) => drop(self.rest.drain(..taken)),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
+        }
+        self.out.flush()
+    }
 }
 
 impl<W: Write + Send> Console for GuestConsole<W> {
@@ -150,8 +168,10 @@ impl<W: Write + Send> Console for GuestConsole<W> {
                 flow = ConsoleFlow::Pause;
             }
         }
+        self.rest.extend(bytes);
         // Nobody reads any more (a closed pipe): nothing to go on for.
-        if let Err(error) = self.out.write_all(bytes).and_then(|()| self.out.flush()) {
+        if let Err(error) = self.hand_on() {
+            self.rest.clear();
             self.seen.0.output_error.get_or_init(|| error);
             flow = ConsoleFlow::Pause;
         }

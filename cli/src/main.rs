@@ -9,6 +9,7 @@ mod devices;
 mod exit;
 mod guest_console;
 mod guest_memory;
+mod guest_output;
 mod interrupt;
 mod live;
 mod memory_hash;

@@ -79,6 +79,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             },
             until: Until::lines(BEAT, args.beats),
             run_for: None,
+            hold: None,
             hash: true,
             keyboard: false,
             measure: None,

@@ -19,6 +19,7 @@ use crate::api::{Api, ApiArgs, Facts};
 use crate::devices::SavedDeviceArgs;
 use crate::exit::Interrupted;
 use crate::guest_console::{BEAT, GuestConsole, Until};
+use crate::guest_output::{GuestOutput, Hold};
 use crate::interrupt::Interrupt;
 use crate::live::{self, EndArgs, Ended, Live};
 use crate::prefetch::PrefetchArg;
@@ -204,6 +205,7 @@ enum ReportForm {
 }
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
+    let (out, hold) = GuestOutput::new().context("cannot use stdout")?;
     let restore = Restore {
         origin: Origin {
             file: &args.input.file,
@@ -229,6 +231,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         },
         until: Until { lines: args.beats.map(|beats| (BEAT, beats)), ..args.end.until() },
         run_for: args.end.run_for,
+        hold: Some(hold),
         hash: args.hash,
         keyboard: args.measure.is_none(),
         measure: args.measure,
@@ -245,7 +248,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         let with_parent = set_parent_process_death_signal(Some(Signal::KILL));
         with_parent.context("cannot be tied to the process that measures")?;
     }
-    let (report, outcome) = restore.run(std::io::stdout(), session, session.started)?;
+    let (report, outcome) = restore.run(out, session, session.started)?;
     let told = match args.report {
         ReportForm::Json => serde_json::to_string_pretty(&report)? + "\n",
         ReportForm::Text if !session.quiet => report.to_string(),
@@ -268,6 +271,8 @@ pub(crate) struct Restore<'a> {
     pub(crate) origin: Origin<'a>,
     pub(crate) until: Until,
     pub(crate) run_for: Option<Duration>,
+    /// Of its output: see [`Live::hold`].
+    pub(crate) hold: Option<Hold>,
     pub(crate) hash: bool,
     /// Whether stdin is the guest's.
     pub(crate) keyboard: bool,
@@ -325,7 +330,8 @@ impl Restore<'_> {
             },
         };
         let serving = self.api.map(|api| api.serve(remote, facts)).transpose()?;
-        let live = Live { session, seen: &seen, run_for: self.run_for, events, kept };
+        let hold = self.hold.as_ref();
+        let live = Live { session, seen: &seen, hold, run_for: self.run_for, events, kept };
         let before = self.measure.map(|_| Counters::now()).transpose()?;
         let faults = pager.as_deref().map_or(Faults::Kernel, Faults::Served);
         let mut touched = None;

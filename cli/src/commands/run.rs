@@ -11,6 +11,7 @@ use crate::booted::Booted;
 use crate::config::ConfigArgs;
 use crate::guest_console::GuestConsole;
 use crate::guest_memory::to_regions;
+use crate::guest_output::GuestOutput;
 use crate::live::{self, EndArgs, Live};
 use crate::stored::Kept;
 use crate::terminal::Keyboard;
@@ -42,13 +43,15 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let api = args.api.bind()?;
-    let (console, seen) = GuestConsole::new(std::io::stdout(), args.end.until());
+    let (output, hold) = GuestOutput::new().context("cannot use stdout")?;
+    let (console, seen) = GuestConsole::new(output, args.end.until());
     // In this order: the vCPUs are gone before the memory.
     let Booted { memory, ranges, vm } = Booted::new(&args.guest, console, false, session)?;
     let (remote, events) = live::remote();
     let live = Live {
         session,
         seen: &seen,
+        hold: Some(&hold),
         run_for: args.end.run_for,
         events,
         kept: Kept::Booted {

@@ -149,6 +149,7 @@ fn touched(args: &Args, session: &Session) -> Result<Touched> {
         },
         until: Until { lines: args.beats.map(|beats| (BEAT, beats)), ..args.end.until() },
         run_for: args.end.run_for,
+        hold: None,
         hash: false,
         keyboard: false,
         measure: None,

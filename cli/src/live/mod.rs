@@ -14,6 +14,7 @@ use vmm::{PauseError, PausedVm, RunningVm, Stop};
 use crate::commands::Session;
 use crate::exit::{GuestStopped, Interrupted};
 use crate::guest_console::{Seen, Until};
+use crate::guest_output::Hold;
 use crate::stored::{Kept, Summary};
 use remote::Event;
 pub(crate) use remote::{Answer, Command, Events, Refused, Remote, State, StoreRequest, remote};
@@ -40,6 +41,8 @@ impl EndArgs {
 pub(crate) struct Live<'a> {
     pub(crate) session: &'a Session,
     pub(crate) seen: &'a Seen,
+    /// Of its output, where somebody may keep it waiting.
+    pub(crate) hold: Option<&'a Hold>,
     pub(crate) run_for: Option<Duration>,
     pub(crate) events: Events,
     /// How it is stored.
@@ -81,9 +84,12 @@ impl Live<'_> {
     /// Runs the guest until it stops, is stopped by its console, a client or an interrupt, or its time is up.
     pub(crate) fn run(self, vm: PausedVm) -> Result<Ended> {
         let deadline = self.run_for.and_then(|time| Instant::now().checked_add(time));
-        let events = self.events.sender.clone();
-        // Nobody listens any more: the guest is on its way out.
-        vm.handle().on_stop(move || drop(events.send(Event::Stopped)));
+        let (events, hold) = (self.events.sender.clone(), self.hold.cloned());
+        vm.handle().on_stop(move || {
+            hold.iter().for_each(Hold::hold);
+            // Nobody listens any more: the guest is on its way out.
+            let _ = events.send(Event::Stopped);
+        });
         let mut guest = self.resume(vm)?;
         let (end, guest) = loop {
             let event = match deadline {
@@ -126,6 +132,7 @@ impl Live<'_> {
     }
 
     fn resume(&self, vm: PausedVm) -> Result<Guest> {
+        self.hold.into_iter().for_each(Hold::release);
         let running = vm.resume()?;
         self.events.status.set(State::Running);
         // Again: resuming has forgotten a pause that was asked for before it.
