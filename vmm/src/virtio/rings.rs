@@ -35,10 +35,11 @@ impl Rings<'_> {
         // `virtio-queue` ends a chain where it breaks. A whole one ends with a descriptor that names no
         // next one.
         let mut whole = false;
-        for descriptor in chain {
+        for (count, descriptor) in chain.enumerate() {
             whole = !descriptor.has_next();
             let segment = Segment { gpa: descriptor.addr().0, len: descriptor.len() as usize };
-            if readable.0.len() + writable.0.len() == SEGMENTS_MAX {
+            // Empty ones too: an indirect table has room for 65535 of them.
+            if count == SEGMENTS_MAX {
                 return Err(Fault::Driver("a chain of too many buffers"));
             }
             if segment.len == 0 {

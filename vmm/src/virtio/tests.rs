@@ -200,6 +200,14 @@ fn hostile_chains_break_only_the_device() {
             }
             d.chain(0, &[(0x10000, 0x10000, INDIRECT)]);
         }),
+        ("a table of buffers without a byte", |d| {
+            for (index, at) in (0x10000..0x11800).step_by(16).enumerate() {
+                d.descriptor(at, 0, 0, NEXT, index as u16 + 1);
+            }
+            d.descriptor(0x10000, HEADER, 16, NEXT, 1);
+            d.descriptor(0x117f0, RESULT, 1, WRITE, 0);
+            d.chain(0, &[(0x10000, 0x1800, INDIRECT)]);
+        }),
         ("a head outside", |d| {
             d.memory.write_obj(500u16, GuestAddress(AVAILABLE + 4)).unwrap();
             d.memory.write_obj(1u16, GuestAddress(AVAILABLE + 2)).unwrap();
