@@ -9,12 +9,19 @@
 //! open the file, decode the state, map memory, start the pager, restore; its memory comes on
 //! faults. Then `snap restore --lazy` itself, by its own report. Best and median of the rounds,
 //! sides taking turns; the best tells most on a machine that does other things too.
+//!
+//!     SNAP_BENCH_KERNEL=vmlinux SNAP_BENCH_INITRD=initrd.cpio cargo bench -p snap --bench restore
+//!
+//! measures `snap restore --lazy` alone, of this Linux guest, stored when its console shows READY.
+//! `SNAP_BENCH_CMDLINE` is its command line, `SNAP_BENCH_SIZES` the sizes of its memory, `64M,1G` if that is not set.
 #![allow(unsafe_code, missing_docs, clippy::unwrap_used)]
 
+use std::env;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -39,6 +46,9 @@ fn main() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
+    if let Some(kernel) = env::var_os("SNAP_BENCH_KERNEL") {
+        return linux_processes(folder.path(), &kernel);
+    }
     println!(
         "{:>9} {:>12} {:>24} {:>24}",
         "memory", "", "open to first entry", "open to first exit"
@@ -56,7 +66,7 @@ fn main() {
         print(memory_mib, "PausedVm", &vmm_times);
         print(memory_mib, "whole", &whole_times);
     }
-    processes(folder.path());
+    demo_processes(folder.path());
 }
 
 fn print(memory_mib: u64, side: &str, times: &[(Duration, Duration)]) {
@@ -158,35 +168,59 @@ fn whole(file: &Path) -> (Duration, Duration) {
     times
 }
 
-/// `snap restore --lazy`, from the start of its process' main function.
-fn processes(folder: &Path) {
+/// `snap restore --lazy` of the demo guest.
+fn demo_processes(folder: &Path) {
+    let sizes = ["64M".into(), "16G".into()];
+    processes(folder, &sizes, |_| {}, &["--beats", "1"]);
+}
+
+/// The same of a Linux guest, whose memory the kernel has filled with a description of each page.
+fn linux_processes(folder: &Path, kernel: &OsStr) {
+    let setting = |name: &str| env::var_os(format!("SNAP_BENCH_{name}"));
+    let sizes = setting("SIZES").map_or("64M,1G".into(), |sizes| sizes.into_string().unwrap());
+    let sizes: Vec<_> = sizes.split(',').map(str::to_owned).collect();
+    let guest = |create: &mut Command| {
+        create.args(["--when", "output:READY", "--kernel"]).arg(kernel);
+        for (name, option) in [("INITRD", "--initrd"), ("CMDLINE", "--cmdline")] {
+            if let Some(value) = setting(name) {
+                create.arg(option).arg(value);
+            }
+        }
+    };
+    processes(folder, &sizes, guest, &["--for", "20ms"]);
+}
+
+/// `snap restore --lazy`, from the start of its process' main function, for guests of these sizes.
+fn processes(folder: &Path, sizes: &[String], guest: impl Fn(&mut Command), end: &[&str]) {
     println!("snap restore --lazy to the first instruction, best / median of {ROUNDS}:");
-    let sizes = ["64M", "16G"];
     let snap = || Command::new(env!("CARGO_BIN_EXE_snap"));
     let path = |size: &str| folder.join(format!("{size}.snap"));
     for size in sizes {
-        let created =
-            snap().args(["--quiet", "create", "--memory", size]).arg(path(size)).status().unwrap();
-        assert!(created.success());
+        let mut create = snap();
+        create.args(["--quiet", "create", "--memory", size]).arg(path(size));
+        guest(&mut create);
+        assert!(create.status().unwrap().success());
     }
     let mut times = vec![Vec::new(); sizes.len()];
     for _ in 0..ROUNDS {
         for (size, times) in sizes.iter().zip(&mut times) {
-            let output = snap()
-                .args(["restore", "--lazy", "--beats", "1", "--report", "json"])
-                .arg(path(size))
-                .output()
-                .unwrap();
+            let mut restore = snap();
+            restore.args(["restore", "--lazy", "--report", "json"]).args(end).arg(path(size));
+            let output = restore.stdin(Stdio::null()).output().unwrap();
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
             let report: serde_json::Value = serde_json::from_slice(&output.stderr).unwrap();
             times.push(report["first_instruction_ms"].as_f64().unwrap());
         }
     }
+    let median = |times: &[f64]| times[times.len() / 2];
     for (size, times) in sizes.iter().zip(&mut times) {
         times.sort_by(f64::total_cmp);
-        println!("{size:>9} {:.2} / {:.2} ms", times[0], times[times.len() / 2]);
+        println!("{size:>9} {:.2} / {:.2} ms", times[0], median(times));
     }
-    let median = |number: usize| times[number][times[number].len() / 2];
-    println!("16G takes {:.2} x the time of 64M", median(1) / median(0));
+    for (size, times_of) in sizes.iter().zip(&times).skip(1) {
+        let ratio = median(times_of) / median(&times[0]);
+        println!("{size} takes {ratio:.2} x the time of {}", sizes[0]);
+    }
 }
 
 /// Times from the opening of the device to the first KVM_RUN, and to its return.
