@@ -96,6 +96,29 @@ fn a_guest_is_stored_at_its_request_and_ends_well() {
     }
 }
 
+/// What ends a guest that was brought back: each with its message, and the same code in both ways.
+#[test]
+fn a_guest_that_was_brought_back_says_how_it_ends() {
+    needs_vm!();
+    let ends = |code: &[u8], exit_code: i32, says: &str| {
+        let request = &kernel::out(0x680, 1)[..7];
+        let folder = folder_with(&kernel::elf(&[request, code].concat(), true, 0));
+        let (kernel, out) = (folder.path().join("kernel"), folder.path().join("out.snap"));
+        let words = ["create".as_ref(), out.as_os_str(), "--kernel".as_ref(), kernel.as_os_str()];
+        snap(words).ok();
+        for mode in [&["--report", "text"][..], &["--lazy"]] {
+            let words = ["restore".as_ref(), out.as_os_str()];
+            let ran = snap(words.into_iter().chain(mode.iter().map(std::ffi::OsStr::new)));
+            ran.failed(exit_code, &[says]);
+        }
+    };
+    ends(&kernel::power_off(), 0, "the guest powered off");
+    ends(&kernel::out(0x602, 1), 5, "the guest asked for a reset");
+    // The keyboard controller's way.
+    ends(&kernel::out(0x64, 0xfe), 5, "the guest asked for a reset");
+    ends(&[0x0f, 0x0b], 5, "triple fault");
+}
+
 /// A snapshot of a CPU with a feature that no CPU has: refused with its name, and taken by force.
 #[test]
 fn a_snapshot_of_another_cpu_is_refused() {
@@ -126,7 +149,9 @@ fn a_snapshot_of_another_cpu_is_refused() {
     for mode in [&["--lazy", "--beats", "1"][..], &["--beats", "1"]] {
         let ran = restore(&file, mode);
         assert_eq!(ran.stdout, "");
-        ran.failed(1, &["other.snap: this host's CPU lacks what the guest was given", "--force"]);
+        let says = "other.snap: this host's CPU lacks what the guest was given";
+        let features = "CPUID 0x7.0 Ebx bit 26, CPUID 0x7.0 Ebx bit 27";
+        ran.failed(1, &[&format!("{says}: {features}; --force")]);
         restore(&file, &[mode, &["--force"]].concat()).ok();
     }
 }

@@ -35,6 +35,14 @@ fn a_guest_that_breaks_off_ends_with_5() {
     run_kernel(&[0x0f, 0x0b], &[]).failed(5, &["triple fault"]);
 }
 
+/// HLT with interrupts off, where Linux ends after `halt`: nobody but the user knows that it is the end.
+#[test]
+fn a_guest_that_halts_sleeps_on() {
+    needs_vm!();
+    let ran = run_kernel(&[0xfa, 0xf4], &["--for", "100ms"]).ok();
+    assert!(ran.stderr.contains("snap run: time is up"), "{}", ran.stderr);
+}
+
 #[test]
 fn a_run_ends_when_it_was_told_to() {
     needs_vm!();

@@ -15,8 +15,8 @@ Exit codes:
   3    the file is not a snapshot, or not what import takes; it is damaged, needs a newer
        snap, or lacks its parent
   4    this host lacks something: KVM, userfaultfd, or the permission to use them
-  5    the guest stopped by itself: halt, triple fault, reset, unreadable memory,
-       or power off before it was stored
+  5    the guest stopped by itself: triple fault, reset, unreadable memory, or
+       power off before it was stored
   130  interrupted";
 
 /// Interrupted by Ctrl-C or SIGTERM; nothing is left behind.

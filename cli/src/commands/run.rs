@@ -19,7 +19,7 @@ use crate::terminal::Keyboard;
 /// Boot a guest and run it.
 ///
 /// The guest's serial port is connected to stdin and stdout. Ctrl-C ends the run. A guest that powers off ends it
-/// with exit code 0; one that halts, resets or crashes with 5.
+/// with exit code 0; one that resets or crashes with 5.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
