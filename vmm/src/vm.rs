@@ -416,6 +416,7 @@ impl PausedVm {
         let mut threads =
             VcpuThreads { control: Arc::clone(&machine.shared.control), handles: Vec::new() };
         for (index, mut vcpu) in vcpus.into_iter().enumerate() {
+            vcpu.tell_of_pause();
             let shared = Arc::clone(&machine.shared);
             let run = move || {
                 run_loop::run(&mut vcpu, &shared);

@@ -146,6 +146,44 @@ fn the_guest_is_told_of_its_new_generation_id() {
     assert_eq!(requested(&vm.state().unwrap()), 1);
 }
 
+/// Otherwise the guest's watchdog takes the pause for a lockup of its CPU.
+#[test]
+fn the_guest_is_told_that_it_stood_still() {
+    use vm_memory::{Bytes, GuestAddress};
+    /// `pvclock_vcpu_time_info`: where its flags are, and the flag PVCLOCK_GUEST_STOPPED.
+    const FLAGS: GuestAddress = GuestAddress(0x20_0000 + 29);
+    const GUEST_STOPPED: u8 = 1 << 1;
+    if !kvm_or_skip("the_guest_is_told_that_it_stood_still") {
+        return;
+    }
+    let clock_at_2_mib = [
+        0xb9, 0x01, 0x4d, 0x56, 0x4b, // mov ecx, MSR_KVM_SYSTEM_TIME_NEW
+        0xb8, 0x01, 0x00, 0x20, 0x00, 0x31, 0xd2, // mov eax, 0x200001; xor edx, edx
+        0x0f, 0x30, // wrmsr
+    ];
+    let print_for_ever = [
+        0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
+        0xb0, b'A', 0xee, 0xb0, b'\n', 0xee, 0xeb, 0xf8, // out dx, al; again
+    ];
+    let file = kernel::elf(&[&clock_at_2_mib[..], &print_for_ever].concat(), true, 0);
+    let kernel = TempFile::new("stood", &file);
+    let memory = guest_memory(8 * MIB);
+    let told = || memory.read_obj::<u8>(FLAGS).unwrap() & GUEST_STOPPED != 0;
+    let console = Lines::pausing_after(1);
+    let vm = PausedVm::boot(Arc::clone(&memory), &linux(&kernel, ""), console.clone()).unwrap();
+    let mut vm = run_to_pause(vm);
+    assert!(!told());
+    let state = vm.state().unwrap();
+    console.pause_after(1);
+    run_to_pause(vm);
+    assert!(told());
+
+    memory.write_obj(0u8, FLAGS).unwrap();
+    let (console, options) = (Lines::pausing_after(1), RestoreOptions::default());
+    run_to_pause(PausedVm::restore(Arc::clone(&memory), &state, console, &options).unwrap());
+    assert!(told());
+}
+
 #[test]
 fn resets_and_requests_stop_the_guest() {
     if !kvm_or_skip("resets_and_requests_stop_the_guest") {

@@ -1,5 +1,5 @@
 # shellcheck shell=sh
-# A stock Debian kernel on one CPU.
+# A stock Debian kernel on one CPU, which never sleeps.
 # shellcheck source=tests/nested/outer/linux.sh
 . /linux.sh
-linux 1
+linux 1 busy

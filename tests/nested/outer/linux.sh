@@ -1,7 +1,8 @@
 #!/bin/sh
-# linux CPUS [devices]: a stock Debian kernel is created, stored at its line READY, restored eagerly and twice
-# lazily. With `devices` it has a disk with a file system, a raw disk, a source of random numbers and a vsock. For the
-# cases, with the functions of steps.sh.
+# linux CPUS [devices|busy]: a stock Debian kernel is created, stored at its line READY, restored eagerly and twice
+# lazily. With `devices` it has a disk with a file system, a raw disk, a source of random numbers and a vsock. With
+# `busy` it never sleeps, and is stored for longer than its kernel lets a CPU be stuck. For the cases, with the
+# functions of steps.sh.
 
 # ticks NAME: the guest's own checks from READY on, all ok.
 ticks() {
@@ -31,8 +32,12 @@ raw_disk() {
 
 linux() {
     cpus=$1
-    devices=${2:-}
-    given='' moved=''
+    devices='' busy='' given='' moved=''
+    case ${2:-} in
+        devices) devices=1 ;;
+        # A word that is not the kernel's becomes a variable of the first process.
+        busy) busy=' busy=1' ;;
+    esac
     if [ -n "$devices" ]; then
         # The disk with the file system has an overlay, so that all guests start with it as it was then.
         truncate -s 16M disk.img
@@ -47,7 +52,7 @@ linux() {
     # shellcheck disable=SC2086 # words
     step create snap create guest.snap --timeout 280s --kernel /vmlinux --initrd /guest.cpio \
         --memory 160M --cpus "$cpus" --when output:READY $given \
-        --cmdline "console=ttyS0 quiet mitigations=off panic=-1"
+        --cmdline "console=ttyS0 quiet mitigations=off panic=-1$busy"
     created_at=$(date +%s)
     figures create 'guest.snap'
     step verify snap verify guest.snap
@@ -64,11 +69,14 @@ linux() {
             asking=$!
             vsock answer ${socket}_2000 >"$run.told" 2>&1 &
         fi
+        # 20 s are a lockup for its watchdog, unless it knows that it stood still.
+        if [ "$run" = clone ] && [ -n "$busy" ]; then sleep 25; fi
         restored_at=$(date +%s)
         step "$run" sh -c "echo hello | snap restore $lazily guest.snap $moved --until 'tick 12 '"
         on_time "$run" "$restored_at"
         figures "$run" 'tick 11|first'
         ticks "$run"
+        holds "$run" "it saw no lockup" sh -c "! grep lockup $run.out"
         holds "$run" "its input arrived" grep -q '^heard hello' "$run.out"
         holds "$run" "$cpus CPUs answer" grep -q "^tick 11 .* cpus=$cpus/$cpus" "$run.out"
         if [ -n "$devices" ]; then
