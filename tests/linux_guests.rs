@@ -59,6 +59,10 @@ fn what_does_not_fit_is_refused_with_its_size() {
         &["of 8388608 bytes does not fit, room for", "give the guest more memory"],
     );
     refused(&kernel, &["--initrd", "FOLDERnone"], &["cannot open", "none"]);
+    // What has no length, as a pipe of the shell's `<(...)`, is not an initrd of no bytes.
+    for none in ["/dev/null", "FOLDER"] {
+        refused(&kernel, &["--initrd", none], &["is not a regular file"]);
+    }
     refused(&kernel, &["--when", "ready"], &["--when ready is of the demo guest"]);
 }
 

@@ -18,6 +18,12 @@ pub enum LinuxError {
         #[source]
         source: io::Error,
     },
+    /// A folder, a device; or a pipe, whose length nobody knows.
+    #[error("{} is not a regular file", path.display())]
+    NotAFile {
+        /// The file.
+        path: PathBuf,
+    },
     /// The kernel cannot be loaded.
     #[error("kernel {}", path.display())]
     Kernel {

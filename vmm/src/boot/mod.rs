@@ -22,8 +22,9 @@ mod kernel;
 mod pvh;
 mod zero_page;
 
-use std::fs::File;
-use std::path::PathBuf;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 
 use vm_memory::GuestMemoryMmap;
 
@@ -64,9 +65,6 @@ impl LinuxConfig {
         ranges: &[MemoryRange],
         board: Board,
     ) -> Result<Entry, LinuxError> {
-        let open = |path: &PathBuf| {
-            File::open(path).map_err(|source| LinuxError::Open { path: path.clone(), source })
-        };
         let low_end = ranges.first().map_or(0, |range| range.gpa_range().end);
         let mut file = open(&self.kernel)?;
         let kernel = Kernel::load(&mut file, memory, low_end)
@@ -85,6 +83,17 @@ impl LinuxConfig {
             Some(entry) => pvh::write(memory, ranges, &loaded, entry),
             None => zero_page::write(memory, ranges, &loaded, &kernel),
         }
+    }
+}
+
+fn open(path: &Path) -> Result<File, LinuxError> {
+    let failed = |source| LinuxError::Open { path: path.to_owned(), source };
+    // O_NONBLOCK: a pipe is refused below, and not waited for.
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+    let file = file.map_err(failed)?;
+    match file.metadata().map_err(failed)?.is_file() {
+        true => Ok(file),
+        false => Err(LinuxError::NotAFile { path: path.to_owned() }),
     }
 }
 
