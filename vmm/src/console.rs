@@ -11,6 +11,9 @@ pub trait Console: Send {
     /// and the guest does not run until this returns. With [`ConsoleFlow::Pause`] it does not run
     /// after that either: its memory stays as it was when it wrote the last of `bytes`.
     ///
+    /// A pause waits for it too: a console that waits for its reader must end that when
+    /// [`VmHandle::on_stop`](crate::VmHandle::on_stop) says so.
+    ///
     /// The serial port is locked meanwhile: [`VmHandle::send_input`](crate::VmHandle::send_input) called
     /// from here waits for itself. Send from another thread.
     fn write(&mut self, bytes: &[u8]) -> ConsoleFlow;
