@@ -4,14 +4,15 @@
 //!
 //! "Codec alone" compresses the same non-zero pages, gathered in memory in chunks of the same size,
 //! with as many threads, into buffers that are thrown away. "Write" is `snapfmt::write_snapshot`
-//! of the guest's memory (the demo's, or the flat image named by `SNAP_BENCH_MEMORY`), from a memfd into a
-//! file, synced and named; it is also shown without what the disk costs, into a file in memory (tmpfs, which takes
+//! of the guest's memory (the demo's, or the flat image named by `SNAP_BENCH_MEMORY`), read as `snap create` reads it, through the
+//! mapping of a memfd, into a file, synced and named; it is also shown without what the disk costs, into a file in memory (tmpfs, which takes
 //! new pages more slowly than ext4 does). Rounds of all sides take turns; medians, and of the percentages the
 //! medians over the rounds. The size is that of the whole file, against memory and against what the codec alone
 //! made of all pages that are not zero.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use std::fs::File;
+use std::io;
 use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -19,8 +20,14 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use rustix::fs::{MemfdFlags, memfd_create};
 use snapfmt::layout::PAGE_BYTES;
-use snapfmt::{Codec, Contents, MemoryRegion, Metadata, Snapshot, WriteOptions, write_snapshot};
+use snapfmt::{
+    Codec, Contents, MemoryRegion, Metadata, ReadAt, Snapshot, WriteOptions, write_snapshot,
+};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+};
 
 const ROUNDS: usize = 7;
 const CHUNK_PAGES: usize = 16;
@@ -49,16 +56,10 @@ fn against_the_codec(folder: &Path) {
     }
     let snapshot = Snapshot::open(&sample).unwrap();
     let in_memory = tempfile::tempdir_in("/dev/shm").unwrap();
-    let memory = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(in_memory.path().join("memory"))
-        .unwrap();
     let memory_bytes = snapshot.header().memory_bytes;
-    memory.set_len(memory_bytes).unwrap();
+    let memory = Mapped::new(memory_bytes);
     let place = |offset: u64, bytes: &[u8]| {
-        std::os::unix::fs::FileExt::write_all_at(&memory, bytes, offset).unwrap();
+        memory.0.write_slice(bytes, GuestAddress(offset)).unwrap();
     };
     let threads = std::thread::available_parallelism().unwrap();
     snapshot.load(threads, &place, &|_| ControlFlow::Continue(())).unwrap();
@@ -121,13 +122,35 @@ fn against_the_codec(folder: &Path) {
     }
 }
 
+/// A guest's memory as `snap create` has it.
+struct Mapped(GuestMemoryMmap);
+
+impl Mapped {
+    fn new(memory_bytes: u64) -> Self {
+        let file = File::from(memfd_create("guest-memory", MemfdFlags::CLOEXEC).unwrap());
+        file.set_len(memory_bytes).unwrap();
+        let region = (GuestAddress(0), memory_bytes as usize, Some(FileOffset::new(file, 0)));
+        Self(GuestMemoryMmap::from_ranges_with_files([region]).unwrap())
+    }
+}
+
+impl ReadAt for Mapped {
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.0.read_slice(buf, GuestAddress(offset)).map_err(io::Error::other)
+    }
+
+    fn len_bytes(&self) -> io::Result<u64> {
+        Ok(self.0.iter().map(|region| region.len()).sum())
+    }
+}
+
 /// All pages of some ranges that are not zero, end to end.
-fn pages_of(memory: &File, ranges: &[std::ops::Range<u64>]) -> Vec<u8> {
+fn pages_of(memory: &Mapped, ranges: &[std::ops::Range<u64>]) -> Vec<u8> {
     let mut pages = Vec::new();
     let mut leaf = vec![0; 2 << 20];
     for range in ranges {
         let bytes = &mut leaf[..(range.end - range.start) as usize];
-        std::os::unix::fs::FileExt::read_exact_at(memory, bytes, range.start).unwrap();
+        memory.read_exact_at(bytes, range.start).unwrap();
         for page in bytes.chunks(PAGE_BYTES).filter(|page| page.iter().any(|byte| *byte != 0)) {
             pages.extend_from_slice(page);
         }

@@ -59,7 +59,7 @@ fn map_privately(file: &File, ranges: &[MemoryRange]) -> Result<Arc<GuestMemoryM
 }
 
 /// Memory that is also a file (a memfd): what a guest is created in. The file tells which parts
-/// were ever touched, and is read without going through the mapping.
+/// were ever touched.
 pub(crate) struct FileMemory {
     pub(crate) mapped: Arc<GuestMemoryMmap>,
     pub(crate) file: File,

@@ -115,7 +115,8 @@ impl Kept<'_> {
         };
         match self {
             Kept::Booted { memory, regions, guest } => {
-                write(regions, &memory.file, &memory.touched()?, guest.clone())
+                let mapped = GuestBytes { memory: &memory.mapped, regions };
+                write(regions, &mapped, &memory.touched()?, guest.clone())
             }
             Kept::Restored(origins) => {
                 origins.check(out)?;

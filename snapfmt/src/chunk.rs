@@ -3,7 +3,7 @@
 //! In the file: a 32-byte header, the page list (four bytes a page), the payload, zeros up to a
 //! multiple of 64 bytes.
 
-use crate::codec::{Codec, Compressor, DecodeError, Decompressor};
+use crate::codec::{Appended, Codec, Compressor, DecodeError, Decompressor};
 use crate::entry::{ChunkExtent, PageIndex};
 use crate::error::{Corruption, Part, Problem, ReadError, WriteError};
 use crate::layout::{
@@ -19,19 +19,20 @@ pub(crate) fn encode(
     compressor: &mut Compressor,
     pages: &[PageIndex],
     raw: &[u8],
-    out: &mut Vec<u8>,
+    out: &mut Appended,
 ) -> Result<(u32, Codec), WriteError> {
     debug_assert!((1..=MAX_CHUNK_PAGES).contains(&pages.len()));
     debug_assert_eq!(raw.len(), pages.len() * PAGE_BYTES);
     let start = out.len();
-    out.resize(start + CHUNK_HEADER_BYTES, 0);
+    out.push_zeros(CHUNK_HEADER_BYTES);
     for page in pages {
-        out.extend_from_slice(&page.0.to_le_bytes());
+        out.push(&page.0.to_le_bytes());
     }
     let payload_start = out.len();
     let codec = compressor.append(raw, out)?;
     let payload_bytes = (out.len() - payload_start) as u32;
-    out.resize(start + (out.len() - start).next_multiple_of(CHUNK_ALIGN), 0);
+    let len = out.len() - start;
+    out.push_zeros(len.next_multiple_of(CHUNK_ALIGN) - len);
 
     let (header, body) = out[start..].split_at_mut(CHUNK_HEADER_BYTES);
     put(header, C_MAGIC, &CHUNK_MAGIC);
@@ -290,11 +291,11 @@ mod tests {
     fn stored(codec: Codec, raw: &[u8]) -> (Vec<u8>, ChunkExtent) {
         let pages: Vec<_> =
             (0..raw.len() / PAGE_BYTES).map(|page| PageIndex(3 * page as u32)).collect();
-        let mut out = Vec::new();
+        let mut out = Appended::default();
         let mut compressor = Compressor::new(codec, 1).unwrap();
         let (len, _) = encode(&mut compressor, &pages, raw, &mut out).unwrap();
         set_place(&mut out, 4096);
-        (out, ChunkExtent::new(4096, len))
+        (out.to_vec(), ChunkExtent::new(4096, len))
     }
 
     fn codecs() -> impl Iterator<Item = Codec> {
@@ -340,9 +341,10 @@ mod tests {
             for (declared, actual) in [(1, 2), (2, 1)] {
                 let mut out = vec![0; CHUNK_HEADER_BYTES];
                 out.extend((0..declared as u32).flat_map(u32::to_le_bytes));
-                let start = out.len();
-                compressor.append(&raw[..actual * PAGE_BYTES], &mut out).unwrap();
-                let payload_bytes = (out.len() - start) as u32;
+                let mut payload = Appended::default();
+                compressor.append(&raw[..actual * PAGE_BYTES], &mut payload).unwrap();
+                let payload_bytes = payload.len() as u32;
+                out.extend_from_slice(&payload);
                 out.resize(out.len().next_multiple_of(CHUNK_ALIGN), 0);
                 put(&mut out, C_MAGIC, &CHUNK_MAGIC);
                 out[C_CODEC] = codec as u8;

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::ops::{Deref, DerefMut};
 use std::str::FromStr;
 
 use crate::error::WriteError;
@@ -58,10 +59,60 @@ impl FromStr for Codec {
     }
 }
 
+/// Bytes that are appended to, in room that is cleared when it is made and not for each use.
+#[derive(Default)]
+pub(crate) struct Appended {
+    room: Vec<u8>,
+    len: usize,
+}
+
+impl Appended {
+    pub(crate) fn clear(&mut self) {
+        self.len = 0;
+    }
+
+    /// The next `most` bytes, whatever is in them; [`Appended::take`] makes the first of them part of the whole.
+    fn free(&mut self, most: usize) -> &mut [u8] {
+        let end = self.len + most;
+        if self.room.len() < end {
+            self.room.resize(end, 0);
+        }
+        &mut self.room[self.len..end]
+    }
+
+    fn take(&mut self, len: usize) {
+        debug_assert!(self.len + len <= self.room.len());
+        self.len += len;
+    }
+
+    pub(crate) fn push(&mut self, bytes: &[u8]) {
+        self.free(bytes.len()).copy_from_slice(bytes);
+        self.take(bytes.len());
+    }
+
+    pub(crate) fn push_zeros(&mut self, count: usize) {
+        self.free(count).fill(0);
+        self.take(count);
+    }
+}
+
+impl Deref for Appended {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.room[..self.len]
+    }
+}
+
+impl DerefMut for Appended {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.room[..self.len]
+    }
+}
+
 /// Compresses payloads; one for each thread, because contexts are kept between chunks.
 pub(crate) struct Compressor {
     codec: Codec,
-    lz4: Vec<u8>,
     #[cfg(feature = "zstd")]
     zstd: Option<zstd::bulk::Compressor<'static>>,
 }
@@ -74,7 +125,7 @@ impl Compressor {
             if codec == Codec::Zstd {
                 return Err(WriteError::CodecNotBuilt { codec: codec.name() });
             }
-            Ok(Self { codec, lz4: Vec::new() })
+            Ok(Self { codec })
         }
         #[cfg(feature = "zstd")]
         {
@@ -85,30 +136,24 @@ impl Compressor {
                 ),
                 _ => None,
             };
-            Ok(Self { codec, lz4: Vec::new(), zstd })
+            Ok(Self { codec, zstd })
         }
     }
 
     /// Appends `raw` to `out` in the codec, or as it is where that saves less than a sixteenth:
     /// such a chunk would cost its reader a decode for nothing. Tells which it was.
-    pub(crate) fn append(&mut self, raw: &[u8], out: &mut Vec<u8>) -> Result<Codec, WriteError> {
-        let start = out.len();
+    pub(crate) fn append(&mut self, raw: &[u8], out: &mut Appended) -> Result<Codec, WriteError> {
         let compressed = match self.codec {
             Codec::Raw => None,
             Codec::Lz4 => {
-                // Through a buffer that is cleared once and not for each chunk.
                 let most = lz4_flex::block::get_maximum_output_size(raw.len());
-                self.lz4.resize(most.max(self.lz4.len()), 0);
-                let len = lz4_flex::block::compress_into(raw, &mut self.lz4).ok();
-                len.inspect(|len| out.extend_from_slice(&self.lz4[..*len]))
+                lz4_flex::block::compress_into(raw, out.free(most)).ok()
             }
             #[cfg(feature = "zstd")]
             Codec::Zstd => match &mut self.zstd {
                 Some(zstd) => {
-                    out.reserve(zstd::zstd_safe::compress_bound(raw.len()));
-                    let mut end = io::Cursor::new(&mut *out);
-                    end.set_position(start as u64);
-                    let len = zstd.compress_to_buffer(raw, &mut end).map_err(|source| {
+                    let free = out.free(zstd::zstd_safe::compress_bound(raw.len()));
+                    let len = zstd.compress_to_buffer(raw, free).map_err(|source| {
                         WriteError::Codec { codec: Codec::Zstd.name(), source }
                     })?;
                     Some(len)
@@ -120,12 +165,11 @@ impl Compressor {
         };
         match compressed {
             Some(len) if len <= raw.len() - raw.len() / 16 => {
-                debug_assert_eq!(out.len(), start + len);
+                out.take(len);
                 Ok(self.codec)
             }
             _ => {
-                out.truncate(start);
-                out.extend_from_slice(raw);
+                out.push(raw);
                 Ok(Codec::Raw)
             }
         }

@@ -6,12 +6,12 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::entry::PageIndex;
-use crate::layout::PAGE_BYTES;
 
-/// Most pages that are remembered: about 32 MiB. Of larger memories, pages that come later are
+/// Most pages that are remembered: about 20 MiB. Of larger memories, pages that come later are
 /// compared with these.
 const MAX_REMEMBERED: usize = 1 << 20;
 
@@ -28,7 +28,7 @@ struct State {
     turn: usize,
     /// A task has failed and will not take its turn: nobody needs to wait any more.
     abandoned: bool,
-    seen: HashMap<u64, PageIndex>,
+    seen: HashMap<u32, PageIndex, Scatter>,
 }
 
 /// A task's right to its turn. If it is dropped before, all others stop waiting.
@@ -53,7 +53,7 @@ impl Ticket<'_> {
     /// and gives the page that was remembered by the same hash before.
     pub(crate) fn take(
         mut self,
-        visit: impl FnOnce(&mut dyn FnMut(u64, PageIndex) -> Option<PageIndex>),
+        visit: impl FnOnce(&mut dyn FnMut(u32, PageIndex) -> Option<PageIndex>),
     ) {
         let mut state = self.dedupe.lock();
         while state.turn != self.task && !state.abandoned {
@@ -88,9 +88,48 @@ impl Drop for Ticket<'_> {
     }
 }
 
-/// A hash of a page: the checksums of its two halves. Equal hashes say "look closer", no more, so
+/// A hash of a page: its checksum. Equal hashes say "look closer", no more, so
 /// a guest that makes up pages with equal hashes gains nothing.
-pub(crate) fn hash(page: &[u8]) -> u64 {
-    let (first, second) = page.split_at(PAGE_BYTES / 2);
-    u64::from(crc32fast::hash(first)) << 32 | u64::from(crc32fast::hash(second))
+pub(crate) fn hash(page: &[u8]) -> u32 {
+    crc32fast::hash(page)
+}
+
+/// Where the hash of a page stands in the table: cheap, since it is a hash already, and different in each
+/// process, since a guest can make up pages whose hashes would all stand in the same place.
+#[derive(Clone)]
+struct Scatter(u64);
+
+impl Default for Scatter {
+    fn default() -> Self {
+        Self(RandomState::new().hash_one(0) | 1)
+    }
+}
+
+impl BuildHasher for Scatter {
+    type Hasher = Scattered;
+
+    fn build_hasher(&self) -> Scattered {
+        Scattered { by: self.0, hash: 0 }
+    }
+}
+
+struct Scattered {
+    by: u64,
+    hash: u64,
+}
+
+impl Hasher for Scattered {
+    fn write_u32(&mut self, hash: u32) {
+        // Both halves of the product, so that every bit depends on all bits.
+        let product = u128::from(u64::from(hash) ^ self.by >> 32) * u128::from(self.by);
+        self.hash = (product >> 64) as u64 ^ product as u64;
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        self.write_u32(crc32fast::hash(bytes));
+    }
+
+    fn finish(&self) -> u64 {
+        self.hash
+    }
 }

@@ -8,7 +8,7 @@ use std::collections::HashSet;
 use std::ops::Range;
 
 use crate::chunk::{self, ChunkBuffer};
-use crate::codec::{Codec, Compressor};
+use crate::codec::{Appended, Codec, Compressor};
 use crate::dedupe::{self, Dedupe, Ticket};
 use crate::entry::PageIndex;
 use crate::error::WriteError;
@@ -20,7 +20,7 @@ use crate::read_at::ReadAt;
 #[derive(Default)]
 pub(crate) struct PackedLeaf {
     pub(crate) number: u32,
-    pub(crate) bytes: Vec<u8>,
+    pub(crate) bytes: Appended,
     pub(crate) chunks: Vec<PackedChunk>,
     /// Stored pages in the order of the chunks' slots: of a leaf, ascending.
     pub(crate) pages: Vec<PageIndex>,
@@ -118,7 +118,7 @@ pub(crate) struct Packer<'a> {
     raw: Vec<u8>,
     gathered: usize,
     /// With dedupe: a hash of each of them.
-    hashes: Vec<u64>,
+    hashes: Vec<u32>,
     /// With dedupe: the page that each of them may be equal to.
     candidates: Vec<Option<PageIndex>>,
 }
