@@ -464,7 +464,7 @@ fn what_cannot_be_imported_is_named_and_leaves_nothing() {
     let odd = place.image("odd", 10_000, &[]);
     place.import(&odd, &[]).failed(3, &["odd", "10000 bytes", "4096"]);
     let empty = place.image("empty", 0, &[]);
-    place.import(&empty, &[]).failed(3, &["empty", "0 bytes"]);
+    place.import(&empty, &[]).failed(3, &["empty is empty"]);
     place.import(&place.path("none"), &[]).failed(1, &["none", "No such file"]);
     place.import(Path::new("/dev/null"), &[]).failed(1, &["/dev/null", "not a regular file"]);
     let image = place.image("image", 4 * MIB, &[0]);

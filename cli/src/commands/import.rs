@@ -229,7 +229,9 @@ fn open_memory(path: &Path) -> Result<(File, u64)> {
         anyhow!("{} is a snapshot already", named())
     } else if start.starts_with(b"\x7fELF") {
         anyhow!("{} is an ELF file, not a flat image of memory", named())
-    } else if len == 0 || !len.is_multiple_of(PAGE_BYTES as u64) {
+    } else if len == 0 {
+        anyhow!("{} is empty", named())
+    } else if !len.is_multiple_of(PAGE_BYTES as u64) {
         anyhow!("{}: {len} bytes are not whole pages of {PAGE_BYTES} bytes", named())
     } else {
         return Ok((file, len));
