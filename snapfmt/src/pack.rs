@@ -101,8 +101,8 @@ impl LeafTasks {
 }
 
 /// Memory is read in pieces of this size, so that a page is still in the core's cache when it is
-/// looked at, and few have to move up where one before them is left out.
-const PIECE_BYTES: usize = 32 << 10;
+/// looked at.
+const PIECE_BYTES: usize = 128 << 10;
 
 /// What one thread packs with.
 pub(crate) struct Packer<'a> {
