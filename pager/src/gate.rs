@@ -68,3 +68,36 @@ impl Gate {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_has_it_at_a_time() {
+        let gate = Gate::default();
+        let inside = AtomicUsize::new(0);
+        let work = |demand: bool| {
+            for _ in 0..2000 {
+                let held = if demand { gate.demand() } else { gate.background() };
+                assert_eq!(inside.fetch_add(1, Ordering::Relaxed), 0);
+                assert!(gate.try_take().is_none());
+                inside.fetch_sub(1, Ordering::Relaxed);
+                drop(held);
+            }
+        };
+        thread::scope(|scope| {
+            for demand in [true, true, false, false] {
+                scope.spawn(move || work(demand));
+            }
+        });
+        assert!(gate.try_take().is_some());
+    }
+
+    #[test]
+    fn the_background_does_not_wait_for_ever_for_who_does_not_run() {
+        let gate = Gate::default();
+        gate.waiting.store(1, Ordering::Relaxed);
+        drop(gate.background());
+    }
+}

@@ -64,3 +64,29 @@ impl PageSequence for PageByPage {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::source::PageSource;
+    use crate::vec_source::VecSource;
+
+    #[test]
+    fn pages_that_are_skipped_do_not_come() {
+        let source = Arc::new(VecSource::new(vec![1; 10 * 4096], 4096));
+        let ranges = vec![0..3 * 4096, 5 * 4096..10 * 4096];
+        let mut sequence = PageByPage::new(source.reader(4096).expect("4 KiB fit"), 4096, ranges);
+        let next = |sequence: &mut PageByPage| match sequence.next(&|_| true) {
+            Some(Ok(Load::Pages(loaded))) => Some(loaded.pages[0].source_offset / 4096),
+            Some(other) => panic!("{other:?}"),
+            None => None,
+        };
+        assert_eq!(next(&mut sequence), Some(0));
+        sequence.skip(3);
+        assert_eq!((next(&mut sequence), next(&mut sequence)), (Some(6), Some(7)));
+        sequence.skip(100);
+        assert!(sequence.next(&|_| true).is_none());
+    }
+}

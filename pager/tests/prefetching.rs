@@ -308,3 +308,37 @@ fn the_hot_part_of_a_snapshot_is_read_in_sequence() {
         assert_eq!(pager.stop().faults, 0);
     }
 }
+
+/// Somebody touches the listed pages in the order of the list, as fast as they come: the prefetch gets in front of it,
+/// and what it passes over for that comes at the end.
+#[test]
+fn who_catches_up_is_overtaken_and_nothing_is_left_out() {
+    if !userfaultfd_works("who_catches_up_is_overtaken_and_nothing_is_left_out") {
+        return;
+    }
+    const MANY: usize = 8192;
+    let memory = Memory::map(MANY * PAGE);
+    let source = Arc::new(VecSource::new(stamped(MANY), 16 * PAGE));
+    let (first_touched, wait) = std::sync::mpsc::channel::<()>();
+    let list = move || {
+        // It begins behind whoever touches.
+        let _ = wait.recv();
+        vec![pages(0..MANY)]
+    };
+    let pager = Pager::builder(source).region(memory.whole()).prefetch(list).start();
+    let pager = pager.expect("it starts");
+    for page in 0..MANY / 2 {
+        assert_eq!(memory.read_u64(page * PAGE), stamp(page));
+        if page == 64 {
+            first_touched.send(()).expect("it waits");
+        }
+    }
+    assert_eq!(pager.wait_prefetched(LONG), Prefetch::Done);
+    let stats = pager.stats();
+    assert_eq!(stats.pages.present, MANY as u64, "{stats:?}");
+    assert!(stats.installed.prefetched >= MANY as u64 / 2, "{stats:?}");
+    for page in 0..MANY {
+        assert_eq!(memory.read_u64(page * PAGE), stamp(page));
+    }
+    assert_eq!(pager.stop().faults, stats.faults);
+}

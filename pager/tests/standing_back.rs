@@ -1,0 +1,108 @@
+//! Demand threads stand back for the only thread that faults, and come forward when something else wants its CPU.
+#![allow(missing_docs, unsafe_code)]
+
+mod support;
+
+use std::fs;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use pager::{Pager, VecSource};
+use support::{Memory, PAGE, stamp, stamped, userfaultfd_works};
+
+const PAGES: usize = 16384;
+/// A hang guard.
+const LONG: Duration = Duration::from_secs(60);
+
+/// The scheduling policies of this process' demand threads: field 41 of `/proc/<pid>/stat` (proc_pid_stat(5)).
+fn policies() -> Vec<i32> {
+    let tasks = fs::read_dir("/proc/self/task").expect("there is /proc");
+    tasks
+        // A thread may end meanwhile.
+        .filter_map(|task| fs::read_to_string(task.ok()?.path().join("stat")).ok())
+        .filter(|stat| stat.contains("(pager0)"))
+        .filter_map(|stat| stat.rsplit_once(") ")?.1.split(' ').nth(38)?.parse().ok())
+        .collect()
+}
+
+/// Touches page after page, and each once, until the demand thread has this policy. Whatever it has, each page is right.
+fn touch_until(memory: &Memory, next: &mut usize, policy: i32) {
+    let began = Instant::now();
+    while policies() != [policy] {
+        assert!(began.elapsed() < LONG, "{:?} after {next} pages", policies());
+        for page in (*next..PAGES).take(16) {
+            assert_eq!(memory.read_u64(page * PAGE), stamp(page));
+        }
+        *next = (*next + 16).min(PAGES);
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Whether threads of this process may leave `SCHED_IDLE` again.
+fn may_stand_back() -> bool {
+    thread::spawn(|| {
+        // SAFETY: takes numbers, and affects this thread only.
+        unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -1) == 0 }
+    })
+    .join()
+    .expect("it does not panic")
+}
+
+/// One test, for it looks at all threads of the process.
+#[test]
+fn demand_threads_stand_back_and_come_forward() {
+    let name = "demand_threads_stand_back_and_come_forward";
+    if !userfaultfd_works(name) {
+        return;
+    }
+    if !may_stand_back() {
+        eprintln!("SKIPPED {name}: no CAP_SYS_NICE");
+        return;
+    }
+    let source = Arc::new(VecSource::new(stamped(PAGES), PAGE));
+    let start = |memory: &Memory| {
+        Pager::builder(source.clone()).region(memory.whole()).start().expect("it starts")
+    };
+
+    let memory = Memory::map(PAGES * PAGE);
+    let pager = start(&memory);
+    let mut next = 0;
+    touch_until(&memory, &mut next, libc::SCHED_IDLE);
+    // When it is quiet it is an ordinary thread again.
+    let began = Instant::now();
+    while policies() != [libc::SCHED_OTHER] {
+        assert!(began.elapsed() < LONG, "{:?}", policies());
+        thread::sleep(Duration::from_millis(1));
+    }
+    touch_until(&memory, &mut next, libc::SCHED_IDLE);
+
+    // Threads that compute take all CPUs, as many as there are and more. Without the watch, each fault would wait for
+    // what they leave: a few thousandths of a CPU.
+    let busy = AtomicBool::new(true);
+    thread::scope(|scope| {
+        for _ in 0..2 * thread::available_parallelism().map_or(2, |cpus| cpus.get()) {
+            scope.spawn(|| {
+                while busy.load(Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+            });
+        }
+        touch_until(&memory, &mut next, libc::SCHED_OTHER);
+        // No fault is lost or wrong meanwhile, and it ends while they compute.
+        for page in (0..PAGES).step_by(7) {
+            assert_eq!(memory.read_u64(page * PAGE), stamp(page));
+        }
+        drop(pager);
+        busy.store(false, Ordering::Relaxed);
+    });
+    assert!(policies().is_empty());
+
+    // It ends also while it stands back.
+    let memory = Memory::map(PAGES * PAGE);
+    let pager = start(&memory);
+    touch_until(&memory, &mut 0, libc::SCHED_IDLE);
+    drop(pager);
+    assert!(policies().is_empty());
+}
