@@ -12,12 +12,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use pager::{Pager, Placement, Populate, Population, RetryPolicy, SourceError};
-use support::{Memory, PAGE, source_of, stamp, userfaultfd_works};
+use support::{Memory, PAGE, is_lost, source_of, stamp, userfaultfd_works};
 
 const PAGES: usize = 1536;
 const THREADS: usize = 4;
-/// Every page with this remainder of 61 cannot be had.
-const LOST: usize = 17;
 
 /// xorshift64*: small, and the same everywhere.
 struct Random(u64);
@@ -53,7 +51,7 @@ enum Kind {
 
 fn kind(page: usize, with_lost: bool) -> Kind {
     match page {
-        page if with_lost && page % 61 == LOST => Kind::Lost,
+        page if with_lost && is_lost(page) => Kind::Lost,
         page if page % 97 < 20 => Kind::Zero,
         _ => Kind::Stamped,
     }

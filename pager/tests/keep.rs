@@ -38,6 +38,13 @@ fn vmm_of(folder: &std::path::Path, daemon: &Daemon) -> Vmm {
     vmm
 }
 
+fn clone_of(folder: &std::path::Path, daemon: &Daemon) -> Vmm {
+    let mut vmm = Vmm::start(&daemon::socket(folder));
+    vmm.ok(&format!("share {PAGES}"));
+    daemon.expect("Served");
+    vmm
+}
+
 #[test]
 fn guests_go_on_when_their_server_is_killed_under_load() {
     if !userfaultfd_works("guests_go_on_when_their_server_is_killed_under_load") {
@@ -70,6 +77,83 @@ fn guests_go_on_when_their_server_is_killed_under_load() {
     let told = keeping.expect("Lost");
     assert!(told.contains("guests: 0"), "{told}");
     assert_eq!(keeping.finish(), 0);
+}
+
+/// A clone, next to guests with memory of their own: what a dead server's file lacks the next one copies into the clone.
+#[test]
+fn clones_go_on_when_their_server_is_killed_under_load() {
+    if !userfaultfd_works("clones_go_on_when_their_server_is_killed_under_load") {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path();
+    let keeping = Keeping::start(folder, FOREVER);
+    let mut server = Daemon::start(folder, PAGES, "lossy");
+    let mut clones: Vec<Vmm> = (0..3).map(|_| clone_of(folder, &server)).collect();
+    for (seed, clone) in clones.iter_mut().enumerate() {
+        clone.ok(&format!("storm {seed} lossy"));
+    }
+    for round in 0..8 {
+        thread::sleep(Duration::from_micros(200 << round));
+        server.kill();
+        keeping.expect("Lost");
+        server = Daemon::start(folder, PAGES, "lossy");
+        let told = keeping.expect("TakenOver");
+        assert!(told.contains(&format!("guests: {}", clones.len())), "{told}");
+        // New ones share among each other what the new server loads.
+        let mut clone = clone_of(folder, &server);
+        clone.ok(&format!("storm {} lossy", 10 + round));
+        clones.push(clone);
+    }
+    for clone in &mut clones {
+        let found = clone.ask("calm").expect("it lives");
+        assert!(found.starts_with("ok "), "{found}");
+    }
+    // A clone has ended when it hangs up, whether there is a server then or not.
+    clones[0].ok("hang-up");
+    server.expect("Ended");
+    server.kill();
+    keeping.expect("Lost");
+    clones[1].ok("hang-up");
+    let left = clones.len() - 2;
+    let server = Daemon::start(folder, PAGES, "lossy");
+    let told = keeping.expect("TakenOver");
+    assert!(told.contains(&format!("guests: {left}")), "{told}");
+    drop(clones);
+    (0..left).for_each(|_| drop(server.expect("Ended")));
+    server.kill();
+    keeping.expect("Lost");
+    assert_eq!(keeping.finish(), 0);
+}
+
+#[test]
+fn what_a_clone_lacks_fails_when_no_server_comes_back() {
+    if !userfaultfd_works("what_a_clone_lacks_fails_when_no_server_comes_back") {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path();
+    let keeping = Keeping::start(folder, Duration::from_millis(50));
+    let server = Daemon::start(folder, PAGES, "poison");
+    let (mut one, mut other) = (clone_of(folder, &server), clone_of(folder, &server));
+    one.ok("check 0 8 1");
+    server.kill();
+    let errno = format!("errno {}", libc::EFAULT);
+    assert_eq!(one.ask("syscall 512").as_deref(), Some(&*errno));
+    keeping.expect("GivenUp { guests: 2, killed: [] }");
+    let told = one.ask("told").expect("it lives");
+    assert!(told.contains("failure") && told.contains("the page server is gone"), "{told}");
+    // What one of them had touched both have.
+    one.ok("check 0 8 1");
+    other.ok("check 0 8 2");
+    let server = Daemon::start(folder, PAGES, "poison");
+    keeping.expect("TakenOver");
+    other.ok(&format!("check 0 {PAGES} 1"));
+    one.ok("check 600 100 1");
+    assert_eq!(one.ask("syscall 512").as_deref(), Some(&*errno));
+    drop((one, other));
+    server.kill();
+    keeping.finish();
 }
 
 #[test]

@@ -141,6 +141,7 @@ fn nonsense_is_refused_by_name_next_to_a_good_client() {
         ("overlapping", "two regions overlap in memory"),
         ("beyond", "a region ends at source offset 0x41000, the source at 0x40000"),
         ("wrapping", "is beyond 64 bits"),
+        ("endless", "a region ends at source offset"),
         ("odd", "is not a multiple of the page size"),
         ("too-big", "longer than 1048576 bytes"),
     ] {

@@ -1,6 +1,7 @@
 //! A guest that is kept, and what becomes of it when no server comes back.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -9,6 +10,7 @@ use rustix::process::Signal;
 use super::{Kept, Ledger};
 use crate::failure::FailurePolicy;
 use crate::pager::Pager;
+use crate::serve::handshake::Answer;
 use crate::serve::{SnapshotName, handshake};
 use crate::source::{PageReader, PageSource, SourceError};
 
@@ -54,13 +56,18 @@ impl Guest {
         let regions = handshake::regions(&ledger.record.regions).map_err(|error| text(&error))?;
         let uffd = handshake::userfaultfd(duplicate(self.kept.uffd.as_fd())?)
             .map_err(|error| text(&error))?;
-        Pager::builder(Arc::new(NoServer))
+        let mut builder = Pager::builder(Arc::new(NoServer))
             .regions(regions)
             .on_error(self.on_error)
             .foreign(uffd, duplicate(self.kept.process.as_fd())?)
-            .recorded(ledger.records(true).map_err(|error| text(&error))?)
-            .start()
-            .map_err(|error| text(&error))
+            .recorded(ledger.records(true).map_err(|error| text(&error))?);
+        if self.kept.shares {
+            let told = UnixStream::from(duplicate(self.kept.connection.as_fd())?);
+            builder = builder.backed().on_failure(move |failure| {
+                let _ = Answer::Failure(failure.chain()).send(&told, None);
+            });
+        }
+        builder.start().map_err(|error| text(&error))
     }
 
     /// Ends its process. One that has ended already is no error.

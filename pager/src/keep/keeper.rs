@@ -137,8 +137,7 @@ impl Keeper {
             );
             // A server forgets its guests itself.
             let alone = |guest: &&Guest| !matches!(guest.served, Served::By { .. });
-            let orphans = self.guests.iter().filter(alone);
-            fds.extend(orphans.map(|guest| PollFd::new(&guest.kept.process, PollFlags::IN)));
+            fds.extend(self.guests.iter().filter(alone).flat_map(|guest| guest.kept.end()));
             let wait = self.next_deadline().map(|at| at.saturating_duration_since(Instant::now()));
             match rustix::event::poll(&mut fds, wait.map(timespec).as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
@@ -152,7 +151,6 @@ impl Keeper {
             if called {
                 self.accept();
             }
-            self.forget_dead();
             self.give_up_late();
         }
         let alone = self.guests.iter().filter(|guest| !matches!(guest.served, Served::By { .. }));
@@ -189,6 +187,7 @@ impl Keeper {
         if !questions.is_empty() {
             numbers.iter().for_each(|&number| self.hear_one(number, &mut questions));
         }
+        self.forget_dead();
         for (number, question) in questions {
             if let Err(error) = self.answer(number, question) {
                 self.lose(number, error);
@@ -200,8 +199,8 @@ impl Keeper {
         while let Some(server) = self.servers.get(&number) {
             match wire::receive(&server.socket, RecvFlags::DONTWAIT) {
                 Ok(None) => return,
-                Ok(Some((ToKeeper::Keep { id }, descriptors))) => {
-                    if let Err(error) = self.keep(number, id, descriptors) {
+                Ok(Some((ToKeeper::Keep { id, shares }, descriptors))) => {
+                    if let Err(error) = self.keep(number, id, shares, descriptors) {
                         return self.lose(number, error);
                     }
                 }
@@ -214,7 +213,13 @@ impl Keeper {
         }
     }
 
-    fn keep(&mut self, server: u64, id: u64, descriptors: Vec<OwnedFd>) -> Result<(), KeepError> {
+    fn keep(
+        &mut self,
+        server: u64,
+        id: u64,
+        shares: bool,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<(), KeepError> {
         let serves = self.servers.get(&server).and_then(|server| server.serves.clone());
         let (snapshot, on_error) = serves.ok_or_else(|| wire::unclear("a guest before `hello`"))?;
         let descriptors = <[OwnedFd; DESCRIPTORS]>::try_from(descriptors);
@@ -223,7 +228,7 @@ impl Keeper {
         if self.guests.len() >= self.options.guests {
             return Err(wire::unclear("more guests than are kept"));
         }
-        let kept = Kept { uffd, connection, process, ledger };
+        let kept = Kept { uffd, connection, process, ledger, shares };
         self.guests.push(Guest { kept, snapshot, on_error, served: Served::By { server, id } });
         Ok(())
     }
@@ -252,7 +257,7 @@ impl Keeper {
                     guest.served = Served::By { server: number, id };
                     guest.on_error = on_error;
                     let descriptors = guest.kept.descriptors();
-                    let words = FromKeeper::Guest {};
+                    let words = FromKeeper::Guest { shares: guest.kept.shares };
                     wire::send(&server.socket, &words, &descriptors, SendFlags::DONTWAIT)?;
                     server.taken += 1;
                 } else {
@@ -288,14 +293,10 @@ impl Keeper {
         (self.on_event)(KeepEvent::Lost { server: server.pid, guests });
     }
 
-    /// Of guests whose processes have ended nothing is kept.
+    /// Of guests that have ended nothing is kept.
     fn forget_dead(&mut self) {
-        self.guests.retain(|guest| {
-            let mut fds = [PollFd::new(&guest.kept.process, PollFlags::IN)];
-            let now = timespec(Duration::ZERO);
-            matches!(guest.served, Served::By { .. })
-                || !matches!(rustix::event::poll(&mut fds, Some(&now)), Ok(1..))
-        });
+        self.guests
+            .retain(|guest| matches!(guest.served, Served::By { .. }) || !guest.kept.has_ended());
     }
 
     fn next_deadline(&self) -> Option<Instant> {

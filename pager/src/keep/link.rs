@@ -23,6 +23,8 @@ pub(crate) struct Kept {
     pub(crate) connection: OwnedFd,
     pub(crate) process: OwnedFd,
     pub(crate) ledger: OwnedFd,
+    /// Its memory is a private mapping of a dead server's file; it is told of failures, and has ended when it hangs up.
+    pub(crate) shares: bool,
 }
 
 impl Link {
@@ -48,8 +50,8 @@ impl Link {
         let (answer, descriptors) = self.ask(&ToKeeper::Take { id })?;
         match (answer, <[OwnedFd; DESCRIPTORS]>::try_from(descriptors)) {
             (FromKeeper::Nobody {}, _) => Ok(None),
-            (FromKeeper::Guest {}, Ok([uffd, connection, process, ledger])) => {
-                Ok(Some(Kept { uffd, connection, process, ledger }))
+            (FromKeeper::Guest { shares }, Ok([uffd, connection, process, ledger])) => {
+                Ok(Some(Kept { uffd, connection, process, ledger, shares }))
             }
             (other, _) => Err(wire::unclear(format!("{other:?}"))),
         }
@@ -61,8 +63,9 @@ impl Link {
         &self,
         id: u64,
         descriptors: [BorrowedFd<'_>; DESCRIPTORS],
+        shares: bool,
     ) -> Result<(), KeepError> {
-        wire::send(&self.socket(), &ToKeeper::Keep { id }, &descriptors, SendFlags::empty())
+        wire::send(&self.socket(), &ToKeeper::Keep { id, shares }, &descriptors, SendFlags::empty())
     }
 
     pub(crate) fn forget(&self, id: u64) {
@@ -90,6 +93,21 @@ impl Link {
 }
 
 impl Kept {
+    /// Whether the guest is no more.
+    pub(super) fn has_ended(&self) -> bool {
+        let mut fds = self.end();
+        matches!(rustix::event::poll(&mut fds, Some(&timespec(Duration::ZERO))), Ok(1..))
+    }
+
+    /// What becomes ready when it ends. What it says is not listened to.
+    pub(super) fn end(&self) -> Vec<PollFd<'_>> {
+        let mut fds = vec![PollFd::new(&self.process, PollFlags::IN)];
+        if self.shares {
+            fds.push(PollFd::new(&self.connection, PollFlags::empty()));
+        }
+        fds
+    }
+
     /// In the order of the wire.
     pub(super) fn descriptors(&self) -> [BorrowedFd<'_>; DESCRIPTORS] {
         [self.uffd.as_fd(), self.connection.as_fd(), self.process.as_fd(), self.ledger.as_fd()]

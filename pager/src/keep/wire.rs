@@ -17,7 +17,7 @@ use crate::failure::FailurePolicy;
 use crate::serve::SnapshotName;
 
 /// Of the words and of the ledger. A keeper and a server of different versions do not work together.
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 /// No packet is longer.
 const PACKET_LIMIT_BYTES: usize = 64 << 10;
 /// Userfaultfd, connection, process, ledger.
@@ -75,8 +75,8 @@ pub(super) enum ToKeeper {
     Hello { version: u32, snapshot: SnapshotName, on_error: OnError },
     /// A guest whose server has died shall be this one's, by this number. Answered by `Guest` or `Nobody`.
     Take { id: u64 },
-    /// A guest, with its descriptors. Not answered.
-    Keep { id: u64 },
+    /// A guest, with its descriptors. Not answered. One that `shares` has ended when it closes its connection.
+    Keep { id: u64, shares: bool },
     /// The guest with this number has ended. Not answered.
     Forget { id: u64 },
 }
@@ -86,7 +86,7 @@ pub(super) enum ToKeeper {
 #[serde(rename_all = "snake_case")]
 pub(super) enum FromKeeper {
     Welcome { version: u32 },
-    Guest {},
+    Guest { shares: bool },
     Nobody {},
 }
 

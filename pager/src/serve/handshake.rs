@@ -3,12 +3,13 @@
 //! Two kinds of clients speak at one socket, told apart by their first byte: `[` begins the one message of
 //! Firecracker's handshake, `{` the line of a client that wants something else.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 
 use serde::{Deserialize, Serialize};
 
 use super::error::RefuseError;
-use super::wire::Inlet;
+use super::wire::{self, Inlet};
 use crate::region::Region;
 use crate::uffd::{Features, ForeignUffd};
 
@@ -43,6 +44,19 @@ pub(crate) enum Answer {
     Refused(String),
     /// A page could not be had.
     Failure(String),
+}
+
+impl Answer {
+    /// Sends it, and a descriptor with it.
+    pub(crate) fn send(
+        &self,
+        stream: &UnixStream,
+        descriptor: Option<BorrowedFd<'_>>,
+    ) -> Result<(), RefuseError> {
+        let line = serde_json::to_string(self).map_err(RefuseError::Message)?;
+        wire::send_line(stream, &line, descriptor)
+            .map_err(|error| RefuseError::System { what: "answer", error })
+    }
 }
 
 /// Which snapshot: a clone and the server must mean the same.

@@ -39,7 +39,8 @@ use crate::shared::SharedImage;
 use crate::source::PageSource;
 use crate::stats::Stats;
 use metrics::Totals;
-use session::Session;
+use peer::Peer;
+use session::{KeptGuest, Session};
 
 /// How a server is to be.
 #[derive(Clone, Debug)]
@@ -277,7 +278,7 @@ impl ServerHandle {
         let sessions = self.0.sessions();
         let keeper = self.0.keep().is_some_and(Link::is_alive);
         let needy = sessions.iter().filter(|session| {
-            !(keeper && session.is_kept) && session.pager.stats().pages.missing > 0
+            !(keeper && session.kept.is_some()) && session.pager.stats().pages.missing > 0
         });
         needy.map(|session| session.peer.kill()).count()
     }
@@ -295,22 +296,32 @@ impl Hall {
             }
             guests.threads += 1;
         }
+        // One that gets none sees its connection close.
         self.give_thread(move |hall| session::attend(hall, &stream));
     }
 
     /// Gives a client of a dead server its thread. There are as many as that one had.
     fn resume(self: &Arc<Hall>, id: u64, kept: Kept) {
         self.guests().threads += 1;
-        self.give_thread(move |hall| session::resume(hall, id, kept));
+        let process = kept.process.try_clone();
+        let needs_us = !kept.shares;
+        let guest = KeptGuest { hall: Arc::clone(self), id };
+        let given = self.give_thread(move |hall| session::resume(hall, guest, kept));
+        if let (false, true, Ok(process)) = (given, needs_us, process) {
+            // The keeper takes it for served: it would wait for ever.
+            Peer::kept(0, process).kill();
+        }
     }
 
-    /// The thread is counted before.
-    fn give_thread(self: &Arc<Hall>, body: impl FnOnce(&Arc<Hall>) + Send + 'static) {
+    /// The thread is counted before. Answers whether there is one.
+    fn give_thread(self: &Arc<Hall>, body: impl FnOnce(&Arc<Hall>) + Send + 'static) -> bool {
         let place = Place(Arc::clone(self));
         let spawned = thread::Builder::new().name("client".into()).spawn(move || body(&place.0));
+        let given = spawned.is_ok();
         if let Err(error) = spawned {
             self.refuse(None, &RefuseError::System { what: "start a thread", error });
         }
+        given
     }
 
     pub(crate) fn new_id(&self) -> u64 {

@@ -1,7 +1,7 @@
 //! One client, from its first word to its end.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, PoisonError};
 
@@ -19,6 +19,7 @@ use crate::pager::Pager;
 use crate::records::Records;
 use crate::region::Region;
 use crate::shared::SharedImage;
+use crate::source::PageSource;
 use crate::uffd::ForeignUffd;
 
 /// A client that is served.
@@ -27,8 +28,30 @@ pub(crate) struct Session {
     pub(crate) id: u64,
     pub(crate) peer: Arc<Peer>,
     pub(crate) pager: Pager,
-    /// A keeper has what the next server needs.
-    pub(crate) is_kept: bool,
+    /// A keeper has what the next server needs. Dropped after the pager.
+    pub(crate) kept: Option<KeptGuest>,
+}
+
+/// A guest that the keeper has. It is forgotten there when this is dropped: a server that dies drops nothing.
+#[derive(Debug)]
+pub(crate) struct KeptGuest {
+    pub(super) hall: Arc<Hall>,
+    pub(super) id: u64,
+}
+
+impl Drop for KeptGuest {
+    fn drop(&mut self) {
+        if let Some(link) = self.hall.keep() {
+            link.forget(self.id);
+        }
+    }
+}
+
+/// How a clone differs from other clients.
+struct Sharing {
+    source: Arc<dyn PageSource>,
+    /// It is told of failures.
+    told: UnixStream,
 }
 
 /// The body of a client's thread.
@@ -50,11 +73,9 @@ fn attend_peer(hall: &Arc<Hall>, stream: &UnixStream, peer: Peer) -> Result<(), 
         Hello::Fill { regions, descriptor } => {
             let uffd = handshake::userfaultfd(descriptor)?;
             let memory = handshake::regions(&regions)?;
-            let id = hall.new_id();
-            let records = keep(hall, id, stream, &peer, &uffd, &regions);
+            let kept = keep(hall, stream, &peer, &uffd, &regions, false);
             let served = served(&peer, &memory);
-            let session = start(hall, id, peer, uffd, memory, None, records)
-                .inspect_err(|_| forget(hall, id))?;
+            let session = start(hall, peer, uffd, memory, None, kept)?;
             attend_until(hall, session, served, |peer| until_its_process_ends(stream, peer));
             Ok(())
         }
@@ -62,7 +83,7 @@ fn attend_peer(hall: &Arc<Hall>, stream: &UnixStream, peer: Peer) -> Result<(), 
             let shared = share(hall, stream, peer, &mut inlet, &wanted);
             if let Err(error) = &shared {
                 // It may be gone.
-                let _ = answer(stream, &Answer::Refused(error.to_string()), None);
+                let _ = Answer::Refused(error.to_string()).send(stream, None);
             }
             shared
         }
@@ -81,7 +102,7 @@ fn share(
     wanted: &SnapshotName,
 ) -> Result<(), RefuseError> {
     let image = shared_image(hall, wanted)?;
-    answer(stream, &Answer::Accepted {}, Some(image.descriptor()))?;
+    Answer::Accepted {}.send(stream, Some(image.descriptor()))?;
     let Hello::Fill { regions, descriptor } = handshake::receive(inlet)? else {
         return Err(RefuseError::NotShared { why: "the client says something else than expected" });
     };
@@ -89,8 +110,10 @@ fn share(
     let told = stream.try_clone().map_err(|error| system("duplicate a connection", error))?;
     let memory = handshake::regions(&regions)?;
     let served = served(&peer, &memory);
-    let session = start(hall, hall.new_id(), peer, uffd, memory, Some((image, told)), None)?;
-    answer(stream, &Answer::Accepted {}, None)?;
+    let kept = keep(hall, stream, &peer, &uffd, &regions, true);
+    let sharing = Sharing { source: image.as_source(), told };
+    let session = start(hall, peer, uffd, memory, Some(sharing), kept)?;
+    Answer::Accepted {}.send(stream, None)?;
     attend_until(hall, session, served, |peer| until_it_hangs_up(stream, peer));
     Ok(())
 }
@@ -111,84 +134,84 @@ fn shared_image(hall: &Hall, wanted: &SnapshotName) -> Result<Arc<SharedImage>, 
 }
 
 fn served(peer: &Peer, regions: &[Region]) -> ServeEvent<'static> {
-    let memory_bytes = regions.iter().map(Region::len_bytes).sum();
-    ServeEvent::Served { pid: peer.pid, memory_bytes }
+    ServeEvent::Served { pid: peer.pid, memory_bytes: all_bytes(regions) }
 }
 
-fn answer(
-    stream: &UnixStream,
-    words: &Answer,
-    descriptor: Option<BorrowedFd<'_>>,
-) -> Result<(), RefuseError> {
-    let line = serde_json::to_string(words).map_err(RefuseError::Message)?;
-    wire::send_line(stream, &line, descriptor).map_err(|error| system("answer", error))
+/// Nobody has looked yet whether the regions overlap: a client may say more than there can be.
+fn all_bytes(regions: &[Region]) -> u64 {
+    regions.iter().map(Region::len_bytes).fold(0, u64::saturating_add)
 }
 
 fn system(what: &'static str, error: io::Error) -> RefuseError {
     RefuseError::System { what, error }
 }
 
-/// Starts the pager of a client. A clone is told of failures.
+/// Starts the pager of a client.
 fn start(
     hall: &Arc<Hall>,
-    id: u64,
     peer: Peer,
     uffd: ForeignUffd,
     regions: Vec<Region>,
-    shared: Option<(Arc<SharedImage>, UnixStream)>,
-    records: Option<Records>,
+    sharing: Option<Sharing>,
+    kept: Option<(Records, KeptGuest)>,
 ) -> Result<Arc<Session>, RefuseError> {
     let peer = Arc::new(peer);
     let process = peer.duplicate().map_err(|error| system("duplicate a pidfd", error))?;
-    let (image, clone) = shared.unzip();
-    let source = image.as_ref().map_or_else(|| Arc::clone(&hall.source), SharedImage::as_source);
+    let (source, clone) = match sharing {
+        Some(Sharing { source, told }) => (source, Some(told)),
+        None => (Arc::clone(&hall.source), None),
+    };
+    let is_clone = clone.is_some();
     let (told, pid) = (Arc::clone(hall), peer.pid);
     let mut builder = Pager::builder(source)
         .regions(regions)
         .on_error(hall.options.on_error)
         .on_failure(move |failure| {
             if let Some(clone) = &clone {
-                let _ = answer(clone, &Answer::Failure(failure.chain()), None);
+                let _ = Answer::Failure(failure.chain()).send(clone, None);
             }
             (told.on_event)(ServeEvent::Failed { pid, failure });
         })
         .foreign(uffd, process);
-    if image.is_some() {
+    if is_clone {
         builder = builder.backed();
     }
-    let is_kept = records.is_some();
+    let (records, kept) = kept.unzip();
     if let Some(records) = records {
         builder = builder.recorded(records);
     }
     let pager = builder.start().map_err(RefuseError::Start)?;
-    Ok(Arc::new(Session { id, peer, pager, is_kept }))
+    let id = kept.as_ref().map_or_else(|| hall.new_id(), |kept| kept.id);
+    Ok(Arc::new(Session { id, peer, pager, kept }))
 }
 
 /// Gives the keeper, if there is one, what the next server needs. From before the first message is read: what this
 /// process has read is known to nobody else.
 fn keep(
-    hall: &Hall,
-    id: u64,
+    hall: &Arc<Hall>,
     stream: &UnixStream,
     peer: &Peer,
     uffd: &ForeignUffd,
     regions: &[RegionMessage],
-) -> Option<Records> {
+    shares: bool,
+) -> Option<(Records, KeptGuest)> {
     let link = hall.keep()?;
-    let kept = || -> Result<Records, KeepError> {
+    let kept = || -> Result<(Records, KeptGuest), KeepError> {
         let record = Record { pid: peer.pid, regions: regions.to_vec() };
         let pages = |region: &RegionMessage| {
             region.size / region.page_size.or(region.page_size_kib).unwrap_or(4096).max(1)
         };
-        let pages = regions.iter().map(pages).sum();
+        let pages = regions.iter().map(pages).fold(0, u64::saturating_add);
         let ledger = Ledger::create(record, pages)?;
         let records = ledger.records(false);
         let records = records.map_err(|error| KeepError::System { what: "map it", error })?;
-        link.keep(id, [uffd.as_fd(), stream.as_fd(), peer.process(), ledger.as_fd()])?;
-        Ok(records)
+        let id = hall.new_id();
+        let descriptors = [uffd.as_fd(), stream.as_fd(), peer.process(), ledger.as_fd()];
+        link.keep(id, descriptors, shares)?;
+        Ok((records, KeptGuest { hall: Arc::clone(hall), id }))
     }();
     match kept {
-        Ok(records) => Some(records),
+        Ok(kept) => Some(kept),
         Err(error) => {
             (hall.on_event)(ServeEvent::NotKept { pid: peer.pid, error: &error });
             None
@@ -197,50 +220,57 @@ fn keep(
 }
 
 /// The body of the thread of a client whose server has died.
-pub(crate) fn resume(hall: &Arc<Hall>, id: u64, kept: Kept) {
-    let Kept { uffd, connection, process, ledger } = kept;
+pub(crate) fn resume(hall: &Arc<Hall>, guest: KeptGuest, kept: Kept) {
+    let Kept { uffd, connection, process, ledger, shares } = kept;
     let (pid, outcome) = match Ledger::open(ledger) {
         Err(error) => (None, Err(RefuseError::Kept(error))),
         Ok(ledger) => {
-            let (pid, process) = (ledger.record.pid, process.try_clone());
-            let resumed = process
-                .map_err(|error| system("duplicate a pidfd", error))
-                .and_then(|process| resume_peer(hall, id, uffd, connection, process, &ledger));
-            (Some(pid), resumed)
+            let process = process.try_clone();
+            let resumed =
+                process.map_err(|error| system("duplicate a pidfd", error)).and_then(|process| {
+                    let peer = Peer::kept(ledger.record.pid, process);
+                    resume_peer(hall, guest, peer, uffd, connection.into(), shares, &ledger)
+                });
+            (Some(ledger.record.pid), resumed)
         }
     };
     if let Err(error) = outcome {
-        // It would wait for ever.
-        Peer::kept(pid.unwrap_or_default(), process).kill();
-        forget(hall, id);
+        // It would wait for ever. A clone sees its connection close, and knows what to do.
+        if !shares {
+            Peer::kept(pid.unwrap_or_default(), process).kill();
+        }
         hall.refuse(pid, &error);
     }
 }
 
 fn resume_peer(
     hall: &Arc<Hall>,
-    id: u64,
+    guest: KeptGuest,
+    peer: Peer,
     uffd: OwnedFd,
-    connection: OwnedFd,
-    process: OwnedFd,
+    stream: UnixStream,
+    shares: bool,
     ledger: &Ledger,
 ) -> Result<(), RefuseError> {
-    let peer = Peer::kept(ledger.record.pid, process);
     let uffd = handshake::userfaultfd(uffd)?;
     let regions = handshake::regions(&ledger.record.regions)?;
     let records = ledger.records(true).map_err(|error| system("map the ledger", error))?;
-    let stream = UnixStream::from(connection);
-    let memory_bytes = regions.iter().map(Region::len_bytes).sum();
-    let session = start(hall, id, peer, uffd, regions, None, Some(records))?;
-    let taken = ServeEvent::TakenOver { pid: session.peer.pid, memory_bytes };
-    attend_until(hall, session, taken, |peer| until_its_process_ends(&stream, peer));
-    Ok(())
-}
-
-fn forget(hall: &Hall, id: u64) {
-    if let Some(link) = hall.keep() {
-        link.forget(id);
+    let taken = ServeEvent::TakenOver { pid: peer.pid, memory_bytes: all_bytes(&regions) };
+    let kept = Some((records, guest));
+    if !shares {
+        let session = start(hall, peer, uffd, regions, None, kept)?;
+        attend_until(hall, session, taken, |peer| until_its_process_ends(&stream, peer));
+        return Ok(());
     }
+    // Nobody can write to the dead server's file any more. What it has the clone still maps; what it lacks is copied
+    // into the clone's own mapping, and hides the file there.
+    let told = stream.try_clone().map_err(|error| system("duplicate a connection", error))?;
+    let sharing = Sharing { source: Arc::clone(&hall.source), told };
+    let session = start(hall, peer, uffd, regions, Some(sharing), kept)?;
+    // The dead server may not have come to that. Twice does no harm.
+    Answer::Accepted {}.send(&stream, None)?;
+    attend_until(hall, session, taken, |peer| until_it_hangs_up(&stream, peer));
+    Ok(())
 }
 
 fn attend_until(
@@ -258,12 +288,8 @@ fn attend_until(
 
 /// The pager's threads end here, and its descriptors are closed.
 fn end(hall: &Hall, session: Arc<Session>) {
-    let (pid, id, is_kept) = (session.peer.pid, session.id, session.is_kept);
-    let stats = session.pager.stats();
+    let (pid, stats) = (session.peer.pid, session.pager.stats());
     drop(session);
-    if is_kept {
-        forget(hall, id);
-    }
     (hall.on_event)(ServeEvent::Ended { pid, stats: &stats });
 }
 

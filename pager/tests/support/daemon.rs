@@ -5,15 +5,17 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use pager::FailurePolicy;
 use pager::keep::{KeepOptions, Keeper};
 use pager::serve::{KeepAt, ServeEvent, ServeOptions, Server, SnapshotName};
+use pager::{FailurePolicy, SourceError};
 
-use super::support::{PAGE, source_of};
+use super::support::{PAGE, is_lost, source_of};
 
 const SETTINGS: &str = "PAGER_TEST_DAEMON";
 /// Longer than anything here takes: a hang becomes a failure.
@@ -26,7 +28,8 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts one of `pages` stamped pages. The test binary must have a test `daemon_process` that calls [`run`].
+    /// Starts one of `pages` stamped pages. With the policy `lossy` it poisons, some pages cannot be had, and some loads
+    /// fail once. The test binary must have a test `daemon_process` that calls [`run`].
     pub fn start(folder: &Path, pages: usize, policy: &str) -> Daemon {
         let settings = format!("{pages} {policy} {}", folder.display());
         let mut child = Command::new(std::env::current_exe().expect("this test"))
@@ -83,18 +86,28 @@ pub fn run() {
     let (pages, policy, folder) =
         (word().parse().expect("a number"), word(), PathBuf::from(word()));
     // A page comes with seven others of its block, and one from far away.
+    let lossy = policy == "lossy";
+    let loads = Arc::new(AtomicU64::new(0));
     let source = source_of(pages, move |offset, answer| {
         let page = offset as usize / PAGE;
+        if lossy && is_lost(page) {
+            return Err(SourceError::permanent("injected"));
+        }
+        if lossy && loads.fetch_add(1, Ordering::Relaxed) % 50 == 49 {
+            return Err(SourceError::transient("injected"));
+        }
         answer.push(page);
         let block = page - page % 8;
-        let around = (block..(block + 8).min(pages)).filter(|&other| other != page);
-        around.for_each(|other| answer.push(other));
-        answer.push((page * 7 + 211) % pages);
+        let around = (block..(block + 8).min(pages)).chain([(page * 7 + 211) % pages]);
+        around
+            .filter(|&other| other != page && !(lossy && is_lost(other)))
+            .for_each(|other| answer.push(other));
         Ok(())
     });
     let snapshot =
         SnapshotName { layers: vec!["test".into()], memory_bytes: (pages * PAGE) as u64 };
     let mut options = ServeOptions::default();
+    options.share = Some(snapshot.clone());
     options.keep = Some(KeepAt { socket: folder.join("keep.sock"), snapshot });
     options.on_error = match policy {
         "kill" => FailurePolicy::Kill,

@@ -196,6 +196,11 @@ pub fn stamp(page: usize) -> u64 {
     0x5eed_0000_0000_0001 | (page as u64) << 8
 }
 
+/// Pages that cannot be had of a source that loses some.
+pub fn is_lost(page: usize) -> bool {
+    page % 61 == 17
+}
+
 /// `pages` pages, each full of its stamp.
 pub fn stamped(pages: usize) -> Vec<u8> {
     (0..pages)

@@ -2,7 +2,8 @@
 //! memory and a userfaultfd, speaks Firecracker's handshake, and does what it is told on stdin.
 #![allow(unsafe_code, dead_code, missing_docs, unreachable_pub)]
 
-use std::io::{BufRead, BufReader, IoSlice, Write};
+use std::fs::File;
+use std::io::{BufRead, BufReader, IoSlice, IoSliceMut, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
@@ -13,9 +14,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use pager::uffd::{Features, Uffd};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
+};
 
-use super::support::{Memory, PAGE, shuffled, stamp};
+use super::support::{Memory, PAGE, is_lost, shuffled, stamp};
 
 const STORM_THREADS: usize = 4;
 
@@ -118,6 +122,7 @@ struct State {
     uffd: Option<Uffd>,
     stream: Option<UnixStream>,
     storm: Option<Storm>,
+    shares: bool,
 }
 
 impl State {
@@ -146,6 +151,8 @@ impl State {
                     Err(error) => format!("no huge pages: {error}"),
                 }
             }
+            // `share PAGES`: a clone's memory, a private mapping of the server's file.
+            "share" => self.share(number(1)),
             // `body FORM`: the handshake.
             "body" => self.handshake(words[1]),
             "read" => {
@@ -159,6 +166,13 @@ impl State {
             "remove" => {
                 self.memory().remove(number(1), number(2));
                 "ok".into()
+            }
+            // What the server says next.
+            "told" => {
+                let mut line = String::new();
+                let stream = self.stream.as_ref().expect("connected before");
+                BufReader::new(stream).read_line(&mut line).expect("it says something");
+                line.trim_end().to_owned()
             }
             "hang-up" => {
                 self.stream = None;
@@ -176,14 +190,20 @@ impl State {
                 }
                 "ok".into()
             }
-            // `storm SEED`: reads, writes and removes with four threads, until `calm`, which answers what they found.
+            // `storm SEED [lossy]`: reads, writes and (where nothing is shared) removes with four threads, until `calm`,
+            // which answers what they found.
             "storm" => {
                 let until = Arc::new(AtomicBool::new(false));
                 let start = |own| {
                     let memory = Arc::clone(self.memory.as_ref().expect("mapped before"));
-                    let until = Arc::clone(&until);
-                    let seed = (number(1) * STORM_THREADS + own) as u64;
-                    std::thread::spawn(move || storm(&memory, own, seed, &until))
+                    let storm = Weather {
+                        own,
+                        seed: (number(1) * STORM_THREADS + own) as u64,
+                        removes: !self.shares,
+                        lossy: words.get(2) == Some(&"lossy"),
+                        until: Arc::clone(&until),
+                    };
+                    std::thread::spawn(move || storm.rage(&memory))
                 };
                 let threads = (0..STORM_THREADS).map(start).collect();
                 self.storm = Some(Storm { until, threads });
@@ -222,6 +242,31 @@ impl State {
         // SAFETY: a mapping that is only accessed by volatile operations.
         unsafe { uffd.register(memory.addr(), memory.len() as u64) }.expect("it is registered");
         (self.memory, self.uffd) = (Some(Arc::new(memory)), Some(uffd));
+    }
+
+    /// The conversation of a clone.
+    fn share(&mut self, pages: usize) -> String {
+        let stream = UnixStream::connect(&self.socket).expect("the server listens");
+        let len = pages * PAGE;
+        let wanted = format!("{{\"share\":{{\"layers\":[\"test\"],\"memory_bytes\":{len}}}}}\n");
+        send(&stream, wanted.as_bytes(), &[]).expect("it is taken");
+        let Some(file) = receive_file(&stream) else {
+            return "no file".into();
+        };
+        self.map(Memory::of_file(&file, len), Features::EVENT_REMOVE.with(Features::MISSING_SHMEM));
+        let address = self.memory().addr();
+        let region = format!(
+            "[{{\"base_host_virt_addr\":{address},\"size\":{len},\"offset\":0,\"page_size\":4096}}]\n"
+        );
+        let uffd = [self.uffd.as_ref().expect("just made").as_fd()];
+        send(&stream, region.as_bytes(), &uffd).expect("it is taken");
+        let mut line = String::new();
+        BufReader::new(&stream).read_line(&mut line).expect("an answer");
+        (self.stream, self.shares) = (Some(stream), true);
+        match line.trim_end() {
+            "{\"accepted\":{}}" => "ok".into(),
+            other => format!("answered: {other}"),
+        }
     }
 
     fn memory(&self) -> &Memory {
@@ -265,12 +310,17 @@ impl State {
             "wrapping" => {
                 format!("[{}]", region(addr, u64::MAX - 4095, 0, r#""page_size":4096"#))
             }
+            "endless" => {
+                let all = u64::MAX - 4095;
+                let both = [0, 4096].map(|at| region(at, all - at, 0, r#""page_size":4096"#));
+                format!("[{}]", both.join(","))
+            }
             "odd" => format!("[{}]", region(addr + 1, len, 0, r#""page_size":4096"#)),
             "garbage" => "\u{1}\u{2}garbage]".into(),
             "empty" => "[]".into(),
             _ => whole(r#""page_size":4096,"page_size_kib":4096"#),
         };
-        let null = std::fs::File::open("/dev/null").expect("there is one");
+        let null = File::open("/dev/null").expect("there is one");
         let uffd = self.uffd.as_ref().expect("mapped before").as_fd();
         let (one, two, file) = ([uffd], [uffd, uffd], [null.as_fd()]);
         let bytes = body.as_bytes();
@@ -300,45 +350,80 @@ impl State {
     }
 }
 
-/// Works on every `STORM_THREADS`th page, and knows what each must hold. Answers how many were checked.
-fn storm(memory: &Memory, own: usize, seed: u64, until: &AtomicBool) -> Result<u64, String> {
-    let pages = memory.len() / PAGE;
-    let mut expected: Vec<u64> = (0..pages).map(stamp).collect();
-    let mut checked = 0;
-    let mut check = |page: usize, expected: &[u64]| match memory.read_u64(page * PAGE) {
-        found if found == expected[page] => {
+/// What one thread of a storm does: works on every `STORM_THREADS`th page, and knows what each must hold.
+struct Weather {
+    own: usize,
+    seed: u64,
+    removes: bool,
+    lossy: bool,
+    until: Arc<AtomicBool>,
+}
+
+impl Weather {
+    /// Answers how many pages were checked.
+    fn rage(&self, memory: &Memory) -> Result<u64, String> {
+        let pages = memory.len() / PAGE;
+        // Of a page that cannot be had: nothing, until it was removed.
+        let first = |page| (!(self.lossy && is_lost(page))).then(|| stamp(page));
+        let mut expected: Vec<Option<u64>> = (0..pages).map(first).collect();
+        let mut checked = 0;
+        let mut check = |page: usize, expected: Option<u64>| {
             checked += 1;
-            Ok(())
-        }
-        found => Err(format!("page {page} has {found:x} instead of {:x}", expected[page])),
-    };
-    let mut random = seed * 2 + 1;
-    let mut next = |below: usize| {
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
-        (random >> 33) as usize % below
-    };
-    while !until.load(Ordering::Relaxed) {
-        let page = next(pages / STORM_THREADS) * STORM_THREADS + own;
-        match next(16) {
-            0..4 => {
-                memory.remove(page, 1);
-                expected[page] = 0;
+            let Some(expected) = expected else {
+                return match memory.read_by_syscall(page).map_err(|error| error.raw_os_error()) {
+                    Err(Some(libc::EFAULT)) => Ok(()),
+                    found => Err(format!("page {page} is lost, and was read: {found:?}")),
+                };
+            };
+            match memory.read_u64(page * PAGE) {
+                found if found == expected => Ok(()),
+                found => Err(format!("page {page} has {found:x} instead of {expected:x}")),
             }
-            4..7 => {
-                let byte = next(256) as u8;
-                memory.write(page * PAGE + 3, byte);
-                let mut bytes = expected[page].to_ne_bytes();
-                bytes[3] = byte;
-                expected[page] = u64::from_ne_bytes(bytes);
+        };
+        let mut random = self.seed * 2 + 1;
+        let mut next = |below: usize| {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            (random >> 33) as usize % below
+        };
+        while !self.until.load(Ordering::Relaxed) {
+            let page = next(pages / STORM_THREADS) * STORM_THREADS + self.own;
+            match (next(16), expected[page]) {
+                (0..4, _) if self.removes => {
+                    memory.remove(page, 1);
+                    expected[page] = Some(0);
+                }
+                (4..7, Some(was)) => {
+                    let byte = next(256) as u8;
+                    memory.write(page * PAGE + 3, byte);
+                    let mut bytes = was.to_ne_bytes();
+                    bytes[3] = byte;
+                    expected[page] = Some(u64::from_ne_bytes(bytes));
+                }
+                (_, now) => check(page, now)?,
             }
-            _ => check(page, &expected)?,
         }
+        // All of them, also those that were never touched.
+        (self.own..pages)
+            .step_by(STORM_THREADS)
+            .try_for_each(|page| check(page, expected[page]))?;
+        Ok(checked)
     }
-    // All of them, also those that were never touched.
-    (own..pages).step_by(STORM_THREADS).try_for_each(|page| check(page, &expected))?;
-    Ok(checked)
+}
+
+/// The line that says yes, and the descriptor with it.
+fn receive_file(stream: &UnixStream) -> Option<File> {
+    let mut bytes = [0; 256];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut into = [IoSliceMut::new(&mut bytes)];
+    let flags = RecvFlags::CMSG_CLOEXEC;
+    rustix::net::recvmsg(stream, &mut into, &mut control, flags).expect("an answer");
+    control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next().map(File::from),
+        _ => None,
+    })
 }
 
 fn send(stream: &UnixStream, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> std::io::Result<()> {
