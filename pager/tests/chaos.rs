@@ -12,30 +12,16 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use pager::{Pager, Placement, Populate, Population, RetryPolicy, SourceError};
-use support::{Memory, PAGE, is_lost, source_of, stamp, userfaultfd_works};
+use support::{
+    Memory, PAGE, Random, chaos_seed, is_lost, number_from_env, rss_kib, source_of, stamp,
+    userfaultfd_works,
+};
 
 const PAGES: usize = 1536;
 const THREADS: usize = 4;
-
-/// xorshift64*: small, and the same everywhere.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() >> 33) as usize % n
-    }
-}
-
-fn env(name: &str) -> Option<u64> {
-    std::env::var(name).ok()?.parse().ok()
-}
+/// After so many pagers this process has all that it keeps, but for what its allocator may add.
+const WARM: u64 = 8;
+const KEPT_KIB: u64 = 4096;
 
 fn open_files() -> usize {
     std::fs::read_dir("/proc/self/fd").expect("proc").count()
@@ -92,7 +78,7 @@ struct Known {
 
 /// Works on every `THREADS`th page until the deadline; answers how many pages it has checked.
 fn work(memory: &Memory, own: usize, with_lost: bool, seed: u64, until: Instant) -> u64 {
-    let mut random = Random(seed | 1);
+    let mut random = Random::new(seed);
     let mut known: Vec<Option<Known>> = vec![None; PAGES];
     let mut checked = 0;
     // Calm ones leave the population something to do.
@@ -151,13 +137,13 @@ fn chaos() {
     if !userfaultfd_works("chaos") {
         return;
     }
-    let seconds = env("SNAP_CHAOS_SECONDS").unwrap_or(4);
-    let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    let seed = env("SNAP_CHAOS_SEED").unwrap_or(clock.map_or(1, |since| since.as_nanos() as u64));
+    let seconds = number_from_env("SNAP_CHAOS_SECONDS").unwrap_or(4);
+    let seed = chaos_seed();
     eprintln!("chaos: {seconds} s, SNAP_CHAOS_SEED={seed}");
-    let mut random = Random(seed | 1);
+    let mut random = Random::new(seed);
     let files = open_files();
     let end = Instant::now() + Duration::from_secs(seconds);
+    let mut warm_kib = None;
     let (mut pagers, mut checked, mut populated, mut poisoned, mut retries) = (0u64, 0, 0, 0, 0);
     while pagers == 0 || Instant::now() < end {
         let with_lost = random.below(2) == 0;
@@ -205,6 +191,9 @@ fn chaos() {
         assert_eq!(pages.total, pages.missing + pages.present + pages.removed + pages.poisoned);
         assert!(with_lost || pages.poisoned == 0, "{stats:?}");
         pagers += 1;
+        if pagers == WARM {
+            warm_kib = Some(rss_kib());
+        }
         populated += stats.installed.populated;
         poisoned += pages.poisoned;
         retries += stats.source_retries;
@@ -213,4 +202,6 @@ fn chaos() {
         "chaos: {pagers} pagers, {checked} pages checked, {populated} populated, {poisoned} poisoned, {retries} retries"
     );
     assert_eq!(open_files(), files, "descriptors leaked");
+    let (now_kib, warm_kib) = (rss_kib(), warm_kib.unwrap_or(u64::MAX));
+    assert!(now_kib <= warm_kib.saturating_add(KEPT_KIB), "from {warm_kib} to {now_kib} KiB");
 }

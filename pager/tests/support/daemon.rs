@@ -65,9 +65,21 @@ impl Daemon {
         }
     }
 
-    pub fn kill(mut self) {
+    pub fn kill(self) {
+        drop(self);
+    }
+
+    /// By SIGKILL.
+    pub fn end(&mut self) {
         self.child.kill().expect("it can be killed");
         self.child.wait().expect("it ends");
+    }
+}
+
+/// A test that fails leaves no server behind.
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

@@ -185,6 +185,17 @@ pub fn userfaultfd_works(test: &str) -> bool {
     }
 }
 
+/// Binds the calling thread to a CPU.
+pub fn pin(cpu: usize) {
+    // SAFETY: all zero bits are an empty set.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    // SAFETY: checks the number itself.
+    unsafe { libc::CPU_SET(cpu, &mut set) };
+    // SAFETY: the calling thread, and a valid set of that size.
+    let result = unsafe { libc::sched_setaffinity(0, std::mem::size_of_val(&set), &set) };
+    assert_eq!(result, 0, "{}", io::Error::last_os_error());
+}
+
 /// The calling thread's id in `/proc`.
 pub fn thread_id() -> i32 {
     // SAFETY: gettid(2) only gives a number.
@@ -206,6 +217,44 @@ pub fn stamped(pages: usize) -> Vec<u8> {
     (0..pages)
         .flat_map(|page| std::iter::repeat_n(stamp(page).to_ne_bytes(), PAGE / 8).flatten())
         .collect()
+}
+
+/// xorshift64*: small, and the same everywhere.
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Random {
+        Random(seed | 1)
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.next() >> 33) as usize % n
+    }
+}
+
+pub fn number_from_env(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+/// `SNAP_CHAOS_SEED`, or another one each time.
+pub fn chaos_seed() -> u64 {
+    let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    number_from_env("SNAP_CHAOS_SEED").unwrap_or(clock.map_or(1, |since| since.as_nanos() as u64))
+}
+
+/// Resident memory of this process.
+pub fn rss_kib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").expect("proc");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let number = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse().ok());
+    number.expect("a number")
 }
 
 /// 0..n in a fixed pseudo-random order.

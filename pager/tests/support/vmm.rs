@@ -152,7 +152,10 @@ impl State {
                 }
             }
             // `share PAGES`: a clone's memory, a private mapping of the server's file.
-            "share" => self.share(number(1)),
+            "share" => match self.share(number(1)) {
+                Ok(()) => "ok".into(),
+                Err(error) => format!("not shared: {error}"),
+            },
             // `body FORM`: the handshake.
             "body" => self.handshake(words[1]),
             "read" => {
@@ -244,28 +247,28 @@ impl State {
         (self.memory, self.uffd) = (Some(Arc::new(memory)), Some(uffd));
     }
 
-    /// The conversation of a clone.
-    fn share(&mut self, pages: usize) -> String {
-        let stream = UnixStream::connect(&self.socket).expect("the server listens");
+    /// The conversation of a clone. The server may die in the middle of it.
+    fn share(&mut self, pages: usize) -> std::io::Result<()> {
+        let gone = || std::io::Error::other("the server is gone");
+        let stream = UnixStream::connect(&self.socket)?;
         let len = pages * PAGE;
         let wanted = format!("{{\"share\":{{\"layers\":[\"test\"],\"memory_bytes\":{len}}}}}\n");
-        send(&stream, wanted.as_bytes(), &[]).expect("it is taken");
-        let Some(file) = receive_file(&stream) else {
-            return "no file".into();
-        };
+        send(&stream, wanted.as_bytes(), &[])?;
+        let file = receive_file(&stream)?.ok_or_else(gone)?;
         self.map(Memory::of_file(&file, len), Features::EVENT_REMOVE.with(Features::MISSING_SHMEM));
         let address = self.memory().addr();
         let region = format!(
             "[{{\"base_host_virt_addr\":{address},\"size\":{len},\"offset\":0,\"page_size\":4096}}]\n"
         );
         let uffd = [self.uffd.as_ref().expect("just made").as_fd()];
-        send(&stream, region.as_bytes(), &uffd).expect("it is taken");
+        send(&stream, region.as_bytes(), &uffd)?;
         let mut line = String::new();
-        BufReader::new(&stream).read_line(&mut line).expect("an answer");
+        BufReader::new(&stream).read_line(&mut line)?;
         (self.stream, self.shares) = (Some(stream), true);
         match line.trim_end() {
-            "{\"accepted\":{}}" => "ok".into(),
-            other => format!("answered: {other}"),
+            "{\"accepted\":{}}" => Ok(()),
+            "" => Err(gone()),
+            other => Err(std::io::Error::other(other.to_owned())),
         }
     }
 
@@ -413,17 +416,17 @@ impl Weather {
 }
 
 /// The line that says yes, and the descriptor with it.
-fn receive_file(stream: &UnixStream) -> Option<File> {
+fn receive_file(stream: &UnixStream) -> std::io::Result<Option<File>> {
     let mut bytes = [0; 256];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut into = [IoSliceMut::new(&mut bytes)];
     let flags = RecvFlags::CMSG_CLOEXEC;
-    rustix::net::recvmsg(stream, &mut into, &mut control, flags).expect("an answer");
-    control.drain().find_map(|message| match message {
+    rustix::net::recvmsg(stream, &mut into, &mut control, flags)?;
+    Ok(control.drain().find_map(|message| match message {
         RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next().map(File::from),
         _ => None,
-    })
+    }))
 }
 
 fn send(stream: &UnixStream, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> std::io::Result<()> {

@@ -1,0 +1,255 @@
+//! Everything at once, at random, with processes: servers that are killed and come back, guests with memory of their own
+//! and clones that share, which read, write, remove and are killed, errors of the source; and one keeper that outlives them all.
+//! Every page that is read is checked by its content.
+//!
+//!     SNAP_CHAOS_SECONDS=600 SNAP_CHAOS_SEED=7 cargo test -p pager --release --features serve --test chaos_served -- --nocapture
+#![allow(missing_docs)]
+
+#[path = "support/daemon.rs"]
+mod daemon;
+mod support;
+#[path = "support/vmm.rs"]
+mod vmm;
+
+use std::path::Path;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use daemon::{Daemon, Keeping};
+use support::{Random, chaos_seed, number_from_env, rss_kib, userfaultfd_works};
+use vmm::Vmm;
+
+const PAGES: usize = 1024;
+const GUESTS: usize = 4;
+/// A step takes milliseconds.
+const HUNG: Duration = Duration::from_secs(60);
+/// Between two calm moments, of this process, which has the keeper.
+const KEPT_KIB: u64 = 4096;
+
+/// Not a test: the process of a VMM.
+#[test]
+fn vmm_process() {
+    vmm::run();
+}
+
+/// Not a test: the process of a server.
+#[test]
+fn daemon_process() {
+    daemon::run();
+}
+
+#[test]
+fn chaos() {
+    if !userfaultfd_works("chaos") {
+        return;
+    }
+    let seconds = number_from_env("SNAP_CHAOS_SECONDS").unwrap_or(4);
+    let seed = chaos_seed();
+    eprintln!("chaos: {seconds} s, SNAP_CHAOS_SEED={seed}");
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut chaos = Chaos::start(folder.path(), seed);
+    let end = Instant::now() + Duration::from_secs(seconds);
+    let mut calm_at = Instant::now() + Duration::from_secs(1);
+    while Instant::now() < end {
+        chaos.step();
+        if Instant::now() > calm_at {
+            chaos.calm();
+            calm_at = Instant::now() + Duration::from_secs(10);
+        }
+    }
+    chaos.calm();
+    eprintln!("chaos: {:?}", chaos.counts);
+    drop(chaos.server);
+    assert_eq!(chaos.keeping.finish(), 0, "nobody is left");
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    guests: u64,
+    clones: u64,
+    pages_checked: u64,
+    servers_killed: u64,
+    taken_over: u64,
+    guests_killed: u64,
+    calm_moments: u64,
+}
+
+struct Chaos<'a> {
+    folder: &'a Path,
+    random: Random,
+    keeping: Keeping,
+    server: Daemon,
+    guests: Vec<Vmm>,
+    counts: Counts,
+    /// Descriptors of a server without guests: before and after it has made a file to share.
+    server_files: [usize; 2],
+    /// Descriptors and memory of this process in the first calm moment.
+    own: Option<(usize, u64)>,
+    steps: Sender<()>,
+}
+
+impl<'a> Chaos<'a> {
+    fn start(folder: &'a Path, seed: u64) -> Chaos<'a> {
+        let keeping = Keeping::start(folder, Duration::from_secs(3600));
+        let server = Daemon::start(folder, PAGES, "lossy");
+        let before = files(server.child.id());
+        let mut chaos = Chaos {
+            folder,
+            random: Random::new(seed),
+            keeping,
+            server,
+            guests: Vec::new(),
+            counts: Counts::default(),
+            server_files: [before, before],
+            own: None,
+            steps: watchdog(),
+        };
+        chaos.add_guest("share");
+        drop(chaos.guests.pop());
+        chaos.server.expect("Ended");
+        // The file, and a userfaultfd.
+        chaos.server_files[1] = before + 2;
+        chaos.until_nothing_is_left();
+        chaos
+    }
+
+    fn step(&mut self) {
+        self.steps.send(()).expect("the watchdog lives");
+        if self.guests.len() < GUESTS {
+            let kind = ["map", "share"][self.random.below(2)];
+            return self.add_guest(kind);
+        }
+        match self.random.below(10) {
+            0..3 => self.kill_server(),
+            3..5 => {
+                self.kill_guest();
+                self.server.expect("Ended");
+            }
+            5 => {
+                self.kill_guest();
+                self.kill_server();
+            }
+            6 => self.kill_server_in_a_handshake(),
+            7 => {
+                let guest = self.random.below(self.guests.len());
+                let guest = self.guests.swap_remove(guest);
+                self.check(guest);
+                self.server.expect("Ended");
+            }
+            _ => self.pause(20_000),
+        }
+    }
+
+    fn pause(&mut self, most_us: usize) {
+        thread::sleep(Duration::from_micros(self.random.below(most_us) as u64));
+    }
+
+    fn add_guest(&mut self, kind: &str) {
+        let mut guest = Vmm::start(&daemon::socket(self.folder));
+        guest.ok(&format!("{kind} {PAGES}"));
+        if kind == "map" {
+            guest.ok("body new");
+        }
+        self.server.expect("Served");
+        self.set_going(guest);
+        self.counts.clones += u64::from(kind == "share");
+    }
+
+    fn set_going(&mut self, mut guest: Vmm) {
+        guest.ok(&format!("storm {} lossy", self.counts.guests));
+        self.guests.push(guest);
+        self.counts.guests += 1;
+    }
+
+    fn kill_guest(&mut self) {
+        let guest = self.random.below(self.guests.len());
+        self.guests.swap_remove(guest).kill();
+        self.counts.guests_killed += 1;
+    }
+
+    fn kill_server(&mut self) {
+        self.pause(3000);
+        let told = self.next_server();
+        assert!(told.contains(&format!("guests: {}", self.guests.len())), "{told}");
+    }
+
+    /// Of a clone that is just asking: either the next server goes on with it, or it is told that nobody does.
+    fn kill_server_in_a_handshake(&mut self) {
+        let mut guest = Vmm::start(&daemon::socket(self.folder));
+        guest.say(&format!("share {PAGES}"));
+        self.pause(3000);
+        self.next_server();
+        if guest.answer().as_deref() == Some("ok") {
+            self.set_going(guest);
+            self.counts.clones += 1;
+        }
+    }
+
+    /// Kills the server, starts another one, and answers what the keeper says of its taking over.
+    fn next_server(&mut self) -> String {
+        self.server.end();
+        self.keeping.expect("Lost");
+        self.server = Daemon::start(self.folder, PAGES, "lossy");
+        self.counts.servers_killed += 1;
+        self.counts.taken_over += self.guests.len() as u64;
+        self.keeping.expect("TakenOver")
+    }
+
+    /// Lets a guest look at all of its pages, and end.
+    fn check(&mut self, mut guest: Vmm) {
+        let found = guest.ask("calm").expect("it lives");
+        let checked = found.strip_prefix("ok ").and_then(|pages| pages.parse::<u64>().ok());
+        self.counts.pages_checked += checked.expect(&found);
+    }
+
+    /// No guests: nothing of them is left, in the server and in the keeper.
+    fn calm(&mut self) {
+        self.steps.send(()).expect("the watchdog lives");
+        for guest in std::mem::take(&mut self.guests) {
+            self.check(guest);
+            self.server.expect("Ended");
+        }
+        self.until_nothing_is_left();
+        self.counts.calm_moments += 1;
+    }
+
+    /// Descriptors are closed a moment after the word.
+    fn until_nothing_is_left(&mut self) {
+        let (own_files, own_kib) =
+            *self.own.get_or_insert_with(|| (files(std::process::id()), rss_kib()));
+        let begun = Instant::now();
+        loop {
+            let server = files(self.server.child.id());
+            let own = files(std::process::id());
+            if self.server_files.contains(&server) && own <= own_files {
+                break;
+            }
+            assert!(begun.elapsed() < HUNG / 2, "{server} and {own} descriptors are left");
+            thread::yield_now();
+        }
+        assert!(rss_kib() <= own_kib + KEPT_KIB, "from {own_kib} to {} KiB", rss_kib());
+    }
+}
+
+/// Ends this process when there was no step for too long.
+fn watchdog() -> Sender<()> {
+    let (steps, seen) = channel();
+    thread::spawn(move || {
+        loop {
+            match seen.recv_timeout(HUNG) {
+                Ok(()) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout) => {
+                    eprintln!("chaos: it hangs");
+                    std::process::abort();
+                }
+            }
+        }
+    });
+    steps
+}
+
+fn files(process: u32) -> usize {
+    std::fs::read_dir(format!("/proc/{process}/fd")).expect("it lives").count()
+}
