@@ -75,8 +75,8 @@ impl fmt::Display for RestoreReport {
                 f,
                 "  faults             {}, p50 {:.1} us, p99 {:.1} us",
                 stats.faults,
-                us(stats.service.p50_ns),
-                us(stats.service.p99_ns)
+                us(stats.times.service.p50_ns),
+                us(stats.times.service.p99_ns)
             )?;
             writeln!(
                 f,

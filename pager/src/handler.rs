@@ -12,11 +12,11 @@ use std::time::{Duration, Instant};
 use crate::answer::{Desk, Trouble};
 use crate::failure::{Failure, FailureCause};
 use crate::inbox::{Fault, Inbox};
+use crate::latency::FaultTimes;
 use crate::page_state::PageState;
 use crate::placement::Follower;
 use crate::slice::Shared;
 use crate::source::{Load, PageReader, SourceError, SourceErrorKind};
-use crate::stats::FaultTimes;
 use crate::uffd::Wait;
 
 /// How often a load that fails for a passing reason is tried again, and with what pauses.
@@ -141,7 +141,8 @@ impl Handler {
         let Handler { shared, slice, reader, retry, inbox, desk, .. } = self;
         let own = &shared.slices[*slice];
         own.counters.fault();
-        let mut times = FaultTimes::default();
+        let queue_ns = nanoseconds_since(fault.read_at);
+        let mut times = FaultTimes { queue_ns, ..FaultTimes::default() };
         let mut failed_loads = 0;
         // Only registered memory faults, and all of it is in the layout.
         let Some(place) = shared.layout.at_host(fault.address) else {
@@ -222,7 +223,7 @@ impl Handler {
             }
         }
         times.service_ns = nanoseconds_since(fault.read_at);
-        own.recorder.record(times);
+        own.recorder.record(shared.layout.extent(place.extent).region, times);
         Ok(())
     }
 

@@ -14,6 +14,8 @@ pub(crate) struct Extent {
     pub(crate) source_offset: u64,
     pub(crate) first_page: u64,
     pub(crate) slice: usize,
+    /// Number of the region, by host address.
+    pub(crate) region: usize,
 }
 
 /// All extents. Every page has a number, 0 to `pages`, in the order of host addresses.
@@ -48,7 +50,7 @@ impl Layout {
 
         let mut extents: Vec<Extent> = Vec::new();
         let (mut slice, mut in_slice, mut first_page) = (0, 0, 0);
-        for region in regions {
+        for (number, region) in regions.into_iter().enumerate() {
             let end = region.host_addr() + region.len_bytes();
             let mut start = region.host_addr();
             while start < end {
@@ -65,6 +67,7 @@ impl Layout {
                     source_offset: region.source_offset() + (start - region.host_addr()),
                     first_page,
                     slice,
+                    region: number,
                 });
                 first_page += (cut - start) / page_bytes;
                 in_slice += cut - start;

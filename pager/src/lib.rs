@@ -51,7 +51,7 @@
 //! - What nobody has touched is loaded in the background if wanted ([`Populate`]), behind all faults; then
 //!   neither the pager nor the source is needed any more.
 //! - Which pages are touched, one by one, can be recorded: [`Pager::recording`].
-//! - [`Stats`]: pages by state and by origin, and how long faults took.
+//! - [`Stats`]: pages by state and by origin, and how long faults took; of each region: [`Pager::region_stats`].
 //!
 //! # What it does not do
 //! - No writing back: what is written to the memory never reaches the source.
@@ -84,6 +84,7 @@ mod install;
 pub mod keep;
 #[cfg(feature = "snapfmt")]
 mod large_pages;
+mod latency;
 mod layout;
 mod mapping;
 #[cfg(test)]
@@ -117,6 +118,7 @@ mod vec_source;
 pub use error::StartError;
 pub use failure::{Failure, FailureCause, FailurePolicy};
 pub use handler::RetryPolicy;
+pub use latency::{Latency, LatencyStep, Times};
 pub use pager::{Pager, PagerBuilder};
 pub use placement::Placement;
 pub use populate::{Populate, Population};
@@ -129,5 +131,5 @@ pub use snapshot_source::SnapshotSource;
 pub use source::{
     Load, LoadCost, LoadedPage, LoadedPages, PageReader, PageSource, SourceError, SourceErrorKind,
 };
-pub use stats::{Latency, LatencyStep, PageCounts, PagesByOrigin, Stats};
+pub use stats::{PageCounts, PagesByOrigin, RegionStats, Stats};
 pub use vec_source::VecSource;

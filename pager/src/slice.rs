@@ -10,6 +10,7 @@ use crate::failure::FailureReport;
 use crate::gate::Gate;
 use crate::inbox::Inbox;
 use crate::install::{self, Book, Fill, Filler, InstallError, PageOps, Settled, Target};
+use crate::latency::Recorder;
 use crate::layout::{Layout, Place};
 use crate::page_state::{PageState, PageStates};
 use crate::placement::NOWHERE;
@@ -18,7 +19,7 @@ use crate::prefetch::PrefetchProgress;
 use crate::purpose::Purpose;
 use crate::region::Region;
 use crate::register;
-use crate::stats::{Counters, Origin, Recorder};
+use crate::stats::{Counters, Origin};
 use crate::uffd::Errno;
 
 /// A contiguous part of the paged memory.
@@ -38,11 +39,11 @@ pub(crate) struct Slice {
 }
 
 impl Slice {
-    pub(crate) fn new(filler: Filler, pages: u64) -> Slice {
+    pub(crate) fn new(filler: Filler, pages: u64, regions: usize) -> Slice {
         Slice {
             filler,
             counters: Counters::of(pages),
-            recorder: Recorder::new(),
+            recorder: Recorder::new(regions),
             gate: Gate::default(),
             answering: AtomicBool::new(false),
             bound_to: AtomicUsize::new(NOWHERE),

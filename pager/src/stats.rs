@@ -1,16 +1,16 @@
-//! Figures: counters per slice and latency histograms per thread, joined when they are asked for.
+//! Figures: counters per slice, and what is made of them.
 
 use std::ops::AddAssign;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use hdrhistogram::Histogram;
 use serde::Serialize;
 
+use crate::latency::{Distributions, LatencyStep, Times};
+use crate::layout::Extent;
 use crate::page_state::PageState;
 use crate::populate::Population;
 use crate::prefetch::Prefetch;
+use crate::slice::Shared;
 
 /// What a pager has done so far.
 ///
@@ -37,16 +37,25 @@ pub struct Stats {
     pub bytes_read: u64,
     /// Loads that were tried again after a transient error.
     pub source_retries: u64,
-    /// Message read until the faulting thread is woken, and all that came with its page is installed.
-    pub service: Latency,
-    /// The whole distribution of `service`: the steps that hold values, ascending.
+    /// How long faults took.
+    #[serde(flatten)]
+    pub times: Times,
+    /// The whole distribution of `times.service`: the steps that hold values, ascending.
     pub service_steps: Vec<LatencyStep>,
-    /// Of that: reading from storage, as far as the source says.
-    pub read: Latency,
-    /// Of that: verifying and decoding, as far as the source says.
-    pub decode: Latency,
-    /// Of that: installing pages.
-    pub install: Latency,
+}
+
+/// The figures of one region.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct RegionStats {
+    /// Where it begins in memory.
+    pub host_addr: u64,
+    /// Where it begins in the source.
+    pub source_offset: u64,
+    /// Its pages by what they are now.
+    pub pages: PageCounts,
+    /// How long its faults took. Of memory in more than eight regions this is not known.
+    pub times: Option<Times>,
 }
 
 /// Pages by their state. `total` is the sum of the others.
@@ -81,30 +90,6 @@ pub struct PagesByOrigin {
     pub existing: u64,
     /// Faults answered by a file that other processes share. These pages count as missing.
     pub file: u64,
-}
-
-/// A distribution of durations, in nanoseconds, to 1 %.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
-pub struct Latency {
-    /// Number of values.
-    pub count: u64,
-    /// Half of them are at most this.
-    pub p50_ns: u64,
-    /// 99 of 100 are at most this.
-    pub p99_ns: u64,
-    /// The largest.
-    pub max_ns: u64,
-    /// The mean.
-    pub mean_ns: f64,
-}
-
-/// A step of a distribution: two make a doubling.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct LatencyStep {
-    /// Values of this step are at most this, and above the step before.
-    pub up_to_ns: u64,
-    /// How many there are.
-    pub count: u64,
 }
 
 impl AddAssign for PageCounts {
@@ -209,127 +194,61 @@ impl Counters {
     }
 }
 
-/// Durations of one fault; zero for what was not measured or did not happen.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct FaultTimes {
-    pub(crate) service_ns: u64,
-    pub(crate) read_ns: u64,
-    pub(crate) decode_ns: u64,
-    pub(crate) install_ns: u64,
-}
-
-/// The histograms of one thread. The lock is its own: only a call of `stats()` ever contends for it.
-#[derive(Debug)]
-pub(crate) struct Recorder(Mutex<Distributions>);
-
-#[derive(Clone, Debug)]
-pub(crate) struct Distributions {
-    service: Histogram<u32>,
-    read: Histogram<u32>,
-    decode: Histogram<u32>,
-    install: Histogram<u32>,
-}
-
-impl Distributions {
-    pub(crate) fn new() -> Distributions {
-        // Steps of 64 ns at the low end, 1 % of the value above, up to a minute: 14 KiB each.
-        let histogram = || {
-            Histogram::new_with_bounds(64, 60_000_000_000, 2).expect("these bounds are valid ones")
-        };
-        Distributions {
-            service: histogram(),
-            read: histogram(),
-            decode: histogram(),
-            install: histogram(),
+impl Shared {
+    pub(crate) fn stats(&self) -> Stats {
+        let mut stats = Stats { page_bytes: self.layout.page_bytes(), ..Stats::default() };
+        let mut all = Distributions::new();
+        for slice in &self.slices {
+            slice.counters.add_to(&mut stats);
+            slice.recorder.by_region().iter().for_each(|of_region| all.add(of_region));
         }
+        stats.times = all.times();
+        stats.service_steps = all.service_steps();
+        stats.population = self.population.state();
+        stats.prefetch = self.prefetch.state();
+        stats
     }
 
-    pub(crate) fn add_to(&self, stats: &mut Stats) {
-        stats.service = latency(&self.service);
-        stats.service_steps = steps(&self.service);
-        stats.read = latency(&self.read);
-        stats.decode = latency(&self.decode);
-        stats.install = latency(&self.install);
+    pub(crate) fn region_stats(&self) -> Vec<RegionStats> {
+        let mut regions: Vec<RegionStats> = Vec::new();
+        for extent in (0..self.layout.slices()).flat_map(|slice| self.layout.extents_of(slice)) {
+            if extent.region == regions.len() {
+                let Extent { source_offset, .. } = *extent;
+                let host_addr = extent.host.start;
+                regions.push(RegionStats { host_addr, source_offset, ..RegionStats::default() });
+            }
+            let pages = (extent.host.end - extent.host.start) / self.layout.page_bytes();
+            let of_region = &mut regions[extent.region];
+            of_region.pages.total += pages;
+            for page in extent.first_page..extent.first_page + pages {
+                *of_region.pages.in_state(self.states.of(page)) += 1;
+            }
+        }
+        let by_slice: Vec<_> = self.slices.iter().map(|slice| slice.recorder.by_region()).collect();
+        let apart = by_slice.iter().all(|of_slice| of_slice.len() == regions.len());
+        for (index, region) in regions.iter_mut().enumerate().filter(|_| apart) {
+            let mut all = Distributions::new();
+            by_slice.iter().for_each(|of_slice| all.add(&of_slice[index]));
+            region.times = Some(all.times());
+        }
+        regions
     }
 }
 
-impl Recorder {
-    pub(crate) fn new() -> Recorder {
-        Recorder(Mutex::new(Distributions::new()))
-    }
-
-    pub(crate) fn record(&self, times: FaultTimes) {
-        let mut to = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        to.service.saturating_record(times.service_ns);
-        if times.read_ns > 0 {
-            to.read.saturating_record(times.read_ns);
-        }
-        if times.decode_ns > 0 {
-            to.decode.saturating_record(times.decode_ns);
-        }
-        if times.install_ns > 0 {
-            to.install.saturating_record(times.install_ns);
+impl PageCounts {
+    fn in_state(&mut self, state: PageState) -> &mut u64 {
+        match state {
+            PageState::Missing => &mut self.missing,
+            PageState::Present => &mut self.present,
+            PageState::Removed => &mut self.removed,
+            PageState::Poisoned => &mut self.poisoned,
         }
     }
-
-    pub(crate) fn merge_into(&self, all: &mut Distributions) {
-        // A copy, so that the thread never waits for the merge. The bounds are the same, so adding fails never.
-        let own = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        for (to, from) in [
-            (&mut all.service, &own.service),
-            (&mut all.read, &own.read),
-            (&mut all.decode, &own.decode),
-            (&mut all.install, &own.install),
-        ] {
-            to.add(from).expect("all histograms have the same bounds");
-        }
-    }
-}
-
-fn latency(histogram: &Histogram<u32>) -> Latency {
-    if histogram.is_empty() {
-        return Latency::default();
-    }
-    Latency {
-        count: histogram.len(),
-        p50_ns: histogram.value_at_quantile(0.5),
-        p99_ns: histogram.value_at_quantile(0.99),
-        max_ns: histogram.max(),
-        mean_ns: histogram.mean(),
-    }
-}
-
-/// The first of the steps that `steps` makes.
-const FIRST_STEP_NS: u64 = 1024;
-
-fn steps(histogram: &Histogram<u32>) -> Vec<LatencyStep> {
-    let all = histogram.iter_log(FIRST_STEP_NS, std::f64::consts::SQRT_2);
-    all.map(|step| LatencyStep {
-        up_to_ns: step.value_iterated_to(),
-        count: step.count_since_last_iteration(),
-    })
-    .filter(|step| step.count > 0)
-    .collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn steps_hold_every_value_once() {
-        let recorder = Recorder::new();
-        for service_ns in [0, 900, 1500, 1_000_000, 1_000_100, 30_000_000_000] {
-            recorder.record(FaultTimes { service_ns, ..FaultTimes::default() });
-        }
-        let (mut all, mut stats) = (Distributions::new(), Stats::default());
-        recorder.merge_into(&mut all);
-        all.add_to(&mut stats);
-        let steps = &stats.service_steps;
-        assert_eq!(steps.iter().map(|step| step.count).collect::<Vec<_>>(), [2, 1, 2, 1]);
-        assert!(steps.is_sorted_by(|a, b| a.up_to_ns < b.up_to_ns), "{steps:?}");
-        assert!(steps[2].up_to_ns > 1_000_000 && steps[2].up_to_ns < 1_500_000, "{steps:?}");
-    }
 
     #[test]
     fn states_always_sum_up_to_the_total() {
@@ -342,26 +261,5 @@ mod tests {
         counters.add_to(&mut stats);
         let expected = PageCounts { total: 100, missing: 89, present: 9, removed: 1, poisoned: 1 };
         assert_eq!(stats.pages, expected);
-    }
-
-    #[test]
-    fn distributions_of_threads_are_joined() {
-        let (slow, fast) = (Recorder::new(), Recorder::new());
-        for _ in 0..99 {
-            fast.record(FaultTimes {
-                service_ns: 10_000,
-                install_ns: 5_000,
-                ..FaultTimes::default()
-            });
-        }
-        slow.record(FaultTimes { service_ns: 120_000_000_000, ..FaultTimes::default() });
-        let mut all = Distributions::new();
-        slow.merge_into(&mut all);
-        fast.merge_into(&mut all);
-        let mut stats = Stats::default();
-        all.add_to(&mut stats);
-        assert_eq!((stats.service.count, stats.install.count, stats.read.count), (100, 99, 0));
-        assert!(stats.service.p50_ns.abs_diff(10_000) <= 100, "{:?}", stats.service);
-        assert!(stats.service.max_ns >= 59_000_000_000, "{:?}", stats.service);
     }
 }

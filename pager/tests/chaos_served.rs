@@ -11,7 +11,6 @@ mod support;
 #[path = "support/vmm.rs"]
 mod vmm;
 
-use std::path::Path;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -26,6 +25,20 @@ const GUESTS: usize = 4;
 const HUNG: Duration = Duration::from_secs(60);
 /// Between two calm moments, of this process, which has the keeper.
 const KEPT_KIB: u64 = 4096;
+type Step = fn(&mut Chaos);
+/// What is done, each as often as it is named, once there are guests enough.
+const STEPS: [(&str, Step); 10] = [
+    ("the server is killed", Chaos::kill_server),
+    ("the server is killed", Chaos::kill_server),
+    ("the server is killed", Chaos::kill_server),
+    ("a guest is killed", Chaos::kill_guest_and_wait),
+    ("a guest is killed", Chaos::kill_guest_and_wait),
+    ("a guest and the server are killed", Chaos::kill_both),
+    ("the server is killed in a handshake", Chaos::kill_server_in_a_handshake),
+    ("a guest is checked", Chaos::check_one),
+    ("a pause", Chaos::pause_long),
+    ("a pause", Chaos::pause_long),
+];
 
 /// Not a test: the process of a VMM.
 #[test]
@@ -47,8 +60,7 @@ fn chaos() {
     let seconds = number_from_env("SNAP_CHAOS_SECONDS").unwrap_or(4);
     let seed = chaos_seed();
     eprintln!("chaos: {seconds} s, SNAP_CHAOS_SEED={seed}");
-    let folder = tempfile::tempdir().expect("a folder");
-    let mut chaos = Chaos::start(folder.path(), seed);
+    let mut chaos = Chaos::start(seed);
     let end = Instant::now() + Duration::from_secs(seconds);
     let mut calm_at = Instant::now() + Duration::from_secs(1);
     while Instant::now() < end {
@@ -75,8 +87,8 @@ struct Counts {
     calm_moments: u64,
 }
 
-struct Chaos<'a> {
-    folder: &'a Path,
+struct Chaos {
+    folder: tempfile::TempDir,
     random: Random,
     keeping: Keeping,
     server: Daemon,
@@ -86,13 +98,14 @@ struct Chaos<'a> {
     server_files: [usize; 2],
     /// Descriptors and memory of this process in the first calm moment.
     own: Option<(usize, u64)>,
-    steps: Sender<()>,
+    steps: Sender<&'static str>,
 }
 
-impl<'a> Chaos<'a> {
-    fn start(folder: &'a Path, seed: u64) -> Chaos<'a> {
-        let keeping = Keeping::start(folder, Duration::from_secs(3600));
-        let server = Daemon::start(folder, PAGES, "lossy");
+impl Chaos {
+    fn start(seed: u64) -> Chaos {
+        let folder = tempfile::tempdir().expect("a folder");
+        let keeping = Keeping::start(folder.path(), Duration::from_secs(3600));
+        let server = Daemon::start(folder.path(), PAGES, "lossy");
         let before = files(server.child.id());
         let mut chaos = Chaos {
             folder,
@@ -115,38 +128,47 @@ impl<'a> Chaos<'a> {
     }
 
     fn step(&mut self) {
-        self.steps.send(()).expect("the watchdog lives");
         if self.guests.len() < GUESTS {
+            self.begin("a new guest");
             let kind = ["map", "share"][self.random.below(2)];
             return self.add_guest(kind);
         }
-        match self.random.below(10) {
-            0..3 => self.kill_server(),
-            3..5 => {
-                self.kill_guest();
-                self.server.expect("Ended");
-            }
-            5 => {
-                self.kill_guest();
-                self.kill_server();
-            }
-            6 => self.kill_server_in_a_handshake(),
-            7 => {
-                let guest = self.random.below(self.guests.len());
-                let guest = self.guests.swap_remove(guest);
-                self.check(guest);
-                self.server.expect("Ended");
-            }
-            _ => self.pause(20_000),
-        }
+        let (name, step) = STEPS[self.random.below(STEPS.len())];
+        self.begin(name);
+        step(self);
+    }
+
+    fn begin(&self, step: &'static str) {
+        self.steps.send(step).expect("the watchdog lives");
     }
 
     fn pause(&mut self, most_us: usize) {
         thread::sleep(Duration::from_micros(self.random.below(most_us) as u64));
     }
 
+    fn pause_long(&mut self) {
+        self.pause(20_000);
+    }
+
+    fn kill_guest_and_wait(&mut self) {
+        self.kill_guest();
+        self.server.expect("Ended");
+    }
+
+    fn kill_both(&mut self) {
+        self.kill_guest();
+        self.kill_server();
+    }
+
+    fn check_one(&mut self) {
+        let guest = self.random.below(self.guests.len());
+        let guest = self.guests.swap_remove(guest);
+        self.check(guest);
+        self.server.expect("Ended");
+    }
+
     fn add_guest(&mut self, kind: &str) {
-        let mut guest = Vmm::start(&daemon::socket(self.folder));
+        let mut guest = Vmm::start(&daemon::socket(self.folder.path()));
         guest.ok(&format!("{kind} {PAGES}"));
         if kind == "map" {
             guest.ok("body new");
@@ -170,13 +192,12 @@ impl<'a> Chaos<'a> {
 
     fn kill_server(&mut self) {
         self.pause(3000);
-        let told = self.next_server();
-        assert!(told.contains(&format!("guests: {}", self.guests.len())), "{told}");
+        assert_eq!(self.next_server(), self.guests.len());
     }
 
     /// Of a clone that is just asking: either the next server goes on with it, or it is told that nobody does.
     fn kill_server_in_a_handshake(&mut self) {
-        let mut guest = Vmm::start(&daemon::socket(self.folder));
+        let mut guest = Vmm::start(&daemon::socket(self.folder.path()));
         guest.say(&format!("share {PAGES}"));
         self.pause(3000);
         self.next_server();
@@ -186,14 +207,18 @@ impl<'a> Chaos<'a> {
         }
     }
 
-    /// Kills the server, starts another one, and answers what the keeper says of its taking over.
-    fn next_server(&mut self) -> String {
+    /// Kills the server, starts another one, and answers how many guests that one goes on with.
+    fn next_server(&mut self) -> usize {
         self.server.end();
         self.keeping.expect("Lost");
-        self.server = Daemon::start(self.folder, PAGES, "lossy");
+        self.server = Daemon::start(self.folder.path(), PAGES, "lossy");
+        let told = self.keeping.expect("TakenOver");
+        let guests = told.split_once("guests: ").and_then(|(_, rest)| rest.split_once(' '));
+        let guests = guests.and_then(|(number, _)| number.parse().ok()).expect("a number");
+        self.server.takes_over(guests);
         self.counts.servers_killed += 1;
-        self.counts.taken_over += self.guests.len() as u64;
-        self.keeping.expect("TakenOver")
+        self.counts.taken_over += guests as u64;
+        guests
     }
 
     /// Lets a guest look at all of its pages, and end.
@@ -205,7 +230,7 @@ impl<'a> Chaos<'a> {
 
     /// No guests: nothing of them is left, in the server and in the keeper.
     fn calm(&mut self) {
-        self.steps.send(()).expect("the watchdog lives");
+        self.begin("a calm moment");
         for guest in std::mem::take(&mut self.guests) {
             self.check(guest);
             self.server.expect("Ended");
@@ -233,15 +258,16 @@ impl<'a> Chaos<'a> {
 }
 
 /// Ends this process when there was no step for too long.
-fn watchdog() -> Sender<()> {
+fn watchdog() -> Sender<&'static str> {
     let (steps, seen) = channel();
     thread::spawn(move || {
+        let mut last = "the start";
         loop {
             match seen.recv_timeout(HUNG) {
-                Ok(()) => {}
+                Ok(step) => last = step,
                 Err(RecvTimeoutError::Disconnected) => return,
                 Err(RecvTimeoutError::Timeout) => {
-                    eprintln!("chaos: it hangs");
+                    eprintln!("chaos: it hangs in {last}");
                     std::process::abort();
                 }
             }

@@ -25,7 +25,7 @@ fn assert_sums_up(stats: &Stats) {
     let by_origin = &stats.installed;
     let installed = by_origin.demand + by_origin.fault_around + by_origin.zero + by_origin.existing;
     assert_eq!(installed, pages.present, "{stats:?}");
-    assert_eq!(stats.service.count, stats.faults);
+    assert_eq!(stats.times.service.count, stats.faults);
 }
 
 #[test]
@@ -49,7 +49,10 @@ fn random_order_reads_what_the_source_has() {
         assert_eq!(stats.pages.present, 1024);
         assert_eq!(stats.installed.demand, 1024 / chunk_pages as u64);
         assert_eq!(stats.bytes_read, 1024 * PAGE as u64);
-        assert!(stats.service.p50_ns > 0 && stats.service.max_ns >= stats.service.p99_ns);
+        assert!(
+            stats.times.service.p50_ns > 0
+                && stats.times.service.max_ns >= stats.times.service.p99_ns
+        );
         // Once loaded, pages stay without the pager.
         check_all(&memory, 1024, |page| page, 2);
     }

@@ -268,8 +268,7 @@ impl ServerHandle {
             let guests = self.0.guests();
             (guests.ended, guests.sessions.values().cloned().collect())
         };
-        let stats = |session: &Arc<Session>| (session.peer.pid, session.pager.stats());
-        metrics::text(ended, &sessions.iter().map(stats).collect::<Vec<_>>())
+        metrics::text(ended, &sessions.iter().map(|session| session.figures()).collect::<Vec<_>>())
     }
 
     /// Ends the processes of all clients that still need the server, by SIGKILL: without it they would wait for
@@ -344,14 +343,7 @@ impl Hall {
 
     /// The figures of all clients, in one line.
     pub(crate) fn stats_json(&self) -> String {
-        #[derive(serde::Serialize)]
-        struct Guest {
-            pid: i32,
-            stats: Stats,
-        }
-        let guest =
-            |session: &Arc<Session>| Guest { pid: session.peer.pid, stats: session.pager.stats() };
-        let guests: Vec<Guest> = self.sessions().iter().map(guest).collect();
+        let guests: Vec<_> = self.sessions().iter().map(|session| session.figures()).collect();
         // Numbers and fixed names: nothing that JSON could not hold.
         serde_json::to_string(&guests).unwrap_or_default()
     }

@@ -11,6 +11,7 @@ use rustix::net::RecvFlags;
 
 use super::error::RefuseError;
 use super::handshake::{self, Answer, Hello, RegionMessage, Request, SnapshotName};
+use super::metrics::Guest;
 use super::peer::Peer;
 use super::wire::{self, Inlet};
 use super::{Hall, ServeEvent};
@@ -30,6 +31,13 @@ pub(crate) struct Session {
     pub(crate) pager: Pager,
     /// A keeper has what the next server needs. Dropped after the pager.
     pub(crate) kept: Option<KeptGuest>,
+}
+
+impl Session {
+    pub(super) fn figures(&self) -> Guest {
+        let Session { peer, pager, .. } = self;
+        Guest { pid: peer.pid, stats: pager.stats(), regions: pager.region_stats() }
+    }
 }
 
 /// A guest that the keeper has. It is forgotten there when this is dropped: a server that dies drops nothing.

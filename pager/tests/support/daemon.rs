@@ -25,6 +25,8 @@ const HUNG: Duration = Duration::from_secs(60);
 pub struct Daemon {
     pub child: Child,
     events: Receiver<String>,
+    /// What it has said before it listened.
+    early: Vec<String>,
 }
 
 impl Daemon {
@@ -49,9 +51,19 @@ impl Daemon {
                 }
             }
         });
-        let daemon = Daemon { child, events };
-        daemon.expect("listens");
-        daemon
+        let mut daemon = Daemon { child, events, early: Vec::new() };
+        loop {
+            match daemon.expect("") {
+                event if event.contains("listens") => return daemon,
+                event => daemon.early.push(event),
+            }
+        }
+    }
+
+    /// Waits until it serves on so many guests of a dead one.
+    pub fn takes_over(&self, guests: usize) {
+        let early = self.early.iter().filter(|event| event.contains("taken over")).count();
+        (early..guests).for_each(|_| drop(self.expect("taken over")));
     }
 
     /// What it says next that has this in it.
