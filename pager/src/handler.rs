@@ -17,6 +17,7 @@ use crate::page_state::PageState;
 use crate::placement::Follower;
 use crate::slice::Shared;
 use crate::source::{Load, PageReader, SourceError, SourceErrorKind};
+use crate::traced::traced;
 use crate::uffd::Wait;
 
 /// How often a load that fails for a passing reason is tried again, and with what pauses.
@@ -159,31 +160,39 @@ impl Handler {
             return Ok(());
         };
         let source_offset = shared.layout.source_offset(place);
+        #[cfg(feature = "tracing")]
+        let _span = tracing::trace_span!("fault", source_offset).entered();
         loop {
             let answered = match shared.states.of(place.page) {
-                PageState::Missing => match reader.load(source_offset) {
-                    Ok(load) => {
-                        let cost = load.cost();
-                        times.read_ns += cost.read_ns;
-                        times.decode_ns += cost.decode_ns;
-                        own.counters.read(cost.bytes_read);
-                        let started = Instant::now();
-                        let installed = desk.install(shared, place, load, inbox);
-                        times.install_ns += nanoseconds_since(started);
-                        installed
+                PageState::Missing => {
+                    match traced!("load", source_offset, reader.load(source_offset)) {
+                        Ok(load) => {
+                            let cost = load.cost();
+                            times.read_ns += cost.read_ns;
+                            times.decode_ns += cost.decode_ns;
+                            own.counters.read(cost.bytes_read);
+                            let started = Instant::now();
+                            let installed = traced!(
+                                "install",
+                                source_offset,
+                                desk.install(shared, place, load, inbox)
+                            );
+                            times.install_ns += nanoseconds_since(started);
+                            installed
+                        }
+                        Err(error)
+                            if error.kind() == SourceErrorKind::Transient
+                                && failed_loads < retry.retries
+                                && !shared.stopping.load(Ordering::Relaxed) =>
+                        {
+                            own.counters.retried();
+                            thread::sleep(retry.pause(failed_loads));
+                            failed_loads += 1;
+                            continue;
+                        }
+                        Err(error) => Err(Trouble::Failed(FailureCause::Source(error))),
                     }
-                    Err(error)
-                        if error.kind() == SourceErrorKind::Transient
-                            && failed_loads < retry.retries
-                            && !shared.stopping.load(Ordering::Relaxed) =>
-                    {
-                        own.counters.retried();
-                        thread::sleep(retry.pause(failed_loads));
-                        failed_loads += 1;
-                        continue;
-                    }
-                    Err(error) => Err(Trouble::Failed(FailureCause::Source(error))),
-                },
+                }
                 // The fault came twice, or the page was removed since: it becomes zero if it is really
                 // not there, and it never gets the source's content again.
                 PageState::Present | PageState::Removed => desk.answer(shared, place, inbox),

@@ -64,6 +64,7 @@
 //! # Features
 //! - `snapfmt`, on by default: a source of the pages of a `.snap` file.
 //! - `serve`: a server for other processes, which speaks Firecracker's handshake, and memory that clones share.
+//! - `tracing`: spans `fault`, and within it `load` and `install`, of the level TRACE and with the page's `source_offset`.
 //! - `vm-memory`: regions from a `GuestMemoryMmap` of the crate vm-memory, without `unsafe`.
 //!
 //! The protocol of a fault, the table of errnos and what exactly is promised: `docs/pager.md`.
@@ -112,6 +113,7 @@ mod snapshot_sequence;
 mod snapshot_source;
 mod source;
 mod stats;
+mod traced;
 pub mod uffd;
 mod vec_source;
 

@@ -29,6 +29,44 @@ fn assert_sums_up(stats: &Stats) {
 }
 
 #[test]
+fn regions_have_figures_of_their_own() {
+    if !userfaultfd_works("regions_have_figures_of_their_own") {
+        return;
+    }
+    let memory = Memory::map(2048 * PAGE);
+    let source = Arc::new(VecSource::new(stamped(2048), 16 * PAGE));
+    // In the other order in the source; cut into slices within the second.
+    let pager = Pager::builder(source)
+        .region(memory.region(0, 512, (1536 * PAGE) as u64))
+        .region(memory.region(512, 1536, 0))
+        .slices(3)
+        .start()
+        .expect("it starts");
+    for page in [0, 16, 600, 1000, 1400, 2000] {
+        let in_source = if page < 512 { 1536 + page } else { page - 512 };
+        assert_eq!(memory.read_u64(page * PAGE), stamp(in_source));
+    }
+    memory.remove(0, 1);
+    let stats = pager.stats();
+    let queue = stats.times.queue;
+    assert!(queue.count == 6 && queue.max_ns <= stats.times.service.max_ns, "{stats:?}");
+    let regions = pager.region_stats();
+    let found: Vec<_> = regions
+        .iter()
+        .map(|region| {
+            let (pages, times) = (&region.pages, region.times.expect("there are two"));
+            assert_eq!(
+                region.host_addr - memory.addr(),
+                [0, 512][pages.total as usize / 1536] * PAGE as u64
+            );
+            (region.source_offset, pages.total, pages.present, pages.removed, times.install.count)
+        })
+        .collect();
+    assert_eq!(found, [((1536 * PAGE) as u64, 512, 31, 1, 2), (0, 1536, 64, 0, 4)]);
+    pager.stop();
+}
+
+#[test]
 fn random_order_reads_what_the_source_has() {
     if !userfaultfd_works("random_order_reads_what_the_source_has") {
         return;
