@@ -90,3 +90,32 @@ fn a_keeper_knows_when_servers_come_and_go() {
     assert_eq!(keeper.end("TERM"), Some(130));
     assert!(!socket.exists());
 }
+
+/// The server is killed again and again under guests that share its memory; they beat on, and never notice.
+#[test]
+fn clones_beat_on_when_their_server_is_killed() {
+    needs_vm!();
+    let sample = Sample::small();
+    let folder = sample.folder.path();
+    let keeper = Running::keeper(folder, &[]);
+    let mut server = Running::server(&sample);
+    let clone = |_| {
+        let mut command = Command::new(SNAP);
+        command.arg("restore").arg(&sample.file).arg("--lazy").arg("--share");
+        command.arg(folder.join("pages.sock")).args(["--beats", "40", "--report", "json"]);
+        start(command)
+    };
+    let clones: Vec<Child> = (0..3).map(clone).collect();
+    for _ in 0..3 {
+        server.says(": 1 served");
+    }
+    for clone in clones {
+        server.end("KILL");
+        keeper.says("gone, ");
+        server = Running::server(&sample);
+        let report = Ran::from(end_of(clone)).ok().report();
+        assert_eq!((&report["beats"], &report["bad_beats"]), (&40.into(), &0.into()));
+    }
+    assert_eq!(server.end("TERM"), Some(130));
+    assert_eq!(keeper.end("TERM"), Some(130));
+}

@@ -206,7 +206,11 @@ impl Handler {
                 Ok(false) => return Ok(()),
                 Err(Trouble::ProcessGone) => return Err(ProcessGone),
                 // It found the source gone that the population has just done with.
-                Err(Trouble::Failed(_)) if own.is_released() => return Ok(()),
+                Err(Trouble::Failed(_)) if own.is_released() => {
+                    // Wakes who waits.
+                    let _ = desk.answer(shared, place, inbox);
+                    return Ok(());
+                }
                 Err(Trouble::Failed(cause)) => {
                     // First the word, then the deed: when SIGBUS arrives, its cause is known.
                     shared.failures.report(Failure {

@@ -173,6 +173,11 @@ impl Pager {
         self.shared.stats()
     }
 
+    #[cfg(test)]
+    pub(crate) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
     fn end(&mut self) {
         self.shared.stopping.store(true, Ordering::Relaxed);
         // First: demand threads that stand back might be kept from ending.

@@ -86,7 +86,9 @@ impl Shared {
         let own = &self.slices[slice];
         let _gate = own.gate.demand();
         if own.is_released() {
-            // Who waited was woken by that, and finds the page or the kernel's zeros.
+            // Who waits finds the page or the kernel's zeros. It may have queued up just after the kernel woke the waiters
+            // and just before the memory was taken out, and then nobody else wakes it.
+            install::wake(&own.filler, target.host_addr, target.pages * target.page_bytes)?;
             return Ok(true);
         }
         let mut book = SliceBook::new(self, slice, purpose, Some(inbox));
@@ -328,5 +330,56 @@ fn wait_for_others(times: &mut u32) {
         thread::yield_now();
     } else {
         thread::sleep(Duration::from_micros(50));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Instant;
+
+    use super::*;
+    use crate::mapping::Mapping;
+    use crate::{Pager, VecSource};
+
+    /// The kernel wakes the waiters of memory that is unregistered before it takes the memory out: a thread can queue up in
+    /// between. Chaos found one that waited for ever. Here its fault is read when all is released, and the memory is still
+    /// registered: then each time it is woken it faults again.
+    #[test]
+    fn a_fault_that_comes_late_is_woken() {
+        let memory = Arc::new(Mapping::anonymous(4 << 20).expect("memory"));
+        let at = memory.at(0, 1).as_ptr() as u64;
+        // SAFETY: mapped until the pager has stopped, and accessed only through a raw pointer.
+        #[allow(unsafe_code)]
+        let region = unsafe { Region::new(at, 4 << 20, 4096, 0) }.expect("whole pages");
+        let source = Arc::new(VecSource::new(vec![7; 4 << 20], 4096));
+        let pager = match Pager::builder(source).region(region).start() {
+            Ok(pager) => pager,
+            Err(error) => {
+                assert!(std::env::var_os("SNAP_REQUIRE_VM").is_none(), "{error}");
+                let line = format!("SKIPPED a_fault_that_comes_late_is_woken: {error}\n");
+                return std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes())
+                    .expect("stderr");
+            }
+        };
+        let shared = pager.shared();
+        shared.slices[0].released.store(true, Ordering::Relaxed);
+        let touched = Arc::clone(&memory);
+        let toucher = thread::spawn(move || {
+            let page = touched.at(8192, 1).as_ptr();
+            // SAFETY: mapped, and accessed by volatile operations only.
+            #[allow(unsafe_code)]
+            unsafe {
+                page.read_volatile()
+            }
+        });
+        let begun = Instant::now();
+        while pager.faults() < 3 {
+            assert!(begun.elapsed() < Duration::from_secs(60), "it waits for ever");
+            thread::yield_now();
+        }
+        shared.release().expect("it can be taken out");
+        assert_eq!(toucher.join().expect("no panic"), 0);
+        pager.stop();
     }
 }

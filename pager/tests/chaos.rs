@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use pager::{Pager, Placement, Populate, Population, RetryPolicy, SourceError};
 use support::{
     Memory, PAGE, Random, chaos_seed, is_lost, number_from_env, rss_kib, source_of, stamp,
-    userfaultfd_works,
+    userfaultfd_works, watchdog,
 };
 
 const PAGES: usize = 1536;
@@ -143,9 +143,10 @@ fn chaos() {
     let mut random = Random::new(seed);
     let files = open_files();
     let end = Instant::now() + Duration::from_secs(seconds);
-    let mut warm_kib = None;
+    let (mut warm_kib, steps) = (None, watchdog());
     let (mut pagers, mut checked, mut populated, mut poisoned, mut retries) = (0u64, 0, 0, 0, 0);
     while pagers == 0 || Instant::now() < end {
+        steps.send("a pager's life").expect("the watchdog lives");
         let with_lost = random.below(2) == 0;
         let memory = Memory::map(PAGES * PAGE);
         let populate = [Populate::Off, Populate::Idle, Populate::Full][random.below(3)];

@@ -11,18 +11,16 @@ mod support;
 #[path = "support/vmm.rs"]
 mod vmm;
 
-use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::Sender;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use daemon::{Daemon, Keeping};
-use support::{Random, chaos_seed, number_from_env, rss_kib, userfaultfd_works};
+use support::{HUNG, Random, chaos_seed, number_from_env, rss_kib, userfaultfd_works, watchdog};
 use vmm::Vmm;
 
 const PAGES: usize = 1024;
 const GUESTS: usize = 4;
-/// A step takes milliseconds.
-const HUNG: Duration = Duration::from_secs(60);
 /// Between two calm moments, of this process, which has the keeper.
 const KEPT_KIB: u64 = 4096;
 type Step = fn(&mut Chaos);
@@ -255,25 +253,6 @@ impl Chaos {
         }
         assert!(rss_kib() <= own_kib + KEPT_KIB, "from {own_kib} to {} KiB", rss_kib());
     }
-}
-
-/// Ends this process when there was no step for too long.
-fn watchdog() -> Sender<&'static str> {
-    let (steps, seen) = channel();
-    thread::spawn(move || {
-        let mut last = "the start";
-        loop {
-            match seen.recv_timeout(HUNG) {
-                Ok(step) => last = step,
-                Err(RecvTimeoutError::Disconnected) => return,
-                Err(RecvTimeoutError::Timeout) => {
-                    eprintln!("chaos: it hangs in {last}");
-                    std::process::abort();
-                }
-            }
-        }
-    });
-    steps
 }
 
 fn files(process: u32) -> usize {

@@ -4,6 +4,8 @@
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr::{self, NonNull};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::time::Duration;
 
 use pager::uffd::{Features, Uffd};
 use pager::{Load, LoadCost, LoadedPage, LoadedPages, PageReader, PageSource, Region, SourceError};
@@ -247,6 +249,28 @@ pub fn number_from_env(name: &str) -> Option<u64> {
 pub fn chaos_seed() -> u64 {
     let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     number_from_env("SNAP_CHAOS_SEED").unwrap_or(clock.map_or(1, |since| since.as_nanos() as u64))
+}
+
+/// No step of chaos takes longer than some seconds.
+pub const HUNG: Duration = Duration::from_secs(60);
+
+/// Ends this process when it is told of no step for too long.
+pub fn watchdog() -> Sender<&'static str> {
+    let (steps, seen) = channel();
+    std::thread::spawn(move || {
+        let mut last = "the start";
+        loop {
+            match seen.recv_timeout(HUNG) {
+                Ok(step) => last = step,
+                Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout) => {
+                    eprintln!("chaos: it hangs in {last}");
+                    std::process::abort();
+                }
+            }
+        }
+    });
+    steps
 }
 
 /// Resident memory of this process.
