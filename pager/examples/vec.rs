@@ -19,7 +19,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let pager = Pager::builder(source).region(region).start()?;
     for page in [0, 77, 4095, 16_000, 78] {
         // SAFETY: inside the mapping.
-        let byte = unsafe { memory.cast::<u8>().add(page * 4096).read_volatile() };
+        let byte = unsafe { memory.cast::<u8>().wrapping_add(page * 4096).read_volatile() };
         println!("page {page} begins with {byte}");
         assert_eq!(byte, page as u8);
     }

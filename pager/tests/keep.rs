@@ -228,3 +228,27 @@ fn with_the_policy_kill_a_guest_without_a_server_dies() {
     assert_eq!(status.signal(), Some(libc::SIGKILL));
     assert_eq!(keeping.finish(), 0);
 }
+
+/// A keeper that has too many guests lets go of a server that lives. It must not answer its guests' faults then, by errors.
+#[test]
+fn a_server_with_too_many_guests_serves_on_without_its_keeper() {
+    if !userfaultfd_works("a_server_with_too_many_guests_serves_on_without_its_keeper") {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path();
+    let keeping = Keeping::of(folder, Duration::from_millis(50), 1);
+    let server = Daemon::start(folder, PAGES, "poison");
+    let mut vmms = [vmm_of(folder, &server), vmm_of(folder, &server)];
+    let told = keeping.expect("Refused");
+    assert!(told.contains("more guests than are kept"), "{told}");
+    // Longer than its patience.
+    thread::sleep(Duration::from_millis(200));
+    for vmm in &mut vmms {
+        vmm.ok(&format!("check 0 {PAGES} 1"));
+    }
+    let another = clone_of(folder, &server);
+    drop((vmms, another));
+    server.kill();
+    assert_eq!(keeping.finish(), 0);
+}

@@ -11,7 +11,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use pager::serve::{ServeEvent, ServeOptions, Server, ServerHandle};
+use pager::serve::{ServeEvent, ServeOptions, Server, ServerHandle, SnapshotName};
 use pager::{FailurePolicy, PageSource, SourceError, Stats, VecSource};
 use support::{PAGE, source_of, stamped, userfaultfd_works};
 use vmm::Vmm;
@@ -334,5 +334,40 @@ fn a_guest_that_still_needs_pages_is_killed_when_asked() {
     assert_eq!(serving.handle.kill_guests(), 1);
     assert!(!vmm.child.wait().expect("it ends").success());
     serving.expect("ended");
+    serving.finish();
+}
+
+/// Somebody puts a page into the shared file: the clones that have it fail at their next missing page, and later ones get
+/// another file.
+#[test]
+fn a_file_that_was_written_to_is_given_to_nobody_else() {
+    if !userfaultfd_works("a_file_that_was_written_to_is_given_to_nobody_else") {
+        return;
+    }
+    let mut options = ServeOptions::default();
+    let layers = vec!["test".into()];
+    options.share = Some(SnapshotName { layers, memory_bytes: (64 * PAGE) as u64 });
+    let serving = Serving::start(Arc::new(VecSource::new(stamped(64), 16 * PAGE)), options);
+    let mut first = Vmm::start(&serving.socket);
+    first.ok("share 64");
+    first.ok("check 0 16 1");
+    let process = format!("/proc/{}/fd", first.pid());
+    let files =
+        std::fs::read_dir(process).expect("it lives").map(|file| file.expect("proc").path());
+    let shared = |file: &PathBuf| {
+        std::fs::read_link(file).is_ok_and(|to| to.display().to_string().contains("snapshot-pages"))
+    };
+    let file = files.filter(shared).last().expect("it holds the file");
+    // Without leave of the file's mode only root can.
+    let Ok(file) = std::fs::OpenOptions::new().read(true).write(true).open(file) else { return };
+    let (at, page) = ((20 * PAGE) as u64, PAGE as u64);
+    rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), at, page).expect("zeros");
+    let errno = format!("errno {}", libc::EFAULT);
+    assert_eq!(first.ask("syscall 24"), Some(errno));
+    first.ok("check 0 16 2");
+    let mut second = Vmm::start(&serving.socket);
+    second.ok("share 64");
+    second.ok("check 0 64 3");
+    drop((first, second));
     serving.finish();
 }

@@ -64,7 +64,8 @@ pub enum KeepEvent<'a> {
         /// Those of them whose processes had to be killed at once, and why.
         killed: &'a [String],
     },
-    /// A server's connection was closed: it says what it should not.
+    /// A server's connection was closed: it says what it should not, or has more guests than are kept. None of its
+    /// guests is kept any more; it serves them on.
     Refused {
         /// What.
         error: &'a KeepError,
@@ -274,21 +275,23 @@ impl Keeper {
         Ok(())
     }
 
-    /// A server has ended, or may as well have: its guests wait for another one.
+    /// A server's guests wait for another one when it has ended. One that lives and says what it should not is left to
+    /// itself, with its guests: nobody else may answer their faults.
     fn lose(&mut self, number: u64, error: KeepError) {
         let Some(server) = self.servers.remove(&number) else {
             return;
         };
+        let its =
+            |guest: &Guest| matches!(guest.served, Served::By { server, .. } if server == number);
+        if !matches!(error, KeepError::Gone) {
+            self.guests.retain(|guest| !its(guest));
+            return (self.on_event)(KeepEvent::Refused { error: &error });
+        }
         let since = Instant::now();
         let mut guests = 0;
-        for guest in &mut self.guests {
-            if matches!(guest.served, Served::By { server, .. } if server == number) {
-                guest.served = Served::Nobody { since };
-                guests += 1;
-            }
-        }
-        if !matches!(error, KeepError::Gone) {
-            (self.on_event)(KeepEvent::Refused { error: &error });
+        for guest in self.guests.iter_mut().filter(|guest| its(guest)) {
+            guest.served = Served::Nobody { since };
+            guests += 1;
         }
         (self.on_event)(KeepEvent::Lost { server: server.pid, guests });
     }

@@ -134,7 +134,8 @@ fn shared_image(hall: &Hall, wanted: &SnapshotName) -> Result<Arc<SharedImage>, 
         return Err(RefuseError::Snapshot { wanted, served });
     }
     let mut image = hall.image.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(image) = &*image {
+    // One that somebody has written to is left to the clones that have it.
+    if let Some(image) = image.as_ref().filter(|image| image.whole().is_ok()) {
         return Ok(Arc::clone(image));
     }
     let new = Arc::new(SharedImage::new(Arc::clone(&hall.source)).map_err(RefuseError::Start)?);

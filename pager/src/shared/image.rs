@@ -100,7 +100,8 @@ impl SharedImage {
         Arc::new(ImageSource(Arc::clone(self)))
     }
 
-    fn whole(&self) -> Result<(), SourceError> {
+    /// An error if somebody else has put pages into the file.
+    pub(crate) fn whole(&self) -> Result<(), SourceError> {
         match self.tampered.load(Ordering::Relaxed) {
             true => Err(SourceError::permanent("somebody has written to the shared memory")),
             false => Ok(()),

@@ -157,9 +157,14 @@ pub struct Keeping {
 
 impl Keeping {
     pub fn start(folder: &Path, patience: Duration) -> Keeping {
+        Keeping::of(folder, patience, KeepOptions::default().guests)
+    }
+
+    /// No more guests than these are kept.
+    pub fn of(folder: &Path, patience: Duration, guests: usize) -> Keeping {
         let (told, events) = channel();
         let mut options = KeepOptions::default();
-        options.patience = patience;
+        (options.patience, options.guests) = (patience, guests);
         let keeper = Keeper::bind(folder.join("keep.sock"), options, move |event| {
             let _ = told.send(format!("{event:?}"));
         });

@@ -122,7 +122,8 @@ struct State {
     uffd: Option<Uffd>,
     stream: Option<UnixStream>,
     storm: Option<Storm>,
-    shares: bool,
+    /// Of a clone: what it maps.
+    file: Option<File>,
 }
 
 impl State {
@@ -202,7 +203,7 @@ impl State {
                     let storm = Weather {
                         own,
                         seed: (number(1) * STORM_THREADS + own) as u64,
-                        removes: !self.shares,
+                        removes: self.file.is_none(),
                         lossy: words.get(2) == Some(&"lossy"),
                         until: Arc::clone(&until),
                     };
@@ -264,7 +265,7 @@ impl State {
         send(&stream, region.as_bytes(), &uffd)?;
         let mut line = String::new();
         BufReader::new(&stream).read_line(&mut line)?;
-        (self.stream, self.shares) = (Some(stream), true);
+        (self.stream, self.file) = (Some(stream), Some(file));
         match line.trim_end() {
             "{\"accepted\":{}}" => Ok(()),
             "" => Err(gone()),
