@@ -24,7 +24,21 @@ pub(crate) struct Facts {
     pub(crate) restored_from: Option<PathBuf>,
     pub(crate) started: Instant,
     /// The pager's figures, where there is one.
-    pub(crate) pager: Box<dyn Fn() -> Option<pager::Stats> + Send + Sync>,
+    pub(crate) pager: Box<dyn Fn() -> Option<PagerFigures> + Send + Sync>,
+}
+
+/// A pager's figures, and those of each of its regions.
+#[derive(Serialize)]
+pub(crate) struct PagerFigures {
+    #[serde(flatten)]
+    stats: pager::Stats,
+    regions: Vec<pager::RegionStats>,
+}
+
+impl PagerFigures {
+    pub(crate) fn of(pager: &pager::Pager) -> PagerFigures {
+        PagerFigures { stats: pager.stats(), regions: pager.region_stats() }
+    }
 }
 
 pub(super) struct Routes {

@@ -15,7 +15,7 @@ use rustix::process::{Signal, set_parent_process_death_signal};
 use snapfmt::WorkingSet;
 
 use super::{Input, Session};
-use crate::api::{Api, ApiArgs, Facts};
+use crate::api::{Api, ApiArgs, Facts, PagerFigures};
 use crate::devices::SavedDeviceArgs;
 use crate::exit::Interrupted;
 use crate::guest_console::{BEAT, GuestConsole, Until};
@@ -326,7 +326,7 @@ impl Restore<'_> {
             started,
             pager: {
                 let pager = pager.as_ref().map(Arc::downgrade);
-                Box::new(move || pager.as_ref()?.upgrade().map(|pager| pager.stats()))
+                Box::new(move || pager.as_ref()?.upgrade().map(|pager| PagerFigures::of(&pager)))
             },
         };
         let serving = self.api.map(|api| api.serve(remote, facts)).transpose()?;

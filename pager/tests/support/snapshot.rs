@@ -1,4 +1,4 @@
-//! A snapshot file of pages as guests have them: each begins with its stamp, and can be compressed to a third.
+//! A snapshot file of pages that can be compressed, and are not alike: each begins with its stamp.
 #![allow(dead_code, missing_docs, unreachable_pub)]
 
 use std::ops::ControlFlow;
