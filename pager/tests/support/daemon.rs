@@ -141,10 +141,11 @@ pub fn run() {
         let text = format!("\ndaemon: {event:?}\n").replace("TakenOver", "taken over");
         let _ = std::io::stdout().write_all(text.as_bytes());
     };
+    // Before it says anything: tests count its descriptors.
+    let (stop, _never) = std::io::pipe().expect("a pipe");
     // Its socket is there before it takes guests over.
     let server = Server::bind(socket(&folder), source, options, told).expect("it binds");
     println!("\ndaemon: listens");
-    let (stop, _never) = std::io::pipe().expect("a pipe");
     server.run(stop.as_fd()).expect("it can poll");
 }
 
