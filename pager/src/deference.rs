@@ -10,7 +10,7 @@
 //! The price is that any other thread keeps such a demand thread from running. The watch looks every millisecond
 //! whether a fault waits and nothing has happened since the last look. Then the demand thread becomes an ordinary
 //! one again, and stays so for a while, each time for longer. All changes are made by the watch: nobody else can
-//! undo what it has just done. Leaving `SCHED_IDLE` takes CAP_SYS_NICE, or an RLIMIT_NICE of 20 and more: where that is
+//! undo what it has just done. Leaving `SCHED_IDLE` takes CAP_SYS_NICE, or an RLIMIT_NICE of 21: where that is
 //! refused nobody stands back.
 #![allow(unsafe_code)]
 

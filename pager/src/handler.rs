@@ -113,13 +113,13 @@ impl Handler {
             }
             let slice = &self.shared.slices[self.slice];
             slice.answering.store(false, Ordering::Relaxed);
-            if let Some(how_long) = self.follower.spin() {
+            if let Some((how_long, meanwhile)) = self.follower.awake() {
                 let began = Instant::now();
                 while began.elapsed() < how_long
                     && !slice.filler.uffd.readable()
                     && !self.stopping()
                 {
-                    std::hint::spin_loop();
+                    meanwhile();
                 }
             }
             match slice.filler.uffd.wait(self.stop.as_fd()) {

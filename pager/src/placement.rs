@@ -4,11 +4,13 @@
 
 use std::fmt;
 use std::fs::File;
+use std::hint;
 use std::io;
 use std::mem;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::deference::Watch;
@@ -25,7 +27,7 @@ pub enum Placement {
     Cpu(usize),
     /// Each on the CPU on which the thread that faults runs, looked up now and then: measured, 10 us a fault instead of
     /// 50. While one thread faults and nothing else wants that CPU, the demand thread runs there under `SCHED_IDLE`, so
-    /// that the scheduler leaves the faulting thread where it is. Without CAP_SYS_NICE (or an RLIMIT_NICE of 20) it cannot, and
+    /// that the scheduler leaves the faulting thread where it is. Without CAP_SYS_NICE (or an RLIMIT_NICE of 21) it cannot, and
     /// following pays only where faulting threads are bound to CPUs. Where following is not possible (no `/proc`,
     /// affinity may not be set), the same as `None`.
     #[default]
@@ -51,6 +53,8 @@ pub(crate) struct Follower {
     in_a_row: u64,
     /// Others have faulted, too, a short time ago.
     several: bool,
+    /// The last fault came soon after the answer to the one before it.
+    dense: bool,
     /// The thread that was looked up last, and its `stat` file.
     followed: Option<(u32, File)>,
 }
@@ -66,6 +70,10 @@ const LOOK_IF_LATE: Duration = Duration::from_micros(100);
 const ALONE: u64 = 4;
 /// The same, when there were several: then it is followed no more, for it would be in the way of the others.
 const ALONE_AGAIN: u64 = 16;
+/// While the faults of several threads come so soon after the answer to the one before, the demand thread stays awake for
+/// the next one, and lets others run meanwhile.
+const DENSE: Duration = Duration::from_micros(300);
+const AWAKE: Duration = Duration::from_micros(100);
 const SPIN: Duration = Duration::from_millis(1);
 
 impl Follower {
@@ -79,6 +87,7 @@ impl Follower {
             last: 0,
             in_a_row: 0,
             several: false,
+            dense: false,
             followed: None,
         }
     }
@@ -93,9 +102,13 @@ impl Follower {
         }
     }
 
-    /// How long to look for the next fault before sleeping.
-    pub(crate) fn spin(&self) -> Option<Duration> {
-        (self.placement == Placement::Spin).then_some(SPIN)
+    /// How long to look for the next fault before sleeping, and what to do between two looks.
+    pub(crate) fn awake(&self) -> Option<(Duration, fn())> {
+        match self.placement {
+            Placement::Spin => Some((SPIN, hint::spin_loop)),
+            Placement::Follow if self.several && self.dense => Some((AWAKE, thread::yield_now)),
+            _ => None,
+        }
     }
 
     /// A fault of that thread (0: unknown) was answered: look where it runs, if it is time to.
@@ -123,7 +136,9 @@ impl Follower {
     /// Binds this thread to the CPU of the one that faulted. Answers which it is, if it was time to look.
     fn follow(&mut self, fault: Fault) -> Option<usize> {
         let now = Instant::now();
-        let answered = self.answered.replace(now);
+        let answered = self.answered.replace(now).unwrap_or(now);
+        let after = fault.read_at.saturating_duration_since(answered);
+        self.dense = after < DENSE;
         if fault.thread_id != self.last {
             self.several |= self.last != 0;
             (self.last, self.in_a_row) = (fault.thread_id, 0);
@@ -134,8 +149,7 @@ impl Follower {
             return None;
         }
         self.several = false;
-        let late = answered.is_some_and(|at| fault.read_at.saturating_duration_since(at) > LATE);
-        let pause = if late { LOOK_IF_LATE } else { LOOK };
+        let pause = if after > LATE { LOOK_IF_LATE } else { LOOK };
         if self.in_a_row != ALONE && self.looked.is_some_and(|at| now - at < pause) {
             return None;
         }
