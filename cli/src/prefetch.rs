@@ -42,8 +42,9 @@ pub(crate) fn list(
 ) -> (Start, impl FnOnce() -> Vec<Range<u64>> + Send + 'static) {
     let (start, started) = channel();
     let list = move || {
+        let set = snapshot.working_set();
         let _dropped_or_late = started.recv_timeout(START_AT_THE_LATEST);
-        match snapshot.working_set() {
+        match set {
             Ok(set) => {
                 let runs = set.iter().flat_map(|set| set.runs());
                 let page = PAGE_BYTES as u64;

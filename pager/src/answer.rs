@@ -1,9 +1,12 @@
 //! What a fault is answered with: loaded pages, zeros or poison.
 
+use std::sync::atomic::Ordering;
+
 use crate::failure::FailureCause;
 use crate::inbox::Inbox;
 use crate::install::{Fill, InstallError, Target};
 use crate::layout::Place;
+use crate::placement::NOWHERE;
 use crate::purpose::Purpose;
 use crate::run::{self, Placed, Run};
 use crate::slice::Shared;
@@ -99,6 +102,10 @@ impl Desk {
         self.lay_out(shared, Some(fault), loaded)?;
         let page_bytes = shared.layout.page_bytes() as usize;
         let mut answered = false;
+        // On one CPU, who is woken takes it at once, in the middle of this work and with the gate held: then all the
+        // rest would wait, and the next page that it touches is probably among that.
+        let quiet = shared.slices[self.slice].bound_to.load(Ordering::Relaxed) != NOWHERE
+            && (self.runs.len() > 1 || shared.background);
         for (index, run) in self.runs.iter().enumerate() {
             let target = Target {
                 first_page: run.first_page,
@@ -107,9 +114,13 @@ impl Desk {
                 page_bytes,
             };
             let end = run.buffer_offset + run.pages * page_bytes;
-            let fill = Fill::Copy(&loaded.bytes[run.buffer_offset..end]);
+            let bytes = &loaded.bytes[run.buffer_offset..end];
             let purpose = Purpose::Load { fault_page: fault.page, zero: false };
             let slice = shared.layout.extent(run.extent).slice;
+            let fill = match quiet && slice == self.slice {
+                true => Fill::CopyQuietly(bytes),
+                false => Fill::Copy(bytes),
+            };
             let installed = if slice == self.slice {
                 shared.install_own(slice, target, fill, purpose, inbox)
             } else {
@@ -122,6 +133,10 @@ impl Desk {
                 Err(InstallError::Refused { .. }) if index > 0 => {}
                 Err(error) => return Err(error.into()),
             }
+        }
+        // Others that wait for pages of this load have messages of their own, and are woken when those are answered.
+        if quiet && answered {
+            shared.wake(self.slice, fault)?;
         }
         Ok(answered)
     }

@@ -27,6 +27,8 @@ pub(crate) const ENOMEM_PAUSE: Duration = Duration::from_millis(2);
 /// The ioctls that an install needs; each fills whole pages and answers how many bytes it did.
 pub(crate) trait PageOps {
     fn copy(&self, host_addr: u64, bytes: &[u8]) -> Result<usize, Errno>;
+    /// Wakes nobody.
+    fn copy_quietly(&self, host_addr: u64, bytes: &[u8]) -> Result<usize, Errno>;
     fn zero(&self, host_addr: u64, len: usize) -> Result<usize, Errno>;
     fn poison(&self, host_addr: u64, len: usize) -> Result<usize, Errno>;
     fn wake(&self, host_addr: u64, len: usize) -> Result<(), Errno>;
@@ -46,6 +48,8 @@ pub(crate) struct Target {
 pub(crate) enum Fill<'a> {
     /// These bytes, as many as the target has.
     Copy(&'a [u8]),
+    /// The same, and nobody is woken by it.
+    CopyQuietly(&'a [u8]),
     /// Zeros.
     Zero,
     /// The mark that makes an access fail.
@@ -107,6 +111,10 @@ pub(crate) fn install(
             Fill::Copy(bytes) => {
                 let from = at * page_bytes;
                 ("UFFDIO_COPY", ops.copy(host_addr, &bytes[from..from + len]))
+            }
+            Fill::CopyQuietly(bytes) => {
+                let from = at * page_bytes;
+                ("UFFDIO_COPY", ops.copy_quietly(host_addr, &bytes[from..from + len]))
             }
             Fill::Zero => ("UFFDIO_ZEROPAGE", ops.zero(host_addr, len)),
             Fill::Poison => ("UFFDIO_POISON", ops.poison(host_addr, len)),
@@ -170,6 +178,11 @@ impl PageOps for Filler {
     fn copy(&self, host_addr: u64, bytes: &[u8]) -> Result<usize, Errno> {
         // SAFETY: see above.
         unsafe { self.uffd.copy(host_addr, bytes) }
+    }
+
+    fn copy_quietly(&self, host_addr: u64, bytes: &[u8]) -> Result<usize, Errno> {
+        // SAFETY: see above.
+        unsafe { self.uffd.copy_without_waking(host_addr, bytes) }
     }
 
     fn zero(&self, host_addr: u64, len: usize) -> Result<usize, Errno> {
@@ -242,6 +255,9 @@ mod tests {
     impl PageOps for Kernel {
         fn copy(&self, host_addr: u64, bytes: &[u8]) -> Result<usize, Errno> {
             self.put(host_addr, |page| bytes[page * PAGE], bytes.len())
+        }
+        fn copy_quietly(&self, host_addr: u64, bytes: &[u8]) -> Result<usize, Errno> {
+            self.copy(host_addr, bytes)
         }
         fn zero(&self, host_addr: u64, len: usize) -> Result<usize, Errno> {
             self.put(host_addr, |_| 0, len)

@@ -46,6 +46,8 @@ enum Demand {
     Look(usize),
     /// What was seen, and loaded for it.
     Install(usize, PageState),
+    /// It was installed, and nobody woken by that.
+    Wake(usize),
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
@@ -71,6 +73,8 @@ struct World {
     lost: Option<usize>,
     states: [PageState; 2],
     released: bool,
+    /// Whether loaded pages are installed first, and who waits is woken after that.
+    quiet: bool,
     inbox: Vec<usize>,
     demand: Demand,
     populating: Populating,
@@ -204,7 +208,7 @@ impl Run {
         }
     }
 
-    fn fill(&self, host_addr: u64, pages: usize, with: u8) -> Result<usize, Errno> {
+    fn fill(&self, host_addr: u64, pages: usize, with: u8, wakes: bool) -> Result<usize, Errno> {
         self.turn(false);
         let mut world = self.world.borrow_mut();
         let first = host_addr as usize / PAGE;
@@ -215,7 +219,9 @@ impl Run {
                 Some(_) => libc::EEXIST,
                 None => {
                     world.memory[page] = Some(with);
-                    world.wake(page);
+                    if wakes {
+                        world.wake(page);
+                    }
                     continue;
                 }
             };
@@ -227,13 +233,16 @@ impl Run {
 
 impl PageOps for Run {
     fn copy(&self, host_addr: u64, bytes: &[u8]) -> Result<usize, Errno> {
-        self.fill(host_addr, bytes.len() / PAGE, SOURCE)
+        self.fill(host_addr, bytes.len() / PAGE, SOURCE, true)
+    }
+    fn copy_quietly(&self, host_addr: u64, bytes: &[u8]) -> Result<usize, Errno> {
+        self.fill(host_addr, bytes.len() / PAGE, SOURCE, false)
     }
     fn zero(&self, host_addr: u64, len: usize) -> Result<usize, Errno> {
-        self.fill(host_addr, len / PAGE, ZERO)
+        self.fill(host_addr, len / PAGE, ZERO, true)
     }
     fn poison(&self, host_addr: u64, len: usize) -> Result<usize, Errno> {
-        self.fill(host_addr, len / PAGE, POISON)
+        self.fill(host_addr, len / PAGE, POISON, true)
     }
     fn wake(&self, host_addr: u64, _: usize) -> Result<(), Errno> {
         self.turn(false);
@@ -301,9 +310,9 @@ fn chunk(world: &World, page: usize) -> (usize, usize) {
 /// As `Handler::serve_until_stopped`, cut where it holds no gate.
 fn step_demand(run: &Run) {
     let bytes = [SOURCE; 2 * PAGE];
-    let (demand, lost) = {
+    let (demand, lost, quiet) = {
         let world = run.world.borrow();
-        (world.demand.clone(), world.lost)
+        (world.demand.clone(), world.lost, world.quiet)
     };
     let next = match demand {
         Demand::Idle => {
@@ -322,7 +331,8 @@ fn step_demand(run: &Run) {
                 }
                 PageState::Missing => {
                     let (first, pages) = chunk(&run.world.borrow(), page);
-                    let fill = Fill::Copy(&bytes[..pages * PAGE]);
+                    let bytes = &bytes[..pages * PAGE];
+                    let fill = if quiet { Fill::CopyQuietly(bytes) } else { Fill::Copy(bytes) };
                     install(run, first, pages, fill, Purpose::Load { fault_page, zero: false })
                 }
                 PageState::Present | PageState::Removed => {
@@ -332,7 +342,15 @@ fn step_demand(run: &Run) {
                     install(run, page, 1, Fill::Poison, Purpose::Poison { fault_page })
                 }
             };
-            if answered { Demand::Idle } else { Demand::Look(page) }
+            match answered {
+                true if quiet && seen == PageState::Missing => Demand::Wake(page),
+                true => Demand::Idle,
+                false => Demand::Look(page),
+            }
+        }
+        Demand::Wake(page) => {
+            run.wake((page * PAGE) as u64, PAGE).expect("nothing is refused");
+            Demand::Idle
         }
     };
     run.world.borrow_mut().demand = next;
@@ -427,7 +445,12 @@ fn explore(start: World) -> usize {
     seen.len()
 }
 
-fn world(guests: &[(Option<usize>, &[usize])], populated: bool, lost: Option<usize>) -> World {
+fn world(
+    guests: &[(Option<usize>, &[usize])],
+    populated: bool,
+    quiet: bool,
+    lost: Option<usize>,
+) -> World {
     let guest = |&(removes, reads): &(Option<usize>, &[usize])| Guest {
         removes,
         removing: Removing::Not,
@@ -446,6 +469,7 @@ fn world(guests: &[(Option<usize>, &[usize])], populated: bool, lost: Option<usi
         lost,
         states: [PageState::Missing; 2],
         released: false,
+        quiet,
         inbox: Vec::new(),
         demand: Demand::Idle,
         populating: if populated { Populating::Look(0) } else { Populating::Ended },
@@ -456,7 +480,7 @@ fn world(guests: &[(Option<usize>, &[usize])], populated: bool, lost: Option<usi
 #[test]
 fn every_interleaving_reads_right_and_ends() {
     let mut worlds = 0;
-    for populated in [false, true] {
+    for (populated, quiet) in [(false, false), (false, true), (true, false), (true, true)] {
         for lost in [None, Some(1)] {
             let guests: [&[(Option<usize>, &[usize])]; 4] = [
                 &[(None, &[0, 1]), (Some(0), &[0])],
@@ -465,7 +489,7 @@ fn every_interleaving_reads_right_and_ends() {
                 &[(None, &[0]), (None, &[0]), (Some(0), &[])],
             ];
             for guests in guests {
-                worlds += explore(world(guests, populated, lost));
+                worlds += explore(world(guests, populated, quiet, lost));
             }
         }
     }
@@ -477,7 +501,7 @@ fn every_interleaving_reads_right_and_ends() {
 #[test]
 #[should_panic(expected = "reads 7")]
 fn a_missed_removal_is_found() {
-    let mut start = world(&[(Some(0), &[0])], true, None);
+    let mut start = world(&[(Some(0), &[0])], true, false, None);
     // The removal is read, and not applied.
     start.guests[0].removing = Removing::Read;
     start.changing = 1;

@@ -397,6 +397,7 @@ impl PagerBuilder {
             page_bytes as u64,
         );
         let shared = Arc::new(Shared {
+            background: populate != Populate::Off || prefetch.is_some(),
             population,
             prefetch: PrefetchProgress::new(prefetch.is_some()),
             slices: parts,

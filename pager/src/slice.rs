@@ -67,6 +67,8 @@ pub(crate) struct Shared {
     pub(crate) stopping: AtomicBool,
     /// The memory is a private mapping of a file that the source fills.
     pub(crate) backed: bool,
+    /// Threads load pages that nobody waits for, or have done so.
+    pub(crate) background: bool,
     pub(crate) population: Progress,
     pub(crate) prefetch: PrefetchProgress,
     pub(crate) watch: Watch,
@@ -99,10 +101,15 @@ impl Shared {
     /// Lets those who wait for a page try again: they find it in the file. The page stays *missing*, for
     /// what comes of it there, this pager never sees.
     pub(crate) fn try_again(&self, slice: usize, fault: Place) -> Result<bool, InstallError> {
-        let own = &self.slices[slice];
-        install::wake(&own.filler, fault.host_addr, self.layout.page_bytes() as usize)?;
-        own.counters.installed(Origin::File, 1);
+        self.wake(slice, fault)?;
+        self.slices[slice].counters.installed(Origin::File, 1);
         Ok(true)
+    }
+
+    /// Wakes those who wait for a page.
+    pub(crate) fn wake(&self, slice: usize, fault: Place) -> Result<(), InstallError> {
+        let page_bytes = self.layout.page_bytes() as usize;
+        install::wake(&self.slices[slice].filler, fault.host_addr, page_bytes)
     }
 
     /// Installs pages of another thread's slice, as far as nothing stands in the way.

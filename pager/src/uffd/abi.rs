@@ -13,8 +13,8 @@ use linux_raw_sys::general::{
 pub(crate) use linux_raw_sys::general::{
     UFFD_API, UFFD_EVENT_FORK, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMAP, UFFD_EVENT_REMOVE,
     UFFD_EVENT_UNMAP, UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WP, UFFD_PAGEFAULT_FLAG_WRITE,
-    UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP, uffdio_api, uffdio_copy, uffdio_poison,
-    uffdio_range, uffdio_register, uffdio_zeropage,
+    UFFDIO_COPY_MODE_DONTWAKE, UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP, uffdio_api,
+    uffdio_copy, uffdio_poison, uffdio_range, uffdio_register, uffdio_zeropage,
 };
 use linux_raw_sys::ioctl;
 

@@ -110,11 +110,30 @@ impl Uffd {
     /// promised there still holds. The kernel does not check this: it takes memory that is registered with
     /// any userfaultfd of the process, such as that of a library which relies on what its memory holds.
     pub unsafe fn copy(&self, host_addr: u64, bytes: &[u8]) -> Result<usize, Errno> {
+        // SAFETY: the caller's promise is the same.
+        unsafe { self.copy_with(host_addr, bytes, 0) }
+    }
+
+    /// As [`Uffd::copy`], and wakes nobody: who waits for one of the pages goes on waiting until [`Uffd::wake`].
+    ///
+    /// # Errors
+    /// As [`Uffd::copy`].
+    ///
+    /// # Safety
+    /// As [`Uffd::copy`].
+    pub unsafe fn copy_without_waking(&self, host_addr: u64, bytes: &[u8]) -> Result<usize, Errno> {
+        // SAFETY: the caller's promise is the same.
+        unsafe { self.copy_with(host_addr, bytes, u64::from(abi::UFFDIO_COPY_MODE_DONTWAKE)) }
+    }
+
+    /// # Safety
+    /// As [`Uffd::copy`].
+    unsafe fn copy_with(&self, host_addr: u64, bytes: &[u8], mode: u64) -> Result<usize, Errno> {
         let mut argument = abi::uffdio_copy {
             dst: host_addr,
             src: bytes.as_ptr() as u64,
             len: bytes.len() as u64,
-            mode: 0,
+            mode,
             copy: 0,
         };
         // SAFETY: UFFDIO_COPY takes a `uffdio_copy`; it only reads `bytes`, and fills only pages that
