@@ -81,7 +81,7 @@ fn options_come_from_a_file_too() {
     assert_eq!(ran.stdout, "b\n");
     let config = format!("--config={}", path("vm.json"));
     let out = path("out.snap");
-    snap(["create", &out, &config, "--when", "after:1ms"]).failed(5, &["powered off"]);
+    snap(["create", &out, &config, "--when", "after:1m"]).failed(5, &["powered off"]);
 }
 
 #[test]
