@@ -7,27 +7,39 @@
 //! as idle (`sched_idle_cpu` in the kernel's `kernel/sched/fair.c`): then the faulting thread stays where it is, and
 //! goes on at once.
 //!
-//! The price is that any other thread keeps such a demand thread from running. The watch looks every millisecond
-//! whether a fault waits and nothing has happened since the last look. Then the demand thread becomes an ordinary
-//! one again, and stays so for a while, each time for longer. All changes are made by the watch: nobody else can
-//! undo what it has just done. Leaving `SCHED_IDLE` takes CAP_SYS_NICE, or an RLIMIT_NICE of 21: where that is
-//! refused nobody stands back.
-#![allow(unsafe_code)]
+//! The price is that any other thread keeps such a demand thread from running. So it stands back on a lease: a timer that
+//! it sets anew while it answers faults. When the timer ends, a thread of its own, the watch, looks whether a fault waits
+//! and nothing has been served since. Then the demand thread becomes an ordinary one again, and stays so for a while, each
+//! time for longer. While faults are answered in time the watch is never woken: it would take a CPU for a moment, and a
+//! CPU that has just become idle takes the faulting thread from the one where it was. Leaving `SCHED_IDLE` takes
+//! CAP_SYS_NICE, or an RLIMIT_NICE of 21: where that is refused nobody stands back.
 
-use std::io;
 use std::mem;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::read;
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
+    timerfd_settime,
+};
+
 use crate::placement::Cpus;
 use crate::slice::{Shared, Slice};
+use crate::task;
 
-/// Between two looks.
-const LOOK: Duration = Duration::from_millis(1);
-/// After so many looks without a fault a demand thread is an ordinary one again, and the watch sleeps.
-const QUIET_LOOKS: u32 = 20;
+/// How long a demand thread stands back unwatched.
+const LEASE: Duration = Duration::from_millis(1);
+/// So old a lease is made anew with the next fault.
+const RENEW: Duration = Duration::from_micros(500);
+/// A fault that waits when the lease ends is looked at once more after this: it may have come just now.
+const SECOND_LOOK: Duration = Duration::from_micros(500);
+/// So long after the last fault a demand thread is an ordinary one again, and the watch sleeps.
+const QUIET: Duration = Duration::from_millis(20);
 /// After a fault that had to wait: not again before this, which doubles up to the longest.
 const FIRST_BAN: Duration = Duration::from_millis(50);
 const LONGEST_BAN: Duration = Duration::from_secs(2);
@@ -37,229 +49,245 @@ const LONGEST_BAN: Duration = Duration::from_secs(2);
 pub(crate) struct Standing {
     /// Its id, while it runs: set and taken away by itself.
     thread: Mutex<Option<libc::pid_t>>,
-    /// It shares its CPU with the only thread that faults.
-    wants: AtomicBool,
-    /// It stands back: said by the watch.
-    back: AtomicBool,
+    stance: AtomicU8,
+    /// Its lease, from the time that the watch is there.
+    lease: OnceLock<OwnedFd>,
+    /// It had to come forward: until when it stays so.
+    banned: Mutex<Option<Instant>>,
 }
+
+/// An ordinary thread: only it leaves this stance.
+const ORDINARY: u8 = 0;
+/// It is changing its policy: only it leaves this stance.
+const CHANGING: u8 = 1;
+/// It runs under `SCHED_IDLE`. Left by itself or, when the lease has ended, by the watch.
+const BACK: u8 = 2;
 
 impl Standing {
     /// In the demand thread, before it serves.
     pub(crate) fn begin(&self) {
-        // SAFETY: takes nothing and has no effect.
-        *self.lock() = Some(unsafe { libc::gettid() });
+        *lock(&self.thread) = Some(task::own_id());
     }
 
     /// In the demand thread, at its end: its id may be another thread's from then on.
     pub(crate) fn end(&self) {
-        self.wants.store(false, Ordering::Relaxed);
-        *self.lock() = None;
+        *lock(&self.thread) = None;
     }
 
-    /// In the demand thread: whether it is to stand back. Answers whether the watch must be called for that.
-    pub(crate) fn set(&self, wanted: bool) -> bool {
-        self.wants.store(wanted, Ordering::Relaxed);
-        wanted && !self.back.load(Ordering::Relaxed)
+    pub(crate) fn is_back(&self) -> bool {
+        self.stance.load(Ordering::Relaxed) == BACK
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<libc::pid_t>> {
-        self.thread.lock().unwrap_or_else(PoisonError::into_inner)
+    /// In the demand thread, with a lease: under `SCHED_IDLE` from now on. Answers whether it is so.
+    fn step_back(&self, stopping: &AtomicBool, now: Instant) -> bool {
+        if lock(&self.banned).is_some_and(|until| now < until) {
+            return false;
+        }
+        // Sequentially consistent: either this thread sees that it is to stop, or the watch sees that it is changing.
+        self.stance.store(CHANGING, Ordering::SeqCst);
+        let back = !stopping.load(Ordering::SeqCst)
+            && self.set_lease(LEASE)
+            && task::set_policy(0, libc::SCHED_IDLE).is_ok();
+        self.stance.store(if back { BACK } else { ORDINARY }, Ordering::SeqCst);
+        back
     }
 
-    /// Changes the thread's policy from one to the other, if it is the first.
-    fn change(&self, from: i32, to: i32) -> Changed {
+    /// In the demand thread: it does not share its CPU with the only thread that faults any more.
+    pub(crate) fn come_forward(&self) {
+        let change = |from, to| {
+            self.stance.compare_exchange(from, to, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+        };
+        if self.is_back() && change(BACK, CHANGING) {
+            // It was allowed to before, or would not stand back.
+            let ordinary = task::set_policy(0, libc::SCHED_OTHER).is_ok();
+            change(CHANGING, if ordinary { ORDINARY } else { BACK });
+        }
+    }
+
+    /// In the watch: an ordinary thread again. Answers whether that is done, or needs another look.
+    fn bring_forward(&self) -> bool {
+        let stance = self.stance.load(Ordering::SeqCst);
+        if stance == ORDINARY {
+            return true;
+        }
         // A demand thread holds this lock only as it begins and ends. As it ends it may have been kept from running:
         // nobody waits for it here.
-        let thread = match self.thread.try_lock() {
-            Ok(thread) => thread,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return Changed::Later,
-        };
-        match *thread {
-            Some(id) if policy(id) == Some(from) && set_policy(id, to).is_ok() => Changed::Done,
-            _ => Changed::Never,
+        let Some(thread) = self.try_thread() else { return false };
+        // Somebody else may have given it another policy.
+        if let Some(id) = *thread
+            && task::policy(id) == Some(libc::SCHED_IDLE)
+            && task::set_policy(id, libc::SCHED_OTHER).is_err()
+        {
+            return true;
         }
+        // One that is changing finds out itself, now that it runs.
+        let (order, ended) = (Ordering::SeqCst, thread.is_none());
+        ended || self.stance.compare_exchange(BACK, ORDINARY, order, order).is_ok()
+    }
+
+    /// In the watch: whether the thread runs or waits for a CPU, and not for storage.
+    fn wants_to_run(&self) -> bool {
+        let thread = self.try_thread().and_then(|thread| *thread);
+        thread.and_then(task::open).and_then(|stat| task::runs(&stat)) == Some(true)
+    }
+
+    fn try_thread(&self) -> Option<MutexGuard<'_, Option<libc::pid_t>>> {
+        match self.thread.try_lock() {
+            Ok(thread) => Some(thread),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    /// Before there is a watch. Answers whether that is possible.
+    fn lend(&self) -> bool {
+        let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
+        let timer = timerfd_create(TimerfdClockId::Monotonic, flags);
+        timer.is_ok_and(|timer| self.lease.set(timer).is_ok())
+    }
+
+    /// From now on; takes back that it has ended.
+    fn set_lease(&self, length: Duration) -> bool {
+        let Some(lease) = self.lease.get() else { return false };
+        let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let Ok(end) = Timespec::try_from(length) else { return false };
+        let once = Itimerspec { it_interval: zero, it_value: end };
+        timerfd_settime(lease, TimerfdTimerFlags::empty(), &once).is_ok()
     }
 }
 
-#[derive(PartialEq, Eq)]
-enum Changed {
-    Done,
-    /// It has ended, or somebody else has given it a policy.
-    Never,
-    Later,
+/// The lease of a demand thread as that thread sees it.
+#[derive(Debug, Default)]
+pub(crate) struct Lease {
+    renewed: Option<Instant>,
+}
+
+impl Lease {
+    /// In the demand thread, which shares its CPU with the only thread that faults and has just served a fault: stands
+    /// back, or goes on to. The watch, which this begins, may run on `cpus`.
+    pub(crate) fn take(&mut self, shared: &Arc<Shared>, slice: usize, cpus: &Cpus, now: Instant) {
+        let standing = &shared.slices[slice].standing;
+        if standing.is_back() {
+            if self.renewed.is_none_or(|at| now - at >= RENEW) {
+                self.renewed = Some(now);
+                standing.set_lease(LEASE);
+            }
+        } else if Watch::begin(shared, cpus) && standing.step_back(&shared.stopping, now) {
+            self.renewed = Some(now);
+        }
+    }
 }
 
 /// The watch of a pager: a thread, from the first time that somebody wants to stand back.
 #[derive(Debug, Default)]
 pub(crate) struct Watch {
-    state: Mutex<State>,
-    /// Somebody wants to stand back, or the pager stops.
-    called: Condvar,
-}
-
-#[derive(Debug, Default)]
-struct State {
-    begun: bool,
-    thread: Option<JoinHandle<()>>,
-    called: bool,
-    stopping: bool,
+    begun: OnceLock<bool>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Watch {
-    /// In a demand thread that wants to stand back. The watch may run on `cpus`.
-    pub(crate) fn call(shared: &Arc<Shared>, cpus: &Cpus) {
-        let mut state = shared.watch.lock();
-        state.called = true;
-        if !state.begun {
-            state.begun = true;
+    /// Begins it, if nobody has. Answers whether it is there: without it nobody stands back, a matter of speed only.
+    fn begin(shared: &Arc<Shared>, cpus: &Cpus) -> bool {
+        *shared.watch.begun.get_or_init(|| {
             let (watched, cpus) = (Arc::clone(shared), *cpus);
+            // What cannot be undone is not done.
+            if !task::may_raise_priorities() || !watched.slices.iter().all(|slice| slice.standing.lend()) {
+                return false;
+            }
             let thread = thread::Builder::new().name("pager-watch".into());
-            // Without it nobody stands back: a matter of speed only.
-            state.thread = thread.spawn(move || watch(&watched, &cpus)).ok();
-        }
-        drop(state);
-        shared.watch.called.notify_one();
+            let thread = thread.spawn(move || watch(&watched, &cpus)).ok();
+            let there = thread.is_some();
+            *lock(&shared.watch.thread) = thread;
+            there
+        })
     }
 
-    /// Ends it. All demand threads are ordinary ones then.
-    pub(crate) fn stop(&self) {
-        let thread = {
-            let mut state = self.lock();
-            // None begins any more.
-            (state.stopping, state.begun) = (true, true);
-            state.thread.take()
-        };
-        self.called.notify_one();
-        if let Some(thread) = thread {
-            // It has no code of others, and does not panic.
-            let _ = thread.join();
-        }
-    }
-
-    /// Sleeps until called or stopped, or for `timeout`. Answers whether to go on.
-    fn sleep(&self, timeout: Option<Duration>) -> bool {
-        let idle = |state: &mut State| !state.called && !state.stopping;
-        let mut state = match timeout {
-            None => self.called.wait_while(self.lock(), idle),
-            Some(timeout) => {
-                let waited =
-                    self.called.wait_timeout_while(self.lock(), timeout, |state| !state.stopping);
-                waited
-                    .map(|(state, _)| state)
-                    .map_err(|error| PoisonError::new(error.into_inner().0))
+    /// Ends it, when `stopping` is set. All demand threads are ordinary ones then.
+    pub(crate) fn stop(&self, slices: &[Slice]) {
+        // None begins any more.
+        if *self.begun.get_or_init(|| false) {
+            // To look at once.
+            for slice in slices {
+                slice.standing.set_lease(Duration::from_nanos(1));
+            }
+            if let Some(thread) = lock(&self.thread).take() {
+                // It has no code of others, and does not panic.
+                let _ = thread.join();
             }
         }
-        .unwrap_or_else(PoisonError::into_inner);
-        state.called = false;
-        !state.stopping
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// What the watch knows of a demand thread.
 struct Watched {
-    back: bool,
     faults: u64,
+    /// When it last had served another one.
+    served_at: Instant,
     /// A fault was there at the last look.
     waited: bool,
-    quiet_looks: u32,
-    not_before: Instant,
     ban: Duration,
 }
 
 /// The thread's body.
 fn watch(shared: &Shared, cpus: &Cpus) {
-    // It begins where the demand thread is that called it.
+    // It begins where the demand thread is that began it.
     let _ = cpus.bind();
-    // What cannot be undone is not done.
-    if !may_raise_priorities() {
-        return;
-    }
     let new = |_: &Slice| Watched {
-        back: false,
         faults: 0,
+        served_at: Instant::now(),
         waited: false,
-        quiet_looks: 0,
-        not_before: Instant::now(),
         ban: FIRST_BAN,
     };
     let mut all: Vec<Watched> = shared.slices.iter().map(new).collect();
-    let mut go_on = shared.watch.sleep(None);
-    while go_on {
-        for (watched, slice) in all.iter_mut().zip(&shared.slices) {
-            watched.look(slice);
+    let leases = || shared.slices.iter().filter_map(|slice| slice.standing.lease.get());
+    let mut ends: Vec<PollFd<'_>> =
+        leases().map(|lease| PollFd::new(lease, PollFlags::IN)).collect();
+    while !shared.stopping.load(Ordering::SeqCst) {
+        // It has no timeout, and a signal only makes it look.
+        let _ = poll(&mut ends, None);
+        for ((watched, slice), end) in all.iter_mut().zip(&shared.slices).zip(&ends) {
+            if end.revents().contains(PollFlags::IN) {
+                watched.look(slice);
+            }
         }
-        let somebody = all.iter().any(|watched| watched.back);
-        go_on = shared.watch.sleep(somebody.then_some(LOOK));
     }
-    for (watched, slice) in all.iter_mut().zip(&shared.slices) {
-        if watched.back {
-            watched.come_forward(slice);
+    for slice in &shared.slices {
+        while !slice.standing.bring_forward() {
+            thread::sleep(SECOND_LOOK);
         }
     }
 }
 
 impl Watched {
+    /// The lease has ended.
     fn look(&mut self, slice: &Slice) {
-        let wanted = slice.standing.wants.load(Ordering::Relaxed);
+        let standing = &slice.standing;
+        if let Some(lease) = standing.lease.get() {
+            // Only to forget that it has ended: the demand thread may have set it anew meanwhile.
+            let _ = read(lease, &mut [0; 8]);
+        }
         let waits = slice.answering.load(Ordering::Relaxed) || slice.filler.uffd.readable();
         let faults = slice.counters.faults();
-        let served = mem::replace(&mut self.faults, faults) != faults;
-        let waited = mem::replace(&mut self.waited, waits);
-        self.quiet_looks = if served { 0 } else { self.quiet_looks + 1 };
-        if !self.back {
-            if wanted && Instant::now() >= self.not_before {
-                self.back =
-                    slice.standing.change(libc::SCHED_OTHER, libc::SCHED_IDLE) == Changed::Done;
-                slice.standing.back.store(self.back, Ordering::Relaxed);
-                (self.waited, self.quiet_looks) = (false, 0);
-            }
-        } else if waits && waited && !served {
-            self.come_forward(slice);
-            self.not_before = Instant::now() + self.ban;
+        let (waited, now) = (mem::replace(&mut self.waited, waits), Instant::now());
+        if mem::replace(&mut self.faults, faults) != faults {
+            self.served_at = now;
+        } else if waits && waited && standing.wants_to_run() {
+            *lock(&standing.banned) = Some(now + self.ban);
             self.ban = (self.ban * 2).min(LONGEST_BAN);
-        } else if !wanted || self.quiet_looks >= QUIET_LOOKS {
-            self.come_forward(slice);
+            return self.bring_forward(standing);
+        } else if now - self.served_at >= QUIET {
+            return self.bring_forward(standing);
+        }
+        standing.set_lease(if waits { SECOND_LOOK } else { LEASE });
+    }
+
+    fn bring_forward(&self, standing: &Standing) {
+        if !standing.bring_forward() {
+            standing.set_lease(SECOND_LOOK);
         }
     }
-
-    fn come_forward(&mut self, slice: &Slice) {
-        let changed = slice.standing.change(libc::SCHED_IDLE, libc::SCHED_OTHER);
-        self.back = changed == Changed::Later;
-        slice.standing.back.store(self.back, Ordering::Relaxed);
-        slice.standing.wants.store(self.back, Ordering::Relaxed);
-    }
 }
 
-/// The scheduling policy of a thread of this process (0: the calling one).
-fn policy(thread: libc::pid_t) -> Option<i32> {
-    // SAFETY: takes a number.
-    let policy = unsafe { libc::sched_getscheduler(thread) };
-    (policy >= 0).then_some(policy)
-}
-
-fn set_policy(thread: libc::pid_t, policy: i32) -> io::Result<()> {
-    let param = libc::sched_param { sched_priority: 0 };
-    // SAFETY: takes a number and a valid structure, and affects one thread's time of running only.
-    let result = unsafe { libc::sched_setscheduler(thread, policy, &param) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
-/// Whether this thread may give threads a higher priority: tried on itself. The kernel asks for the same right when a
-/// thread leaves `SCHED_IDLE`.
-fn may_raise_priorities() -> bool {
-    // SAFETY: takes numbers; the raw system call answers 20 less the nice value, of the calling thread.
-    let answer = unsafe { libc::syscall(libc::SYS_getpriority, libc::PRIO_PROCESS, 0) };
-    let Ok(nice) = i32::try_from(20 - answer) else { return false };
-    // SAFETY: takes numbers, and affects the calling thread only.
-    let raised = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice - 1) } == 0;
-    if raised {
-        // SAFETY: as above. Lowering it is always allowed.
-        unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) };
-    }
-    raised
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

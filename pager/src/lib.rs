@@ -113,6 +113,7 @@ mod snapshot_sequence;
 mod snapshot_source;
 mod source;
 mod stats;
+mod task;
 mod traced;
 pub mod uffd;
 mod vec_source;

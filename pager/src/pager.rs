@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::answer::Desk;
 use crate::deference::Watch;
@@ -179,9 +179,9 @@ impl Pager {
     }
 
     fn end(&mut self) {
-        self.shared.stopping.store(true, Ordering::Relaxed);
+        self.shared.stopping.store(true, Ordering::SeqCst);
         // First: demand threads that stand back might be kept from ending.
-        self.shared.watch.stop();
+        self.shared.watch.stop(&self.shared.slices);
         drop(self.stop.take());
         self.workers.iter().for_each(|worker| worker.thread().unpark());
         for thread in self.threads.drain(..).chain(self.workers.drain(..)) {
@@ -431,6 +431,7 @@ impl PagerBuilder {
                 retry,
                 stop: Arc::clone(&stop_reader),
                 follower: Follower::new(placement),
+                looked: Instant::now(),
                 inbox,
                 desk: Desk::new(slice),
             };

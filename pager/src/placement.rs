@@ -7,15 +7,15 @@ use std::fs::File;
 use std::hint;
 use std::io;
 use std::mem;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::deference::Watch;
+use crate::deference::Lease;
 use crate::inbox::Fault;
 use crate::slice::Shared;
+use crate::task;
 
 /// Where demand threads run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -55,8 +55,11 @@ pub(crate) struct Follower {
     several: bool,
     /// The last fault came soon after the answer to the one before it.
     dense: bool,
+    /// It came later than a thread on the same CPU would send it.
+    late: bool,
     /// The thread that was looked up last, and its `stat` file.
     followed: Option<(u32, File)>,
+    lease: Lease,
 }
 
 /// Between two looks, of 3 us each.
@@ -88,7 +91,9 @@ impl Follower {
             in_a_row: 0,
             several: false,
             dense: false,
+            late: false,
             followed: None,
+            lease: Lease::default(),
         }
     }
 
@@ -111,31 +116,28 @@ impl Follower {
         }
     }
 
-    /// A fault of that thread (0: unknown) was answered: look where it runs, if it is time to.
-    pub(crate) fn served(&mut self, fault: Fault, shared: &Arc<Shared>, slice: usize) {
+    /// A fault of that thread (0: unknown) was answered just now: look where it runs, if it is time to.
+    pub(crate) fn served(&mut self, fault: Fault, now: Instant, shared: &Arc<Shared>, slice: usize) {
         if self.placement != Placement::Follow || fault.thread_id == 0 {
             return;
         }
         let own = &shared.slices[slice];
-        let Some(cpu) = self.follow(fault) else {
-            if self.bound_to.is_none() {
-                own.bound_to.store(NOWHERE, Ordering::Relaxed);
-                own.standing.set(false);
+        let before = self.bound_to;
+        self.follow(fault, now);
+        if self.bound_to != before {
+            own.bound_to.store(self.bound_to.unwrap_or(NOWHERE), Ordering::Relaxed);
+        }
+        match &self.allowed {
+            Some(allowed) if self.bound_to.is_some() && self.in_a_row >= ALONE => {
+                self.lease.take(shared, slice, allowed, now);
             }
-            return;
-        };
-        own.bound_to.store(cpu, Ordering::Relaxed);
-        if let Some(allowed) = &self.allowed
-            && self.in_a_row >= ALONE
-            && own.standing.set(true)
-        {
-            Watch::call(shared, allowed);
+            _ if self.bound_to.is_none() => own.standing.come_forward(),
+            _ => {}
         }
     }
 
-    /// Binds this thread to the CPU of the one that faulted. Answers which it is, if it was time to look.
-    fn follow(&mut self, fault: Fault) -> Option<usize> {
-        let now = Instant::now();
+    /// Binds this thread to the CPU of the one that faulted, if it is time to look.
+    fn follow(&mut self, fault: Fault, now: Instant) {
         let answered = self.answered.replace(now).unwrap_or(now);
         let after = fault.read_at.saturating_duration_since(answered);
         self.dense = after < DENSE;
@@ -145,25 +147,30 @@ impl Follower {
         }
         self.in_a_row += 1;
         if self.several && self.in_a_row < ALONE_AGAIN {
-            self.let_go();
-            return None;
+            return self.let_go();
         }
         self.several = false;
-        let pause = if after > LATE { LOOK_IF_LATE } else { LOOK };
+        let was_late = mem::replace(&mut self.late, after > LATE);
+        let pause = match (was_late, self.late) {
+            // It has just been moved, perhaps.
+            (false, true) => LATE,
+            (true, true) => LOOK_IF_LATE,
+            (_, false) => LOOK,
+        };
         if self.in_a_row != ALONE && self.looked.is_some_and(|at| now - at < pause) {
-            return None;
+            return;
         }
         self.looked = Some(now);
-        let cpu = self.cpu_of(fault.thread_id)?;
-        if self.bound_to != Some(cpu) {
+        if let Some(cpu) = self.cpu_of(fault.thread_id)
+            && self.bound_to != Some(cpu)
+        {
             if Cpus::one(cpu).bind().is_err() {
                 self.let_go();
                 self.placement = Placement::None;
-                return None;
+                return;
             }
             self.bound_to = Some(cpu);
         }
-        Some(cpu)
     }
 
     /// To wherever the scheduler puts it.
@@ -179,12 +186,11 @@ impl Follower {
     fn cpu_of(&mut self, thread_id: u32) -> Option<usize> {
         let stat = match self.followed.take() {
             Some((id, stat)) if id == thread_id => stat,
-            _ => File::open(format!("/proc/{thread_id}/stat")).ok()?,
+            _ => task::open(thread_id)?,
         };
-        let mut text = [0; 1024];
-        let len = stat.read_at(&mut text, 0).ok()?;
+        let cpu = task::last_cpu(&stat)?;
         self.followed = Some((thread_id, stat));
-        last_cpu(&text[..len])
+        Some(cpu)
     }
 }
 
@@ -221,13 +227,6 @@ impl Aside {
 
 /// Of a demand thread that is bound to no CPU.
 pub(crate) const NOWHERE: usize = usize::MAX;
-
-/// Field 39 of `/proc/<pid>/stat` (proc_pid_stat(5)). The second field, a name in parentheses, may hold anything.
-fn last_cpu(stat: &[u8]) -> Option<usize> {
-    let after_name = stat.iter().rposition(|&byte| byte == b')')? + 2;
-    let field = stat.get(after_name..)?.split(|&byte| byte == b' ').nth(36)?;
-    std::str::from_utf8(field).ok()?.trim().parse().ok()
-}
 
 /// A set of CPUs.
 #[derive(Clone, Copy)]
@@ -295,15 +294,6 @@ mod tests {
     }
 
     #[test]
-    fn the_cpu_is_field_39_whatever_the_name_is() {
-        let fields: Vec<String> = (4..=52).map(|field| field.to_string()).collect();
-        let stat = format!("7 (a) b) c) S {}\n", fields.join(" "));
-        assert_eq!(last_cpu(stat.as_bytes()), Some(39));
-        assert_eq!(last_cpu(b"7 (a"), None);
-        assert_eq!(last_cpu(b"7 (a) S 1 2 3"), None);
-    }
-
-    #[test]
     fn the_followed_cpu_is_that_of_the_thread() {
         std::thread::spawn(|| {
             // SAFETY: takes nothing and has no effect.
@@ -312,7 +302,7 @@ mod tests {
             // SAFETY: takes nothing and has no effect.
             let own_id = unsafe { libc::gettid() } as u32;
             let mut follower = Follower::new(Placement::Follow);
-            assert_eq!(follower.follow(fault_of(own_id)), Some(cpu));
+            follower.follow(fault_of(own_id), Instant::now());
             assert_eq!((follower.placement, follower.bound_to), (Placement::Follow, Some(cpu)));
         })
         .join()
@@ -322,7 +312,7 @@ mod tests {
     #[test]
     fn a_thread_that_is_gone_is_followed_no_further() {
         let mut follower = Follower::new(Placement::Follow);
-        assert_eq!(follower.follow(fault_of(u32::MAX)), None);
+        follower.follow(fault_of(u32::MAX), Instant::now());
         assert_eq!((follower.placement, follower.bound_to), (Placement::Follow, None));
         assert!(follower.followed.is_none());
     }
