@@ -31,12 +31,11 @@ fn main() {
     }
     let bench = if full { Bench { rounds: 7, mib: 512 } } else { Bench { rounds: 1, mib: 8 } };
     println!("{:<58} {:>9} {:>9} {:>7}", "", "bare", "pager", "ratio");
-    if std::env::var("T").is_err() {
-        bench.one_fault();
-        bench.random_order();
-        bench.beside_population();
-    }
-    bench.threads();
+    bench.one_fault();
+    bench.random_order();
+    bench.beside_population();
+    bench.threads(1);
+    bench.threads(2);
 }
 
 impl Bench {
@@ -131,14 +130,14 @@ impl Bench {
         row("a fault, p99 us: without, with population flat out", off.p99, full.p99);
     }
 
-    /// Pages a second of all threads together, against one thread; as many slices as threads, at most 4.
-    fn threads(&self) {
+    /// Pages a second of all threads together, against one thread.
+    fn threads(&self, slices: usize) {
         const PAGES: usize = 8192;
         let source: Arc<dyn PageSource> = Arc::new(VecSource::new(stamps(PAGES), PAGE));
         let with = |threads: usize| {
             let memory = Memory::map(PAGES * PAGE);
             let builder = Pager::builder(source.clone()).region(memory.whole());
-            let _pager = builder.slices(threads.min(4)).start().expect("it starts");
+            let _pager = builder.slices(slices).start().expect("it starts");
             let order = shuffled(PAGES, 23);
             let touch = || {
                 thread::scope(|scope| {
@@ -152,7 +151,7 @@ impl Bench {
         };
         let all = self.alternate([&|| with(1), &|| with(2), &|| with(4), &|| with(8)]);
         for (threads, figures) in [1, 2, 4, 8].into_iter().zip(&all) {
-            let what = format!("{threads} faulting threads, thousand pages/s, against 1");
+            let what = format!("{threads} faulting threads, {slices} slices, thousand pages/s");
             row(&what, 1e3 / all[0].mean, 1e3 / figures.mean);
         }
     }

@@ -55,8 +55,8 @@ pub(crate) struct Follower {
     several: bool,
     /// The last fault came soon after the answer to the one before it.
     dense: bool,
-    /// It came later than a thread on the same CPU would send it.
-    late: bool,
+    /// How long after an answer the next fault comes: a mean of the last ones.
+    usual: Duration,
     /// The thread that was looked up last, and its `stat` file.
     followed: Option<(u32, File)>,
     lease: Lease,
@@ -64,7 +64,7 @@ pub(crate) struct Follower {
 
 /// Between two looks, of 3 us each.
 const LOOK: Duration = Duration::from_millis(1);
-/// A fault that comes so long after the last answer may come from a thread on another CPU: waking that, and
+/// A fault that comes so much later than usual may come from a thread that was moved to another CPU: waking that, and
 /// being woken by it, takes longer than this.
 const LATE: Duration = Duration::from_micros(20);
 /// Between two looks when faults come late, as they do also when the thread has other things to do.
@@ -91,7 +91,7 @@ impl Follower {
             in_a_row: 0,
             several: false,
             dense: false,
-            late: false,
+            usual: Duration::ZERO,
             followed: None,
             lease: Lease::default(),
         }
@@ -150,13 +150,8 @@ impl Follower {
             return self.let_go();
         }
         self.several = false;
-        let was_late = mem::replace(&mut self.late, after > LATE);
-        let pause = match (was_late, self.late) {
-            // It has just been moved, perhaps.
-            (false, true) => LATE,
-            (true, true) => LOOK_IF_LATE,
-            (_, false) => LOOK,
-        };
+        let pause = if after > self.usual + LATE { LOOK_IF_LATE } else { LOOK };
+        self.usual = (self.usual * 7 + after.min(DENSE)) / 8;
         if self.in_a_row != ALONE && self.looked.is_some_and(|at| now - at < pause) {
             return;
         }
