@@ -120,14 +120,7 @@ impl Prefetcher {
     fn load(self) -> Result<Prefetch, Ended> {
         let Prefetcher { shared, source, list } = self;
         let page_bytes = shared.layout.page_bytes();
-        let mut ranges = list();
-        for range in &mut ranges {
-            range.end = range.end.min(source.len_bytes());
-        }
-        ranges.retain(|range| range.start < range.end);
-        let listed =
-            ranges.iter().fold(0u64, |sum, range| sum.saturating_add(range.end - range.start));
-        let mut budget = listed.saturating_mul(DECODED_PER_LISTED).saturating_add(DECODED_ANYHOW);
+        let (ranges, mut budget) = within(list(), source.len_bytes());
         let mut desk = Desk::new(usize::MAX);
         let mut aside = Aside::default();
         aside.begin();
@@ -181,6 +174,16 @@ impl Prefetcher {
         }
         Ok(Prefetch::Done)
     }
+}
+
+/// The ranges as far as they are within the source, and how many bytes may be decoded for them.
+pub(crate) fn within(mut ranges: Vec<Range<u64>>, len_bytes: u64) -> (Vec<Range<u64>>, u64) {
+    for range in &mut ranges {
+        range.end = range.end.min(len_bytes);
+    }
+    ranges.retain(|range| range.start < range.end);
+    let listed = ranges.iter().fold(0u64, |sum, range| sum.saturating_add(range.end - range.start));
+    (ranges, listed.saturating_mul(DECODED_PER_LISTED).saturating_add(DECODED_ANYHOW))
 }
 
 /// Fills the missing pages of a range that is zero.

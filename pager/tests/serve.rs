@@ -11,7 +11,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use pager::serve::{ServeEvent, ServeOptions, Server, ServerHandle, SnapshotName};
+use pager::serve::{Prefetched, ServeEvent, ServeOptions, Server, ServerHandle, SnapshotName};
 use pager::{FailurePolicy, PageSource, SourceError, Stats, VecSource};
 use support::{PAGE, source_of, stamped, userfaultfd_works};
 use vmm::Vmm;
@@ -337,6 +337,84 @@ fn a_guest_that_still_needs_pages_is_killed_when_asked() {
     serving.finish();
 }
 
+/// The shared file, in the descriptors of a clone.
+fn shared_file(vmm: &Vmm) -> PathBuf {
+    let process = format!("/proc/{}/fd", vmm.pid());
+    let files =
+        std::fs::read_dir(process).expect("it lives").map(|file| file.expect("proc").path());
+    let shared = |file: &PathBuf| {
+        std::fs::read_link(file).is_ok_and(|to| to.display().to_string().contains("snapshot-pages"))
+    };
+    files.filter(shared).last().expect("it holds the file")
+}
+
+/// Half of the pages, in two ranges, and one range beyond all of them.
+fn listing_half_of_64() -> ServeOptions {
+    let mut options = ServeOptions::default();
+    let page = PAGE as u64;
+    let list = move || vec![16 * page..40 * page, 0..8 * page, 1000 * page..2000 * page];
+    options.prefetch = Some(Prefetched::new(list));
+    options
+}
+
+#[test]
+fn listed_pages_are_there_before_a_guest_asks() {
+    if !userfaultfd_works("listed_pages_are_there_before_a_guest_asks") {
+        return;
+    }
+    let source = Arc::new(VecSource::new(stamped(64), 4 * PAGE));
+    let serving = Serving::start(source, listing_half_of_64());
+    let mut vmm = Vmm::start(&serving.socket);
+    vmm.ok("map 64");
+    vmm.ok("body new");
+    serving.expect("served");
+    let begun = Instant::now();
+    while serving.stats(&vmm).expect("it is served").installed.prefetched < 32 {
+        assert!(begun.elapsed() < HUNG, "{:?}", serving.stats(&vmm));
+        thread::yield_now();
+    }
+    vmm.ok("check 16 24 1");
+    vmm.ok("check 0 8 2");
+    assert_eq!(serving.stats(&vmm).expect("it is served").faults, 0);
+    vmm.ok("check 0 64 3");
+    assert_eq!(serving.stats(&vmm).expect("it is served").installed.prefetched, 32);
+    drop(vmm);
+    serving.finish();
+}
+
+#[test]
+fn listed_pages_are_in_the_shared_file_before_a_clone_asks() {
+    if !userfaultfd_works("listed_pages_are_in_the_shared_file_before_a_clone_asks") {
+        return;
+    }
+    let mut options = listing_half_of_64();
+    let layers = vec!["test".into()];
+    options.share = Some(SnapshotName { layers, memory_bytes: (64 * PAGE) as u64 });
+    let serving = Serving::start(Arc::new(VecSource::new(stamped(64), 4 * PAGE)), options);
+    let mut first = Vmm::start(&serving.socket);
+    first.ok("share 64");
+    let pages = || {
+        let file = std::fs::metadata(shared_file(&first)).expect("it lives");
+        std::os::unix::fs::MetadataExt::blocks(&file) * 512 / PAGE as u64
+    };
+    let begun = Instant::now();
+    while pages() < 32 {
+        assert!(begun.elapsed() < HUNG, "{} pages", pages());
+        thread::yield_now();
+    }
+    let mut second = Vmm::start(&serving.socket);
+    second.ok("share 64");
+    for clone in [&mut first, &mut second] {
+        clone.ok("check 16 24 1");
+        clone.ok("check 0 8 2");
+        assert_eq!(serving.stats(clone).expect("it is served").faults, 0);
+    }
+    first.ok("check 0 64 3");
+    assert!(serving.stats(&first).expect("it is served").faults > 0);
+    drop((first, second));
+    serving.finish();
+}
+
 /// Somebody puts a page into the shared file: the clones that have it fail at their next missing page, and later ones get
 /// another file.
 #[test]
@@ -351,13 +429,7 @@ fn a_file_that_was_written_to_is_given_to_nobody_else() {
     let mut first = Vmm::start(&serving.socket);
     first.ok("share 64");
     first.ok("check 0 16 1");
-    let process = format!("/proc/{}/fd", first.pid());
-    let files =
-        std::fs::read_dir(process).expect("it lives").map(|file| file.expect("proc").path());
-    let shared = |file: &PathBuf| {
-        std::fs::read_link(file).is_ok_and(|to| to.display().to_string().contains("snapshot-pages"))
-    };
-    let file = files.filter(shared).last().expect("it holds the file");
+    let file = shared_file(&first);
     // Without leave of the file's mode only root can.
     let Ok(file) = std::fs::OpenOptions::new().read(true).write(true).open(file) else { return };
     let (at, page) = ((20 * PAGE) as u64, PAGE as u64);

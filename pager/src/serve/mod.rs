@@ -16,6 +16,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::ops::Range;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -55,8 +56,35 @@ pub struct ServeOptions {
     pub clients: usize,
     /// The name of the source's snapshot, to share its pages between clones that ask for it.
     pub share: Option<SnapshotName>,
+    /// Pages that guests will probably ask for, as ranges of source offsets, in that order: loaded before they do. For
+    /// clones into the memory that they share, when the first of them asks for it; for others in front of each, as
+    /// [`PagerBuilder::prefetch`](crate::PagerBuilder::prefetch) does.
+    pub prefetch: Option<Prefetched>,
     /// The keeper that holds what the next server needs, should this one die: see [`crate::keep`].
     pub keep: Option<KeepAt>,
+}
+
+/// Lists pages, whenever it is asked to, on the thread that loads them. A hint: see
+/// [`PagerBuilder::prefetch`](crate::PagerBuilder::prefetch).
+#[derive(Clone)]
+pub struct Prefetched(Arc<dyn Fn() -> Vec<Range<u64>> + Send + Sync>);
+
+impl Prefetched {
+    /// What `list` answers.
+    pub fn new(list: impl Fn() -> Vec<Range<u64>> + Send + Sync + 'static) -> Prefetched {
+        Prefetched(Arc::new(list))
+    }
+
+    pub(crate) fn list(&self) -> impl FnOnce() -> Vec<Range<u64>> + Send + 'static {
+        let list = Arc::clone(&self.0);
+        move || list()
+    }
+}
+
+impl fmt::Debug for Prefetched {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Prefetched(..)")
+    }
 }
 
 /// A keeper, and what it is told.
@@ -76,6 +104,7 @@ impl Default for ServeOptions {
             handshake_timeout: Duration::from_secs(5),
             clients: 4096,
             share: None,
+            prefetch: None,
             keep: None,
         }
     }

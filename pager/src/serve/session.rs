@@ -19,7 +19,7 @@ use crate::keep::{KeepError, Kept, Ledger, Record};
 use crate::pager::Pager;
 use crate::records::Records;
 use crate::region::Region;
-use crate::shared::SharedImage;
+use crate::shared::{self, SharedImage};
 use crate::source::PageSource;
 use crate::uffd::ForeignUffd;
 
@@ -139,6 +139,9 @@ fn shared_image(hall: &Hall, wanted: &SnapshotName) -> Result<Arc<SharedImage>, 
         return Ok(Arc::clone(image));
     }
     let new = Arc::new(SharedImage::new(Arc::clone(&hall.source)).map_err(RefuseError::Start)?);
+    if let Some(prefetched) = &hall.options.prefetch {
+        shared::prefill(&new, Box::new(prefetched.list()));
+    }
     Ok(Arc::clone(image.insert(new)))
 }
 
@@ -184,6 +187,9 @@ fn start(
         .foreign(uffd, process);
     if is_clone {
         builder = builder.backed();
+    }
+    if let (Some(prefetched), false) = (&hall.options.prefetch, is_clone) {
+        builder = builder.prefetch(prefetched.list());
     }
     let (records, kept) = kept.unzip();
     if let Some(records) = records {

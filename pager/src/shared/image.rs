@@ -50,6 +50,8 @@ pub(crate) struct SharedImage {
 }
 
 impl SharedImage {
+    pub(super) const PAGE_BYTES: usize = PAGE_BYTES;
+
     /// An empty file for all of `source`.
     pub(crate) fn new(source: Arc<dyn PageSource>) -> Result<SharedImage, StartError> {
         let system =
@@ -108,11 +110,21 @@ impl SharedImage {
         }
     }
 
-    /// Puts the pages into the file that are not there. Afterwards all of them are.
-    fn fill(
+    pub(super) fn source(&self) -> &Arc<dyn PageSource> {
+        &self.source
+    }
+
+    /// Whether the page at this offset of the source is not in the file.
+    pub(super) fn lacks(&self, source_offset: u64) -> bool {
+        let place = self.layout.at_source(source_offset, 0);
+        place.is_some_and(|place| self.states.of(place.page) == PageState::Missing)
+    }
+
+    /// Puts the pages into the file that are not there, the asked one first. Afterwards all of them are.
+    pub(super) fn fill(
         &self,
         loaded: LoadedPages<'_>,
-        asked: u64,
+        asked: Option<u64>,
         runs: &mut Vec<Run>,
     ) -> Result<(), SourceError> {
         let inside =
@@ -124,7 +136,8 @@ impl SharedImage {
             let place = self.layout.at_source(page.source_offset, 0)?;
             Some(Placed { place, buffer_offset: page.buffer_offset })
         });
-        run::coalesce(placed, PAGE_BYTES, asked, runs);
+        // No page has that number.
+        run::coalesce(placed, PAGE_BYTES, asked.unwrap_or(u64::MAX), runs);
         let _gate = self.gate.lock().unwrap_or_else(PoisonError::into_inner);
         let mut book = ImageBook { image: self, tampered: false };
         for run in runs.iter() {
@@ -230,7 +243,7 @@ impl PageReader for ImageReader {
         match self.inner.load(source_offset)? {
             Load::Pages(loaded) => {
                 let cost = loaded.cost;
-                self.image.fill(loaded, page, &mut self.runs)?;
+                self.image.fill(loaded, Some(page), &mut self.runs)?;
                 if self.image.states.of(page) != PageState::Present {
                     return Err(SourceError::permanent(
                         "the asked page is not among the loaded ones",

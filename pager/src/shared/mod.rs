@@ -3,7 +3,9 @@
 #[cfg(feature = "vm-memory")]
 mod clone;
 mod image;
+mod prefill;
 
 #[cfg(feature = "vm-memory")]
 pub use clone::{ShareError, SharedClone};
 pub(crate) use image::SharedImage;
+pub(crate) use prefill::prefill;
