@@ -46,7 +46,7 @@ impl Bench {
         let [bare, follows, free] = self.alternate([
             &|| {
                 let memory = Memory::map(PAGES * PAGE);
-                let _bare = Bare::start(&memory, 0);
+                let _bare = Bare::start(&memory, 0, Style::PollsIfEmpty);
                 pin(0);
                 touch_each(&memory, PAGES)
             },
@@ -77,7 +77,7 @@ impl Bench {
         row("one fault, p50 us; nothing bound, the pager spins", bare.p50, spin.p50);
     }
 
-    /// All pages in random order: chunks of 64 KiB against a handler of single pages. Thousand pages a second.
+    /// All pages in random order: chunks of 64 KiB against the usual handler of single pages. Thousand pages a second.
     fn random_order(&self) {
         let pages = self.mib * 256;
         let source: Arc<dyn PageSource> = Arc::new(VecSource::new(stamps(pages), 16 * PAGE));
@@ -85,7 +85,7 @@ impl Bench {
         let [bare, ours] = rounds.alternate([
             &|| {
                 let memory = Memory::map(pages * PAGE);
-                let _bare = Bare::start(&memory, 0);
+                let _bare = Bare::start(&memory, 0, Style::PollsAlways);
                 pin(0);
                 whole(|| touch_all(&memory, &shuffled(pages, 3)), pages)
             },
@@ -226,14 +226,22 @@ fn whole(work: impl FnOnce(), pages: usize) -> Vec<f64> {
     vec![begin.elapsed().as_nanos() as f64 / 1e3 / pages as f64]
 }
 
-/// `poll`, `read` and `UFFDIO_COPY` of one page that is at hand, in its thread, and nothing else.
+/// `read` and `UFFDIO_COPY` of one page that is at hand, in its thread, and nothing else.
+#[derive(Clone, Copy, PartialEq)]
+enum Style {
+    /// When there is nothing to read: the fastest there is.
+    PollsIfEmpty,
+    /// Before each read, as the example of userfaultfd(2) does, and page servers do.
+    PollsAlways,
+}
+
 struct Bare {
     stop: Option<io::PipeWriter>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
 impl Bare {
-    fn start(memory: &Memory, cpu: usize) -> Bare {
+    fn start(memory: &Memory, cpu: usize, style: Style) -> Bare {
         let uffd = Uffd::open(Features::EVENT_REMOVE, Features::NONE).expect("checked in main");
         // SAFETY: the mapping outlives the userfaultfd in all callers, and has no references into it.
         unsafe { uffd.register(memory.addr(), memory.len() as u64) }.expect("anonymous memory");
@@ -242,8 +250,15 @@ impl Bare {
         let thread = thread::spawn(move || {
             pin(cpu);
             let mut batch = MessageBatch::new();
-            while uffd.wait(stopped.as_fd()).expect("poll") == Wait::Readable {
+            loop {
+                let stop = || uffd.wait(stopped.as_fd()).expect("poll") == Wait::Stop;
+                if style == Style::PollsAlways && stop() {
+                    break;
+                }
                 uffd.read(&mut batch).expect("read");
+                if batch.is_empty() && stop() {
+                    break;
+                }
                 for message in batch.messages() {
                     let Message::Pagefault { address, .. } = message else { continue };
                     let at = (address - start) as usize & !(PAGE - 1);

@@ -191,7 +191,9 @@ impl Watch {
         *shared.watch.begun.get_or_init(|| {
             let (watched, cpus) = (Arc::clone(shared), *cpus);
             // What cannot be undone is not done.
-            if !task::may_raise_priorities() || !watched.slices.iter().all(|slice| slice.standing.lend()) {
+            if !task::may_raise_priorities()
+                || !watched.slices.iter().all(|slice| slice.standing.lend())
+            {
                 return false;
             }
             let thread = thread::Builder::new().name("pager-watch".into());
@@ -232,12 +234,8 @@ struct Watched {
 fn watch(shared: &Shared, cpus: &Cpus) {
     // It begins where the demand thread is that began it.
     let _ = cpus.bind();
-    let new = |_: &Slice| Watched {
-        faults: 0,
-        served_at: Instant::now(),
-        waited: false,
-        ban: FIRST_BAN,
-    };
+    let new =
+        |_: &Slice| Watched { faults: 0, served_at: Instant::now(), waited: false, ban: FIRST_BAN };
     let mut all: Vec<Watched> = shared.slices.iter().map(new).collect();
     let leases = || shared.slices.iter().filter_map(|slice| slice.standing.lease.get());
     let mut ends: Vec<PollFd<'_>> =

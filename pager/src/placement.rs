@@ -117,7 +117,13 @@ impl Follower {
     }
 
     /// A fault of that thread (0: unknown) was answered just now: look where it runs, if it is time to.
-    pub(crate) fn served(&mut self, fault: Fault, now: Instant, shared: &Arc<Shared>, slice: usize) {
+    pub(crate) fn served(
+        &mut self,
+        fault: Fault,
+        now: Instant,
+        shared: &Arc<Shared>,
+        slice: usize,
+    ) {
         if self.placement != Placement::Follow || fault.thread_id == 0 {
             return;
         }

@@ -271,7 +271,9 @@ impl Book for SliceBook<'_> {
             Purpose::Prefetch => counters.installed(Origin::Prefetched, pages_count),
             Purpose::Load { zero: false, .. } => {
                 counters.installed(Origin::Demand, u64::from(with_fault));
-                counters.installed(Origin::FaultAround, pages_count - u64::from(with_fault));
+                if pages_count > u64::from(with_fault) {
+                    counters.installed(Origin::FaultAround, pages_count - u64::from(with_fault));
+                }
             }
             Purpose::Load { zero: true, .. } | Purpose::Answer { .. } => {
                 counters.installed(Origin::Zero, pages_count);
