@@ -18,8 +18,10 @@ pub(crate) type Touched = Vec<(PageIndex, Phase)>;
 
 /// Between looks whether the guest has written something.
 const BEAT: Duration = Duration::from_millis(1);
-const PHASE_ENDS: [(Phase, Duration); 2] =
-    [(Phase::First100Ms, Duration::from_millis(100)), (Phase::FirstSecond, Duration::from_secs(1))];
+/// Between marks, which tell the order of touching: this share of the time that the run has taken, and so many times what the
+/// last one has cost.
+const MARKS_OF_A_RUN: u32 = 256;
+const MARK_REST: u32 = 3;
 
 /// Does `run`, which runs the guest, and marks the ends of the phases meanwhile, on a thread of its own.
 pub(crate) fn recorded<T>(
@@ -37,50 +39,51 @@ pub(crate) fn recorded<T>(
     let touched = || -> Result<Touched> {
         let Ok(marked) = marked else { bail!("the thread that records has panicked") };
         let phases = marked.context("cannot read which pages are touched")?;
-        let of_mark = |mark: u8| phases.get(usize::from(mark)).copied().unwrap_or(Phase::Later);
+        let of_mark = |mark: u32| phases.get(mark as usize).copied().unwrap_or(Phase::Later);
         let touched = recording
             .touched()
             .into_iter()
-            .filter_map(|(offset, mark)| Some((PageIndex::containing(offset)?, of_mark(mark))));
-        let mut touched: Touched = touched.collect();
-        // Of the same phase in the order of loading.
-        touched.sort_by_key(|(_, phase)| *phase);
+            .filter_map(|(offset, mark)| Some((PageIndex::containing(offset)?, of_mark(mark))))
+            .collect();
         Ok(touched)
     };
     (ran, touched())
 }
 
-/// Marks the ends of phases until the run is over; answers the phase of each mark.
+/// Marks again and again what was touched, until the run is over; answers the phase of each mark.
 fn mark_phases(
     recording: &Recording,
     seen: &Seen,
     ended: &std::sync::mpsc::Receiver<()>,
 ) -> std::io::Result<Vec<Phase>> {
     let began = Instant::now();
-    let mut marked = Vec::new();
-    let mut ends = PHASE_ENDS.into_iter().peekable();
+    let (mut phase, mut phases) = (Phase::FirstOutput, Vec::new());
+    let (mut next, mut pause) = (began, BEAT);
     loop {
-        let wait = match ends.peek() {
-            // Then only the end of the run is waited for.
-            None if !marked.is_empty() => Duration::from_secs(3600),
-            _ => BEAT,
-        };
+        let wait = if phase == Phase::Later { pause } else { BEAT };
         let over = ended.recv_timeout(wait) != Err(RecvTimeoutError::Timeout);
-        let output = seen.first_output().is_some();
-        if marked.is_empty() && (output || over) {
+        let now = phase_at(began.elapsed(), seen.first_output().is_some());
+        let marking = Instant::now();
+        if over || now != phase || marking >= next {
             recording.mark()?;
-            marked.push(Phase::FirstOutput);
-        }
-        // What comes before the first output is one phase, however long that takes.
-        while !marked.is_empty() && ends.peek().is_some_and(|end| began.elapsed() >= end.1) {
-            recording.mark()?;
-            marked.extend(ends.next().map(|end| end.0));
+            phases.push(phase);
+            phase = now;
+            pause = (began.elapsed() / MARKS_OF_A_RUN).max(marking.elapsed() * MARK_REST).max(BEAT);
+            next = Instant::now() + pause;
         }
         if over {
-            recording.mark()?;
-            marked.push(ends.next().map_or(Phase::Later, |end| end.0));
-            return Ok(marked);
+            return Ok(phases);
         }
+    }
+}
+
+/// What comes before the first output is one phase, however long that takes.
+fn phase_at(after: Duration, output: bool) -> Phase {
+    match after {
+        _ if !output => Phase::FirstOutput,
+        after if after < Duration::from_millis(100) => Phase::First100Ms,
+        after if after < Duration::from_secs(1) => Phase::FirstSecond,
+        _ => Phase::Later,
     }
 }
 

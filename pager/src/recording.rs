@@ -31,7 +31,7 @@ const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
 pub struct Recording {
     shared: Arc<Shared>,
     pagemap: File,
-    /// For each page of the log, after how many marks it was found touched.
+    /// Which pages of the log were found touched, after how many marks.
     marks: Mutex<Marks>,
 }
 
@@ -52,12 +52,14 @@ struct Log {
 
 #[derive(Default)]
 struct Marks {
-    count: u8,
-    /// Of the pages of the log, in its order: the mark by which each was found, or `UNTOUCHED`.
-    found: Vec<u8>,
+    count: u32,
+    /// How many pages of the log were looked at.
+    known: usize,
+    /// Those of them that were not found yet, by region and number, each with its place in the log.
+    pending: Vec<Vec<(u32, usize)>>,
+    /// Those that were: by which mark, and their place in the log.
+    found: Vec<(u32, usize)>,
 }
-
-const UNTOUCHED: u8 = u8::MAX;
 
 impl Recording {
     /// A record of what is touched of the memory of `regions`, each a private mapping of `file` in which the source offset is
@@ -96,27 +98,26 @@ impl Recording {
     }
 
     /// What was touched since the last mark, or the start, belongs together. Costs some microseconds for each 32 MiB
-    /// in which something was loaded, on the calling thread.
+    /// in which there are loaded pages that were not found touched yet, on the calling thread.
     ///
     /// # Errors
     /// When `/proc/self/pagemap` cannot be read.
     pub fn mark(&self) -> io::Result<()> {
         let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
-        let pages = self.shared.log().pages.clone();
-        marks.found.resize(pages.len(), UNTOUCHED);
+        let Marks { count, known, pending, found } = &mut *marks;
+        pending.resize_with(self.shared.regions.len(), Vec::new);
+        let loaded = self.shared.log().pages[*known..].to_vec();
         let mut entries = vec![0; PIECE_PAGES * 8];
-        for region in &self.shared.regions {
+        for (region, pending) in self.shared.regions.iter().zip(pending) {
             let first = region.source_offset() / PAGE_BYTES;
             let end = first + region.len_bytes() / PAGE_BYTES;
-            // Which pieces of the region have pages to look at, and which pages.
-            let mut wanted: Vec<(u32, usize)> = (pages.iter().copied().zip(0..))
-                .filter(|(page, at)| {
-                    (first..end).contains(&u64::from(*page)) && marks.found[*at] == UNTOUCHED
-                })
-                .collect();
-            wanted.sort_unstable();
+            let of_region = loaded.iter().copied().zip(*known..);
+            pending.extend(of_region.filter(|(page, _)| (first..end).contains(&u64::from(*page))));
+            // All but what is new is in order.
+            pending.sort();
             let piece_of = |page: u32| (u64::from(page) - first) / PIECE_PAGES as u64;
-            for of_piece in wanted.chunk_by(|a, b| piece_of(a.0) == piece_of(b.0)) {
+            let found_before = found.len();
+            for of_piece in pending.chunk_by(|a, b| piece_of(a.0) == piece_of(b.0)) {
                 let (from, to) = (of_piece[0].0, of_piece[of_piece.len() - 1].0);
                 let entries = &mut entries[..(to - from + 1) as usize * 8];
                 let host_page = region.host_addr() / PAGE_BYTES + (u64::from(from) - first);
@@ -125,22 +126,30 @@ impl Recording {
                     let mut entry = [0; 8];
                     entry.copy_from_slice(&entries[(page - from) as usize * 8..][..8]);
                     if u64::from_ne_bytes(entry) & PRESENT_OR_SWAPPED != 0 {
-                        marks.found[*at] = marks.count;
+                        found.push((*count, *at));
                     }
                 }
             }
+            // In the same order.
+            let mut now = found[found_before..].iter().map(|(_, at)| *at).peekable();
+            pending.retain(|(_, at)| now.next_if_eq(at).is_none());
         }
-        marks.count = marks.count.saturating_add(1).min(UNTOUCHED - 1);
+        *known += loaded.len();
+        *count = count.saturating_add(1);
         Ok(())
     }
 
-    /// The pages that were found touched, by source offset, in the order in which they were loaded; with each, how many
-    /// marks there were before the one that found it.
-    pub fn touched(&self) -> Vec<(u64, u8)> {
+    /// The pages that were found touched, by source offset, each with how many marks there were before the one that found it:
+    /// in the order of the marks, and of the same mark in the order in which they were loaded.
+    pub fn touched(&self) -> Vec<(u64, u32)> {
         let marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
         let log = self.shared.log();
-        let found = log.pages.iter().zip(&marks.found).filter(|(_, mark)| **mark != UNTOUCHED);
-        found.map(|(page, mark)| (u64::from(*page) * PAGE_BYTES, *mark)).collect()
+        let mut found = marks.found.clone();
+        found.sort_unstable();
+        found
+            .into_iter()
+            .map(|(mark, at)| (u64::from(log.pages[at]) * PAGE_BYTES, mark))
+            .collect()
     }
 }
 

@@ -24,7 +24,7 @@ fn start(source: Arc<dyn PageSource>, slices: usize) -> (Memory, Recording, Page
     (memory, recording, pager)
 }
 
-fn numbers(touched: &[(u64, u8)]) -> Vec<(usize, u8)> {
+fn numbers(touched: &[(u64, u32)]) -> Vec<(usize, u32)> {
     touched.iter().map(|(offset, mark)| (*offset as usize / PAGE, *mark)).collect()
 }
 
@@ -46,7 +46,7 @@ fn only_touched_pages_are_recorded_each_by_its_mark() {
     assert_eq!(memory.read(203 * PAGE + 9), 0x42);
     recording.mark().expect("pagemap can be read");
     assert_eq!(memory.read_u64(901 * PAGE), stamp(901));
-    // In the order of loading, and within a chunk the page that was asked for, then ascending.
+    // By marks, then in the order of loading, and within a chunk the page that was asked for, then ascending.
     let expected = [(200, 0), (202, 0), (203, 0), (17, 0), (16, 1), (900, 1)];
     assert_eq!(numbers(&recording.touched()), expected);
     recording.mark().expect("pagemap can be read");
