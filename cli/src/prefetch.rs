@@ -27,38 +27,41 @@ pub(crate) fn has_set(snapshot: &Snapshot) -> bool {
     snapshot.sections().iter().any(|section| section.kind == SectionKind::WORKING_SET)
 }
 
-/// Lets the prefetch begin when it is dropped: once the guest is about to run. Before that it would be in the way of those
-/// who build the machine, for a processor and for the lock of the address space.
+/// Lets the prefetch install pages when it is dropped: once the guest is about to run. Before that it would be in the way of
+/// those who build the machine, for the lock of the address space. What it can do without, it does meanwhile.
 pub(crate) type Start = Sender<()>;
 
 /// Longer than building a machine takes.
 const START_AT_THE_LATEST: Duration = Duration::from_secs(1);
+
+/// A start, and what waits for it.
+pub(crate) fn start() -> (Start, impl FnOnce() + Send + 'static) {
+    let (start, started) = channel();
+    let wait = move || {
+        let _dropped_or_late = started.recv_timeout(START_AT_THE_LATEST);
+    };
+    (start, wait)
+}
 
 /// Reads the working set when it is asked for its pages, on the thread that loads them: the guest does not wait for it.
 /// The set is a hint: one that is damaged is told, and the guest runs without.
 pub(crate) fn list(
     snapshot: Arc<Snapshot>,
     damage: SetDamage,
-) -> (Start, impl FnOnce() -> Vec<Range<u64>> + Send + 'static) {
-    let (start, started) = channel();
-    let list = move || {
-        let set = snapshot.working_set();
-        let _dropped_or_late = started.recv_timeout(START_AT_THE_LATEST);
-        match set {
-            Ok(set) => {
-                let runs = set.iter().flat_map(|set| set.runs());
-                let page = PAGE_BYTES as u64;
-                runs.map(|run| {
-                    let start = run.first.source_offset();
-                    start..start + u64::from(run.pages) * page
-                })
-                .collect()
-            }
-            Err(error) => {
-                damage.get_or_init(|| error.to_string());
-                Vec::new()
-            }
+) -> impl FnOnce() -> Vec<Range<u64>> + Send + 'static {
+    move || match snapshot.working_set() {
+        Ok(set) => {
+            let runs = set.iter().flat_map(|set| set.runs());
+            let page = PAGE_BYTES as u64;
+            runs.map(|run| {
+                let start = run.first.source_offset();
+                start..start + u64::from(run.pages) * page
+            })
+            .collect()
         }
-    };
-    (start, list)
+        Err(error) => {
+            damage.get_or_init(|| error.to_string());
+            Vec::new()
+        }
+    }
 }

@@ -237,8 +237,9 @@ impl Origin<'_> {
         let mut builder = Pager::builder(Arc::new(SnapshotSource::new(Arc::clone(snapshot))))
             .regions(regions(snapshot, memory)?);
         if self.prefetch != PrefetchArg::Off && prefetch::has_set(snapshot) {
-            let (begin, list) = prefetch::list(Arc::clone(snapshot), set_damage.clone());
-            builder = builder.prefetch(list);
+            let (begin, wait) = prefetch::start();
+            let list = prefetch::list(Arc::clone(snapshot), set_damage.clone());
+            builder = builder.prefetch(list).prefetch_when(wait);
             start = Some(begin);
         }
         Ok((self.start(builder, guest)?, start))

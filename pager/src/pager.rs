@@ -19,9 +19,9 @@ use crate::inbox::Inbox;
 use crate::install::Filler;
 use crate::layout::Layout;
 use crate::page_state::{PageState, PageStates};
-use crate::placement::{Follower, Placement};
+use crate::placement::{self, Follower, Placement};
 use crate::populate::{OnComplete, Populate, Population, Progress, Worker};
-use crate::prefetch::{PageList, Prefetch, PrefetchProgress, Prefetcher};
+use crate::prefetch::{PageList, Prefetch, PrefetchProgress, Prefetcher, Ready};
 use crate::recording::Recording;
 use crate::records::{self, Records};
 use crate::region::Region;
@@ -63,6 +63,7 @@ pub struct PagerBuilder {
     populate_threads: usize,
     on_complete: Option<OnComplete>,
     prefetch: Option<PageList>,
+    prefetch_when: Option<Ready>,
     one_by_one: bool,
 }
 
@@ -85,6 +86,7 @@ impl Pager {
             populate_threads: 1,
             on_complete: None,
             prefetch: None,
+            prefetch_when: None,
             one_by_one: false,
         }
     }
@@ -277,6 +279,13 @@ impl PagerBuilder {
         self
     }
 
+    /// Called on the thread that prefetches when its first pages are loaded, before any of them is installed: it may wait
+    /// until that disturbs nobody. It must not wait for ever: stopping the pager waits for it.
+    pub fn prefetch_when(mut self, ready: impl FnOnce() + Send + 'static) -> PagerBuilder {
+        self.prefetch_when = Some(Box::new(ready));
+        self
+    }
+
     /// Called once, when the population has ended ([`Population::Complete`] or [`Population::Incomplete`]), on
     /// its last thread. Not when the pager is stopped before.
     pub fn on_complete(
@@ -323,7 +332,13 @@ impl PagerBuilder {
         let PagerBuilder { source, regions, slices, placement, retry, on_error, .. } = self;
         let PagerBuilder { on_failure, foreign, backed, records, one_by_one, .. } = self;
         let PagerBuilder {
-            populate, populate_rate, populate_threads, on_complete, prefetch, ..
+            populate,
+            populate_rate,
+            populate_threads,
+            on_complete,
+            prefetch,
+            prefetch_when,
+            ..
         } = self;
         if backed && (populate != Populate::Off || prefetch.is_some()) {
             return Err(StartError::PopulateBacked);
@@ -442,7 +457,13 @@ impl PagerBuilder {
             pager.threads.push(thread);
         }
         if let Some(list) = prefetch {
-            let prefetcher = Prefetcher { shared: Arc::clone(&pager.shared), source, list };
+            let prefetcher = Prefetcher {
+                shared: Arc::clone(&pager.shared),
+                source,
+                list,
+                ready: prefetch_when,
+                started_on: placement::this_cpu(),
+            };
             let thread = thread::Builder::new()
                 .name("prefetch".into())
                 .spawn(move || prefetcher.run())

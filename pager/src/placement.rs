@@ -208,6 +208,17 @@ impl Aside {
         self.allowed = Cpus::of_this_thread().ok();
     }
 
+    /// The same; until the first step it keeps off this CPU, too, if there are others.
+    pub(crate) fn begin_off(&mut self, cpu: usize) {
+        self.begin();
+        let rest = self.allowed.map(|allowed| allowed.without(&cpu));
+        if let Some(rest) = rest.filter(|rest| !rest.is_empty()) {
+            // A matter of speed only.
+            let _ = rest.bind();
+            self.avoided = vec![cpu];
+        }
+    }
+
     /// In the thread, now and then.
     pub(crate) fn step(&mut self, shared: &Shared) {
         let Some(allowed) = &self.allowed else { return };
@@ -224,6 +235,13 @@ impl Aside {
         // A matter of speed only.
         let _ = if rest.is_empty() { allowed.bind() } else { rest.bind() };
     }
+}
+
+/// The CPU on which the calling thread runs now.
+pub(crate) fn this_cpu() -> usize {
+    // SAFETY: takes nothing and has no effect.
+    let cpu = unsafe { libc::sched_getcpu() };
+    usize::try_from(cpu).unwrap_or(NOWHERE)
 }
 
 /// Of a demand thread that is bound to no CPU.

@@ -10,6 +10,7 @@ use std::ops::Range;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -43,8 +44,10 @@ const STEP_BYTES: usize = 64 << 10;
 /// Zero pages cost a fraction of that.
 const ZERO_STEP_PAGES: u64 = 256;
 /// When a fault has brought what was just being loaded, whoever runs has caught up: so many pages are left to its faults,
-/// to get in front of it again. They come at the end.
-const LEAD_PAGES: usize = 512;
+/// to get in front of it again. They come at the end. It takes four faults of a chunk each to get through them, and each costs
+/// several times what it costs to load the same here: enough to be in front, and to stay there. With 512, hundreds of
+/// faults were paid where ten do.
+const LEAD_PAGES: usize = 64;
 /// A list leads to at most so many decoded bytes for each byte of its pages (a chunk of 16 pages for each of them), and so
 /// many in any case.
 const DECODED_PER_LISTED: u64 = 16;
@@ -52,6 +55,9 @@ const DECODED_ANYHOW: u64 = 64 << 20;
 
 /// Gives the pages, as ranges of source offsets: called on the thread that prefetches.
 pub(crate) type PageList = Box<dyn FnOnce() -> Vec<Range<u64>> + Send>;
+
+/// Called there before anything is installed; may wait.
+pub(crate) type Ready = Box<dyn FnOnce() + Send>;
 
 /// How far it has come, for those who wait for it.
 pub(crate) struct PrefetchProgress {
@@ -100,6 +106,9 @@ pub(crate) struct Prefetcher {
     pub(crate) shared: Arc<Shared>,
     pub(crate) source: Arc<dyn PageSource>,
     pub(crate) list: PageList,
+    pub(crate) ready: Option<Ready>,
+    /// The CPU on which the pager was started, and whoever started it goes on.
+    pub(crate) started_on: usize,
 }
 
 /// The pager was stopped, or the process is gone.
@@ -118,12 +127,13 @@ impl Prefetcher {
     }
 
     fn load(self) -> Result<Prefetch, Ended> {
-        let Prefetcher { shared, source, list } = self;
+        let Prefetcher { shared, source, list, mut ready, started_on } = self;
         let page_bytes = shared.layout.page_bytes();
+        // A new thread begins on the CPU of who has made it, which then waits there for several milliseconds.
+        let mut aside = Aside::default();
+        aside.begin_off(started_on);
         let (ranges, mut budget) = within(list(), source.len_bytes());
         let mut desk = Desk::new(usize::MAX);
-        let mut aside = Aside::default();
-        aside.begin();
         let wanted = |offset: u64| {
             let place = shared.layout.at_source(offset, 0);
             place.is_some_and(|place| shared.states.of(place.page) == PageState::Missing)
@@ -136,8 +146,12 @@ impl Prefetcher {
             let mut passed_over = false;
             loop {
                 stopped(&shared)?;
+                let load = sequence.next(&wanted);
+                if let Some(ready) = ready.take() {
+                    ready();
+                }
                 aside.step(&shared);
-                let loaded = match sequence.next(&wanted) {
+                let loaded = match load {
                     None => break,
                     Some(Ok(Load::Zero { range })) => {
                         fill_zero(&shared, range)?;
@@ -163,6 +177,8 @@ impl Prefetcher {
                     Ok(()) | Err(Trouble::Failed(_)) => {}
                     Err(Trouble::ProcessGone) => return Err(Ended),
                 }
+                // A vCPU that was woken on this CPU would otherwise wait for the next tick, while others are idle.
+                thread::yield_now();
                 if leads && caught_up {
                     sequence.skip(LEAD_PAGES);
                     passed_over = true;

@@ -146,10 +146,7 @@ impl Recording {
         let log = self.shared.log();
         let mut found = marks.found.clone();
         found.sort_unstable();
-        found
-            .into_iter()
-            .map(|(mark, at)| (u64::from(log.pages[at]) * PAGE_BYTES, mark))
-            .collect()
+        found.into_iter().map(|(mark, at)| (u64::from(log.pages[at]) * PAGE_BYTES, mark)).collect()
     }
 }
 

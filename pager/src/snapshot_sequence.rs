@@ -5,15 +5,22 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use snapfmt::layout::PAGE_BYTES;
-use snapfmt::{ChunkBuffer, ChunkExtent, PageEntry, PageIndex, READ_AHEAD_BYTES, ReadAt, Snapshot};
+use snapfmt::{ChunkBuffer, ChunkExtent, PageEntry, PageIndex, ReadAt, Snapshot};
 
 use crate::sequence::PageSequence;
 use crate::snapshot_source::{loaded, source_error};
 use crate::source::{Load, LoadCost, LoadedPage, LoadedPages, SourceError};
 
-/// Pages that are looked up before the first of them is loaded: few at first, so that the first ones are there soon.
-const FIRST_BATCH: usize = 256;
-const BATCH: usize = 4096;
+/// Pages that are looked up at once, and loaded in the order of the file. Few at first, so that the first ones are there soon.
+/// Then twice as many each time, but not more than this: of those that share a slot all come with the first, and what is needed
+/// next comes late.
+const FIRST_BATCH: usize = 64;
+const BATCH: usize = 512;
+/// The same where the pages are scattered over the file, fewer than these to a chunk: to read it in its order is worth more.
+const SCATTERED_BATCH: usize = 4096;
+const DENSE_PAGES: usize = 4;
+/// Read at once at most, so that it stays in the core's cache until it is decoded.
+const READ_BYTES: u64 = 256 << 10;
 /// Bytes between two chunks that are read along rather than read apart.
 const GAP_BYTES: u64 = 64 << 10;
 
@@ -22,6 +29,7 @@ pub(crate) struct SnapshotSequence<R: ReadAt> {
     ranges: std::vec::IntoIter<Range<u64>>,
     now: Range<u64>,
     batch_pages: usize,
+    batch: Vec<PageIndex>,
     /// Where the pages of the batch are, chunk by chunk in the order of the file; those before `at` are done.
     stored: Vec<(ChunkExtent, u16, PageIndex)>,
     at: usize,
@@ -40,6 +48,7 @@ impl<R: ReadAt> SnapshotSequence<R> {
             ranges: ranges.into_iter(),
             now: 0..0,
             batch_pages: FIRST_BATCH,
+            batch: Vec::with_capacity(BATCH),
             stored: Vec::new(),
             at: 0,
             skip: 0,
@@ -53,6 +62,7 @@ impl<R: ReadAt> SnapshotSequence<R> {
     /// Looks the next pages up. Answers whether there were any.
     fn next_batch(&mut self, wanted: &dyn Fn(u64) -> bool) -> bool {
         self.stored.clear();
+        self.batch.clear();
         self.at = 0;
         let mut count = 0;
         while count < self.batch_pages {
@@ -62,16 +72,17 @@ impl<R: ReadAt> SnapshotSequence<R> {
                 continue;
             }
             let offset = self.now.start;
-            let end = offset.saturating_add(PAGE_BYTES as u64);
-            self.now.start = end;
+            self.now.start = offset.saturating_add(PAGE_BYTES as u64);
             if self.skip > 0 {
                 self.skip -= 1;
                 continue;
             }
             count += 1;
-            let Some(page) = PageIndex::containing(offset).filter(|_| wanted(offset)) else {
-                continue;
-            };
+            self.batch.extend(PageIndex::containing(offset).filter(|_| wanted(offset)));
+        }
+        self.snapshot.expect_entries(&self.batch);
+        for &page in &self.batch {
+            let (offset, end) = (page.source_offset(), page.source_offset() + PAGE_BYTES as u64);
             match self.snapshot.entry(page) {
                 Ok(PageEntry::Data { chunk, slot }) => self.stored.push((chunk, slot, page)),
                 Ok(PageEntry::Zero) => match self.zeros.last_mut() {
@@ -82,8 +93,12 @@ impl<R: ReadAt> SnapshotSequence<R> {
                 Err(error) => self.failed = Some(source_error(page, error)),
             }
         }
-        self.batch_pages = BATCH;
         self.stored.sort_unstable();
+        let chunks = self.stored.chunk_by(|a, b| a.0 == b.0).count();
+        self.batch_pages = match self.stored.len() < chunks * DENSE_PAGES {
+            true => SCATTERED_BATCH,
+            false => (self.batch_pages * 2).min(BATCH),
+        };
         // Taken from the end.
         self.zeros.reverse();
         count > 0
@@ -106,7 +121,7 @@ impl<R: ReadAt> SnapshotSequence<R> {
     fn read_until(&self, extent: ChunkExtent) -> u64 {
         let mut end = extent.end();
         for (next, ..) in &self.stored[self.at..] {
-            let within = next.end() <= extent.offset() + READ_AHEAD_BYTES;
+            let within = next.end() <= extent.offset() + READ_BYTES;
             if next.layer() != extent.layer() || next.offset() > end + GAP_BYTES || !within {
                 break;
             }

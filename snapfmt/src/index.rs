@@ -99,6 +99,12 @@ impl Index {
         Ok(Some(leaf))
     }
 
+    /// Where a leaf stands in the file.
+    pub(crate) fn leaf_bytes(&self, number: u32) -> Option<Range<u64>> {
+        let offset = self.leaf_offset(self.position(number)?);
+        Some(offset..offset + LEAF_BYTES as u64)
+    }
+
     /// Offset in the file of one page's entry, for messages.
     pub(crate) fn entry_offset(&self, page: PageIndex) -> u64 {
         let position = self.position(page.leaf()).unwrap_or(0);

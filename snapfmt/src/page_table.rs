@@ -13,6 +13,9 @@ use crate::layer::Layer;
 use crate::layout::{ENTRY_BYTES, LEAF_PAGES, u64_at};
 use crate::read_at::ReadAt;
 
+/// Leaves so close to each other are read together rather than apart.
+const LEAF_GAP_BYTES: u64 = 64 << 10;
+
 /// The merged index of some layers, top first.
 pub(crate) struct PageTable {
     /// Position in `leaves`, plus one, of each leaf from `first_leaf` to the last that there is;
@@ -64,6 +67,29 @@ impl PageTable {
         match self.position(page) {
             None => Ok(self.absent),
             Some(position) => Ok(self.leaf(layers, position)?.entry(page.position())),
+        }
+    }
+
+    /// Tells the storage which leaves will be read for these pages.
+    pub(crate) fn expect<R: ReadAt>(&self, layers: &[Layer<R>], pages: &[PageIndex]) {
+        let unread = |page: &PageIndex| {
+            let (number, leaf) = &self.leaves[self.position(*page)?];
+            leaf.get().is_none().then_some(*number)
+        };
+        let mut numbers: Vec<u32> = pages.iter().filter_map(unread).collect();
+        numbers.sort_unstable();
+        numbers.dedup();
+        for layer in layers {
+            let mut expected = 0..0;
+            for leaf in numbers.iter().filter_map(|number| layer.index.leaf_bytes(*number)) {
+                if expected.is_empty() || leaf.start > expected.end + LEAF_GAP_BYTES {
+                    layer.storage.expect(expected);
+                    expected = leaf;
+                } else {
+                    expected.end = leaf.end;
+                }
+            }
+            layer.storage.expect(expected);
         }
     }
 

@@ -2,8 +2,12 @@
 
 use std::fs::File;
 use std::io;
+use std::num::NonZeroU64;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+
+use rustix::fs::Advice;
 
 /// Storage that can be read at any offset from several threads at once.
 ///
@@ -20,6 +24,10 @@ pub trait ReadAt: Send + Sync {
     /// # Errors
     /// Whatever the storage reports.
     fn len_bytes(&self) -> io::Result<u64>;
+
+    /// Says that these bytes will soon be read, so that storage which takes its time may begin. Does nothing unless it is
+    /// overridden.
+    fn expect(&self, _bytes: Range<u64>) {}
 }
 
 impl ReadAt for File {
@@ -29,6 +37,14 @@ impl ReadAt for File {
 
     fn len_bytes(&self) -> io::Result<u64> {
         Ok(self.metadata()?.len())
+    }
+
+    fn expect(&self, bytes: Range<u64>) {
+        let len = bytes.end.checked_sub(bytes.start).and_then(NonZeroU64::new);
+        if let Some(len) = len {
+            // Where that is not possible, it takes its time.
+            let _ = rustix::fs::fadvise(self, bytes.start, Some(len), Advice::WillNeed);
+        }
     }
 }
 
@@ -65,6 +81,10 @@ impl<T: ReadAt + ?Sized> ReadAt for &T {
     fn len_bytes(&self) -> io::Result<u64> {
         (**self).len_bytes()
     }
+
+    fn expect(&self, bytes: Range<u64>) {
+        (**self).expect(bytes);
+    }
 }
 
 impl<T: ReadAt + ?Sized> ReadAt for Arc<T> {
@@ -74,5 +94,9 @@ impl<T: ReadAt + ?Sized> ReadAt for Arc<T> {
 
     fn len_bytes(&self) -> io::Result<u64> {
         (**self).len_bytes()
+    }
+
+    fn expect(&self, bytes: Range<u64>) {
+        (**self).expect(bytes);
     }
 }

@@ -209,6 +209,12 @@ impl<R: ReadAt> Snapshot<R> {
         self.table.entry(&self.layers, page)
     }
 
+    /// Tells the storage that these pages will be looked up soon. Reading what the index has of them, one after the other at places
+    /// of chance, takes many times as long.
+    pub fn expect_entries(&self, pages: &[PageIndex]) {
+        self.table.expect(&self.layers, pages);
+    }
+
     /// The longest run of zero pages around a zero page within its 2 MiB of memory, as a range of
     /// source offsets in bytes.
     ///
