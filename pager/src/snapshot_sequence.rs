@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::thread;
 use std::time::Instant;
 
 use snapfmt::layout::PAGE_BYTES;
@@ -14,11 +15,14 @@ use crate::source::{Load, LoadCost, LoadedPage, LoadedPages, SourceError};
 /// Pages that are looked up at once, and loaded in the order of the file. Few at first, so that the first ones are there soon.
 /// Then twice as many each time, but not more than this: of those that share a slot all come with the first, and what is needed
 /// next comes late.
-const FIRST_BATCH: usize = 64;
+const FIRST_BATCH: usize = 256;
 const BATCH: usize = 512;
 /// The same where the pages are scattered over the file, fewer than these to a chunk: to read it in its order is worth more.
 const SCATTERED_BATCH: usize = 4096;
 const DENSE_PAGES: usize = 4;
+/// Between two moments at which others may have this CPU. One that reads the index takes 10 us, and who answers faults may
+/// have been woken here.
+const LOOK_UPS: usize = 16;
 /// Read at once at most, so that it stays in the core's cache until it is decoded.
 const READ_BYTES: u64 = 256 << 10;
 /// Bytes between two chunks that are read along rather than read apart.
@@ -81,7 +85,10 @@ impl<R: ReadAt> SnapshotSequence<R> {
             self.batch.extend(PageIndex::containing(offset).filter(|_| wanted(offset)));
         }
         self.snapshot.expect_entries(&self.batch);
-        for &page in &self.batch {
+        for (number, &page) in self.batch.iter().enumerate() {
+            if number % LOOK_UPS == 0 {
+                thread::yield_now();
+            }
             let (offset, end) = (page.source_offset(), page.source_offset() + PAGE_BYTES as u64);
             match self.snapshot.entry(page) {
                 Ok(PageEntry::Data { chunk, slot }) => self.stored.push((chunk, slot, page)),
