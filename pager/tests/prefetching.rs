@@ -66,6 +66,29 @@ fn listed_pages_come_without_being_touched_and_no_others() {
     }
 }
 
+/// Until it may, it has loaded and installed nothing: who is about to run is not disturbed.
+#[test]
+fn nothing_is_installed_before_it_may_be() {
+    if !userfaultfd_works("nothing_is_installed_before_it_may_be") {
+        return;
+    }
+    let memory = Memory::map(64 * PAGE);
+    let (go, may_go) = std::sync::mpsc::channel::<()>();
+    let pager = Pager::builder(Arc::new(VecSource::new(stamped(64), 4 * PAGE)))
+        .region(memory.whole())
+        .prefetch(|| vec![pages(0..64)])
+        .prefetch_when(move || drop(may_go.recv_timeout(LONG)))
+        .start()
+        .expect("it starts");
+    assert_eq!(pager.wait_prefetched(Duration::from_millis(50)), Prefetch::Running);
+    assert_eq!(pager.stats().installed.prefetched, 0);
+    // Faults are answered meanwhile.
+    assert_eq!(memory.read_u64(9 * PAGE), stamp(9));
+    drop(go);
+    assert_eq!(pager.wait_prefetched(LONG), Prefetch::Done);
+    assert_eq!(pager.stop().installed.prefetched, 60);
+}
+
 /// Offsets that no page has, pages twice, pages of no region, ranges without end: all of it is passed over.
 #[test]
 fn a_list_may_say_what_it_wants() {

@@ -2,15 +2,16 @@
 #![cfg(feature = "zstd")]
 
 use std::num::NonZeroUsize;
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
 use snapfmt::{
     Changes, ChunkBuffer, Codec, Contents, Corruption, Existing, Header, HotPages, MemoryRegion,
-    Metadata, PageEntry, PageIndex, Parent, Phase, Problem, ReadError, SectionKind, Snapshot,
-    StateBlob, WorkingSet, WriteError, WriteOptions, copy_snapshot, write_layer, write_snapshot,
-    write_with_set,
+    Metadata, PageEntry, PageIndex, Parent, Phase, Problem, ReadAt, ReadError, SectionKind,
+    Snapshot, StateBlob, WorkingSet, WriteError, WriteOptions, copy_snapshot, write_layer,
+    write_snapshot, write_with_set,
 };
 
 const PAGE: usize = 4096;
@@ -330,4 +331,55 @@ fn chunks_are_read_ahead() {
     let other = Snapshot::open(&path).unwrap();
     assert!(other.fetch_chunk_ahead(first, 0, &mut buffer).unwrap() > 0);
     assert!(other.decode_chunk(extents[1], &mut buffer).is_err());
+}
+
+/// Storage that notes which bytes are expected and read.
+struct Noting {
+    file: std::fs::File,
+    expected: Mutex<Vec<Range<u64>>>,
+    read: Mutex<Vec<Range<u64>>>,
+}
+
+impl ReadAt for Noting {
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<()> {
+        self.read.lock().unwrap().push(offset..offset + buf.len() as u64);
+        self.file.read_exact_at(buf, offset)
+    }
+
+    fn len_bytes(&self) -> std::io::Result<u64> {
+        self.file.len_bytes()
+    }
+
+    fn expect(&self, bytes: Range<u64>) {
+        self.file.expect(bytes.clone());
+        self.expected.lock().unwrap().extend((!bytes.is_empty()).then_some(bytes));
+    }
+}
+
+/// The storage hears of what is about to be read of the index, once.
+#[test]
+fn entries_that_are_expected_are_read_from_there() {
+    let memory = memory();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("plain.snap");
+    write_snapshot(&path, contents(&memory), &WriteOptions::default(), &go_on).unwrap();
+    let file = std::fs::File::open(&path).unwrap();
+    let storage = Arc::new(Noting { file, expected: Mutex::default(), read: Mutex::default() });
+    let snapshot = Snapshot::new(Arc::clone(&storage)).unwrap();
+    storage.read.lock().unwrap().clear();
+    // Pages of two leaves, in any order; one is of no memory.
+    let pages = [1299, 1, 1200, 3, u32::MAX].map(PageIndex);
+    snapshot.expect_entries(&pages);
+    let expected = storage.expected.lock().unwrap().clone();
+    assert_eq!(expected.len(), 1, "{expected:?}");
+    assert!(storage.read.lock().unwrap().is_empty());
+    for page in &pages[..4] {
+        snapshot.entry(*page).unwrap();
+    }
+    let read = storage.read.lock().unwrap().clone();
+    assert_eq!(read.len(), 2);
+    let within = |read: &Range<u64>| expected[0].start <= read.start && read.end <= expected[0].end;
+    assert!(read.iter().all(within), "{read:?} {expected:?}");
+    snapshot.expect_entries(&pages);
+    assert_eq!(storage.expected.lock().unwrap().len(), 1);
 }
