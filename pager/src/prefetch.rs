@@ -45,7 +45,7 @@ const STEP_BYTES: usize = 64 << 10;
 const ZERO_STEP_PAGES: u64 = 256;
 /// When a fault has brought what was just being loaded, whoever runs has caught up: so many pages are left to its faults,
 /// to get in front of it again. They come at the end. It takes four faults of a chunk each to get through them, and each costs
-/// several times what it costs to load the same here: enough to be in front, and to stay there. With 512, hundreds of
+/// several times what it costs to load the same here: enough to be in front, and to stay there. With 512, eighty
 /// faults were paid where ten do.
 const LEAD_PAGES: usize = 64;
 /// A list leads to at most so many decoded bytes for each byte of its pages (a chunk of 16 pages for each of them), and so

@@ -22,7 +22,7 @@ const SCATTERED_BATCH: usize = 4096;
 const DENSE_PAGES: usize = 4;
 /// Between two moments at which others may have this CPU. One that reads the index takes 10 us, and who answers faults may
 /// have been woken here.
-const LOOK_UPS: usize = 16;
+const LOOK_UPS: usize = 4;
 /// Read at once at most, so that it stays in the core's cache until it is decoded.
 const READ_BYTES: u64 = 256 << 10;
 /// Bytes between two chunks that are read along rather than read apart.

@@ -77,7 +77,9 @@ fn nothing_is_installed_before_it_may_be() {
     let pager = Pager::builder(Arc::new(VecSource::new(stamped(64), 4 * PAGE)))
         .region(memory.whole())
         .prefetch(|| vec![pages(0..64)])
-        .prefetch_when(move || drop(may_go.recv_timeout(LONG)))
+        .prefetch_when(move || {
+            let _gone_or_late = may_go.recv_timeout(LONG);
+        })
         .start()
         .expect("it starts");
     assert_eq!(pager.wait_prefetched(Duration::from_millis(50)), Prefetch::Running);
