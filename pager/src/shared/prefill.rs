@@ -1,6 +1,5 @@
 //! Pages that clones will probably ask for get into the shared file before they do: loaded once, for all of them.
 
-use std::ops::Range;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::{Arc, Weak};
 use std::thread;
