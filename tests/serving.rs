@@ -2,12 +2,15 @@
 //! with the library.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::mpsc::{Receiver, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use snapfmt::{PageEntry, PageIndex, Snapshot};
 
 use crate::support::{Ran, SNAP, Sample, end_of, needs_vm, restore, signal, snap, start};
 
@@ -129,6 +132,69 @@ fn clones_share_what_one_of_them_has_touched() {
         assert!(later_faults < first_faults, "{later_faults} after {first_faults}");
     }
     assert_eq!(serving.end("TERM"), Some(130));
+}
+
+/// What a served file has in the memory that its clones share, in pages.
+fn shared_pages(serving: &Serving) -> u64 {
+    let files = std::fs::read_dir(format!("/proc/{}/fd", serving.server.id())).expect("it lives");
+    let files = files.map(|file| file.expect("proc").path());
+    let shared = |file: &PathBuf| {
+        std::fs::read_link(file).is_ok_and(|to| to.to_string_lossy().contains("snapshot-pages"))
+    };
+    let file = files.filter(shared).last();
+    file.map_or(0, |file| file.metadata().expect("it is open").blocks() * 512 / 4096)
+}
+
+/// A clone that asks, and then thinks better of it.
+fn ask_and_leave(serving: &Serving, snapshot: &Snapshot) {
+    let header = snapshot.header();
+    let wanted = json!({"layers": [header.id.to_string()], "memory_bytes": header.memory_bytes});
+    let mut stream = UnixStream::connect(&serving.socket).expect("it listens");
+    writeln!(stream, "{}", json!({"share": wanted})).expect("it is taken");
+    let mut answer = String::new();
+    BufReader::new(stream).read_line(&mut answer).expect("an answer");
+    assert!(answer.contains("accepted"), "{answer}");
+}
+
+/// Pages of the working set come there with the first clone, before it asks for them.
+#[test]
+fn the_working_set_is_there_for_clones_that_have_not_asked() {
+    needs_vm!();
+    let sample = Sample::small();
+    let (file, trained) = (&sample.file, sample.folder.path().join("trained.snap"));
+    let text = |path: &Path| path.to_str().expect("text").to_owned();
+    snap(["train", &text(file), "--beats", "2", "--runs", "1", "-o", &text(&trained)]).ok();
+    let snapshot = Snapshot::open(&trained).expect("it opens");
+    let stored = |page: &u32| {
+        let entry = snapshot.entry(PageIndex(*page)).expect("an entry");
+        matches!(entry, PageEntry::Data { .. })
+    };
+    let set = snapshot.working_set().expect("it is whole").expect("it has one");
+    let of_set = set.runs().iter().flat_map(|run| run.first.0..run.first.0 + run.pages);
+    let hot = of_set.filter(stored).count() as u64;
+    let all = (0..snapshot.header().pages() as u32).filter(stored).count() as u64;
+    assert!(hot < all, "{hot} of {all}");
+
+    let sample = Sample { file: trained, ..sample };
+    let mut first_clone_faults = Vec::new();
+    for (prefetch, pages) in [("off", 0), ("hot", hot), ("all", all)] {
+        let serving = Serving::with(&sample, &["--prefetch", prefetch]);
+        ask_and_leave(&serving, &snapshot);
+        let began = Instant::now();
+        while shared_pages(&serving) < pages {
+            let have = shared_pages(&serving);
+            assert!(began.elapsed() < Duration::from_secs(60), "{prefetch}: {have} of {pages}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(shared_pages(&serving), pages, "{prefetch}");
+        let report = serving.restore(&sample.file, &["--beats", "2"]).ok().report();
+        assert_eq!((&report["beats"], &report["bad_beats"]), (&json!(2), &json!(0)));
+        first_clone_faults.push(faults(&serving.says("faults")));
+        assert_eq!(serving.end("TERM"), Some(130));
+    }
+    let [off, hot, all] = first_clone_faults[..] else { panic!("{first_clone_faults:?}") };
+    // What is left is zero pages, of which each clone has its own.
+    assert!(hot < off / 4 && all < off / 4, "{off}, {hot} and {all} faults");
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use snapfmt::layout::PAGE_BYTES;
-use snapfmt::{SectionKind, Snapshot};
+use snapfmt::{HotRun, ReadError, SectionKind, Snapshot};
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum PrefetchArg {
@@ -49,19 +49,21 @@ pub(crate) fn list(
     snapshot: Arc<Snapshot>,
     damage: SetDamage,
 ) -> impl FnOnce() -> Vec<Range<u64>> + Send + 'static {
-    move || match snapshot.working_set() {
-        Ok(set) => {
-            let runs = set.iter().flat_map(|set| set.runs());
-            let page = PAGE_BYTES as u64;
-            runs.map(|run| {
-                let start = run.first.source_offset();
-                start..start + u64::from(run.pages) * page
-            })
-            .collect()
-        }
-        Err(error) => {
+    move || {
+        pages(&snapshot).unwrap_or_else(|error| {
             damage.get_or_init(|| error.to_string());
             Vec::new()
-        }
+        })
     }
+}
+
+/// The pages of the working set, if there is one, as ranges of offsets in memory, in the order in which they were touched.
+pub(crate) fn pages(snapshot: &Snapshot) -> Result<Vec<Range<u64>>, ReadError> {
+    let set = snapshot.working_set()?;
+    let runs = set.iter().flat_map(|set| set.runs());
+    let range = |run: &HotRun| {
+        let start = run.first.source_offset();
+        start..start + u64::from(run.pages) * PAGE_BYTES as u64
+    };
+    Ok(runs.map(range).collect())
 }

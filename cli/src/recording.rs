@@ -18,20 +18,38 @@ pub(crate) type Touched = Vec<(PageIndex, Phase)>;
 
 /// Between looks whether the guest has written something.
 const BEAT: Duration = Duration::from_millis(1);
-/// Between marks, which tell the order of touching: this share of the time that the run has taken, and so many times what the
-/// last one has cost.
+/// Between marks, which tell the order of touching: at least this share of the time that the run has taken.
 const MARKS_OF_A_RUN: u32 = 256;
-const MARK_REST: u32 = 3;
+
+/// How a run is recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Record {
+    /// A run for that alone: the order of touching is known as well as it can be.
+    Closely,
+    /// A run that is used for something else, and hardly slowed by it.
+    InPassing,
+}
+
+impl Record {
+    /// Between marks: so many times what the last one has cost.
+    fn rest(self) -> u32 {
+        match self {
+            Record::Closely => 3,
+            Record::InPassing => 50,
+        }
+    }
+}
 
 /// Does `run`, which runs the guest, and marks the ends of the phases meanwhile, on a thread of its own.
 pub(crate) fn recorded<T>(
     recording: &Recording,
+    how: Record,
     seen: &Seen,
     run: impl FnOnce() -> T,
 ) -> (T, Result<Touched>) {
     let (done, ended) = channel::<()>();
     let (ran, marked) = std::thread::scope(|scope| {
-        let marker = scope.spawn(move || mark_phases(recording, seen, &ended));
+        let marker = scope.spawn(move || mark_phases(recording, how, seen, &ended));
         let ran = run();
         drop(done);
         (ran, marker.join())
@@ -53,6 +71,7 @@ pub(crate) fn recorded<T>(
 /// Marks again and again what was touched, until the run is over; answers the phase of each mark.
 fn mark_phases(
     recording: &Recording,
+    how: Record,
     seen: &Seen,
     ended: &std::sync::mpsc::Receiver<()>,
 ) -> std::io::Result<Vec<Phase>> {
@@ -68,7 +87,8 @@ fn mark_phases(
             recording.mark()?;
             phases.push(phase);
             phase = now;
-            pause = (began.elapsed() / MARKS_OF_A_RUN).max(marking.elapsed() * MARK_REST).max(BEAT);
+            pause =
+                (began.elapsed() / MARKS_OF_A_RUN).max(marking.elapsed() * how.rest()).max(BEAT);
             next = Instant::now() + pause;
         }
         if over {

@@ -22,6 +22,7 @@ use crate::devices::SavedDeviceArgs;
 use crate::exit::GuestStopped;
 use crate::prefetch::{self, PrefetchArg, SetDamage};
 use crate::progress::Bar;
+use crate::recording::Record;
 use crate::{guest_memory, size};
 
 /// Where a guest comes from, and how.
@@ -44,8 +45,8 @@ pub(crate) struct Origin<'a> {
     pub(crate) populate_rate: Option<NonZeroU64>,
     /// What of the file's working set, and beyond, a lazy restore loads in front of the guest.
     pub(crate) prefetch: PrefetchArg,
-    /// Whether a lazy restore records which pages are touched.
-    pub(crate) record: bool,
+    /// Whether and how a lazy restore records which pages are touched.
+    pub(crate) record: Option<Record>,
     pub(crate) placement: Placement,
     /// What the guest's clocks do about the time it was stored.
     pub(crate) clock: Clock,
@@ -115,7 +116,7 @@ impl Origin<'_> {
                 clone = Some(started);
                 memory
             }
-            (None, None) if self.record => {
+            (None, None) if self.record.is_some() => {
                 let (file, memory) = guest_memory::recorded(&ranges)?;
                 recorded = Some(file);
                 memory
@@ -261,7 +262,7 @@ impl Origin<'_> {
 
     fn start(&self, builder: PagerBuilder, guest: &GuestSlot) -> Result<Pager> {
         let populate = match self.prefetch {
-            PrefetchArg::All if !self.record => Populate::Full,
+            PrefetchArg::All if self.record.is_none() => Populate::Full,
             _ => self.populate,
         };
         let (file, guest) = (self.file.to_owned(), guest.clone());

@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::answer::ZERO_FILL_BYTES;
 use crate::region::Region;
-use crate::source::{Load, LoadedPages, PageReader, PageSource, SourceError};
+use crate::source::{Load, LoadedPage, LoadedPages, PageReader, PageSource, SourceError};
 
 const PAGE_BYTES: u64 = 4096;
 /// Pages that are looked up in the page tables at once: 64 KiB of `pagemap`.
@@ -180,21 +180,24 @@ impl Shared {
 
     /// Writes into the file what is not there yet.
     fn store(&self, asked: u64, loaded: &LoadedPages<'_>) -> io::Result<()> {
-        let bytes_of = |buffer_offset: usize| {
-            let bytes = loaded.bytes.get(buffer_offset..)?.get(..PAGE_BYTES as usize);
-            bytes.filter(|_| buffer_offset.is_multiple_of(PAGE_BYTES as usize))
-        };
         let mut log = self.log();
-        let first = loaded.pages.iter().filter(|page| page.source_offset == asked);
-        let others = loaded.pages.iter().filter(|page| page.source_offset != asked);
-        for page in first.chain(others) {
-            let bytes = bytes_of(page.buffer_offset).ok_or(io::ErrorKind::InvalidData)?;
-            if log.knows(page.source_offset) {
-                continue;
-            }
-            self.file.write_all_at(bytes, page.source_offset)?;
-            log.note(page.source_offset);
+        let wanted = |page: &LoadedPage| !log.knows(page.source_offset);
+        let new: Vec<LoadedPage> = loaded.pages.iter().copied().filter(wanted).collect();
+        // Pages that follow each other in both places are written at once.
+        let follows = |a: &LoadedPage, b: &LoadedPage| {
+            b.source_offset == a.source_offset + PAGE_BYTES
+                && b.buffer_offset == a.buffer_offset + PAGE_BYTES as usize
+        };
+        for run in new.chunk_by(follows) {
+            let at = run[0].buffer_offset;
+            let bytes =
+                loaded.bytes.get(at..).and_then(|rest| rest.get(..run.len() * PAGE_BYTES as usize));
+            self.file
+                .write_all_at(bytes.ok_or(io::ErrorKind::InvalidData)?, run[0].source_offset)?;
         }
+        let first = new.iter().filter(|page| page.source_offset == asked);
+        let others = new.iter().filter(|page| page.source_offset != asked);
+        first.chain(others).for_each(|page| log.note(page.source_offset));
         Ok(())
     }
 }

@@ -70,7 +70,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
                 populate: Populate::Off,
                 populate_rate: None,
                 prefetch: PrefetchArg::Off,
-                record: false,
+                record: None,
                 placement: Placement::default(),
                 clock: vmm::Clock::Advance,
                 force: false,

@@ -23,7 +23,7 @@ use crate::guest_output::{GuestOutput, Hold};
 use crate::interrupt::Interrupt;
 use crate::live::{self, EndArgs, Ended, Live};
 use crate::prefetch::PrefetchArg;
-use crate::recording::{Output, recorded};
+use crate::recording::{Output, Record, recorded};
 use crate::report::{RestoreReport, ms, ms_since};
 use crate::restored::{Origin, Restored, damaged, stopped};
 use crate::stored::{Filled, Kept, Origins};
@@ -218,7 +218,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             populate: args.populate.0,
             populate_rate: args.populate.1,
             prefetch: if args.record { PrefetchArg::Off } else { args.prefetch },
-            record: args.record,
+            record: args.record.then_some(Record::InPassing),
             placement: match args.placement {
                 Place::Follow => Placement::Follow,
                 Place::Spin => Placement::Spin,
@@ -337,8 +337,10 @@ impl Restore<'_> {
         let mut touched = None;
         let live = || {
             let live = || live.run(vm);
-            let Some(recording) = &recording else { return live() };
-            let (ended, pages) = recorded(recording, &seen, live);
+            let (Some(recording), Some(how)) = (&recording, self.origin.record) else {
+                return live();
+            };
+            let (ended, pages) = recorded(recording, how, &seen, live);
             touched = Some(pages);
             ended
         };

@@ -9,12 +9,13 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use pager::SnapshotSource;
-use pager::serve::{KeepAt, ServeEvent, ServeOptions, Server, SnapshotName};
+use pager::serve::{KeepAt, Prefetched, ServeEvent, ServeOptions, Server, SnapshotName};
 use snapfmt::Snapshot;
 
 use super::restore::OnError;
 use super::{Input, Session};
 use crate::exit::Interrupted;
+use crate::prefetch::{self, PrefetchArg};
 use crate::{metrics, size};
 
 /// Serve a snapshot's memory to guests of Firecracker, and to clones that share it.
@@ -46,6 +47,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "PORT", value_parser = metrics::parse_address)]
     metrics: Option<SocketAddr>,
 
+    /// Load pages before guests ask for them. `hot`: those of the file's working set (`snap train` makes one), into the memory
+    /// that clones share when the first of them comes, and in front of each other guest; `all`: then everything else.
+    #[arg(long, value_name = "off|hot|all", default_value = "hot", hide_possible_values = true)]
+    prefetch: PrefetchArg,
+
     /// What to do with a page that cannot be read or is damaged.
     #[arg(long, value_name = "POLICY", default_value = "poison")]
     on_error: OnError,
@@ -56,6 +62,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let mut options = ServeOptions::default();
     options.on_error = args.on_error.into();
     options.share = Some(snapshot_name(&snapshot));
+    options.prefetch = prefetched(args.prefetch, &snapshot);
     let keep_at =
         |socket: &PathBuf| KeepAt { socket: socket.clone(), snapshot: snapshot_name(&snapshot) };
     options.keep = args.keep.as_ref().map(keep_at);
@@ -84,6 +91,23 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         true => Err(Interrupted.into()),
         false => Ok(()),
     }
+}
+
+/// The pages to load before they are asked for, if any. A working set that is damaged is told, once, and not used.
+fn prefetched(which: PrefetchArg, snapshot: &Arc<Snapshot>) -> Option<Prefetched> {
+    let hot = match which {
+        PrefetchArg::Off => return None,
+        PrefetchArg::Hot | PrefetchArg::All => prefetch::pages(snapshot),
+    };
+    let mut pages = hot.unwrap_or_else(|error| {
+        let line = format!("snap: the working set is not used: {}\n", with_causes(&error));
+        let _ = std::io::stderr().write_all(line.as_bytes());
+        Vec::new()
+    });
+    if which == PrefetchArg::All {
+        pages.push(0..snapshot.header().memory_bytes);
+    }
+    (!pages.is_empty()).then(|| Prefetched::new(move || pages.clone()))
 }
 
 /// What a clone and its server must agree on.

@@ -15,7 +15,7 @@ use crate::devices::SavedDeviceArgs;
 use crate::guest_console::{BEAT, Until};
 use crate::live::EndArgs;
 use crate::prefetch::PrefetchArg;
-use crate::recording::{Output, Touched};
+use crate::recording::{Output, Record, Touched};
 use crate::report::ms;
 use crate::restored::Origin;
 
@@ -140,7 +140,7 @@ fn touched(args: &Args, session: &Session) -> Result<Touched> {
             populate: Populate::Off,
             populate_rate: None,
             prefetch: PrefetchArg::Off,
-            record: true,
+            record: Some(Record::Closely),
             placement: Placement::default(),
             clock: vmm::Clock::Advance,
             force: args.force_cpu,
