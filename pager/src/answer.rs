@@ -1,6 +1,7 @@
 //! What a fault is answered with: loaded pages, zeros or poison.
 
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use crate::failure::FailureCause;
 use crate::inbox::Inbox;
@@ -25,6 +26,9 @@ pub(crate) const ZERO_FILL_BYTES: u64 = 64 << 10;
 pub(crate) struct Desk {
     slice: usize,
     runs: Vec<Run>,
+    /// When all was installed that came with the last fault, if who waited was woken after that: it may run at once, in the
+    /// place of this thread.
+    installed_at: Option<Instant>,
 }
 
 /// Why a fault could not be answered.
@@ -47,7 +51,12 @@ impl From<InstallError> for Trouble {
 
 impl Desk {
     pub(crate) fn new(slice: usize) -> Desk {
-        Desk { slice, runs: Vec::with_capacity(512) }
+        Desk { slice, runs: Vec::with_capacity(512), installed_at: None }
+    }
+
+    /// When the last install had come to its end.
+    pub(crate) fn installed_at(&mut self) -> Instant {
+        self.installed_at.take().unwrap_or_else(Instant::now)
     }
 
     /// Installs what was loaded for the page at `fault`. Answers whether that page is dealt with.
@@ -136,6 +145,7 @@ impl Desk {
         }
         // Others that wait for pages of this load have messages of their own, and are woken when those are answered.
         if quiet && answered {
+            self.installed_at = Some(Instant::now());
             shared.wake(self.slice, fault)?;
         }
         Ok(answered)

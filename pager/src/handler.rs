@@ -188,7 +188,7 @@ impl Handler {
                                 source_offset,
                                 desk.install(shared, place, load, inbox)
                             );
-                            let ended = *installed_at.insert(Instant::now());
+                            let ended = *installed_at.insert(desk.installed_at());
                             times.install_ns += nanoseconds(started, ended);
                             installed
                         }
