@@ -106,6 +106,8 @@ mod sequence;
 pub mod serve;
 #[cfg(feature = "serve")]
 pub mod shared;
+#[cfg(feature = "snapfmt")]
+mod shared_pages;
 mod slice;
 #[cfg(feature = "snapfmt")]
 mod snapshot_sequence;

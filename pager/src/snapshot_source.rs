@@ -9,6 +9,7 @@ use snapfmt::{ChunkBuffer, PageEntry, PageIndex, ReadAt, ReadError, Snapshot};
 
 use crate::large_pages::LargePages;
 use crate::sequence::{PageByPage, PageSequence};
+use crate::shared_pages::SharedPages;
 use crate::snapshot_sequence::SnapshotSequence;
 use crate::source::{Load, LoadCost, LoadedPage, LoadedPages, PageReader, PageSource, SourceError};
 
@@ -34,6 +35,7 @@ impl<R: ReadAt + 'static> PageSource for SnapshotSource<R> {
         Ok(Box::new(SnapshotReader {
             snapshot: Arc::clone(&self.0),
             buffer: ChunkBuffer::new(),
+            shared: SharedPages::default(),
             pages: Vec::with_capacity(most + 1),
         }))
     }
@@ -55,9 +57,13 @@ impl<R: ReadAt + 'static> PageSource for SnapshotSource<R> {
     }
 }
 
+/// A fault on a page that is equal to one that was kept fills such pages in the aligned 64 KiB around it.
+const AROUND_PAGES: u32 = 16;
+
 struct SnapshotReader<R: ReadAt> {
     snapshot: Arc<Snapshot<R>>,
     buffer: ChunkBuffer,
+    shared: SharedPages,
     pages: Vec<LoadedPage>,
 }
 
@@ -76,6 +82,16 @@ impl<R: ReadAt> PageReader for SnapshotReader<R> {
                 return Err(SourceError::permanent("the page is in a parent snapshot"));
             }
         };
+        if let Some(buffer_offset) = self.shared.find(extent, slot) {
+            self.pages.clear();
+            self.pages.push(LoadedPage { source_offset: page.source_offset(), buffer_offset });
+            self.kept_around(page);
+            return Ok(Load::Pages(LoadedPages {
+                bytes: self.shared.bytes(),
+                pages: &self.pages,
+                cost: LoadCost::default(),
+            }));
+        }
         let start = Instant::now();
         self.snapshot.fetch_chunk(extent, &mut self.buffer).map_err(failed)?;
         let fetched = Instant::now();
@@ -97,6 +113,10 @@ impl<R: ReadAt> PageReader for SnapshotReader<R> {
         if chunk.pages().get(usize::from(slot)) != Some(&page) {
             // It shares the slot of an equal page.
             self.pages.push(loaded(page, slot));
+            let at = usize::from(slot) * PAGE_BYTES;
+            if let Some(bytes) = chunk.bytes().get(at..at + PAGE_BYTES) {
+                self.shared.keep(extent, slot, bytes);
+            }
         }
         Ok(Load::Pages(LoadedPages {
             bytes: chunk.bytes(),
@@ -107,6 +127,21 @@ impl<R: ReadAt> PageReader for SnapshotReader<R> {
                 bytes_read: extent.len_bytes().into(),
             },
         }))
+    }
+}
+
+impl<R: ReadAt> SnapshotReader<R> {
+    /// Adds the pages of the aligned block around this one that were kept, too.
+    fn kept_around(&mut self, page: PageIndex) {
+        let block = page.0 - page.0 % AROUND_PAGES;
+        for other in (block..block.saturating_add(AROUND_PAGES)).map(PageIndex) {
+            if other != page
+                && let Ok(PageEntry::Data { chunk, slot }) = self.snapshot.entry(other)
+                && let Some(buffer_offset) = self.shared.find(chunk, slot)
+            {
+                self.pages.push(LoadedPage { source_offset: other.source_offset(), buffer_offset });
+            }
+        }
     }
 }
 
