@@ -4,6 +4,7 @@ use std::fs::File;
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -123,15 +124,18 @@ impl Origin<'_> {
             }
             (None, None) => guest_memory::private(&ranges)?,
         };
+        let slices = slices(state.vcpus.len());
         if self.image.is_some() {
             // The kernel reads it, when the guest touches it.
         } else if !self.lazy {
             loaded_bytes = load(&snapshot, &memory, session).with_context(named)?;
         } else if let Some(file) = recorded {
-            let (record, started) = self.start_recording(&snapshot, &memory, file, &guest)?;
+            let (record, started) =
+                self.start_recording(&snapshot, &memory, file, &guest, slices)?;
             (recording, pager) = (Some(record), Some(started));
         } else if clone.is_none() {
-            let (started, start) = self.start_pager(&snapshot, &memory, &guest, &set_damage)?;
+            let (started, start) =
+                self.start_pager(&snapshot, &memory, &guest, &set_damage, slices)?;
             (pager, prefetch_start) = (Some(started), start);
         }
         let memory_ready = Instant::now();
@@ -233,10 +237,12 @@ impl Origin<'_> {
         memory: &Arc<GuestMemoryMmap>,
         guest: &GuestSlot,
         set_damage: &SetDamage,
+        slices: usize,
     ) -> Result<(Pager, Option<prefetch::Start>)> {
         let mut start = None;
         let mut builder = Pager::builder(Arc::new(SnapshotSource::new(Arc::clone(snapshot))))
-            .regions(regions(snapshot, memory)?);
+            .regions(regions(snapshot, memory)?)
+            .slices(slices);
         if self.prefetch != PrefetchArg::Off && prefetch::has_set(snapshot) {
             let (begin, wait) = prefetch::start();
             let list = prefetch::list(Arc::clone(snapshot), set_damage.clone());
@@ -252,11 +258,12 @@ impl Origin<'_> {
         memory: &Arc<GuestMemoryMmap>,
         file: File,
         guest: &GuestSlot,
+        slices: usize,
     ) -> Result<(Recording, Pager)> {
         let source = Arc::new(SnapshotSource::new(Arc::clone(snapshot)));
         let recording = Recording::new(source, file, regions(snapshot, memory)?)
             .context("cannot record which pages are touched")?;
-        let pager = self.start(Pager::recording(&recording), guest)?;
+        let pager = self.start(Pager::recording(&recording).slices(slices), guest)?;
         Ok((recording, pager))
     }
 
@@ -275,6 +282,11 @@ impl Origin<'_> {
             .start()
             .context("cannot restore lazily (without --lazy, userfaultfd is not needed)")
     }
+}
+
+/// Demand threads for so many vCPUs, which may all wait for pages at once: no more than can run.
+fn slices(vcpus: usize) -> usize {
+    vcpus.min(thread::available_parallelism().map_or(1, |cpus| cpus.get()))
 }
 
 /// The regions of guest memory for the pager.
