@@ -10,8 +10,8 @@
 //! The price is that any other thread keeps such a demand thread from running. So it stands back on a lease: a timer that
 //! it sets anew while it answers faults. When the timer ends, a thread of its own, the watch, looks whether a fault waits
 //! and nothing has been served since. Then the demand thread becomes an ordinary one again, and stays so for a while, each
-//! time for longer. While faults are answered in time the watch is never woken: it would take a CPU for a moment, and a
-//! CPU that has just become idle takes the faulting thread from the one where it was. Leaving `SCHED_IDLE` takes
+//! time for longer. While faults come more often than that the watch is never woken: it would take a CPU for a moment, and
+//! a CPU that has just become idle takes the faulting thread from the one where it was. Leaving `SCHED_IDLE` takes
 //! CAP_SYS_NICE, or an RLIMIT_NICE of 21: where that is refused nobody stands back.
 
 use std::mem;
@@ -56,12 +56,14 @@ pub(crate) struct Standing {
     banned: Mutex<Option<Instant>>,
 }
 
-/// An ordinary thread: only it leaves this stance.
+/// An ordinary thread. Left by itself.
 const ORDINARY: u8 = 0;
-/// It is changing its policy: only it leaves this stance.
+/// It is changing its policy. Left by itself.
 const CHANGING: u8 = 1;
 /// It runs under `SCHED_IDLE`. Left by itself or, when the lease has ended, by the watch.
 const BACK: u8 = 2;
+/// The watch is changing its policy. Left by the watch.
+const FORWARDING: u8 = 3;
 
 impl Standing {
     /// In the demand thread, before it serves.
@@ -71,6 +73,7 @@ impl Standing {
 
     /// In the demand thread, at its end: its id may be another thread's from then on.
     pub(crate) fn end(&self) {
+        self.come_forward();
         *lock(&self.thread) = None;
     }
 
@@ -78,14 +81,19 @@ impl Standing {
         self.stance.load(Ordering::Relaxed) == BACK
     }
 
-    /// In the demand thread, with a lease: under `SCHED_IDLE` from now on. Answers whether it is so.
+    fn change(&self, from: u8, to: u8) -> bool {
+        self.stance.compare_exchange(from, to, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+
+    /// In the demand thread, with a lease: under `SCHED_IDLE` from now on. Answers whether it is so. A policy that
+    /// somebody else has given it stays.
     fn step_back(&self, stopping: &AtomicBool, now: Instant) -> bool {
-        if lock(&self.banned).is_some_and(|until| now < until) {
+        if lock(&self.banned).is_some_and(|until| now < until) || !self.change(ORDINARY, CHANGING) {
             return false;
         }
         // Sequentially consistent: either this thread sees that it is to stop, or the watch sees that it is changing.
-        self.stance.store(CHANGING, Ordering::SeqCst);
         let back = !stopping.load(Ordering::SeqCst)
+            && task::policy(0) == Some(libc::SCHED_OTHER)
             && self.set_lease(LEASE)
             && task::set_policy(0, libc::SCHED_IDLE).is_ok();
         self.stance.store(if back { BACK } else { ORDINARY }, Ordering::SeqCst);
@@ -94,13 +102,10 @@ impl Standing {
 
     /// In the demand thread: it does not share its CPU with the only thread that faults any more.
     pub(crate) fn come_forward(&self) {
-        let change = |from, to| {
-            self.stance.compare_exchange(from, to, Ordering::SeqCst, Ordering::SeqCst).is_ok()
-        };
-        if self.is_back() && change(BACK, CHANGING) {
-            // It was allowed to before, or would not stand back.
-            let ordinary = task::set_policy(0, libc::SCHED_OTHER).is_ok();
-            change(CHANGING, if ordinary { ORDINARY } else { BACK });
+        if self.is_back() && self.change(BACK, CHANGING) {
+            // It is allowed to, or would not stand back.
+            make_ordinary(0);
+            self.stance.store(ORDINARY, Ordering::SeqCst);
         }
     }
 
@@ -113,16 +118,15 @@ impl Standing {
         // A demand thread holds this lock only as it begins and ends. As it ends it may have been kept from running:
         // nobody waits for it here.
         let Some(thread) = self.try_thread() else { return false };
-        // Somebody else may have given it another policy.
-        if let Some(id) = *thread
-            && task::policy(id) == Some(libc::SCHED_IDLE)
-            && task::set_policy(id, libc::SCHED_OTHER).is_err()
-        {
-            return true;
+        if stance == BACK && !self.change(BACK, FORWARDING) {
+            return false;
         }
-        // One that is changing finds out itself, now that it runs.
-        let (order, ended) = (Ordering::SeqCst, thread.is_none());
-        ended || self.stance.compare_exchange(BACK, ORDINARY, order, order).is_ok()
+        // One that is changing may have been kept from running just then: that is helped, and looked at again.
+        thread.map(make_ordinary);
+        if stance == BACK {
+            self.stance.store(ORDINARY, Ordering::SeqCst);
+        }
+        stance == BACK
     }
 
     /// In the watch: whether the thread runs or waits for a CPU, and not for storage.
@@ -181,41 +185,36 @@ impl Lease {
 /// The watch of a pager: a thread, from the first time that somebody wants to stand back.
 #[derive(Debug, Default)]
 pub(crate) struct Watch {
-    begun: OnceLock<bool>,
+    begun: OnceLock<()>,
     thread: Mutex<Option<JoinHandle<()>>>,
+    /// It looks after who stands back.
+    ready: AtomicBool,
 }
 
 impl Watch {
     /// Begins it, if nobody has. Answers whether it is there: without it nobody stands back, a matter of speed only.
     fn begin(shared: &Arc<Shared>, cpus: &Cpus) -> bool {
-        *shared.watch.begun.get_or_init(|| {
-            let (watched, cpus) = (Arc::clone(shared), *cpus);
-            // What cannot be undone is not done.
-            if !task::may_raise_priorities()
-                || !watched.slices.iter().all(|slice| slice.standing.lend())
-            {
-                return false;
+        shared.watch.begun.get_or_init(|| {
+            if shared.slices.iter().all(|slice| slice.standing.lend()) {
+                let (watched, cpus) = (Arc::clone(shared), *cpus);
+                let thread = thread::Builder::new().name("pager-watch".into());
+                *lock(&shared.watch.thread) = thread.spawn(move || watch(&watched, &cpus)).ok();
             }
-            let thread = thread::Builder::new().name("pager-watch".into());
-            let thread = thread.spawn(move || watch(&watched, &cpus)).ok();
-            let there = thread.is_some();
-            *lock(&shared.watch.thread) = thread;
-            there
-        })
+        });
+        shared.watch.ready.load(Ordering::Relaxed)
     }
 
     /// Ends it, when `stopping` is set. All demand threads are ordinary ones then.
     pub(crate) fn stop(&self, slices: &[Slice]) {
         // None begins any more.
-        if *self.begun.get_or_init(|| false) {
-            // To look at once.
-            for slice in slices {
-                slice.standing.set_lease(Duration::from_nanos(1));
-            }
-            if let Some(thread) = lock(&self.thread).take() {
-                // It has no code of others, and does not panic.
-                let _ = thread.join();
-            }
+        self.begun.get_or_init(|| ());
+        // To look at once.
+        for slice in slices {
+            slice.standing.set_lease(Duration::from_nanos(1));
+        }
+        if let Some(thread) = lock(&self.thread).take() {
+            // It has no code of others, and does not panic.
+            let _ = thread.join();
         }
     }
 }
@@ -234,6 +233,13 @@ struct Watched {
 fn watch(shared: &Shared, cpus: &Cpus) {
     // It begins where the demand thread is that began it.
     let _ = cpus.bind();
+    // What cannot be undone is not done: tried on itself.
+    if task::set_policy(0, libc::SCHED_IDLE).is_err()
+        || task::set_policy(0, libc::SCHED_OTHER).is_err()
+    {
+        return;
+    }
+    shared.watch.ready.store(true, Ordering::Relaxed);
     let new =
         |_: &Slice| Watched { faults: 0, served_at: Instant::now(), waited: false, ban: FIRST_BAN };
     let mut all: Vec<Watched> = shared.slices.iter().map(new).collect();
@@ -264,6 +270,10 @@ impl Watched {
             // Only to forget that it has ended: the demand thread may have set it anew meanwhile.
             let _ = read(lease, &mut [0; 8]);
         }
+        // It came forward itself. One that steps back says so before it sets its lease.
+        if standing.stance.load(Ordering::SeqCst) == ORDINARY {
+            return;
+        }
         let waits = slice.answering.load(Ordering::Relaxed) || slice.filler.uffd.readable();
         let faults = slice.counters.faults();
         let (waited, now) = (mem::replace(&mut self.waited, waits), Instant::now());
@@ -286,6 +296,92 @@ impl Watched {
     }
 }
 
+/// The thread (0: the calling one), if it runs under `SCHED_IDLE`: somebody else may have given it another policy.
+fn make_ordinary(thread: libc::pid_t) {
+    if task::policy(thread) == Some(libc::SCHED_IDLE) {
+        // Refused only if this process has lost the right to since it was tried.
+        let _ = task::set_policy(thread, libc::SCHED_OTHER);
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    /// Where a thread may leave `SCHED_IDLE`, and says so where not.
+    fn may_come_back(test: &str) -> bool {
+        let tried = thread::spawn(|| {
+            task::set_policy(0, libc::SCHED_IDLE).is_ok()
+                && task::set_policy(0, libc::SCHED_OTHER).is_ok()
+        });
+        let may = tried.join().expect("it does not panic");
+        if !may {
+            assert!(std::env::var_os("SNAP_REQUIRE_VM").is_none(), "{test}: no CAP_SYS_NICE");
+            let line = format!("SKIPPED {test}: no CAP_SYS_NICE\n");
+            std::io::stderr().write_all(line.as_bytes()).expect("stderr can be written");
+        }
+        may
+    }
+
+    /// However the demand thread and the watch meet: whoever is said to be ordinary is.
+    #[test]
+    fn nobody_is_left_behind() {
+        if !may_come_back("nobody_is_left_behind") {
+            return;
+        }
+        let (standing, stopping, done) = <(Standing, AtomicBool, AtomicBool)>::default();
+        assert!(standing.lend());
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    standing.bring_forward();
+                }
+            });
+            scope.spawn(|| {
+                standing.begin();
+                for round in 0..20_000 {
+                    standing.step_back(&stopping, Instant::now());
+                    if round % 3 == 0 {
+                        standing.come_forward();
+                    }
+                    if round % 50 == 0 {
+                        while !standing.bring_forward() {
+                            thread::yield_now();
+                        }
+                        assert_eq!(task::policy(0), Some(libc::SCHED_OTHER), "round {round}");
+                    }
+                }
+                standing.end();
+                assert_eq!(task::policy(0), Some(libc::SCHED_OTHER));
+                done.store(true, Ordering::Relaxed);
+            });
+        });
+        // Nor does anybody begin after the stop.
+        stopping.store(true, Ordering::SeqCst);
+        assert!(!standing.step_back(&stopping, Instant::now()));
+    }
+
+    #[test]
+    fn another_policy_stays() {
+        if !may_come_back("another_policy_stays") {
+            return;
+        }
+        let standing = Standing::default();
+        assert!(standing.lend());
+        thread::spawn(move || {
+            task::set_policy(0, libc::SCHED_BATCH).expect("it is allowed");
+            standing.begin();
+            assert!(!standing.step_back(&AtomicBool::default(), Instant::now()));
+            standing.end();
+            assert_eq!(task::policy(0), Some(libc::SCHED_BATCH));
+        })
+        .join()
+        .expect("no assertion failed");
+    }
 }

@@ -111,6 +111,9 @@ impl Handler {
             if let Some(event) = self.inbox.unserved.take() {
                 // Other events can still be read, and moved memory still fails here: go on for them.
                 self.fail_all(FailureCause::Event(format!("{event:?}")));
+                if self.stopping() {
+                    return End::Clean;
+                }
                 continue;
             }
             // While a thread of the same CPU faults, its next fault is there as soon as this one runs again: that saves
@@ -119,6 +122,7 @@ impl Handler {
                 return End::Failed(FailureCause::Messages(error));
             }
             if !self.inbox.faults.is_empty() || self.inbox.unserved.is_some() {
+                self.shared.slices[self.slice].answering.store(true, Ordering::Relaxed);
                 continue;
             }
             let slice = &self.shared.slices[self.slice];

@@ -464,11 +464,11 @@ impl PagerBuilder {
                 ready: prefetch_when,
                 started_on: placement::this_cpu(),
             };
-            let thread = thread::Builder::new()
-                .name("prefetch".into())
-                .spawn(move || prefetcher.run())
-                .map_err(system("a thread"))?;
-            pager.workers.push(thread);
+            // A hint: a guest whose pages come when it asks for them is better than none.
+            match thread::Builder::new().name("prefetch".into()).spawn(move || prefetcher.run()) {
+                Ok(thread) => pager.workers.push(thread),
+                Err(_) => pager.shared.prefetch.ended(Prefetch::GivenUp),
+            }
         }
         for (index, reader) in populating.into_iter().enumerate() {
             let worker = Worker::new(Arc::clone(&pager.shared), reader, retry);

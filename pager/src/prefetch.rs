@@ -35,7 +35,8 @@ pub enum Prefetch {
     Running,
     /// At the end of the list.
     Done,
-    /// Given up: what had to be decoded for the pages of the list was out of proportion, or the source panicked.
+    /// Given up: what had to be decoded for the pages of the list was out of proportion, the source panicked, or there was no
+    /// thread for it.
     GivenUp,
 }
 
@@ -85,7 +86,7 @@ impl PrefetchProgress {
         *state
     }
 
-    fn ended(&self, state: Prefetch) {
+    pub(crate) fn ended(&self, state: Prefetch) {
         *self.lock() = state;
         self.changed.notify_all();
     }

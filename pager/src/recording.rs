@@ -101,7 +101,7 @@ impl Recording {
     /// in which there are loaded pages that were not found touched yet, on the calling thread.
     ///
     /// # Errors
-    /// When `/proc/self/pagemap` cannot be read.
+    /// When `/proc/self/pagemap` cannot be read. What is recorded is of no use then.
     pub fn mark(&self) -> io::Result<()> {
         let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
         let Marks { count, known, pending, found } = &mut *marks;

@@ -52,21 +52,6 @@ pub(crate) fn set_policy(thread: libc::pid_t, policy: i32) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Whether this thread may give threads a higher priority: tried on itself. The kernel asks for the same right when a
-/// thread leaves `SCHED_IDLE`.
-pub(crate) fn may_raise_priorities() -> bool {
-    // SAFETY: takes numbers; the raw system call answers 20 less the nice value, of the calling thread.
-    let answer = unsafe { libc::syscall(libc::SYS_getpriority, libc::PRIO_PROCESS, 0) };
-    let Ok(nice) = i32::try_from(20 - answer) else { return false };
-    // SAFETY: takes numbers, and affects the calling thread only.
-    let raised = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice - 1) } == 0;
-    if raised {
-        // SAFETY: as above. Lowering it is always allowed.
-        unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) };
-    }
-    raised
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -337,6 +337,31 @@ fn a_guest_that_still_needs_pages_is_killed_when_asked() {
     serving.finish();
 }
 
+/// A client makes the file that both have a blocking one, while its faults are answered: the server does not wait there.
+#[test]
+fn a_client_that_makes_reads_wait_holds_up_nobody() {
+    if !userfaultfd_works("a_client_that_makes_reads_wait_holds_up_nobody") {
+        return;
+    }
+    for _ in 0..3 {
+        let serving =
+            Serving::start(Arc::new(VecSource::new(stamped(4096), PAGE)), ServeOptions::default());
+        let mut vmm = Vmm::start(&serving.socket);
+        vmm.ok("map 4096");
+        vmm.ok("body new");
+        // It is killed, or served to the end: as the moment has it.
+        let answer = vmm.ask("unruly 4096");
+        assert!(answer.is_none() || answer.as_deref() == Some("ok"), "{answer:?}");
+        drop(vmm);
+        let (done, ended) = channel();
+        thread::spawn(move || {
+            serving.finish();
+            done.send(())
+        });
+        ended.recv_timeout(HUNG).expect("the server ends");
+    }
+}
+
 /// The shared file, in the descriptors of a clone.
 fn shared_file(vmm: &Vmm) -> PathBuf {
     let process = format!("/proc/{}/fd", vmm.pid());

@@ -38,8 +38,8 @@ pub enum ForeignUffdError {
 }
 
 impl ForeignUffd {
-    /// Takes a received descriptor: checks that it is a userfaultfd, makes it non-blocking, and finds the
-    /// features its maker has asked for. Needs `/proc`.
+    /// Takes a received descriptor: checks that it is a userfaultfd, makes it non-blocking (its maker can undo that; reads
+    /// do not rely on it), and finds the features its maker has asked for. Needs `/proc`.
     ///
     /// # Errors
     /// [`ForeignUffdError`].
@@ -67,7 +67,7 @@ impl ForeignUffd {
         {
             return Err(system("set the flags")(io::Error::last_os_error()));
         }
-        Ok(ForeignUffd(Uffd { file: fd.into(), features }))
+        Ok(ForeignUffd(Uffd { file: fd.into(), features, shared: true }))
     }
 
     /// The features that its maker has asked for.

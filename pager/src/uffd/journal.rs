@@ -6,14 +6,12 @@
 //! until its effect is in the page states, which are kept as well.
 #![allow(unsafe_code)]
 
-use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, compiler_fence};
 
 use super::message::BATCH_BYTES;
-use super::{Message, abi};
+use super::{Message, Uffd, abi};
 use crate::mapping::Mapping;
 
 /// Room for one batch, in a mapping that is shared with a file.
@@ -37,11 +35,10 @@ impl Journal {
         journal
     }
 
-    /// `read(2)` of a userfaultfd, into the journal and from there into `bytes`.
-    pub(super) fn read(&self, uffd: &File, bytes: &mut [u8; BATCH_BYTES]) -> io::Result<usize> {
+    /// Reads messages into the journal, and from there into `bytes`.
+    pub(super) fn read(&self, uffd: &Uffd, bytes: &mut [u8; BATCH_BYTES]) -> io::Result<usize> {
         // SAFETY: `start` is valid for writes of that many bytes; no reference into it exists.
-        let read = unsafe { libc::read(uffd.as_raw_fd(), self.start().cast(), Journal::BYTES) };
-        let read = usize::try_from(read).map_err(|_| io::Error::last_os_error())?;
+        let read = unsafe { uffd.read_now(self.start(), Journal::BYTES) }?;
         self.copy_to(&mut bytes[..read.min(Journal::BYTES)]);
         Ok(read)
     }

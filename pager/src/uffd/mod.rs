@@ -16,7 +16,7 @@ mod open;
 
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 pub use foreign::{ForeignUffd, ForeignUffdError};
@@ -29,6 +29,8 @@ pub use open::{Features, OpenError};
 pub struct Uffd {
     file: File,
     features: Features,
+    /// Another process has the same open file, and can make it a blocking one again.
+    shared: bool,
 }
 
 /// The number of an error as the kernel returned it.
@@ -43,6 +45,8 @@ pub enum Wait {
     /// The other end of the stop descriptor was closed or written to.
     Stop,
 }
+
+const BAD_REVENTS: &str = "the userfaultfd reports POLLERR, POLLHUP or POLLNVAL";
 
 /// What a range supports after [`Uffd::register`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -216,8 +220,12 @@ impl Uffd {
         batch.set_filled(0);
         loop {
             let read = match batch.journal.clone() {
-                None => (&self.file).read(batch.buffer()),
-                Some(journal) => journal.read(&self.file, batch.buffer()),
+                None => {
+                    let buffer = batch.buffer();
+                    // SAFETY: valid for writes of that many bytes, and borrowed.
+                    unsafe { self.read_now(buffer.as_mut_ptr(), buffer.len()) }
+                }
+                Some(journal) => journal.read(self, batch.buffer()),
             };
             match read {
                 Ok(bytes) => {
@@ -228,6 +236,42 @@ impl Uffd {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
+        }
+    }
+
+    /// `read(2)` that never waits, whatever others have made of the open file.
+    ///
+    /// # Safety
+    /// `to` is valid for writes of `len` bytes, and no reference to them is used meanwhile.
+    unsafe fn read_now(&self, to: *mut u8, len: usize) -> io::Result<usize> {
+        let read = |flags: Option<i32>| {
+            let fd = self.file.as_raw_fd();
+            let read = match flags {
+                // SAFETY: by this function's contract.
+                None => unsafe { libc::read(fd, to.cast(), len) },
+                Some(flags) => {
+                    let part = libc::iovec { iov_base: to.cast(), iov_len: len };
+                    // SAFETY: by this function's contract; one part. The offset -1 is the file's own.
+                    unsafe { libc::preadv2(fd, &raw const part, 1, -1, flags) }
+                }
+            };
+            usize::try_from(read).map_err(|_| io::Error::last_os_error())
+        };
+        if !self.shared {
+            return read(None);
+        }
+        match read(Some(libc::RWF_NOWAIT)) {
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {}
+            outcome => return outcome,
+        }
+        // A kernel before 6.10. One that is made a blocking file just now is still waited for.
+        let mut fd = libc::pollfd { fd: self.file.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one initialised `pollfd`.
+        match unsafe { libc::poll(&raw mut fd, 1, 0) } {
+            0 => Err(io::ErrorKind::WouldBlock.into()),
+            1 if fd.revents & libc::POLLIN != 0 => read(None),
+            1 => Err(io::Error::other(BAD_REVENTS)),
+            _ => Err(io::Error::last_os_error()),
         }
     }
 
@@ -259,9 +303,7 @@ impl Uffd {
                 return Ok(Wait::Readable);
             }
             if fds[0].revents != 0 {
-                return Err(io::Error::other(
-                    "the userfaultfd reports POLLERR, POLLHUP or POLLNVAL",
-                ));
+                return Err(io::Error::other(BAD_REVENTS));
             }
         }
     }
@@ -328,6 +370,28 @@ impl std::error::Error for Errno {}
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Whoever has sent a userfaultfd can make its reads wait again.
+    #[test]
+    fn a_foreign_one_is_read_without_waiting_whatever_its_owner_does() {
+        let Ok(uffd) = Uffd::open(Features::NONE, Features::NONE) else {
+            assert!(std::env::var_os("SNAP_REQUIRE_VM").is_none(), "no userfaultfd");
+            let line = b"SKIPPED a_foreign_one_is_read_without_waiting: no userfaultfd\n";
+            return io::Write::write_all(&mut io::stderr(), line).expect("stderr");
+        };
+        let foreign = Uffd { shared: true, ..uffd };
+        // SAFETY: takes numbers.
+        let result = unsafe { libc::fcntl(foreign.file.as_raw_fd(), libc::F_SETFL, libc::O_RDWR) };
+        assert_eq!(result, 0);
+        let (read, reads) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let mut batch = MessageBatch::new();
+            read.send(foreign.read(&mut batch).map(|()| batch.is_empty()))
+        });
+        let read = reads.recv_timeout(std::time::Duration::from_secs(60)).expect("it waits");
+        // A kernel that can read so says that there is nothing; an older one that this is no way to poll.
+        assert!(read.unwrap_or(true));
+    }
 
     #[test]
     fn a_short_copy_is_progress_and_a_negative_field_is_not() {

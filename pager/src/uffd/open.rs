@@ -115,7 +115,7 @@ impl Uffd {
         let wanted = required.with(optional);
         match handshake(&file, wanted) {
             Ok(_) => {
-                return Ok(Uffd { file, features: wanted });
+                return Ok(Uffd { file, features: wanted, shared: false });
             }
             Err(Errno(libc::EINVAL)) => {}
             Err(errno) => return Err(OpenError::Handshake { errno }),
@@ -131,7 +131,7 @@ impl Uffd {
         let features = wanted.common(available);
         let file = open_file()?;
         handshake(&file, features).map_err(|errno| OpenError::Handshake { errno })?;
-        Ok(Uffd { file, features })
+        Ok(Uffd { file, features, shared: false })
     }
 }
 

@@ -178,6 +178,24 @@ impl State {
                 BufReader::new(stream).read_line(&mut line).expect("it says something");
                 line.trim_end().to_owned()
             }
+            // `unruly PAGES`: touches pages, and meanwhile makes the userfaultfd, which the server has too, one whose
+            // reads wait.
+            "unruly" => {
+                use std::os::fd::AsRawFd;
+                let fd = self.uffd.as_ref().expect("mapped before").as_fd().as_raw_fd();
+                let memory = self.memory();
+                std::thread::scope(|scope| {
+                    scope.spawn(|| {
+                        std::thread::sleep(std::time::Duration::from_millis(5));
+                        // SAFETY: takes numbers, and the descriptor is open.
+                        assert_eq!(unsafe { libc::fcntl(fd, libc::F_SETFL, libc::O_RDWR) }, 0);
+                    });
+                    for page in 0..number(1) {
+                        assert_eq!(memory.read_u64(page * PAGE + 8 * (page % 512)), stamp(page));
+                    }
+                });
+                "ok".into()
+            }
             "hang-up" => {
                 self.stream = None;
                 "ok".into()
