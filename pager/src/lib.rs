@@ -74,6 +74,7 @@
 compile_error!("pager serves page faults with userfaultfd, which only Linux has");
 
 mod answer;
+mod builder;
 mod deference;
 mod error;
 mod failure;
@@ -114,17 +115,19 @@ mod snapshot_sequence;
 #[cfg(feature = "snapfmt")]
 mod snapshot_source;
 mod source;
+mod start;
 mod stats;
 mod task;
 mod traced;
 pub mod uffd;
 mod vec_source;
 
+pub use builder::PagerBuilder;
 pub use error::StartError;
 pub use failure::{Failure, FailureCause, FailurePolicy};
 pub use handler::RetryPolicy;
 pub use latency::{Latency, LatencyStep, Times};
-pub use pager::{Pager, PagerBuilder};
+pub use pager::Pager;
 pub use placement::Placement;
 pub use populate::{Populate, Population};
 pub use prefetch::Prefetch;

@@ -34,7 +34,8 @@ impl SharedPages {
     pub(crate) fn keep(&mut self, chunk: ChunkExtent, slot: u16, page: &[u8]) {
         if self.kept.is_empty() {
             self.kept.resize(PLACES, None);
-            self.bytes.resize(PLACES * PAGE_BYTES, 0);
+            // Memory that is used as it is filled.
+            self.bytes = vec![0; PLACES * PAGE_BYTES];
         }
         let place = place(chunk, slot);
         self.kept[place] = Some((chunk, slot));

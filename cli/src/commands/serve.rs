@@ -159,7 +159,7 @@ pub(super) fn with_causes(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Each guest needs six descriptors: as many as may be had without asking anybody.
+/// Each guest needs up to nine descriptors: as many as may be had without asking anybody.
 pub(super) fn allow_many_descriptors() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
