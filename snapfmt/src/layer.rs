@@ -1,6 +1,7 @@
 //! One file of a snapshot: opened, and checked as far as opening goes.
 
 use std::path::PathBuf;
+use std::sync::OnceLock;
 
 use crate::error::{Corruption, Part, Problem, ReadError};
 use crate::header::Header;
@@ -21,6 +22,8 @@ use crate::working_set::WorkingSet;
 /// One file of a chain.
 pub(crate) struct Layer<R> {
     pub(crate) storage: R,
+    /// The same for chunks in order, from the first time that they are read so.
+    in_order: OnceLock<Option<Box<dyn ReadAt>>>,
     /// Where it is, if it was opened by path.
     pub(crate) path: Option<PathBuf>,
     pub(crate) header: Header,
@@ -30,6 +33,11 @@ pub(crate) struct Layer<R> {
 }
 
 impl<R: ReadAt> Layer<R> {
+    pub(crate) fn in_order(&self) -> &dyn ReadAt {
+        let again = self.in_order.get_or_init(|| self.storage.in_order());
+        again.as_deref().unwrap_or(&self.storage)
+    }
+
     /// Reads and checks header, section table, memory map and the root of the index.
     pub(crate) fn open(storage: R) -> Result<Self, ReadError> {
         let file_bytes = storage
@@ -57,7 +65,15 @@ impl<R: ReadAt> Layer<R> {
             header.memory_bytes,
             header.incompat & INCOMPAT_LAYERED != 0,
         )?;
-        Ok(Self { storage, path: None, header, sections, index, regions })
+        Ok(Self {
+            storage,
+            in_order: OnceLock::new(),
+            path: None,
+            header,
+            sections,
+            index,
+            regions,
+        })
     }
 
     /// An error of this file, told as that of the parent that it is in a chain: `number` is its

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::num::NonZeroU64;
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
@@ -28,6 +29,12 @@ pub trait ReadAt: Send + Sync {
     /// Says that these bytes will soon be read, so that storage which takes its time may begin. Does nothing unless it is
     /// overridden.
     fn expect(&self, _bytes: Range<u64>) {}
+
+    /// Another way to the same bytes, for who reads them in order while others read here and there: storage that reads ahead
+    /// may go by what was read last. `None`, unless it is overridden, where that makes no difference.
+    fn in_order(&self) -> Option<Box<dyn ReadAt>> {
+        None
+    }
 }
 
 impl ReadAt for File {
@@ -45,6 +52,15 @@ impl ReadAt for File {
             // Where that is not possible, it takes its time.
             let _ = rustix::fs::fadvise(self, bytes.start, Some(len), Advice::WillNeed);
         }
+    }
+
+    /// The kernel keeps what was read last, and how far it reads ahead, for each open file (`struct file_ra_state`). Needs
+    /// `/proc`, and leave to open the file again.
+    fn in_order(&self) -> Option<Box<dyn ReadAt>> {
+        let again = File::open(format!("/proc/self/fd/{}", self.as_raw_fd())).ok()?;
+        // It may read further ahead then.
+        let _ = rustix::fs::fadvise(&again, 0, None, Advice::Sequential);
+        Some(Box::new(again))
     }
 }
 
@@ -85,6 +101,10 @@ impl<T: ReadAt + ?Sized> ReadAt for &T {
     fn expect(&self, bytes: Range<u64>) {
         (**self).expect(bytes);
     }
+
+    fn in_order(&self) -> Option<Box<dyn ReadAt>> {
+        (**self).in_order()
+    }
 }
 
 impl<T: ReadAt + ?Sized> ReadAt for Arc<T> {
@@ -98,5 +118,28 @@ impl<T: ReadAt + ?Sized> ReadAt for Arc<T> {
 
     fn expect(&self, bytes: Range<u64>) {
         (**self).expect(bytes);
+    }
+
+    fn in_order(&self) -> Option<Box<dyn ReadAt>> {
+        (**self).in_order()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn a_file_is_read_in_order_by_a_way_of_its_own() {
+        let mut file = tempfile::tempfile().expect("a file");
+        file.write_all(b"0123456789").expect("it is written");
+        let again = Arc::new(file).in_order().expect("there is /proc");
+        let mut bytes = [0; 4];
+        again.read_exact_at(&mut bytes, 3).expect("it is there");
+        assert_eq!(&bytes, b"3456");
+        assert_eq!(again.len_bytes().expect("it has a length"), 10);
+        assert!(vec![0u8; 10].in_order().is_none());
     }
 }

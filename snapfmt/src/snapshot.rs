@@ -294,7 +294,7 @@ impl<R: ReadAt> Snapshot<R> {
         let stored = buffer.refill(len as usize);
         let part = Part::Section(SectionKind::CHUNKS);
         layer
-            .storage
+            .in_order()
             .read_exact_at(stored, extent.offset())
             .map_err(|source| ReadError::io(part, extent.offset(), len, source))
             .map_err(|error| layer.named(extent.layer().into(), error))?;
