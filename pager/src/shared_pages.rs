@@ -2,12 +2,10 @@
 //!
 //! A chunk that is loaded brings all its pages at once, so it is hardly wanted again: but for pages that are stored nowhere
 //! else because they are equal to one of its own. Each of these would have the whole chunk read and decoded anew. So the page
-//! that they share is kept from the second use on, and not the chunk, of which they want nothing else.
-
-use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
+//! that they share is kept when the first of them has asked for it, and not the chunk, of which they want nothing else.
 
 use snapfmt::ChunkExtent;
-use snapfmt::layout::PAGE_BYTES;
+use snapfmt::layout::{CHUNK_ALIGN, PAGE_BYTES};
 
 /// 256 KiB a reader, in which each page has one place; allocated when the first is kept.
 const PLACES: usize = 64;
@@ -43,11 +41,7 @@ impl SharedPages {
     }
 }
 
+/// Chunks are of any length, so their offsets are spread well enough.
 fn place(chunk: ChunkExtent, slot: u16) -> usize {
-    let hash = BuildHasherDefault::<DefaultHasher>::default().hash_one((
-        chunk.layer(),
-        chunk.offset(),
-        slot,
-    ));
-    hash as usize % PLACES
+    (chunk.offset() / CHUNK_ALIGN as u64 + u64::from(slot)) as usize % PLACES
 }
