@@ -418,6 +418,7 @@ fn listed_pages_are_in_the_shared_file_before_a_clone_asks() {
     let serving = Serving::start(Arc::new(VecSource::new(stamped(64), 4 * PAGE)), options);
     let mut first = Vmm::start(&serving.socket);
     first.ok("share 64");
+    serving.expect("served");
     let pages = || {
         let file = std::fs::metadata(shared_file(&first)).expect("it lives");
         std::os::unix::fs::MetadataExt::blocks(&file) * 512 / PAGE as u64
@@ -429,6 +430,8 @@ fn listed_pages_are_in_the_shared_file_before_a_clone_asks() {
     }
     let mut second = Vmm::start(&serving.socket);
     second.ok("share 64");
+    // A clone goes on a moment before it is among those that are counted.
+    serving.expect("served");
     for clone in [&mut first, &mut second] {
         clone.ok("check 16 24 1");
         clone.ok("check 0 8 2");
