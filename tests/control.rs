@@ -5,6 +5,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -22,16 +24,21 @@ impl Vm {
     /// `snap WORDS --api FOLDER/api`; the guest runs when this returns.
     #[track_caller]
     fn start(folder: &Path, words: &[&str]) -> Vm {
+        let mut vm = Vm::start_paused(folder, words);
+        // The guest runs when it has said something.
+        vm.beats(1);
+        vm
+    }
+
+    /// As above, for a guest that says nothing yet.
+    fn start_paused(folder: &Path, words: &[&str]) -> Vm {
         let socket = folder.join("api");
         let mut command = Command::new(SNAP);
         command.args(words).arg("--api").arg(&socket).stdin(Stdio::null());
         let mut child =
             command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("snap starts");
         let lines = BufReader::new(child.stdout.take().expect("it is piped")).lines();
-        let mut vm = Vm { child: Some(child), lines, socket };
-        // The guest runs when it has said something.
-        vm.beats(1);
-        vm
+        Vm { child: Some(child), lines, socket }
     }
 
     #[track_caller]
@@ -92,6 +99,15 @@ impl Vm {
         let mut ran = Ran::from(end_of(child));
         ran.stdout = rest.join("\n");
         ran
+    }
+
+    /// As soon as it says that it is paused.
+    #[track_caller]
+    fn interrupted_while_paused(self) {
+        while !self.socket.exists() || self.state() != "Paused" {
+            thread::sleep(Duration::from_millis(1));
+        }
+        self.interrupt();
     }
 
     #[track_caller]
@@ -155,6 +171,46 @@ fn a_guest_is_paused_and_resumed() {
     vm.set("Paused");
     // A paused guest can be interrupted.
     vm.interrupt();
+}
+
+/// One that waits for its resuming finds its working set loaded, whatever else the machine does.
+#[test]
+fn a_guest_waits_while_its_working_set_is_loaded() {
+    needs_vm!();
+    let sample = Sample::create(&["--memory", "64M", "--work", "32M"]);
+    let trained = sample.folder.path().join("trained.snap");
+    let file = trained.to_str().expect("a plain name");
+    let words = ["train", sample.file.to_str().expect("a plain name"), "--beats", "1", "-o", file];
+    snap(words).ok();
+    let folder = folder();
+    let faults = |prefetch: &str| {
+        let words = ["restore", "--lazy", file, "--prefetch", prefetch, "--paused", "--beats", "1"];
+        let mut vm = Vm::start_paused(folder.path(), &[&words[..], &["--report", "json"]].concat());
+        let began = Instant::now();
+        while !vm.socket.exists() {
+            assert!(began.elapsed() < Duration::from_secs(60), "there is no socket");
+            thread::sleep(Duration::from_millis(1));
+        }
+        let pager = |vm: &Vm| vm.ask("GET", "/stats", &Value::Null).1["pager"].take();
+        while pager(&vm)["prefetch"] == "running" {
+            assert!(began.elapsed() < Duration::from_secs(60), "{}", pager(&vm));
+            thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!((vm.state(), &pager(&vm)["faults"]), (json!("Paused"), &json!(0)));
+        let loaded = pager(&vm)["installed"]["prefetched"].as_u64().expect("a number");
+        vm.set("Resumed");
+        let report = vm.end().ok().report();
+        assert_eq!((&report["beats"], &report["bad_beats"]), (&json!(1), &json!(0)));
+        (report["pager"]["faults"].as_u64().expect("a number"), loaded)
+    };
+    let (without, with) = (faults("off"), faults("hot"));
+    assert_eq!(without.1, 0);
+    // A beat reads a quarter of the 8192 pages.
+    assert!(with.1 > 1500, "{with:?}");
+    assert!(with.0 * 20 <= without.0, "{with:?}, {without:?} without");
+    // One that nobody resumes can be interrupted.
+    Vm::start_paused(folder.path(), &["restore", file, "--paused"]).interrupted_while_paused();
+    snap(["restore", file, "--paused"]).failed(2, &["--api"]);
 }
 
 #[test]
@@ -226,7 +282,7 @@ fn a_clone_with_shared_pages_is_stored_too() {
     server.args(["serve", base, "--listen"]).arg(&socket);
     let server = crate::support::start(server);
     while !socket.exists() {
-        std::thread::yield_now();
+        thread::yield_now();
     }
     let share = socket.to_str().expect("a plain name");
     let mut vm = Vm::start(folder.path(), &["restore", "--lazy", "--share", share, base]);
@@ -313,14 +369,14 @@ fn a_client_that_leaves_has_no_file() {
     let request = format!("{head}{}\r\n\r\n{body}", body.len());
     client.write_all(request.as_bytes()).expect("it can be sent");
     while vm.ask("GET", "/vm", &Value::Null).1["storing"].is_null() {
-        std::thread::yield_now();
+        thread::yield_now();
     }
     // Others are told that it is busy, at once.
     let (status, fault) = vm.ask("PATCH", "/vm", &json!({ "state": "Paused" }));
     assert_eq!((status, &fault["fault_message"]), (409, &json!("the guest is being stored")));
     drop(client);
     while !vm.ask("GET", "/vm", &Value::Null).1["storing"].is_null() {
-        std::thread::yield_now();
+        thread::yield_now();
     }
     vm.beats(1);
     assert_eq!(names(folder.path()), ["api"]);

@@ -84,6 +84,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             keyboard: false,
             measure: None,
             api: None,
+            paused: false,
         };
         let (report, outcome) = restore.run(std::io::sink(), session, Instant::now())?;
         outcome.map(|()| report)

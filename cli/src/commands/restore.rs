@@ -67,6 +67,10 @@ pub(crate) struct Args {
     #[command(flatten)]
     api: ApiArgs,
 
+    /// With --api: do not run before a client resumes the guest. What is loaded in the background is loaded meanwhile.
+    #[arg(long, requires = "api")]
+    paused: bool,
+
     /// Fail unless the guest has exactly this much memory.
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     memory: Option<u64>,
@@ -236,6 +240,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         keyboard: args.measure.is_none(),
         measure: args.measure,
         api: args.api.bind()?,
+        paused: args.paused,
     };
     let output = match &args.out {
         Some(path) => Some((Output { path, replace: false }, args.input.open()?)),
@@ -280,6 +285,8 @@ pub(crate) struct Restore<'a> {
     pub(crate) measure: Option<Measure>,
     /// Where it can be controlled.
     pub(crate) api: Option<Api>,
+    /// Whether it is to wait there for its resuming.
+    pub(crate) paused: bool,
 }
 
 impl Restore<'_> {
@@ -331,7 +338,8 @@ impl Restore<'_> {
         };
         let serving = self.api.map(|api| api.serve(remote, facts)).transpose()?;
         let hold = self.hold.as_ref();
-        let live = Live { session, seen: &seen, hold, run_for: self.run_for, events, kept };
+        let (run_for, begins_paused) = (self.run_for, self.paused);
+        let live = Live { session, seen: &seen, hold, run_for, begins_paused, events, kept };
         let before = self.measure.map(|_| Counters::now()).transpose()?;
         let faults = pager.as_deref().map_or(Faults::Kernel, Faults::Served);
         let mut touched = None;

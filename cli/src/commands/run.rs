@@ -53,6 +53,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         seen: &seen,
         hold: Some(&hold),
         run_for: args.end.run_for,
+        begins_paused: false,
         events,
         kept: Kept::Booted {
             memory: &memory,

@@ -154,6 +154,7 @@ fn touched(args: &Args, session: &Session) -> Result<Touched> {
         keyboard: false,
         measure: None,
         api: None,
+        paused: false,
     };
     let (report, outcome) = restore.run(std::io::sink(), session, Instant::now())?;
     outcome?;

@@ -44,6 +44,8 @@ pub(crate) struct Live<'a> {
     /// Of its output, where somebody may keep it waiting.
     pub(crate) hold: Option<&'a Hold>,
     pub(crate) run_for: Option<Duration>,
+    /// Whether it is not to run before a client resumes it.
+    pub(crate) begins_paused: bool,
     pub(crate) events: Events,
     /// How it is stored.
     pub(crate) kept: Kept<'a>,
@@ -90,7 +92,10 @@ impl Live<'_> {
             // Nobody listens any more: the guest is on its way out.
             let _ = events.send(Event::Stopped);
         });
-        let mut guest = self.resume(vm)?;
+        let mut guest = match self.begins_paused {
+            true => self.stay_paused(vm),
+            false => self.resume(vm)?,
+        };
         let (end, guest) = loop {
             let event = match deadline {
                 None => self.events.received.recv().map_err(|_| RecvTimeoutError::Disconnected),
@@ -129,6 +134,13 @@ impl Live<'_> {
             (first_entry, first_exit) = (vm.first_entry(), vm.first_exit());
         }
         Ok(Ended { end, at, first_entry, first_exit, paused })
+    }
+
+    fn stay_paused(&self, vm: PausedVm) -> Guest {
+        self.events.status.set(State::Paused);
+        // An interrupt that came before anybody was to be told of it.
+        self.session.interrupt.pauses(vm.handle());
+        Guest::Paused(vm)
     }
 
     fn resume(&self, vm: PausedVm) -> Result<Guest> {
