@@ -127,6 +127,7 @@ impl Handler {
             }
             let slice = &self.shared.slices[self.slice];
             slice.answering.store(false, Ordering::Relaxed);
+            self.follower.idle(slice);
             if let Some((how_long, meanwhile)) = self.follower.awake() {
                 let began = Instant::now();
                 while began.elapsed() < how_long

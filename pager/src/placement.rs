@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use crate::deference::Lease;
 use crate::inbox::Fault;
-use crate::slice::Shared;
+use crate::slice::{Shared, Slice};
 use crate::task;
 
 /// Where demand threads run.
@@ -128,17 +128,35 @@ impl Follower {
             return;
         }
         let own = &shared.slices[slice];
-        let before = self.bound_to;
         self.follow(fault, now);
-        if self.bound_to != before {
-            own.bound_to.store(self.bound_to.unwrap_or(NOWHERE), Ordering::Relaxed);
-        }
+        self.tell(own);
         match &self.allowed {
             Some(allowed) if self.bound_to.is_some() && self.in_a_row >= ALONE => {
                 self.lease.take(shared, slice, allowed, now);
             }
             _ if self.bound_to.is_none() => own.standing.come_forward(),
             _ => {}
+        }
+    }
+
+    /// There is nothing to answer although this thread runs: standing back, it does so only while the one that faults does
+    /// not, or while that runs on another CPU. Then it is better there before the next fault.
+    pub(crate) fn idle(&mut self, own: &Slice) {
+        if self.bound_to.is_none() || !own.standing.is_back() {
+            return;
+        }
+        let now = Instant::now();
+        if self.looked.is_none_or(|at| now - at >= LOOK_IF_LATE) {
+            self.look(now);
+            self.tell(own);
+        }
+    }
+
+    /// Tells others where it is bound to.
+    fn tell(&self, own: &Slice) {
+        let bound_to = self.bound_to.unwrap_or(NOWHERE);
+        if own.bound_to.load(Ordering::Relaxed) != bound_to {
+            own.bound_to.store(bound_to, Ordering::Relaxed);
         }
     }
 
@@ -161,8 +179,13 @@ impl Follower {
         if self.in_a_row != ALONE && self.looked.is_some_and(|at| now - at < pause) {
             return;
         }
+        self.look(now);
+    }
+
+    /// Binds this thread to the CPU of the one that faulted last.
+    fn look(&mut self, now: Instant) {
         self.looked = Some(now);
-        if let Some(cpu) = self.cpu_of(fault.thread_id)
+        if let Some(cpu) = self.cpu_of(self.last)
             && self.bound_to != Some(cpu)
         {
             if Cpus::one(cpu).bind().is_err() {
