@@ -1,7 +1,8 @@
 //! The run of a guest whose touched pages are recorded, and the file that keeps them.
 
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -16,11 +17,6 @@ use crate::progress::Bar;
 /// Pages in the order of touching, each with the phase it was first touched in.
 pub(crate) type Touched = Vec<(PageIndex, Phase)>;
 
-/// Between looks whether the guest has written something.
-const BEAT: Duration = Duration::from_millis(1);
-/// Between marks, which tell the order of touching: at least this share of the time that the run has taken.
-const MARKS_OF_A_RUN: u32 = 256;
-
 /// How a run is recorded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Record {
@@ -31,11 +27,11 @@ pub(crate) enum Record {
 }
 
 impl Record {
-    /// Between marks: so many times what the last one has cost.
-    fn rest(self) -> u32 {
+    /// Between marks, which tell the order of touching, when the run has taken so long and the last one has cost so much.
+    fn pause(self, elapsed: Duration, cost: Duration) -> Duration {
         match self {
-            Record::Closely => 3,
-            Record::InPassing => 50,
+            Record::Closely => (elapsed / 256).max(cost * 3).max(Duration::from_millis(1)),
+            Record::InPassing => (elapsed / 32).max(cost * 50).max(Duration::from_millis(10)),
         }
     }
 }
@@ -47,11 +43,14 @@ pub(crate) fn recorded<T>(
     seen: &Seen,
     run: impl FnOnce() -> T,
 ) -> (T, Result<Touched>) {
-    let (done, ended) = channel::<()>();
+    let (sender, told) = channel::<()>();
+    // The only one that keeps it: when it is gone, so is the run.
+    let run_is_on = Arc::new(sender);
+    seen.tell_first_output(Arc::downgrade(&run_is_on));
     let (ran, marked) = std::thread::scope(|scope| {
-        let marker = scope.spawn(move || mark_phases(recording, how, seen, &ended));
+        let marker = scope.spawn(move || mark_phases(recording, how, seen, &told));
         let ran = run();
-        drop(done);
+        drop(run_is_on);
         (ran, marker.join())
     });
     let touched = || -> Result<Touched> {
@@ -68,28 +67,29 @@ pub(crate) fn recorded<T>(
     (ran, touched())
 }
 
-/// Marks again and again what was touched, until the run is over; answers the phase of each mark.
+/// Marks again and again what was touched, until the run is over; answers the phase of each mark. It is told of the first output, and
+/// wakes for nothing but that, its marks and the ends of phases: each waking disturbs who runs.
 fn mark_phases(
     recording: &Recording,
     how: Record,
     seen: &Seen,
-    ended: &std::sync::mpsc::Receiver<()>,
+    told: &Receiver<()>,
 ) -> std::io::Result<Vec<Phase>> {
     let began = Instant::now();
     let (mut phase, mut phases) = (Phase::FirstOutput, Vec::new());
-    let (mut next, mut pause) = (began, BEAT);
+    let mut next = began;
     loop {
-        let wait = if phase == Phase::Later { pause } else { BEAT };
-        let over = ended.recv_timeout(wait) != Err(RecvTimeoutError::Timeout);
+        let to_mark = next.saturating_duration_since(Instant::now());
+        let to_phase = end_of(phase).map(|end| end.saturating_sub(began.elapsed()));
+        let wait = to_phase.map_or(to_mark, |to_phase| to_phase.min(to_mark));
+        let over = told.recv_timeout(wait) == Err(RecvTimeoutError::Disconnected);
         let now = phase_at(began.elapsed(), seen.first_output().is_some());
         let marking = Instant::now();
         if over || now != phase || marking >= next {
             recording.mark()?;
             phases.push(phase);
             phase = now;
-            pause =
-                (began.elapsed() / MARKS_OF_A_RUN).max(marking.elapsed() * how.rest()).max(BEAT);
-            next = Instant::now() + pause;
+            next = Instant::now() + how.pause(began.elapsed(), marking.elapsed());
         }
         if over {
             return Ok(phases);
@@ -97,13 +97,25 @@ fn mark_phases(
     }
 }
 
+const FIRST_100_MS: Duration = Duration::from_millis(100);
+const FIRST_SECOND: Duration = Duration::from_secs(1);
+
 /// What comes before the first output is one phase, however long that takes.
 fn phase_at(after: Duration, output: bool) -> Phase {
     match after {
         _ if !output => Phase::FirstOutput,
-        after if after < Duration::from_millis(100) => Phase::First100Ms,
-        after if after < Duration::from_secs(1) => Phase::FirstSecond,
+        after if after < FIRST_100_MS => Phase::First100Ms,
+        after if after < FIRST_SECOND => Phase::FirstSecond,
         _ => Phase::Later,
+    }
+}
+
+/// Since the beginning, of a phase that ends by time.
+fn end_of(phase: Phase) -> Option<Duration> {
+    match phase {
+        Phase::First100Ms => Some(FIRST_100_MS),
+        Phase::FirstSecond => Some(FIRST_SECOND),
+        Phase::FirstOutput | Phase::Later => None,
     }
 }
 
