@@ -332,8 +332,15 @@ fn bad_packets_break_only_the_device() {
         guest.driver.start_queues(3);
         let mut stream = UnixStream::connect(&guest.path).unwrap();
         writeln!(stream, "CONNECT 1").unwrap();
+        if queue == 1 {
+            // The device has the connection when it asks the guest: one that still waits at the socket outlives the reset. (Of
+            // the other queue it looks at buffers only when it has something for them.)
+            guest.driver.offer_in(0, 0, &[(RECEIVED, ROOM, WRITE)]);
+            guest.driver.wait_used_in(0, 1);
+        }
         guest.driver.offer_in(queue, 0, chain);
-        assert_eq!(guest.driver.wait_for_interrupt(), 2, "{queue} {chain:?}");
+        // Not only that of the request.
+        while guest.driver.wait_for_interrupt() & 2 == 0 {}
         assert_eq!(guest.driver.get(STATUS), 15 | NEEDS_RESET);
         // The driver's reset ends all connections.
         guest.driver.set(STATUS, 0);
