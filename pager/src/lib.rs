@@ -78,6 +78,7 @@ mod builder;
 mod deference;
 mod error;
 mod failure;
+mod filled_file;
 mod gate;
 mod handler;
 mod inbox;

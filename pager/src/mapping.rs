@@ -18,7 +18,6 @@ impl Mapping {
     }
 
     /// The first `len` bytes of a file, shared with all who map it.
-    #[cfg(feature = "serve")]
     pub(crate) fn shared(file: std::os::fd::BorrowedFd<'_>, len: usize) -> io::Result<Mapping> {
         Mapping::map(len, libc::MAP_SHARED, std::os::fd::AsRawFd::as_raw_fd(&file))
     }

@@ -1,7 +1,7 @@
 //! Recording: which pages are touched, and how soon.
 //!
 //! A fault brings a whole chunk, so faults tell which chunks are touched; which of their pages, only the page tables
-//! do. Memory that is recorded is a private mapping of a file in memory (a memfd). What is loaded is written into that file and not
+//! do. Memory that is recorded is a private mapping of a file in memory (a memfd). What is loaded is put into that file ([`FilledFile`]) and not
 //! mapped: the thread that waits tries again and maps its page, and the other pages of the chunk are mapped by the kernel when they
 //! are touched, without asking anybody. So a page that was touched is one that is mapped, which
 //! `/proc/self/pagemap` tells of any number of pages at once, and touching costs what it costs without recording, but for a
@@ -14,11 +14,14 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::answer::ZERO_FILL_BYTES;
+use crate::filled_file::FilledFile;
 use crate::region::Region;
+use crate::run::Run;
 use crate::source::{Load, LoadedPage, LoadedPages, PageReader, PageSource, SourceError};
 
 const PAGE_BYTES: u64 = 4096;
@@ -38,7 +41,7 @@ pub struct Recording {
 struct Shared {
     source: Arc<dyn PageSource>,
     /// The file that the memory maps, by source offset.
-    file: File,
+    file: FilledFile,
     regions: Vec<Region>,
     log: Mutex<Log>,
 }
@@ -66,7 +69,8 @@ impl Recording {
     /// the file's. The file is as long as the source, and nothing but holes.
     ///
     /// # Errors
-    /// When `/proc/self/pagemap` cannot be opened, or the source has 16 TiB or more.
+    /// When `/proc/self/pagemap` cannot be opened, the source has 16 TiB or more or no whole pages, or there is no userfaultfd for files in
+    /// memory.
     pub fn new(
         source: Arc<dyn PageSource>,
         file: File,
@@ -76,6 +80,7 @@ impl Recording {
         if u32::try_from(pages).is_err() {
             return Err(io::Error::other("a source of 16 TiB or more"));
         }
+        let file = FilledFile::new(file.as_fd(), source.len_bytes()).map_err(io::Error::other)?;
         // Both are memory that the kernel provides when it is used: a fault allocates nothing.
         let log = Log {
             pages: Vec::with_capacity(pages as usize),
@@ -178,26 +183,21 @@ impl Shared {
         (asked - before..end).step_by(PAGE_BYTES as usize).for_each(|offset| log.note(offset));
     }
 
-    /// Writes into the file what is not there yet.
-    fn store(&self, asked: u64, loaded: &LoadedPages<'_>) -> io::Result<()> {
+    /// Puts into the file what is not there yet.
+    fn store(
+        &self,
+        asked: u64,
+        loaded: &LoadedPages<'_>,
+        runs: &mut Vec<Run>,
+    ) -> Result<(), SourceError> {
         let mut log = self.log();
-        let wanted = |page: &LoadedPage| !log.knows(page.source_offset);
-        let new: Vec<LoadedPage> = loaded.pages.iter().copied().filter(wanted).collect();
-        // Pages that follow each other in both places are written at once.
-        let follows = |a: &LoadedPage, b: &LoadedPage| {
-            b.source_offset == a.source_offset + PAGE_BYTES
-                && b.buffer_offset == a.buffer_offset + PAGE_BYTES as usize
-        };
-        for run in new.chunk_by(follows) {
-            let at = run[0].buffer_offset;
-            let bytes =
-                loaded.bytes.get(at..).and_then(|rest| rest.get(..run.len() * PAGE_BYTES as usize));
-            self.file
-                .write_all_at(bytes.ok_or(io::ErrorKind::InvalidData)?, run[0].source_offset)?;
-        }
-        let first = new.iter().filter(|page| page.source_offset == asked);
-        let others = new.iter().filter(|page| page.source_offset != asked);
-        first.chain(others).for_each(|page| log.note(page.source_offset));
+        self.file.fill(loaded, Some(asked), runs)?;
+        let new = |page: &&LoadedPage| !log.knows(page.source_offset);
+        let new: Vec<u64> =
+            loaded.pages.iter().filter(new).map(|page| page.source_offset).collect();
+        let first = new.iter().filter(|&&offset| offset == asked);
+        let others = new.iter().filter(|&&offset| offset != asked);
+        first.chain(others).for_each(|&offset| log.note(offset));
         Ok(())
     }
 }
@@ -222,7 +222,8 @@ struct RecordedSource(Arc<Shared>);
 impl PageSource for RecordedSource {
     fn reader(&self, page_bytes: usize) -> Result<Box<dyn PageReader>, SourceError> {
         let reader = self.0.source.reader(page_bytes)?;
-        Ok(Box::new(RecordedReader { reader, shared: Arc::clone(&self.0) }))
+        let runs = Vec::with_capacity(512);
+        Ok(Box::new(RecordedReader { reader, shared: Arc::clone(&self.0), runs }))
     }
 
     fn len_bytes(&self) -> u64 {
@@ -233,15 +234,14 @@ impl PageSource for RecordedSource {
 struct RecordedReader {
     reader: Box<dyn PageReader>,
     shared: Arc<Shared>,
+    runs: Vec<Run>,
 }
 
 impl PageReader for RecordedReader {
     fn load(&mut self, source_offset: u64) -> Result<Load<'_>, SourceError> {
         match self.reader.load(source_offset)? {
             Load::Pages(loaded) => {
-                self.shared.store(source_offset, &loaded).map_err(|error| {
-                    SourceError::permanent("cannot write to the recorded memory").caused_by(error)
-                })?;
+                self.shared.store(source_offset, &loaded, &mut self.runs)?;
                 Ok(Load::InFile { cost: loaded.cost })
             }
             Load::Zero { range } => {

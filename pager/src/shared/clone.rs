@@ -6,6 +6,7 @@ use std::io::{self, BufRead, BufReader};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -174,6 +175,10 @@ impl Drop for SharedClone {
 impl Link {
     /// Tells what the server says, until the end of it or of the guest.
     fn watch(&self, early: &[u8], stream: &UnixStream, on_failure: impl Fn(String)) {
+        // The caller's code: its panic must not keep the pages from being poisoned.
+        let on_failure = |reason: String| {
+            let _ = panic::catch_unwind(AssertUnwindSafe(|| on_failure(reason)));
+        };
         let lines = BufReader::new(io::Read::chain(early, stream)).lines();
         for line in lines.map_while(Result::ok) {
             if let Ok(Answer::Failure(reason)) = serde_json::from_str(&line) {

@@ -1,33 +1,20 @@
 //! The file of decoded pages (a memfd), filled when a clone first wants them.
 //!
-//! Pages get into it only by `UFFDIO_COPY` into this process' own mapping: the kernel puts a page into the file
-//! when it is complete, and never a larger piece (a huge page would bring zeros for its neighbours). Zero pages stay
-//! holes: each clone has its own.
+//! How pages get into it: [`FilledFile`]. Zero pages stay holes: each clone has its own.
 //!
 //! A hole that somebody touches through a mapping without a userfaultfd, or fills by `fallocate`, becomes zeros for
 //! all. Clones get a descriptor that cannot do the latter, and don't do the former; that a page is there which was never
 //! put there is found when it is wanted, and then nothing is served from this file any more.
-#![allow(unsafe_code)]
 
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 
 use crate::error::StartError;
-use crate::install::{self, Book, Fill, Filler, InstallError, Settled, Target};
-use crate::layout::Layout;
-use crate::mapping::Mapping;
-use crate::page_state::{PageState, PageStates};
-use crate::region::Region;
-use crate::register;
-use crate::run::{self, Placed, Run};
+use crate::filled_file::{FilledFile, PAGE_BYTES};
+use crate::run::Run;
 use crate::source::{Load, LoadedPages, PageReader, PageSource, SourceError};
-use crate::uffd::{Features, Uffd};
-
-const PAGE_BYTES: usize = 4096;
 
 /// The seals of the file: its length stays, and nobody but the holder of the first mapping writes.
 pub(crate) const SEALS: SealFlags =
@@ -36,17 +23,9 @@ pub(crate) const SEALS: SealFlags =
 /// The shared file of one snapshot. As a source it answers [`Load::InFile`] or zeros.
 pub(crate) struct SharedImage {
     source: Arc<dyn PageSource>,
-    /// Drops in this order: the userfaultfd before the mapping.
-    filler: Filler,
-    layout: Layout,
-    states: PageStates,
-    /// Held while pages are looked at and installed.
-    gate: Mutex<()>,
-    tampered: AtomicBool,
+    file: FilledFile,
     /// For clones: it cannot be written through.
     handed: OwnedFd,
-    /// Only ever written to by `UFFDIO_COPY`.
-    _mapping: Mapping,
 }
 
 impl SharedImage {
@@ -58,38 +37,15 @@ impl SharedImage {
             |what| move |error: rustix::io::Errno| StartError::System { what, error: error.into() };
         let len_bytes = source.len_bytes();
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let file = rustix::fs::memfd_create("snapshot-pages", flags).map_err(system("a memfd"))?;
-        rustix::fs::ftruncate(&file, len_bytes).map_err(system("a memfd of that size"))?;
-        let mapping = usize::try_from(len_bytes)
-            .map_err(io::Error::other)
-            .and_then(|len| Mapping::shared(file.as_fd(), len))
-            .map_err(|error| StartError::System { what: "a mapping of the memfd", error })?;
-        rustix::fs::fcntl_add_seals(&file, SEALS).map_err(system("a sealed memfd"))?;
-        rustix::fs::fchmod(&file, Mode::RUSR).map_err(system("a private memfd"))?;
-        let handed = read_only(file.as_fd()).map_err(system("the memfd again, to be read only"))?;
-
-        // SAFETY: the mapping is this object's own, lives longer than the userfaultfd, and is never accessed.
-        let region =
-            unsafe { Region::new(mapping.at(0, 0).as_ptr() as u64, len_bytes, PAGE_BYTES, 0) };
-        let region = region.map_err(|error| StartError::System {
-            what: "a region of the memfd",
-            error: io::Error::other(error),
-        })?;
-        let layout = Layout::cut(&[region], 1);
-        let states = PageStates::all_missing(layout.pages() as usize)
-            .map_err(|error| StartError::System { what: "memory for the page states", error })?;
-        let uffd = Uffd::open(Features::MISSING_SHMEM, Features::NONE).map_err(StartError::Open)?;
-        register::all(&uffd, layout.extents_of(0), false)?;
-        Ok(SharedImage {
-            source,
-            filler: Filler { uffd, zeros: None },
-            layout,
-            states,
-            gate: Mutex::new(()),
-            tampered: AtomicBool::new(false),
-            handed,
-            _mapping: mapping,
-        })
+        let memfd = rustix::fs::memfd_create("snapshot-pages", flags).map_err(system("a memfd"))?;
+        rustix::fs::ftruncate(&memfd, len_bytes).map_err(system("a memfd of that size"))?;
+        // With a mapping that can be written; the seals allow no other.
+        let file = FilledFile::new(memfd.as_fd(), len_bytes)?;
+        rustix::fs::fcntl_add_seals(&memfd, SEALS).map_err(system("a sealed memfd"))?;
+        rustix::fs::fchmod(&memfd, Mode::RUSR).map_err(system("a private memfd"))?;
+        let handed =
+            read_only(memfd.as_fd()).map_err(system("the memfd again, to be read only"))?;
+        Ok(SharedImage { source, file, handed })
     }
 
     /// What a clone is given.
@@ -104,10 +60,7 @@ impl SharedImage {
 
     /// An error if somebody else has put pages into the file.
     pub(crate) fn whole(&self) -> Result<(), SourceError> {
-        match self.tampered.load(Ordering::Relaxed) {
-            true => Err(SourceError::permanent("somebody has written to the shared memory")),
-            false => Ok(()),
-        }
+        self.file.whole()
     }
 
     pub(super) fn source(&self) -> &Arc<dyn PageSource> {
@@ -116,93 +69,23 @@ impl SharedImage {
 
     /// Whether the page at this offset of the source is not in the file.
     pub(super) fn lacks(&self, source_offset: u64) -> bool {
-        let place = self.layout.at_source(source_offset, 0);
-        place.is_some_and(|place| self.states.of(place.page) == PageState::Missing)
+        self.file.has(source_offset) == Some(false)
     }
 
-    /// Puts the pages into the file that are not there, the asked one first. Afterwards all of them are.
+    /// Puts the pages into the file that are not there, the one at the asked offset first. Afterwards all of them are.
     pub(super) fn fill(
         &self,
-        loaded: LoadedPages<'_>,
+        loaded: &LoadedPages<'_>,
         asked: Option<u64>,
         runs: &mut Vec<Run>,
     ) -> Result<(), SourceError> {
-        let inside =
-            |at: usize| at.checked_add(PAGE_BYTES).is_some_and(|end| end <= loaded.bytes.len());
-        if !loaded.pages.iter().all(|page| inside(page.buffer_offset)) {
-            return Err(SourceError::permanent("a page lies beyond the loaded bytes"));
-        }
-        let placed = loaded.pages.iter().filter_map(|page| {
-            let place = self.layout.at_source(page.source_offset, 0)?;
-            Some(Placed { place, buffer_offset: page.buffer_offset })
-        });
-        // No page has that number.
-        run::coalesce(placed, PAGE_BYTES, asked.unwrap_or(u64::MAX), runs);
-        let _gate = self.gate.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut book = ImageBook { image: self, tampered: false };
-        for run in runs.iter() {
-            let target = Target {
-                first_page: run.first_page,
-                pages: run.pages,
-                host_addr: run.host_addr,
-                page_bytes: PAGE_BYTES,
-            };
-            let end = run.buffer_offset + run.pages * PAGE_BYTES;
-            let fill = Fill::Copy(&loaded.bytes[run.buffer_offset..end]);
-            match install::install(&self.filler, target, fill, &mut book) {
-                Ok(()) => {}
-                Err(InstallError::Refused { errno, .. }) => {
-                    let error = SourceError::permanent("the shared memory takes no more pages");
-                    return Err(error.caused_by(errno));
-                }
-                Err(InstallError::ProcessGone) => {
-                    return Err(SourceError::permanent("the shared memory is gone"));
-                }
-            }
-        }
-        if book.tampered {
-            self.tampered.store(true, Ordering::Relaxed);
-        }
-        self.whole()
+        self.file.fill(loaded, asked, runs)
     }
 }
 
 impl std::fmt::Debug for SharedImage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("SharedImage").field("pages", &self.layout.pages()).finish_non_exhaustive()
-    }
-}
-
-/// Keeps the states of the file's pages. Lives under the gate.
-struct ImageBook<'a> {
-    image: &'a SharedImage,
-    tampered: bool,
-}
-
-impl Book for ImageBook<'_> {
-    fn wants(&self, page: u64) -> bool {
-        self.image.states.of(page) == PageState::Missing
-    }
-
-    fn filled(&mut self, first_page: u64, pages: usize) {
-        for page in first_page..first_page + pages as u64 {
-            self.image.states.set(page, PageState::Present);
-        }
-    }
-
-    /// Not by this process: it would be known.
-    fn existing(&mut self, _page: u64) {
-        self.tampered = true;
-    }
-
-    fn gone(&mut self, _page: u64) {
-        self.tampered = true;
-    }
-
-    /// No events were asked for: only a fork or the like of this process, which is over soon.
-    fn settle(&mut self) -> Settled {
-        std::thread::yield_now();
-        Settled::Retry
+        f.debug_struct("SharedImage").field("file", &self.file).finish_non_exhaustive()
     }
 }
 
@@ -235,21 +118,15 @@ struct ImageReader {
 impl PageReader for ImageReader {
     fn load(&mut self, source_offset: u64) -> Result<Load<'_>, SourceError> {
         self.image.whole()?;
-        let place = self.image.layout.at_source(source_offset, 0);
-        let page = place.ok_or_else(|| SourceError::permanent("an offset beyond the source"))?.page;
-        if self.image.states.of(page) == PageState::Present {
+        let file = &self.image.file;
+        let beyond = || SourceError::permanent("an offset beyond the source");
+        if file.has(source_offset).ok_or_else(beyond)? {
             return Ok(Load::InFile { cost: Default::default() });
         }
         match self.inner.load(source_offset)? {
             Load::Pages(loaded) => {
-                let cost = loaded.cost;
-                self.image.fill(loaded, Some(page), &mut self.runs)?;
-                if self.image.states.of(page) != PageState::Present {
-                    return Err(SourceError::permanent(
-                        "the asked page is not among the loaded ones",
-                    ));
-                }
-                Ok(Load::InFile { cost })
+                file.fill(&loaded, Some(source_offset), &mut self.runs)?;
+                Ok(Load::InFile { cost: loaded.cost })
             }
             Load::Zero { range } => Ok(Load::Zero { range }),
             Load::InFile { .. } => Err(SourceError::permanent("a shared file of a shared file")),
@@ -267,6 +144,7 @@ fn read_only(file: BorrowedFd<'_>) -> rustix::io::Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use std::fs::{File, OpenOptions};
+    use std::io;
     use std::os::fd::AsRawFd;
     use std::os::unix::fs::FileExt;
 
@@ -274,6 +152,7 @@ mod tests {
 
     use super::*;
     use crate::VecSource;
+    use crate::mapping::Mapping;
 
     fn image() -> Option<Arc<SharedImage>> {
         let mut bytes = vec![0; 64 * PAGE_BYTES];

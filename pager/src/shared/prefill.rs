@@ -29,7 +29,7 @@ fn fill(image: &Weak<SharedImage>, list: PageList) -> Option<()> {
         // Zero pages stay holes; a page that cannot be had has its say when somebody waits for it.
         if let Ok(Load::Pages(loaded)) = sequence.next(&|offset| image.lacks(offset))? {
             budget = budget.checked_sub(loaded.bytes.len() as u64)?;
-            image.fill(loaded, None, &mut runs).ok()?;
+            image.fill(&loaded, None, &mut runs).ok()?;
         }
     }
 }
