@@ -146,8 +146,9 @@ impl Origin<'_> {
         let restored =
             PausedVm::restore_with(Arc::clone(&memory), &state, console, &options, devices);
         let vm = match (restored, pager.as_ref().and_then(Pager::failure)) {
-            (Ok(vm), _) => vm,
-            (Err(_), Some(failure)) => return Err(damaged(self.file, failure)),
+            // Also when the machine could be built: KVM passes over some pages that it cannot read.
+            (_, Some(failure)) => return Err(damaged(self.file, failure)),
+            (Ok(vm), None) => vm,
             (Err(error), None) => {
                 return Err(error).with_context(|| format!("cannot restore {}", named()));
             }

@@ -93,6 +93,8 @@ impl Handler {
             let panicked = std::mem::replace(&mut self.reader, Box::new(Panicked));
             std::mem::forget(panicked);
         }
+        // What panics again is no source, and this thread ends.
+        self.poison_all();
     }
 
     fn serve_until_stopped(&mut self) -> End {
@@ -271,6 +273,10 @@ impl Handler {
     /// Faults can no longer be served rightly: all that is missing fails, and so nobody waits for ever.
     fn fail_all(&mut self, cause: FailureCause) {
         self.report(cause);
+        self.poison_all();
+    }
+
+    fn poison_all(&mut self) {
         if !self.shared.poison_missing(self.slice, &mut self.inbox) {
             self.shared.failures.unpoisonable();
         }

@@ -150,6 +150,9 @@ impl Follower {
             self.look(now);
             self.tell(own);
         }
+        if self.bound_to.is_none() {
+            own.standing.come_forward();
+        }
     }
 
     /// Tells others where it is bound to.

@@ -154,6 +154,9 @@ impl Shared {
                 let _gate = own.gate.demand();
                 let mut book = SliceBook::new(self, slice, Purpose::PoisonMissing, Some(inbox));
                 let done = install::install(&own.filler, target, Fill::Poison, &mut book);
+                // Also those whose page is there and whose message nobody reads any more.
+                let _ =
+                    install::wake(&own.filler, target.host_addr, target.pages * target.page_bytes);
                 let left = (target.first_page..target.first_page + target.pages as u64)
                     .any(|page| self.states.of(page) == PageState::Missing);
                 own.is_released() || (done.is_ok() && !left)

@@ -147,6 +147,17 @@ impl Control {
         }
     }
 
+    fn on_stop(&self, notify: Box<dyn Fn() + Send + Sync>) {
+        let set = self.on_stop.set(notify).is_ok();
+        // Who stopped it before has found nobody to tell, or has told it just now: twice is no harm.
+        if set
+            && self.reason().is_some()
+            && let Some(notify) = self.on_stop.get()
+        {
+            notify();
+        }
+    }
+
     pub(crate) fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::SeqCst)
     }
@@ -239,9 +250,9 @@ impl VmHandle {
 
     /// Calls `notify` whenever the guest has stopped, or is told to stop, until it is gone; on the thread that
     /// stops it, which it must not hold up. For who waits for other things too: [`RunningVm::wait`](crate::RunningVm::wait)
-    /// with no time then says why. The first call counts, later ones do nothing.
+    /// with no time then says why. Also now, if it was told to before. The first call counts, later ones do nothing.
     pub fn on_stop(&self, notify: impl Fn() + Send + Sync + 'static) {
-        let _ = self.control.on_stop.set(Box::new(notify));
+        self.control.on_stop(Box::new(notify));
     }
 
     /// Stops the guest for good with [`Stop::Failed`], for example because its pager cannot read a
@@ -271,5 +282,28 @@ impl VmHandle {
     #[must_use]
     pub fn vcpu_thread_ids(&self) -> Vec<libc::pid_t> {
         self.control.thread_ids()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use super::*;
+
+    #[test]
+    fn who_asks_late_is_told_that_it_has_stopped() {
+        let handle = VmHandle::new(Arc::default(), Weak::new());
+        let told = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&told);
+        handle.fail("the pager has no page");
+        handle.on_stop(move || {
+            count.fetch_add(1, Ordering::SeqCst);
+        });
+        assert_eq!(told.load(Ordering::SeqCst), 1);
+        handle.request_pause();
+        assert_eq!(told.load(Ordering::SeqCst), 2);
+        let reason = handle.control.reason().expect("it has stopped");
+        assert_eq!(reason.to_string(), "the pager has no page");
     }
 }

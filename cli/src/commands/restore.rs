@@ -68,7 +68,7 @@ pub(crate) struct Args {
     api: ApiArgs,
 
     /// With --api: do not run before a client resumes the guest. What is loaded in the background is loaded meanwhile.
-    #[arg(long, requires = "api")]
+    #[arg(long, requires = "api", conflicts_with = "record")]
     paused: bool,
 
     /// Fail unless the guest has exactly this much memory.

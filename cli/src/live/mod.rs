@@ -85,7 +85,6 @@ enum Next {
 impl Live<'_> {
     /// Runs the guest until it stops, is stopped by its console, a client or an interrupt, or its time is up.
     pub(crate) fn run(self, vm: PausedVm) -> Result<Ended> {
-        let deadline = self.run_for.and_then(|time| Instant::now().checked_add(time));
         let (events, hold) = (self.events.sender.clone(), self.hold.cloned());
         vm.handle().on_stop(move || {
             hold.iter().for_each(Hold::hold);
@@ -96,7 +95,11 @@ impl Live<'_> {
             true => self.stay_paused(vm),
             false => self.resume(vm)?,
         };
+        let mut deadline = None;
         let (end, guest) = loop {
+            if let (None, Guest::Running(_)) = (deadline, &guest) {
+                deadline = self.run_for.and_then(|time| Instant::now().checked_add(time));
+            }
             let event = match deadline {
                 None => self.events.received.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 Some(deadline) => self
@@ -241,6 +244,10 @@ impl Ended {
             // Off is how a guest ends well.
             Err(error) if error.stop == Stop::PowerOff => {}
             Err(error) => return Err(GuestStopped(error.to_string()).into()),
+            // While it was paused.
+            Ok(_) if let Some(stop) = self.breakdown() => {
+                return Err(GuestStopped(stop.to_string()).into());
+            }
             Ok(_) if session.interrupt.requested() => return Err(Interrupted.into()),
             Ok(_) => {}
         }
@@ -253,6 +260,13 @@ impl Ended {
         match seen.beats() {
             (beats, bad @ 1..) => Err(anyhow!("{bad} of {beats} beats found wrong pages")),
             _ => Ok(()),
+        }
+    }
+
+    fn breakdown(&self) -> Option<&Stop> {
+        match &self.end {
+            End::Stopped(stop) if !stop.is_resumable() && *stop != Stop::PowerOff => Some(stop),
+            _ => None,
         }
     }
 
