@@ -128,6 +128,34 @@ impl snapfmt::ReadAt for GuestBytes<'_> {
     }
 }
 
+/// Guest memory by source offset, with pages that come when they are touched, and may be damaged then: the kernel reads them, into
+/// a scratch file. So a page that cannot be had is EFAULT, where a load instruction would get SIGBUS.
+pub(crate) struct ArrivingBytes<'a> {
+    pub(crate) memory: &'a GuestMemoryMmap,
+    pub(crate) regions: &'a [MemoryRegion],
+}
+
+impl snapfmt::ReadAt for ArrivingBytes<'_> {
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<()> {
+        let mut scratch: File =
+            rustix::fs::memfd_create("read-memory", MemfdFlags::CLOEXEC)?.into();
+        let len_bytes = buf.len() as u64;
+        for gpas in gpa_ranges(self.regions, offset..offset.saturating_add(len_bytes)) {
+            let (at, len) = (GuestAddress(gpas.start), (gpas.end - gpas.start) as usize);
+            let written = self.memory.write_all_volatile_to(at, &mut scratch, len);
+            written.map_err(|error| {
+                let what = format!("cannot read guest memory at gpa {:#x}: {error}", gpas.start);
+                std::io::Error::other(what)
+            })?;
+        }
+        snapfmt::ReadAt::read_exact_at(&scratch, buf, 0)
+    }
+
+    fn len_bytes(&self) -> std::io::Result<u64> {
+        Ok(self.regions.iter().map(|region| region.len).sum())
+    }
+}
+
 /// The guest-physical ranges of a range of the source space.
 pub(crate) fn gpa_ranges(
     regions: &[MemoryRegion],

@@ -48,12 +48,14 @@ pub(crate) fn recorded<T>(
     let run_is_on = Arc::new(sender);
     seen.tell_first_output(Arc::downgrade(&run_is_on));
     let (ran, marked) = std::thread::scope(|scope| {
-        let marker = scope.spawn(move || mark_phases(recording, how, seen, &told));
+        let mark = move || mark_phases(recording, how, seen, &told);
+        let marker = std::thread::Builder::new().name("recorder".into()).spawn_scoped(scope, mark);
         let ran = run();
         drop(run_is_on);
-        (ran, marker.join())
+        (ran, marker.map(|marker| marker.join()))
     });
     let touched = || -> Result<Touched> {
+        let marked = marked.context("there is no thread to record with")?;
         let Ok(marked) = marked else { bail!("the thread that records has panicked") };
         let phases = marked.context("cannot read which pages are touched")?;
         let of_mark = |mark: u32| phases.get(mark as usize).copied().unwrap_or(Phase::Later);

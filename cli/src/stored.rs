@@ -18,7 +18,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm::{HostCpu, PausedVm};
 
 use crate::commands::{path_of_parent, refuse_as_output};
-use crate::guest_memory::{FileMemory, GuestBytes};
+use crate::guest_memory::{ArrivingBytes, FileMemory, GuestBytes};
 use crate::pagemap;
 use crate::report::ms;
 use crate::restored::damaged;
@@ -136,7 +136,7 @@ impl Kept<'_> {
                     // Through the mapping: it brings what is missing, and nothing is lost with it.
                     Filled::Shared => {
                         let data: Vec<_> = own.into_iter().chain(populated()).collect();
-                        write(regions, &mapped, &data, guest)
+                        write(regions, &ArrivingBytes { memory, regions }, &data, guest)
                     }
                 }
             }

@@ -7,6 +7,8 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 /// Results under way for each thread: enough that a slow task does not make the others wait.
 const WINDOW_PER_THREAD: usize = 3;
+/// More than that for each CPU wait for each other, and take memory for it.
+const THREADS_PER_CPU: usize = 4;
 
 struct State<T, E> {
     next_task: usize,
@@ -30,7 +32,7 @@ impl<T, E> State<T, E> {
 
 /// Does tasks `0..tasks`: `work(context, task, result)` on any thread fills a result, `sink`
 /// gets the results in order, one at a time. `context` makes what one thread works with.
-/// After an error no further task is begun; the first error is returned.
+/// After an error no further task is begun; the first error is returned. With fewer threads where there are no more to be had.
 pub(crate) fn run<C, T: Default + Send, E: Send>(
     tasks: usize,
     threads: NonZeroUsize,
@@ -38,7 +40,8 @@ pub(crate) fn run<C, T: Default + Send, E: Send>(
     work: impl Fn(&mut C, usize, &mut T) -> Result<(), E> + Sync,
     sink: impl FnMut(&mut T) -> Result<(), E> + Send,
 ) -> Result<(), E> {
-    let threads = threads.get().min(tasks.max(1));
+    let cpus = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let threads = threads.get().min(tasks.max(1)).min(cpus * THREADS_PER_CPU);
     let window = threads * WINDOW_PER_THREAD;
     let sink = Mutex::new(sink);
     let changed = Condvar::new();
@@ -104,7 +107,8 @@ pub(crate) fn run<C, T: Default + Send, E: Send>(
     };
     std::thread::scope(|scope| {
         for _ in 1..threads {
-            scope.spawn(guarded);
+            // The work is done without it.
+            let _ = std::thread::Builder::new().spawn_scoped(scope, guarded);
         }
         guarded();
     });

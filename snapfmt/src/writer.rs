@@ -55,7 +55,7 @@ pub struct WriteOptions {
     pub level: i32,
     /// Most pages in a chunk, 1 to 512: small ones are read fast, large ones compress better.
     pub chunk_pages: usize,
-    /// Threads that compress; the bytes of the file are the same for any number.
+    /// Threads that compress, of which four for each CPU are used at most; the bytes of the file are the same for any number.
     pub threads: NonZeroUsize,
     /// Store pages with equal bytes once.
     pub dedupe: bool,
