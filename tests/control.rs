@@ -13,6 +13,9 @@ use tempfile::TempDir;
 
 use crate::support::{Ran, SNAP, Sample, end_of, names, needs_vm, restore, signal, snap};
 
+/// A hang guard.
+const LONG: Duration = Duration::from_secs(60);
+
 /// A guest that runs with a control socket; it is killed when this is dropped.
 struct Vm {
     child: Option<Child>,
@@ -64,7 +67,7 @@ impl Vm {
     }
 
     fn connect(&self) -> UnixStream {
-        UnixStream::connect(&self.socket).expect("somebody listens")
+        connected(&self.socket)
     }
 
     /// One request: the status, and the JSON of the answer.
@@ -101,13 +104,14 @@ impl Vm {
         ran
     }
 
-    /// As soon as it says that it is paused.
+    /// The control socket answers before the guest has its first state.
     #[track_caller]
-    fn interrupted_while_paused(self) {
-        while !self.socket.exists() || self.state() != "Paused" {
+    fn wait_until_paused(&self) {
+        let began = Instant::now();
+        while self.state() != "Paused" {
+            assert!(began.elapsed() < LONG, "it is {}", self.state());
             thread::sleep(Duration::from_millis(1));
         }
-        self.interrupt();
     }
 
     #[track_caller]
@@ -124,6 +128,19 @@ impl Drop for Vm {
             let _ = child.kill();
             let _ = child.wait();
         }
+    }
+}
+
+/// Connected to a socket, which is there and listens soon.
+#[track_caller]
+fn connected(socket: &Path) -> UnixStream {
+    let began = Instant::now();
+    loop {
+        match UnixStream::connect(socket) {
+            Ok(stream) => return stream,
+            Err(error) => assert!(began.elapsed() < LONG, "{}: {error}", socket.display()),
+        }
+        thread::sleep(Duration::from_millis(1));
     }
 }
 
@@ -186,14 +203,11 @@ fn a_guest_waits_while_its_working_set_is_loaded() {
     let faults = |prefetch: &str| {
         let words = ["restore", "--lazy", file, "--prefetch", prefetch, "--paused", "--beats", "1"];
         let mut vm = Vm::start_paused(folder.path(), &[&words[..], &["--report", "json"]].concat());
+        vm.wait_until_paused();
         let began = Instant::now();
-        while !vm.socket.exists() {
-            assert!(began.elapsed() < Duration::from_secs(60), "there is no socket");
-            thread::sleep(Duration::from_millis(1));
-        }
         let pager = |vm: &Vm| vm.ask("GET", "/stats", &Value::Null).1["pager"].take();
         while pager(&vm)["prefetch"] == "running" {
-            assert!(began.elapsed() < Duration::from_secs(60), "{}", pager(&vm));
+            assert!(began.elapsed() < LONG, "{}", pager(&vm));
             thread::sleep(Duration::from_millis(1));
         }
         assert_eq!((vm.state(), &pager(&vm)["faults"]), (json!("Paused"), &json!(0)));
@@ -209,7 +223,9 @@ fn a_guest_waits_while_its_working_set_is_loaded() {
     assert!(with.1 > 1500, "{with:?}");
     assert!(with.0 * 20 <= without.0, "{with:?}, {without:?} without");
     // One that nobody resumes can be interrupted.
-    Vm::start_paused(folder.path(), &["restore", file, "--paused"]).interrupted_while_paused();
+    let vm = Vm::start_paused(folder.path(), &["restore", file, "--paused"]);
+    vm.wait_until_paused();
+    vm.interrupt();
     snap(["restore", file, "--paused"]).failed(2, &["--api"]);
 }
 
@@ -278,12 +294,7 @@ fn a_clone_with_shared_pages_is_stored_too() {
     let base = sample.file.to_str().expect("a plain name");
     let folder = folder();
     let socket = folder.path().join("serve");
-    let mut server = Command::new(SNAP);
-    server.args(["serve", base, "--listen"]).arg(&socket);
-    let server = crate::support::start(server);
-    while !socket.exists() {
-        thread::yield_now();
-    }
+    let server = serve(base, &socket);
     let share = socket.to_str().expect("a plain name");
     let mut vm = Vm::start(folder.path(), &["restore", "--lazy", "--share", share, base]);
     vm.set("Paused");
@@ -298,6 +309,59 @@ fn a_clone_with_shared_pages_is_stored_too() {
     goes_on(&whole);
     goes_on(&layer);
     vm.interrupt();
+    signal(server.id(), "INT");
+    end_of(server);
+}
+
+/// `snap serve` of a file, which somebody can connect to.
+fn serve(file: &str, socket: &Path) -> Child {
+    let mut server = Command::new(SNAP);
+    server.args(["serve", file, "--listen"]).arg(socket);
+    let server = crate::support::start(server);
+    // A client that has left again.
+    drop(connected(socket));
+    server
+}
+
+#[test]
+fn a_waiting_clone_ends_with_its_server() {
+    needs_vm!();
+    let sample = Sample::small();
+    let base = sample.file.to_str().expect("a plain name");
+    let folder = folder();
+    let socket = folder.path().join("serve");
+    let server = serve(base, &socket);
+    let share = socket.to_str().expect("a plain name");
+    let words = ["restore", "--lazy", "--share", share, base, "--paused"];
+    let mut vm = Vm::start_paused(folder.path(), &words);
+    vm.wait_until_paused();
+    signal(server.id(), "KILL");
+    end_of(server);
+    vm.end().failed(5, &["guest stopped", "the page server is gone"]);
+}
+
+/// Storing a clone brings all of its pages. One that cannot be had ends the storing, and the guest, with its cause.
+#[test]
+fn a_clone_with_a_damaged_page_is_not_stored() {
+    needs_vm!();
+    let sample = Sample::small();
+    let chunks = crate::failing_restores::chunks(&sample);
+    let mut bytes = std::fs::read(&sample.file).expect("it can be read");
+    for offset in &chunks[chunks.len() / 2..] {
+        bytes[*offset as usize + 200] ^= 0x10;
+    }
+    std::fs::write(&sample.file, bytes).expect("it can be written");
+    let base = sample.file.to_str().expect("a plain name");
+    let folder = folder();
+    let socket = folder.path().join("serve");
+    let server = serve(base, &socket);
+    let share = socket.to_str().expect("a plain name");
+    let words = ["restore", "--lazy", "--share", share, base, "--paused"];
+    let mut vm = Vm::start_paused(folder.path(), &words);
+    vm.wait_until_paused();
+    vm.create(&folder.path().join("whole.snap"), &[]).failed(1, &["cannot read guest memory"]);
+    vm.end().failed(5, &["guest stopped", "checksum expected"]);
+    assert_eq!(names(folder.path()), ["serve"]);
     signal(server.id(), "INT");
     end_of(server);
 }

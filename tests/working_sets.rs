@@ -82,7 +82,10 @@ fn a_trained_and_optimized_guest_finds_its_pages_there() {
         // How far it comes before the guest has done its work, nobody knows.
         assert_ne!(report["pager"]["prefetch"], "off", "{report}");
         assert_eq!(report["memory_sha256"], lazy["memory_sha256"]);
-        let faults = [&report, &lazy].map(|report| number(report, &["pager", "faults"]));
+        // Both may ask for the same page at once: such a fault finds it there.
+        let faults = [&report, &lazy].map(|report| {
+            number(report, &["pager", "faults"]) - number(report, &["pager", "spurious_faults"])
+        });
         assert!(faults[0] <= faults[1], "{faults:?}");
         let off = run(file, &["--prefetch", "off"]);
         assert_eq!(off["pager"]["prefetch"], "off");

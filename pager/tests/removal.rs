@@ -124,7 +124,8 @@ fn a_storm_of_removals_never_brings_content_back() {
         }
         stop.store(true, Ordering::Relaxed);
         looker.join().expect("no foreign content was seen");
-        assert!(removals.load(Ordering::Relaxed) > 1000);
+        // Each owner has done one round at least.
+        assert!(removals.load(Ordering::Relaxed) >= PAGES / 4 - 3);
         let stats = pager.stop();
         let pages = stats.pages;
         assert_eq!(pages.total, pages.missing + pages.present + pages.removed + pages.poisoned);
