@@ -85,6 +85,7 @@ impl fmt::Display for RestoreReport {
             )?;
             if stats.prefetch != pager::Prefetch::Off {
                 let state = match stats.prefetch {
+                    _ if self.working_set_damage.is_some() => "the set is damaged",
                     pager::Prefetch::Done => "all of the set is there",
                     pager::Prefetch::GivenUp => "given up",
                     _ => "not at its end",

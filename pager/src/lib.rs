@@ -36,7 +36,7 @@
 //!
 //! # What it does
 //! - A [`PageSource`] hands out bytes for an offset, one [`PageReader`] per thread. It may answer with more
-//!   than was asked, a whole decoded chunk, in any order: all of it is installed. Or with "zero".
+//!   than was asked, a whole decoded chunk, in any order: all of it that is missing is installed. Or with "zero".
 //! - A [`Region`] says which memory; there may be many. The memory is cut into slices, each with a
 //!   userfaultfd and a thread of its own.
 //! - A page that is present is never loaded again; a page that was given back (`MADV_DONTNEED`, a

@@ -28,7 +28,7 @@ use crate::{metrics, size};
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
-  snap import snapshot/ -o fc.snap && snap serve fc.snap --listen /run/user/1000/fc.sock")]
+  snap import mem --vmstate state -o fc.snap && snap serve fc.snap --listen /run/user/1000/fc.sock")]
 pub(crate) struct Args {
     #[command(flatten)]
     input: Input,

@@ -81,7 +81,7 @@ pub enum RefuseError {
         descriptors: usize,
     },
     /// It has gone in the middle.
-    #[error("the client has left after {bytes} bytes and {descriptors} descriptors")]
+    #[error("the other side has left after {bytes} bytes and {descriptors} descriptors")]
     Left {
         /// What came.
         bytes: usize,
