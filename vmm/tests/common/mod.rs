@@ -12,6 +12,8 @@ use vmm::{Console, ConsoleFlow, PausedVm, RunningVm, Stop, memory_layout};
 
 pub const MIB: u64 = 1 << 20;
 pub const GIB: u64 = 1 << 30;
+/// How long a race is run, again and again, that is mostly lost within a second.
+pub const LOST_ONCE: Duration = Duration::from_secs(60);
 /// Longer than any step of a test takes on a slow host.
 pub const PATIENCE: Option<Duration> = Some(Duration::from_secs(120));
 
