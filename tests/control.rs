@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::failing_restores::damage_later_half;
 use crate::support::{Ran, SNAP, Sample, end_of, names, needs_vm, restore, signal, snap};
 
 /// A hang guard.
@@ -323,18 +324,24 @@ fn serve(file: &str, socket: &Path) -> Child {
     server
 }
 
+/// A server, and a clone of its guest that waits for its resuming.
+fn waiting_clone(folder: &Path, sample: &Sample) -> (Child, Vm) {
+    let base = sample.file.to_str().expect("a plain name");
+    let socket = folder.join("serve");
+    let server = serve(base, &socket);
+    let share = socket.to_str().expect("a plain name");
+    let words = ["restore", "--lazy", "--share", share, base, "--paused"];
+    let vm = Vm::start_paused(folder, &words);
+    vm.wait_until_paused();
+    (server, vm)
+}
+
 #[test]
 fn a_waiting_clone_ends_with_its_server() {
     needs_vm!();
     let sample = Sample::small();
-    let base = sample.file.to_str().expect("a plain name");
     let folder = folder();
-    let socket = folder.path().join("serve");
-    let server = serve(base, &socket);
-    let share = socket.to_str().expect("a plain name");
-    let words = ["restore", "--lazy", "--share", share, base, "--paused"];
-    let mut vm = Vm::start_paused(folder.path(), &words);
-    vm.wait_until_paused();
+    let (server, mut vm) = waiting_clone(folder.path(), &sample);
     signal(server.id(), "KILL");
     end_of(server);
     vm.end().failed(5, &["guest stopped", "the page server is gone"]);
@@ -345,20 +352,9 @@ fn a_waiting_clone_ends_with_its_server() {
 fn a_clone_with_a_damaged_page_is_not_stored() {
     needs_vm!();
     let sample = Sample::small();
-    let chunks = crate::failing_restores::chunks(&sample);
-    let mut bytes = std::fs::read(&sample.file).expect("it can be read");
-    for offset in &chunks[chunks.len() / 2..] {
-        bytes[*offset as usize + 200] ^= 0x10;
-    }
-    std::fs::write(&sample.file, bytes).expect("it can be written");
-    let base = sample.file.to_str().expect("a plain name");
+    damage_later_half(&sample);
     let folder = folder();
-    let socket = folder.path().join("serve");
-    let server = serve(base, &socket);
-    let share = socket.to_str().expect("a plain name");
-    let words = ["restore", "--lazy", "--share", share, base, "--paused"];
-    let mut vm = Vm::start_paused(folder.path(), &words);
-    vm.wait_until_paused();
+    let (server, mut vm) = waiting_clone(folder.path(), &sample);
     vm.create(&folder.path().join("whole.snap"), &[]).failed(1, &["cannot read guest memory"]);
     vm.end().failed(5, &["guest stopped", "checksum expected"]);
     assert_eq!(names(folder.path()), ["serve"]);

@@ -24,6 +24,16 @@ pub(crate) fn chunks(sample: &Sample) -> Vec<u64> {
     offsets
 }
 
+/// Flips a bit in each chunk of the later half.
+pub(crate) fn damage_later_half(sample: &Sample) {
+    let chunks = chunks(sample);
+    let mut bytes = std::fs::read(&sample.file).expect("it can be read");
+    for offset in &chunks[chunks.len() / 2..] {
+        bytes[*offset as usize + 200] ^= 0x10;
+    }
+    std::fs::write(&sample.file, bytes).expect("it can be written");
+}
+
 #[test]
 fn a_flipped_chunk_is_found_when_it_is_faulted() {
     needs_vm!();

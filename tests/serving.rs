@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use snapfmt::{PageEntry, PageIndex, Snapshot};
 
+use crate::failing_restores::damage_later_half;
 use crate::support::{Ran, SNAP, Sample, end_of, needs_vm, restore, signal, snap, start};
 
 /// A server that listens, and what it says from then on.
@@ -238,12 +239,7 @@ fn a_clone_whose_server_is_gone_stops_and_says_so() {
 fn a_damaged_page_stops_the_clone_with_its_cause() {
     needs_vm!();
     let sample = Sample::small();
-    let chunks = crate::failing_restores::chunks(&sample);
-    let mut bytes = std::fs::read(&sample.file).expect("it can be read");
-    for offset in &chunks[chunks.len() / 2..] {
-        bytes[*offset as usize + 200] ^= 0x10;
-    }
-    std::fs::write(&sample.file, bytes).expect("it can be written");
+    damage_later_half(&sample);
     let serving = Serving::start(&sample);
     serving
         .restore(&sample.file, &["--beats", "3"])
