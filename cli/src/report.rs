@@ -78,11 +78,19 @@ impl fmt::Display for RestoreReport {
                 us(stats.times.service.p50_ns),
                 us(stats.times.service.p99_ns)
             )?;
-            writeln!(
-                f,
-                "  pages              {} on demand, {} with them, {} zero; {} never loaded",
-                pages.demand, pages.fault_around, pages.zero, stats.pages.missing
-            )?;
+            match pages.file {
+                0 => writeln!(
+                    f,
+                    "  pages              {} on demand, {} with them, {} zero; {} never loaded",
+                    pages.demand, pages.fault_around, pages.zero, stats.pages.missing
+                )?,
+                // The kernel maps pages out of the file, and tells nobody how many.
+                loads => writeln!(
+                    f,
+                    "  pages              of {loads} loads, mapped by the kernel when they are touched; {} zero",
+                    pages.zero
+                )?,
+            }
             if stats.prefetch != pager::Prefetch::Off {
                 let state = match stats.prefetch {
                     _ if self.working_set_damage.is_some() => "the set is damaged",
