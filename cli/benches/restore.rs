@@ -99,7 +99,7 @@ fn saved_guest(memory_mib: u64, folder: &Path) -> Guest {
         })
         .collect();
     let memory = Arc::new(GuestMemoryMmap::from_ranges_with_files(&ranges).unwrap());
-    let payload = Payload::Demo(DemoConfig { work_bytes: WORK_BYTES });
+    let payload = Payload::Demo(DemoConfig::new(WORK_BYTES));
     let pause = |bytes: &[u8]| {
         if bytes.contains(&b'\n') { ConsoleFlow::Pause } else { ConsoleFlow::Continue }
     };

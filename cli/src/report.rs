@@ -102,6 +102,7 @@ impl fmt::Display for RestoreReport {
             }
             if stats.population != pager::Population::Off {
                 let state = match stats.population {
+                    pager::Population::Quiet => "the guest does not wait for pages".into(),
                     pager::Population::Complete => "all is loaded".into(),
                     pager::Population::Incomplete { pages } => format!("{pages} cannot be had"),
                     _ => "not at its end".to_owned(),

@@ -114,7 +114,7 @@ impl Desk {
         // On one CPU, who is woken takes it at once, in the middle of this work and with the gate held: then all the
         // rest would wait, and the next page that it touches is probably among that.
         let quiet = shared.slices[self.slice].bound_to.load(Ordering::Relaxed) != NOWHERE
-            && (self.runs.len() > 1 || shared.background);
+            && (self.runs.len() > 1 || shared.background());
         for (index, run) in self.runs.iter().enumerate() {
             let target = Target {
                 first_page: run.first_page,

@@ -31,7 +31,7 @@ pub struct PagerBuilder {
     pub(crate) records: Option<Records>,
     pub(crate) populate: Populate,
     pub(crate) populate_rate: Option<NonZeroU64>,
-    pub(crate) populate_threads: usize,
+    pub(crate) populate_threads: Option<usize>,
     pub(crate) on_complete: Option<OnComplete>,
     pub(crate) prefetch: Option<PageList>,
     pub(crate) prefetch_when: Option<Ready>,
@@ -51,9 +51,9 @@ impl PagerBuilder {
             foreign: None,
             backed: false,
             records: None,
-            populate: Populate::Off,
+            populate: Populate::default(),
             populate_rate: None,
-            populate_threads: 1,
+            populate_threads: None,
             on_complete: None,
             prefetch: None,
             prefetch_when: None,
@@ -109,7 +109,7 @@ impl PagerBuilder {
         self
     }
 
-    /// Whether pages that nobody has touched are loaded in the background; [`Populate::Off`] unless told.
+    /// When pages that no thread has touched are loaded in the background; [`Populate::Auto`] unless told.
     pub fn populate(mut self, populate: Populate) -> PagerBuilder {
         self.populate = populate;
         self
@@ -121,9 +121,11 @@ impl PagerBuilder {
         self
     }
 
-    /// How many threads populate, each with a load of its own under way; 1 unless told.
+    /// How many threads load in the background, each with a load of its own under way. Unless told, one for each CPU
+    /// that demand threads leave over, four at most and one at least; and on a host with a single CPU none for
+    /// [`Populate::Auto`], where they would only take turns with those that they load for.
     pub fn populate_threads(mut self, threads: usize) -> PagerBuilder {
-        self.populate_threads = threads.max(1);
+        self.populate_threads = Some(threads.max(1));
         self
     }
 

@@ -301,7 +301,7 @@ impl Watched {
 }
 
 /// The thread (0: the calling one), if it runs under `SCHED_IDLE`: somebody else may have given it another policy.
-fn make_ordinary(thread: libc::pid_t) {
+pub(crate) fn make_ordinary(thread: libc::pid_t) {
     if task::policy(thread) == Some(libc::SCHED_IDLE) {
         // Refused only if this process has lost the right to since it was tried.
         let _ = task::set_policy(thread, libc::SCHED_OTHER);

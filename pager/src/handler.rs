@@ -15,6 +15,7 @@ use crate::inbox::{Fault, Inbox};
 use crate::latency::FaultTimes;
 use crate::page_state::PageState;
 use crate::placement::Follower;
+use crate::populate::{self, Progress, Waiting};
 use crate::slice::Shared;
 use crate::source::{Load, PageReader, SourceError, SourceErrorKind};
 use crate::traced::traced;
@@ -61,6 +62,7 @@ pub(crate) struct Handler {
     pub(crate) desk: Desk,
     /// When it last looked at the clock: a look takes 30 ns, and some are 1 % of an answer.
     pub(crate) looked: Instant,
+    pub(crate) waiting: Waiting,
 }
 
 /// Why a handler leaves its loop.
@@ -180,10 +182,24 @@ impl Handler {
         #[cfg(feature = "tracing")]
         let _span = tracing::trace_span!("fault", source_offset).entered();
         let mut installed_at = None;
+        // A background thread was just loading this page: waited for once.
+        let mut met = false;
         loop {
             let answered = match shared.states.of(place.page) {
                 PageState::Missing => {
-                    match traced!("load", source_offset, reader.load(source_offset)) {
+                    // While nothing is loaded in the background there is nothing to meet.
+                    let mark = match shared.background() && !met {
+                        true => match shared.loading.by_demand(place.page) {
+                            Some(mark) => Some(mark),
+                            None => {
+                                met = true;
+                                shared.population.catch_up();
+                                continue;
+                            }
+                        },
+                        false => None,
+                    };
+                    let answered = match traced!("load", source_offset, reader.load(source_offset)) {
                         Ok(load) => {
                             let cost = load.cost();
                             times.read_ns += cost.read_ns;
@@ -210,7 +226,9 @@ impl Handler {
                             continue;
                         }
                         Err(error) => Err(Trouble::Failed(FailureCause::Source(error))),
-                    }
+                    };
+                    drop(mark);
+                    answered
                 }
                 // The fault came twice, or the page was removed since: it becomes zero if it is really
                 // not there, and it never gets the source's content again.
@@ -263,7 +281,23 @@ impl Handler {
         *looked = installed_at.unwrap_or_else(Instant::now);
         times.service_ns = nanoseconds(fault.read_at, *looked);
         own.recorder.record(shared.layout.extent(place.extent).region, times);
+        self.waited(place.page, times.service_ns);
         Ok(())
+    }
+
+    /// A thread has waited for a page: enough of that begins the loading in the background.
+    fn waited(&mut self, page: u64, service_ns: u64) {
+        let population = &self.shared.population;
+        if !population.heeds_waiting() {
+            return;
+        }
+        population.recent.add(page);
+        let service = Duration::from_nanos(service_ns);
+        self.shared.slices[self.slice].counters.waited(populate::counted(service).as_nanos() as u64);
+        if self.waiting.add(service, self.looked) && !population.is_active() {
+            // Without threads for that, pages come on faults as before.
+            let _ = self.follower.unbound(|| Progress::begin(&self.shared));
+        }
     }
 
     fn stopping(&self) -> bool {

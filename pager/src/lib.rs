@@ -89,9 +89,11 @@ pub mod keep;
 mod large_pages;
 mod latency;
 mod layout;
+mod loading;
 mod mapping;
 #[cfg(test)]
 mod model;
+mod page_bytes;
 mod page_state;
 mod pager;
 mod placement;
@@ -134,7 +136,7 @@ pub use populate::{Populate, Population};
 pub use prefetch::Prefetch;
 pub use recording::Recording;
 pub use region::{Region, RegionError};
-pub use sequence::PageSequence;
+pub use sequence::{PageSequence, Wanted};
 #[cfg(feature = "snapfmt")]
 pub use snapshot_source::SnapshotSource;
 pub use source::{

@@ -1,11 +1,13 @@
 //! The state of every page: one byte each, all "missing" at first, at no cost in the memory's size.
-#![allow(unsafe_code)]
 
 use std::io;
+#[cfg(feature = "serve")]
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::Ordering;
 
+#[cfg(feature = "serve")]
 use crate::mapping::Mapping;
+use crate::page_bytes::PageBytes;
 
 /// What the pager knows of a page.
 ///
@@ -37,47 +39,31 @@ impl PageState {
 
 /// The states of `pages` pages.
 #[derive(Debug)]
-pub(crate) struct PageStates {
-    mapping: Arc<Mapping>,
-    offset: usize,
-    pages: usize,
-}
+pub(crate) struct PageStates(PageBytes);
 
 impl PageStates {
-    /// All missing. The memory is mapped, not filled: only the parts that are looked at become resident
-    /// (4096 states, 16 MiB of guest, a page), where an allocator might hand out and clear reused memory.
+    /// All missing: see [`PageBytes::zeros`].
     pub(crate) fn all_missing(pages: usize) -> io::Result<PageStates> {
-        let mapping = Arc::new(Mapping::anonymous(pages.max(1))?);
-        Ok(PageStates { mapping, offset: 0, pages })
+        Ok(PageStates(PageBytes::zeros(pages)?))
     }
 
     /// Those that the mapping has at `offset`.
     #[cfg(feature = "serve")]
     pub(crate) fn within(mapping: Arc<Mapping>, offset: usize, pages: usize) -> PageStates {
-        mapping.at(offset, pages);
-        PageStates { mapping, offset, pages }
+        PageStates(PageBytes::within(mapping, offset, pages))
     }
 
     pub(crate) fn pages(&self) -> usize {
-        self.pages
+        self.0.pages()
     }
 
     pub(crate) fn of(&self, page: u64) -> PageState {
-        PageState::of(self.byte(page).load(Ordering::Relaxed))
+        PageState::of(self.0.at(page).load(Ordering::Relaxed))
     }
 
     /// Sets the state and answers the former one. The caller holds the gate of the page's slice.
     pub(crate) fn set(&self, page: u64, state: PageState) -> PageState {
-        PageState::of(self.byte(page).swap(state as u8, Ordering::Relaxed))
-    }
-
-    fn byte(&self, page: u64) -> &AtomicU8 {
-        let page = page as usize;
-        assert!(page < self.pages, "page {page} of {}", self.pages);
-        let byte = self.mapping.at(self.offset + page, 1).cast::<AtomicU8>();
-        // SAFETY: mapped, readable and writable as long as `self` lives, all bit patterns are valid for
-        // an AtomicU8, and it is accessed as nothing else.
-        unsafe { byte.as_ref() }
+        PageState::of(self.0.at(page).swap(state as u8, Ordering::Relaxed))
     }
 }
 
@@ -96,11 +82,5 @@ mod tests {
             assert_eq!(states.of(page), state);
         }
         assert_eq!(states.of(2), PageState::Missing);
-    }
-
-    #[test]
-    #[should_panic(expected = "page 5 of 5")]
-    fn a_page_outside_is_refused() {
-        PageStates::all_missing(5).expect("5 bytes can be mapped").of(5);
     }
 }

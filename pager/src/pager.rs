@@ -22,7 +22,7 @@ use crate::stats::{RegionStats, Stats};
 pub struct Pager {
     pub(crate) shared: Arc<Shared>,
     pub(crate) threads: Vec<JoinHandle<()>>,
-    /// Those of the population; they sleep in `park`.
+    /// That of the prefetch.
     pub(crate) workers: Vec<JoinHandle<()>>,
     /// Dropped to stop the threads: they poll the other end.
     pub(crate) stop: Option<io::PipeWriter>,
@@ -129,6 +129,7 @@ impl Pager {
         self.shared.watch.stop(&self.shared.slices);
         drop(self.stop.take());
         self.workers.iter().for_each(|worker| worker.thread().unpark());
+        self.shared.population.stop();
         for thread in self.threads.drain(..).chain(self.workers.drain(..)) {
             // Its panics are caught and reported inside.
             let _ = thread.join();

@@ -155,6 +155,20 @@ impl Follower {
         }
     }
 
+    /// Does something while this thread is bound to no CPU: a thread that it makes may run at once on an idle one.
+    pub(crate) fn unbound<T>(&self, work: impl FnOnce() -> T) -> T {
+        let bound = self.bound_to.zip(self.allowed);
+        if let Some((_, allowed)) = bound {
+            // A matter of speed only, as below.
+            let _ = allowed.bind();
+        }
+        let done = work();
+        if let Some((cpu, _)) = bound {
+            let _ = Cpus::one(cpu).bind();
+        }
+        done
+    }
+
     /// Tells others where it is bound to.
     fn tell(&self, own: &Slice) {
         let bound_to = self.bound_to.unwrap_or(NOWHERE);
@@ -302,12 +316,16 @@ impl Cpus {
     }
 
     fn is_empty(&self) -> bool {
+        self.count() == 0
+    }
+
+    pub(crate) fn count(&self) -> usize {
         // SAFETY: a valid set.
-        unsafe { libc::CPU_COUNT(&self.0) == 0 }
+        unsafe { libc::CPU_COUNT(&self.0) as usize }
     }
 
     /// Those that the calling thread may run on.
-    fn of_this_thread() -> io::Result<Cpus> {
+    pub(crate) fn of_this_thread() -> io::Result<Cpus> {
         let mut cpus = Cpus::none();
         // SAFETY: 0 is the calling thread; the set is valid and of the given size.
         let result = unsafe { libc::sched_getaffinity(0, mem::size_of_val(&cpus.0), &mut cpus.0) };

@@ -8,7 +8,7 @@
 use std::fmt;
 use std::ops::Range;
 use std::panic::{self, AssertUnwindSafe};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -17,9 +17,10 @@ use serde::Serialize;
 
 use crate::answer::{Desk, Trouble};
 use crate::install::{Fill, Target};
-use crate::page_state::PageState;
+use crate::loading::Claim;
 use crate::placement::Aside;
 use crate::purpose::Purpose;
+use crate::sequence::Wanted;
 use crate::slice::Shared;
 use crate::source::{Load, PageSource};
 
@@ -63,17 +64,27 @@ pub(crate) type Ready = Box<dyn FnOnce() + Send>;
 /// How far it has come, for those who wait for it.
 pub(crate) struct PrefetchProgress {
     state: Mutex<Prefetch>,
+    running: AtomicBool,
     changed: Condvar,
 }
 
 impl PrefetchProgress {
     pub(crate) fn new(wanted: bool) -> PrefetchProgress {
         let state = if wanted { Prefetch::Running } else { Prefetch::Off };
-        PrefetchProgress { state: Mutex::new(state), changed: Condvar::new() }
+        PrefetchProgress {
+            state: Mutex::new(state),
+            running: AtomicBool::new(wanted),
+            changed: Condvar::new(),
+        }
     }
 
     pub(crate) fn state(&self) -> Prefetch {
         *self.lock()
+    }
+
+    /// The same as whether the state is `Running`, without its lock.
+    pub(crate) fn is_running(&self) -> bool {
+        self.running.load(Ordering::Relaxed)
     }
 
     /// Waits until it is not `Running` any more, or for `timeout`.
@@ -88,6 +99,7 @@ impl PrefetchProgress {
 
     pub(crate) fn ended(&self, state: Prefetch) {
         *self.lock() = state;
+        self.running.store(false, Ordering::Relaxed);
         self.changed.notify_all();
     }
 
@@ -135,10 +147,7 @@ impl Prefetcher {
         aside.begin_off(started_on);
         let (ranges, mut budget) = within(list(), source.len_bytes());
         let mut desk = Desk::new(usize::MAX);
-        let wanted = |offset: u64| {
-            let place = shared.layout.at_source(offset, 0);
-            place.is_some_and(|place| shared.states.of(place.page) == PageState::Missing)
-        };
+        let claim = Claim::new(&shared);
         // The second time for what was passed over.
         for leads in [true, false] {
             let Ok(mut sequence) = source.sequence(page_bytes as usize, ranges.clone()) else {
@@ -147,12 +156,16 @@ impl Prefetcher {
             let mut passed_over = false;
             loop {
                 stopped(&shared)?;
-                let load = sequence.next(&wanted);
+                let load = sequence.next(&claim);
                 if let Some(ready) = ready.take() {
                     ready();
                 }
                 aside.step(&shared);
                 let loaded = match load {
+                    None if claim.end() => {
+                        passed_over = true;
+                        break;
+                    }
                     None => break,
                     Some(Ok(Load::Zero { range })) => {
                         fill_zero(&shared, range)?;
@@ -168,7 +181,7 @@ impl Prefetcher {
                     Some(left) => budget = left,
                     None => return Ok(Prefetch::GivenUp),
                 }
-                let caught_up = loaded.pages.iter().any(|page| !wanted(page.source_offset));
+                let caught_up = loaded.pages.iter().any(|page| !claim.is_wanted(page.source_offset));
                 let step = |step: &mut usize| {
                     *step = STEP_BYTES;
                     stopped(&shared).ok()
@@ -178,6 +191,7 @@ impl Prefetcher {
                     Ok(()) | Err(Trouble::Failed(_)) => {}
                     Err(Trouble::ProcessGone) => return Err(Ended),
                 }
+                let caught_up = claim.end() || caught_up;
                 // A vCPU that was woken on this CPU would otherwise wait for the next tick, while others are idle.
                 thread::yield_now();
                 if leads && caught_up {

@@ -6,15 +6,33 @@ use crate::source::{Load, PageReader, SourceError};
 
 /// Loads a list of pages, a part at a time: see [`crate::PageSource::sequence`].
 pub trait PageSequence: Send {
-    /// The next part; `None` when there is no more. Pages, by source offset, that are not `wanted` (any more) may be
-    /// left out.
+    /// The next part; `None` when there is no more. Pages that are not wanted (any more) may be left out. A part is
+    /// claimed right before it is read, and left out if that is refused.
     ///
     /// # Errors
-    /// [`SourceError`] for a part that cannot be had; the call after it goes on behind that part.
-    fn next(&mut self, wanted: &dyn Fn(u64) -> bool) -> Option<Result<Load<'_>, SourceError>>;
+    /// [`SourceError`] for a part that cannot be had; the call after it continues behind that part.
+    fn next(&mut self, wanted: &dyn Wanted) -> Option<Result<Load<'_>, SourceError>>;
 
     /// Passes over about so many pages, which do not come any more. Does nothing unless it is overridden.
     fn skip(&mut self, _pages: usize) {}
+}
+
+/// What is asked while a sequence is loaded. A function that tells whether the page at a source offset is wanted is one.
+pub trait Wanted {
+    /// Whether the page at this offset of the source is wanted.
+    fn is_wanted(&self, source_offset: u64) -> bool;
+
+    /// The pages at these offsets are about to be read and decoded. `false` refuses that: another thread is loading one
+    /// of them.
+    fn claim(&self, _source_offsets: &mut dyn Iterator<Item = u64>) -> bool {
+        true
+    }
+}
+
+impl<F: Fn(u64) -> bool> Wanted for F {
+    fn is_wanted(&self, source_offset: u64) -> bool {
+        self(source_offset)
+    }
 }
 
 /// Page by page, in the order of the list.
@@ -34,7 +52,7 @@ impl PageByPage {
         PageByPage { reader, ranges: ranges.into_iter(), now: 0..0, page_bytes: page_bytes as u64 }
     }
 
-    fn next_wanted(&mut self, wanted: &dyn Fn(u64) -> bool) -> Option<u64> {
+    fn next_wanted(&mut self, wanted: &dyn Wanted) -> Option<u64> {
         loop {
             if self.now.is_empty() {
                 self.now = self.ranges.next()?;
@@ -43,7 +61,7 @@ impl PageByPage {
             }
             let offset = self.now.start;
             self.now.start = offset.checked_add(self.page_bytes)?;
-            if wanted(offset) {
+            if wanted.is_wanted(offset) {
                 return Some(offset);
             }
         }
@@ -51,14 +69,18 @@ impl PageByPage {
 }
 
 impl PageSequence for PageByPage {
-    fn next(&mut self, wanted: &dyn Fn(u64) -> bool) -> Option<Result<Load<'_>, SourceError>> {
-        let offset = self.next_wanted(wanted)?;
-        Some(self.reader.load(offset))
+    fn next(&mut self, wanted: &dyn Wanted) -> Option<Result<Load<'_>, SourceError>> {
+        loop {
+            let offset = self.next_wanted(wanted)?;
+            if wanted.claim(&mut std::iter::once(offset)) {
+                return Some(self.reader.load(offset));
+            }
+        }
     }
 
     fn skip(&mut self, pages: usize) {
         for _ in 0..pages {
-            if self.next_wanted(&|_| true).is_none() {
+            if self.next_wanted(&|_: u64| true).is_none() {
                 break;
             }
         }
@@ -78,7 +100,7 @@ mod tests {
         let source = Arc::new(VecSource::new(vec![1; 10 * 4096], 4096));
         let ranges = vec![0..3 * 4096, 5 * 4096..10 * 4096];
         let mut sequence = PageByPage::new(source.reader(4096).expect("4 KiB fit"), 4096, ranges);
-        let next = |sequence: &mut PageByPage| match sequence.next(&|_| true) {
+        let next = |sequence: &mut PageByPage| match sequence.next(&|_: u64| true) {
             Some(Ok(Load::Pages(loaded))) => Some(loaded.pages[0].source_offset / 4096),
             Some(other) => panic!("{other:?}"),
             None => None,
@@ -87,6 +109,6 @@ mod tests {
         sequence.skip(3);
         assert_eq!((next(&mut sequence), next(&mut sequence)), (Some(6), Some(7)));
         sequence.skip(100);
-        assert!(sequence.next(&|_| true).is_none());
+        assert!(sequence.next(&|_: u64| true).is_none());
     }
 }

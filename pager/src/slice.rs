@@ -12,6 +12,7 @@ use crate::inbox::Inbox;
 use crate::install::{self, Book, Fill, Filler, InstallError, PageOps, Settled, Target};
 use crate::latency::Recorder;
 use crate::layout::{Layout, Place};
+use crate::loading::LoadingPages;
 use crate::page_state::{PageState, PageStates};
 use crate::placement::NOWHERE;
 use crate::populate::Progress;
@@ -67,8 +68,7 @@ pub(crate) struct Shared {
     pub(crate) stopping: AtomicBool,
     /// The memory is a private mapping of a file that the source fills.
     pub(crate) backed: bool,
-    /// Threads load pages that nobody waits for, or have done so.
-    pub(crate) background: bool,
+    pub(crate) loading: LoadingPages,
     pub(crate) population: Progress,
     pub(crate) prefetch: PrefetchProgress,
     pub(crate) watch: Watch,
@@ -185,6 +185,11 @@ impl Shared {
             }
         }
         true
+    }
+
+    /// Whether threads load pages that no thread waits for.
+    pub(crate) fn background(&self) -> bool {
+        self.population.is_active() || self.prefetch.is_running()
     }
 
     /// Whether a fault or an event waits anywhere, or is being answered.

@@ -8,7 +8,7 @@ use std::time::Instant;
 use snapfmt::layout::PAGE_BYTES;
 use snapfmt::{ChunkBuffer, ChunkExtent, PageEntry, PageIndex, ReadAt, Snapshot};
 
-use crate::sequence::PageSequence;
+use crate::sequence::{PageSequence, Wanted};
 use crate::snapshot_source::{loaded, source_error};
 use crate::source::{Load, LoadCost, LoadedPage, LoadedPages, SourceError};
 
@@ -64,7 +64,7 @@ impl<R: ReadAt> SnapshotSequence<R> {
     }
 
     /// Looks the next pages up. Answers whether there were any.
-    fn next_batch(&mut self, wanted: &dyn Fn(u64) -> bool) -> bool {
+    fn next_batch(&mut self, wanted: &dyn Wanted) -> bool {
         self.stored.clear();
         self.batch.clear();
         self.at = 0;
@@ -82,7 +82,7 @@ impl<R: ReadAt> SnapshotSequence<R> {
                 continue;
             }
             count += 1;
-            self.batch.extend(PageIndex::containing(offset).filter(|_| wanted(offset)));
+            self.batch.extend(PageIndex::containing(offset).filter(|_| wanted.is_wanted(offset)));
         }
         self.snapshot.expect_entries(&self.batch);
         for (number, &page) in self.batch.iter().enumerate() {
@@ -112,12 +112,13 @@ impl<R: ReadAt> SnapshotSequence<R> {
     }
 
     /// The pages of the next chunk that has wanted ones.
-    fn next_chunk(&mut self, wanted: &dyn Fn(u64) -> bool) -> Option<Range<usize>> {
+    fn next_chunk(&mut self, wanted: &dyn Wanted) -> Option<Range<usize>> {
         while let Some((extent, ..)) = self.stored.get(self.at) {
             let of_chunk = self.stored[self.at..].iter().take_while(|stored| stored.0 == *extent);
             let range = self.at..self.at + of_chunk.count();
             self.at = range.end;
-            if self.stored[range.clone()].iter().any(|(.., page)| wanted(page.source_offset())) {
+            let mut offsets = self.stored[range.clone()].iter().map(|(.., page)| page.source_offset());
+            if offsets.clone().any(|offset| wanted.is_wanted(offset)) && wanted.claim(&mut offsets) {
                 return Some(range);
             }
         }
@@ -170,7 +171,7 @@ impl<R: ReadAt> SnapshotSequence<R> {
 }
 
 impl<R: ReadAt> PageSequence for SnapshotSequence<R> {
-    fn next(&mut self, wanted: &dyn Fn(u64) -> bool) -> Option<Result<Load<'_>, SourceError>> {
+    fn next(&mut self, wanted: &dyn Wanted) -> Option<Result<Load<'_>, SourceError>> {
         loop {
             if let Some(error) = self.failed.take() {
                 return Some(Err(error));

@@ -15,10 +15,11 @@ use crate::handler::Handler;
 use crate::inbox::Inbox;
 use crate::install::Filler;
 use crate::layout::Layout;
+use crate::loading::LoadingPages;
 use crate::page_state::PageStates;
 use crate::pager::Pager;
-use crate::placement::{self, Follower, Placement};
-use crate::populate::{Populate, Progress, Worker};
+use crate::placement::{self, Cpus, Follower, Placement};
+use crate::populate::{self, Populate, Progress, Waiting};
 use crate::prefetch::{Prefetch, PrefetchProgress, Prefetcher};
 use crate::records::{self, Records};
 use crate::region::Region;
@@ -46,9 +47,14 @@ impl PagerBuilder {
             prefetch_when,
             ..
         } = self;
-        if backed && (populate != Populate::Off || prefetch.is_some()) {
-            return Err(StartError::PopulateBacked);
-        }
+        // What fills the file knows what is in it. By default that is no error, but a matter of course.
+        let populate = match populate {
+            Populate::Auto if backed => Populate::Off,
+            populate if backed && (populate != Populate::Off || prefetch.is_some()) => {
+                return Err(StartError::PopulateBacked);
+            }
+            populate => populate,
+        };
         let page_bytes = check(&regions, source.len_bytes())?;
         if regions.iter().any(|region| region.is_foreign() != foreign.is_some()) {
             return Err(StartError::Foreign);
@@ -100,26 +106,19 @@ impl PagerBuilder {
             let pages = pages.sum::<u64>() / page_bytes as u64;
             parts.push(Slice::new(Filler { uffd, zeros }, pages, regions.len()));
         }
-        let mut populating = Vec::new();
-        if populate != Populate::Off {
-            for _ in 0..populate_threads {
-                populating.push(source.reader(page_bytes).map_err(StartError::Source)?);
-            }
-        }
-        let by_source = layout
-            .by_source()
-            .map(|(first, source)| (first, (source.end - source.start) / page_bytes as u64));
-        let population = Progress::new(
-            populate,
-            populate_rate,
-            populating.len(),
+        let options = populate::Options {
+            mode: populate,
+            bytes_per_second: populate_rate,
+            loaders: populate_threads,
             on_complete,
-            by_source,
-            page_bytes as u64,
-        );
+            source: Arc::clone(&source),
+            retry,
+            cpus: Cpus::of_this_thread().ok(),
+        };
+        let loading = LoadingPages::none(pages).map_err(system("memory for marks of pages"))?;
         let shared = Arc::new(Shared {
-            background: populate != Populate::Off || prefetch.is_some(),
-            population,
+            loading,
+            population: Progress::new(options, layout.slices()),
             prefetch: PrefetchProgress::new(prefetch.is_some()),
             slices: parts,
             layout,
@@ -153,6 +152,7 @@ impl PagerBuilder {
                 stop: Arc::clone(&stop_reader),
                 follower: Follower::new(placement),
                 looked: Instant::now(),
+                waiting: Waiting::none(),
                 inbox,
                 desk: Desk::new(slice),
             };
@@ -176,13 +176,8 @@ impl PagerBuilder {
                 Err(_) => pager.shared.prefetch.ended(Prefetch::GivenUp),
             }
         }
-        for (index, reader) in populating.into_iter().enumerate() {
-            let worker = Worker::new(Arc::clone(&pager.shared), reader, retry);
-            let thread = thread::Builder::new()
-                .name(format!("populate{index}"))
-                .spawn(move || worker.run())
-                .map_err(system("a thread"))?;
-            pager.workers.push(thread);
+        if matches!(populate, Populate::Full | Populate::Idle) {
+            Progress::begin(&pager.shared).map_err(system("a thread"))?;
         }
         Ok(pager)
     }

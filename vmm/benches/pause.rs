@@ -53,7 +53,7 @@ fn main() {
         });
         measure(name, &payload, 2);
     }
-    measure("the demo guest", &Payload::Demo(DemoConfig { work_bytes: 8 << 20 }), 1);
+    measure("the demo guest", &Payload::Demo(DemoConfig::new(8 << 20)), 1);
 }
 
 /// A kernel whose vCPUs do these things; without a second thing, the second one writes for ever.

@@ -55,7 +55,7 @@
 //! let memory = Arc::new(GuestMemoryMmap::from_ranges(&ranges)?);
 //!
 //! // "ready ..." and beats 1 to 3.
-//! let payload = Payload::Demo(DemoConfig { work_bytes: 8 << 20 });
+//! let payload = Payload::Demo(DemoConfig::new(8 << 20));
 //! let running = PausedVm::boot(Arc::clone(&memory), &payload, lines(4))?.resume()?;
 //! assert!(running.wait(None).unwrap().is_resumable());
 //! let state = running.pause()?.state()?;

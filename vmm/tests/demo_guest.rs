@@ -7,20 +7,20 @@ use std::sync::Arc;
 
 use common::{GIB, Lines, MIB, guest_memory, kvm_or_skip, run_to_pause, stop_of};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-use vmm::demo::{DemoConfig, DemoPlan, PAGE_BYTES, page_bytes};
+use vmm::demo::{DemoConfig, DemoPlan, PAGE_BYTES, WALKED_OF_256, page_bytes};
 use vmm::{PausedVm, Payload, Stop, memory_layout};
 
 fn demo(work_bytes: u64) -> Payload {
-    Payload::Demo(DemoConfig { work_bytes })
+    Payload::Demo(DemoConfig::new(work_bytes))
 }
 
 fn assert_work_area(memory: &GuestMemoryMmap, memory_bytes: u64, work_bytes: u64, beat: u64) {
     let layout = memory_layout(memory_bytes).unwrap();
-    let plan = DemoPlan::new(&DemoConfig { work_bytes }, &layout).unwrap();
+    let plan = DemoPlan::new(&DemoConfig::new(work_bytes), &layout).unwrap();
     let mut found = vec![0; PAGE_BYTES as usize];
     for page in 0..plan.pages() {
         memory.read_slice(&mut found, GuestAddress(plan.page_gpa(page))).unwrap();
-        assert!(found == page_bytes(page, beat), "page {page} after beat {beat}");
+        assert!(found == page_bytes(page, beat, WALKED_OF_256), "page {page} after beat {beat}");
     }
 }
 
@@ -75,19 +75,19 @@ fn notices_every_kind_of_damage() {
     }
     let memory_bytes = 64 * MIB;
     let plan =
-        DemoPlan::new(&DemoConfig { work_bytes: 8 * MIB }, &memory_layout(memory_bytes).unwrap())
+        DemoPlan::new(&DemoConfig::new(8 * MIB), &memory_layout(memory_bytes).unwrap())
             .unwrap();
-    let walked: Vec<u64> = (0..plan.pages()).filter(|&p| vmm::demo::in_working_set(p)).collect();
+    let walked: Vec<u64> = (0..plan.pages()).filter(|&p| vmm::demo::in_working_set(p, WALKED_OF_256)).collect();
     // A page lost, a page of an older beat, one flipped bit.
     let stale = walked
         .iter()
         .copied()
-        .find(|&page| vmm::demo::page_version(page, 5) > vmm::demo::page_version(page, 4))
+        .find(|&page| vmm::demo::page_version(page, 5, WALKED_OF_256) > vmm::demo::page_version(page, 4, WALKED_OF_256))
         .unwrap();
-    let mut flipped = page_bytes(walked[7], 5);
+    let mut flipped = page_bytes(walked[7], 5, WALKED_OF_256);
     flipped[4095] ^= 0x80;
     for (page, bytes) in
-        [(walked[3], vec![0; 4096]), (stale, page_bytes(stale, 4)), (walked[7], flipped)]
+        [(walked[3], vec![0; 4096]), (stale, page_bytes(stale, 4, WALKED_OF_256)), (walked[7], flipped)]
     {
         let console = Lines::pausing_after(6);
         let memory = guest_memory(memory_bytes);

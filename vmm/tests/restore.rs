@@ -18,7 +18,7 @@ const WORK_BYTES: u64 = 8 * MIB;
 fn saved_guest(memory_bytes: u64, beats: usize) -> (Arc<GuestMemoryMmap>, Vec<u8>) {
     let console = Lines::pausing_after(beats + 1);
     let memory = guest_memory(memory_bytes);
-    let payload = Payload::Demo(DemoConfig { work_bytes: WORK_BYTES });
+    let payload = Payload::Demo(DemoConfig::new(WORK_BYTES));
     let vm = PausedVm::boot(Arc::clone(&memory), &payload, console).unwrap();
     let state = run_to_pause(vm).state().unwrap().encode();
     (memory, state)
@@ -30,7 +30,7 @@ fn decode(bytes: &[u8]) -> VmState {
 
 /// The parts of memory that the guest uses, in bytes.
 fn contents(memory: &GuestMemoryMmap, memory_bytes: u64) -> Vec<u8> {
-    let config = DemoConfig { work_bytes: WORK_BYTES };
+    let config = DemoConfig::new(WORK_BYTES);
     let plan = DemoPlan::new(&config, &memory_layout(memory_bytes).unwrap()).unwrap();
     let mut bytes = vec![0; (2 * MIB + WORK_BYTES) as usize];
     let (tables, work) = bytes.split_at_mut(2 * MIB as usize);
@@ -44,7 +44,7 @@ fn contents(memory: &GuestMemoryMmap, memory_bytes: u64) -> Vec<u8> {
 fn copy(memory: &GuestMemoryMmap, memory_bytes: u64) -> Arc<GuestMemoryMmap> {
     let bytes = contents(memory, memory_bytes);
     let target = guest_memory(memory_bytes);
-    let config = DemoConfig { work_bytes: WORK_BYTES };
+    let config = DemoConfig::new(WORK_BYTES);
     let plan = DemoPlan::new(&config, &memory_layout(memory_bytes).unwrap()).unwrap();
     let (tables, work) = bytes.split_at(2 * MIB as usize);
     let (low, high) = work.split_at(WORK_BYTES as usize / 2);

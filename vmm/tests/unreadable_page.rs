@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use common::{Lines, MIB, guest_memory, kvm_or_skip, run_to_pause, stop_of};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
-use vmm::demo::{DemoConfig, DemoPlan, in_working_set};
+use vmm::demo::{DemoConfig, DemoPlan, WALKED_OF_256, in_working_set};
 use vmm::{PausedVm, Payload, Stop, memory_layout};
 
 const MEMORY_BYTES: u64 = 64 * MIB;
@@ -67,13 +67,13 @@ fn a_poisoned_page_stops_the_guest_with_its_address() {
     if !kvm_or_skip(name) {
         return;
     }
-    let config = DemoConfig { work_bytes: WORK_BYTES };
+    let config = DemoConfig::new(WORK_BYTES);
     let plan = DemoPlan::new(&config, &memory_layout(MEMORY_BYTES).unwrap()).unwrap();
     let memory = guest_memory(MEMORY_BYTES);
     let console = Lines::pausing_after(2);
     let vm = PausedVm::boot(Arc::clone(&memory), &Payload::Demo(config), console.clone()).unwrap();
     let vm = run_to_pause(vm);
-    let page = (300..).find(|&page| in_working_set(page)).unwrap();
+    let page = (300..).find(|&page| in_working_set(page, WALKED_OF_256)).unwrap();
     let withheld = withhold(&memory, plan.page_gpa(page));
     let _withheld = match withheld.and_then(|page| page.poison().map(|()| page)) {
         Ok(withheld) => withheld,
@@ -107,14 +107,14 @@ fn a_guest_that_waits_for_a_page_can_be_paused_and_go_on() {
     if !kvm_or_skip(name) {
         return;
     }
-    let config = DemoConfig { work_bytes: WORK_BYTES };
+    let config = DemoConfig::new(WORK_BYTES);
     let plan = DemoPlan::new(&config, &memory_layout(MEMORY_BYTES).unwrap()).unwrap();
     let memory = guest_memory(MEMORY_BYTES);
     let console = Lines::pausing_after(2);
     let vm = PausedVm::boot(Arc::clone(&memory), &Payload::Demo(config), console.clone()).unwrap();
     let vm = run_to_pause(vm);
     console.take();
-    let page = (300..).find(|&page| in_working_set(page)).unwrap();
+    let page = (300..).find(|&page| in_working_set(page, WALKED_OF_256)).unwrap();
     let withheld = match withhold(&memory, plan.page_gpa(page)) {
         Ok(withheld) => withheld,
         Err(error) => return skip(name, &error),

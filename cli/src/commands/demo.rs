@@ -67,7 +67,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
                 image: None,
                 on_error: FailurePolicy::Poison,
                 memory_bytes: None,
-                populate: Populate::Off,
+                populate: Populate::Auto,
                 populate_rate: None,
                 prefetch: PrefetchArg::Off,
                 record: None,

@@ -24,6 +24,11 @@ pub(crate) struct GuestArgs {
     #[arg(long, value_name = "SIZE", default_value = "32M", value_parser = size::parse, conflicts_with = "kernel")]
     pub(crate) work: u64,
 
+    /// How much of what it has filled the demo guest reads in each beat, in percent.
+    #[arg(long, value_name = "PERCENT", default_value_t = 25, conflicts_with = "kernel",
+          value_parser = clap::value_parser!(u8).range(1..=100))]
+    pub(crate) walk: u8,
+
     /// Boot this Linux kernel: a bzImage (vmlinuz) or an uncompressed ELF vmlinux.
     #[arg(long, value_name = "FILE")]
     pub(crate) kernel: Option<PathBuf>,
@@ -64,6 +69,7 @@ impl GuestArgs {
         Self {
             memory,
             work,
+            walk: 25,
             kernel: None,
             initrd: None,
             cmdline: None,
@@ -78,7 +84,10 @@ impl GuestArgs {
 
     pub(crate) fn payload(&self) -> Payload {
         match &self.kernel {
-            None => Payload::Demo(DemoConfig { work_bytes: self.work }),
+            None => Payload::Demo(DemoConfig {
+                work_bytes: self.work,
+                walked_of_256: self.walked_of_256(),
+            }),
             Some(kernel) => Payload::Linux(LinuxConfig {
                 kernel: kernel.clone(),
                 initrd: self.initrd.clone(),
@@ -87,10 +96,19 @@ impl GuestArgs {
         }
     }
 
+    /// At least as many pages as the percentage says.
+    fn walked_of_256(&self) -> u32 {
+        (u32::from(self.walk) * 256).div_ceil(100)
+    }
+
     /// What the snapshot's metadata says of the guest.
     pub(crate) fn metadata(&self) -> Value {
         match &self.kernel {
-            None => json!({ "kind": "demo", "work_bytes": self.work }),
+            None => json!({
+                "kind": "demo",
+                "work_bytes": self.work,
+                "walked_of_256": self.walked_of_256(),
+            }),
             Some(kernel) => json!({
                 "kind": "linux",
                 "kernel": kernel,

@@ -79,9 +79,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "POLICY", default_value = "poison", requires = "lazy")]
     on_error: OnError,
 
-    /// With --lazy: load what the guest has not touched in the background. `idle`: only while the guest asks for
-    /// nothing; `full`: always, but pages that are asked for go first. RATE bounds the bytes a second: `full,200M`.
-    #[arg(long, value_name = "off|idle|full[,RATE]", default_value = "off", requires = "lazy")]
+    /// With --lazy: load what the guest has not touched in the background. `auto`: while the guest waits for pages a good
+    /// part of its time; `idle`: only while it asks for none; `full`: from the start to the end. Pages that are asked for
+    /// go first. RATE bounds the bytes a second: `full,200M`.
+    #[arg(long, value_name = "off|auto|idle|full[,RATE]", default_value = "auto", requires = "lazy")]
     populate: Background,
 
     /// With --lazy: load pages in front of the guest. `hot`: those of the file's working set (`snap train` makes one);
@@ -160,7 +161,7 @@ enum Place {
     None,
 }
 
-/// `off`, `idle` or `full`, and how many bytes a second at most.
+/// `off`, `auto`, `idle` or `full`, and how many bytes a second at most.
 #[derive(Clone, Copy)]
 struct Background(Populate, Option<NonZeroU64>);
 
@@ -177,9 +178,10 @@ impl FromStr for Background {
         };
         match (mode, rate) {
             ("off", None) => Ok(Background(Populate::Off, None)),
+            ("auto", rate) => Ok(Background(Populate::Auto, rate)),
             ("idle", rate) => Ok(Background(Populate::Idle, rate)),
             ("full", rate) => Ok(Background(Populate::Full, rate)),
-            _ => Err("give `off`, `idle`, `full`, or one of the last two with a rate".into()),
+            _ => Err("give `off`, `auto`, `idle` or `full`, the last three also with a rate".into()),
         }
     }
 }

@@ -27,7 +27,7 @@ fn fill(image: &Weak<SharedImage>, list: PageList) -> Option<()> {
     loop {
         let image = image.upgrade()?;
         // Zero pages stay holes; a page that cannot be had has its say when somebody waits for it.
-        if let Ok(Load::Pages(loaded)) = sequence.next(&|offset| image.lacks(offset))? {
+        if let Ok(Load::Pages(loaded)) = sequence.next(&|offset: u64| image.lacks(offset))? {
             budget = budget.checked_sub(loaded.bytes.len() as u64)?;
             image.fill(&loaded, None, &mut runs).ok()?;
         }

@@ -52,17 +52,21 @@ pub fn page_class(page: u64) -> PageClass {
     }
 }
 
-/// Whether each beat reads the page: a quarter of those that are not zero.
+/// How many of 256 pages that are not zero each beat reads, unless told: a quarter.
+pub const WALKED_OF_256: u32 = 64;
+
+/// Whether each beat of a guest that walks so many of 256 pages reads this one.
 #[must_use]
-pub fn in_working_set(page: u64) -> bool {
+pub fn in_working_set(page: u64, walked_of_256: u32) -> bool {
     let hash = page_hash(page);
-    hash & 7 != 0 && hash & 0x18 == 0
+    let rank = ((hash >> 3) & 3) << 6 | (hash >> 8) & 63;
+    hash & 7 != 0 && rank < u64::from(walked_of_256)
 }
 
 /// Version of a page after `beat` beats: the last of them that rewrote it, 0 if none has.
 #[must_use]
-pub fn page_version(page: u64, beat: u64) -> u64 {
-    if !in_working_set(page) {
+pub fn page_version(page: u64, beat: u64, walked_of_256: u32) -> u64 {
+    if !in_working_set(page, walked_of_256) {
         return 0;
     }
     let slot = (page_hash(page) >> 5) & 7;
@@ -71,9 +75,9 @@ pub fn page_version(page: u64, beat: u64) -> u64 {
 
 /// Content of a page after `beat` beats.
 #[must_use]
-pub fn page_bytes(page: u64, beat: u64) -> Vec<u8> {
+pub fn page_bytes(page: u64, beat: u64, walked_of_256: u32) -> Vec<u8> {
     let class = page_class(page);
-    let version = page_version(page, beat);
+    let version = page_version(page, beat, walked_of_256);
     let number = if class == PageClass::Equal { 0 } else { page + 1 };
     let seed = mix(number.wrapping_mul(PAGE_KEY) ^ version.wrapping_mul(VERSION_KEY));
     let word = |index: u64| {
@@ -122,29 +126,31 @@ mod tests {
             let found = count(class);
             assert!(found.abs_diff(share) < share / 8, "{class:?}: {found}");
         }
-        let walked = (0..8192).filter(|&page| in_working_set(page)).count();
-        assert!(walked.abs_diff(1792) < 200, "{walked}");
+        for (of_256, pages) in [(64, 1792), (3, 84), (128, 3584), (256, 7168)] {
+            let walked = (0..8192).filter(|&page| in_working_set(page, of_256)).count();
+            assert!(walked.abs_diff(pages) < pages / 8, "{of_256}: {walked}");
+        }
     }
 
     #[test]
     fn versions_are_the_last_beat_that_wrote() {
-        let page = (0..).find(|&p| in_working_set(p) && (page_hash(p) >> 5) & 7 == 3).unwrap();
-        let versions: Vec<u64> = (0..13).map(|beat| page_version(page, beat)).collect();
+        let page = (0..).find(|&p| in_working_set(p, WALKED_OF_256) && (page_hash(p) >> 5) & 7 == 3).unwrap();
+        let versions: Vec<u64> = (0..13).map(|beat| page_version(page, beat, WALKED_OF_256)).collect();
         assert_eq!(versions, [0, 0, 0, 3, 3, 3, 3, 3, 3, 3, 3, 11, 11]);
-        let page = (0..).find(|&p| in_working_set(p) && (page_hash(p) >> 5) & 7 == 0).unwrap();
-        let versions: Vec<u64> = (0..10).map(|beat| page_version(page, beat)).collect();
+        let page = (0..).find(|&p| in_working_set(p, WALKED_OF_256) && (page_hash(p) >> 5) & 7 == 0).unwrap();
+        let versions: Vec<u64> = (0..10).map(|beat| page_version(page, beat, WALKED_OF_256)).collect();
         assert_eq!(versions, [0, 0, 0, 0, 0, 0, 0, 0, 8, 8]);
     }
 
     #[test]
     fn text_is_text_and_equal_pages_are_equal() {
         let pages_of = |class| (0..1000).filter(move |&page| page_class(page) == class);
-        let text = page_bytes(pages_of(PageClass::Text).next().unwrap(), 0);
+        let text = page_bytes(pages_of(PageClass::Text).next().unwrap(), 0, WALKED_OF_256);
         assert!(text.iter().all(|byte| byte.is_ascii_graphic() || *byte == b' '));
         let equal: Vec<_> = pages_of(PageClass::Equal)
-            .filter(|&page| !in_working_set(page))
+            .filter(|&page| !in_working_set(page, WALKED_OF_256))
             .take(2)
-            .map(|page| page_bytes(page, 9))
+            .map(|page| page_bytes(page, 9, WALKED_OF_256))
             .collect();
         assert_eq!(equal[0], equal[1]);
     }

@@ -150,9 +150,17 @@ global_asm!(
     "  mov r8d, eax",
     "  test al, 7",
     "  jz 50f",
-    // Bits 3 and 4 say whether the page is in the working set.
-    "  test al, 0x18",
-    "  jnz 9f",
+    // Bits 4 and 3, then 13 to 8: a number below 256. The page is in the working set if it is below the share.
+    "  mov ecx, eax",
+    "  shr ecx, 3",
+    "  and ecx, 3",
+    "  shl ecx, 6",
+    "  mov edx, eax",
+    "  shr edx, 8",
+    "  and edx, 63",
+    "  or ecx, edx",
+    "  cmp ecx, [{params} + 32]",
+    "  jae 9f",
     // Bits 5 to 7: the page is rewritten at beats equal to them modulo 8. So its version is the last
     // such beat before this one, if there was any.
     "  mov ecx, eax",

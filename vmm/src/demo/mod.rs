@@ -6,8 +6,8 @@
 //! ready memory=128 work=32 pages=7196
 //! ```
 //!
-//! (sizes in MiB, the pages are those not left zero) to COM1, and then beats for ever. Each beat walks a
-//! quarter of those pages, scattered, in a fixed order, checks every word of them, rewrites one
+//! (sizes in MiB, the pages are those not left zero) to COM1, and then beats until it is ended. Each beat walks a
+//! quarter of those pages, or the share that it is told, scattered, in a fixed order, checks every word of them, rewrites one
 //! in eight with words that depend on the beat's number, looks at a few pages that must be zero, and
 //! writes one line:
 //!
@@ -30,7 +30,7 @@ use std::ops::Range;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
-pub use content::{PageClass, in_working_set, page_bytes, page_class, page_version};
+pub use content::{PageClass, WALKED_OF_256, in_working_set, page_bytes, page_class, page_version};
 
 use crate::layout::{LARGE_PAGE_BYTES, MemoryRange};
 use crate::long_mode::{self, MAPPED_GIB_MAX, Mapping, layout};
@@ -55,6 +55,16 @@ const STRIDE: u64 = 2_654_435_761;
 pub struct DemoConfig {
     /// Size of the working area in bytes: a multiple of [`WORK_ALIGN_BYTES`].
     pub work_bytes: u64,
+    /// How many of 256 pages that are not zero each beat reads: 1 to 256.
+    pub walked_of_256: u32,
+}
+
+impl DemoConfig {
+    /// A guest with a working area of this size, of which each beat reads a quarter.
+    #[must_use]
+    pub fn new(work_bytes: u64) -> DemoConfig {
+        DemoConfig { work_bytes, walked_of_256: WALKED_OF_256 }
+    }
 }
 
 /// A working area that the guest cannot have.
@@ -68,6 +78,12 @@ pub enum DemoError {
     Unaligned {
         /// The size asked for.
         work_bytes: u64,
+    },
+    /// Not a number of pages of 256.
+    #[error("a beat cannot read {walked_of_256} of 256 pages: give 1 to 256")]
+    Walk {
+        /// The number asked for.
+        walked_of_256: u32,
     },
     /// Memory has no room for it.
     #[error(
@@ -88,6 +104,7 @@ pub enum DemoError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DemoPlan {
     work_bytes: u64,
+    walked_of_256: u32,
     memory_bytes: u64,
     low: Range<u64>,
     high: Range<u64>,
@@ -99,7 +116,10 @@ impl DemoPlan {
     /// # Errors
     /// [`DemoError`] when its size is not a multiple of 4 MiB or it does not fit.
     pub fn new(config: &DemoConfig, memory: &[MemoryRange]) -> Result<DemoPlan, DemoError> {
-        let work_bytes = config.work_bytes;
+        let DemoConfig { work_bytes, walked_of_256 } = *config;
+        if !(1..=256).contains(&walked_of_256) {
+            return Err(DemoError::Walk { walked_of_256 });
+        }
         if work_bytes == 0 || !work_bytes.is_multiple_of(WORK_ALIGN_BYTES) {
             return Err(DemoError::Unaligned { work_bytes });
         }
@@ -112,6 +132,7 @@ impl DemoPlan {
         let end = memory.last().map_or(0, |last| last.gpa_range().end);
         Ok(DemoPlan {
             work_bytes,
+            walked_of_256,
             memory_bytes,
             low: LARGE_PAGE_BYTES..LARGE_PAGE_BYTES + half,
             high: end - half..end,
@@ -147,8 +168,13 @@ impl DemoPlan {
         ];
         long_mode::write_tables(memory, &mappings)?;
         memory.write_slice(guest::code(), GuestAddress(layout::CODE))?;
-        let params =
-            [self.pages(), STRIDE % self.pages(), self.memory_bytes >> 20, self.work_bytes >> 20];
+        let params = [
+            self.pages(),
+            STRIDE % self.pages(),
+            self.memory_bytes >> 20,
+            self.work_bytes >> 20,
+            u64::from(self.walked_of_256),
+        ];
         for (index, param) in params.into_iter().enumerate() {
             memory.write_obj(param, GuestAddress(layout::PARAMS + 8 * index as u64))?;
         }
@@ -183,7 +209,7 @@ mod tests {
     #[test]
     fn halves_lie_at_both_ends_of_memory() {
         let plan =
-            DemoPlan::new(&DemoConfig { work_bytes: 32 << 20 }, &memory_layout(4 * GIB).unwrap())
+            DemoPlan::new(&DemoConfig::new(32 << 20), &memory_layout(4 * GIB).unwrap())
                 .unwrap();
         assert_eq!(plan.page_gpa(0), 2 << 20);
         assert_eq!(plan.page_gpa(4095), (18 << 20) - 4096);
@@ -206,7 +232,7 @@ mod tests {
     #[test]
     fn impossible_working_areas_are_named() {
         let memory = memory_layout(64 << 20).unwrap();
-        let plan = |work_bytes| DemoPlan::new(&DemoConfig { work_bytes }, &memory);
+        let plan = |work_bytes| DemoPlan::new(&DemoConfig::new(work_bytes), &memory);
         assert_eq!(plan(0), Err(DemoError::Unaligned { work_bytes: 0 }));
         assert_eq!(plan(6 << 20), Err(DemoError::Unaligned { work_bytes: 6 << 20 }));
         assert!(plan(60 << 20).is_ok());

@@ -10,7 +10,7 @@ use serde_json::Value;
 use snapfmt::{
     Changes, Existing, MemoryRegion, PageIndex, Phase, Snapshot, WorkingSet, copy_snapshot,
 };
-use vmm::demo::{DemoConfig, DemoPlan, PageClass};
+use vmm::demo::{DemoConfig, DemoPlan, PageClass, WALKED_OF_256};
 
 use super::child::Snap;
 use super::subject::Subject;
@@ -58,12 +58,14 @@ impl Hot {
         let mut metadata = subject.snapshot.metadata()?;
         let guest = metadata.other.get("guest").filter(|guest| guest["kind"] == "demo");
         let work_bytes = guest.and_then(|guest| guest.get("work_bytes")).and_then(Value::as_u64);
+        let walked = guest.and_then(|guest| guest.get("walked_of_256")).and_then(Value::as_u64);
+        let walked_of_256 = walked.and_then(|walked| walked.try_into().ok()).unwrap_or(WALKED_OF_256);
         let Some(work_bytes) = work_bytes else {
             bail!(
                 "mode lazy+other is of the demo guest: of others it is not known what they don't touch"
             );
         };
-        let set = untouched(&DemoConfig { work_bytes }, subject.snapshot.regions())?;
+        let set = untouched(&DemoConfig { work_bytes, walked_of_256 }, subject.snapshot.regions())?;
         let trained = subject.path("other.snap");
         metadata.other.remove("rewritten_from");
         let changes = Changes {
@@ -105,7 +107,8 @@ impl Hot {
 fn untouched(demo: &DemoConfig, regions: &[MemoryRegion]) -> Result<Vec<(PageIndex, Phase)>> {
     let plan = DemoPlan::new(demo, &crate::guest_memory::to_ranges(regions))?;
     let in_use = (0..plan.pages()).filter(|&page| {
-        vmm::demo::page_class(page) != PageClass::Zero && !vmm::demo::in_working_set(page)
+        vmm::demo::page_class(page) != PageClass::Zero
+            && !vmm::demo::in_working_set(page, demo.walked_of_256)
     });
     let page_index = |page| {
         let gpa = plan.page_gpa(page);
@@ -124,10 +127,10 @@ mod tests {
     #[test]
     fn other_work_touches_as_many_pages_and_none_of_the_same() {
         let regions = crate::guest_memory::to_regions(&vmm::memory_layout(256 << 20).unwrap());
-        let demo = DemoConfig { work_bytes: 64 << 20 };
+        let demo = DemoConfig::new(64 << 20);
         let plan = DemoPlan::new(&demo, &vmm::memory_layout(256 << 20).unwrap()).unwrap();
         let touched: Vec<u64> = (0..plan.pages())
-            .filter(|&page| vmm::demo::in_working_set(page))
+            .filter(|&page| vmm::demo::in_working_set(page, WALKED_OF_256))
             .map(|page| plan.page_gpa(page) / PAGE_BYTES as u64)
             .collect();
         let other = untouched(&demo, &regions).unwrap();
