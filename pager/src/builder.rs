@@ -9,7 +9,7 @@ use std::sync::Arc;
 use crate::failure::{Failure, FailurePolicy, OnFailure};
 use crate::handler::RetryPolicy;
 use crate::placement::Placement;
-use crate::populate::{OnComplete, Populate, Population};
+use crate::populate::{LoadsAhead, OnComplete, Populate, Population};
 use crate::prefetch::{PageList, Ready};
 use crate::records::Records;
 use crate::region::Region;
@@ -36,6 +36,7 @@ pub struct PagerBuilder {
     pub(crate) prefetch: Option<PageList>,
     pub(crate) prefetch_when: Option<Ready>,
     pub(crate) one_by_one: bool,
+    pub(crate) elsewhere: Option<Arc<dyn LoadsAhead>>,
 }
 
 impl PagerBuilder {
@@ -58,6 +59,7 @@ impl PagerBuilder {
             prefetch: None,
             prefetch_when: None,
             one_by_one: false,
+            elsewhere: None,
         }
     }
 
@@ -177,6 +179,13 @@ impl PagerBuilder {
     /// over them.
     pub fn backed(mut self) -> PagerBuilder {
         self.backed = true;
+        self
+    }
+
+    /// Of memory that is [`PagerBuilder::backed`]: what fills its file ahead while threads wait for pages.
+    #[cfg(feature = "serve")]
+    pub(crate) fn loaded_ahead_by(mut self, elsewhere: Arc<dyn LoadsAhead>) -> PagerBuilder {
+        self.elsewhere = Some(elsewhere);
         self
     }
 

@@ -66,6 +66,10 @@ impl FilledFile {
         })
     }
 
+    pub(crate) fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
     /// An error if somebody else has put pages into the file.
     pub(crate) fn whole(&self) -> Result<(), SourceError> {
         match self.tampered.load(Ordering::Relaxed) {

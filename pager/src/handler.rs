@@ -13,9 +13,10 @@ use crate::answer::{Desk, Trouble};
 use crate::failure::{Failure, FailureCause};
 use crate::inbox::{Fault, Inbox};
 use crate::latency::FaultTimes;
+use crate::layout::Place;
 use crate::page_state::PageState;
 use crate::placement::Follower;
-use crate::populate::{self, Progress, Waiting};
+use crate::populate::{Progress, Waiting};
 use crate::slice::Shared;
 use crate::source::{Load, PageReader, SourceError, SourceErrorKind};
 use crate::traced::traced;
@@ -281,22 +282,19 @@ impl Handler {
         *looked = installed_at.unwrap_or_else(Instant::now);
         times.service_ns = nanoseconds(fault.read_at, *looked);
         own.recorder.record(shared.layout.extent(place.extent).region, times);
-        self.waited(place.page, times.service_ns);
+        self.waited(place, times.service_ns);
         Ok(())
     }
 
     /// A thread has waited for a page: enough of that begins the loading in the background.
-    fn waited(&mut self, page: u64, service_ns: u64) {
-        let population = &self.shared.population;
-        if !population.heeds_waiting() {
-            return;
-        }
-        population.recent.add(page);
-        let service = Duration::from_nanos(service_ns);
-        self.shared.slices[self.slice].counters.waited(populate::counted(service).as_nanos() as u64);
-        if self.waiting.add(service, self.looked) && !population.is_active() {
-            // Without threads for that, pages come on faults as before.
-            let _ = self.follower.unbound(|| Progress::begin(&self.shared));
+    fn waited(&mut self, place: Place, service_ns: u64) {
+        let (shared, service) = (&self.shared, Duration::from_nanos(service_ns));
+        let source_offset = shared.layout.source_offset(place);
+        if shared.population.waited(place.page, source_offset, service)
+            && self.waiting.add(service, self.looked)
+            && !shared.population.loads_ahead()
+        {
+            self.follower.unbound(|| Progress::demanded(shared));
         }
     }
 

@@ -13,6 +13,10 @@ pub trait PageSequence: Send {
     /// [`SourceError`] for a part that cannot be had; the call after it continues behind that part.
     fn next(&mut self, wanted: &dyn Wanted) -> Option<Result<Load<'_>, SourceError>>;
 
+    /// The first part will soon be asked for: storage that takes its time may begin to read it. Does nothing unless it is
+    /// overridden.
+    fn prepare(&mut self, _wanted: &dyn Wanted) {}
+
     /// Passes over about so many pages, which do not come any more. Does nothing unless it is overridden.
     fn skip(&mut self, _pages: usize) {}
 }

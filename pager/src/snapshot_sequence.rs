@@ -22,7 +22,7 @@ const SCATTERED_BATCH: usize = 4096;
 const DENSE_PAGES: usize = 4;
 /// Between two moments at which others may have this CPU. One that reads the index takes 10 us, and who answers faults may
 /// have been woken here.
-const LOOK_UPS: usize = 4;
+const LOOK_UPS: usize = 16;
 /// Read at once at most, so that it stays in the core's cache until it is decoded.
 const READ_BYTES: u64 = 256 << 10;
 /// Bytes between two chunks that are read along rather than read apart.
@@ -33,41 +33,53 @@ pub(crate) struct SnapshotSequence<R: ReadAt> {
     ranges: std::vec::IntoIter<Range<u64>>,
     now: Range<u64>,
     batch_pages: usize,
-    batch: Vec<PageIndex>,
-    /// Where the pages of the batch are, chunk by chunk in the order of the file; those before `at` are done.
-    stored: Vec<(ChunkExtent, u16, PageIndex)>,
-    at: usize,
-    /// Pages behind the batch to pass over.
+    /// Pages that are being looked up.
+    pages_of_batch: Vec<PageIndex>,
+    /// The pages that are being loaded, and those after them, which storage already reads.
+    batch: Batch,
+    next: Option<Batch>,
+    /// Pages behind those to pass over.
     skip: usize,
-    zeros: Vec<Range<u64>>,
     failed: Option<SourceError>,
     buffer: ChunkBuffer,
     pages: Vec<LoadedPage>,
 }
 
+/// Pages that were looked up together.
+#[derive(Default)]
+struct Batch {
+    /// Where they are, chunk by chunk in the order of the file; those before `at` are done.
+    stored: Vec<(ChunkExtent, u16, PageIndex)>,
+    at: usize,
+    /// Taken from the end.
+    zeros: Vec<Range<u64>>,
+}
+
 impl<R: ReadAt> SnapshotSequence<R> {
     pub(crate) fn new(snapshot: Arc<Snapshot<R>>, ranges: Vec<Range<u64>>) -> Self {
+        let pages = ranges.iter().fold(0u64, |sum, range| {
+            sum.saturating_add((range.end - range.start) / PAGE_BYTES as u64)
+        });
+        let batch_pages = if pages <= BATCH as u64 { BATCH } else { FIRST_BATCH };
         SnapshotSequence {
             snapshot,
             ranges: ranges.into_iter(),
             now: 0..0,
-            batch_pages: FIRST_BATCH,
-            batch: Vec::with_capacity(BATCH),
-            stored: Vec::new(),
-            at: 0,
+            batch_pages,
+            pages_of_batch: Vec::with_capacity(BATCH),
+            batch: Batch::default(),
+            next: None,
             skip: 0,
-            zeros: Vec::new(),
             failed: None,
             buffer: ChunkBuffer::new(),
             pages: Vec::new(),
         }
     }
 
-    /// Looks the next pages up. Answers whether there were any.
-    fn next_batch(&mut self, wanted: &dyn Wanted) -> bool {
-        self.stored.clear();
-        self.batch.clear();
-        self.at = 0;
+    /// Looks the next pages up, and lets storage begin to read them. `None` if there are no more.
+    fn look_up(&mut self, wanted: &dyn Wanted) -> Option<Batch> {
+        let mut batch = Batch::default();
+        self.pages_of_batch.clear();
         let mut count = 0;
         while count < self.batch_pages {
             if self.now.is_empty() {
@@ -82,42 +94,59 @@ impl<R: ReadAt> SnapshotSequence<R> {
                 continue;
             }
             count += 1;
-            self.batch.extend(PageIndex::containing(offset).filter(|_| wanted.is_wanted(offset)));
+            let page = PageIndex::containing(offset).filter(|_| wanted.is_wanted(offset));
+            self.pages_of_batch.extend(page);
         }
-        self.snapshot.expect_entries(&self.batch);
-        for (number, &page) in self.batch.iter().enumerate() {
+        self.snapshot.expect_entries(&self.pages_of_batch);
+        for (number, &page) in self.pages_of_batch.iter().enumerate() {
             if number % LOOK_UPS == 0 {
                 thread::yield_now();
             }
             let (offset, end) = (page.source_offset(), page.source_offset() + PAGE_BYTES as u64);
             match self.snapshot.entry(page) {
-                Ok(PageEntry::Data { chunk, slot }) => self.stored.push((chunk, slot, page)),
-                Ok(PageEntry::Zero) => match self.zeros.last_mut() {
+                Ok(PageEntry::Data { chunk, slot }) => batch.stored.push((chunk, slot, page)),
+                Ok(PageEntry::Zero) => match batch.zeros.last_mut() {
                     Some(last) if last.end == offset => last.end = end,
-                    _ => self.zeros.push(offset..end),
+                    _ => batch.zeros.push(offset..end),
                 },
                 Ok(PageEntry::Parent) => {}
                 Err(error) => self.failed = Some(source_error(page, error)),
             }
         }
-        self.stored.sort_unstable();
-        let chunks = self.stored.chunk_by(|a, b| a.0 == b.0).count();
-        self.batch_pages = match self.stored.len() < chunks * DENSE_PAGES {
+        batch.stored.sort_unstable();
+        let chunks = batch.stored.chunk_by(|a, b| a.0 == b.0).count();
+        self.batch_pages = match batch.stored.len() < chunks * DENSE_PAGES {
             true => SCATTERED_BATCH,
             false => (self.batch_pages * 2).min(BATCH),
         };
-        // Taken from the end.
-        self.zeros.reverse();
-        count > 0
+        batch.zeros.reverse();
+        self.expect(&batch);
+        (count > 0).then_some(batch)
+    }
+
+    /// Lets storage begin to read the chunks of a batch: those that lie near each other together.
+    fn expect(&self, batch: &Batch) {
+        let near = |a: &(ChunkExtent, u16, PageIndex), b: &(ChunkExtent, u16, PageIndex)| {
+            a.0.layer() == b.0.layer() && b.0.offset() <= a.0.end().saturating_add(GAP_BYTES)
+        };
+        for together in batch.stored.chunk_by(near) {
+            let [(first, ..), .., (last, ..)] = together else {
+                let [(only, ..)] = together else { continue };
+                self.snapshot.expect_chunks(only.layer(), only.offset()..only.end());
+                continue;
+            };
+            self.snapshot.expect_chunks(first.layer(), first.offset()..last.end());
+        }
     }
 
     /// The pages of the next chunk that has wanted ones.
     fn next_chunk(&mut self, wanted: &dyn Wanted) -> Option<Range<usize>> {
-        while let Some((extent, ..)) = self.stored.get(self.at) {
-            let of_chunk = self.stored[self.at..].iter().take_while(|stored| stored.0 == *extent);
-            let range = self.at..self.at + of_chunk.count();
-            self.at = range.end;
-            let mut offsets = self.stored[range.clone()].iter().map(|(.., page)| page.source_offset());
+        let Batch { stored, at, .. } = &mut self.batch;
+        while let Some((extent, ..)) = stored.get(*at) {
+            let of_chunk = stored[*at..].iter().take_while(|stored| stored.0 == *extent);
+            let range = *at..*at + of_chunk.count();
+            *at = range.end;
+            let mut offsets = stored[range.clone()].iter().map(|(.., page)| page.source_offset());
             if offsets.clone().any(|offset| wanted.is_wanted(offset)) && wanted.claim(&mut offsets) {
                 return Some(range);
             }
@@ -128,7 +157,7 @@ impl<R: ReadAt> SnapshotSequence<R> {
     /// How far to read, from a chunk on: as long as chunks follow that will be loaded next.
     fn read_until(&self, extent: ChunkExtent) -> u64 {
         let mut end = extent.end();
-        for (next, ..) in &self.stored[self.at..] {
+        for (next, ..) in &self.batch.stored[self.batch.at..] {
             let within = next.end() <= extent.offset() + READ_BYTES;
             if next.layer() != extent.layer() || next.offset() > end + GAP_BYTES || !within {
                 break;
@@ -139,7 +168,7 @@ impl<R: ReadAt> SnapshotSequence<R> {
     }
 
     fn load(&mut self, range: Range<usize>) -> Result<Load<'_>, SourceError> {
-        let (extent, _, page) = self.stored[range.start];
+        let (extent, _, page) = self.batch.stored[range.start];
         let start = Instant::now();
         let until = self.read_until(extent);
         let bytes_read = self
@@ -152,7 +181,7 @@ impl<R: ReadAt> SnapshotSequence<R> {
             .decode_chunk(extent, &mut self.buffer)
             .map_err(|error| source_error(page, error))?;
         self.pages.clear();
-        for (_, slot, page) in &self.stored[range] {
+        for (_, slot, page) in &self.batch.stored[range] {
             self.snapshot
                 .slot_of(*page, *slot, &chunk)
                 .map_err(|error| source_error(*page, error))?;
@@ -176,21 +205,34 @@ impl<R: ReadAt> PageSequence for SnapshotSequence<R> {
             if let Some(error) = self.failed.take() {
                 return Some(Err(error));
             }
-            if let Some(range) = self.zeros.pop() {
+            if let Some(range) = self.batch.zeros.pop() {
                 return Some(Ok(Load::Zero { range }));
             }
             if let Some(range) = self.next_chunk(wanted) {
                 return Some(self.load(range));
             }
-            if !self.next_batch(wanted) {
-                return None;
-            }
+            self.batch = match self.next.take() {
+                Some(next) => next,
+                None => self.look_up(wanted)?,
+            };
+            // Storage reads it while this batch is decoded.
+            self.next = self.look_up(wanted);
+        }
+    }
+
+    fn prepare(&mut self, wanted: &dyn Wanted) {
+        if self.next.is_none() {
+            self.next = self.look_up(wanted);
         }
     }
 
     fn skip(&mut self, pages: usize) {
-        let of_batch = pages.min(self.stored.len() - self.at);
-        self.at += of_batch;
-        self.skip += pages - of_batch;
+        let mut left = pages;
+        for batch in std::iter::once(&mut self.batch).chain(&mut self.next) {
+            let of_batch = left.min(batch.stored.len() - batch.at);
+            batch.at += of_batch;
+            left -= of_batch;
+        }
+        self.skip += left;
     }
 }

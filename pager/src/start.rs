@@ -45,6 +45,7 @@ impl PagerBuilder {
             on_complete,
             prefetch,
             prefetch_when,
+            elsewhere,
             ..
         } = self;
         // What fills the file knows what is in it. By default that is no error, but a matter of course.
@@ -114,6 +115,7 @@ impl PagerBuilder {
             source: Arc::clone(&source),
             retry,
             cpus: Cpus::of_this_thread().ok(),
+            elsewhere,
         };
         let loading = LoadingPages::none(pages).map_err(system("memory for marks of pages"))?;
         let shared = Arc::new(Shared {

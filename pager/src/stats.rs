@@ -122,7 +122,6 @@ pub(crate) struct Counters {
     by_state: [AtomicU64; 4],
     by_origin: [AtomicU64; 7],
     faults: AtomicU64,
-    waited_ns: AtomicU64,
     spurious_faults: AtomicU64,
     bytes_read: AtomicU64,
     source_retries: AtomicU64,
@@ -149,15 +148,6 @@ impl Counters {
 
     pub(crate) fn faults(&self) -> u64 {
         self.faults.load(Ordering::Relaxed)
-    }
-
-    /// How long threads have waited for answers: see `populate::demand`.
-    pub(crate) fn waited_ns(&self) -> u64 {
-        self.waited_ns.load(Ordering::Relaxed)
-    }
-
-    pub(crate) fn waited(&self, ns: u64) {
-        self.waited_ns.fetch_add(ns, Ordering::Relaxed);
     }
 
     pub(crate) fn poisoned(&self) -> u64 {

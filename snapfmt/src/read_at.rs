@@ -58,8 +58,9 @@ impl ReadAt for File {
     /// `/proc`, and leave to open the file again.
     fn in_order(&self) -> Option<Box<dyn ReadAt>> {
         let again = File::open(format!("/proc/self/fd/{}", self.as_raw_fd())).ok()?;
-        // It may read further ahead then.
-        let _ = rustix::fs::fadvise(&again, 0, None, Advice::Sequential);
+        // Readers say what they will read: see `expect`. The kernel's own guess is up to 16 MiB, which a read of something else
+        // then waits behind.
+        let _ = rustix::fs::fadvise(&again, 0, None, Advice::Random);
         Some(Box::new(again))
     }
 }

@@ -215,6 +215,15 @@ impl<R: ReadAt> Snapshot<R> {
         self.table.expect(&self.layers, pages);
     }
 
+    /// Tells the storage of a layer that these bytes, which hold chunks, will be read soon. A hint: what is not within the file's
+    /// chunks is left out.
+    pub fn expect_chunks(&self, layer: u16, bytes: Range<u64>) {
+        if let Some(layer) = self.layers.get(usize::from(layer)) {
+            let end = bytes.end.min(layer.index.chunks_end());
+            layer.storage.expect(bytes.start.min(end)..end);
+        }
+    }
+
     /// The longest run of zero pages around a zero page within its 2 MiB of memory, as a range of
     /// source offsets in bytes.
     ///

@@ -8,7 +8,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use pager::SnapshotSource;
+use clap::ValueEnum;
+use pager::{Populate, SnapshotSource};
 use pager::serve::{KeepAt, Prefetched, ServeEvent, ServeOptions, Server, SnapshotName};
 use snapfmt::Snapshot;
 
@@ -52,9 +53,33 @@ pub(crate) struct Args {
     #[arg(long, value_name = "off|hot|all", default_value = "hot", hide_possible_values = true)]
     prefetch: PrefetchArg,
 
+    /// Load what guests have not touched in the background. `auto`: while they wait for pages a good part of their time;
+    /// `idle`: only while a guest asks for none; `full`: from the start to the end.
+    #[arg(long, value_name = "off|auto|idle|full", default_value = "auto", hide_possible_values = true)]
+    populate: PopulateArg,
+
     /// What to do with a page that cannot be read or is damaged.
     #[arg(long, value_name = "POLICY", default_value = "poison")]
     on_error: OnError,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum PopulateArg {
+    Off,
+    Auto,
+    Idle,
+    Full,
+}
+
+impl From<PopulateArg> for Populate {
+    fn from(arg: PopulateArg) -> Populate {
+        match arg {
+            PopulateArg::Off => Populate::Off,
+            PopulateArg::Auto => Populate::Auto,
+            PopulateArg::Idle => Populate::Idle,
+            PopulateArg::Full => Populate::Full,
+        }
+    }
 }
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
@@ -62,6 +87,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let mut options = ServeOptions::default();
     options.on_error = args.on_error.into();
     options.share = Some(snapshot_name(&snapshot));
+    options.populate = args.populate.into();
     options.prefetch = prefetched(args.prefetch, &snapshot);
     let keep_at =
         |socket: &PathBuf| KeepAt { socket: socket.clone(), snapshot: snapshot_name(&snapshot) };

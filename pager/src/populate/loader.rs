@@ -6,10 +6,9 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Duration;
 
-use super::demand::Look;
 use super::pace::Pace;
 use super::plan::{Part, Plan};
-use super::{Ended, Population, Populate, lock, pause, stopped};
+use super::{Ended, Look, Population, Populate, lock, pause, stopped};
 use crate::answer::{Desk, Trouble};
 use crate::deference::make_ordinary;
 use crate::handler::Panicked;
@@ -19,6 +18,7 @@ use crate::page_state::PageState;
 use crate::placement::Aside;
 use crate::prefetch::Prefetch;
 use crate::purpose::Purpose;
+use crate::sequence::PageSequence;
 use crate::slice::Shared;
 use crate::source::{Load, LoadedPages, PageReader, SourceErrorKind};
 
@@ -40,12 +40,14 @@ pub(super) struct Loader {
     aside: Aside,
 }
 
+type Sequence = Box<dyn PageSequence>;
+
 /// A page was dealt with: all before this one need no load.
 type NextPage = u64;
 
 impl Loader {
     pub(super) fn new(shared: Arc<Shared>) -> Loader {
-        let (pace, look) = (Pace::of(shared.population.options.mode), Look::new(&shared));
+        let (pace, look) = (Pace::of(shared.population.options.mode), Look::new(&shared.population.demand));
         let (desk, aside) = (Desk::new(usize::MAX), Aside::default());
         Loader { shared, reader: None, desk, pace, look, aside }
     }
@@ -71,13 +73,17 @@ impl Loader {
             stopped(&shared)?;
         }
         let plan = shared.population.plan.get_or_init(|| Plan::new(&shared.layout));
-        let mut last = None;
-        while let Some(part) = plan.next(last, &shared.population.recent) {
-            last = Some(part.number);
-            let passed_over = match panic::catch_unwind(AssertUnwindSafe(|| self.sequence(&part))) {
-                Ok(passed_over) => passed_over?,
-                // Its pages are tried one by one.
-                Err(_) => false,
+        let mut ahead = self.prepared(plan, None);
+        while let Some((part, mut sequence)) = ahead {
+            // Storage reads the next part while this one is decoded.
+            ahead = self.prepared(plan, Some(part.number));
+            let passed_over = match &mut sequence {
+                // A source that panics is tried once more, page by page.
+                Some(sequence) => {
+                    let sequence = || self.in_sequence(&part, sequence.as_mut());
+                    panic::catch_unwind(AssertUnwindSafe(sequence)).unwrap_or(Ok(false))?
+                }
+                None => false,
             };
             if passed_over {
                 plan.leave(part);
@@ -88,10 +94,28 @@ impl Loader {
         Ok(())
     }
 
+    /// The next part, and what is missing of it as it lies in the source.
+    fn prepared(&self, plan: &Plan, last: Option<usize>) -> Option<(Part, Option<Sequence>)> {
+        let shared = &self.shared;
+        let part = plan.next(last, &shared.population.demand.recent)?;
+        if !part.pages.clone().any(|page| shared.states.of(page) == PageState::Missing) {
+            return Some((part, None));
+        }
+        let source = &shared.population.options.source;
+        let sequence = || {
+            let page_bytes = shared.layout.page_bytes() as usize;
+            let mut sequence = source.sequence(page_bytes, vec![part.source.clone()]).ok()?;
+            sequence.prepare(&Claim::new(shared));
+            Some(sequence)
+        };
+        let sequence = panic::catch_unwind(AssertUnwindSafe(sequence)).ok().flatten();
+        Some((part, sequence))
+    }
+
     /// In `Auto`: sleeps while threads do not wait for pages.
     fn sleep_while_quiet(&mut self) -> Result<(), Ended> {
         let progress = &self.shared.population;
-        if progress.options.mode != Populate::Auto || (progress.is_active() && self.look.still(&self.shared)) {
+        if progress.options.mode != Populate::Auto || (progress.is_active() && self.look.still(&progress.demand)) {
             return stopped(&self.shared);
         }
         {
@@ -105,22 +129,14 @@ impl Loader {
             stopped(&self.shared)?;
             thread::park();
         }
-        self.look.begin_again(&self.shared);
+        self.look.begin_again(&progress.demand);
         stopped(&self.shared)
     }
 
     /// Loads what is missing of a part as it lies in the source. Answers whether something was passed over.
-    fn sequence(&mut self, part: &Part) -> Result<bool, Ended> {
+    fn in_sequence(&mut self, part: &Part, sequence: &mut dyn PageSequence) -> Result<bool, Ended> {
         let shared = Arc::clone(&self.shared);
-        let missing = |page| shared.states.of(page) == PageState::Missing;
-        if !part.pages.clone().any(missing) {
-            return Ok(false);
-        }
-        let source = &shared.population.options.source;
         let page_bytes = shared.layout.page_bytes();
-        let Ok(mut sequence) = source.sequence(page_bytes as usize, vec![part.source.clone()]) else {
-            return Ok(false);
-        };
         let claim = Claim::new(&shared);
         let mut passed_over = false;
         loop {

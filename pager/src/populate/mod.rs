@@ -27,9 +27,9 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-pub(crate) use self::demand::{Waiting, counted};
+pub(crate) use self::demand::{Demand, Look, Waiting};
 use self::loader::Loader;
-use self::plan::{Plan, RecentFaults};
+pub(crate) use self::plan::Plan;
 use crate::handler::RetryPolicy;
 use crate::placement::Cpus;
 use crate::slice::Shared;
@@ -85,6 +85,15 @@ pub(crate) type OnComplete = Box<dyn Fn(Population) + Send + Sync>;
 /// More loaders than this only wait for each other.
 const MOST_LOADERS: usize = 4;
 
+/// Loads ahead in the place of a pager whose pages are in a file that it shares with others.
+pub(crate) trait LoadsAhead: Send + Sync {
+    /// A thread has waited for `service` for the page at this offset.
+    fn waited(&self, source_offset: u64, service: Duration);
+    fn is_active(&self) -> bool;
+    /// Threads wait so much that it is time.
+    fn begin(&self);
+}
+
 /// What a pager is told of its background loading.
 pub(crate) struct Options {
     pub(crate) mode: Populate,
@@ -96,6 +105,7 @@ pub(crate) struct Options {
     pub(crate) retry: RetryPolicy,
     /// The CPUs that the pager's threads may use.
     pub(crate) cpus: Option<Cpus>,
+    pub(crate) elsewhere: Option<Arc<dyn LoadsAhead>>,
 }
 
 /// What the loaders of a pager share.
@@ -104,7 +114,7 @@ pub(crate) struct Progress {
     loaders: usize,
     /// Made by the first loader: its size is that of the memory.
     plan: OnceLock<Plan>,
-    pub(crate) recent: RecentFaults,
+    demand: Demand,
     unloadable: AtomicU64,
     /// A demand thread waited for what a loader was just loading: the guest has caught up with it.
     caught_up: AtomicBool,
@@ -143,7 +153,7 @@ impl Progress {
             options,
             loaders,
             plan: OnceLock::new(),
-            recent: RecentFaults::default(),
+            demand: Demand::default(),
             unloadable: AtomicU64::new(0),
             caught_up: AtomicBool::new(false),
             active: AtomicBool::new(false),
@@ -173,9 +183,34 @@ impl Progress {
         state.population
     }
 
-    /// Whether the waiting of threads is to be looked at.
-    pub(crate) fn heeds_waiting(&self) -> bool {
-        self.options.mode == Populate::Auto && self.loaders > 0
+    /// In a demand thread: one has waited for `service` for this page. Answers whether that is heeded.
+    pub(crate) fn waited(&self, page: u64, source_offset: u64, service: Duration) -> bool {
+        if let Some(elsewhere) = &self.options.elsewhere {
+            elsewhere.waited(source_offset, service);
+            return true;
+        }
+        let heeded = self.options.mode == Populate::Auto && self.loaders > 0;
+        if heeded {
+            self.demand.add(page, service);
+        }
+        heeded
+    }
+
+    /// In a demand thread: threads wait so much that it is time to load ahead.
+    pub(crate) fn demanded(shared: &Arc<Shared>) {
+        match &shared.population.options.elsewhere {
+            Some(elsewhere) => elsewhere.begin(),
+            // Without threads for that, pages come on faults as before.
+            None => drop(Progress::begin(shared)),
+        }
+    }
+
+    /// Whether that is being done.
+    pub(crate) fn loads_ahead(&self) -> bool {
+        match &self.options.elsewhere {
+            Some(elsewhere) => elsewhere.is_active(),
+            None => self.is_active(),
+        }
     }
 
     /// In a demand thread: it has waited for what a loader was just loading.

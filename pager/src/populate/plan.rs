@@ -11,7 +11,7 @@ use crate::layout::Layout;
 const PART_BYTES: u64 = 2 << 20;
 
 /// All memory in parts, numbered by source offset, which is the order of the file.
-pub(super) struct Plan {
+pub(crate) struct Plan {
     /// By source offset.
     extents: Vec<PlanExtent>,
     taken: Vec<AtomicBool>,
@@ -32,17 +32,17 @@ struct PlanExtent {
 
 /// A part, and where it is to be begun.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Part {
-    pub(super) number: usize,
+pub(crate) struct Part {
+    pub(crate) number: usize,
     /// Pages by their numbers in the layout, which follow each other in the source.
-    pub(super) pages: Range<u64>,
-    pub(super) source: Range<u64>,
+    pub(crate) pages: Range<u64>,
+    pub(crate) source: Range<u64>,
     /// It comes for the second time: nothing is passed over any more.
     pub(super) again: bool,
 }
 
 impl Plan {
-    pub(super) fn new(layout: &Layout) -> Plan {
+    pub(crate) fn new(layout: &Layout) -> Plan {
         let page_bytes = layout.page_bytes();
         let part_pages = (PART_BYTES / page_bytes).max(1);
         let mut parts = 0;
@@ -59,7 +59,7 @@ impl Plan {
     }
 
     /// The next part for a loader whose last one was `last`.
-    pub(super) fn next(&self, last: Option<usize>, recent: &RecentFaults) -> Option<Part> {
+    pub(crate) fn next(&self, last: Option<usize>, recent: &RecentFaults) -> Option<Part> {
         let clustered = recent.clustered(|page| self.part_of(page));
         // The part in which faults come is soon there by those faults: what comes after it is loaded first.
         let near = clustered.into_iter().flat_map(|part| [part + 1, part]);

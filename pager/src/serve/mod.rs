@@ -36,7 +36,8 @@ pub use socket::Socket;
 
 use crate::failure::FailurePolicy;
 use crate::keep::{KeepError, Kept, Link};
-use crate::shared::SharedImage;
+use crate::populate::Populate;
+use crate::shared::{ImageLoader, SharedImage};
 use crate::source::PageSource;
 use crate::stats::Stats;
 use metrics::Totals;
@@ -60,6 +61,9 @@ pub struct ServeOptions {
     /// clones into the memory that they share, when the first of them asks for it; for others in front of each, as
     /// [`PagerBuilder::prefetch`](crate::PagerBuilder::prefetch) does.
     pub prefetch: Option<Prefetched>,
+    /// When pages that no guest has touched are loaded in the background, into each guest's memory or into that which clones
+    /// share. For clones, everything but [`Populate::Off`] is [`Populate::Auto`].
+    pub populate: Populate,
     /// The keeper that holds what the next server needs, should this one die: see [`crate::keep`].
     pub keep: Option<KeepAt>,
 }
@@ -97,7 +101,7 @@ pub struct KeepAt {
 }
 
 impl Default for ServeOptions {
-    /// Poison, five seconds, 4096 clients.
+    /// Poison, five seconds, 4096 clients, loading ahead for those that wait.
     fn default() -> ServeOptions {
         ServeOptions {
             on_error: FailurePolicy::Poison,
@@ -105,6 +109,7 @@ impl Default for ServeOptions {
             clients: 4096,
             share: None,
             prefetch: None,
+            populate: Populate::Auto,
             keep: None,
         }
     }
@@ -179,12 +184,19 @@ pub(crate) struct Hall {
     pub(crate) options: ServeOptions,
     pub(crate) on_event: OnEvent,
     /// The pages that clones share, once one has asked.
-    pub(crate) image: Mutex<Option<Arc<SharedImage>>>,
+    pub(crate) image: Mutex<Option<SharedFile>>,
     /// Everybody who is served, and how many threads there are for clients.
     guests: Mutex<Guests>,
     emptied: Condvar,
     next_id: AtomicU64,
     keep: Option<Link>,
+}
+
+/// A file that clones share, and what fills it before they ask.
+#[derive(Clone)]
+pub(crate) struct SharedFile {
+    pub(crate) image: Arc<SharedImage>,
+    pub(crate) ahead: Option<Arc<ImageLoader>>,
 }
 
 #[derive(Default)]

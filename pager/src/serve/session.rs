@@ -14,12 +14,13 @@ use super::handshake::{self, Answer, Hello, RegionMessage, Request, SnapshotName
 use super::metrics::Guest;
 use super::peer::Peer;
 use super::wire::{self, Inlet};
-use super::{Hall, ServeEvent};
+use super::{Hall, ServeEvent, SharedFile};
 use crate::keep::{KeepError, Kept, Ledger, Record};
 use crate::pager::Pager;
 use crate::records::Records;
 use crate::region::Region;
-use crate::shared::{self, SharedImage};
+use crate::populate::Populate;
+use crate::shared::{self, ImageLoader, SharedImage};
 use crate::source::PageSource;
 use crate::uffd::ForeignUffd;
 
@@ -60,6 +61,8 @@ struct Sharing {
     source: Arc<dyn PageSource>,
     /// It is told of failures.
     told: UnixStream,
+    /// What fills the shared file before clones ask.
+    ahead: Option<Arc<ImageLoader>>,
 }
 
 /// The body of a client's thread.
@@ -109,8 +112,8 @@ fn share(
     inlet: &mut Inlet<'_>,
     wanted: &SnapshotName,
 ) -> Result<(), RefuseError> {
-    let image = shared_image(hall, wanted)?;
-    Answer::Accepted {}.send(stream, Some(image.descriptor()))?;
+    let file = shared_file(hall, wanted)?;
+    Answer::Accepted {}.send(stream, Some(file.image.descriptor()))?;
     let Hello::Fill { regions, descriptor } = handshake::receive(inlet)? else {
         return Err(RefuseError::NotShared { why: "the client says something else than expected" });
     };
@@ -119,30 +122,31 @@ fn share(
     let memory = handshake::regions(&regions)?;
     let served = served(&peer, &memory);
     let kept = keep(hall, stream, &peer, &uffd, &regions, true);
-    let sharing = Sharing { source: image.as_source(), told };
+    let sharing = Sharing { source: file.image.as_source(), told, ahead: file.ahead };
     let session = start(hall, peer, uffd, memory, Some(sharing), kept)?;
     Answer::Accepted {}.send(stream, None)?;
     attend_until(hall, session, served, |peer| until_it_hangs_up(stream, peer));
     Ok(())
 }
 
-fn shared_image(hall: &Hall, wanted: &SnapshotName) -> Result<Arc<SharedImage>, RefuseError> {
+fn shared_file(hall: &Hall, wanted: &SnapshotName) -> Result<SharedFile, RefuseError> {
     let served = hall.options.share.as_ref();
     let served = served.ok_or(RefuseError::NotShared { why: "this server does not share" })?;
     if served != wanted {
         let (wanted, served) = (wanted.to_string(), served.to_string());
         return Err(RefuseError::Snapshot { wanted, served });
     }
-    let mut image = hall.image.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut file = hall.image.lock().unwrap_or_else(PoisonError::into_inner);
     // One that somebody has written to is left to the clones that have it.
-    if let Some(image) = image.as_ref().filter(|image| image.whole().is_ok()) {
-        return Ok(Arc::clone(image));
+    if let Some(file) = file.as_ref().filter(|file| file.image.whole().is_ok()) {
+        return Ok(file.clone());
     }
     let new = Arc::new(SharedImage::new(Arc::clone(&hall.source)).map_err(RefuseError::Start)?);
     if let Some(prefetched) = &hall.options.prefetch {
         shared::prefill(&new, Box::new(prefetched.list()));
     }
-    Ok(Arc::clone(image.insert(new)))
+    let ahead = (hall.options.populate != Populate::Off).then(|| ImageLoader::of(&new));
+    Ok(file.insert(SharedFile { image: new, ahead }).clone())
 }
 
 fn served(peer: &Peer, regions: &[Region]) -> ServeEvent<'static> {
@@ -169,9 +173,9 @@ fn start(
 ) -> Result<Arc<Session>, RefuseError> {
     let peer = Arc::new(peer);
     let process = peer.duplicate().map_err(|error| system("duplicate a pidfd", error))?;
-    let (source, clone) = match sharing {
-        Some(Sharing { source, told }) => (source, Some(told)),
-        None => (Arc::clone(&hall.source), None),
+    let (source, clone, ahead) = match sharing {
+        Some(Sharing { source, told, ahead }) => (source, Some(told), ahead),
+        None => (Arc::clone(&hall.source), None, None),
     };
     let is_clone = clone.is_some();
     let (told, pid) = (Arc::clone(hall), peer.pid);
@@ -185,8 +189,10 @@ fn start(
             (told.on_event)(ServeEvent::Failed { pid, failure });
         })
         .foreign(uffd, process);
-    if is_clone {
-        builder = builder.backed();
+    match ahead {
+        _ if !is_clone => builder = builder.populate(hall.options.populate),
+        Some(ahead) => builder = builder.backed().loaded_ahead_by(ahead),
+        None => builder = builder.backed(),
     }
     if let (Some(prefetched), false) = (&hall.options.prefetch, is_clone) {
         builder = builder.prefetch(prefetched.list());
@@ -280,7 +286,7 @@ fn resume_peer(
     // Nobody can write to the dead server's file any more. What it has the clone still maps; what it lacks is copied
     // into the clone's own mapping, and hides the file there.
     let told = stream.try_clone().map_err(|error| system("duplicate a connection", error))?;
-    let sharing = Sharing { source: Arc::clone(&hall.source), told };
+    let sharing = Sharing { source: Arc::clone(&hall.source), told, ahead: None };
     let session = start(hall, peer, uffd, regions, Some(sharing), kept)?;
     // The dead server may not have come to that. Twice does no harm.
     Answer::Accepted {}.send(&stream, None)?;

@@ -13,6 +13,7 @@ use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 
 use crate::error::StartError;
 use crate::filled_file::{FilledFile, PAGE_BYTES};
+use crate::layout::Layout;
 use crate::run::Run;
 use crate::source::{Load, LoadedPages, PageReader, PageSource, SourceError};
 
@@ -61,6 +62,10 @@ impl SharedImage {
     /// An error if somebody else has put pages into the file.
     pub(crate) fn whole(&self) -> Result<(), SourceError> {
         self.file.whole()
+    }
+
+    pub(super) fn layout(&self) -> &Layout {
+        self.file.layout()
     }
 
     pub(super) fn source(&self) -> &Arc<dyn PageSource> {

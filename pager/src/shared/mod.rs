@@ -1,5 +1,6 @@
 //! Memory that clones of one snapshot share: a file of decoded pages, of which each clone has a private mapping.
 
+mod ahead;
 #[cfg(feature = "vm-memory")]
 mod clone;
 mod image;
@@ -7,5 +8,6 @@ mod prefill;
 
 #[cfg(feature = "vm-memory")]
 pub use clone::{ShareError, SharedClone};
+pub(crate) use ahead::ImageLoader;
 pub(crate) use image::SharedImage;
 pub(crate) use prefill::prefill;
