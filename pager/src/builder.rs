@@ -5,11 +5,12 @@ use std::num::NonZeroU64;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::failure::{Failure, FailurePolicy, OnFailure};
 use crate::handler::RetryPolicy;
 use crate::placement::Placement;
-use crate::populate::{LoadsAhead, OnComplete, Populate, Population};
+use crate::populate::{LoadsAhead, OVERHEAD, OnComplete, Populate, Population};
 use crate::prefetch::{PageList, Ready};
 use crate::records::Records;
 use crate::region::Region;
@@ -37,6 +38,7 @@ pub struct PagerBuilder {
     pub(crate) prefetch_when: Option<Ready>,
     pub(crate) one_by_one: bool,
     pub(crate) elsewhere: Option<Arc<dyn LoadsAhead>>,
+    pub(crate) fault_overhead: Duration,
 }
 
 impl PagerBuilder {
@@ -60,6 +62,7 @@ impl PagerBuilder {
             prefetch_when: None,
             one_by_one: false,
             elsewhere: None,
+            fault_overhead: OVERHEAD,
         }
     }
 
@@ -114,6 +117,13 @@ impl PagerBuilder {
     /// When pages that no thread has touched are loaded in the background; [`Populate::Auto`] unless told.
     pub fn populate(mut self, populate: Populate) -> PagerBuilder {
         self.populate = populate;
+        self
+    }
+
+    /// What a fault costs the thread that waits besides its answer, 8 us unless told: [`Populate::Auto`] counts it. Guests with
+    /// KVM's asynchronous page faults halt for milliseconds; from 8 ms on the first fault begins the loading.
+    pub fn fault_overhead(mut self, overhead: Duration) -> PagerBuilder {
+        self.fault_overhead = overhead;
         self
     }
 

@@ -1,7 +1,7 @@
 //! Pages of a `.snap` file that are known beforehand: chunk by chunk as they lie in the file, with large reads.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Instant;
 
@@ -9,6 +9,7 @@ use snapfmt::layout::PAGE_BYTES;
 use snapfmt::{ChunkBuffer, ChunkExtent, PageEntry, PageIndex, ReadAt, Snapshot};
 
 use crate::sequence::{PageSequence, Wanted};
+use crate::shared_pages::SharedPages;
 use crate::snapshot_source::{loaded, source_error};
 use crate::source::{Load, LoadCost, LoadedPage, LoadedPages, SourceError};
 
@@ -30,6 +31,8 @@ const GAP_BYTES: u64 = 64 << 10;
 
 pub(crate) struct SnapshotSequence<R: ReadAt> {
     snapshot: Arc<Snapshot<R>>,
+    /// Pages that others are equal to, which some sequence has found.
+    shared: Arc<Mutex<SharedPages>>,
     ranges: std::vec::IntoIter<Range<u64>>,
     now: Range<u64>,
     batch_pages: usize,
@@ -53,16 +56,32 @@ struct Batch {
     at: usize,
     /// Taken from the end.
     zeros: Vec<Range<u64>>,
+    /// Pages that are equal to one that was kept, and their content.
+    kept: Vec<LoadedPage>,
+    kept_bytes: Vec<u8>,
+}
+
+impl Batch {
+    fn keep(&mut self, page: PageIndex, bytes: &[u8]) {
+        let (source_offset, buffer_offset) = (page.source_offset(), self.kept_bytes.len());
+        self.kept.push(LoadedPage { source_offset, buffer_offset });
+        self.kept_bytes.extend_from_slice(bytes);
+    }
 }
 
 impl<R: ReadAt> SnapshotSequence<R> {
-    pub(crate) fn new(snapshot: Arc<Snapshot<R>>, ranges: Vec<Range<u64>>) -> Self {
+    pub(crate) fn new(
+        snapshot: Arc<Snapshot<R>>,
+        shared: Arc<Mutex<SharedPages>>,
+        ranges: Vec<Range<u64>>,
+    ) -> Self {
         let pages = ranges.iter().fold(0u64, |sum, range| {
             sum.saturating_add((range.end - range.start) / PAGE_BYTES as u64)
         });
         let batch_pages = if pages <= BATCH as u64 { BATCH } else { FIRST_BATCH };
         SnapshotSequence {
             snapshot,
+            shared,
             ranges: ranges.into_iter(),
             now: 0..0,
             batch_pages,
@@ -104,7 +123,13 @@ impl<R: ReadAt> SnapshotSequence<R> {
             }
             let (offset, end) = (page.source_offset(), page.source_offset() + PAGE_BYTES as u64);
             match self.snapshot.entry(page) {
-                Ok(PageEntry::Data { chunk, slot }) => batch.stored.push((chunk, slot, page)),
+                Ok(PageEntry::Data { chunk, slot }) => {
+                    let shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+                    match shared.find(chunk, slot) {
+                        Some(at) => batch.keep(page, &shared.bytes()[at..at + PAGE_BYTES]),
+                        None => batch.stored.push((chunk, slot, page)),
+                    }
+                }
                 Ok(PageEntry::Zero) => match batch.zeros.last_mut() {
                     Some(last) if last.end == offset => last.end = end,
                     _ => batch.zeros.push(offset..end),
@@ -167,6 +192,17 @@ impl<R: ReadAt> SnapshotSequence<R> {
         end
     }
 
+    /// The pages of the batch that need not be read.
+    fn kept(&mut self) -> Load<'_> {
+        self.pages.clear();
+        self.pages.append(&mut self.batch.kept);
+        Load::Pages(LoadedPages {
+            bytes: &self.batch.kept_bytes,
+            pages: &self.pages,
+            cost: LoadCost::default(),
+        })
+    }
+
     fn load(&mut self, range: Range<usize>) -> Result<Load<'_>, SourceError> {
         let (extent, _, page) = self.batch.stored[range.start];
         let start = Instant::now();
@@ -186,6 +222,14 @@ impl<R: ReadAt> SnapshotSequence<R> {
                 .slot_of(*page, *slot, &chunk)
                 .map_err(|error| source_error(*page, error))?;
             self.pages.push(loaded(*page, *slot));
+            let at = usize::from(*slot) * PAGE_BYTES;
+            if chunk.pages().get(usize::from(*slot)) != Some(page)
+                && let Some(bytes) = chunk.bytes().get(at..at + PAGE_BYTES)
+            {
+                // It shares the slot of an equal page.
+                let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+                shared.keep(extent, *slot, bytes);
+            }
         }
         Ok(Load::Pages(LoadedPages {
             bytes: chunk.bytes(),
@@ -207,6 +251,9 @@ impl<R: ReadAt> PageSequence for SnapshotSequence<R> {
             }
             if let Some(range) = self.batch.zeros.pop() {
                 return Some(Ok(Load::Zero { range }));
+            }
+            if !self.batch.kept.is_empty() {
+                return Some(Ok(self.kept()));
             }
             if let Some(range) = self.next_chunk(wanted) {
                 return Some(self.load(range));

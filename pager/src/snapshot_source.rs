@@ -1,7 +1,7 @@
 //! The pages of a `.snap` file as a source.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use snapfmt::layout::PAGE_BYTES;
@@ -16,12 +16,16 @@ use crate::source::{Load, LoadCost, LoadedPage, LoadedPages, PageReader, PageSou
 /// Serves the memory of a snapshot: whole chunks, verified as they are read.
 ///
 /// Source offsets are those of the snapshot's memory map. Its pages are of 4 KiB; larger ones are put together.
-pub struct SnapshotSource<R: ReadAt>(Arc<Snapshot<R>>);
+pub struct SnapshotSource<R: ReadAt> {
+    snapshot: Arc<Snapshot<R>>,
+    /// Those that sequences have found: each goes through a part of the memory, and the same pages are all over it.
+    shared: Arc<Mutex<SharedPages>>,
+}
 
 impl<R: ReadAt> SnapshotSource<R> {
     /// A source of the snapshot's pages.
     pub fn new(snapshot: Arc<Snapshot<R>>) -> Self {
-        Self(snapshot)
+        Self { snapshot, shared: Arc::default() }
     }
 }
 
@@ -31,9 +35,9 @@ impl<R: ReadAt + 'static> PageSource for SnapshotSource<R> {
             let small = self.reader(PAGE_BYTES)?;
             return Ok(Box::new(LargePages::of(small, PAGE_BYTES, page_bytes)?));
         }
-        let most = self.0.header().chunk_pages as usize;
+        let most = self.snapshot.header().chunk_pages as usize;
         Ok(Box::new(SnapshotReader {
-            snapshot: Arc::clone(&self.0),
+            snapshot: Arc::clone(&self.snapshot),
             buffer: ChunkBuffer::new(),
             shared: SharedPages::default(),
             pages: Vec::with_capacity(most + 1),
@@ -41,7 +45,7 @@ impl<R: ReadAt + 'static> PageSource for SnapshotSource<R> {
     }
 
     fn len_bytes(&self) -> u64 {
-        self.0.header().memory_bytes
+        self.snapshot.header().memory_bytes
     }
 
     fn sequence(
@@ -53,7 +57,8 @@ impl<R: ReadAt + 'static> PageSource for SnapshotSource<R> {
             let reader = self.reader(page_bytes)?;
             return Ok(Box::new(PageByPage::new(reader, page_bytes, pages)));
         }
-        Ok(Box::new(SnapshotSequence::new(Arc::clone(&self.0), pages)))
+        let shared = Arc::clone(&self.shared);
+        Ok(Box::new(SnapshotSequence::new(Arc::clone(&self.snapshot), shared, pages)))
     }
 }
 

@@ -46,6 +46,7 @@ impl PagerBuilder {
             prefetch,
             prefetch_when,
             elsewhere,
+            fault_overhead,
             ..
         } = self;
         // What fills the file knows what is in it. By default that is no error, but a matter of course.
@@ -112,6 +113,7 @@ impl PagerBuilder {
             bytes_per_second: populate_rate,
             loaders: populate_threads,
             on_complete,
+            overhead: fault_overhead,
             source: Arc::clone(&source),
             retry,
             cpus: Cpus::of_this_thread().ok(),
@@ -154,7 +156,7 @@ impl PagerBuilder {
                 stop: Arc::clone(&stop_reader),
                 follower: Follower::new(placement),
                 looked: Instant::now(),
-                waiting: Waiting::none(),
+                waiting: Waiting::none(fault_overhead),
                 inbox,
                 desk: Desk::new(slice),
             };

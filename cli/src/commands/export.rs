@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use snapfmt::{ReadError, Snapshot};
 
+use super::foreign::async_pf;
 use super::foreign::cloud_hypervisor;
 use super::foreign::elf;
 use super::foreign::firecracker::{self, Arch, VMSTATE};
@@ -43,6 +44,11 @@ pub(crate) struct Args {
     /// it is complete.
     #[arg(short, long, value_name = "OUT")]
     out: PathBuf,
+
+    /// With --format firecracker: switch KVM's asynchronous page faults off in the vmstate. Guests that have them are
+    /// slow while their pages come (docs/serving.md). All else stays as it was imported.
+    #[arg(long)]
+    no_async_pf: bool,
 
     /// Replace OUT if it exists.
     #[arg(long, short)]
@@ -77,6 +83,9 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let file = &args.input.file;
     let named = || file.display().to_string();
     let snapshot = args.input.open()?;
+    if args.no_async_pf && args.format != Format::Firecracker {
+        bail!("--no-async-pf changes a Firecracker vmstate: it goes with --format firecracker");
+    }
     refuse_as_output(&args.out, [&snapshot])?;
     let export = Export { snapshot: &snapshot, args, session };
     match args.format {
@@ -86,7 +95,10 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             export.single(&elf::headers(snapshot.regions(), arch))
         }
         Format::Firecracker => {
-            let vmstate = VMSTATE.of(&snapshot).with_context(named)?;
+            let mut vmstate = VMSTATE.of(&snapshot).with_context(named)?;
+            if args.no_async_pf {
+                vmstate = async_pf::switched_off(&vmstate).with_context(named)?;
+            }
             let layout = Layout::linear(snapshot.regions(), 0);
             export.folder(firecracker::MEMORY, &layout, &[(VMSTATE.name, &vmstate)])
         }

@@ -6,6 +6,8 @@ use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
@@ -13,6 +15,8 @@ use pager::{Populate, SnapshotSource};
 use pager::serve::{KeepAt, Prefetched, ServeEvent, ServeOptions, Server, SnapshotName};
 use snapfmt::Snapshot;
 
+use super::foreign::async_pf;
+use super::foreign::firecracker::VMSTATE;
 use super::restore::OnError;
 use super::{Input, Session};
 use crate::exit::Interrupted;
@@ -88,13 +92,21 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     options.on_error = args.on_error.into();
     options.share = Some(snapshot_name(&snapshot));
     options.populate = args.populate.into();
+    let halts = has_async_page_faults(&snapshot)?;
+    options.fault_overhead = halts.then_some(HALT);
     options.prefetch = prefetched(args.prefetch, &snapshot);
     let keep_at =
         |socket: &PathBuf| KeepAt { socket: socket.clone(), snapshot: snapshot_name(&snapshot) };
     options.keep = args.keep.as_ref().map(keep_at);
     let (file, quiet) = (args.input.file.display().to_string(), session.quiet);
     let source = Arc::new(SnapshotSource::new(Arc::clone(&snapshot)));
+    let advised = AtomicBool::new(!halts || quiet);
     let server = Server::bind(&args.listen, source, options, move |event| {
+        if let ServeEvent::Served { .. } = event
+            && !advised.swap(true, Ordering::Relaxed)
+        {
+            let _ = std::io::stderr().write_all(ADVICE.as_bytes());
+        }
         if let Some(line) = told(&file, &event, quiet) {
             // A closed stderr is nobody to complain to, and no reason to leave guests alone.
             let _ = std::io::stderr().write_all(line.as_bytes());
@@ -117,6 +129,18 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         true => Err(Interrupted.into()),
         false => Ok(()),
     }
+}
+
+/// What a fault costs a guest with KVM's asynchronous page faults: it halts, and is told late that the page is there.
+const HALT: Duration = Duration::from_millis(8);
+const ADVICE: &str = "\
+this guest has KVM's asynchronous page faults switched on: each page that it waits for may cost it milliseconds, so all \
+is loaded from its first fault on. Boot it with `no-kvmapf`, or load a vmstate of `snap export --format firecracker \
+--no-async-pf` (docs/serving.md)\n";
+
+/// Whether the snapshot was imported from a guest with these.
+fn has_async_page_faults(snapshot: &Snapshot) -> Result<bool> {
+    Ok(snapshot.state(VMSTATE.tag)?.is_some_and(|state| async_pf::is_on(&state.bytes)))
 }
 
 /// The pages to load before they are asked for, if any. A working set that is damaged is told, once, and not used.

@@ -17,26 +17,27 @@ const BEGIN: Duration = Duration::from_millis(8);
 const BEGIN_AGAIN: Duration = Duration::from_micros(500);
 /// One fault counts for no more than this: a single read of a slow disk says little of how many will follow.
 const MOST_OF_A_FAULT: Duration = Duration::from_micros(100);
-/// Besides its answer, a fault costs the thread that waits so much: the message, and being woken.
-const OVERHEAD: Duration = Duration::from_micros(8);
+/// Besides its answer, a fault costs the thread that waits so much, unless it was said: the message, and being woken.
+pub(crate) const OVERHEAD: Duration = Duration::from_micros(8);
 
 /// The bucket of one demand thread.
 #[derive(Debug)]
 pub(crate) struct Waiting {
+    overhead: Duration,
     level: Duration,
     at: Option<Instant>,
     began_before: bool,
 }
 
 impl Waiting {
-    pub(crate) fn none() -> Waiting {
-        Waiting { level: Duration::ZERO, at: None, began_before: false }
+    pub(crate) fn none(overhead: Duration) -> Waiting {
+        Waiting { overhead, level: Duration::ZERO, at: None, began_before: false }
     }
 
     /// A thread has waited for `service` until `now`. Answers whether it is time to load ahead.
     pub(crate) fn add(&mut self, service: Duration, now: Instant) -> bool {
         let passed = self.at.replace(now).map_or(Duration::ZERO, |at| now - at);
-        self.level = self.level.saturating_sub(passed / LEAK) + counted(service);
+        self.level = self.level.saturating_sub(passed / LEAK) + counted(service, self.overhead);
         let full = self.level >= if self.began_before { BEGIN_AGAIN } else { BEGIN };
         if full {
             self.level = Duration::ZERO;
@@ -47,22 +48,28 @@ impl Waiting {
 }
 
 /// What a fault counts for whose answer took `service`.
-fn counted(service: Duration) -> Duration {
-    service.min(MOST_OF_A_FAULT) + OVERHEAD
+fn counted(service: Duration, overhead: Duration) -> Duration {
+    service.min(MOST_OF_A_FAULT) + overhead
 }
 
 /// What demand threads tell those that load ahead.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Demand {
     waited_ns: AtomicU64,
+    overhead: Duration,
     pub(crate) recent: RecentFaults,
 }
 
 impl Demand {
+    /// `overhead` is what a fault costs besides its answer.
+    pub(crate) fn new(overhead: Duration) -> Demand {
+        Demand { waited_ns: AtomicU64::new(0), overhead, recent: RecentFaults::default() }
+    }
+
     /// In a demand thread: a thread has waited for `service` for this page.
     pub(crate) fn add(&self, page: u64, service: Duration) {
         self.recent.add(page);
-        let counted = counted(service).as_nanos() as u64;
+        let counted = counted(service, self.overhead).as_nanos() as u64;
         self.waited_ns.fetch_add(counted, Ordering::Relaxed);
     }
 
@@ -129,7 +136,7 @@ mod tests {
 
     #[test]
     fn those_who_wait_most_of_the_time_are_helped_soon() {
-        let mut waiting = Waiting::none();
+        let mut waiting = Waiting::none(OVERHEAD);
         let first = begins_after(Duration::from_micros(70), &mut waiting).expect("it begins");
         assert!((120..200).contains(&first), "{first} faults");
         let second = begins_after(Duration::from_micros(70), &mut waiting).expect("it begins again");
@@ -138,12 +145,12 @@ mod tests {
 
     #[test]
     fn those_who_seldom_wait_are_left_alone() {
-        assert_eq!(begins_after(Duration::from_millis(1), &mut Waiting::none()), None);
+        assert_eq!(begins_after(Duration::from_millis(1), &mut Waiting::none(OVERHEAD)), None);
     }
 
     #[test]
     fn one_slow_read_begins_nothing() {
-        let mut waiting = Waiting::none();
+        let mut waiting = Waiting::none(OVERHEAD);
         assert!(!waiting.add(Duration::from_secs(1), Instant::now()));
     }
 }

@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-pub(crate) use self::demand::{Demand, Look, Waiting};
+pub(crate) use self::demand::{Demand, Look, OVERHEAD, Waiting};
 use self::loader::Loader;
 pub(crate) use self::plan::Plan;
 use crate::handler::RetryPolicy;
@@ -101,6 +101,8 @@ pub(crate) struct Options {
     /// How many loaders; by the CPUs that there are if it was not said.
     pub(crate) loaders: Option<usize>,
     pub(crate) on_complete: Option<OnComplete>,
+    /// What a fault costs the thread that waits, besides its answer.
+    pub(crate) overhead: Duration,
     pub(crate) source: Arc<dyn PageSource>,
     pub(crate) retry: RetryPolicy,
     /// The CPUs that the pager's threads may use.
@@ -150,10 +152,9 @@ impl Progress {
             Populate::Idle | Populate::Full => Population::Running,
         };
         Progress {
-            options,
             loaders,
             plan: OnceLock::new(),
-            demand: Demand::default(),
+            demand: Demand::new(options.overhead),
             unloadable: AtomicU64::new(0),
             caught_up: AtomicBool::new(false),
             active: AtomicBool::new(false),
@@ -161,6 +162,7 @@ impl Progress {
             changed: Condvar::new(),
             due: Mutex::new(Instant::now()),
             threads: Mutex::new(Vec::new()),
+            options,
         }
     }
 

@@ -64,6 +64,8 @@ pub struct ServeOptions {
     /// When pages that no guest has touched are loaded in the background, into each guest's memory or into that which clones
     /// share. For clones, everything but [`Populate::Off`] is [`Populate::Auto`].
     pub populate: Populate,
+    /// See [`PagerBuilder::fault_overhead`](crate::PagerBuilder::fault_overhead); not of clones.
+    pub fault_overhead: Option<Duration>,
     /// The keeper that holds what the next server needs, should this one die: see [`crate::keep`].
     pub keep: Option<KeepAt>,
 }
@@ -110,6 +112,7 @@ impl Default for ServeOptions {
             share: None,
             prefetch: None,
             populate: Populate::Auto,
+            fault_overhead: None,
             keep: None,
         }
     }

@@ -197,6 +197,9 @@ fn start(
     if let (Some(prefetched), false) = (&hall.options.prefetch, is_clone) {
         builder = builder.prefetch(prefetched.list());
     }
+    if let (Some(overhead), false) = (hall.options.fault_overhead, is_clone) {
+        builder = builder.fault_overhead(overhead);
+    }
     let (records, kept) = kept.unzip();
     if let Some(records) = records {
         builder = builder.recorded(records);

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::SharedImage;
 use crate::deference::make_ordinary;
-use crate::populate::{Demand, LoadsAhead, Look, Plan};
+use crate::populate::{Demand, LoadsAhead, Look, OVERHEAD, Plan};
 use crate::run::Run;
 use crate::source::Load;
 
@@ -38,7 +38,7 @@ impl ImageLoader {
         Arc::new_cyclic(|own| ImageLoader {
             image: Arc::downgrade(image),
             own: Weak::clone(own),
-            demand: Demand::default(),
+            demand: Demand::new(OVERHEAD),
             active: AtomicBool::new(false),
             thread: Mutex::new(State::NotBegun),
         })

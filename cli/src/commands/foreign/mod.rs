@@ -3,6 +3,7 @@
 //!
 //! Their state stays opaque: it is a state section under a tag of its own, bit for bit.
 
+pub(crate) mod async_pf;
 pub(crate) mod cloud_hypervisor;
 pub(crate) mod elf;
 pub(crate) mod firecracker;
