@@ -200,7 +200,8 @@ impl Handler {
                         },
                         false => None,
                     };
-                    let answered = match traced!("load", source_offset, reader.load(source_offset)) {
+                    let answered = match traced!("load", source_offset, reader.load(source_offset))
+                    {
                         Ok(load) => {
                             let cost = load.cost();
                             times.read_ns += cost.read_ns;

@@ -131,3 +131,33 @@ impl Drop for Claim<'_> {
         self.end();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fault_waits_for_the_thread_that_is_loading_its_page() {
+        let loading = LoadingPages::none(10).expect("10 bytes can be mapped");
+        loading.claim(3, BY_BACKGROUND).expect("no other thread loads it");
+        // It loads nothing itself, and looks at the page's state again. The other thread may have been kept from running: the
+        // wait has an end.
+        let began = Instant::now();
+        assert!(loading.by_demand(3).is_none());
+        assert!(began.elapsed() >= LONGEST_WAIT);
+        loading.release(3);
+        assert!(loading.by_demand(3).is_some());
+    }
+
+    #[test]
+    fn what_a_fault_is_loading_is_left_to_it() {
+        let loading = LoadingPages::none(10).expect("10 bytes can be mapped");
+        let mark = loading.by_demand(3).expect("no other thread loads it");
+        assert_eq!(loading.claim(3, BY_BACKGROUND), Err(BY_DEMAND));
+        // A second fault on it does not end the first one's mark.
+        drop(loading.by_demand(3));
+        assert_eq!(loading.claim(3, BY_BACKGROUND), Err(BY_DEMAND));
+        drop(mark);
+        assert_eq!(loading.claim(3, BY_BACKGROUND), Ok(()));
+    }
+}

@@ -181,7 +181,8 @@ impl Prefetcher {
                     Some(left) => budget = left,
                     None => return Ok(Prefetch::GivenUp),
                 }
-                let caught_up = loaded.pages.iter().any(|page| !claim.is_wanted(page.source_offset));
+                let caught_up =
+                    loaded.pages.iter().any(|page| !claim.is_wanted(page.source_offset));
                 let step = |step: &mut usize| {
                     *step = STEP_BYTES;
                     stopped(&shared).ok()

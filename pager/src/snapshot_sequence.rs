@@ -172,7 +172,8 @@ impl<R: ReadAt> SnapshotSequence<R> {
             let range = *at..*at + of_chunk.count();
             *at = range.end;
             let mut offsets = stored[range.clone()].iter().map(|(.., page)| page.source_offset());
-            if offsets.clone().any(|offset| wanted.is_wanted(offset)) && wanted.claim(&mut offsets) {
+            if offsets.clone().any(|offset| wanted.is_wanted(offset)) && wanted.claim(&mut offsets)
+            {
                 return Some(range);
             }
         }

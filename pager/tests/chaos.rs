@@ -149,7 +149,8 @@ fn chaos() {
         steps.send("a pager's life").expect("the watchdog lives");
         let with_lost = random.below(2) == 0;
         let memory = Memory::map(PAGES * PAGE);
-        let populate = [Populate::Off, Populate::Idle, Populate::Full][random.below(3)];
+        let populate =
+            [Populate::Off, Populate::Auto, Populate::Idle, Populate::Full][random.below(4)];
         let placement = [Placement::Follow, Placement::None, Placement::Spin][random.below(3)];
         let retry =
             RetryPolicy { first_pause: Duration::from_micros(100), ..RetryPolicy::default() };
@@ -182,7 +183,7 @@ fn chaos() {
             }
         });
         let stop_early = random.below(3) == 0;
-        if populate != Populate::Off && !stop_early {
+        if matches!(populate, Populate::Idle | Populate::Full) && !stop_early {
             let state = pager.wait_complete(Duration::from_secs(60));
             assert_ne!(state, Population::Running, "it hangs");
             assert!(with_lost || state == Population::Complete, "{state:?}");

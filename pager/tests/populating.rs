@@ -150,10 +150,14 @@ fn what_cannot_be_had_is_left_to_faults() {
         return;
     }
     let memory = Memory::map(64 * PAGE);
-    let panics = Arc::new(AtomicBool::new(true));
+    // In sequence, and by itself.
+    let panics = Arc::new(AtomicUsize::new(2));
     let source = source_of(64, move |offset, answer| match offset as usize / PAGE {
         30..32 => Err(SourceError::permanent("wrong checksum")),
-        63 if panics.swap(false, Ordering::Relaxed) => panic!("page 63 is cursed"),
+        63 if panics.load(Ordering::Relaxed) > 0 => {
+            panics.fetch_sub(1, Ordering::Relaxed);
+            panic!("page 63 is cursed")
+        }
         page => {
             answer.push(page);
             Ok(())

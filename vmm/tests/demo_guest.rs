@@ -75,20 +75,25 @@ fn notices_every_kind_of_damage() {
     }
     let memory_bytes = 64 * MIB;
     let plan =
-        DemoPlan::new(&DemoConfig::new(8 * MIB), &memory_layout(memory_bytes).unwrap())
-            .unwrap();
-    let walked: Vec<u64> = (0..plan.pages()).filter(|&p| vmm::demo::in_working_set(p, WALKED_OF_256)).collect();
+        DemoPlan::new(&DemoConfig::new(8 * MIB), &memory_layout(memory_bytes).unwrap()).unwrap();
+    let walked: Vec<u64> =
+        (0..plan.pages()).filter(|&p| vmm::demo::in_working_set(p, WALKED_OF_256)).collect();
     // A page lost, a page of an older beat, one flipped bit.
     let stale = walked
         .iter()
         .copied()
-        .find(|&page| vmm::demo::page_version(page, 5, WALKED_OF_256) > vmm::demo::page_version(page, 4, WALKED_OF_256))
+        .find(|&page| {
+            vmm::demo::page_version(page, 5, WALKED_OF_256)
+                > vmm::demo::page_version(page, 4, WALKED_OF_256)
+        })
         .unwrap();
     let mut flipped = page_bytes(walked[7], 5, WALKED_OF_256);
     flipped[4095] ^= 0x80;
-    for (page, bytes) in
-        [(walked[3], vec![0; 4096]), (stale, page_bytes(stale, 4, WALKED_OF_256)), (walked[7], flipped)]
-    {
+    for (page, bytes) in [
+        (walked[3], vec![0; 4096]),
+        (stale, page_bytes(stale, 4, WALKED_OF_256)),
+        (walked[7], flipped),
+    ] {
         let console = Lines::pausing_after(6);
         let memory = guest_memory(memory_bytes);
         let vm = PausedVm::boot(Arc::clone(&memory), &demo(8 * MIB), console.clone()).unwrap();

@@ -82,7 +82,12 @@ pub(crate) struct Args {
     /// With --lazy: load what the guest has not touched in the background. `auto`: while the guest waits for pages a good
     /// part of its time; `idle`: only while it asks for none; `full`: from the start to the end. Pages that are asked for
     /// go first. RATE bounds the bytes a second: `full,200M`.
-    #[arg(long, value_name = "off|auto|idle|full[,RATE]", default_value = "auto", requires = "lazy")]
+    #[arg(
+        long,
+        value_name = "off|auto|idle|full[,RATE]",
+        default_value = "auto",
+        requires = "lazy"
+    )]
     populate: Background,
 
     /// With --lazy: load pages in front of the guest. `hot`: those of the file's working set (`snap train` makes one);
@@ -181,7 +186,9 @@ impl FromStr for Background {
             ("auto", rate) => Ok(Background(Populate::Auto, rate)),
             ("idle", rate) => Ok(Background(Populate::Idle, rate)),
             ("full", rate) => Ok(Background(Populate::Full, rate)),
-            _ => Err("give `off`, `auto`, `idle` or `full`, the last three also with a rate".into()),
+            _ => {
+                Err("give `off`, `auto`, `idle` or `full`, the last three also with a rate".into())
+            }
         }
     }
 }

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
-use pager::{Populate, SnapshotSource};
 use pager::serve::{KeepAt, Prefetched, ServeEvent, ServeOptions, Server, SnapshotName};
+use pager::{Populate, SnapshotSource};
 use snapfmt::Snapshot;
 
 use super::foreign::async_pf;
@@ -59,7 +59,12 @@ pub(crate) struct Args {
 
     /// Load what guests have not touched in the background. `auto`: while they wait for pages a good part of their time;
     /// `idle`: only while a guest asks for none; `full`: from the start to the end.
-    #[arg(long, value_name = "off|auto|idle|full", default_value = "auto", hide_possible_values = true)]
+    #[arg(
+        long,
+        value_name = "off|auto|idle|full",
+        default_value = "auto",
+        hide_possible_values = true
+    )]
     populate: PopulateArg,
 
     /// What to do with a page that cannot be read or is damaged.

@@ -139,7 +139,8 @@ mod tests {
         let mut waiting = Waiting::none(OVERHEAD);
         let first = begins_after(Duration::from_micros(70), &mut waiting).expect("it begins");
         assert!((120..200).contains(&first), "{first} faults");
-        let second = begins_after(Duration::from_micros(70), &mut waiting).expect("it begins again");
+        let second =
+            begins_after(Duration::from_micros(70), &mut waiting).expect("it begins again");
         assert!((5..15).contains(&second), "{second} faults");
     }
 

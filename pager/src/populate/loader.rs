@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::pace::Pace;
 use super::plan::{Part, Plan};
-use super::{Ended, Look, Population, Populate, lock, pause, stopped};
+use super::{Ended, Look, Populate, Population, lock, pause, stopped};
 use crate::answer::{Desk, Trouble};
 use crate::deference::make_ordinary;
 use crate::handler::Panicked;
@@ -47,7 +47,8 @@ type NextPage = u64;
 
 impl Loader {
     pub(super) fn new(shared: Arc<Shared>) -> Loader {
-        let (pace, look) = (Pace::of(shared.population.options.mode), Look::new(&shared.population.demand));
+        let (pace, look) =
+            (Pace::of(shared.population.options.mode), Look::new(&shared.population.demand));
         let (desk, aside) = (Desk::new(usize::MAX), Aside::default());
         Loader { shared, reader: None, desk, pace, look, aside }
     }
@@ -115,7 +116,9 @@ impl Loader {
     /// In `Auto`: sleeps while threads do not wait for pages.
     fn sleep_while_quiet(&mut self) -> Result<(), Ended> {
         let progress = &self.shared.population;
-        if progress.options.mode != Populate::Auto || (progress.is_active() && self.look.still(&progress.demand)) {
+        if progress.options.mode != Populate::Auto
+            || (progress.is_active() && self.look.still(&progress.demand))
+        {
             return stopped(&self.shared);
         }
         {

@@ -84,12 +84,8 @@ impl Plan {
                 return None;
             }
             let taken = self.take(part);
-            let _ = self.cursor.compare_exchange(
-                part,
-                part + 1,
-                Ordering::Relaxed,
-                Ordering::Relaxed,
-            );
+            let _ =
+                self.cursor.compare_exchange(part, part + 1, Ordering::Relaxed, Ordering::Relaxed);
             if taken {
                 return Some(part);
             }
@@ -152,5 +148,69 @@ impl RecentFaults {
             std::array::from_fn(|back| page(back + 1).and_then(&part_of));
         let count = |part: usize| parts.iter().filter(|other| **other == Some(part)).count();
         parts.iter().flatten().copied().find(|&part| count(part) >= RecentFaults::CLUSTER)
+    }
+}
+
+#[cfg(test)]
+#[allow(unsafe_code)]
+mod tests {
+    use super::*;
+    use crate::region::Region;
+
+    const MIB: u64 = 1 << 20;
+
+    /// 7 MiB at the start of the source, and 4 MiB in front of them in memory.
+    fn plan() -> Plan {
+        let region = |host_addr, len, source_offset| {
+            // SAFETY: no pager is started with it.
+            unsafe { Region::new(host_addr, len, 4096, source_offset) }.expect("whole pages")
+        };
+        Plan::new(&Layout::cut(
+            &[region(64 * MIB, 7 * MIB, 0), region(16 * MIB, 4 * MIB, 7 * MIB)],
+            2,
+        ))
+    }
+
+    #[test]
+    fn every_page_comes_once_in_the_order_of_the_source() {
+        let (plan, recent) = (plan(), RecentFaults::default());
+        let parts: Vec<Part> = std::iter::from_fn(|| plan.next(None, &recent)).collect();
+        let mut offset = 0;
+        for part in &parts {
+            assert_eq!(part.source.start, offset);
+            assert_eq!(part.pages.end - part.pages.start, (part.source.end - offset) / 4096);
+            assert_eq!(plan.part_of(part.pages.start), Some(part.number));
+            offset = part.source.end;
+        }
+        assert_eq!((offset, parts.len()), (11 * MIB, 6));
+        assert_eq!(plan.part_of(11 * 256), None);
+    }
+
+    #[test]
+    fn where_faults_cluster_it_goes_first_and_onwards_from_there() {
+        let (plan, recent) = (plan(), RecentFaults::default());
+        let next = |last: Option<usize>| plan.next(last, &recent).map(|part| part.number);
+        let page = |number: usize| plan.part(number).pages.start;
+        assert_eq!(next(None), Some(0));
+        // Once here and once there is no cluster.
+        [5, 2].into_iter().for_each(|part| recent.add(page(part)));
+        assert_eq!(next(Some(0)), Some(1));
+        (0..3).for_each(|_| recent.add(page(3)));
+        assert_eq!([next(Some(1)), next(Some(4)), next(Some(3))], [Some(4), Some(3), Some(2)]);
+        assert_eq!([next(Some(2)), next(Some(5))], [Some(5), None]);
+    }
+
+    #[test]
+    fn what_was_passed_over_comes_again_at_the_end() {
+        let (plan, recent) = (plan(), RecentFaults::default());
+        let first = plan.next(None, &recent).expect("the first");
+        plan.leave(first.clone());
+        let numbers: Vec<(usize, bool)> = std::iter::from_fn(|| plan.next(None, &recent))
+            .map(|part| (part.number, part.again))
+            .collect();
+        assert_eq!(
+            numbers,
+            [(1, false), (2, false), (3, false), (4, false), (5, false), (0, true)]
+        );
     }
 }

@@ -64,7 +64,8 @@ impl ImageLoader {
         while let Some(part) = plan.next(last, &self.demand.recent) {
             last = Some(part.number);
             // A part that cannot be had is left to those that ask for it. Zero pages stay holes.
-            let Ok(mut sequence) = source.sequence(SharedImage::PAGE_BYTES, vec![part.source]) else {
+            let Ok(mut sequence) = source.sequence(SharedImage::PAGE_BYTES, vec![part.source])
+            else {
                 continue;
             };
             loop {
@@ -119,7 +120,8 @@ impl LoadsAhead for ImageLoader {
         }
         let Some(own) = self.own.upgrade() else { return };
         // Where there is no such thread, pages come when they are asked for.
-        if let Ok(thread) = thread::Builder::new().name("populate".into()).spawn(move || own.run()) {
+        if let Ok(thread) = thread::Builder::new().name("populate".into()).spawn(move || own.run())
+        {
             *state = State::Loading(thread.thread().clone());
         }
     }

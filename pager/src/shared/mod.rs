@@ -6,8 +6,8 @@ mod clone;
 mod image;
 mod prefill;
 
+pub(crate) use ahead::ImageLoader;
 #[cfg(feature = "vm-memory")]
 pub use clone::{ShareError, SharedClone};
-pub(crate) use ahead::ImageLoader;
 pub(crate) use image::SharedImage;
 pub(crate) use prefill::prefill;

@@ -134,11 +134,17 @@ mod tests {
 
     #[test]
     fn versions_are_the_last_beat_that_wrote() {
-        let page = (0..).find(|&p| in_working_set(p, WALKED_OF_256) && (page_hash(p) >> 5) & 7 == 3).unwrap();
-        let versions: Vec<u64> = (0..13).map(|beat| page_version(page, beat, WALKED_OF_256)).collect();
+        let page = (0..)
+            .find(|&p| in_working_set(p, WALKED_OF_256) && (page_hash(p) >> 5) & 7 == 3)
+            .unwrap();
+        let versions: Vec<u64> =
+            (0..13).map(|beat| page_version(page, beat, WALKED_OF_256)).collect();
         assert_eq!(versions, [0, 0, 0, 3, 3, 3, 3, 3, 3, 3, 3, 11, 11]);
-        let page = (0..).find(|&p| in_working_set(p, WALKED_OF_256) && (page_hash(p) >> 5) & 7 == 0).unwrap();
-        let versions: Vec<u64> = (0..10).map(|beat| page_version(page, beat, WALKED_OF_256)).collect();
+        let page = (0..)
+            .find(|&p| in_working_set(p, WALKED_OF_256) && (page_hash(p) >> 5) & 7 == 0)
+            .unwrap();
+        let versions: Vec<u64> =
+            (0..10).map(|beat| page_version(page, beat, WALKED_OF_256)).collect();
         assert_eq!(versions, [0, 0, 0, 0, 0, 0, 0, 0, 8, 8]);
     }
 

@@ -209,8 +209,7 @@ mod tests {
     #[test]
     fn halves_lie_at_both_ends_of_memory() {
         let plan =
-            DemoPlan::new(&DemoConfig::new(32 << 20), &memory_layout(4 * GIB).unwrap())
-                .unwrap();
+            DemoPlan::new(&DemoConfig::new(32 << 20), &memory_layout(4 * GIB).unwrap()).unwrap();
         assert_eq!(plan.page_gpa(0), 2 << 20);
         assert_eq!(plan.page_gpa(4095), (18 << 20) - 4096);
         assert_eq!(plan.page_gpa(4096), 5 * GIB - (16 << 20));

@@ -59,7 +59,8 @@ impl Hot {
         let guest = metadata.other.get("guest").filter(|guest| guest["kind"] == "demo");
         let work_bytes = guest.and_then(|guest| guest.get("work_bytes")).and_then(Value::as_u64);
         let walked = guest.and_then(|guest| guest.get("walked_of_256")).and_then(Value::as_u64);
-        let walked_of_256 = walked.and_then(|walked| walked.try_into().ok()).unwrap_or(WALKED_OF_256);
+        let walked_of_256 =
+            walked.and_then(|walked| walked.try_into().ok()).unwrap_or(WALKED_OF_256);
         let Some(work_bytes) = work_bytes else {
             bail!(
                 "mode lazy+other is of the demo guest: of others it is not known what they don't touch"

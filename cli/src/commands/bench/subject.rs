@@ -233,7 +233,9 @@ mod tests {
     fn a_beat_reads_the_share_that_is_said() {
         let (share, of) = READ_BY_A_BEAT;
         let pages = 1 << 16;
-        let read = (0..pages).filter(|&page| vmm::demo::in_working_set(page, vmm::demo::WALKED_OF_256)).count() as u64;
+        let read = (0..pages)
+            .filter(|&page| vmm::demo::in_working_set(page, vmm::demo::WALKED_OF_256))
+            .count() as u64;
         assert!(read.abs_diff(pages * share / of) < pages / 100, "{read} of {pages}");
     }
 }

@@ -30,7 +30,8 @@ pub(crate) fn switched_off(vmstate: &[u8]) -> Result<Vec<u8>> {
     let Some((body, found)) = vmstate.split_last_chunk::<CRC_BYTES>() else {
         return Err(BadInput::of(anyhow::anyhow!("the vmstate has {} bytes", vmstate.len())));
     };
-    if Arch::of_vmstate(vmstate) != Some(Arch::X86_64) || crc.checksum(body).to_le_bytes() != *found {
+    if Arch::of_vmstate(vmstate) != Some(Arch::X86_64) || crc.checksum(body).to_le_bytes() != *found
+    {
         bail!(
             "the vmstate is not one of Firecracker for x86_64 that ends with a right checksum: asynchronous page \
              faults cannot be switched off in it; boot the guest with `no-kvmapf` instead"

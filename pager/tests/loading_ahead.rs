@@ -1,0 +1,218 @@
+//! `Populate::Auto`: who waits much gets its pages loaded ahead, who waits little does not.
+#![allow(missing_docs)]
+
+mod support;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use pager::{Pager, PagerBuilder, Populate, Population, SourceError};
+use support::{Memory, PAGE, is_lost, shuffled, source_of, stamp, userfaultfd_works};
+
+const PAGES: usize = 8192;
+/// A hang guard.
+const LONG: Duration = Duration::from_secs(60);
+
+/// Page by page, each after `slow`: the loading of all takes a while.
+fn auto(memory: &Memory, slow: Duration) -> PagerBuilder {
+    let source = source_of(PAGES, move |offset, answer| {
+        let began = Instant::now();
+        while began.elapsed() < slow {
+            std::hint::spin_loop();
+        }
+        answer.push(offset as usize / PAGE);
+        Ok(())
+    });
+    // One, however many CPUs there are.
+    Pager::builder(source).region(memory.whole()).populate_threads(1)
+}
+
+fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !done() {
+        assert!(began.elapsed() < LONG, "{what}");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn it_loads_while_threads_wait_stops_when_they_do_not_and_begins_again() {
+    if !userfaultfd_works("it_loads_while_threads_wait_stops_when_they_do_not_and_begins_again") {
+        return;
+    }
+    let memory = Memory::map(PAGES * PAGE);
+    let pager = auto(&memory, Duration::from_micros(200)).start().expect("it starts");
+    assert_eq!(pager.population(), Population::Quiet, "what is not told otherwise is `Auto`");
+    let order = shuffled(PAGES, 5);
+    let mut touched = order.iter();
+    let mut touch_until = |populated: u64| {
+        for &page in touched.by_ref() {
+            assert_eq!(memory.read_u64(page * PAGE), stamp(page), "page {page}");
+            if pager.stats().installed.populated > populated {
+                return;
+            }
+        }
+        panic!("all was touched, and nothing loaded ahead");
+    };
+    touch_until(0);
+    wait_until("it is quiet", || pager.population() == Population::Quiet);
+    let stats = pager.stats();
+    assert!(stats.pages.missing > PAGES as u64 / 4, "it stops long before the end: {stats:?}");
+    // Quiet is quiet: what is populated stays the same as long as no thread waits.
+    thread::sleep(Duration::from_millis(50));
+    assert_eq!(pager.stats().installed.populated, stats.installed.populated);
+    touch_until(stats.installed.populated);
+    // And to the end.
+    for page in 0..PAGES {
+        assert_eq!(memory.read_u64(page * PAGE), stamp(page), "page {page}");
+    }
+    assert!(pager.failure().is_none());
+}
+
+/// The end of it, as that of any population.
+#[test]
+fn what_is_touched_all_over_is_complete_soon() {
+    if !userfaultfd_works("what_is_touched_all_over_is_complete_soon") {
+        return;
+    }
+    let memory = Memory::map(PAGES * PAGE);
+    let pager = auto(&memory, Duration::from_micros(20)).start().expect("it starts");
+    for page in shuffled(PAGES, 6) {
+        assert_eq!(memory.read_u64(page * PAGE), stamp(page), "page {page}");
+    }
+    // All pages are present: the loading ends by itself, unless it has become quiet just before.
+    wait_until("it ends", || {
+        matches!(pager.population(), Population::Complete | Population::Quiet)
+    });
+    let stats = pager.stop();
+    assert_eq!(stats.pages.missing, 0);
+    assert!(stats.installed.populated > 0, "{stats:?}");
+    assert!(stats.faults < PAGES as u64, "{stats:?}");
+}
+
+#[test]
+fn a_few_faults_begin_nothing() {
+    if !userfaultfd_works("a_few_faults_begin_nothing") {
+        return;
+    }
+    let memory = Memory::map(PAGES * PAGE);
+    let pager = auto(&memory, Duration::from_micros(50)).start().expect("it starts");
+    for page in shuffled(PAGES, 7).into_iter().take(50) {
+        assert_eq!(memory.read_u64(page * PAGE), stamp(page), "page {page}");
+    }
+    assert_eq!(pager.population(), Population::Quiet);
+    assert_eq!(pager.stop().installed.populated, 0);
+}
+
+#[test]
+fn off_is_off() {
+    if !userfaultfd_works("off_is_off") {
+        return;
+    }
+    let memory = Memory::map(PAGES * PAGE);
+    let pager = auto(&memory, Duration::ZERO).populate(Populate::Off).start().expect("it starts");
+    for page in shuffled(PAGES, 8) {
+        assert_eq!(memory.read_u64(page * PAGE), stamp(page), "page {page}");
+    }
+    let stats = pager.stop();
+    assert_eq!((stats.population, stats.installed.populated), (Population::Off, 0));
+    assert_eq!(stats.faults, PAGES as u64);
+}
+
+/// Removals and lost pages under it: what is given back reads as zero, what is lost is an error of whoever touches it, and
+/// everything else is right.
+#[test]
+fn removals_and_errors_under_it() {
+    if !userfaultfd_works("removals_and_errors_under_it") {
+        return;
+    }
+    let memory = Memory::map(PAGES * PAGE);
+    let source = source_of(PAGES, |offset, answer| {
+        let page = offset as usize / PAGE;
+        if is_lost(page) {
+            return Err(SourceError::permanent("lost"));
+        }
+        answer.push(page);
+        Ok(())
+    });
+    let pager = Pager::builder(source)
+        .region(memory.whole())
+        // As if each fault halted the guest: it begins at once.
+        .fault_overhead(Duration::from_millis(8))
+        .populate_threads(2)
+        .start()
+        .expect("it starts");
+    let given_back = |page: usize| page % 64 == 9;
+    for page in shuffled(PAGES, 9) {
+        if given_back(page) {
+            memory.remove(page, 1);
+        }
+        let expected = if given_back(page) { 0 } else { stamp(page) };
+        if given_back(page) || !is_lost(page) {
+            assert_eq!(memory.read_u64(page * PAGE), expected, "page {page}");
+        }
+    }
+    let lost = (0..PAGES).find(|&page| is_lost(page) && !given_back(page)).expect("some are lost");
+    assert!(memory.read_by_syscall(lost).is_err());
+    assert!(pager.failure().is_some());
+    let stats = pager.stop();
+    assert!(stats.installed.populated > 0, "{stats:?}");
+}
+
+/// Stopped in the middle, its threads end and nothing hangs.
+#[test]
+fn a_stop_in_the_middle() {
+    if !userfaultfd_works("a_stop_in_the_middle") {
+        return;
+    }
+    for round in 0..20 {
+        let memory = Memory::map(PAGES * PAGE);
+        let pager = auto(&memory, Duration::from_micros(10))
+            .fault_overhead(Duration::from_millis(8))
+            .start()
+            .expect("it starts");
+        for page in shuffled(PAGES, round).into_iter().take(1 + round as usize * 20) {
+            assert_eq!(memory.read_u64(page * PAGE), stamp(page), "page {page}");
+        }
+        let stats = pager.stop();
+        assert_eq!(stats.pages.total, stats.pages.missing + stats.pages.present);
+    }
+}
+
+/// A fault on a page that a background thread is just loading waits for that: hardly any page is loaded twice, however
+/// closely the one follows the other.
+#[test]
+fn what_is_being_loaded_is_not_loaded_again() {
+    if !userfaultfd_works("what_is_being_loaded_is_not_loaded_again") {
+        return;
+    }
+    let memory = Memory::map(PAGES * PAGE);
+    let loads = Arc::new(AtomicU64::new(0));
+    let counted = Arc::clone(&loads);
+    let source = source_of(PAGES, move |offset, answer| {
+        counted.fetch_add(1, Ordering::Relaxed);
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_micros(40) {
+            std::hint::spin_loop();
+        }
+        let chunk = offset as usize / PAGE / 8 * 8;
+        (chunk..chunk + 8).for_each(|page| answer.push(page));
+        Ok(())
+    });
+    let pager = Pager::builder(source)
+        .region(memory.whole())
+        .populate(Populate::Full)
+        .populate_threads(1)
+        .start()
+        .expect("it starts");
+    // In the order in which it is loaded.
+    for page in 0..PAGES {
+        assert_eq!(memory.read_u64(page * PAGE), stamp(page), "page {page}");
+    }
+    assert_eq!(pager.wait_complete(LONG), Population::Complete);
+    let chunks = PAGES as u64 / 8;
+    let loads = loads.load(Ordering::Relaxed);
+    assert!((chunks..=chunks + chunks / 10).contains(&loads), "{loads} loads of {chunks} chunks");
+}
