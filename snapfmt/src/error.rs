@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
+use crate::guard::Stamp;
 use crate::section::SectionKind;
 
 /// Why a snapshot could not be opened or read.
@@ -107,6 +108,20 @@ pub enum ReadError {
     /// The bytes of the file contradict themselves or their checksum.
     #[error(transparent)]
     Corrupt(#[from] Corruption),
+    /// The file was written to since it was opened: what is read of it now may be of another snapshot.
+    #[error(
+        "the file was written to after it was opened ({}), and may be another snapshot by now; start again from a file \
+         that stays as it is, and replace a snapshot by renaming a new file over it",
+        change(opened, found)
+    )]
+    Changed {
+        /// What the storage said when it was opened.
+        opened: Stamp,
+        /// What it says now.
+        found: Stamp,
+        /// What did not fit, if that is how it was noticed.
+        source: Option<Box<ReadError>>,
+    },
     /// The layers of the snapshot do not make a chain.
     #[error(transparent)]
     Chain(#[from] ChainError),
@@ -177,6 +192,13 @@ pub enum ChainError {
         /// The most there may be.
         most: usize,
     },
+}
+
+fn change(opened: &Stamp, found: &Stamp) -> String {
+    match opened.len_bytes == found.len_bytes {
+        true => format!("{} bytes then and now", found.len_bytes),
+        false => format!("{} bytes then, {} now", opened.len_bytes, found.len_bytes),
+    }
 }
 
 fn listed(paths: &[PathBuf]) -> String {

@@ -10,6 +10,8 @@ use std::sync::Arc;
 
 use rustix::fs::Advice;
 
+use crate::guard::Stamp;
+
 /// Storage that can be read at any offset from several threads at once.
 ///
 /// A file, bytes in memory, an object behind ranged requests, or a fake that injects faults.
@@ -25,6 +27,14 @@ pub trait ReadAt: Send + Sync {
     /// # Errors
     /// Whatever the storage reports.
     fn len_bytes(&self) -> io::Result<u64>;
+
+    /// What tells, without reading it, whether the storage was written to; `None`, unless it is overridden, where nothing does.
+    ///
+    /// # Errors
+    /// Whatever the storage reports.
+    fn stamp(&self) -> io::Result<Option<Stamp>> {
+        Ok(None)
+    }
 
     /// Says that these bytes will soon be read, so that storage which takes its time may begin. Does nothing unless it is
     /// overridden.
@@ -44,6 +54,18 @@ impl ReadAt for File {
 
     fn len_bytes(&self) -> io::Result<u64> {
         Ok(self.metadata()?.len())
+    }
+
+    /// Size and times of the inode.
+    fn stamp(&self) -> io::Result<Option<Stamp>> {
+        let found = rustix::fs::fstat(self)?;
+        let ns =
+            |seconds: i64, ns: u64| (seconds as u64).wrapping_mul(1_000_000_000).wrapping_add(ns);
+        Ok(Some(Stamp {
+            len_bytes: found.st_size as u64,
+            modified_ns: ns(found.st_mtime, found.st_mtime_nsec),
+            changed_ns: ns(found.st_ctime, found.st_ctime_nsec),
+        }))
     }
 
     fn expect(&self, bytes: Range<u64>) {
@@ -98,6 +120,10 @@ impl<T: ReadAt + ?Sized> ReadAt for &T {
         (**self).len_bytes()
     }
 
+    fn stamp(&self) -> io::Result<Option<Stamp>> {
+        (**self).stamp()
+    }
+
     fn expect(&self, bytes: Range<u64>) {
         (**self).expect(bytes);
     }
@@ -114,6 +140,10 @@ impl<T: ReadAt + ?Sized> ReadAt for Arc<T> {
 
     fn len_bytes(&self) -> io::Result<u64> {
         (**self).len_bytes()
+    }
+
+    fn stamp(&self) -> io::Result<Option<Stamp>> {
+        (**self).stamp()
     }
 
     fn expect(&self, bytes: Range<u64>) {
