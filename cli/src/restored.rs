@@ -24,6 +24,7 @@ use crate::exit::GuestStopped;
 use crate::prefetch::{self, PrefetchArg, SetDamage};
 use crate::progress::Bar;
 use crate::recording::Record;
+use crate::watched::Watched;
 use crate::{guest_memory, size};
 
 /// Where a guest comes from, and how.
@@ -70,6 +71,8 @@ pub(crate) struct Restored {
     /// Why the file's working set is of no use, if that turns out.
     pub(crate) set_damage: SetDamage,
     pub(crate) clone: Option<SharedClone>,
+    /// The raw image that memory is a mapping of, if it is.
+    pub(crate) image: Option<Watched>,
     pub(crate) memory: Arc<GuestMemoryMmap>,
     pub(crate) snapshot: Arc<Snapshot>,
     /// Bytes of chunks that were read before the guest runs.
@@ -109,9 +112,13 @@ impl Origin<'_> {
                 .flat_map(|range| guest_memory::gpa_ranges(snapshot.regions(), range));
             options = options.plug_first(first.collect());
         }
-        let (mut recorded, mut prefetch_start) = (None, None);
+        let (mut recorded, mut image, mut prefetch_start) = (None, None, None);
         let memory = match (self.share, self.image) {
-            (None, Some(image)) => guest_memory::image(image, &ranges)?,
+            (None, Some(path)) => {
+                let (file, memory) = guest_memory::image(path, &ranges)?;
+                image = Some(file);
+                memory
+            }
             (Some(socket), _) => {
                 let (started, memory) = self.start_clone(socket, &snapshot, &ranges, &guest)?;
                 clone = Some(started);
@@ -162,6 +169,7 @@ impl Origin<'_> {
             recording,
             set_damage,
             clone,
+            image,
             memory,
             snapshot,
             loaded_bytes,
