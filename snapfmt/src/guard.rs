@@ -21,6 +21,13 @@ pub struct Stamp {
     pub changed_ns: u64,
 }
 
+impl Stamp {
+    /// Whether it was written to between this stamp and the other one, unless its time was set back afterwards.
+    pub(crate) fn before_a_write(&self, later: &Stamp) -> bool {
+        (self.len_bytes, self.modified_ns) != (later.len_bytes, later.modified_ns)
+    }
+}
+
 /// Knows what the storage of a file was when it was opened.
 pub(crate) struct Guard {
     opened: Stamp,
@@ -41,8 +48,7 @@ impl Guard {
     pub(crate) fn check(&self, storage: &dyn ReadAt) -> Result<(), ReadError> {
         let failed = |source| ReadError::io(Part::Header, 0, HEADER_BYTES as u64, source);
         let Some(found) = storage.stamp().map_err(failed)? else { return Ok(()) };
-        let Stamp { len_bytes, modified_ns, .. } = self.opened;
-        if (found.len_bytes, found.modified_ns) == (len_bytes, modified_ns) {
+        if !self.opened.before_a_write(&found) {
             if found.changed_ns == self.changed_ns.load(Ordering::Relaxed) {
                 return Ok(());
             }

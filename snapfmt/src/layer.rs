@@ -52,28 +52,16 @@ impl<R: ReadAt> Layer<R> {
             Some(stamp) => stamp.len_bytes,
             None => storage.len_bytes().map_err(failed)?,
         };
-        let header = read_header(&storage, file_bytes)?;
-        let table_bytes = header.table_records as usize * SECTION_RECORD_BYTES;
-        let table = read(&storage, Part::SectionTable, header.table_offset, table_bytes)?;
-        check_crc(Part::SectionTable, header.table_offset, header.table_crc, &table)?;
-        let sections = section::parse_table(&table, header.table_offset)?;
-
-        let only = |kind| section::only(&sections, kind, header.table_offset);
-        let map = only(SectionKind::MEMORY_MAP)?;
-        let most = (MAX_REGIONS * REGION_RECORD_BYTES) as u64;
-        let map_bytes = read_section(&storage, &map, REGION_RECORD_BYTES, most)?;
-        let regions = memory_map::parse(&map_bytes, map.offset, header.memory_bytes)?;
-        let root = only(SectionKind::INDEX_ROOT)?;
-        let most = header.memory_bytes.div_ceil(LEAF_SPAN_BYTES) * ROOT_RECORD_BYTES as u64;
-        let root_bytes = read_section(&storage, &root, ROOT_RECORD_BYTES, most)?;
-        let index = Index::parse(
-            &root_bytes,
-            &root,
-            &only(SectionKind::INDEX_LEAVES)?,
-            &only(SectionKind::CHUNKS)?,
-            header.memory_bytes,
-            header.incompat & INCOMPAT_LAYERED != 0,
-        )?;
+        let parts = Self::parts(&storage, file_bytes);
+        let (header, sections, index, regions) = parts.map_err(|error| {
+            match (stamp, storage.stamp()) {
+                // It was being written at that very moment.
+                (Some(opened), Ok(Some(found))) if opened.before_a_write(&found) => {
+                    ReadError::Changed { opened, found, source: Some(Box::new(error)) }
+                }
+                _ => error,
+            }
+        })?;
         Ok(Self {
             storage,
             in_order: OnceLock::new(),
@@ -85,6 +73,35 @@ impl<R: ReadAt> Layer<R> {
             index,
             regions,
         })
+    }
+
+    fn parts(
+        storage: &R,
+        file_bytes: u64,
+    ) -> Result<(Header, Vec<Section>, Index, Vec<MemoryRegion>), ReadError> {
+        let header = read_header(storage, file_bytes)?;
+        let table_bytes = header.table_records as usize * SECTION_RECORD_BYTES;
+        let table = read(storage, Part::SectionTable, header.table_offset, table_bytes)?;
+        check_crc(Part::SectionTable, header.table_offset, header.table_crc, &table)?;
+        let sections = section::parse_table(&table, header.table_offset)?;
+
+        let only = |kind| section::only(&sections, kind, header.table_offset);
+        let map = only(SectionKind::MEMORY_MAP)?;
+        let most = (MAX_REGIONS * REGION_RECORD_BYTES) as u64;
+        let map_bytes = read_section(storage, &map, REGION_RECORD_BYTES, most)?;
+        let regions = memory_map::parse(&map_bytes, map.offset, header.memory_bytes)?;
+        let root = only(SectionKind::INDEX_ROOT)?;
+        let most = header.memory_bytes.div_ceil(LEAF_SPAN_BYTES) * ROOT_RECORD_BYTES as u64;
+        let root_bytes = read_section(storage, &root, ROOT_RECORD_BYTES, most)?;
+        let index = Index::parse(
+            &root_bytes,
+            &root,
+            &only(SectionKind::INDEX_LEAVES)?,
+            &only(SectionKind::CHUNKS)?,
+            header.memory_bytes,
+            header.incompat & INCOMPAT_LAYERED != 0,
+        )?;
+        Ok((header, sections, index, regions))
     }
 
     /// Fills `bytes` with those of chunks, from the storage itself or from [`Layer::in_order`]. They are of the file that

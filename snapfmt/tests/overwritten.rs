@@ -11,7 +11,7 @@ use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use snapfmt::layout::{INCOMPAT_BOUND, INCOMPAT_LAYERED};
 use snapfmt::{
@@ -97,6 +97,7 @@ fn pair(codec: Codec, bound: bool) -> Pair {
         unbind(&path);
         unbind(&other);
     }
+    wait_for_a_later_time(folder.path(), &path);
     let snapshots = [&path, &other].map(|path| Snapshot::open(path).unwrap());
     assert_eq!(snapshots[0].header().chunks_id.is_some(), bound);
     for page in (0..PAGES as u32).map(PageIndex) {
@@ -104,6 +105,19 @@ fn pair(codec: Codec, bound: bool) -> Pair {
         assert_eq!(snapshots[0].entry(page).unwrap(), snapshots[1].entry(page).unwrap());
     }
     Pair { _folder: folder, path, other }
+}
+
+/// Until what is written gets a later time than the file has: before Linux 6.13, times go by ticks.
+fn wait_for_a_later_time(folder: &Path, path: &Path) {
+    let changed = |path: &Path| File::open(path).unwrap().stamp().unwrap().unwrap().changed_ns;
+    let (probe, then) = (folder.join("probe"), changed(path));
+    loop {
+        std::fs::write(&probe, b"now").unwrap();
+        if changed(&probe) > then {
+            return;
+        }
+        std::thread::yield_now();
+    }
 }
 
 fn codecs() -> impl Iterator<Item = Codec> {
@@ -313,6 +327,59 @@ fn a_copy_in_the_place_of_its_original_has_the_same_pages() {
             true => assert!(read.unwrap() == Some(&memory(1)[PAGE..2 * PAGE])),
             // It says only that it was written to.
             false => assert!(is_changed(&read)),
+        }
+    }
+}
+
+/// Storage that is written over at a read.
+struct WrittenAt<'a> {
+    file: File,
+    reads: AtomicUsize,
+    other: &'a Path,
+    path: &'a Path,
+}
+
+impl ReadAt for WrittenAt<'_> {
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<()> {
+        if self.reads.fetch_sub(1, Ordering::SeqCst) == 0 {
+            write_over(self.path, self.other);
+        }
+        ReadAt::read_exact_at(&self.file, buf, offset)
+    }
+
+    fn len_bytes(&self) -> std::io::Result<u64> {
+        self.file.len_bytes()
+    }
+
+    fn stamp(&self) -> std::io::Result<Option<Stamp>> {
+        self.file.stamp()
+    }
+}
+
+/// At any read, of the opening or of what comes after it: either all that was read is of one file, or it is told what happened.
+#[test]
+fn a_file_that_is_written_over_at_any_read_is_told_from_a_damaged_one() {
+    for bound in [true, false] {
+        for reads in 0.. {
+            let Pair { path, other, .. } = &pair(Codec::Raw, bound);
+            let id = Snapshot::open(path).unwrap().header().id;
+            let file = File::open(path).unwrap();
+            let storage = WrittenAt { file, reads: AtomicUsize::new(reads), other, path };
+            let (mut buffer, mut bytes) = (ChunkBuffer::new(), [0; PAGE]);
+            let read = Snapshot::new(&storage).and_then(|snapshot| {
+                for page in [1, 2, 4].map(PageIndex) {
+                    snapshot.read_page(page, &mut buffer, &mut bytes)?;
+                    // Written over before anything was read, it is the other one.
+                    let of = if snapshot.header().id == id { 1 } else { 2 };
+                    assert!(memory(of)[page.source_offset() as usize..][..PAGE] == bytes);
+                }
+                Ok(())
+            });
+            assert!(read.is_ok() || is_changed(&read), "read {reads}: {read:?}");
+            if (storage.reads.load(Ordering::SeqCst) as isize) >= 0 {
+                assert!(reads > 5 && read.is_ok(), "{reads}");
+                break;
+            }
         }
     }
 }
