@@ -141,12 +141,20 @@ pub enum ChainError {
         id: Uuid,
     },
     /// No file that might be the parent is there.
-    #[error("parent {id} is not there; looked for at {}: say where it is", listed(looked_at))]
+    #[error(
+        "parent {id} is not there; looked for at {}{}: say where it is",
+        listed(looked_at),
+        searched_in(searched, *most)
+    )]
     NotFound {
         /// The parent's id.
         id: Uuid,
         /// Where it was looked for.
         looked_at: Vec<PathBuf>,
+        /// Folders in which it was looked for by its id.
+        searched: Vec<PathBuf>,
+        /// How many files were looked into there, if there are more.
+        most: Option<usize>,
     },
     /// A file that should be the parent is not, or cannot be used.
     #[error("parent {path}")]
@@ -198,6 +206,14 @@ fn change(opened: &Stamp, found: &Stamp) -> String {
     match opened.len_bytes == found.len_bytes {
         true => format!("{} bytes then and now", found.len_bytes),
         false => format!("{} bytes then, {} now", opened.len_bytes, found.len_bytes),
+    }
+}
+
+fn searched_in(folders: &[PathBuf], most: Option<usize>) -> String {
+    match most {
+        _ if folders.is_empty() => String::new(),
+        None => format!(" and, by its id, in the files of {}", listed(folders)),
+        Some(most) => format!(" and, by its id, in the first {most} files of {}", listed(folders)),
     }
 }
 

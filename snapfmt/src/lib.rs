@@ -48,6 +48,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod catalogue;
 mod chunk;
 mod codec;
 mod copy;

@@ -160,7 +160,7 @@ fn a_missing_parent_is_named_and_can_be_shown() {
     let id = Snapshot::open(&base).unwrap().header().id;
     std::fs::rename(&base, &moved).unwrap();
     match chain_error(Snapshot::open(&top)) {
-        ChainError::NotFound { id: missing, looked_at } => {
+        ChainError::NotFound { id: missing, looked_at, .. } => {
             assert_eq!(missing, id);
             assert_eq!(looked_at, [folder.path().join("base.snap")]);
         }
