@@ -22,6 +22,7 @@ mod looking_inside;
 mod networks;
 mod overlays;
 mod overwritten;
+mod page_cache;
 mod running;
 #[path = "../snapfmt/fuzz/harness/seal.rs"]
 #[allow(dead_code, reason = "shared with the fuzz targets")]

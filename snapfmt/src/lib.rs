@@ -48,6 +48,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod behind;
 mod catalogue;
 mod chunk;
 mod codec;
@@ -86,7 +87,7 @@ pub use error::{ChainError, Corruption, Part, Problem, ReadError, WriteError};
 pub use guard::Stamp;
 pub use header::Header;
 pub use hot::HotPages;
-pub use load::OnPages;
+pub use load::{Loaded, OnPages};
 pub use memory::SnapshotMemory;
 pub use memory_map::MemoryRegion;
 pub use metadata::{CodecUse, Metadata};

@@ -279,7 +279,7 @@ impl<R: ReadAt> Snapshot<R> {
             return Ok(0);
         }
         let layer = self.layer_of(extent)?;
-        let furthest = layer.index.chunks_end().min(extent.offset() + READ_AHEAD_BYTES);
+        let furthest = layer.index.chunks().end.min(extent.offset() + READ_AHEAD_BYTES);
         let end = until.min(furthest).max(extent.end());
         let len = end - extent.offset();
         let stored = buffer.refill(len as usize);
