@@ -1,10 +1,10 @@
 //! What reading a whole file once leaves in the page cache: nothing, if it was not there before.
 //!
-//! Who loads all of a guest's memory has it decoded then; the file beside it would push out what others use. But a file that is in use,
-//! or is restored again and again, is better cached. The page cache itself tells which it is:
+//! When all of a guest's memory is loaded, it is there decoded; the file beside it in the page cache would push out what others use. But a
+//! file that is in use, or is restored again and again, is better cached. The page cache itself tells which it is:
 //!
 //! - Something of the file is cached: it stays, with all that this reader adds. Another process reads it, or it was read lately.
-//! - Nothing is: the chunks are let go of behind the reader. The index stays, some thousandths of the file. So if the file is read
+//! - Nothing is: the chunks are let go of behind the reader. The index stays, less than a hundredth of the file. So if the file is read
 //!   again before that is gone too, something of it is cached, and from then on it stays.
 
 use std::ops::Range;
@@ -12,7 +12,7 @@ use std::ops::Range;
 use crate::layer::Layer;
 use crate::read_at::ReadAt;
 
-/// Chunks that are let go of at once, while others are read; of smaller files, only at the end, by who asks for it.
+/// Chunks that are let go of at once, while others are read. Those of smaller files are let go of at the end, when the caller asks for it.
 const STEP_BYTES: u64 = 256 << 20;
 /// Files with less than this in their chunks stay: opening them reads ahead, and there is little to win.
 const SMALL_BYTES: u64 = 4 << 20;

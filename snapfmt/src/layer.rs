@@ -38,7 +38,7 @@ pub(crate) struct Layer<R> {
 }
 
 impl<R: ReadAt> Layer<R> {
-    /// The storage, for who reads chunks in order.
+    /// The storage, for reading chunks in order.
     pub(crate) fn in_order(&self) -> &dyn ReadAt {
         let again = self.in_order.get_or_init(|| self.storage.in_order());
         again.as_deref().unwrap_or(&self.storage)

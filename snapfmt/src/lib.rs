@@ -8,6 +8,8 @@
 //! - Opens in constant time: the cost does not depend on the size of the guest's memory.
 //! - Reads any page with one look-up and one read; a chunk's checksum is checked whenever it is
 //!   read, never all up front and never skipped.
+//! - Knows whose a chunk is: a file that another snapshot is written over while it is open gives errors, and never a page
+//!   of the other.
 //! - Writes on all cores, with bounded memory, progress and cancellation; a file appears whole
 //!   and synced, or not at all, even after SIGKILL.
 //! - Treats the file as hostile: lengths are bounded before allocation, offsets checked, decoders
