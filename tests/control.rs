@@ -18,7 +18,7 @@ use crate::support::{Ran, SNAP, Sample, end_of, names, needs_vm, restore, signal
 const LONG: Duration = Duration::from_secs(60);
 
 /// A guest that runs with a control socket; it is killed when this is dropped.
-struct Vm {
+pub(crate) struct Vm {
     child: Option<Child>,
     lines: std::io::Lines<BufReader<ChildStdout>>,
     socket: PathBuf,
@@ -27,7 +27,7 @@ struct Vm {
 impl Vm {
     /// `snap WORDS --api FOLDER/api`; the guest runs when this returns.
     #[track_caller]
-    fn start(folder: &Path, words: &[&str]) -> Vm {
+    pub(crate) fn start(folder: &Path, words: &[&str]) -> Vm {
         let mut vm = Vm::start_paused(folder, words);
         // The guest runs when it has said something.
         vm.beats(1);
@@ -35,7 +35,7 @@ impl Vm {
     }
 
     /// As above, for a guest that says nothing yet.
-    fn start_paused(folder: &Path, words: &[&str]) -> Vm {
+    pub(crate) fn start_paused(folder: &Path, words: &[&str]) -> Vm {
         let socket = folder.join("api");
         let mut command = Command::new(SNAP);
         command.args(words).arg("--api").arg(&socket).stdin(Stdio::null());
@@ -72,7 +72,7 @@ impl Vm {
     }
 
     /// One request: the status, and the JSON of the answer.
-    fn ask(&self, method: &str, path: &str, body: &Value) -> (u16, Value) {
+    pub(crate) fn ask(&self, method: &str, path: &str, body: &Value) -> (u16, Value) {
         let body = if body.is_null() { String::new() } else { body.to_string() };
         let head = format!("{method} {path} HTTP/1.1\r\nConnection: close\r\n");
         let request = format!("{head}Content-Length: {}\r\n\r\n{body}", body.len());
@@ -86,7 +86,7 @@ impl Vm {
     }
 
     #[track_caller]
-    fn set(&self, state: &str) {
+    pub(crate) fn set(&self, state: &str) {
         assert_eq!(self.ask("PATCH", "/vm", &json!({ "state": state })).0, 204);
     }
 
@@ -97,7 +97,7 @@ impl Vm {
     }
 
     /// Waits for its end; what is left of its output is read too.
-    fn end(&mut self) -> Ran {
+    pub(crate) fn end(&mut self) -> Ran {
         let child = self.child.take().expect("it ends once");
         let rest: Vec<_> = self.lines.by_ref().map_while(Result::ok).collect();
         let mut ran = Ran::from(end_of(child));
@@ -107,7 +107,7 @@ impl Vm {
 
     /// The control socket answers before the guest has its first state.
     #[track_caller]
-    fn wait_until_paused(&self) {
+    pub(crate) fn wait_until_paused(&self) {
         let began = Instant::now();
         while self.state() != "Paused" {
             assert!(began.elapsed() < LONG, "it is {}", self.state());

@@ -7,10 +7,10 @@ use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use snapfmt::layout::PAGE_BYTES;
+use snapfmt::layout::{INCOMPAT_BOUND, PAGE_BYTES};
 use snapfmt::{
-    ChunkBuffer, Codec, Contents, HotPages, HotRun, MemoryRegion, Metadata, PageIndex, Phase,
-    Snapshot, StateBlob, WorkingSet, WriteOptions, write_snapshot, write_with_set,
+    Changes, ChunkBuffer, Codec, Contents, Existing, HotRun, MemoryRegion, Metadata, PageIndex,
+    Phase, Snapshot, StateBlob, WorkingSet, WriteOptions, copy_snapshot, write_snapshot,
 };
 
 use crate::support::snap;
@@ -43,14 +43,25 @@ fn memory() -> Vec<u8> {
     (0..2048).flat_map(page).collect()
 }
 
-/// The file with a working set, its pages in front.
+/// The file with a working set, its pages in front. It can be read, and not be made any more: chunks say now whose they are.
 const HOT: &str = "v1-working-set.snap";
+
+/// A copy of a file, with its chunks and with a working set.
+const COPY: &str = "v1-bound-copy.snap";
 
 const STATE: &[u8] = b"the state of a golden machine";
 
-/// The files that there must be: a missing one is an error, not a skip.
-const FILES: [(&str, Codec); 3] =
-    [("v1-raw.snap", Codec::Raw), ("v1-lz4.snap", Codec::Lz4), ("v1-zstd.snap", Codec::Zstd)];
+/// The files that there must be: a missing one is an error, not a skip. These are from before chunks said whose they are.
+const OLD: [(&str, Codec); 4] = [
+    ("v1-raw.snap", Codec::Raw),
+    ("v1-lz4.snap", Codec::Lz4),
+    ("v1-zstd.snap", Codec::Zstd),
+    (HOT, Codec::Lz4),
+];
+
+/// And these are as they are written now.
+const PRESENT: [(&str, Codec); 3] =
+    [("v1-bound-raw.snap", Codec::Raw), ("v1-bound-zstd.snap", Codec::Zstd), (COPY, Codec::Zstd)];
 
 #[test]
 fn golden_files_read_as_they_always_did() {
@@ -58,10 +69,15 @@ fn golden_files_read_as_they_always_did() {
     if let Some(new) = std::env::var_os("SNAP_MAKE_GOLDEN") {
         make(Path::new(&new));
     }
-    for (name, codec) in FILES.into_iter().chain([(HOT, Codec::Lz4)]) {
+    let old = OLD.map(|(name, codec)| (name, codec, 0));
+    let present = PRESENT.map(|(name, codec)| (name, codec, INCOMPAT_BOUND));
+    for (name, codec, incompat) in old.into_iter().chain(present) {
         let path = folder.join(name);
         let snapshot = Snapshot::open(&path).expect(name);
-        assert_eq!(snapshot.header().version, 1, "{name}");
+        let header = snapshot.header();
+        assert_eq!((header.version, header.incompat), (1, incompat), "{name}");
+        assert_eq!(header.chunks_id.is_some(), incompat == INCOMPAT_BOUND, "{name}");
+        assert_eq!(header.chunks_id.is_some_and(|id| id != header.id), name == COPY, "{name}");
         assert_eq!(snapshot.regions(), REGIONS, "{name}");
         let state = snapshot.state(7).expect(name).expect("the state is there");
         assert_eq!((state.version, &state.bytes[..]), (3, STATE), "{name}");
@@ -69,7 +85,7 @@ fn golden_files_read_as_they_always_did() {
         assert_eq!(metadata.tool, "golden");
         assert!(metadata.storage.contains_key(codec.name()), "{name}");
         let set = snapshot.working_set().expect(name);
-        assert_eq!(set, (name == HOT).then(working_set), "{name}");
+        assert_eq!(set, [HOT, COPY].contains(&name).then(working_set), "{name}");
         let (mut buffer, mut found) = (ChunkBuffer::new(), [0; PAGE_BYTES]);
         for number in 0..2048 {
             snapshot.read_page(PageIndex(number), &mut buffer, &mut found).expect(name);
@@ -113,12 +129,17 @@ fn make(folder: &Path) {
         metadata: Metadata { tool: "golden".into(), ..Metadata::default() },
     };
     let go_on = |_| ControlFlow::Continue(());
-    for (name, codec) in FILES {
+    let [(raw, _), (zstd, _), (copy, _)] = PRESENT;
+    for (name, codec) in [(raw, Codec::Raw), (zstd, Codec::Zstd)] {
         let options = WriteOptions { codec, ..WriteOptions::default() };
         write_snapshot(folder.join(name), contents(), &options, &go_on).expect(name);
     }
-    let set = working_set();
-    let hot = HotPages { set: &set, front: Some(Codec::Lz4) };
-    let options = WriteOptions::default();
-    write_with_set(folder.join(HOT), contents(), None, &hot, &options, &go_on).expect(HOT);
+    let original = Snapshot::open(folder.join(zstd)).expect(zstd);
+    let changes = Changes {
+        working_set: working_set(),
+        metadata: original.metadata().expect(zstd),
+        parent_path: None,
+        existing: Existing::Keep,
+    };
+    copy_snapshot(folder.join(copy), &original, &changes, &go_on).expect(copy);
 }

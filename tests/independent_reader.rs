@@ -48,14 +48,20 @@ fn page_hashes<R: ReadAt>(snapshot: &Snapshot<R>) -> Map<String, Value> {
 
 #[test]
 fn python_and_snapfmt_agree_on_every_page_of_a_golden_file() {
-    let file = here("golden/v1-raw.snap");
-    let Some(ran) = python_reads(&file) else { return };
-    let by_python = ran.ok().json();
-    let snapshot = Snapshot::open(&file).expect("the golden file opens");
+    for file in [here("golden/v1-raw.snap"), here("golden/v1-bound-raw.snap")] {
+        let Some(ran) = python_reads(&file) else { return };
+        agree(&file, &ran.ok().json());
+    }
+}
+
+fn agree(file: &Path, by_python: &Value) {
+    let snapshot = Snapshot::open(file).expect("the golden file opens");
     assert_eq!(by_python["pages"], Value::Object(page_hashes(&snapshot)));
     assert_eq!(by_python["pages"].as_object().map(Map::len), Some(570));
     assert_eq!(by_python["not_decoded"], json!({}));
     assert_eq!(by_python["id"], snapshot.header().id.to_string());
+    let chunks_id = snapshot.header().chunks_id.map(|id| id.to_string());
+    assert_eq!(by_python["chunks_id"], json!(chunks_id));
     assert_eq!(by_python["memory_bytes"], snapshot.header().memory_bytes);
     let regions = snapshot.regions().iter().map(|r| json!({ "gpa": r.gpa, "len": r.len }));
     assert_eq!(by_python["regions"], Value::Array(regions.collect()));
@@ -69,8 +75,10 @@ fn python_and_snapfmt_agree_on_every_page_of_a_golden_file() {
 /// Without their codecs it still finds every page and checks every checksum.
 #[test]
 fn python_checks_files_of_other_codecs() {
-    for codec in ["lz4", "zstd"] {
-        let file = here(&format!("golden/v1-{codec}.snap"));
+    for (name, codec) in
+        [("lz4", "lz4"), ("zstd", "zstd"), ("bound-zstd", "zstd"), ("bound-copy", "zstd")]
+    {
+        let file = here(&format!("golden/v1-{name}.snap"));
         let Some(ran) = python_reads(&file) else { return };
         let by_python = ran.ok().json();
         let hashes = page_hashes(&Snapshot::open(&file).expect("the golden file opens"));
@@ -84,14 +92,20 @@ fn python_checks_files_of_other_codecs() {
 /// Both notice damage, of whatever part: the text says which checksums there are and where.
 #[test]
 fn python_and_snapfmt_refuse_the_same_files() {
-    let good = std::fs::read(here("golden/v1-raw.snap")).expect("the golden file is there");
-    let snapshot = Snapshot::new(&good[..]).expect("the golden file opens");
+    for name in ["golden/v1-raw.snap", "golden/v1-bound-raw.snap"] {
+        refuse_alike(&std::fs::read(here(name)).expect("the golden file is there"));
+    }
+}
+
+fn refuse_alike(good: &[u8]) {
+    let snapshot = Snapshot::new(good).expect("the golden file opens");
     let folder = tempfile::tempdir().expect("a temporary folder");
     let sections: Vec<_> = snapshot.sections().iter().filter(|section| section.len > 0).collect();
     let table_end = good.len() as u64 - 1;
     let places = sections.iter().flat_map(|section| [section.offset, section.end() - 1]);
-    for place in places.chain([8, 200, 4095, table_end]) {
-        let mut damaged = good.clone();
+    // The id of the chunks, or what is reserved in its place, among them.
+    for place in places.chain([8, 16, 155, 200, 4095, table_end]) {
+        let mut damaged = good.to_vec();
         damaged[place as usize] ^= 0x10;
         let file = folder.path().join(format!("{place}.snap"));
         std::fs::write(&file, &damaged).expect("it can be written");

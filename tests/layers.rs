@@ -159,6 +159,14 @@ fn a_parent_that_is_not_where_it_was_is_named_and_found_when_shown() {
     let mut with_path = Command::new(SNAP);
     with_path.arg("verify").arg(&layer).env("SNAP_PATH", elsewhere.path());
     run(with_path).ok();
+    // Under whatever name: it is known by its id.
+    std::fs::rename(&moved, elsewhere.path().join("renamed")).expect("it can be renamed");
+    let mut by_id = Command::new(SNAP);
+    by_id.arg("verify").arg(&layer).env("SNAP_PATH", elsewhere.path());
+    assert!(run(by_id).ok().stdout.contains("renamed: ok"));
+    let mut in_vain = Command::new(SNAP);
+    in_vain.arg("verify").arg(&layer).env("SNAP_PATH", folder.path());
+    run(in_vain).failed(3, &["a.snap", "by its id, in the files of", "say where it is"]);
     // Another snapshot in its place is not taken for it.
     std::fs::copy(&b, &a).expect("it can be copied");
     let says = ["layer.snap", "a.snap", "expected as the parent, found"];

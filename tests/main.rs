@@ -21,7 +21,12 @@ mod linux_guests;
 mod looking_inside;
 mod networks;
 mod overlays;
+mod overwritten;
+mod page_cache;
 mod running;
+#[path = "../snapfmt/fuzz/harness/seal.rs"]
+#[allow(dead_code, reason = "shared with the fuzz targets")]
+mod seal;
 mod serving;
 mod slow_readers;
 mod sockets;

@@ -20,6 +20,7 @@ MAGIC = b"\x89SNAP\r\n\x1a"
 PAGE = 4096
 CHUNKS, INDEX_LEAVES, INDEX_ROOT, MEMORY_MAP, STATE, METADATA = 1, 2, 3, 4, 5, 6
 ZERO, DATA = 0, 1
+BOUND = 2
 CODECS = ("raw", "lz4", "zstd")
 
 
@@ -42,7 +43,7 @@ def read_header(data):
     rule(zlib.crc32(data[:4092]) == words("I", data, 4092)[0], "header_crc")
     version, header_bytes, incompat, _, _ = words("IIQQQ", data, 8)
     rule(version == 1, "version 1")
-    rule(incompat == 0, "incompat: no feature that this reader lacks")
+    rule(incompat & ~BOUND == 0, "incompat: no feature that this reader lacks")
     names = ("memory_bytes file_bytes table_offset table_records table_crc "
              "data_pages stored_pages parent_pages chunks created_unix_ms").split()
     header = dict(zip(names, words("QQQIIQQQQQ", data, 80)))
@@ -56,7 +57,9 @@ def read_header(data):
     rule(1 <= header["table_records"] <= 64, "table_records")
     rule(header["table_offset"] == len(data) - 40 * header["table_records"], "table_offset")
     rule(header["table_offset"] >= 4096, "the table does not overlap the header")
-    rule(not any(data[152:4092]), "reserved bytes of the header")
+    bound = incompat & BOUND != 0
+    rule(not any(data[168 if bound else 152:4092]), "reserved bytes of the header")
+    header["chunks_id"] = str(uuid.UUID(bytes=data[152:168])) if bound else None
     return header
 
 
@@ -130,8 +133,9 @@ def read_entries(data, sections, memory_bytes):
     return entries
 
 
-def read_chunks(data, sections, chunk_pages):
+def read_chunks(data, sections, chunk_pages, chunks_id):
     """Offset -> (length, page list, codec, payload)."""
+    seed = zlib.crc32(uuid.UUID(chunks_id).bytes) if chunks_id else 0
     at, length = only(sections, CHUNKS)
     end, chunks = at + length, {}
     while at < end:
@@ -151,7 +155,7 @@ def read_chunks(data, sections, chunk_pages):
         payload_end = list_end + payload_bytes
         chunk_end = (payload_end + 63) // 64 * 64
         rule(chunk_end <= end, "a chunk is inside its section")
-        rule(zlib.crc32(data[at + 32:chunk_end]) == body_crc, f"body_crc at {at}")
+        rule(zlib.crc32(data[at + 32:chunk_end], seed) == body_crc, f"body_crc at {at}")
         rule(not any(data[payload_end:chunk_end]), "padding of a chunk")
         listed = words(f"{pages}I", data, at + 32)
         chunks[at] = chunk_end - at, listed, CODECS[codec], data[list_end:payload_end]
@@ -164,7 +168,7 @@ def read_snapshot(data):
     sections = read_table(data, header)
     regions = read_regions(data, sections, header["memory_bytes"])
     entries = read_entries(data, sections, header["memory_bytes"])
-    chunks = read_chunks(data, sections, header["chunk_pages"])
+    chunks = read_chunks(data, sections, header["chunk_pages"], header["chunks_id"])
 
     pages, not_decoded = {}, {}
     for page, (offset, length, slot) in entries.items():
@@ -195,6 +199,7 @@ def read_snapshot(data):
     rule(isinstance(metadata, dict), "metadata is a JSON object")
     return {
         "id": header["id"],
+        "chunks_id": header["chunks_id"],
         "memory_bytes": header["memory_bytes"],
         "regions": regions,
         "states": states,

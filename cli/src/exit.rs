@@ -13,7 +13,7 @@ Exit codes:
   1    failed; the message says what and where
   2    the command line is wrong
   3    the file is not a snapshot, or not what import takes; it is damaged, needs a newer
-       snap, or lacks its parent
+       snap, lacks its parent, or was written to while it was read
   4    this host lacks something: KVM, userfaultfd, or the permission to use them
   5    the guest stopped by itself: triple fault, reset, unreadable memory, or
        power off before it was stored

@@ -12,6 +12,8 @@ use snapfmt::MemoryRegion;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 use vmm::MemoryRange;
 
+use crate::watched::Watched;
+
 /// Memory that is private to this process: what a guest is restored into.
 pub(crate) fn private(ranges: &[MemoryRange]) -> Result<Arc<GuestMemoryMmap>> {
     let regions: Vec<_> =
@@ -20,8 +22,12 @@ pub(crate) fn private(ranges: &[MemoryRange]) -> Result<Arc<GuestMemoryMmap>> {
 }
 
 /// Memory that is a private mapping of a raw image, in which source offsets are file offsets: the
-/// kernel reads a page when it is touched, and what the guest writes stays with it.
-pub(crate) fn image(path: &Path, ranges: &[MemoryRange]) -> Result<Arc<GuestMemoryMmap>> {
+/// kernel reads a page when it is touched, and what the guest writes stays with it. The kernel checks nothing: whether
+/// the image has stayed as it was is asked afterwards.
+pub(crate) fn image(
+    path: &Path,
+    ranges: &[MemoryRange],
+) -> Result<(Watched, Arc<GuestMemoryMmap>)> {
     let named = || path.display().to_string();
     let file = File::open(path).with_context(named)?;
     let found = file.metadata().with_context(named)?.len();
@@ -30,7 +36,9 @@ pub(crate) fn image(path: &Path, ranges: &[MemoryRange]) -> Result<Arc<GuestMemo
     if found != expected {
         bail!("{} is {found} bytes long, expected {expected}", named());
     }
-    map_privately(&file, ranges).with_context(|| format!("cannot map {}", named()))
+    let watched = Watched::new(file).with_context(named)?;
+    let mapped = map_privately(watched.file(), ranges);
+    Ok((watched, mapped.with_context(|| format!("cannot map {}", named()))?))
 }
 
 /// Memory that is a private mapping of a file in memory, for a pager that records what is touched.

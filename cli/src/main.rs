@@ -25,6 +25,7 @@ mod storage;
 mod stored;
 mod terminal;
 mod usage;
+mod watched;
 
 use std::io::Write;
 use std::process::ExitCode;

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -13,7 +13,7 @@ use pager::{
     Failure, FailurePolicy, Pager, PagerBuilder, Placement, Populate, Recording, Region,
     SnapshotSource,
 };
-use snapfmt::Snapshot;
+use snapfmt::{Loaded, Snapshot};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm::state::{STATE_KIND, VmState};
 use vmm::{Clock, Console, HostCpu, MemoryRange, PausedVm, RestoreOptions, VmHandle};
@@ -24,6 +24,7 @@ use crate::exit::GuestStopped;
 use crate::prefetch::{self, PrefetchArg, SetDamage};
 use crate::progress::Bar;
 use crate::recording::Record;
+use crate::watched::Watched;
 use crate::{guest_memory, size};
 
 /// Where a guest comes from, and how.
@@ -70,10 +71,13 @@ pub(crate) struct Restored {
     /// Why the file's working set is of no use, if that turns out.
     pub(crate) set_damage: SetDamage,
     pub(crate) clone: Option<SharedClone>,
+    /// The raw image that memory is a mapping of, if it is.
+    pub(crate) image: Option<Watched>,
     pub(crate) memory: Arc<GuestMemoryMmap>,
     pub(crate) snapshot: Arc<Snapshot>,
     /// Bytes of chunks that were read before the guest runs.
     pub(crate) loaded_bytes: u64,
+    _release: Release,
     /// When the file was open, and when memory was loaded or given to the pager.
     pub(crate) opened: Instant,
     pub(crate) memory_ready: Instant,
@@ -100,7 +104,7 @@ impl Origin<'_> {
         // Memory first, and its pager: setting the vCPUs' state may touch it already.
         let ranges = guest_memory::to_ranges(snapshot.regions());
         let guest = GuestSlot::default();
-        let mut loaded_bytes = 0;
+        let (mut loaded_bytes, mut release) = (0, Release(None));
         let (mut pager, mut clone, mut recording) = (None, None, None);
         let (mut options, set_damage) = (RestoreOptions::default(), SetDamage::default());
         if self.lazy || self.image.is_some() {
@@ -109,9 +113,13 @@ impl Origin<'_> {
                 .flat_map(|range| guest_memory::gpa_ranges(snapshot.regions(), range));
             options = options.plug_first(first.collect());
         }
-        let (mut recorded, mut prefetch_start) = (None, None);
+        let (mut recorded, mut image, mut prefetch_start) = (None, None, None);
         let memory = match (self.share, self.image) {
-            (None, Some(image)) => guest_memory::image(image, &ranges)?,
+            (None, Some(path)) => {
+                let (file, memory) = guest_memory::image(path, &ranges)?;
+                image = Some(file);
+                memory
+            }
             (Some(socket), _) => {
                 let (started, memory) = self.start_clone(socket, &snapshot, &ranges, &guest)?;
                 clone = Some(started);
@@ -128,7 +136,9 @@ impl Origin<'_> {
         if self.image.is_some() {
             // The kernel reads it, when the guest touches it.
         } else if !self.lazy {
-            loaded_bytes = load(&snapshot, &memory, session).with_context(named)?;
+            let loaded = load(&snapshot, &memory, session).with_context(named)?;
+            loaded_bytes = loaded.bytes_read;
+            release = Release::start(&snapshot, loaded);
         } else if let Some(file) = recorded {
             let (record, started) =
                 self.start_recording(&snapshot, &memory, file, &guest, slices)?;
@@ -162,9 +172,11 @@ impl Origin<'_> {
             recording,
             set_damage,
             clone,
+            image,
             memory,
             snapshot,
             loaded_bytes,
+            _release: release,
             opened,
             memory_ready,
         })
@@ -347,8 +359,29 @@ pub(crate) fn damaged(file: &Path, failure: &Failure) -> anyhow::Error {
     GuestStopped(text).into()
 }
 
-/// Loads all memory, on all CPUs. Gives the bytes of the chunks that were read.
-fn load(snapshot: &Snapshot, memory: &GuestMemoryMmap, session: &Session) -> Result<u64> {
+/// A thread that lets go of the file in the page cache, beside the guest that has its memory now. When this is dropped, it has.
+struct Release(Option<JoinHandle<()>>);
+
+impl Release {
+    /// Where there is no thread for it, the file stays cached.
+    fn start(snapshot: &Arc<Snapshot>, loaded: Loaded) -> Self {
+        let snapshot = Arc::clone(snapshot);
+        let release = move || snapshot.release(&loaded);
+        Self(thread::Builder::new().name("release".into()).spawn(release).ok())
+    }
+}
+
+impl Drop for Release {
+    fn drop(&mut self) {
+        if let Some(thread) = self.0.take() {
+            // One that has panicked has let go of nothing: the file stays cached.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Loads all memory, on all CPUs.
+fn load(snapshot: &Snapshot, memory: &GuestMemoryMmap, session: &Session) -> Result<Loaded> {
     let bar = Bar::new("loading", session.quiet, &session.interrupt);
     let threads = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
     let failed = Mutex::new(None);
@@ -357,9 +390,9 @@ fn load(snapshot: &Snapshot, memory: &GuestMemoryMmap, session: &Session) -> Res
             *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
         }
     };
-    let bytes_read = snapshot.load(threads, &place, &|progress| bar.update(progress))?;
+    let loaded = snapshot.load(threads, &place, &|progress| bar.update(progress))?;
     match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Some(error) => Err(error),
-        None => Ok(bytes_read),
+        None => Ok(loaded),
     }
 }

@@ -7,6 +7,10 @@
 //! the ratios of pages and of `verify` the medians over the rounds.
 #![allow(missing_docs, clippy::unwrap_used)]
 
+#[path = "../fuzz/harness/seal.rs"]
+#[allow(dead_code, reason = "shared with the fuzz targets")]
+mod seal;
+
 use std::fs::File;
 use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
@@ -29,6 +33,7 @@ fn main() {
     opening(folder.path());
     looking_up(folder.path());
     single_pages(folder.path());
+    guarded_pages(folder.path());
     verifying(folder.path());
     overhead(folder.path());
 }
@@ -115,6 +120,35 @@ fn single_pages(folder: &Path) {
             ratio_of_pairs(&ours, &bare)
         );
     }
+}
+
+/// One page at random of a file that is guarded by its times, because its chunks do not say whose they are, against the same
+/// of a file whose chunks do.
+fn guarded_pages(folder: &Path) {
+    let (bound, guarded) = (folder.join("raw-1"), folder.join("guarded-1"));
+    let mut bytes = std::fs::read(&bound).unwrap();
+    bytes[16] = 0;
+    bytes[152..168].fill(0);
+    seal::seal(&mut bytes, seal::CHUNKS | seal::HEADER);
+    std::fs::write(&guarded, bytes).unwrap();
+    let [bound, guarded] = [bound, guarded].map(|path| Snapshot::open(path).unwrap());
+    assert!(bound.header().chunks_id.is_some() && guarded.header().chunks_id.is_none());
+    let entry = |page: PageIndex| match bound.entry(page).unwrap() {
+        PageEntry::Data { chunk, .. } => Some((page, chunk)),
+        _ => None,
+    };
+    let wanted: Vec<_> = random_pages().filter_map(entry).take(4000).collect();
+    let mut times = [Vec::new(), Vec::new()];
+    for _ in 0..ROUNDS {
+        for (snapshot, times) in [&bound, &guarded].into_iter().zip(&mut times) {
+            times.push(our_reads(snapshot, &wanted) / 4000);
+        }
+    }
+    let [bound, guarded] = times.each_mut().map(|times| median(times));
+    let guard = guarded.saturating_sub(bound);
+    println!(
+        "guard         {bound:?} without, {guarded:?} with a look at the file's times: {guard:?}"
+    );
 }
 
 fn our_reads(snapshot: &Snapshot, wanted: &[(PageIndex, ChunkExtent)]) -> Duration {

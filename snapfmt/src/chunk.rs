@@ -3,6 +3,8 @@
 //! In the file: a 32-byte header, the page list (four bytes a page), the payload, zeros up to a
 //! multiple of 64 bytes.
 
+use uuid::Uuid;
+
 use crate::codec::{Appended, Codec, Compressor, DecodeError, Decompressor};
 use crate::entry::{ChunkExtent, PageIndex};
 use crate::error::{Corruption, Part, Problem, ReadError, WriteError};
@@ -13,12 +15,13 @@ use crate::layout::{
 };
 use crate::section::SectionKind;
 
-/// Appends a chunk to `out`, all but its own place in the file, which [`set_place`] adds.
-/// Gives its length and the codec that its payload got.
+/// Appends a chunk to `out`, all but its own place in the file, which [`set_place`] adds. `seed` is what its checksum begins
+/// with. Gives its length and the codec that its payload got.
 pub(crate) fn encode(
     compressor: &mut Compressor,
     pages: &[PageIndex],
     raw: &[u8],
+    seed: u32,
     out: &mut Appended,
 ) -> Result<(u32, Codec), WriteError> {
     debug_assert!((1..=MAX_CHUNK_PAGES).contains(&pages.len()));
@@ -39,8 +42,20 @@ pub(crate) fn encode(
     header[C_CODEC] = codec as u8;
     put(header, C_PAGES, &(pages.len() as u16).to_le_bytes());
     put(header, C_PAYLOAD_BYTES, &payload_bytes.to_le_bytes());
-    put(header, C_BODY_CRC, &crc32fast::hash(body).to_le_bytes());
+    put(header, C_BODY_CRC, &body_crc(seed, body).to_le_bytes());
     Ok(((out.len() - start) as u32, codec))
+}
+
+/// What the checksums of the chunks of a snapshot begin with.
+pub(crate) fn seed(chunks_id: Uuid) -> u32 {
+    crc32fast::hash(chunks_id.as_bytes())
+}
+
+/// Two seeds give the same bytes different checksums, whatever the bytes are: so no chunk passes for another snapshot's.
+fn body_crc(seed: u32, body: &[u8]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new_with_initial(seed);
+    hasher.update(body);
+    hasher.finalize()
 }
 
 /// Writes into an encoded chunk where it will stand in the file, and seals its header.
@@ -184,8 +199,12 @@ impl ChunkBuffer {
         Ok(Chunk { extent, header, pages: &self.list, bytes })
     }
 
-    /// Checks and decodes what was read for the same `extent`.
-    pub(crate) fn decode(&mut self, extent: ChunkExtent) -> Result<Chunk<'_>, ReadError> {
+    /// Checks and decodes what was read for the same `extent`, of a file whose checksums begin with `seed`.
+    pub(crate) fn decode(
+        &mut self,
+        extent: ChunkExtent,
+        seed: u32,
+    ) -> Result<Chunk<'_>, ReadError> {
         let offset = extent.offset();
         let len = extent.len_bytes() as usize;
         let fetched = self.stored.get(self.at..).unwrap_or_default();
@@ -209,7 +228,7 @@ impl ChunkBuffer {
             .into());
         }
         let body = &fetched[CHUNK_HEADER_BYTES..];
-        let (expected, found) = (header.body_crc, crc32fast::hash(body));
+        let (expected, found) = (header.body_crc, body_crc(seed, body));
         if expected != found {
             return Err(corruption(offset, Problem::Checksum { expected, found }).into());
         }
@@ -288,12 +307,14 @@ impl<'a> Chunk<'a> {
 mod tests {
     use super::*;
 
+    const SEED: u32 = 0x1234_5678;
+
     fn stored(codec: Codec, raw: &[u8]) -> (Vec<u8>, ChunkExtent) {
         let pages: Vec<_> =
             (0..raw.len() / PAGE_BYTES).map(|page| PageIndex(3 * page as u32)).collect();
         let mut out = Appended::default();
         let mut compressor = Compressor::new(codec, 1).unwrap();
-        let (len, _) = encode(&mut compressor, &pages, raw, &mut out).unwrap();
+        let (len, _) = encode(&mut compressor, &pages, raw, SEED, &mut out).unwrap();
         set_place(&mut out, 4096);
         (out.to_vec(), ChunkExtent::new(4096, len))
     }
@@ -309,7 +330,7 @@ mod tests {
             let mut buffer = ChunkBuffer::new();
             let (bytes, extent) = stored(codec, &raw);
             buffer.stored = bytes;
-            let chunk = buffer.decode(extent).unwrap();
+            let chunk = buffer.decode(extent, SEED).unwrap();
             assert_eq!(chunk.header().codec, codec);
             assert_eq!(chunk.bytes(), raw);
             assert_eq!(chunk.pages(), [PageIndex(0), PageIndex(3), PageIndex(6)]);
@@ -327,7 +348,22 @@ mod tests {
             for bit in 0..bytes.len() * 8 {
                 buffer.stored.clone_from(&bytes);
                 buffer.stored[bit / 8] ^= 1 << (bit % 8);
-                assert!(buffer.decode(extent).is_err(), "{codec} bit {bit}");
+                assert!(buffer.decode(extent, SEED).is_err(), "{codec} bit {bit}");
+            }
+        }
+    }
+
+    /// Whatever is in it: with another seed a checksum is another one, by more than chance.
+    #[test]
+    fn a_chunk_of_another_snapshot_is_not_taken() {
+        let raw: Vec<u8> = (0..PAGE_BYTES).map(|at| (at / 7) as u8).collect();
+        for codec in codecs() {
+            let (bytes, extent) = stored(codec, &raw);
+            for bit in 0..32 {
+                let mut buffer = ChunkBuffer { stored: bytes.clone(), ..ChunkBuffer::default() };
+                let taken = buffer.decode(extent, SEED ^ (1 << bit));
+                let Err(ReadError::Corrupt(corruption)) = taken else { panic!("{codec} {bit}") };
+                assert!(matches!(corruption.problem, Problem::Checksum { .. }), "{corruption}");
             }
         }
     }
@@ -350,14 +386,14 @@ mod tests {
                 out[C_CODEC] = codec as u8;
                 put(&mut out, C_PAGES, &(declared as u16).to_le_bytes());
                 put(&mut out, C_PAYLOAD_BYTES, &payload_bytes.to_le_bytes());
-                let crc = crc32fast::hash(&out[CHUNK_HEADER_BYTES..]);
+                let crc = body_crc(SEED, &out[CHUNK_HEADER_BYTES..]);
                 put(&mut out, C_BODY_CRC, &crc.to_le_bytes());
                 set_place(&mut out, 4096);
                 let extent = ChunkExtent::new(4096, out.len() as u32);
                 let mut buffer = ChunkBuffer { stored: out, ..ChunkBuffer::default() };
                 assert!(
                     matches!(
-                        buffer.decode(extent),
+                        buffer.decode(extent, SEED),
                         Err(ReadError::Corrupt(Corruption {
                             problem: Problem::Undecodable { .. },
                             ..

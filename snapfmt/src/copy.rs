@@ -31,7 +31,8 @@ pub struct Changes {
 const PIECE_BYTES: u64 = 1 << 20;
 
 /// Copies the file of a snapshot (of a chain the top one) to `path` with some changes, under an id of its own. Chunks are copied and not looked at:
-/// damage stays damage, and stays noticed.
+/// damage stays damage, and stays noticed. They keep saying whose chunks they are, which the copy's header says too: what stands at a
+/// place of one file and of the other is the same.
 ///
 /// # Errors
 /// [`WriteError`]; then nothing new is at `path`.
@@ -97,6 +98,8 @@ pub fn copy_snapshot<R: ReadAt>(
         let (what, max) = ("the number of sections", MAX_SECTIONS as u64);
         return Err(WriteError::Limit { what, min: 1, max, found });
     }
+    // What was not looked at is not noticed if it is of another file.
+    snapshot.layers[0].unchanged().map_err(WriteError::Original)?;
     let header = file.seal(header)?;
     output.publish()?;
     Ok(header)

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
+use crate::guard::Stamp;
 use crate::section::SectionKind;
 
 /// Why a snapshot could not be opened or read.
@@ -107,6 +108,20 @@ pub enum ReadError {
     /// The bytes of the file contradict themselves or their checksum.
     #[error(transparent)]
     Corrupt(#[from] Corruption),
+    /// The file was written to since it was opened: what is read of it now may be of another snapshot.
+    #[error(
+        "the file was written to after it was opened ({}), and may be another snapshot by now; start again from a file \
+         that stays as it is, and replace a snapshot by renaming a new file over it",
+        change(opened, found)
+    )]
+    Changed {
+        /// What the storage said when it was opened.
+        opened: Stamp,
+        /// What it says now.
+        found: Stamp,
+        /// What did not fit, if that is how it was noticed.
+        source: Option<Box<ReadError>>,
+    },
     /// The layers of the snapshot do not make a chain.
     #[error(transparent)]
     Chain(#[from] ChainError),
@@ -126,12 +141,20 @@ pub enum ChainError {
         id: Uuid,
     },
     /// No file that might be the parent is there.
-    #[error("parent {id} is not there; looked for at {}: say where it is", listed(looked_at))]
+    #[error(
+        "parent {id} is not there; looked for at {}{}: say where it is",
+        listed(looked_at),
+        searched_in(searched, *most)
+    )]
     NotFound {
         /// The parent's id.
         id: Uuid,
         /// Where it was looked for.
         looked_at: Vec<PathBuf>,
+        /// Folders in which it was looked for by its id.
+        searched: Vec<PathBuf>,
+        /// How many files were looked into there, if there are more.
+        most: Option<usize>,
     },
     /// A file that should be the parent is not, or cannot be used.
     #[error("parent {path}")]
@@ -177,6 +200,21 @@ pub enum ChainError {
         /// The most there may be.
         most: usize,
     },
+}
+
+fn change(opened: &Stamp, found: &Stamp) -> String {
+    match opened.len_bytes == found.len_bytes {
+        true => format!("{} bytes then and now", found.len_bytes),
+        false => format!("{} bytes then, {} now", opened.len_bytes, found.len_bytes),
+    }
+}
+
+fn searched_in(folders: &[PathBuf], most: Option<usize>) -> String {
+    match most {
+        _ if folders.is_empty() => String::new(),
+        None => format!(" and, by its id, in the files of {}", listed(folders)),
+        Some(most) => format!(" and, by its id, in the first {most} files of {}", listed(folders)),
+    }
 }
 
 fn listed(paths: &[PathBuf]) -> String {

@@ -2,13 +2,15 @@
 
 use uuid::Uuid;
 
+use crate::chunk;
 use crate::error::{Corruption, Part, Problem, ReadError};
 use crate::layout::{
-    H_CHUNK_PAGES, H_CHUNKS, H_COMPAT, H_CRC, H_CREATED_UNIX_MS, H_DATA_PAGES, H_FILE_BYTES,
-    H_HEADER_BYTES, H_ID, H_INCOMPAT, H_MAGIC, H_MEMORY_BYTES, H_PAGE_BYTES, H_PARENT_ID,
-    H_PARENT_PAGES, H_RESERVED, H_RO_COMPAT, H_STORED_PAGES, H_TABLE_CRC, H_TABLE_OFFSET,
-    H_TABLE_RECORDS, H_VERSION, HEADER_BYTES, INCOMPAT_KNOWN, MAGIC, MAX_CHUNK_PAGES,
-    MAX_MEMORY_BYTES, MAX_SECTIONS, PAGE_BYTES, SECTION_RECORD_BYTES, VERSION, put, u32_at, u64_at,
+    H_CHUNK_PAGES, H_CHUNKS, H_CHUNKS_ID, H_COMPAT, H_CRC, H_CREATED_UNIX_MS, H_DATA_PAGES,
+    H_FILE_BYTES, H_HEADER_BYTES, H_ID, H_INCOMPAT, H_MAGIC, H_MEMORY_BYTES, H_PAGE_BYTES,
+    H_PARENT_ID, H_PARENT_PAGES, H_RESERVED, H_RO_COMPAT, H_STORED_PAGES, H_TABLE_CRC,
+    H_TABLE_OFFSET, H_TABLE_RECORDS, H_VERSION, HEADER_BYTES, INCOMPAT_BOUND, INCOMPAT_KNOWN,
+    MAGIC, MAX_CHUNK_PAGES, MAX_MEMORY_BYTES, MAX_SECTIONS, PAGE_BYTES, SECTION_RECORD_BYTES,
+    VERSION, put, u32_at, u64_at,
 };
 
 /// The header of a snapshot, checked.
@@ -42,6 +44,9 @@ pub struct Header {
     pub chunks: u64,
     /// When the snapshot was made, in milliseconds since 1970-01-01 UTC.
     pub created_unix_ms: u64,
+    /// The snapshot that the chunks were written for, whose id their checksums begin with: this one, or, of a copy, the
+    /// one whose chunks it has. `None` in files from before chunks said so.
+    pub chunks_id: Option<Uuid>,
     /// Checksum of the header itself.
     pub(crate) crc: u32,
     pub(crate) table_offset: u64,
@@ -58,6 +63,11 @@ impl Header {
     /// Pages of guest memory that are all zero and not stored.
     pub fn zero_pages(&self) -> u64 {
         self.pages() - self.data_pages - self.parent_pages
+    }
+
+    /// What the checksums of chunks' bodies begin with.
+    pub(crate) fn chunk_seed(&self) -> u32 {
+        self.chunks_id.map_or(0, chunk::seed)
     }
 
     pub(crate) fn encode(&self) -> Box<[u8; HEADER_BYTES]> {
@@ -83,6 +93,7 @@ impl Header {
         put(b, H_PARENT_PAGES, &self.parent_pages.to_le_bytes());
         put(b, H_CHUNKS, &self.chunks.to_le_bytes());
         put(b, H_CREATED_UNIX_MS, &self.created_unix_ms.to_le_bytes());
+        put(b, H_CHUNKS_ID, self.chunks_id.unwrap_or(Uuid::nil()).as_bytes());
         let crc = crc32fast::hash(&b[..H_CRC]);
         put(b, H_CRC, &crc.to_le_bytes());
         bytes
@@ -155,13 +166,13 @@ impl Header {
             pages - data_pages,
             u64_at(b, H_PARENT_PAGES),
         )?;
-        let parent_id = Uuid::from_slice(&b[H_PARENT_ID..H_PARENT_ID + 16]).unwrap_or_default();
+        let parent_id = uuid_at(b, H_PARENT_ID);
         Ok(Self {
             version,
             incompat,
             ro_compat: u64_at(b, H_RO_COMPAT),
             compat: u64_at(b, H_COMPAT),
-            id: Uuid::from_slice(&b[H_ID..H_ID + 16]).unwrap_or_default(),
+            id: uuid_at(b, H_ID),
             parent_id: (!parent_id.is_nil()).then_some(parent_id),
             chunk_pages,
             memory_bytes,
@@ -171,6 +182,7 @@ impl Header {
             parent_pages,
             chunks: u64_at(b, H_CHUNKS),
             created_unix_ms: u64_at(b, H_CREATED_UNIX_MS),
+            chunks_id: is_bound(b).then(|| uuid_at(b, H_CHUNKS_ID)),
             table_offset,
             table_records,
             table_crc: u32_at(b, H_TABLE_CRC),
@@ -179,9 +191,20 @@ impl Header {
     }
 }
 
-/// Whether the bytes that version 1 leaves unused are zero, as its writers make them.
+/// Whether the bytes that the file's features leave unused are zero, as writers make them.
 pub(crate) fn reserved_is_zero(b: &[u8; HEADER_BYTES]) -> bool {
-    b[H_RESERVED..H_CRC].iter().all(|byte| *byte == 0)
+    let start = if is_bound(b) { H_RESERVED } else { H_CHUNKS_ID };
+    b[start..H_CRC].iter().all(|byte| *byte == 0)
+}
+
+fn is_bound(b: &[u8; HEADER_BYTES]) -> bool {
+    u64_at(b, H_INCOMPAT) & INCOMPAT_BOUND != 0
+}
+
+fn uuid_at(b: &[u8; HEADER_BYTES], at: usize) -> Uuid {
+    let mut bytes = [0; 16];
+    bytes.copy_from_slice(&b[at..at + 16]);
+    Uuid::from_bytes(bytes)
 }
 
 #[cfg(test)]
@@ -204,6 +227,7 @@ mod tests {
             parent_pages: 0,
             chunks: 1,
             created_unix_ms: 1,
+            chunks_id: None,
             table_offset: 8192,
             table_records: 1,
             table_crc: 5,
@@ -211,11 +235,29 @@ mod tests {
         }
     }
 
+    fn bound() -> Header {
+        let chunks_id = Some(Uuid::from_u128(8));
+        Header { incompat: INCOMPAT_BOUND, chunks_id, ..header() }
+    }
+
     #[test]
     fn encode_and_decode_are_inverse() {
-        let header = header();
-        let decoded = Header::decode(&header.encode(), header.file_bytes).unwrap();
-        assert_eq!(Header { crc: header.crc, ..decoded }, header);
+        for header in [header(), bound()] {
+            let bytes = header.encode();
+            let decoded = Header::decode(&bytes, header.file_bytes).unwrap();
+            assert_eq!(Header { crc: header.crc, ..decoded }, header);
+            assert!(reserved_is_zero(&bytes));
+        }
+    }
+
+    /// Without the feature, the id of the chunks has no meaning: its bytes are reserved.
+    #[test]
+    fn the_id_of_the_chunks_goes_with_its_feature() {
+        let stray = Header { incompat: 0, ..bound() };
+        assert!(!reserved_is_zero(&stray.encode()));
+        let decoded = Header::decode(&stray.encode(), stray.file_bytes).unwrap();
+        assert_eq!((decoded.chunks_id, decoded.chunk_seed()), (None, 0));
+        assert_eq!(bound().chunk_seed(), crc32fast::hash(Uuid::from_u128(8).as_bytes()));
     }
 
     #[test]

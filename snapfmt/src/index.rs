@@ -61,9 +61,14 @@ impl Index {
         Ok(Self { leaves, leaves_offset: leaves_section.offset, chunks, layered })
     }
 
-    /// One past the last byte of the file that chunks may lie in.
-    pub(crate) fn chunks_end(&self) -> u64 {
-        self.chunks.end
+    /// The bytes of the file that chunks may lie in.
+    pub(crate) fn chunks(&self) -> Range<u64> {
+        self.chunks.clone()
+    }
+
+    /// Where the first leaf stands in the file, if there is one.
+    pub(crate) fn first_leaf_offset(&self) -> Option<u64> {
+        self.leaves.first().map(|_| self.leaf_offset(0))
     }
 
     /// Numbers of the leaves there are, ascending.

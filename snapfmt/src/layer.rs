@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use crate::error::{Corruption, Part, Problem, ReadError};
+use crate::guard::Guard;
 use crate::header::Header;
 use crate::index::Index;
 use crate::layout::{
@@ -30,9 +31,14 @@ pub(crate) struct Layer<R> {
     pub(crate) sections: Vec<Section>,
     pub(crate) index: Index,
     pub(crate) regions: Vec<MemoryRegion>,
+    /// What the checksums of its chunks begin with.
+    pub(crate) chunk_seed: u32,
+    /// Where the storage knows of changes.
+    guard: Option<Guard>,
 }
 
 impl<R: ReadAt> Layer<R> {
+    /// The storage, for reading chunks in order.
     pub(crate) fn in_order(&self) -> &dyn ReadAt {
         let again = self.in_order.get_or_init(|| self.storage.in_order());
         again.as_deref().unwrap_or(&self.storage)
@@ -40,23 +46,53 @@ impl<R: ReadAt> Layer<R> {
 
     /// Reads and checks header, section table, memory map and the root of the index.
     pub(crate) fn open(storage: R) -> Result<Self, ReadError> {
-        let file_bytes = storage
-            .len_bytes()
-            .map_err(|source| ReadError::io(Part::Header, 0, HEADER_BYTES as u64, source))?;
-        let header = read_header(&storage, file_bytes)?;
+        let failed = |source| ReadError::io(Part::Header, 0, HEADER_BYTES as u64, source);
+        let stamp = storage.stamp().map_err(failed)?;
+        let file_bytes = match stamp {
+            Some(stamp) => stamp.len_bytes,
+            None => storage.len_bytes().map_err(failed)?,
+        };
+        let parts = Self::parts(&storage, file_bytes);
+        let (header, sections, index, regions) = parts.map_err(|error| {
+            match (stamp, storage.stamp()) {
+                // It was being written at that very moment.
+                (Some(opened), Ok(Some(found))) if opened.before_a_write(&found) => {
+                    ReadError::Changed { opened, found, source: Some(Box::new(error)) }
+                }
+                _ => error,
+            }
+        })?;
+        Ok(Self {
+            storage,
+            in_order: OnceLock::new(),
+            path: None,
+            chunk_seed: header.chunk_seed(),
+            guard: stamp.map(|opened| Guard::new(opened, &header)),
+            header,
+            sections,
+            index,
+            regions,
+        })
+    }
+
+    fn parts(
+        storage: &R,
+        file_bytes: u64,
+    ) -> Result<(Header, Vec<Section>, Index, Vec<MemoryRegion>), ReadError> {
+        let header = read_header(storage, file_bytes)?;
         let table_bytes = header.table_records as usize * SECTION_RECORD_BYTES;
-        let table = read(&storage, Part::SectionTable, header.table_offset, table_bytes)?;
+        let table = read(storage, Part::SectionTable, header.table_offset, table_bytes)?;
         check_crc(Part::SectionTable, header.table_offset, header.table_crc, &table)?;
         let sections = section::parse_table(&table, header.table_offset)?;
 
         let only = |kind| section::only(&sections, kind, header.table_offset);
         let map = only(SectionKind::MEMORY_MAP)?;
         let most = (MAX_REGIONS * REGION_RECORD_BYTES) as u64;
-        let map_bytes = read_section(&storage, &map, REGION_RECORD_BYTES, most)?;
+        let map_bytes = read_section(storage, &map, REGION_RECORD_BYTES, most)?;
         let regions = memory_map::parse(&map_bytes, map.offset, header.memory_bytes)?;
         let root = only(SectionKind::INDEX_ROOT)?;
         let most = header.memory_bytes.div_ceil(LEAF_SPAN_BYTES) * ROOT_RECORD_BYTES as u64;
-        let root_bytes = read_section(&storage, &root, ROOT_RECORD_BYTES, most)?;
+        let root_bytes = read_section(storage, &root, ROOT_RECORD_BYTES, most)?;
         let index = Index::parse(
             &root_bytes,
             &root,
@@ -65,20 +101,49 @@ impl<R: ReadAt> Layer<R> {
             header.memory_bytes,
             header.incompat & INCOMPAT_LAYERED != 0,
         )?;
-        Ok(Self {
-            storage,
-            in_order: OnceLock::new(),
-            path: None,
-            header,
-            sections,
-            index,
-            regions,
-        })
+        Ok((header, sections, index, regions))
+    }
+
+    /// Fills `bytes` with those of chunks, from the storage itself or from [`Layer::in_order`]. They are of the file that
+    /// was opened: by its checksum a chunk is of this snapshot or of none, and where chunks do not say whose they are,
+    /// the storage is asked whether it was written to. After the read, or what is written in between would be missed.
+    pub(crate) fn read_chunks(
+        &self,
+        from: &(impl ReadAt + ?Sized),
+        bytes: &mut [u8],
+        offset: u64,
+    ) -> Result<(), ReadError> {
+        let (part, len) = (Part::Section(SectionKind::CHUNKS), bytes.len() as u64);
+        from.read_exact_at(bytes, offset)
+            .map_err(|source| ReadError::io(part, offset, len, source))?;
+        if self.header.chunks_id.is_none() {
+            self.unchanged()?;
+        }
+        Ok(())
+    }
+
+    /// An error if the storage knows that it was written to since it was opened.
+    pub(crate) fn unchanged(&self) -> Result<(), ReadError> {
+        self.guard.as_ref().map_or(Ok(()), |guard| guard.check(&self.storage))
+    }
+
+    /// What does not fit, in a file that was written to since it was opened, is no damage: tells what it is.
+    fn explained(&self, error: ReadError) -> ReadError {
+        if !matches!(error, ReadError::Corrupt(_) | ReadError::Io { .. }) {
+            return error;
+        }
+        match self.unchanged() {
+            Err(ReadError::Changed { opened, found, .. }) => {
+                ReadError::Changed { opened, found, source: Some(Box::new(error)) }
+            }
+            _ => error,
+        }
     }
 
     /// An error of this file, told as that of the parent that it is in a chain: `number` is its
     /// place there, 0 for the file that was asked for.
     pub(crate) fn named(&self, number: usize, error: ReadError) -> ReadError {
+        let error = self.explained(error);
         match error {
             ReadError::Cancelled | ReadError::InParent { .. } => error,
             _ if number == 0 => error,

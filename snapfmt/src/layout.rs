@@ -91,8 +91,11 @@ pub const WORKING_SET_RECORD_BYTES: usize = 8;
 /// Feature bit (incompatible): pages may be in a parent snapshot.
 pub const INCOMPAT_LAYERED: u64 = 1 << 0;
 
+/// Feature bit (incompatible): chunks say which snapshot they are of. Their checksums begin with its id.
+pub const INCOMPAT_BOUND: u64 = 1 << 1;
+
 /// Incompatible features that this crate understands; any other set bit refuses the file.
-pub const INCOMPAT_KNOWN: u64 = INCOMPAT_LAYERED;
+pub const INCOMPAT_KNOWN: u64 = INCOMPAT_LAYERED | INCOMPAT_BOUND;
 
 // Byte offsets of the header's fields. The first four and the CRC stay where they are in every
 // future version, so that any tool can tell what it has in front of it.
@@ -116,7 +119,9 @@ pub(crate) const H_STORED_PAGES: usize = 120;
 pub(crate) const H_PARENT_PAGES: usize = 128;
 pub(crate) const H_CHUNKS: usize = 136;
 pub(crate) const H_CREATED_UNIX_MS: usize = 144;
-pub(crate) const H_RESERVED: usize = 152;
+/// Without [`INCOMPAT_BOUND`] reserved too.
+pub(crate) const H_CHUNKS_ID: usize = 152;
+pub(crate) const H_RESERVED: usize = 168;
 pub(crate) const H_CRC: usize = HEADER_BYTES - 4;
 
 // Byte offsets of the chunk header's fields.
@@ -183,7 +188,8 @@ pub(crate) fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
 const _: () = {
     assert!(LEAF_BYTES == 4096);
     assert!(LEAF_SPAN_BYTES == 2 << 20);
-    assert!(H_CREATED_UNIX_MS + 8 == H_RESERVED);
+    assert!(H_CREATED_UNIX_MS + 8 == H_CHUNKS_ID);
+    assert!(H_CHUNKS_ID + 16 == H_RESERVED);
     assert!(H_CRC == 4092);
     assert!(C_CRC + 4 == CHUNK_HEADER_BYTES);
     assert!(S_RESERVED + 8 == SECTION_RECORD_BYTES);

@@ -8,6 +8,8 @@
 //! - Opens in constant time: the cost does not depend on the size of the guest's memory.
 //! - Reads any page with one look-up and one read; a chunk's checksum is checked whenever it is
 //!   read, never all up front and never skipped.
+//! - Knows whose a chunk is: a file that another snapshot is written over while it is open gives errors, and never a page
+//!   of the other.
 //! - Writes on all cores, with bounded memory, progress and cancellation; a file appears whole
 //!   and synced, or not at all, even after SIGKILL.
 //! - Treats the file as hostile: lengths are bounded before allocation, offsets checked, decoders
@@ -48,12 +50,15 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod behind;
+mod catalogue;
 mod chunk;
 mod codec;
 mod copy;
 mod dedupe;
 mod entry;
 mod error;
+mod guard;
 mod header;
 mod hot;
 mod index;
@@ -81,9 +86,10 @@ pub use codec::{Codec, UnknownCodec};
 pub use copy::{Changes, copy_snapshot};
 pub use entry::{ChunkExtent, PageEntry, PageIndex};
 pub use error::{ChainError, Corruption, Part, Problem, ReadError, WriteError};
+pub use guard::Stamp;
 pub use header::Header;
 pub use hot::HotPages;
-pub use load::OnPages;
+pub use load::{Loaded, OnPages};
 pub use memory::SnapshotMemory;
 pub use memory_map::MemoryRegion;
 pub use metadata::{CodecUse, Metadata};

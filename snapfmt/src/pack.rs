@@ -109,6 +109,8 @@ pub(crate) struct Packer<'a> {
     memory: &'a dyn ReadAt,
     compressor: Compressor,
     chunk_pages: usize,
+    /// What the checksums of chunks begin with.
+    seed: u32,
     dedupe: Option<&'a Dedupe>,
     parent: Option<(&'a dyn ParentPages, ChunkBuffer)>,
     /// Pages that are stored already.
@@ -128,6 +130,7 @@ impl<'a> Packer<'a> {
         memory: &'a dyn ReadAt,
         compressor: Compressor,
         chunk_pages: usize,
+        seed: u32,
         dedupe: Option<&'a Dedupe>,
         parent: Option<&'a dyn ParentPages>,
     ) -> Self {
@@ -137,6 +140,7 @@ impl<'a> Packer<'a> {
             memory,
             compressor,
             chunk_pages,
+            seed,
             dedupe,
             parent,
             skip: None,
@@ -214,7 +218,7 @@ impl<'a> Packer<'a> {
         let PackedLeaf { bytes, chunks, pages, .. } = packed;
         let raw_chunks = self.raw[..self.gathered].chunks(self.chunk_pages * PAGE_BYTES);
         for (pages, raw) in pages.chunks(self.chunk_pages).zip(raw_chunks) {
-            let (len, codec) = chunk::encode(&mut self.compressor, pages, raw, bytes)?;
+            let (len, codec) = chunk::encode(&mut self.compressor, pages, raw, self.seed, bytes)?;
             chunks.push(PackedChunk { len, pages: pages.len() as u16, codec });
         }
         Ok(())

@@ -1,5 +1,6 @@
 //! The parent of a layer: what a layer says of it, and how it is found.
 
+use std::cell::OnceCell;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -9,6 +10,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::OFlags;
 use uuid::Uuid;
 
+use crate::catalogue::{Catalogue, MOST_FILES};
 use crate::chunk::ChunkBuffer;
 use crate::entry::PageIndex;
 use crate::error::{ChainError, Corruption, Part, Problem, ReadError};
@@ -111,7 +113,8 @@ impl<R: ReadAt> ParentPages for Snapshot<R> {
 pub struct Parents {
     /// Files that may be parents, for any layer of the chain; the first one that fits is taken.
     pub files: Vec<PathBuf>,
-    /// Folders in which a parent may stand under the name by which the layer knows it.
+    /// Folders in which a parent may stand, under the name by which the layer knows it or, if there is no such parent, under any: then the
+    /// first 4 KiB of their files, of 4096 at most, tell which it is.
     pub folders: Vec<PathBuf>,
 }
 
@@ -120,6 +123,8 @@ impl Parents {
     pub(crate) fn open_chain(&self, path: &Path) -> Result<Vec<Layer<File>>, ReadError> {
         let mut layers = vec![open(path)?];
         let mut child = path.to_owned();
+        // Read once for the whole chain, if a parent is not where it should be.
+        let catalogue = OnceCell::new();
         loop {
             let number = layers.len() - 1;
             let hint = layers[number].parent_hint();
@@ -132,7 +137,7 @@ impl Parents {
             if layers.len() == MAX_LAYERS {
                 return Err(ChainError::TooLong { most: MAX_LAYERS }.into());
             }
-            let (parent, layer) = self.find(&child, &hint)?;
+            let (parent, layer) = self.find(&child, &hint, &catalogue)?;
             layers.push(layer);
             child = parent;
         }
@@ -141,29 +146,43 @@ impl Parents {
 
     /// The first file, of those that are there, that is the parent. If none is: why the first one
     /// that was there is not, or that there was none.
-    fn find(&self, child: &Path, hint: &ParentHint) -> Result<(PathBuf, Layer<File>), ReadError> {
+    fn find(
+        &self,
+        child: &Path,
+        hint: &ParentHint,
+        catalogue: &OnceCell<Catalogue>,
+    ) -> Result<(PathBuf, Layer<File>), ReadError> {
         let beside = child.parent().unwrap_or(Path::new("")).join(&hint.path);
         let name = hint.path.file_name().unwrap_or_default();
         let in_folders = self.folders.iter().map(|folder| folder.join(name));
         let places: Vec<_> = self.files.iter().cloned().chain([beside]).chain(in_folders).collect();
+        let there = places.iter().map(PathBuf::as_path).filter(|place| place.is_file());
+        // Only looked for if it is at none of those places.
+        let by_id = std::iter::once_with(|| {
+            let catalogue = catalogue.get_or_init(|| Catalogue::read(&self.folders));
+            catalogue.find(hint).filter(|found| places.iter().all(|place| place != found))
+        });
         let mut first_error = None;
-        for place in &places {
-            if !place.is_file() {
-                continue;
-            }
+        for place in there.chain(by_id.flatten()) {
             let fits = open(place).and_then(|layer| {
                 hint.check(&layer.header)?;
                 Ok(layer)
             });
             match fits {
-                Ok(layer) => return Ok((place.clone(), layer)),
-                Err(error) => _ = first_error.get_or_insert((place.clone(), error)),
+                Ok(layer) => return Ok((place.to_owned(), layer)),
+                Err(error) => _ = first_error.get_or_insert((place.to_owned(), error)),
             }
         }
-        Err(match first_error {
-            Some((path, error)) => ChainError::Parent { path, source: Box::new(error) }.into(),
-            None => ChainError::NotFound { id: hint.id, looked_at: places }.into(),
-        })
+        if let Some((path, error)) = first_error {
+            return Err(ChainError::Parent { path, source: Box::new(error) }.into());
+        }
+        Err(ChainError::NotFound {
+            id: hint.id,
+            looked_at: places,
+            searched: self.folders.clone(),
+            most: catalogue.get().is_some_and(|catalogue| catalogue.more).then_some(MOST_FILES),
+        }
+        .into())
     }
 }
 
@@ -176,7 +195,7 @@ fn open(path: &Path) -> Result<Layer<File>, ReadError> {
 }
 
 /// Opens a regular file; anything else, a pipe say, could make the opener wait for ever.
-fn open_file(path: &Path) -> io::Result<File> {
+pub(crate) fn open_file(path: &Path) -> io::Result<File> {
     let nonblocking = OFlags::NONBLOCK.bits() as i32;
     let file = OpenOptions::new().read(true).custom_flags(nonblocking).open(path)?;
     let kind = file.metadata()?.file_type();

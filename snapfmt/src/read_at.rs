@@ -1,7 +1,7 @@
 //! Where a snapshot's bytes, or the memory to be stored, come from.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::num::NonZeroU64;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
@@ -9,6 +9,9 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use rustix::fs::Advice;
+use rustix::io::{Errno, ReadWriteFlags};
+
+use crate::guard::Stamp;
 
 /// Storage that can be read at any offset from several threads at once.
 ///
@@ -26,9 +29,27 @@ pub trait ReadAt: Send + Sync {
     /// Whatever the storage reports.
     fn len_bytes(&self) -> io::Result<u64>;
 
+    /// What tells, without reading it, whether the storage was written to; `None`, unless it is overridden, where nothing does.
+    ///
+    /// # Errors
+    /// Whatever the storage reports.
+    fn stamp(&self) -> io::Result<Option<Stamp>> {
+        Ok(None)
+    }
+
     /// Says that these bytes will soon be read, so that storage which takes its time may begin. Does nothing unless it is
     /// overridden.
     fn expect(&self, _bytes: Range<u64>) {}
+
+    /// Whether the byte at `offset` can be read without waiting for slower storage below, such as a disk under the page cache. Asking
+    /// may make it so a little later. `None`, unless it is overridden, where that is not known.
+    fn is_cached(&self, _offset: u64) -> Option<bool> {
+        None
+    }
+
+    /// Says that these bytes will not be read again soon, so that room in which they are kept may be used for others. Does nothing unless it
+    /// is overridden.
+    fn release(&self, _bytes: Range<u64>) {}
 
     /// Another way to the same bytes, for who reads them in order while others read here and there: storage that reads ahead
     /// may go by what was read last. `None`, unless it is overridden, where that makes no difference.
@@ -46,11 +67,42 @@ impl ReadAt for File {
         Ok(self.metadata()?.len())
     }
 
+    /// Size and times of the inode.
+    fn stamp(&self) -> io::Result<Option<Stamp>> {
+        let found = rustix::fs::fstat(self)?;
+        let ns =
+            |seconds: i64, ns: u64| (seconds as u64).wrapping_mul(1_000_000_000).wrapping_add(ns);
+        Ok(Some(Stamp {
+            len_bytes: found.st_size as u64,
+            modified_ns: ns(found.st_mtime, found.st_mtime_nsec),
+            changed_ns: ns(found.st_ctime, found.st_ctime_nsec),
+        }))
+    }
+
     fn expect(&self, bytes: Range<u64>) {
         let len = bytes.end.checked_sub(bytes.start).and_then(NonZeroU64::new);
         if let Some(len) = len {
             // Where that is not possible, it takes its time.
             let _ = rustix::fs::fadvise(self, bytes.start, Some(len), Advice::WillNeed);
+        }
+    }
+
+    /// By `preadv2(RWF_NOWAIT)`: file systems that do not have it do not tell.
+    fn is_cached(&self, offset: u64) -> Option<bool> {
+        let mut byte = [0];
+        let into = &mut [IoSliceMut::new(&mut byte)];
+        match rustix::io::preadv2(self, into, offset, ReadWriteFlags::NOWAIT) {
+            Ok(len) => (len == 1).then_some(true),
+            Err(Errno::AGAIN) => Some(false),
+            Err(_) => None,
+        }
+    }
+
+    fn release(&self, bytes: Range<u64>) {
+        let len = bytes.end.checked_sub(bytes.start).and_then(NonZeroU64::new);
+        if let Some(len) = len {
+            // Where that is not possible, they stay.
+            let _ = rustix::fs::fadvise(self, bytes.start, Some(len), Advice::DontNeed);
         }
     }
 
@@ -99,8 +151,20 @@ impl<T: ReadAt + ?Sized> ReadAt for &T {
         (**self).len_bytes()
     }
 
+    fn stamp(&self) -> io::Result<Option<Stamp>> {
+        (**self).stamp()
+    }
+
     fn expect(&self, bytes: Range<u64>) {
         (**self).expect(bytes);
+    }
+
+    fn is_cached(&self, offset: u64) -> Option<bool> {
+        (**self).is_cached(offset)
+    }
+
+    fn release(&self, bytes: Range<u64>) {
+        (**self).release(bytes);
     }
 
     fn in_order(&self) -> Option<Box<dyn ReadAt>> {
@@ -117,8 +181,20 @@ impl<T: ReadAt + ?Sized> ReadAt for Arc<T> {
         (**self).len_bytes()
     }
 
+    fn stamp(&self) -> io::Result<Option<Stamp>> {
+        (**self).stamp()
+    }
+
     fn expect(&self, bytes: Range<u64>) {
         (**self).expect(bytes);
+    }
+
+    fn is_cached(&self, offset: u64) -> Option<bool> {
+        (**self).is_cached(offset)
+    }
+
+    fn release(&self, bytes: Range<u64>) {
+        (**self).release(bytes);
     }
 
     fn in_order(&self) -> Option<Box<dyn ReadAt>> {

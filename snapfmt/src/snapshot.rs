@@ -146,7 +146,7 @@ impl<R: ReadAt> Snapshot<R> {
     /// # Errors
     /// [`ReadError`] when the section is damaged.
     pub fn parent_hint(&self) -> Result<Option<ParentHint>, ReadError> {
-        self.top().parent_hint()
+        self.top().parent_hint().map_err(|error| self.top().named(0, error))
     }
 
     /// The file's sections, in the order in which they lie in the file.
@@ -180,7 +180,7 @@ impl<R: ReadAt> Snapshot<R> {
     /// [`ReadError`] when the section is missing, damaged, larger than 1 MiB, of more than 16384
     /// values or not JSON.
     pub fn metadata(&self) -> Result<Metadata, ReadError> {
-        self.top().metadata()
+        self.top().metadata().map_err(|error| self.top().named(0, error))
     }
 
     /// The state with the given tag, if the file has it.
@@ -188,7 +188,7 @@ impl<R: ReadAt> Snapshot<R> {
     /// # Errors
     /// [`ReadError`] when the section is damaged or larger than 64 MiB.
     pub fn state(&self, tag: u32) -> Result<Option<StateBlob>, ReadError> {
-        self.top().state(tag)
+        self.top().state(tag).map_err(|error| self.top().named(0, error))
     }
 
     /// Which pages a restored guest touched, if the file says so in a way that is known here. A hint: what it
@@ -197,7 +197,7 @@ impl<R: ReadAt> Snapshot<R> {
     /// # Errors
     /// [`ReadError`] when the section is damaged, larger than 4 MiB, or not possible for this memory.
     pub fn working_set(&self) -> Result<Option<WorkingSet>, ReadError> {
-        self.top().working_set()
+        self.top().working_set().map_err(|error| self.top().named(0, error))
     }
 
     /// Where a page is; never [`PageEntry::Parent`].
@@ -257,24 +257,18 @@ impl<R: ReadAt> Snapshot<R> {
     /// two halves; the second is [`Snapshot::decode_chunk`].
     ///
     /// # Errors
-    /// [`ReadError::Io`] when the storage fails.
+    /// [`ReadError::Io`] when the storage fails, [`ReadError::Changed`] when the file was written to since it was opened and
+    /// is of those whose chunks do not say which snapshot they are of.
     pub fn fetch_chunk(
         &self,
         extent: ChunkExtent,
         buffer: &mut ChunkBuffer,
     ) -> Result<(), ReadError> {
-        let part = Part::Section(SectionKind::CHUNKS);
         // At most 4 MiB: an entry has no room for more.
-        let len = extent.len_bytes() as usize;
-        let stored = buffer.refill(len);
-        let layer = self.layers.get(usize::from(extent.layer()));
-        let Some(layer) = layer else {
-            return Err(ReadError::NoSuchLayer { layer: extent.layer() });
-        };
+        let stored = buffer.refill(extent.len_bytes() as usize);
+        let layer = self.layer_of(extent)?;
         layer
-            .storage
-            .read_exact_at(stored, extent.offset())
-            .map_err(|source| ReadError::io(part, extent.offset(), len as u64, source))
+            .read_chunks(&layer.storage, stored, extent.offset())
             .map_err(|error| layer.named(extent.layer().into(), error))
     }
 
@@ -283,7 +277,7 @@ impl<R: ReadAt> Snapshot<R> {
     /// read. Gives the bytes that were read now.
     ///
     /// # Errors
-    /// [`ReadError::Io`] when the storage fails.
+    /// As [`Snapshot::fetch_chunk`].
     pub fn fetch_chunk_ahead(
         &self,
         extent: ChunkExtent,
@@ -293,19 +287,13 @@ impl<R: ReadAt> Snapshot<R> {
         if buffer.turn_to(self.serial, extent) {
             return Ok(0);
         }
-        let layer = self.layers.get(usize::from(extent.layer()));
-        let Some(layer) = layer else {
-            return Err(ReadError::NoSuchLayer { layer: extent.layer() });
-        };
-        let furthest = layer.index.chunks_end().min(extent.offset() + READ_AHEAD_BYTES);
+        let layer = self.layer_of(extent)?;
+        let furthest = layer.index.chunks().end.min(extent.offset() + READ_AHEAD_BYTES);
         let end = until.min(furthest).max(extent.end());
         let len = end - extent.offset();
         let stored = buffer.refill(len as usize);
-        let part = Part::Section(SectionKind::CHUNKS);
         layer
-            .in_order()
-            .read_exact_at(stored, extent.offset())
-            .map_err(|source| ReadError::io(part, extent.offset(), len, source))
+            .read_chunks(layer.in_order(), stored, extent.offset())
             .map_err(|error| layer.named(extent.layer().into(), error))?;
         buffer.filled_ahead(self.serial, extent);
         Ok(len)
@@ -316,17 +304,21 @@ impl<R: ReadAt> Snapshot<R> {
     ///
     /// # Errors
     /// [`ReadError::Corrupt`], of a layer's parent in [`ReadError::InParent`], when the chunk is
-    /// damaged or another one was fetched.
+    /// damaged, of another snapshot, or another one was fetched; [`ReadError::Changed`] when the storage was written to since it
+    /// was opened.
     pub fn decode_chunk<'b>(
         &self,
         extent: ChunkExtent,
         buffer: &'b mut ChunkBuffer,
     ) -> Result<Chunk<'b>, ReadError> {
-        let number = usize::from(extent.layer());
-        buffer.decode(extent).map_err(|error| match self.layers.get(number) {
-            Some(layer) => layer.named(number, error),
-            None => error,
-        })
+        let layer = self.layer_of(extent)?;
+        let decoded = buffer.decode(extent, layer.chunk_seed);
+        decoded.map_err(|error| layer.named(extent.layer().into(), error))
+    }
+
+    fn layer_of(&self, extent: ChunkExtent) -> Result<&Layer<R>, ReadError> {
+        let layer = self.layers.get(usize::from(extent.layer()));
+        layer.ok_or(ReadError::NoSuchLayer { layer: extent.layer() })
     }
 
     /// Copies one page into `page_bytes`.

@@ -69,7 +69,8 @@ impl<R: ReadAt> Snapshot<R> {
         threads: NonZeroUsize,
         progress: OnProgress<'_>,
     ) -> Result<Verified, ReadError> {
-        verify(&self.layers[0], threads, progress)
+        let layer = &self.layers[0];
+        verify(layer, threads, progress).map_err(|error| layer.named(0, error))
     }
 }
 
@@ -102,6 +103,8 @@ fn verify<R: ReadAt>(
     expect("stored_pages", stored_pages, header.stored_pages)?;
     expect("data_pages", data_pages, header.data_pages)?;
     expect("parent_pages", parent_pages, header.parent_pages)?;
+    // It is not said to be good of a file that is another one by now.
+    layer.unchanged()?;
     report(total_bytes)?;
     Ok(Verified { file_bytes: total_bytes, chunks: chunks.len() as u64, stored_pages, data_pages })
 }
@@ -213,9 +216,9 @@ impl<R: ReadAt> Verifier<'_, R> {
     }
 
     fn chunk(&self, extent: ChunkExtent, buffer: &mut ChunkBuffer) -> Result<u64, ReadError> {
-        let part = Part::Section(SectionKind::CHUNKS);
-        self.read_part(part, buffer.refill(extent.len_bytes() as usize), extent.offset())?;
-        let chunk = buffer.decode(extent)?;
+        let stored = buffer.refill(extent.len_bytes() as usize);
+        self.layer.read_chunks(&self.layer.storage, stored, extent.offset())?;
+        let chunk = buffer.decode(extent, self.layer.chunk_seed)?;
         for (slot, page) in (0..).zip(chunk.pages()) {
             let here = PageEntry::Data { chunk: extent, slot };
             if u64::from(page.0) >= self.layer.header.pages() || self.entry(*page)? != here {

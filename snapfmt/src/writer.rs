@@ -17,9 +17,10 @@ use crate::header::Header;
 use crate::hot::{self, HotPages};
 use crate::index::IndexBuilder;
 use crate::layout::{
-    CHUNK_ALIGN, H_CRC, HEADER_BYTES, INCOMPAT_LAYERED, LEAF_PAGES, MAX_CHUNK_OFFSET,
-    MAX_CHUNK_PAGES, MAX_METADATA_BYTES, MAX_METADATA_VALUES, MAX_PARENT_HINT_BYTES, MAX_SECTIONS,
-    MAX_STATE_BYTES, PAGE_BYTES, SECTION_RECORD_BYTES, VERSION, u32_at,
+    CHUNK_ALIGN, H_CRC, HEADER_BYTES, INCOMPAT_BOUND, INCOMPAT_LAYERED, LEAF_PAGES,
+    MAX_CHUNK_OFFSET, MAX_CHUNK_PAGES, MAX_METADATA_BYTES, MAX_METADATA_VALUES,
+    MAX_PARENT_HINT_BYTES, MAX_SECTIONS, MAX_STATE_BYTES, PAGE_BYTES, SECTION_RECORD_BYTES,
+    VERSION, u32_at,
 };
 use crate::memory_map::{self, MemoryRegion};
 use crate::metadata::{self, Metadata, StorageUse};
@@ -55,7 +56,8 @@ pub struct WriteOptions {
     pub level: i32,
     /// Most pages in a chunk, 1 to 512: small ones are read fast, large ones compress better.
     pub chunk_pages: usize,
-    /// Threads that compress, of which four for each CPU are used at most; the bytes of the file are the same for any number.
+    /// Threads that compress, of which four for each CPU are used at most; the bytes of the file are the same for any number,
+    /// but for its id and the checksums that begin with it.
     pub threads: NonZeroUsize,
     /// Store pages with equal bytes once.
     pub dedupe: bool,
@@ -156,6 +158,7 @@ fn write(
     check_limits(&contents, parent, options)?;
     let mut output = Output::create(path, options.existing)?;
     let mut file = FileBuilder::new(&mut output, parent);
+    let seed = chunk::seed(file.id);
 
     let tasks = LeafTasks::new(contents.data, memory_bytes);
     let dedupe = options.dedupe.then(Dedupe::default);
@@ -163,7 +166,7 @@ fn write(
         let compressor = Compressor::new(codec, options.level)?;
         let (dedupe, parent) = (dedupe.as_ref(), parent.map(|parent| parent.pages));
         let chunk_pages = options.chunk_pages;
-        Ok(Packer::new(contents.memory, compressor, chunk_pages, dedupe, parent))
+        Ok(Packer::new(contents.memory, compressor, chunk_pages, seed, dedupe, parent))
     };
     let front = hot::front(hot, &tasks, memory_bytes)?;
     let hot_bytes = front.pages.len() as u64 * PAGE_BYTES as u64;
@@ -235,6 +238,8 @@ fn check_limits(
 /// Appends to the output and keeps the books: sections, index, counts.
 pub(crate) struct FileBuilder<'a> {
     output: &'a mut Output,
+    /// The id that the file gets.
+    id: Uuid,
     parent: Option<&'a Parent<'a>>,
     pub(crate) offset: u64,
     pub(crate) sections: Vec<Section>,
@@ -252,6 +257,7 @@ impl<'a> FileBuilder<'a> {
         let absent = if parent.is_some() { PageEntry::Parent } else { PageEntry::Zero };
         Self {
             output,
+            id: Uuid::new_v4(),
             parent,
             // The header is written last: until then the file does not open.
             offset: HEADER_BYTES as u64,
@@ -359,7 +365,7 @@ impl<'a> FileBuilder<'a> {
         let stored = self.storage.total();
         let header = Header {
             version: VERSION,
-            incompat: if self.parent.is_some() { INCOMPAT_LAYERED } else { 0 },
+            incompat: INCOMPAT_BOUND | if self.parent.is_some() { INCOMPAT_LAYERED } else { 0 },
             ro_compat: 0,
             compat: 0,
             id: Uuid::nil(),
@@ -375,6 +381,7 @@ impl<'a> FileBuilder<'a> {
             },
             chunks: stored.chunks,
             created_unix_ms: 0,
+            chunks_id: Some(self.id),
             table_offset: 0,
             table_records: 0,
             table_crc: 0,
@@ -383,7 +390,7 @@ impl<'a> FileBuilder<'a> {
         self.seal(header)
     }
 
-    /// Writes the section table, and the header with an id of its own.
+    /// Writes the section table, and the header with the file's own id.
     pub(crate) fn seal(mut self, header: Header) -> Result<Header, WriteError> {
         self.align(CHUNK_ALIGN)?;
         let mut table = vec![0; self.sections.len() * SECTION_RECORD_BYTES];
@@ -393,7 +400,7 @@ impl<'a> FileBuilder<'a> {
         let table_offset = self.offset;
         self.append(&table)?;
         let mut header = Header {
-            id: Uuid::new_v4(),
+            id: self.id,
             created_unix_ms: unix_ms(),
             file_bytes: self.offset,
             table_offset,

@@ -32,13 +32,17 @@ fn the_worked_hexdump_is_a_real_file() {
     write_snapshot(&path, contents, &options, &|_| ControlFlow::Continue(())).unwrap();
     let file = std::fs::read(path).unwrap();
     let lines: Vec<_> = TEXT.lines().filter_map(hexdump_line).collect();
-    assert_eq!(lines.len(), 8);
+    assert_eq!(lines.len(), 9);
     for (offset, bytes) in lines {
         for (at, expected) in bytes.iter().enumerate() {
             let found = file[offset + at];
             assert!(expected.is_none_or(|byte| byte == found), "{:#x}: {found:#x}", offset + at);
         }
     }
+    // "chunks_id to 0xa7, here the id at 0x28", and the body's checksum as the text says.
+    assert_eq!(file[0x98..0xa8], file[0x28..0x38]);
+    let body_crc = crc32fast::hash(&[&file[0x98..0xa8], &file[0x1020..0x2040]].concat());
+    assert_eq!(file[0x100c..0x1010], body_crc.to_le_bytes());
 }
 
 #[test]

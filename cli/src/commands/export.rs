@@ -195,7 +195,8 @@ impl Export<'_> {
             Err(error @ ReadError::Cancelled) => Err(error.into()),
             loaded => {
                 let named = || self.args.input.file.display().to_string();
-                loaded.map(drop).with_context(named)
+                self.snapshot.release(&loaded.with_context(named)?);
+                Ok(())
             }
         }
     }

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
-use snapfmt::layout::PAGE_BYTES;
+use snapfmt::layout::{INCOMPAT_BOUND, INCOMPAT_LAYERED, PAGE_BYTES};
 use snapfmt::{Header, Metadata, Phase, Snapshot, WorkingSet};
 
 use super::foreign::staging::{Shape, Staging};
@@ -89,6 +89,12 @@ fn draw(snapshot: &Snapshot, path: &Path, force: bool) -> Result<()> {
     to_stdout(|out| Ok(out.write_all(text.as_bytes())?))
 }
 
+/// The features that a reader of the file must know, by their names in `docs/format.md`.
+fn features(header: &Header) -> String {
+    let named = [(INCOMPAT_LAYERED, ", LAYERED"), (INCOMPAT_BOUND, ", BOUND")];
+    named.iter().filter(|(bit, _)| header.incompat & bit != 0).map(|(_, name)| *name).collect()
+}
+
 fn created(header: &Header) -> String {
     let at = UNIX_EPOCH.checked_add(Duration::from_millis(header.created_unix_ms));
     humantime::format_rfc3339_millis(bounded(at.unwrap_or(UNIX_EPOCH))).to_string()
@@ -145,7 +151,7 @@ fn as_json(snapshot: &Snapshot, metadata: &Metadata, set: Option<&WorkingSet>) -
 fn as_text(snapshot: &Snapshot, metadata: &Metadata, set: Option<&WorkingSet>) -> String {
     let header = snapshot.header();
     let mut lines = vec![
-        format!("format     version {}", header.version),
+        format!("format     version {}{}", header.version, features(header)),
         format!("id         {}", header.id),
         format!("created    {} by {} {}", created(header), metadata.tool, metadata.tool_version),
     ];

@@ -147,7 +147,7 @@ struct Input {
     file: PathBuf,
 
     /// Of a layer: a file that may be its parent, or its parent's. Otherwise parents are looked
-    /// for where the layer says, and in the folders of $SNAP_PATH.
+    /// for where the layer says, and in the folders of $SNAP_PATH, by name and then by id.
     #[arg(long = "parent", value_name = "FILE")]
     parents: Vec<PathBuf>,
 }

@@ -314,7 +314,7 @@ impl Restore<'_> {
         let restored = restored?;
         // In this order, so that whatever goes wrong the vCPUs are gone before the pager.
         let Restored { snapshot, memory, pager, recording, clone, vm, .. } = restored;
-        let Restored { opened, memory_ready, loaded_bytes, set_damage, .. } = restored;
+        let Restored { opened, memory_ready, loaded_bytes, set_damage, image, .. } = restored;
         // Shared with the control socket, which is gone before this function is.
         let pager = pager.map(Arc::new);
         let keyboard = match self.keyboard {
@@ -375,6 +375,13 @@ impl Restore<'_> {
                 Ok(hash) => memory_sha256 = Some(hash),
                 Err(error) => outcome = Err(error),
             }
+        }
+        // The kernel has read it, and tells nothing.
+        if let (Some(Err(error)), Some(path)) =
+            (image.map(|image| image.unchanged()), self.origin.image)
+        {
+            let named = format!("the guest may have run from two images: {}", path.display());
+            outcome = Err(error).context(named);
         }
         // What the pager could not do is the cause of whatever else went wrong.
         if let Some(failure) = pager.as_ref().and_then(|pager| pager.failure()) {

@@ -26,9 +26,14 @@ impl Place {
     }
 }
 
+/// Whose the chunks are, where they say it. Not the file's own id.
+const CHUNKS_ID: [u8; 16] = [8; 16];
+
 /// A file in the making: its parts in the order of the methods.
 pub(crate) struct Forge {
     pub(crate) memory_bytes: u64,
+    /// Whether its chunks say whose they are; before the first of them.
+    pub(crate) bound: bool,
     pub(crate) chunks: u64,
     pub(crate) stored_pages: u64,
     entries: BTreeMap<u32, u64>,
@@ -40,6 +45,7 @@ impl Forge {
     pub(crate) fn new(memory_bytes: u64) -> Self {
         Self {
             memory_bytes,
+            bound: false,
             chunks: 0,
             stored_pages: 0,
             entries: BTreeMap::new(),
@@ -69,7 +75,8 @@ impl Forge {
         chunk.extend(payload);
         chunk.resize(chunk.len().next_multiple_of(64), 0);
         change(&mut chunk);
-        let body_crc = crc32fast::hash(&chunk[32..]);
+        let id: &[u8] = if self.bound { &CHUNKS_ID } else { &[] };
+        let body_crc = crc32fast::hash(&[id, &chunk[32..]].concat());
         chunk[12..16].copy_from_slice(&body_crc.to_le_bytes());
         let chunk_crc = crc32fast::hash(&chunk[..28]);
         chunk[28..32].copy_from_slice(&chunk_crc.to_le_bytes());
@@ -146,7 +153,8 @@ impl Forge {
 
         let mut header = b"\x89SNAP\r\n\x1a".to_vec();
         header.extend([1, 4096u32].iter().flat_map(|word| word.to_le_bytes()));
-        header.extend([0; 24]);
+        let incompat = if self.bound { 2u64 } else { 0 };
+        header.extend([incompat, 0, 0].iter().flat_map(|word| word.to_le_bytes()));
         header.extend([7; 16]);
         header.extend([0; 16]);
         header.extend([4096, 512u32].iter().flat_map(|word| word.to_le_bytes()));
@@ -155,6 +163,10 @@ impl Forge {
         header.extend([table_records, table_crc].iter().flat_map(|word| word.to_le_bytes()));
         let counts = [self.entries.len() as u64, self.stored_pages, 0, self.chunks];
         header.extend(counts.iter().flat_map(|word| word.to_le_bytes()));
+        if self.bound {
+            header.extend([0; 8]);
+            header.extend(CHUNKS_ID);
+        }
         header.resize(4092, 0);
         let header_crc = crc32fast::hash(&header);
         header.extend(header_crc.to_le_bytes());

@@ -28,6 +28,11 @@ pub(crate) const HOT: &[u8] = include_bytes!("../templates/hot.snap");
 /// Its number among the templates.
 pub(crate) const HOT_NUMBER: u8 = 4;
 
+/// A snapshot with the feature BOUND; the others are from before it.
+pub(crate) const BOUND: &[u8] = include_bytes!("../templates/bound.snap");
+/// Its number among the templates.
+pub(crate) const BOUND_NUMBER: u8 = 6;
+
 /// In place of a template's number: the rest of the input is the file.
 pub(crate) const AS_IS: u8 = 0xff;
 
@@ -48,6 +53,7 @@ pub(crate) fn open_and_read(input: &[u8]) {
         AS_IS => patches.to_vec(),
         LAYER_NUMBER => patched(LAYER, patches),
         HOT_NUMBER => patched(HOT, patches),
+        BOUND_NUMBER => patched(BOUND, patches),
         PARENT_NUMBER => patched(TEMPLATES[1], patches),
         number => patched(TEMPLATES[usize::from(number) % TEMPLATES.len()], patches),
     };
@@ -85,7 +91,7 @@ fn patched(template: &[u8], mut patches: &[u8]) -> Vec<u8> {
     file
 }
 
-/// Input: codec (1 byte), pages (2 bytes), a difference to the right payload length (1 byte), the
+/// Input: codec, and 4 for a file with the feature BOUND (1 byte), pages (2 bytes), a difference to the right payload length (1 byte), the
 /// slot of the first page's entry (2 bytes), the last byte of the padding (1 byte), the payload.
 pub(crate) fn chunk(input: &[u8]) {
     let [codec, a, b, difference, c, d, padding, payload @ ..] = input else {
@@ -93,6 +99,7 @@ pub(crate) fn chunk(input: &[u8]) {
     };
     let pages = u16::from_le_bytes([*a, *b]);
     let mut forge = Forge::new(4096 * 512);
+    forge.bound = *codec & 4 != 0;
     let list: Vec<u32> = (0..u32::from(pages).min(512)).collect();
     let place = forge.chunk(*codec % 4, pages, &list, payload, |chunk| {
         let declared = (payload.len() as u32).wrapping_add_signed((*difference as i8).into());

@@ -67,13 +67,14 @@ fn seal_lengths(file: &mut [u8]) {
 
 fn seal_chunks(file: &mut [u8], offset: usize, len: usize) {
     let (mut at, end) = (offset, offset.saturating_add(len).min(file.len()));
+    let seed = seed(file);
     while at < end {
         let (Some(pages), Some(payload)) = (number(file, at + 6, 2), number(file, at + 8, 4))
         else {
             return;
         };
         let len = (32 + 4 * pages + payload).next_multiple_of(64) as usize;
-        put_crc(file, at + 32, len - 32, at + 12);
+        put_crc_from(seed, file, at + 32, len - 32, at + 12);
         put_crc(file, at, 28, at + 28);
         at += len;
     }
@@ -92,9 +93,25 @@ fn number(bytes: &[u8], at: usize, len: usize) -> Option<u64> {
     Some(bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte)))
 }
 
+/// What the checksums of chunks' bodies begin with: of a file with the feature BOUND, the CRC of its chunks_id.
+fn seed(file: &[u8]) -> u32 {
+    let bound = number(file, 16, 8).is_some_and(|incompat| incompat & 2 != 0);
+    file.get(152..168).filter(|_| bound).map_or(0, crc32fast::hash)
+}
+
 /// Puts the CRC of a part of the file at `to`, if both are in the file.
 fn put_crc(file: &mut [u8], offset: usize, len: usize, to: usize) {
-    let crc = offset.checked_add(len).and_then(|end| file.get(offset..end)).map(crc32fast::hash);
+    put_crc_from(0, file, offset, len, to);
+}
+
+/// The same for a CRC that begins with `seed`.
+fn put_crc_from(seed: u32, file: &mut [u8], offset: usize, len: usize, to: usize) {
+    let crc_of = |bytes: &[u8]| {
+        let mut hasher = crc32fast::Hasher::new_with_initial(seed);
+        hasher.update(bytes);
+        hasher.finalize()
+    };
+    let crc = offset.checked_add(len).and_then(|end| file.get(offset..end)).map(crc_of);
     if let (Some(crc), Some(target)) =
         (crc, to.checked_add(4).and_then(|end| file.get_mut(to..end)))
     {

@@ -12,6 +12,8 @@ use rustix::io::Errno;
 use snapfmt::layout::PAGE_BYTES;
 use snapfmt::{MemoryRegion, ReadAt};
 
+use crate::watched::Watched;
+
 /// A part of the source space that lies in one piece in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Extent {
@@ -106,7 +108,7 @@ impl Layout {
 
 /// A file of memory and its layout: the source space to read from.
 pub(crate) struct MemoryFile {
-    file: File,
+    file: Watched,
     layout: Layout,
 }
 
@@ -121,7 +123,7 @@ impl MemoryFile {
         if found > expected {
             bail!("{} is {found} bytes long, expected {expected}", named());
         }
-        Ok(Self { file, layout })
+        Ok(Self { file: Watched::new(file).with_context(named)?, layout })
     }
 
     pub(crate) fn regions(&self) -> &[MemoryRegion] {
@@ -136,13 +138,13 @@ impl MemoryFile {
             let to_source = |offset: u64| extent.source_offset + (offset - extent.file_offset);
             let mut at = extent.file_offset;
             while at < end {
-                let start = match rustix::fs::seek(&self.file, SeekFrom::Data(at)) {
+                let start = match rustix::fs::seek(self.file.file(), SeekFrom::Data(at)) {
                     Ok(start) if start < end => start,
                     // No data from there on, or not before the end.
                     Ok(_) | Err(Errno::NXIO) => break,
                     Err(error) => return Err(error.into()),
                 };
-                at = rustix::fs::seek(&self.file, SeekFrom::Hole(start))?.min(end);
+                at = rustix::fs::seek(self.file.file(), SeekFrom::Hole(start))?.min(end);
                 data.push(to_source(start)..to_source(at));
             }
         }
@@ -155,7 +157,7 @@ impl ReadAt for MemoryFile {
         let mut rest = buf;
         for (at, len) in self.layout.parts(offset..offset + rest.len() as u64) {
             let (now, later) = rest.split_at_mut(len);
-            FileExt::read_exact_at(&self.file, now, at)?;
+            self.file.read_exact_at(now, at)?;
             rest = later;
         }
         if rest.is_empty() { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
@@ -209,8 +211,21 @@ mod tests {
         memory.read_exact_at(&mut found, 0).unwrap();
         assert!(found == bytes);
         let mut first = [0; 8];
-        FileExt::read_exact_at(&memory.file, &mut first, 0).unwrap();
+        memory.file.read_exact_at(&mut first, 0).unwrap();
         assert_eq!(first[..], bytes[2 * PAGE as usize..][..8]);
+        assert!(memory.read_exact_at(&mut found, PAGE).is_err());
+    }
+
+    /// What is imported is one memory, not parts of two.
+    #[test]
+    fn a_file_that_was_written_to_meanwhile_is_not_read() {
+        let file = tempfile::tempfile().unwrap();
+        let layout = Layout::new(&[0..2 * PAGE]).unwrap();
+        layout.write(&file, 0, &[7; 2 * PAGE_BYTES]).unwrap();
+        let memory = MemoryFile::new(file.try_clone().unwrap(), Path::new("m"), layout).unwrap();
+        let mut found = [0; PAGE_BYTES];
+        memory.read_exact_at(&mut found, 0).unwrap();
+        file.write_all_at(&[8], PAGE).unwrap();
         assert!(memory.read_exact_at(&mut found, PAGE).is_err());
     }
 }

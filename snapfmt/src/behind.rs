@@ -1,0 +1,158 @@
+//! What reading a whole file once leaves in the page cache: nothing, if it was not there before.
+//!
+//! When all of a guest's memory is loaded, it is there decoded; the file beside it in the page cache would push out what others use. But a
+//! file that is in use, or is restored again and again, is better cached. The page cache itself tells which it is:
+//!
+//! - Something of the file is cached: it stays, with all that this reader adds. Another process reads it, or it was read lately.
+//! - Nothing is: the chunks are let go of behind the reader. The index stays, less than a hundredth of the file. So if the file is read
+//!   again before that is gone too, something of it is cached, and from then on it stays.
+
+use std::ops::Range;
+
+use crate::layer::Layer;
+use crate::read_at::ReadAt;
+
+/// Chunks that are let go of at once, while others are read. Those of smaller files are let go of at the end, when the caller asks for it.
+const STEP_BYTES: u64 = 256 << 20;
+/// Files with less than this in their chunks stay: opening them reads ahead, and there is little to win.
+const SMALL_BYTES: u64 = 4 << 20;
+/// Places at which it is asked whether chunks are cached.
+const PROBES: u64 = 8;
+
+/// The files of a snapshot that all of is read, once.
+pub(crate) struct Behind<'a, R> {
+    layers: Vec<Trail<'a, R>>,
+    step_bytes: u64,
+}
+
+/// One of those that nothing was cached of.
+struct Trail<'a, R> {
+    number: u16,
+    layer: &'a Layer<R>,
+    /// Chunks that are read and not let go of. Some behind it may be read once more: equal pages, and hot ones.
+    read: Range<u64>,
+}
+
+impl<'a, R: ReadAt> Behind<'a, R> {
+    /// Looks which of the files are cached; before any of their leaves and chunks are read.
+    pub(crate) fn new(layers: &'a [Layer<R>]) -> Self {
+        let cold = (0..).zip(layers).filter(|(_, layer)| nothing_cached(layer));
+        let trail = |(number, layer): (u16, &'a Layer<R>)| {
+            let start = layer.index.chunks().start;
+            Trail { number, layer, read: start..start }
+        };
+        Self { layers: cold.map(trail).collect(), step_bytes: STEP_BYTES }
+    }
+
+    /// All up to this offset of a layer was read.
+    pub(crate) fn reached(&mut self, layer: u16, offset: u64) {
+        let of_layer = self.layers.iter_mut().find(|trail| trail.number == layer);
+        let Some(trail) = of_layer else { return };
+        trail.read.end = trail.read.end.max(offset);
+        if trail.read.end - trail.read.start >= self.step_bytes {
+            trail.layer.storage.release(trail.read.clone());
+            trail.read.start = trail.read.end;
+        }
+    }
+
+    /// The layers whose chunks may be let go of, now that nothing more is read.
+    pub(crate) fn finish(self) -> Vec<u16> {
+        self.layers.into_iter().map(|trail| trail.number).collect()
+    }
+}
+
+/// Whether nothing of the file is cached, as far as some places tell. A place that is not cached may be read for the answer.
+fn nothing_cached<R: ReadAt>(layer: &Layer<R>) -> bool {
+    let chunks = layer.index.chunks();
+    let len = chunks.end - chunks.start;
+    if len < SMALL_BYTES {
+        return false;
+    }
+    let places = (0..PROBES).map(|probe| chunks.start + (2 * probe + 1) * (len / (2 * PROBES)));
+    let mut all = layer.index.first_leaf_offset().into_iter().chain(places);
+    all.all(|offset| layer.storage.is_cached(offset) == Some(false))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::ops::ControlFlow;
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+    use crate::{Codec, Contents, MemoryRegion, Metadata, WriteOptions, write_snapshot};
+
+    /// A file in memory of which nothing is cached, but what was put into `cached`.
+    struct Cold {
+        bytes: Vec<u8>,
+        cached: Option<u64>,
+        released: Mutex<Vec<Range<u64>>>,
+    }
+
+    impl ReadAt for Cold {
+        fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+            self.bytes.read_exact_at(buf, offset)
+        }
+        fn len_bytes(&self) -> io::Result<u64> {
+            self.bytes.len_bytes()
+        }
+        fn is_cached(&self, offset: u64) -> Option<bool> {
+            Some(self.cached == Some(offset))
+        }
+        fn release(&self, bytes: Range<u64>) {
+            self.released.lock().unwrap().push(bytes);
+        }
+    }
+
+    /// A file with some more than 4 MiB of chunks in four leaves.
+    fn layer(cached: impl Fn(&Layer<Vec<u8>>) -> Option<u64>) -> Layer<Arc<Cold>> {
+        let memory = vec![7; 6 << 20];
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.snap");
+        let contents = Contents {
+            regions: &[MemoryRegion { gpa: 0, len: 6 << 20, source_offset: 0 }],
+            memory: &memory,
+            data: &[0..6 << 20],
+            states: &[],
+            metadata: Metadata::default(),
+        };
+        let options = WriteOptions { codec: Codec::Raw, dedupe: false, ..WriteOptions::default() };
+        write_snapshot(&path, contents, &options, &|_| ControlFlow::Continue(())).unwrap();
+        let bytes = std::fs::read(path).unwrap();
+        let cached = cached(&Layer::open(bytes.clone()).unwrap());
+        Layer::open(Arc::new(Cold { bytes, cached, released: Mutex::default() })).unwrap()
+    }
+
+    #[test]
+    fn a_file_is_let_go_of_step_by_step_each_part_once() {
+        let layers = [layer(|_| None)];
+        let chunks = layers[0].index.chunks();
+        let mut behind = Behind { step_bytes: 1 << 20, ..Behind::new(&layers) };
+        let released = || std::mem::take(&mut *layers[0].storage.released.lock().unwrap());
+        behind.reached(0, chunks.start + (1 << 20) - 64);
+        // Another file's, and one that is none.
+        behind.reached(1, chunks.end);
+        assert_eq!(released(), []);
+        behind.reached(0, chunks.start + (1 << 20) + 64);
+        // An equal page, far back.
+        behind.reached(0, chunks.start + 4096);
+        behind.reached(0, chunks.end);
+        let middle = chunks.start + (1 << 20) + 64;
+        assert_eq!(released(), [chunks.start..middle, middle..chunks.end]);
+        assert_eq!(behind.finish(), [0]);
+    }
+
+    #[test]
+    fn a_file_that_anything_is_cached_of_stays() {
+        let layers = [
+            layer(|layer| layer.index.first_leaf_offset()),
+            layer(|_| None),
+            // The last of the places.
+            layer(|layer| {
+                let chunks = layer.index.chunks();
+                Some(chunks.start + 15 * ((chunks.end - chunks.start) / 16))
+            }),
+        ];
+        assert_eq!(Behind::new(&layers).finish(), [1]);
+    }
+}

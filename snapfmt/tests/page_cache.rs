@@ -1,0 +1,94 @@
+//! What loading all of a file leaves of it in the page cache, on the file system that temporary files are on.
+
+use std::fs::File;
+use std::io::Write;
+use std::num::NonZeroUsize;
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use snapfmt::{
+    Codec, Contents, MemoryRegion, Metadata, ReadAt, SectionKind, Snapshot, WriteOptions,
+    write_snapshot,
+};
+
+const MEMORY_BYTES: u64 = 16 << 20;
+
+fn go_on(_: snapfmt::Progress) -> ControlFlow<()> {
+    ControlFlow::Continue(())
+}
+
+/// A file of 16 MiB.
+fn store(path: &Path) {
+    let memory: Vec<u8> = (0..MEMORY_BYTES).map(|at| (at >> 12) as u8 | 1).collect();
+    let contents = Contents {
+        regions: &[MemoryRegion { gpa: 0, len: MEMORY_BYTES, source_offset: 0 }],
+        memory: &memory,
+        data: &[0..MEMORY_BYTES],
+        states: &[],
+        metadata: Metadata::default(),
+    };
+    let options = WriteOptions { codec: Codec::Raw, dedupe: false, ..WriteOptions::default() };
+    write_snapshot(path, contents, &options, &go_on).unwrap();
+}
+
+/// How many of 100 pages of chunks, in even distances, are cached; `None` where that is not known. Those that are not are read because of
+/// the question.
+fn cached(path: &Path) -> Option<usize> {
+    let file = File::open(path).unwrap();
+    // Otherwise what is around the page would be read too.
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random).unwrap();
+    let step = MEMORY_BYTES / 101;
+    let answers = (1..=100).map(|number| file.is_cached(4096 + number * step));
+    Some(answers.collect::<Option<Vec<_>>>()?.into_iter().filter(|cached| *cached).count())
+}
+
+fn load(path: &Path) {
+    let snapshot = Snapshot::open(path).unwrap();
+    let loaded = snapshot.load(NonZeroUsize::new(2).unwrap(), &|_, _| {}, &go_on).unwrap();
+    assert!(loaded.bytes_read >= MEMORY_BYTES);
+    snapshot.release(&loaded);
+}
+
+/// Drops a file from the page cache. Answers whether that is possible here: not in tmpfs, where it is all there is.
+fn drop_pages(path: &Path) -> bool {
+    let file = File::open(path).unwrap();
+    file.sync_all().unwrap();
+    file.release(0..file.len_bytes().unwrap());
+    // In the middle, where nothing was read for the answer.
+    file.is_cached(MEMORY_BYTES / 2) == Some(false) && {
+        file.release(0..file.len_bytes().unwrap());
+        true
+    }
+}
+
+#[test]
+fn the_first_loading_leaves_nothing_and_the_second_one_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.snap");
+    store(&path);
+    if !drop_pages(&path) {
+        let said = b"SKIPPED page_cache: temporary files cannot be dropped from the page cache\n";
+        std::io::stderr().write_all(said).unwrap();
+        return;
+    }
+    load(&path);
+    let left = cached(&path).unwrap();
+    assert!(left < 10, "{left} of 100 pages are left after the first loading");
+    // `cached` has had those read that it has asked for; without the index there would be no telling that the file was read lately.
+    assert!(drop_chunks(&path));
+    load(&path);
+    let left = cached(&path).unwrap();
+    assert!(left > 90, "{left} of 100 pages are left after the second loading");
+    // One that is cached stays so, however often it is loaded.
+    load(&path);
+    assert!(cached(&path).unwrap() > 90);
+}
+
+/// Drops what the test itself has brought into the page cache. Answers whether the index is still there.
+fn drop_chunks(path: &Path) -> bool {
+    let snapshot = Snapshot::open(path).unwrap();
+    let of_kind = |kind| *snapshot.sections().iter().find(|s| s.kind == kind).unwrap();
+    let (chunks, leaves) = (of_kind(SectionKind::CHUNKS), of_kind(SectionKind::INDEX_LEAVES));
+    snapshot.storage().release(chunks.offset..chunks.end());
+    snapshot.storage().is_cached(leaves.offset) == Some(true)
+}

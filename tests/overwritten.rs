@@ -1,0 +1,267 @@
+//! Snapshots that another one of the same guest is written over (`cp`, `rsync --inplace`) while a guest runs from them: it has
+//! pages of one, and asks for more. It stops with a message, and sees no page of the other.
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use snapfmt::layout::INCOMPAT_BOUND;
+use snapfmt::{PageEntry, Snapshot};
+
+use crate::control::Vm;
+use crate::seal;
+use crate::support::{SNAP, Sample, needs_vm, run, snap};
+
+/// A hang guard.
+const LONG: Duration = Duration::from_secs(60);
+
+/// What a stopped guest says, whatever the file.
+const SAYS: [&str; 3] =
+    ["guest stopped", "was written to after it was opened", "renaming a new file"];
+
+/// Two snapshots of one guest, before its first beat and after its third, in files that are laid out alike.
+struct Two {
+    sample: Sample,
+    later: PathBuf,
+}
+
+impl Two {
+    /// Stored in `codec`; `bound`: whether their chunks say whose they are, as they do since there is a feature bit for that.
+    #[track_caller]
+    fn new(codec: &str, bound: bool) -> Two {
+        // Small chunks and much work: a beat takes thousands of faults.
+        let storage = ["--codec", codec, "--chunk-pages", "1", "--no-dedupe"];
+        let sample =
+            Sample::create(&[&["--memory", "24M", "--work", "16M"], &storage[..]].concat());
+        let [layer, later] = ["l.snap", "later.snap"].map(|name| sample.folder.path().join(name));
+        let mut words = vec!["create", text(&layer), "--from", text(&sample.file)];
+        words.extend(["--when", "output:beat 3 ok\n"]);
+        snap(words).ok();
+        snap([&["flatten", text(&layer), "-o", text(&later)], &storage[..]].concat()).ok();
+        std::fs::remove_file(layer).expect("it was made above");
+        if !bound {
+            unbind(&sample.file);
+            unbind(&later);
+        }
+        Two { sample, later }
+    }
+
+    fn file(&self) -> &Path {
+        &self.sample.file
+    }
+
+    fn folder(&self) -> &Path {
+        self.sample.folder.path()
+    }
+
+    /// Writes the later snapshot over the earlier one; the file is at no time shorter.
+    fn write_over(&self) {
+        let bytes = std::fs::read(&self.later).expect("it can be read");
+        let file = OpenOptions::new().write(true).open(self.file()).expect("it can be written");
+        file.write_all_at(&bytes, 0).expect("it is written");
+        file.set_len(bytes.len() as u64).expect("it has its length");
+    }
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("a plain name")
+}
+
+/// Makes a file as it was written before chunks said whose they are.
+fn unbind(path: &Path) {
+    let mut bytes = std::fs::read(path).expect("it can be read");
+    bytes[16] &= !(INCOMPAT_BOUND as u8);
+    bytes[152..168].fill(0);
+    seal::seal(&mut bytes, seal::CHUNKS | seal::HEADER);
+    std::fs::write(path, bytes).expect("it can be written");
+    snap(["verify", text(path)]).ok();
+}
+
+/// A guest that has had some of its pages by faults, and stands still now. It ends by itself after some beats, when all
+/// of its memory is hashed: so it asks for every page.
+#[track_caller]
+fn half_way(folder: &Path, file: &Path) -> Vm {
+    let words = ["restore", text(file), "--lazy", "--prefetch", "off", "--beats", "4", "--hash"];
+    let vm = Vm::start_paused(folder, &words);
+    let began = Instant::now();
+    let faults = || vm.ask("GET", "/stats", &Value::Null).1["pager"]["faults"].as_u64();
+    while faults() < Some(100) {
+        assert!(began.elapsed() < LONG, "{:?} faults", faults());
+        thread::sleep(Duration::from_millis(1));
+    }
+    vm.set("Paused");
+    vm
+}
+
+/// It is stopped, says why and about which file, and has printed no beat that was not ok.
+#[track_caller]
+fn stops(mut vm: Vm, what: &str, file: &str) {
+    // One that has ended meanwhile does not answer.
+    let _ = vm.ask("PATCH", "/vm", &json!({ "state": "Resumed" }));
+    let ran = vm.end();
+    assert!(!ran.stdout.contains("BAD"), "{what}: {}", ran.stdout);
+    ran.failed(5, &SAYS).failed(5, &[file]);
+}
+
+/// Each codec, and both forms of the file.
+const FORMS: [(&str, bool); 4] = [("raw", true), ("raw", false), ("lz4", true), ("zstd", false)];
+
+#[test]
+fn a_guest_whose_snapshot_is_written_over_stops() {
+    needs_vm!();
+    for (codec, bound) in FORMS.into_iter().chain([("lz4", false), ("zstd", true)]) {
+        let two = Two::new(codec, bound);
+        let vm = half_way(two.folder(), two.file());
+        two.write_over();
+        stops(vm, &format!("{codec}, bound: {bound}"), "guest.snap");
+        // The file is the later snapshot now, and a good one.
+        snap(["verify", text(two.file())]).ok();
+    }
+}
+
+/// `cp` makes the file empty first, `rsync --inplace` does not; both may set its time back.
+#[test]
+fn a_guest_whose_snapshot_is_copied_over_stops() {
+    needs_vm!();
+    for bound in [true, false] {
+        for options in [&[][..], &["--preserve=timestamps"]] {
+            let two = Two::new("raw", bound);
+            let touch = Command::new("touch").arg("-r").arg(two.file()).arg(&two.later).status();
+            assert!(touch.expect("touch runs").success());
+            let vm = half_way(two.folder(), two.file());
+            let mut copy = Command::new("cp");
+            copy.args(options).arg(&two.later).arg(two.file());
+            run(copy).ok();
+            stops(vm, &format!("cp {options:?}, bound: {bound}"), "guest.snap");
+        }
+    }
+}
+
+/// The guest that runs keeps the old file, which has no name any more; others get the new one.
+#[test]
+fn a_guest_whose_snapshot_is_replaced_by_renaming_runs_on() {
+    needs_vm!();
+    for bound in [true, false] {
+        let two = Two::new("raw", bound);
+        let mut vm = half_way(two.folder(), two.file());
+        std::fs::rename(&two.later, two.file()).expect("it is replaced");
+        vm.set("Resumed");
+        let ran = vm.end().ok();
+        assert!(ran.stdout.ends_with("beat 3 ok\nbeat 4 ok"), "{}", ran.stdout);
+    }
+}
+
+#[test]
+fn a_guest_whose_snapshots_parent_is_written_over_stops() {
+    needs_vm!();
+    for (codec, bound) in FORMS {
+        let two = Two::new(codec, bound);
+        let layer = two.folder().join("layer.snap");
+        let words = ["create", text(&layer), "--from", text(two.file())];
+        snap(words.into_iter().chain(["--when", "output:beat 1 ok\n"])).ok();
+        let vm = half_way(two.folder(), &layer);
+        two.write_over();
+        // What is wrong is in the parent, and told as the parent's.
+        stops(vm, &format!("{codec}, bound: {bound}"), "layer.snap: ");
+        snap(["verify", text(&layer)]).failed(3, &["guest.snap", "as the parent, found"]);
+    }
+}
+
+/// The server has the file, and the clone is told why it stops.
+#[test]
+fn a_clone_whose_served_snapshot_is_written_over_stops() {
+    needs_vm!();
+    for (codec, bound) in FORMS {
+        let two = Two::new(codec, bound);
+        let socket = two.folder().join("pages.sock");
+        let mut serve = Command::new(SNAP);
+        serve.args(["serve", text(two.file()), "--prefetch", "off", "--listen"]).arg(&socket);
+        let mut server = serve.stderr(std::process::Stdio::null()).spawn().expect("it starts");
+        let began = Instant::now();
+        while !socket.exists() {
+            assert!(began.elapsed() < LONG, "there is no server");
+            thread::sleep(Duration::from_millis(1));
+        }
+        // One beat is less than half of the pages; the hash wants all.
+        let words = ["restore", text(two.file()), "--lazy", "--share", text(&socket)];
+        let words = [&words[..], &["--beats", "200", "--hash"]].concat();
+        let vm = Vm::start(two.folder(), &words);
+        vm.set("Paused");
+        two.write_over();
+        stops(vm, &format!("{codec}, bound: {bound}"), "guest.snap");
+        server.kill().expect("it runs");
+        server.wait().expect("it ends");
+    }
+}
+
+/// What a guest has not touched is read from its snapshot when it is stored.
+#[test]
+fn a_guest_whose_snapshot_is_written_over_is_not_stored() {
+    needs_vm!();
+    for bound in [true, false] {
+        let two = Two::new("raw", bound);
+        let mut vm = half_way(two.folder(), two.file());
+        two.write_over();
+        let out = two.folder().join("now.snap");
+        let request = json!({ "snapshot_path": out });
+        let (status, answer) = vm.ask("PUT", "/snapshot/create", &request);
+        assert!(status >= 400, "{status} {answer}");
+        let message = answer["fault_message"].as_str().expect("it says why");
+        assert!(message.contains("was written to after it was opened"), "{message}");
+        assert!(!out.exists());
+        stops_or_is_stopped(&mut vm);
+    }
+}
+
+/// Nothing of it is left to a guest that could not be stored.
+#[track_caller]
+fn stops_or_is_stopped(vm: &mut Vm) {
+    let _ = vm.ask("PATCH", "/vm", &json!({ "state": "Resumed" }));
+    let ran = vm.end();
+    assert!(!ran.stdout.contains("BAD"), "{}", ran.stdout);
+    ran.failed(5, &SAYS);
+}
+
+/// Memory that is a mapping of a raw image (a mode of `snap bench`): nothing stops the guest, but the run does not count.
+#[test]
+fn a_run_whose_raw_image_is_written_to_fails() {
+    needs_vm!();
+    let sample = Sample::small();
+    let image = sample.folder.path().join("memory.raw");
+    snap(["export", text(&sample.file), "--format", "raw", "-o", text(&image)]).ok();
+    let words = ["restore", text(&sample.file), "--image", text(&image), "--beats", "50"];
+    Vm::start(sample.folder.path(), &words).end().ok();
+    let mut vm = Vm::start(sample.folder.path(), &words);
+    vm.set("Paused");
+    let file = OpenOptions::new().write(true).open(&image).expect("it opens");
+    file.write_all_at(&[0], 0).expect("it can be written");
+    vm.set("Resumed");
+    let says =
+        ["the guest may have run from two images", "memory.raw", "changed after it was opened"];
+    vm.end().failed(1, &says);
+}
+
+/// Otherwise the tests above would show that other places are noticed, and not other snapshots.
+#[test]
+fn the_two_snapshots_of_these_tests_are_laid_out_alike() {
+    needs_vm!();
+    for codec in ["raw", "lz4", "zstd"] {
+        let two = Two::new(codec, true);
+        let [a, b] = [two.file(), &two.later].map(|path| Snapshot::open(path).expect("it opens"));
+        let (mut same, mut all) = (0, 0);
+        a.for_each_entry(0..a.leaf_count(), |page, entry| {
+            if let PageEntry::Data { .. } = entry {
+                all += 1;
+                same += u64::from(b.entry(page)? == entry);
+            }
+            Ok(())
+        })
+        .expect("the index can be read");
+        let least = if codec == "raw" { all / 2 } else { 1 };
+        assert!(same >= least, "{codec}: {same} of {all} pages stand at the same place");
+    }
+}

@@ -1,0 +1,52 @@
+//! What an eager restore leaves of its file in the page cache.
+
+use std::fs::File;
+use std::path::Path;
+
+use snapfmt::{ReadAt, SectionKind, Snapshot};
+
+use crate::support::{Sample, needs_vm, skip, snap};
+
+/// Drops a file's chunks from the page cache; with `all`, its index too.
+fn drop_pages(path: &Path, all: bool) {
+    let snapshot = Snapshot::open(path).expect("it opens");
+    let chunks = snapshot.sections().iter().find(|s| s.kind == SectionKind::CHUNKS);
+    let chunks = *chunks.expect("every file has them");
+    let file = snapshot.storage();
+    file.sync_all().expect("it can be synced");
+    let end = if all { file.len_bytes().expect("a file") } else { chunks.end() };
+    file.release(0..end);
+}
+
+/// Whether the middle of the file is cached, as far as that is known. If it is not, it is read.
+fn is_cached(path: &Path) -> Option<bool> {
+    let file = File::open(path).expect("it opens");
+    file.is_cached(file.len_bytes().expect("a file") / 2)
+}
+
+#[test]
+fn a_file_that_was_not_cached_is_let_go_of_when_it_is_restored_once() {
+    needs_vm!();
+    let options = ["--memory", "64M", "--work", "32M", "--codec", "raw"];
+    let sample = Sample::create(&options);
+    let (file, raw) = (&sample.file, sample.folder.path().join("memory.raw"));
+    drop_pages(file, true);
+    if is_cached(file) != Some(false) {
+        return skip("page_cache", "temporary files cannot be dropped from the page cache");
+    }
+    let restore = || _ = sample.restore(&["--beats", "1"]).ok();
+    drop_pages(file, true);
+    restore();
+    assert_eq!(is_cached(file), Some(false), "after the first restore");
+    // The question has had a page read: without it, the second restore finds only the index of the first.
+    drop_pages(file, false);
+    restore();
+    assert_eq!(is_cached(file), Some(true), "after the second restore");
+    restore();
+    assert_eq!(is_cached(file), Some(true), "after the third restore");
+    // Whatever reads all of it once.
+    drop_pages(file, true);
+    let words = ["export".as_ref(), file.as_os_str(), "--format".as_ref(), "raw".as_ref()];
+    snap(words.into_iter().chain(["-o".as_ref(), raw.as_os_str()])).ok();
+    assert_eq!(is_cached(file), Some(false), "after an export");
+}
