@@ -22,6 +22,7 @@ mod looking_inside;
 mod networks;
 mod overlays;
 mod running;
+mod scattered_memory;
 mod serving;
 mod slow_readers;
 mod sockets;

@@ -161,7 +161,9 @@ pub(crate) fn gpa_ranges(
     regions: &[MemoryRegion],
     source: Range<u64>,
 ) -> impl Iterator<Item = Range<u64>> + '_ {
-    regions.iter().filter_map(move |region| {
+    let first = regions.partition_point(|r| r.source_offset + r.len <= source.start);
+    let in_source = regions[first..].iter().take_while(move |r| r.source_offset < source.end);
+    in_source.filter_map(move |region| {
         let start = source.start.max(region.source_offset);
         let end = source.end.min(region.source_offset + region.len);
         let to_gpa = |offset: u64| region.gpa + (offset - region.source_offset);

@@ -142,6 +142,9 @@ fn as_json(snapshot: &Snapshot, metadata: &Metadata, set: Option<&WorkingSet>) -
     })
 }
 
+/// So many regions of memory have a line.
+const REGIONS_TOLD: usize = 16;
+
 fn as_text(snapshot: &Snapshot, metadata: &Metadata, set: Option<&WorkingSet>) -> String {
     let header = snapshot.header();
     let mut lines = vec![
@@ -156,10 +159,15 @@ fn as_text(snapshot: &Snapshot, metadata: &Metadata, set: Option<&WorkingSet>) -
     for (name, value) in &metadata.other {
         lines.push(format!("{name:<10} {}", one_line(value)));
     }
-    for (number, region) in snapshot.regions().iter().enumerate() {
+    let regions = snapshot.regions();
+    for (number, region) in regions.iter().take(REGIONS_TOLD).enumerate() {
         let name = if number == 0 { "memory" } else { "" };
         let end = region.gpa.saturating_add(region.len);
         lines.push(format!("{name:<10} {:#x}..{end:#x}  {}", region.gpa, size::human(region.len)));
+    }
+    if let more @ 1.. = regions.len().saturating_sub(REGIONS_TOLD) {
+        let all = size::human(header.memory_bytes);
+        lines.push(format!("{:<10} and {more} regions more, {all} in all (--json has them)", ""));
     }
     let Pages { total, zero, data, stored, duplicate, parent } = Pages::of(header);
     lines.push(format!(

@@ -36,9 +36,12 @@ impl Layout {
         let mut file_offset = 0u64;
         let mut placed = Vec::with_capacity(in_file.len());
         for range in in_file {
-            let whole = range.start.is_multiple_of(page) && range.end.is_multiple_of(page);
-            if !whole || range.start >= range.end {
-                bail!("memory {:#x}..{:#x} is not whole pages", range.start, range.end);
+            let Range { start, end } = *range;
+            if start == end {
+                bail!("the memory range at {start:#x} is empty");
+            }
+            if !start.is_multiple_of(page) || !end.is_multiple_of(page) || start > end {
+                bail!("the memory range {start:#x}..{end:#x} is not whole pages of {page} bytes");
             }
             placed.push((range.clone(), file_offset));
             file_offset = file_offset
