@@ -42,8 +42,12 @@ Examples:
   snap create now.snap --vm vm.sock           a guest that runs with --api vm.sock")]
 pub(crate) struct Args {
     /// The file to write. It appears when it is complete.
-    #[arg(value_name = "OUT.snap")]
-    pub(crate) out: PathBuf,
+    #[arg(value_name = "OUT.snap", required_unless_present = "out", conflicts_with = "out")]
+    pub(crate) file: Option<PathBuf>,
+
+    /// The same, in the way of other commands.
+    #[arg(short, long, value_name = "OUT.snap")]
+    pub(crate) out: Option<PathBuf>,
 
     #[command(flatten)]
     pub(crate) guest: GuestArgs,
@@ -155,21 +159,28 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     Ok(())
 }
 
+impl Args {
+    /// The file to write: one of the two is there.
+    fn out(&self) -> &Path {
+        self.file.as_deref().or(self.out.as_deref()).unwrap_or(Path::new(""))
+    }
+}
+
 /// Makes the snapshot. Nothing is at the output path when it fails.
 pub(crate) fn create(args: &Args, session: &Session) -> Result<Summary> {
     let started = Instant::now();
     // Before the guest's boot, which would be in vain.
     args.storage.options()?;
-    refuse_existing(&args.out, args.storage.force)?;
+    refuse_existing(args.out(), args.storage.force)?;
     if let Some(socket) = &args.vm {
         let (changes_only, stop) = (args.diff, args.stop);
-        return client::create(socket, &args.out, changes_only, stop, &args.storage, session);
+        return client::create(socket, args.out(), changes_only, stop, &args.storage, session);
     }
     let (header, ready_at, paused_at) = match &args.parent {
         None => create_whole(args, session)?,
         Some(base) => create_layer(args, base, session)?,
     };
-    Ok(Summary::new(&args.out, &header, started, ready_at, paused_at))
+    Ok(Summary::new(args.out(), &header, started, ready_at, paused_at))
 }
 
 /// Boots a guest and stores all of it. Gives also when it ran and when it was paused.
@@ -193,7 +204,7 @@ fn create_whole(args: &Args, session: &Session) -> Result<(Header, Instant, Inst
     };
     let bar = Bar::new("storing", session.quiet, &session.interrupt);
     let options = args.storage.options()?;
-    let header = kept.store_whole(&mut guest, &args.out, &options, &|p| bar.update(p))?;
+    let header = kept.store_whole(&mut guest, args.out(), &options, &|p| bar.update(p))?;
     Ok((header, paused_at, paused_at))
 }
 
@@ -241,7 +252,7 @@ fn create_layer(args: &Args, base: &Path, session: &Session) -> Result<(Header, 
     });
     let bar = Bar::new("storing", session.quiet, &session.interrupt);
     let options = args.storage.options()?;
-    let header = kept.store_changes(&mut guest, &args.out, &options, &|p| bar.update(p))?;
+    let header = kept.store_changes(&mut guest, args.out(), &options, &|p| bar.update(p))?;
     // The vCPUs before the pager: nobody touches a missing page any more.
     drop(guest);
     drop(pager);

@@ -110,7 +110,7 @@ pub(crate) fn open(path: &Path, parents: &[PathBuf]) -> Result<Snapshot> {
 }
 
 /// Refuses an output that is there already, before anything is done that would be in vain.
-fn refuse_existing(out: &Path, force: bool) -> Result<()> {
+pub(crate) fn refuse_existing(out: &Path, force: bool) -> Result<()> {
     if !force && out.symlink_metadata().is_ok() {
         bail!("{} exists; give --force to replace it", out.display());
     }
