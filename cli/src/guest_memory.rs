@@ -86,6 +86,11 @@ impl FileMemory {
         Ok(Self { mapped: Arc::new(mapped), file })
     }
 
+    /// How much of memory the kernel has given to the file: what was ever touched, of large pages all of each.
+    pub(crate) fn touched_bytes(&self) -> Option<u64> {
+        Some(rustix::fs::fstat(&self.file).ok()?.st_blocks.cast_unsigned() * 512)
+    }
+
     /// The parts of memory that were ever touched, as source offsets: everything else is a hole
     /// of the file and reads as zeros.
     pub(crate) fn touched(&self) -> Result<Vec<Range<u64>>> {

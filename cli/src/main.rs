@@ -17,6 +17,7 @@ mod metrics;
 mod pagemap;
 mod prefetch;
 mod progress;
+mod pulse;
 mod recording;
 mod report;
 mod restored;
