@@ -4,6 +4,7 @@ mod bad_files;
 mod bad_hosts;
 mod balloon;
 mod benchmarks;
+mod block_devices;
 mod command_line;
 mod continuity;
 mod control;
