@@ -27,6 +27,7 @@ mod scattered_memory;
 mod serving;
 mod slow_readers;
 mod sockets;
+mod streams;
 mod support;
 mod virtio_guest;
 mod working_sets;

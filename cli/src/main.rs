@@ -22,6 +22,7 @@ mod recording;
 mod report;
 mod restored;
 mod size;
+mod stdio;
 mod storage;
 mod stored;
 mod terminal;

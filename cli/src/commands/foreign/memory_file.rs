@@ -1,6 +1,6 @@
 //! A file of guest memory: which of its bytes are which of the source space, and which are holes.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -125,6 +125,10 @@ impl MemoryFile {
             bail!("{} is {found} bytes long, expected {expected}", named());
         }
         Ok(Self { file, layout })
+    }
+
+    pub(crate) fn metadata(&self) -> Result<Metadata> {
+        self.file.metadata().context("cannot look at the memory file")
     }
 
     pub(crate) fn regions(&self) -> &[MemoryRegion] {
