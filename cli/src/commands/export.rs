@@ -181,7 +181,8 @@ impl Export<'_> {
                 return Err(Interrupted.into());
             }
         }
-        stdout.write_zeros(total_bytes - done_bytes)
+        stdout.write_zeros(total_bytes - done_bytes)?;
+        stdout.finish()
     }
 
     /// A folder with a memory file and small files.
