@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use pager::SnapshotSource;
-use pager::serve::{KeepAt, Prefetched, ServeEvent, ServeOptions, Server, SnapshotName};
+use pager::serve::{Fate, KeepAt, Prefetched, ServeEvent, ServeOptions, Server, SnapshotName};
 use snapfmt::Snapshot;
 
 use super::restore::OnError;
@@ -124,9 +124,14 @@ fn told(file: &str, event: &ServeEvent<'_>, quiet: bool) -> Option<String> {
         ServeEvent::Failed { pid, failure } => {
             format!("snap: {file}, for process {pid}: {}\n", with_causes(failure))
         }
-        ServeEvent::Refused { pid, error } => {
+        ServeEvent::Refused { pid, error, fate } => {
             let who = pid.map_or("a client".into(), |pid| format!("process {pid}"));
-            format!("snap: {who} is not served: {}\n", with_causes(error))
+            let then = match fate {
+                Fate::Poisoned => "; what it lacks fails when it touches it",
+                Fate::Killed => "; it was killed",
+                _ => "",
+            };
+            format!("snap: {who} is not served: {}{then}\n", with_causes(error))
         }
         ServeEvent::NotKept { pid, error } => {
             format!("snap: process {pid} will not survive this server: {}\n", with_causes(error))
