@@ -81,3 +81,42 @@ fn without_the_devices() {
         assert!(said[0].contains(what), "{what} not in {}", said[0]);
     }
 }
+
+/// Whatever it is that cannot be opened any more, the message says that it is for the limit, not for a permission or
+/// for somebody else.
+#[test]
+fn with_few_descriptors_the_limit_is_named() {
+    needs_vm!();
+    let sample = Sample::small();
+    let out = sample.folder.path().join("out.snap");
+    for (words, file) in [
+        (&["create", "--memory", "16M", "--work", "4M", "--force"][..], &out),
+        (&["restore", "--lazy", "--beats", "1"], &sample.file),
+        (&["restore", "--beats", "1"], &sample.file),
+    ] {
+        let mut told_of = Vec::new();
+        // With fewer the program cannot be loaded.
+        for limit in 5.. {
+            assert!(limit < 200, "it does not do with {limit} descriptors");
+            let mut command = Command::new("sh");
+            command.args(["-c", &format!("ulimit -n {limit}; exec \"$0\" \"$@\""), SNAP]);
+            let ran = run({
+                command.args(words).arg(file);
+                command
+            });
+            if ran.code == Some(0) {
+                break;
+            }
+            let text = &ran.stderr;
+            for right in ["Too many open files", "ulimit -n"] {
+                assert!(text.contains(right), "with {limit}: {text}");
+            }
+            for wrong in ["hypervisor", "permission", "is not there", "CAP_SYS"] {
+                assert!(!text.contains(wrong), "with {limit}: {text}");
+            }
+            told_of.push(ran.stderr);
+        }
+        let vm = told_of.iter().any(|text| text.contains("KVM_CREATE_VM failed"));
+        assert!(vm, "{words:?}: {told_of:?}");
+    }
+}

@@ -144,3 +144,92 @@ fn unknown_commands_and_missing_arguments_end_with_code_2() {
         snap(["restore", "--lazy", "a", "--populate", bad]).failed(2, &["--populate", bad]);
     }
 }
+
+/// The options in a command's short help, each with its letter, if it has one, and how it takes a value: `-o, --out <OUT>`.
+fn options(command: &str) -> Vec<(String, Option<String>, &'static str)> {
+    let help = snap([command, "-h"]).ok().stdout;
+    let option = |line: &str| {
+        // Further lines of a text stand further to the right.
+        let words = line.strip_prefix("      ").or_else(|| line.strip_prefix("  "))?;
+        let (letter, words) = match words.split_once(", --") {
+            Some((letter, rest)) if letter.len() == 2 => (Some(letter.to_owned()), rest),
+            _ => (None, words.strip_prefix("--")?),
+        };
+        let end = words.find(|c: char| c != '-' && !c.is_ascii_lowercase()).unwrap_or(words.len());
+        let value = match &words[end..] {
+            rest if rest.starts_with(" <") => "a value",
+            rest if rest.starts_with('[') => "a value behind =, or none",
+            _ => "no value",
+        };
+        Some((words[..end].to_owned(), letter, value))
+    };
+    help.lines().filter_map(option).collect()
+}
+
+#[test]
+fn an_option_is_the_same_in_every_command() {
+    let mut known = std::collections::BTreeMap::new();
+    for command in commands() {
+        for (name, letter, value) in options(&command) {
+            let this = (letter, value);
+            let (first, before) =
+                known.entry(name.clone()).or_insert((command.clone(), this.clone()));
+            assert_eq!(*before, this, "--{name} of {first} and of {command}");
+        }
+    }
+    // Those that are in most commands, and what they mean there.
+    for (name, means) in [("force", "Replace "), ("json", "JSON"), ("force-cpu", "lacks features")]
+    {
+        let of = commands()
+            .into_iter()
+            .filter(|command| options(command).iter().any(|(option, _, _)| option == name));
+        let of: Vec<_> = of.collect();
+        assert!(of.len() > 1, "--{name}: {of:?}");
+        for command in of {
+            let help = snap([&*command, "--help"]).ok().stdout;
+            let help = help.split("Examples:").next().unwrap_or_default();
+            let heads = ["\n", " "].map(|end| help.split_once(&format!("--{name}{end}")));
+            let about = heads.into_iter().flatten().next().expect("it is there").1;
+            let about = about.split("\n\n").next().unwrap_or_default();
+            assert!(about.contains(means), "--{name} of {command}: {about}");
+        }
+    }
+    // Whatever is written has a name that -o gives. (`bench` prints; its page is besides.)
+    for command in [
+        "create", "restore", "info", "flatten", "rebase", "train", "optimize", "import", "export",
+        "man",
+    ] {
+        let out = ("out".to_owned(), Some("-o".to_owned()), "a value");
+        assert!(options(command).contains(&out), "{command} has no -o");
+    }
+}
+
+#[test]
+fn an_output_has_one_name() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let out = folder.path().join("out");
+    let out = out.to_string_lossy();
+    snap(["man", "-o", &out]).ok();
+    assert!(std::fs::read_dir(&*out).is_ok_and(|pages| pages.count() > 10));
+    snap(["man", "-o", &out, &out]).failed(2, &["cannot be used with"]);
+    snap(["man"]).failed(2, &["FOLDER"]);
+    snap(["create", "-o", &out, &out]).failed(2, &["cannot be used with"]);
+    snap(["create"]).failed(2, &["OUT.snap"]);
+    snap(["info", "a.snap", "-o", "b.png"]).failed(2, &["--map"]);
+    snap(["restore", "a.snap", "--force"]).failed(2, &["--record"]);
+    crate::support::needs_vm!();
+    let file = folder.path().join("a.snap");
+    let file = file.to_string_lossy();
+    snap(["create", "--memory", "16M", "--work", "4M", "-o", &file]).ok();
+    let picture = format!("{out}.png");
+    snap(["info", &file, "--map", "-o", &picture]).ok();
+    assert!(std::fs::read(&picture).is_ok_and(|bytes| bytes.starts_with(b"\x89PNG")));
+    snap(["info", &file, &format!("--map={picture}"), "-o", "b.png"]).failed(2, &["one of them"]);
+    // The output of a record: once, and again by force.
+    let record = ["restore", "--lazy", "--record", "--beats", "1", "-o", &picture, &file];
+    snap(record).failed(1, &["exists; give --force"]);
+    snap(record.into_iter().chain(["-f", "--json"])).ok().report();
+    snap(["verify", &picture]).ok();
+    let ran = snap(["run", "--memory", "16M", "--work", "4M", "--beats", "2"]).ok();
+    assert_eq!(ran.stdout.matches("beat ").count(), 2, "{}", ran.stdout);
+}

@@ -13,28 +13,28 @@ use crate::support::{
     Ran, SNAP, Sample, end_of, names, needs_vm, run, signal, skip, snap, start, wait_for_handlers,
 };
 
-const PAGE: u64 = 4096;
-const MIB: u64 = 1 << 20;
-const GIB: u64 = 1 << 30;
+pub(crate) const PAGE: u64 = 4096;
+pub(crate) const MIB: u64 = 1 << 20;
+pub(crate) const GIB: u64 = 1 << 30;
 
 /// A folder to work in.
-struct Place(TempDir);
+pub(crate) struct Place(pub(crate) TempDir);
 
 impl Place {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(tempfile::tempdir().expect("a temporary folder"))
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
 
-    fn text(&self, name: &str) -> String {
+    pub(crate) fn text(&self, name: &str) -> String {
         self.path(name).to_string_lossy().into_owned()
     }
 
     /// A sparse file with some pages in it: text, noise and a written page of zeros.
-    fn image(&self, name: &str, len: u64, at: &[u64]) -> PathBuf {
+    pub(crate) fn image(&self, name: &str, len: u64, at: &[u64]) -> PathBuf {
         let path = self.path(name);
         let file = File::create(&path).expect("it can be created");
         file.set_len(len).expect("it can be sized");
@@ -49,19 +49,19 @@ impl Place {
         path
     }
 
-    fn import(&self, input: &Path, options: &[&str]) -> Ran {
+    pub(crate) fn import(&self, input: &Path, options: &[&str]) -> Ran {
         let mut command = Command::new(SNAP);
         command.arg("import").arg(input).arg("-o").arg(self.path("a.snap")).args(options);
         run(command)
     }
 
-    fn export(&self, format: &str, out: &str) -> Ran {
+    pub(crate) fn export(&self, format: &str, out: &str) -> Ran {
         snap(["export", &self.text("a.snap"), "--format", format, "-o", &self.text(out)])
     }
 }
 
 /// A page that no codec makes smaller.
-fn noise(seed: u64) -> Vec<u8> {
+pub(crate) fn noise(seed: u64) -> Vec<u8> {
     let mut state = seed | 1;
     let mut next = || {
         state ^= state << 13;
@@ -74,7 +74,7 @@ fn noise(seed: u64) -> Vec<u8> {
 
 /// Compares without holding both in memory, and without reading holes of large files.
 #[track_caller]
-fn assert_same(one: &Path, other: &Path) {
+pub(crate) fn assert_same(one: &Path, other: &Path) {
     let open = |path: &Path| File::open(path).expect("it is there");
     let (a, b) = (open(one), open(other));
     let len = a.metadata().expect("it has a length").len();
@@ -172,7 +172,7 @@ fn a_firecracker_pair_comes_back_bit_for_bit() {
 }
 
 /// A folder like one of Cloud Hypervisor's, with its memory in this order of the file.
-fn cloud_hypervisor(place: &Place, ranges: &[(u64, u64)]) -> PathBuf {
+pub(crate) fn cloud_hypervisor(place: &Place, ranges: &[(u64, u64)]) -> PathBuf {
     let folder = place.path("ch");
     std::fs::create_dir(&folder).expect("it can be created");
     let table: Vec<Value> =
@@ -243,7 +243,7 @@ fn other_files_of_a_folder_are_told() {
 }
 
 /// The loadable segments of an ELF core: (offset, physical address, length).
-fn segments(core: &File) -> Vec<(u64, u64, u64)> {
+pub(crate) fn segments(core: &File) -> Vec<(u64, u64, u64)> {
     let mut header = [0; 64];
     core.read_exact_at(&mut header, 0).expect("it has a header");
     let field = |bytes: &[u8], at: usize, len: usize| {
@@ -354,7 +354,7 @@ fn a_reader_that_stops_early_is_no_error() {
 }
 
 /// The runs that `snap pages --json` prints, after checking that they fill memory exactly.
-fn pages(file: &str) -> Vec<Value> {
+pub(crate) fn pages(file: &str) -> Vec<Value> {
     let header = snap(["info", "--json", file]).ok().json();
     let stdout = snap(["pages", "--json", file]).ok().stdout;
     let runs: Vec<Value> =

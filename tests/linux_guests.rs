@@ -155,7 +155,7 @@ fn a_snapshot_of_another_cpu_is_refused() {
         assert_eq!(ran.stdout, "");
         let says = "other.snap: this host's CPU lacks what the guest was given";
         let features = "CPUID 0x7.0 Ebx bit 26, CPUID 0x7.0 Ebx bit 27";
-        ran.failed(1, &[&format!("{says}: {features}; --force")]);
-        restore(&file, &[mode, &["--force"]].concat()).ok();
+        ran.failed(1, &[&format!("{says}: {features}; --force-cpu")]);
+        restore(&file, &[mode, &["--force-cpu"]].concat()).ok();
     }
 }

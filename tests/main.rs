@@ -4,6 +4,7 @@ mod bad_files;
 mod bad_hosts;
 mod balloon;
 mod benchmarks;
+mod block_devices;
 mod command_line;
 mod continuity;
 mod control;
@@ -27,9 +28,11 @@ mod running;
 #[path = "../snapfmt/fuzz/harness/seal.rs"]
 #[allow(dead_code, reason = "shared with the fuzz targets")]
 mod seal;
+mod scattered_memory;
 mod serving;
 mod slow_readers;
 mod sockets;
+mod streams;
 mod support;
 mod virtio_guest;
 mod working_sets;

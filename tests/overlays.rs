@@ -25,10 +25,10 @@ fn write(count: u8, sector: u32, letter: u8) -> Vec<u8> {
 
 /// A folder with a disk of the letter `d`, and a guest that writes W to sector 1 and is stored; then it reads
 /// sectors 1 and 2, writes R to both, reads sector 2 and asks to be stored; then reads sectors 1 and 8.
-struct Place(tempfile::TempDir);
+pub(crate) struct Place(pub(crate) tempfile::TempDir);
 
 impl Place {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let code = [
             start(0, 0),
             write(1, 1, b'W'),
@@ -56,7 +56,7 @@ impl Place {
     }
 
     /// `snap` with these words; FOLDER stands for the place.
-    fn snap(&self, words: &str) -> Ran {
+    pub(crate) fn snap(&self, words: &str) -> Ran {
         snap(self.words(words))
     }
 

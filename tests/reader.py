@@ -89,7 +89,7 @@ def only(sections, kind):
 
 def read_regions(data, sections, memory_bytes):
     offset, length = only(sections, MEMORY_MAP)
-    rule(length % 24 == 0 and length <= 24 * 1024, "length of the memory map")
+    rule(length % 24 == 0 and length <= 24 * max(1024, memory_bytes >> 21), "length of the memory map")
     regions, gpa_from, source_from = [], 0, 0
     for at in range(offset, offset + length, 24):
         gpa, size, source = words("QQQ", data, at)

@@ -105,3 +105,55 @@ fn a_file_of_options_that_is_wrong_says_where() {
     let ran = snap(["run", "--config", file, "--work", "8M"]);
     ran.failed(2, &["line 1: \"kernel\"", "cannot be used with"]);
 }
+
+/// Guests that write nothing, and are waited for in vain: what is said of each tells the slow one from the dead one.
+#[test]
+fn a_silent_guest_is_told_by_its_signs_of_life() {
+    needs_vm!();
+    let folder = tempfile::tempdir().expect("a folder");
+    let begin = |name: &str, code: &[u8], timeout: &str| {
+        let kernel = folder.path().join(name);
+        fs::write(&kernel, kernel::elf(code, true, 0)).expect("it is written");
+        let mut command = Command::new(SNAP);
+        command.arg("create").arg(kernel.with_extension("snap")).arg("--kernel").arg(&kernel);
+        command.args(["--when", "output:never", "--timeout", timeout]);
+        start(command)
+    };
+    // `cli; hlt`, then `out 0x80, al; jmp`, `jmp $`, and one that touches page after page.
+    let halts = begin("halts", &[0xfa, 0xf4, 0xeb, 0xfd], "3s");
+    let exits = begin("exits", &[0xe6, 0x80, 0xeb, 0xfc], "3s");
+    let spins = begin("spins", &[0xeb, 0xfe], "3s");
+    let touch = [
+        0xbf, 0, 0, 0x20, 0, // mov edi, 2 MiB
+        0x89, 0x3f, // mov [edi], edi
+        0x81, 0xc7, 0, 0x10, 0, 0, // add edi, 4096
+        0x81, 0xff, 0, 0, 0x60, 0, // cmp edi, 6 MiB
+        0x75, 0xf0, // jne
+        0xeb, 0xfe, // jmp $
+    ];
+    let touches = begin("touches", &touch, "3s");
+    let mut waits = begin("waits", &[0xe6, 0x80, 0xeb, 0xfc], "5m");
+
+    let told =
+        |child| Ran::from(end_of(child)).failed(1, &["not ready after 3s", "--timeout"]).stderr;
+    let text = told(halts);
+    assert!(text.contains("at last it stands still (no exits, 0 % of a CPU"), "{text}");
+    let text = told(exits);
+    assert!(text.contains("at last it runs (") && text.contains(" exits/s, "), "{text}");
+    let text = told(spins);
+    assert!(text.contains("at last it runs (no exits, "), "{text}");
+    let text = told(touches);
+    assert!(text.contains(" of memory touched, ") && text.contains(" of it new"), "{text}");
+
+    // What is said while it is waited for.
+    let mut line = String::new();
+    let stderr = waits.stderr.as_mut().expect("a pipe");
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(stderr), &mut line).expect("text");
+    let said =
+        ["waiting for the guest's output \"never\"; it has written nothing; it runs (", " exits/s"];
+    for what in said {
+        assert!(line.contains(what), "{what:?} is not in: {line}");
+    }
+    signal(waits.id(), "INT");
+    assert_eq!(end_of(waits).status.code(), Some(130));
+}

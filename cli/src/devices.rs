@@ -15,10 +15,11 @@ use vmm::virtio::{
 /// Devices of a fresh guest.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub(crate) struct DeviceArgs {
-    /// Give the guest this raw image as a disk, /dev/vda and so on in the order given; with `,ro` only
-    /// to read; with `,overlay` the image stays as it is, and what the guest writes is stored with it.
-    /// Of the image itself, path and fingerprint are stored, not its content.
-    #[arg(long = "disk", value_name = "IMG[,ro|,overlay]", requires = "kernel")]
+    /// Give the guest this raw image, or block device, as a disk, /dev/vda and so on in the order given; with `,ro`
+    /// only to read; with `,overlay` the image stays as it is, and what the guest writes is stored with it.
+    /// Of the image itself, path and fingerprint are stored, not its content. One that looks like qcow2, VMDK, VHD and the
+    /// like is refused, unless `,raw` says that the guest is to see it as it is.
+    #[arg(long = "disk", value_name = "IMG[,ro|,overlay][,raw]", requires = "kernel")]
     disks: Vec<DiskArg>,
 
     /// Where a disk's overlay is kept while the guest runs: in a file without a name in this folder, or in
@@ -130,11 +131,13 @@ impl VsockArg {
     }
 }
 
-/// `IMG`, `IMG,ro` or `IMG,overlay`.
+/// `IMG`, `IMG,ro` or `IMG,overlay`, and maybe `,raw`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct DiskArg {
     path: PathBuf,
     mode: DiskMode,
+    /// Whether it is raw whatever it looks like.
+    raw: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -168,15 +171,27 @@ fn overlay_place(given: Option<&OverlayArg>) -> OverlayPlace {
 }
 
 impl FromStr for DiskArg {
-    type Err = std::convert::Infallible;
+    type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let (path, mode) = match text.rsplit_once(',') {
-            Some((path, "ro")) => (path, DiskMode::ReadOnly),
-            Some((path, "overlay")) => (path, DiskMode::Overlay),
-            _ => (text, DiskMode::ReadWrite),
-        };
-        Ok(Self { path: path.into(), mode })
+        let (mut path, mut mode, mut raw) = (text, None, false);
+        while let Some((front, word)) = path.rsplit_once(',') {
+            let this = match word {
+                "ro" => DiskMode::ReadOnly,
+                "overlay" => DiskMode::Overlay,
+                "raw" => {
+                    (path, raw) = (front, true);
+                    continue;
+                }
+                // A part of the path.
+                _ => break,
+            };
+            if mode.replace(this).is_some_and(|other| other != this) {
+                return Err("`ro` and `overlay` exclude each other");
+            }
+            path = front;
+        }
+        Ok(Self { path: path.into(), mode: mode.unwrap_or(DiskMode::ReadWrite), raw })
     }
 }
 
@@ -188,6 +203,9 @@ impl DeviceArgs {
     pub(crate) fn create(&self) -> Result<Devices> {
         let mut hosts = Vec::new();
         for disk in &self.disks {
+            if !disk.raw {
+                Disk::refuse_formats(&disk.path)?;
+            }
             let place = overlay_place(self.disk_overlay.as_ref());
             hosts.push(Host::Disk(match disk.mode {
                 DiskMode::Overlay => Disk::open_below(&disk.path, &place)?,
@@ -338,12 +356,17 @@ mod tests {
     #[test]
     fn only_known_words_are_split_off_a_disks_path() {
         let disk = |text: &str| {
-            let DiskArg { path, mode } = text.parse().unwrap();
+            let DiskArg { path, mode, raw } = text.parse().unwrap();
+            assert_eq!(raw, text.contains("raw,") || text.ends_with(",raw"));
             (path.to_str().unwrap().to_owned(), mode)
         };
         assert_eq!(disk("a.img"), ("a.img".into(), DiskMode::ReadWrite));
         assert_eq!(disk("a.img,ro"), ("a.img".into(), DiskMode::ReadOnly));
         assert_eq!(disk("a.img,overlay"), ("a.img".into(), DiskMode::Overlay));
         assert_eq!(disk("a,b.img"), ("a,b.img".into(), DiskMode::ReadWrite));
+        assert_eq!(disk("a.img,raw"), ("a.img".into(), DiskMode::ReadWrite));
+        assert_eq!(disk("a,b,ro,raw"), ("a,b".into(), DiskMode::ReadOnly));
+        assert_eq!(disk("a.img,raw,overlay"), ("a.img".into(), DiskMode::Overlay));
+        assert!("a.img,ro,overlay".parse::<DiskArg>().is_err());
     }
 }

@@ -62,11 +62,27 @@ pub(crate) fn report(error: &Error) -> ExitCode {
     let code = code(error);
     let text = match code {
         INTERRUPTED => "snap: interrupted\n".into(),
-        _ => format!("snap: {error:#}\n"),
+        _ => format!("snap: {error:#}{}\n", advice(error)),
     };
     // A closed stderr is nobody to complain to; the exit code still tells.
     let _ = std::io::stderr().write_all(text.as_bytes());
     ExitCode::from(code)
+}
+
+/// What to do about a limit of this process, of which the system only says that it is reached.
+fn advice(error: &Error) -> &'static str {
+    const TOO_MANY_FILES: i32 = rustix::io::Errno::MFILE.raw_os_error();
+    let reached = error.chain().any(|cause| {
+        let io = cause.downcast_ref().and_then(std::io::Error::raw_os_error);
+        let ours = cause.downcast_ref().map(|errno: &rustix::io::Errno| errno.raw_os_error());
+        let pagers = cause.downcast_ref().map(|errno: &pager::uffd::Errno| errno.0);
+        [io, ours, pagers].contains(&Some(TOO_MANY_FILES))
+    });
+    // Some errors give the advice themselves.
+    match reached && !format!("{error:#}").contains("ulimit -n") {
+        true => "; raise the limit: `ulimit -n`, in systemd LimitNOFILE=",
+        false => "",
+    }
 }
 
 const FAILED: u8 = 1;

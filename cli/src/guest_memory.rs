@@ -94,6 +94,11 @@ impl FileMemory {
         Ok(Self { mapped: Arc::new(mapped), file })
     }
 
+    /// How much of memory the kernel has given to the file: what was ever touched, of large pages all of each.
+    pub(crate) fn touched_bytes(&self) -> Option<u64> {
+        Some(rustix::fs::fstat(&self.file).ok()?.st_blocks.cast_unsigned() * 512)
+    }
+
     /// The parts of memory that were ever touched, as source offsets: everything else is a hole
     /// of the file and reads as zeros.
     pub(crate) fn touched(&self) -> Result<Vec<Range<u64>>> {
@@ -169,7 +174,9 @@ pub(crate) fn gpa_ranges(
     regions: &[MemoryRegion],
     source: Range<u64>,
 ) -> impl Iterator<Item = Range<u64>> + '_ {
-    regions.iter().filter_map(move |region| {
+    let first = regions.partition_point(|r| r.source_offset + r.len <= source.start);
+    let in_source = regions[first..].iter().take_while(move |r| r.source_offset < source.end);
+    in_source.filter_map(move |region| {
         let start = source.start.max(region.source_offset);
         let end = source.end.min(region.source_offset + region.len);
         let to_gpa = |offset: u64| region.gpa + (offset - region.source_offset);

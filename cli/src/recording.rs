@@ -10,7 +10,7 @@ use pager::Recording;
 use serde_json::json;
 use snapfmt::{Changes, Existing, Header, PageIndex, Phase, Snapshot, WorkingSet, copy_snapshot};
 
-use crate::commands::{Session, path_of_parent, refuse_as_output};
+use crate::commands::{Session, path_of_parent, refuse_as_output, refuse_existing};
 use crate::guest_console::Seen;
 use crate::progress::Bar;
 
@@ -131,10 +131,7 @@ impl Output<'_> {
     /// Refuses, before any work, what could not be written after it.
     pub(crate) fn check(&self, snapshot: &Snapshot) -> Result<()> {
         refuse_as_output(self.path, [snapshot])?;
-        if !self.replace && self.path.symlink_metadata().is_ok() {
-            bail!("{} exists; choose another output", self.path.display());
-        }
-        Ok(())
+        refuse_existing(self.path, self.replace)
     }
 
     /// Writes the snapshot with another working set.

@@ -238,7 +238,7 @@ impl Origin<'_> {
             return Ok(());
         }
         bail!(
-            "this host's CPU lacks what the guest was given: {}; --force restores it all the same, \
+            "this host's CPU lacks what the guest was given: {}; --force-cpu restores it all the same, \
              and it may crash",
             missing.join(", ")
         )

@@ -173,7 +173,7 @@ pub(crate) struct Filler {
 // The proof for all of them: a `Target` is made of places of the layout, all of which `register::all` has
 // registered with the userfaultfd of their slice; what `Region::new` asks for holds until the pager has
 // stopped, and only its threads come here. Foreign regions go with a `ForeignUffd` and nothing else: its ioctls
-// reach no memory of this process.
+// reach no memory of this process, and where a client that is refused has its memory only its own messages say.
 impl PageOps for Filler {
     fn copy(&self, host_addr: u64, bytes: &[u8]) -> Result<usize, Errno> {
         // SAFETY: see above.

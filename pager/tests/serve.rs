@@ -1,96 +1,28 @@
 //! The server against VMMs in other processes: the handshake in all its forms, hostile clients, deaths.
 #![allow(missing_docs)]
 
+#[path = "support/serving.rs"]
+mod serving;
 mod support;
 #[path = "support/vmm.rs"]
 mod vmm;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, channel};
-use std::thread::{self, JoinHandle};
+use std::sync::mpsc::channel;
+use std::thread;
 use std::time::{Duration, Instant};
 
-use pager::serve::{Prefetched, ServeEvent, ServeOptions, Server, ServerHandle, SnapshotName};
-use pager::{FailurePolicy, PageSource, SourceError, Stats, VecSource};
+use pager::serve::{Prefetched, ServeOptions, SnapshotName};
+use pager::{FailurePolicy, PageSource, SourceError, VecSource};
+use serving::{HUNG, Serving};
 use support::{PAGE, source_of, stamped, userfaultfd_works};
 use vmm::Vmm;
-
-/// Longer than anything here takes: a hang becomes a failure.
-const HUNG: Duration = Duration::from_secs(60);
 
 /// Not a test: the process of a VMM.
 #[test]
 fn vmm_process() {
     vmm::run();
-}
-
-struct Serving {
-    socket: PathBuf,
-    handle: ServerHandle,
-    events: Receiver<String>,
-    stop: Option<std::io::PipeWriter>,
-    thread: Option<JoinHandle<()>>,
-    _folder: tempfile::TempDir,
-}
-
-impl Serving {
-    fn start(source: Arc<dyn PageSource>, options: ServeOptions) -> Serving {
-        let folder = tempfile::tempdir().expect("a folder");
-        let socket = folder.path().join("pager.sock");
-        let (told, events) = channel();
-        let on_event = move |event: ServeEvent<'_>| {
-            let text = match event {
-                ServeEvent::Served { memory_bytes, .. } => format!("served {memory_bytes}"),
-                ServeEvent::Refused { error, .. } => {
-                    let cause = std::error::Error::source(error).map(|cause| format!(": {cause}"));
-                    format!("refused: {error}{}", cause.unwrap_or_default())
-                }
-                ServeEvent::Failed { failure, .. } => format!("failed: {failure}"),
-                ServeEvent::Ended { .. } => "ended".into(),
-                other => format!("{other:?}"),
-            };
-            let _ = told.send(text);
-        };
-        let server = Server::bind(&socket, source, options, on_event).expect("it binds");
-        let handle = server.handle();
-        let (reader, stop) = std::io::pipe().expect("a pipe");
-        let thread = thread::spawn(move || {
-            server.run(std::os::fd::AsFd::as_fd(&reader)).expect("it can poll");
-        });
-        Serving { socket, handle, events, stop: Some(stop), thread: Some(thread), _folder: folder }
-    }
-
-    fn stamped(pages: usize) -> Serving {
-        let source = Arc::new(VecSource::new(stamped(pages), 16 * PAGE));
-        Serving::start(source, ServeOptions::default())
-    }
-
-    #[track_caller]
-    fn expect(&self, what: &str) {
-        let event = self.events.recv_timeout(HUNG).expect("the server has said something");
-        assert!(event.contains(what), "{what:?} is not in: {event}");
-    }
-
-    /// A page is usable a moment before it is counted.
-    #[track_caller]
-    fn until_loaded(&self, vmm: &Vmm) {
-        let begun = Instant::now();
-        while self.stats(vmm).expect("it is served").pages.missing > 0 {
-            assert!(begun.elapsed() < HUNG, "{:?}", self.stats(vmm));
-            thread::yield_now();
-        }
-    }
-
-    fn stats(&self, vmm: &Vmm) -> Option<Stats> {
-        let guests = self.handle.guests();
-        guests.into_iter().find(|(pid, _)| *pid as u32 == vmm.pid()).map(|(_, stats)| stats)
-    }
-
-    fn finish(mut self) {
-        drop(self.stop.take());
-        self.thread.take().expect("once").join().expect("the server does not panic");
-    }
 }
 
 fn quick() -> ServeOptions {
@@ -149,8 +81,10 @@ fn nonsense_is_refused_by_name_next_to_a_good_client() {
         let mut vmm = Vmm::start(&serving.socket);
         vmm.ok("map 64");
         // The server may have closed the connection before all of a message was sent.
-        let answer = vmm.ask(&format!("body {form}")).expect("it lives");
-        assert!(answer == "ok" || answer.starts_with("not sent"), "{form}: {answer}");
+        // And it may have killed who has sent it nothing to poison pages with.
+        let answer = vmm.ask(&format!("body {form}"));
+        let sent = |answer: &String| answer == "ok" || answer.starts_with("not sent");
+        assert!(answer.as_ref().is_none_or(sent), "{form}: {answer:?}");
         serving.expect(says);
         good.ok(&format!("check {page} 4 1"));
         page += 4;
@@ -160,6 +94,8 @@ fn nonsense_is_refused_by_name_next_to_a_good_client() {
     quiet.ok("body new");
     serving.expect("removed pages must be told of");
     good.ok("check 0 64 9");
+    // What it touches fails, for as long as it lives.
+    drop(quiet);
     drop(good);
     serving.expect("ended");
     serving.finish();

@@ -9,8 +9,8 @@ use crate::header::Header;
 use crate::index::Index;
 use crate::layout::{
     HEADER_BYTES, INCOMPAT_LAYERED, LEAF_SPAN_BYTES, MAX_METADATA_BYTES, MAX_PARENT_HINT_BYTES,
-    MAX_REGIONS, MAX_STATE_BYTES, MAX_WORKING_SET_BYTES, REGION_RECORD_BYTES, ROOT_RECORD_BYTES,
-    SECTION_RECORD_BYTES,
+    MAX_STATE_BYTES, MAX_WORKING_SET_BYTES, REGION_RECORD_BYTES, ROOT_RECORD_BYTES,
+    SECTION_RECORD_BYTES, max_regions,
 };
 use crate::memory_map::{self, MemoryRegion};
 use crate::metadata::{self, Metadata};
@@ -87,7 +87,7 @@ impl<R: ReadAt> Layer<R> {
 
         let only = |kind| section::only(&sections, kind, header.table_offset);
         let map = only(SectionKind::MEMORY_MAP)?;
-        let most = (MAX_REGIONS * REGION_RECORD_BYTES) as u64;
+        let most = max_regions(header.memory_bytes) * REGION_RECORD_BYTES as u64;
         let map_bytes = read_section(storage, &map, REGION_RECORD_BYTES, most)?;
         let regions = memory_map::parse(&map_bytes, map.offset, header.memory_bytes)?;
         let root = only(SectionKind::INDEX_ROOT)?;

@@ -62,8 +62,18 @@ pub const MAX_CHUNK_OFFSET: u64 = 1 << 42;
 /// Most sections that a file may have.
 pub const MAX_SECTIONS: usize = 64;
 
-/// Most regions in the memory map.
-pub const MAX_REGIONS: usize = 1024;
+/// So many regions may be in any memory map; in those of large memory there may be more: see [`max_regions`].
+pub const REGIONS_OF_ANY_MEMORY: usize = 1024;
+
+/// Large memory may have a region for each so many bytes: the length of the blocks in which hypervisors plug memory (virtio-mem). Every
+/// second block may be missing.
+pub const BYTES_PER_REGION: u64 = 2 << 20;
+
+/// Most regions in the memory map of this much memory.
+pub const fn max_regions(memory_bytes: u64) -> u64 {
+    let blocks = memory_bytes / BYTES_PER_REGION;
+    if blocks > REGIONS_OF_ANY_MEMORY as u64 { blocks } else { REGIONS_OF_ANY_MEMORY as u64 }
+}
 
 /// Most bytes of one state section.
 pub const MAX_STATE_BYTES: u64 = 64 << 20;

@@ -1,7 +1,7 @@
 //! The guest's memory regions, and the source space they make when laid end to end.
 
 use crate::error::{Corruption, Part, Problem, WriteError};
-use crate::layout::{MAX_MEMORY_BYTES, MAX_REGIONS, PAGE_BYTES, REGION_RECORD_BYTES, put, u64_at};
+use crate::layout::{MAX_MEMORY_BYTES, PAGE_BYTES, REGION_RECORD_BYTES, max_regions, put, u64_at};
 use crate::section::SectionKind;
 
 /// A contiguous range of guest-physical memory.
@@ -41,19 +41,16 @@ fn check(regions: &[MemoryRegion]) -> Result<u64, (usize, &'static str)> {
 
 /// Checks a writer's regions; gives the size of memory in bytes.
 pub(crate) fn validate(regions: &[MemoryRegion]) -> Result<u64, WriteError> {
-    if regions.is_empty() || regions.len() > MAX_REGIONS {
-        return Err(WriteError::Limit {
-            what: "the number of memory regions",
-            min: 1,
-            max: MAX_REGIONS as u64,
-            found: regions.len() as u64,
-        });
-    }
-    check(regions).map_err(|(index, problem)| WriteError::Regions {
+    let memory_bytes = check(regions).map_err(|(index, problem)| WriteError::Regions {
         index,
         gpa: regions[index].gpa,
         problem,
-    })
+    })?;
+    let (found, max) = (regions.len() as u64, max_regions(memory_bytes));
+    if found == 0 || found > max {
+        return Err(WriteError::Limit { what: "the number of memory regions", min: 1, max, found });
+    }
+    Ok(memory_bytes)
 }
 
 pub(crate) fn encode(regions: &[MemoryRegion]) -> Vec<u8> {
@@ -115,6 +112,23 @@ mod tests {
         let regions = [region(0, 3 << 30, 0), region(4 << 30, 1 << 30, 3 << 30)];
         assert_eq!(validate(&regions).unwrap(), 4 << 30);
         assert_eq!(parse(&encode(&regions), 0, 4 << 30).unwrap(), regions);
+    }
+
+    /// So many regions of this length, with gaps of the same length.
+    fn scattered(regions: u64, len: u64) -> Vec<MemoryRegion> {
+        (0..regions).map(|number| region(2 * number * len, len, number * len)).collect()
+    }
+
+    #[test]
+    fn the_bound_grows_with_memory() {
+        let (page, block) = (PAGE_BYTES as u64, 2 << 20);
+        assert_eq!(validate(&scattered(1024, page)).unwrap(), 1024 * page);
+        let too_many = validate(&scattered(1025, page)).unwrap_err().to_string();
+        assert_eq!(too_many, "the number of memory regions is 1025, allowed are 1 to 1024");
+        assert_eq!(validate(&scattered(5000, block)).unwrap(), 5000 * block);
+        assert!(validate(&scattered(5000, block - page)).is_err());
+        let regions = scattered(5000, block);
+        assert_eq!(parse(&encode(&regions), 0, 5000 * block).unwrap(), regions);
     }
 
     #[test]

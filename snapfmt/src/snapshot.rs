@@ -76,7 +76,8 @@ impl<R: ReadAt> Snapshot<R> {
     /// # Memory
     /// Whatever a file claims, an open snapshot takes at most 4 bytes for each 2 MiB of the guest's
     /// memory between the first and the last page that is stored (32 MiB for the 16 TiB that are
-    /// the most there can be; zeroed, so only touched where there are pages) and 64 bytes for each 2 MiB that its index lists. A look-up keeps the leaf
+    /// the most there can be; zeroed, so only touched where there are pages) and 64 bytes for each 2 MiB that its index lists, and 48 bytes for each region
+    /// of its memory map, of which there is at most one for each 2 MiB of memory, or 1024. A look-up keeps the leaf
     /// it has used: 4 KiB, in a chain 5 KiB. Passes over all pages keep no leaves. A
     /// [`ChunkBuffer`] grows to at most 7 MiB, [`Snapshot::state`] takes 64 MiB at most, and
     /// [`Snapshot::metadata`] 16 MiB for the worst JSON.
@@ -219,7 +220,7 @@ impl<R: ReadAt> Snapshot<R> {
     /// chunks is left out.
     pub fn expect_chunks(&self, layer: u16, bytes: Range<u64>) {
         if let Some(layer) = self.layers.get(usize::from(layer)) {
-            let end = bytes.end.min(layer.index.chunks_end());
+            let end = bytes.end.min(layer.index.chunks().end);
             layer.storage.expect(bytes.start.min(end)..end);
         }
     }

@@ -1,7 +1,7 @@
 //! Why a guest stops, and the handle with which other threads make it stop.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -120,7 +120,7 @@ struct Inner {
     stop: Option<Stop>,
     /// vCPU threads that may be in KVM_RUN. A thread takes itself out before it ends, under this
     /// lock, so that a kick never reaches a thread that is gone.
-    threads: Vec<VcpuThreadId>,
+    threads: Vec<(VcpuThreadId, Arc<AtomicU64>)>,
 }
 
 impl Control {
@@ -137,7 +137,7 @@ impl Control {
         }
         // Set before the kick: a vCPU whose KVM_RUN is cut short must see it.
         self.stopping.store(true, Ordering::SeqCst);
-        for thread in &inner.threads {
+        for (thread, _) in &inner.threads {
             thread.kick();
         }
         self.stopped.notify_all();
@@ -193,16 +193,20 @@ impl Control {
         inner.stop.clone()
     }
 
-    pub(crate) fn add_thread(&self, thread: VcpuThreadId) {
-        self.lock().threads.push(thread);
+    pub(crate) fn add_thread(&self, thread: VcpuThreadId, exits: Arc<AtomicU64>) {
+        self.lock().threads.push((thread, exits));
     }
 
     pub(crate) fn remove_thread(&self, thread: VcpuThreadId) {
-        self.lock().threads.retain(|&other| other != thread);
+        self.lock().threads.retain(|(other, _)| *other != thread);
     }
 
-    pub(crate) fn thread_ids(&self) -> Vec<libc::pid_t> {
-        self.lock().threads.iter().map(VcpuThreadId::tid).collect()
+    fn vcpus(&self) -> Vec<VcpuActivity> {
+        let activity = |(thread, exits): &(VcpuThreadId, Arc<AtomicU64>)| VcpuActivity {
+            thread_id: thread.tid(),
+            exits: exits.load(Ordering::Relaxed),
+        };
+        self.lock().threads.iter().map(activity).collect()
     }
 
     pub(crate) fn note_first_entry(&self) {
@@ -225,6 +229,17 @@ impl Control {
         // Every holder leaves the data whole, so a panic elsewhere does not spoil it.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What a vCPU that runs has done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct VcpuActivity {
+    /// Kernel id of its thread, by which the kernel counts its time: `/proc/self/task/THREAD_ID`.
+    pub thread_id: libc::pid_t,
+    /// How often KVM_RUN has come back to this program since the vCPU was made. What KVM does by itself, such as
+    /// waiting in HLT, is not in it.
+    pub exits: u64,
 }
 
 /// Reaches a guest from any thread, for as long as it exists.
@@ -281,7 +296,13 @@ impl VmHandle {
     /// Kernel thread ids of the vCPU threads that run now, for whoever places its own threads by them.
     #[must_use]
     pub fn vcpu_thread_ids(&self) -> Vec<libc::pid_t> {
-        self.control.thread_ids()
+        self.vcpus().iter().map(|vcpu| vcpu.thread_id).collect()
+    }
+
+    /// What the vCPUs that run now have done: signs of life of a guest that writes nothing.
+    #[must_use]
+    pub fn vcpus(&self) -> Vec<VcpuActivity> {
+        self.control.vcpus()
     }
 }
 

@@ -41,9 +41,7 @@ pub enum ProbeError {
         found: i32,
     },
     /// The device opens and gives no VM.
-    #[error(
-        "{KVM_DEVICE} opens, but KVM_CREATE_VM failed: is another hypervisor using the CPU's virtualization?"
-    )]
+    #[error("{KVM_DEVICE} opens, but KVM_CREATE_VM failed: {}", advice_on_vm(source))]
     CreateVm {
         /// What KVM_CREATE_VM said.
         #[source]
@@ -60,8 +58,34 @@ fn advice(error: &io::Error) -> &'static str {
             "the device is not there; enable virtualization in the firmware (or nested virtualization in \
              the hypervisor) and load the module: modprobe kvm_intel or kvm_amd"
         }
-        _ => "the system refused",
+        errno => advice_on_limits(errno).unwrap_or("the system refused"),
     }
+}
+
+fn advice_on_vm(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        // The CPU is in virtual-machine mode already (vmx_hardware_enable, svm_hardware_enable).
+        Some(libc::EBUSY) => {
+            "another hypervisor uses the CPU's virtualization (VirtualBox, VMware): end its guests"
+        }
+        errno => advice_on_limits(errno).unwrap_or("the kernel's log may tell more (dmesg)"),
+    }
+}
+
+/// What to do where a limit of this process or of the host is reached, whatever was asked for.
+fn advice_on_limits(errno: Option<i32>) -> Option<&'static str> {
+    Some(match errno? {
+        libc::EMFILE => {
+            "this process may not have more open files: raise its limit (`ulimit -n`, in systemd LimitNOFILE=)"
+        }
+        libc::ENFILE => {
+            "this host may not have more open files: raise its limit (`sysctl fs.file-max`)"
+        }
+        libc::ENOMEM => {
+            "the host, or the control group of this process, has no memory left: free some, or raise the limit"
+        }
+        _ => return None,
+    })
 }
 
 /// Checks that guests can run here: opens the device, checks the API version, creates a VM and drops it.
@@ -188,5 +212,20 @@ mod tests {
         let error = |errno| ProbeError::Open { source: io::Error::from_raw_os_error(errno) };
         assert!(error(libc::EACCES).to_string().contains("usermod -aG kvm"));
         assert!(error(libc::ENOENT).to_string().contains("modprobe kvm"));
+        assert!(error(libc::EMFILE).to_string().contains("ulimit -n"));
+    }
+
+    #[test]
+    fn a_vm_that_is_refused_is_told_by_its_cause() {
+        let told = |errno| {
+            ProbeError::CreateVm { source: io::Error::from_raw_os_error(errno) }.to_string()
+        };
+        assert!(told(libc::EBUSY).contains("another hypervisor"));
+        for (errno, advice) in
+            [(libc::EMFILE, "ulimit -n"), (libc::ENFILE, "fs.file-max"), (libc::EIO, "dmesg")]
+        {
+            let text = told(errno);
+            assert!(text.contains(advice) && !text.contains("another hypervisor"), "{text}");
+        }
     }
 }

@@ -100,7 +100,7 @@ mod vm;
 
 pub use bus::REQUEST_PORT;
 pub use console::{Console, ConsoleFlow};
-pub use control::{Stop, VmHandle};
+pub use control::{Stop, VcpuActivity, VmHandle};
 pub use devices::{
     DEVICE_WINDOW_BYTES, DEVICE_WINDOWS_GPA, DEVICES_MAX, DeviceError, MmioDevice, Wiring,
     device_window,

@@ -1,6 +1,7 @@
 //! What a vCPU thread does: run the guest, answer its exits, until something stops it.
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_ioctls::VcpuExit;
@@ -30,8 +31,9 @@ pub(crate) struct Shared {
 pub(crate) fn run(vcpu: &mut Vcpu, shared: &Shared) {
     let control = &shared.control;
     let _stop_others = StopOnPanic(control);
+    let exits = Arc::clone(&vcpu.exits);
     let mut thread = VcpuThread::enter(&mut vcpu.fd);
-    let _kickable = Kickable::new(control, &thread);
+    let _kickable = Kickable::new(control, &thread, &exits);
     let mut retried = false;
     let mut mark = shared.memslots.mark();
     let mut after_mmio = false;
@@ -52,6 +54,7 @@ pub(crate) fn run(vcpu: &mut Vcpu, shared: &Shared) {
         }
         control.note_first_entry();
         let exit = thread.run();
+        exits.fetch_add(1, Ordering::Relaxed);
         control.note_first_exit();
         let step = match exit {
             Ok(exit) => answer(exit, mark, shared),
@@ -214,8 +217,8 @@ struct Kickable<'a> {
 }
 
 impl<'a> Kickable<'a> {
-    fn new(control: &'a Control, thread: &VcpuThread<'_>) -> Kickable<'a> {
-        control.add_thread(thread.id());
+    fn new(control: &'a Control, thread: &VcpuThread<'_>, exits: &Arc<AtomicU64>) -> Kickable<'a> {
+        control.add_thread(thread.id(), Arc::clone(exits));
         Kickable { control, id: thread.id() }
     }
 }

@@ -4,6 +4,9 @@
 //! KVM API documentation; `arch/x86/kvm/x86.c`.
 #![allow(unsafe_code)]
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
@@ -23,6 +26,8 @@ const MTRRS_ON: Frozen<kvm_msr_entry> =
 /// A vCPU that does not run.
 pub(crate) struct Vcpu {
     pub(crate) fd: VcpuFd,
+    /// How often KVM_RUN has come back. Written by the thread that runs the vCPU.
+    pub(crate) exits: Arc<AtomicU64>,
     cpuid: CpuId,
 }
 
@@ -78,7 +83,7 @@ impl Vcpu {
                 _ => too_many_msrs(),
             })?;
         }
-        Ok(Vcpu { fd, cpuid })
+        Ok(Vcpu { fd, exits: Arc::default(), cpuid })
     }
 
     /// A vCPU as it was when `state` was saved, its time stamp counter `slept_ns` later.
@@ -118,7 +123,7 @@ impl Vcpu {
         fd.set_mp_state(state.mp_state.0).call("KVM_SET_MP_STATE")?;
         // Last: KVM_SET_REGS drops a pending exception, KVM_SET_SREGS the interrupt being delivered.
         fd.set_vcpu_events(&state.events.0).call("KVM_SET_VCPU_EVENTS")?;
-        Ok(Vcpu { fd, cpuid })
+        Ok(Vcpu { fd, exits: Arc::default(), cpuid })
     }
 
     /// Tells a guest that it has stood still: its kernel asks for that before it takes the time for a lockup of

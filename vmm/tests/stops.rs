@@ -194,6 +194,32 @@ fn a_console_that_panics_stops_the_guest() {
     assert!(running.pause().is_err());
 }
 
+/// A guest's exits are counted, and are so on after a pause; one that only computes has none.
+#[test]
+fn exits_of_a_vcpu_are_counted() {
+    if !kvm_or_skip("exits_of_a_vcpu_are_counted") {
+        return;
+    }
+    let mut running = start(ECHO, Lines::default());
+    let mut before = 0;
+    for _ in 0..2 {
+        let handle = running.handle();
+        // The thread begins in its own time.
+        while handle.vcpus().iter().all(|vcpu| vcpu.exits < before + 10) {
+            std::thread::yield_now();
+        }
+        assert_eq!(handle.vcpus().len(), 1);
+        assert_eq!(handle.vcpus()[0].thread_id, handle.vcpu_thread_ids()[0]);
+        before = handle.vcpus()[0].exits;
+        running = running.pause().unwrap().resume().unwrap();
+    }
+    let spinning = start(SPIN, Lines::default());
+    while spinning.handle().vcpus().is_empty() {
+        std::thread::yield_now();
+    }
+    assert_eq!(spinning.handle().vcpus()[0].exits, 0);
+}
+
 #[test]
 fn handles_outlive_the_guest_without_effect() {
     if !kvm_or_skip("handles_outlive_the_guest_without_effect") {

@@ -1,7 +1,7 @@
 //! `snap completions` and `snap man`: what shells and `man` want to know, made from the definition
 //! of the command line.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::{CommandFactory, ValueEnum};
@@ -47,12 +47,17 @@ Examples:
   snap man ~/.local/share/man/man1 && man snap-create")]
 pub(crate) struct ManArgs {
     /// The folder; it is made if it is not there. Pages of an older snap are replaced.
-    #[arg(value_name = "FOLDER")]
-    folder: PathBuf,
+    #[arg(value_name = "FOLDER", required_unless_present = "out", conflicts_with = "out")]
+    folder: Option<PathBuf>,
+
+    /// The same, in the way of other commands.
+    #[arg(short, long, value_name = "FOLDER")]
+    out: Option<PathBuf>,
 }
 
 pub(crate) fn man(args: &ManArgs) -> Result<()> {
-    let folder = &args.folder;
+    // One of the two is there.
+    let folder = args.folder.as_deref().or(args.out.as_deref()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
     clap_mangen::generate_to(crate::Cli::command(), folder)
         .with_context(|| format!("cannot write manual pages into {}", folder.display()))

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use pager::{FailurePolicy, Pager, Placement, Populate};
 use snapfmt::Header;
+use snapfmt::layout::PAGE_BYTES;
 use vmm::{PausedVm, REQUEST_PORT, Stop};
 
 use super::guest::{self, GuestArgs};
@@ -23,6 +24,7 @@ use crate::guest_console::{GuestConsole, READY, Seen, Until};
 use crate::guest_memory::to_regions;
 use crate::prefetch::PrefetchArg;
 use crate::progress::Bar;
+use crate::pulse::Pulse;
 use crate::restored::{Origin, Restored, damaged};
 use crate::size;
 use crate::storage::Storage;
@@ -42,8 +44,12 @@ Examples:
   snap create now.snap --vm vm.sock           a guest that runs with --api vm.sock")]
 pub(crate) struct Args {
     /// The file to write. It appears when it is complete.
-    #[arg(value_name = "OUT.snap")]
-    pub(crate) out: PathBuf,
+    #[arg(value_name = "OUT.snap", required_unless_present = "out", conflicts_with = "out")]
+    pub(crate) file: Option<PathBuf>,
+
+    /// The same, in the way of other commands.
+    #[arg(short, long, value_name = "OUT.snap")]
+    pub(crate) out: Option<PathBuf>,
 
     #[command(flatten)]
     pub(crate) guest: GuestArgs,
@@ -155,21 +161,28 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     Ok(())
 }
 
+impl Args {
+    /// The file to write: one of the two is there.
+    fn out(&self) -> &Path {
+        self.file.as_deref().or(self.out.as_deref()).unwrap_or(Path::new(""))
+    }
+}
+
 /// Makes the snapshot. Nothing is at the output path when it fails.
 pub(crate) fn create(args: &Args, session: &Session) -> Result<Summary> {
     let started = Instant::now();
     // Before the guest's boot, which would be in vain.
     args.storage.options()?;
-    refuse_existing(&args.out, args.storage.force)?;
+    refuse_existing(args.out(), args.storage.force)?;
     if let Some(socket) = &args.vm {
         let (changes_only, stop) = (args.diff, args.stop);
-        return client::create(socket, &args.out, changes_only, stop, &args.storage, session);
+        return client::create(socket, args.out(), changes_only, stop, &args.storage, session);
     }
     let (header, ready_at, paused_at) = match &args.parent {
         None => create_whole(args, session)?,
         Some(base) => create_layer(args, base, session)?,
     };
-    Ok(Summary::new(&args.out, &header, started, ready_at, paused_at))
+    Ok(Summary::new(args.out(), &header, started, ready_at, paused_at))
 }
 
 /// Boots a guest and stores all of it. Gives also when it ran and when it was paused.
@@ -185,7 +198,8 @@ fn create_whole(args: &Args, session: &Session) -> Result<(Header, Instant, Inst
     let (console, seen) = GuestConsole::new(std::io::sink(), when.until());
     let heed_requests = when == Trigger::Request;
     let Booted { vm, memory, ranges } = Booted::new(&args.guest, console, heed_requests, session)?;
-    let (mut guest, paused_at) = run_until_ready(vm, args, &when, &seen, session)?;
+    let touched = || memory.touched_bytes();
+    let (mut guest, paused_at) = run_until_ready(vm, args, &when, &seen, &touched, session)?;
     let kept = Kept::Booted {
         memory: &memory,
         regions: &to_regions(&ranges),
@@ -193,7 +207,7 @@ fn create_whole(args: &Args, session: &Session) -> Result<(Header, Instant, Inst
     };
     let bar = Bar::new("storing", session.quiet, &session.interrupt);
     let options = args.storage.options()?;
-    let header = kept.store_whole(&mut guest, &args.out, &options, &|p| bar.update(p))?;
+    let header = kept.store_whole(&mut guest, args.out(), &options, &|p| bar.update(p))?;
     Ok((header, paused_at, paused_at))
 }
 
@@ -227,7 +241,9 @@ fn create_layer(args: &Args, base: &Path, session: &Session) -> Result<(Header, 
     };
     let Restored { snapshot, memory, pager, vm, memory_ready, .. } =
         origin.restore(console, session)?;
-    let ran = run_until_ready(vm, args, &when, &seen, session);
+    // Those that the guest has asked for.
+    let touched = || pager.as_ref().map(|pager| pager.stats().pages.present * PAGE_BYTES as u64);
+    let ran = run_until_ready(vm, args, &when, &seen, &touched, session);
     // What the pager could not do is the cause of whatever else went wrong.
     if let Some(failure) = pager.as_ref().and_then(Pager::failure) {
         return Err(damaged(base, failure));
@@ -241,7 +257,7 @@ fn create_layer(args: &Args, base: &Path, session: &Session) -> Result<(Header, 
     });
     let bar = Bar::new("storing", session.quiet, &session.interrupt);
     let options = args.storage.options()?;
-    let header = kept.store_changes(&mut guest, &args.out, &options, &|p| bar.update(p))?;
+    let header = kept.store_changes(&mut guest, args.out(), &options, &|p| bar.update(p))?;
     // The vCPUs before the pager: nobody touches a missing page any more.
     drop(guest);
     drop(pager);
@@ -257,6 +273,7 @@ fn run_until_ready(
     args: &Args,
     when: &Trigger,
     seen: &Seen,
+    touched_bytes: &dyn Fn() -> Option<u64>,
     session: &Session,
 ) -> Result<(PausedVm, Instant)> {
     let running = guest.resume()?;
@@ -267,6 +284,7 @@ fn run_until_ready(
         Trigger::Ready | Trigger::Output(_) | Trigger::Request => (args.timeout, false),
     };
     let started = Instant::now();
+    let mut pulse = Pulse::new(running.handle(), touched_bytes);
     let stop = loop {
         let rest = limit.saturating_sub(started.elapsed());
         let stop = running.wait(Some(rest.min(TELL_EVERY)));
@@ -275,8 +293,11 @@ fn run_until_ready(
         }
         if !session.quiet {
             let waited = started.elapsed().as_secs();
-            let line =
-                format!("snap create: {waited} s, waiting for {when}; {}\n", seen.last_line());
+            let line = format!(
+                "snap create: {waited} s, waiting for {when}; {}; {}\n",
+                seen.last_line(),
+                pulse.told()
+            );
             // A closed stderr is nobody to complain to.
             let _ = std::io::stderr().write_all(line.as_bytes());
         }
@@ -290,8 +311,10 @@ fn run_until_ready(
             return Err(GuestStopped(message).into());
         }
         None => bail!(
-            "the guest is not ready after {}: waited for {when}; give more time with --timeout, or another --when\n{}",
+            "the guest is not ready after {}: waited for {when}; at last {}; give more time with --timeout, or \
+             another --when\n{}",
             humantime::format_duration(args.timeout),
+            pulse.told(),
             seen.tail()
         ),
     }

@@ -117,7 +117,8 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
 
 fn create_args(args: &Args, out: std::path::PathBuf) -> create::Args {
     create::Args {
-        out,
+        file: Some(out),
+        out: None,
         guest: GuestArgs::demo(args.memory, args.work),
         config: ConfigArgs::default(),
         parent: None,

@@ -10,7 +10,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
-use snapfmt::{ReadError, Snapshot};
+use snapfmt::layout::PAGE_BYTES;
+use snapfmt::{ChunkBuffer, PageIndex, Progress, ReadError, Snapshot};
 
 use super::foreign::async_pf;
 use super::foreign::cloud_hypervisor;
@@ -19,10 +20,12 @@ use super::foreign::firecracker::{self, Arch, VMSTATE};
 use super::foreign::memory_file::Layout;
 use super::foreign::staging::{Shape, Staging};
 use super::stdout::print_line;
-use super::{Input, Session, refuse_as_output};
+use super::{Input, Session, refuse_as_output, refuse_same_file};
+use crate::exit::Interrupted;
 use crate::progress::Bar;
 use crate::report::ms;
 use crate::size;
+use crate::stdio::{self, Stdout};
 
 /// Give a snapshot's memory back: as a flat image, an ELF core, or the files it was imported from.
 #[derive(clap::Args)]
@@ -30,6 +33,7 @@ use crate::size;
 Examples:
   snap export guest.snap --format raw -o memory.raw                 flat and sparse
   snap export guest.snap --format elf -o guest.core                 for readelf, gdb, crash, drgn
+  snap export guest.snap --format raw -o - | zstd > memory.raw.zst
   snap export guest.snap --format firecracker -o snapshot-dir       memory and vmstate
   snap export guest.snap --format cloud-hypervisor -o snapshot-dir")]
 pub(crate) struct Args {
@@ -41,7 +45,7 @@ pub(crate) struct Args {
     format: Format,
 
     /// The file, or for firecracker and cloud-hypervisor the folder, to write. It appears when
-    /// it is complete.
+    /// it is complete. For raw and elf also `-`: stdout.
     #[arg(short, long, value_name = "OUT")]
     out: PathBuf,
 
@@ -86,7 +90,13 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     if args.no_async_pf && args.format != Format::Firecracker {
         bail!("--no-async-pf changes a Firecracker vmstate: it goes with --format firecracker");
     }
-    refuse_as_output(&args.out, [&snapshot])?;
+    let to_stdout = stdio::is_meant(&args.out);
+    if to_stdout && args.format.shape() != Shape::File {
+        bail!("this format is a folder of files, which stdout cannot be; give its name with -o");
+    }
+    if !to_stdout {
+        refuse_as_output(&args.out, [&snapshot])?;
+    }
     let export = Export { snapshot: &snapshot, args, session };
     match args.format {
         Format::Raw => export.single(&[]),
@@ -115,7 +125,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             export.folder(MEMORY, &layout, &[(CONFIG.name, &config), (STATE.name, &state)])
         }
     }?;
-    if !session.quiet {
+    if !session.quiet && !to_stdout {
         print_line(format_args!(
             "{}: memory {}, {:.0} ms",
             args.out.display(),
@@ -145,12 +155,46 @@ struct Export<'a> {
 impl Export<'_> {
     /// One file: a head, and memory after it.
     fn single(&self, head: &[u8]) -> Result<()> {
+        if stdio::is_meant(&self.args.out) {
+            return self.stream(head);
+        }
         let staging = self.staging()?;
         let file = staging.file()?;
         (&file).write_all(head).with_context(|| self.cannot_write())?;
         let layout = Layout::linear(self.snapshot.regions(), head.len() as u64);
         self.write_memory(&file, &layout)?;
         staging.publish()
+    }
+
+    /// The same to stdout, from front to back.
+    fn stream(&self, head: &[u8]) -> Result<()> {
+        let mut stdout = Stdout::new(self.session)?;
+        for storage in self.snapshot.storages() {
+            let input = storage.metadata().context("cannot look at an open snapshot")?;
+            refuse_same_file(&"stdout", &stdout.file().metadata()?, &input)?;
+        }
+        stdout.write_all(head)?;
+        let bar = Bar::new("exporting", self.session.quiet, &self.session.interrupt);
+        let named = || self.args.input.file.display().to_string();
+        let total_bytes = self.snapshot.header().memory_bytes;
+        let (mut buffer, mut done_bytes) = (ChunkBuffer::new(), 0);
+        for range in self.snapshot.populated() {
+            stdout.write_zeros(range.start - done_bytes)?;
+            for offset in range.clone().step_by(PAGE_BYTES) {
+                // Below the end of memory: a page.
+                let page = PageIndex::containing(offset).context("above 16 TiB")?;
+                match self.snapshot.page(page, &mut buffer).with_context(named)? {
+                    Some(bytes) => stdout.write_all(bytes)?,
+                    None => stdout.write_zeros(PAGE_BYTES as u64)?,
+                }
+            }
+            done_bytes = range.end;
+            if bar.update(Progress { done_bytes, total_bytes }).is_break() {
+                return Err(Interrupted.into());
+            }
+        }
+        stdout.write_zeros(total_bytes - done_bytes)?;
+        stdout.finish()
     }
 
     /// A folder with a memory file and small files.

@@ -22,6 +22,7 @@ use super::{Session, refuse_existing, refuse_same};
 use crate::exit::BadInput;
 use crate::progress::Bar;
 use crate::size;
+use crate::stdio;
 use crate::storage::Storage;
 
 /// Store a memory image, or a snapshot of Firecracker or Cloud Hypervisor, in one file.
@@ -35,9 +36,10 @@ Examples:
   snap import mem.file --vmstate vm.state -o guest.snap     a Firecracker snapshot
   snap import snapshot-dir -o guest.snap                    a Cloud Hypervisor snapshot
   snap import pc.ram -o guest.snap --region 0:3G --region 4G:1G
+  zstd -dc memory.raw.zst | snap import - -o guest.snap
   snap import memory.raw -o small.snap --level 19 --chunk-pages 512")]
 pub(crate) struct Args {
-    /// A file of guest memory, or the folder of a Cloud Hypervisor snapshot.
+    /// A file of guest memory, `-` for stdin, or the folder of a Cloud Hypervisor snapshot.
     #[arg(value_name = "MEMORY|FOLDER")]
     input: PathBuf,
 
@@ -91,19 +93,17 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     // Before anything is read, which would be in vain.
     args.storage.options()?;
     refuse_existing(&args.out, args.storage.force)?;
-    let folder = args.input.is_dir();
+    let folder = !stdio::is_meant(&args.input) && args.input.is_dir();
     let imported = match &args.vmstate {
         Some(_) if folder => bail!("--vmstate goes with a memory file, not with a folder"),
-        Some(vmstate) => Imported::firecracker(&args.input, vmstate, &args.regions)?,
+        Some(vmstate) => Imported::firecracker(args, vmstate, session)?,
         None if folder && !args.regions.is_empty() => {
             bail!("--region goes with a memory file; a folder says itself where memory lies")
         }
         None if folder => Imported::cloud_hypervisor(&args.input, session.quiet)?,
-        None => Imported::raw(&args.input, &args.regions)?,
+        None => Imported::raw(args, session)?,
     };
-    if let Ok(input) = args.input.metadata() {
-        refuse_same(&args.out, &input)?;
-    }
+    refuse_same(&args.out, &imported.memory.metadata()?)?;
     let header = imported.store(args, session)?;
     let written = Written::new(&args.out, &header, started);
     let summary = Summary { written, source: imported.kind };
@@ -134,16 +134,17 @@ struct Imported {
 }
 
 impl Imported {
-    fn raw(path: &Path, regions: &[Region]) -> Result<Self> {
-        let (file, len) = open_memory(path)?;
-        let layout = layout(path, regions, || vec![0..len])?;
+    fn raw(args: &Args, session: &Session) -> Result<Self> {
+        let (file, len, path) = memory(args, session)?;
+        let layout = layout(path, &args.regions, || vec![0..len])?;
         let memory = MemoryFile::new(file, path, layout)?;
         Ok(Self { kind: "raw", memory, states: Vec::new(), source: json!({ "kind": "raw" }) })
     }
 
-    fn firecracker(path: &Path, vmstate: &Path, regions: &[Region]) -> Result<Self> {
+    fn firecracker(args: &Args, vmstate: &Path, session: &Session) -> Result<Self> {
         let state = VMSTATE.read(vmstate)?;
-        let (file, len) = open_memory(path)?;
+        let (file, len, path) = memory(args, session)?;
+        let regions = &args.regions;
         let arch = Arch::of_vmstate(&state.bytes);
         if regions.is_empty() {
             if !len.is_multiple_of(firecracker::MEMORY_UNIT) {
@@ -215,26 +216,53 @@ impl Imported {
     }
 }
 
+/// The file of memory that is given, or stdin; its length, and what it is called.
+fn memory<'a>(args: &'a Args, session: &Session) -> Result<(File, u64, &'a Path)> {
+    if !stdio::is_meant(&args.input) {
+        let (file, len) = open_memory(&args.input)?;
+        return Ok((file, len, &args.input));
+    }
+    let path = Path::new("stdin");
+    let folder = args.out.parent().filter(|folder| *folder != Path::new(""));
+    let folder = folder.unwrap_or(Path::new("."));
+    let file = stdio::stdin(folder, session, |start| check_start(path, start))?;
+    let len = check_length(path, &file)?;
+    Ok((file, len, path))
+}
+
 /// Opens a file of memory and gives its length; refuses what is surely none, before it is stored
 /// as if it were.
 fn open_memory(path: &Path) -> Result<(File, u64)> {
     let file = foreign::open(path)?;
+    let mut start = Vec::new();
+    (&file).take(8).read_to_end(&mut start).with_context(|| path.display().to_string())?;
+    check_start(path, &start)?;
+    let len = check_length(path, &file)?;
+    Ok((file, len))
+}
+
+/// Refuses a file that begins as others than memory do.
+fn check_start(path: &Path, start: &[u8]) -> Result<()> {
+    let named = path.display();
+    let problem = if start == MAGIC {
+        anyhow!("{named} is a snapshot already")
+    } else if start.starts_with(b"\x7fELF") {
+        anyhow!("{named} is an ELF file, not a flat image of memory")
+    } else {
+        return Ok(());
+    };
+    Err(BadInput::of(problem))
+}
+
+fn check_length(path: &Path, file: &File) -> Result<u64> {
     let named = || path.display().to_string();
     let len = file.metadata().with_context(named)?.len();
-    let mut start = [0; 8];
-    if len >= start.len() as u64 {
-        (&file).read_exact(&mut start).with_context(named)?;
-    }
-    let problem = if start == MAGIC {
-        anyhow!("{} is a snapshot already", named())
-    } else if start.starts_with(b"\x7fELF") {
-        anyhow!("{} is an ELF file, not a flat image of memory", named())
-    } else if len == 0 {
+    let problem = if len == 0 {
         anyhow!("{} is empty", named())
     } else if !len.is_multiple_of(PAGE_BYTES as u64) {
         anyhow!("{}: {len} bytes are not whole pages of {PAGE_BYTES} bytes", named())
     } else {
-        return Ok((file, len));
+        return Ok(len);
     };
     Err(BadInput::of(problem))
 }

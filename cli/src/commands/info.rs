@@ -14,6 +14,7 @@ use super::map::Picture;
 use super::stdout::{print_line, print_text, to_stdout};
 use super::summary::{Pages, ratio};
 use super::{Input, refuse_as_output};
+use crate::exit::WrongOptions;
 use crate::size;
 
 /// Show what is in a snapshot, without KVM.
@@ -23,8 +24,8 @@ Examples:
   snap info guest.snap
   snap info guest.snap --json | jq .pages
   snap info guest.snap --map                  a picture of memory
-  snap info guest.snap --map=memory.svg
-  snap info guest.snap --map=memory.png")]
+  snap info guest.snap --map -o memory.svg
+  snap info guest.snap --map -o memory.png")]
 pub(crate) struct Args {
     #[command(flatten)]
     input: Input,
@@ -34,10 +35,14 @@ pub(crate) struct Args {
     json: bool,
 
     /// Draw memory instead: what is zero, and how the rest is stored. On stdout, in colours if it
-    /// is a terminal and NO_COLOR is not set, or into a file: SVG, or PNG without letters.
+    /// is a terminal and NO_COLOR is not set, or into a file (-o, or --map=FILE): SVG, or PNG without letters.
     #[arg(long, value_name = "FILE.svg|FILE.png", num_args = 0..=1, require_equals = true,
           default_missing_value = "-", conflicts_with = "json")]
     map: Option<PathBuf>,
+
+    /// With --map: the picture to write.
+    #[arg(short, long, value_name = "FILE.svg|FILE.png", requires = "map")]
+    out: Option<PathBuf>,
 
     /// Replace the picture if it exists.
     #[arg(long, short, requires = "map")]
@@ -47,7 +52,12 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let file = &args.input.file;
     let snapshot = args.input.open()?;
-    if let Some(path) = &args.map {
+    if let Some(path) = args.map.as_deref() {
+        let path = match args.out.as_deref() {
+            Some(out) if path == Path::new("-") => out,
+            Some(_) => return Err(WrongOptions(ONE_PICTURE.into()).into()),
+            None => path,
+        };
         return draw(&snapshot, path, args.force).with_context(|| file.display().to_string());
     }
     let metadata = snapshot.metadata().with_context(|| file.display().to_string())?;
@@ -60,6 +70,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
+const ONE_PICTURE: &str = "-o and --map=FILE both name a picture: give one of them";
+
 /// Rows of letters, rows of which two share a line, and rows of a file.
 const MAP_ROWS: [u64; 3] = [32, 64, 64];
 
@@ -70,7 +82,7 @@ fn draw(snapshot: &Snapshot, path: &Path, force: bool) -> Result<()> {
         let png = match path.extension().and_then(|extension| extension.to_str()) {
             Some("png") => true,
             Some("svg") => false,
-            _ => bail!("--map={}: the picture's name ends in .svg or .png", path.display()),
+            _ => bail!("{}: the picture's name ends in .svg or .png", path.display()),
         };
         refuse_as_output(path, [snapshot])?;
         let staging = Staging::new(path, Shape::File, force)?;
@@ -148,6 +160,9 @@ fn as_json(snapshot: &Snapshot, metadata: &Metadata, set: Option<&WorkingSet>) -
     })
 }
 
+/// So many regions of memory have a line.
+const REGIONS_TOLD: usize = 16;
+
 fn as_text(snapshot: &Snapshot, metadata: &Metadata, set: Option<&WorkingSet>) -> String {
     let header = snapshot.header();
     let mut lines = vec![
@@ -162,10 +177,15 @@ fn as_text(snapshot: &Snapshot, metadata: &Metadata, set: Option<&WorkingSet>) -
     for (name, value) in &metadata.other {
         lines.push(format!("{name:<10} {}", one_line(value)));
     }
-    for (number, region) in snapshot.regions().iter().enumerate() {
+    let regions = snapshot.regions();
+    for (number, region) in regions.iter().take(REGIONS_TOLD).enumerate() {
         let name = if number == 0 { "memory" } else { "" };
         let end = region.gpa.saturating_add(region.len);
         lines.push(format!("{name:<10} {:#x}..{end:#x}  {}", region.gpa, size::human(region.len)));
+    }
+    if let more @ 1.. = regions.len().saturating_sub(REGIONS_TOLD) {
+        let all = size::human(header.memory_bytes);
+        lines.push(format!("{:<10} and {more} regions more, {all} in all (--json has them)", ""));
     }
     let Pages { total, zero, data, stored, duplicate, parent } = Pages::of(header);
     lines.push(format!(

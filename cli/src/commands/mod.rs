@@ -24,6 +24,7 @@ mod summary;
 mod train;
 mod verify;
 
+use std::fmt::Display;
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -36,6 +37,7 @@ use snapfmt::{Parents, ReadError, Snapshot};
 pub(crate) use rewrite::path_of_parent;
 
 use crate::interrupt::Interrupt;
+use crate::stdio;
 
 #[derive(Subcommand)]
 pub(crate) enum Command {
@@ -109,8 +111,14 @@ pub(crate) fn open(path: &Path, parents: &[PathBuf]) -> Result<Snapshot> {
     })
 }
 
-/// Refuses an output that is there already, before anything is done that would be in vain.
-fn refuse_existing(out: &Path, force: bool) -> Result<()> {
+/// Refuses an output of a snapshot that is there already, or is stdout, before anything is done that would be in vain.
+pub(crate) fn refuse_existing(out: &Path, force: bool) -> Result<()> {
+    if stdio::is_meant(out) {
+        bail!(
+            "a snapshot is not written from front to back, as stdout would have it; give a file (one whose name is `-` \
+             is ./-)"
+        );
+    }
     if !force && out.symlink_metadata().is_ok() {
         bail!("{} exists; give --force to replace it", out.display());
     }
@@ -132,11 +140,16 @@ pub(crate) fn refuse_as_output<'a>(
 /// Refuses an output that is this input.
 fn refuse_same(out: &Path, input: &Metadata) -> Result<()> {
     match out.metadata() {
-        Ok(there) if (input.dev(), input.ino()) == (there.dev(), there.ino()) => {
-            bail!("{} is read, itself or as a parent; choose another output", out.display())
-        }
-        _ => Ok(()),
+        Ok(there) => refuse_same_file(&out.display(), &there, input),
+        Err(_) => Ok(()),
     }
+}
+
+fn refuse_same_file(out: &dyn Display, there: &Metadata, input: &Metadata) -> Result<()> {
+    if (input.dev(), input.ino()) == (there.dev(), there.ino()) {
+        bail!("{out} is read, itself or as a parent; choose another output");
+    }
+    Ok(())
 }
 
 /// A snapshot to be read.

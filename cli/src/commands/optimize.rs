@@ -10,7 +10,7 @@ use snapfmt::{Codec, HotPages, Parent, Snapshot, WriteError, write_with_set};
 use super::rewrite::Parts;
 use super::stdout::print_line;
 use super::summary::Written;
-use super::{Input, Session, path_of_parent, refuse_as_output};
+use super::{Input, Session, path_of_parent, refuse_as_output, refuse_existing};
 use crate::progress::Bar;
 use crate::size;
 use crate::storage::Storage;
@@ -56,6 +56,7 @@ struct Summary<'a> {
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let options = args.storage.options()?;
+    refuse_existing(&args.out, args.storage.force)?;
     let snapshot = args.input.open()?;
     refuse_as_output(&args.out, [&snapshot])?;
     let named = || args.input.file.display().to_string();

@@ -18,7 +18,7 @@ use super::{Input, Session};
 use crate::api::{Api, ApiArgs, Facts, PagerFigures};
 use crate::devices::SavedDeviceArgs;
 use crate::exit::Interrupted;
-use crate::guest_console::{BEAT, GuestConsole, Until};
+use crate::guest_console::{GuestConsole, Until};
 use crate::guest_output::{GuestOutput, Hold};
 use crate::interrupt::Interrupt;
 use crate::live::{self, EndArgs, Ended, Live};
@@ -56,10 +56,6 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SOCKET", requires = "lazy",
           conflicts_with_all = ["on_error", "populate", "placement", "prefetch", "record"])]
     share: Option<PathBuf>,
-
-    /// End after this many lines that begin with `beat`.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
-    beats: Option<u64>,
 
     #[command(flatten)]
     end: EndArgs,
@@ -110,6 +106,10 @@ pub(crate) struct Args {
     #[arg(short, long, value_name = "OUT.snap", requires = "record")]
     out: Option<PathBuf>,
 
+    /// Replace the output of --record if it exists.
+    #[arg(short, long, requires = "record")]
+    force: bool,
+
     /// With --lazy: where the threads run that answer faults.
     #[arg(long, value_name = "PLACE", default_value = "follow", requires = "lazy")]
     placement: Place,
@@ -120,7 +120,7 @@ pub(crate) struct Args {
 
     /// Restore although this host's CPU lacks features that the guest was given.
     #[arg(long)]
-    force: bool,
+    force_cpu: bool,
 
     /// At the end, hash all of the guest's memory (a lazy restore loads it for that).
     #[arg(long)]
@@ -137,6 +137,10 @@ pub(crate) struct Args {
     /// How to report on stderr at the end.
     #[arg(long, value_name = "FORM", default_value = "text")]
     report: ReportForm,
+
+    /// Report as JSON, on stderr: the same as --report json.
+    #[arg(long, conflicts_with = "report")]
+    json: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -238,11 +242,11 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
                 Place::None => Placement::None,
             },
             clock: args.clock.into(),
-            force: args.force,
+            force: args.force_cpu,
             heed_requests: false,
             devices: &args.devices,
         },
-        until: Until { lines: args.beats.map(|beats| (BEAT, beats)), ..args.end.until() },
+        until: args.end.until(),
         run_for: args.end.run_for,
         hold: Some(hold),
         hash: args.hash,
@@ -252,7 +256,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         paused: args.paused,
     };
     let output = match &args.out {
-        Some(path) => Some((Output { path, replace: false }, args.input.open()?)),
+        Some(path) => Some((Output { path, replace: args.force }, args.input.open()?)),
         None => None,
     };
     if let Some((output, snapshot)) = &output {
@@ -263,7 +267,8 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         with_parent.context("cannot be tied to the process that measures")?;
     }
     let (report, outcome) = restore.run(out, session, session.started)?;
-    let told = match args.report {
+    let form = if args.json { ReportForm::Json } else { args.report };
+    let told = match form {
         ReportForm::Json => serde_json::to_string_pretty(&report)? + "\n",
         ReportForm::Text if !session.quiet => report.to_string(),
         ReportForm::Text | ReportForm::None => String::new(),

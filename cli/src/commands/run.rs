@@ -24,6 +24,7 @@ use crate::terminal::Keyboard;
 #[command(after_help = "\
 Examples:
   snap run                                    the built-in demo guest, until Ctrl-C
+  snap run --beats 3
   snap run --kernel vmlinuz --initrd initrd.img --memory 512M --cpus 2
   snap run --kernel vmlinux --initrd initrd.img --disk root.img --until 'login:'
   snap run --api vm.sock                      then, elsewhere: snap create demo.snap --vm vm.sock")]

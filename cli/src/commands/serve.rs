@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
-use pager::serve::{KeepAt, Prefetched, ServeEvent, ServeOptions, Server, SnapshotName};
+use pager::serve::{Fate, KeepAt, Prefetched, ServeEvent, ServeOptions, Server, SnapshotName};
 use pager::{Populate, SnapshotSource};
 use snapfmt::Snapshot;
 
@@ -179,9 +179,14 @@ fn told(file: &str, event: &ServeEvent<'_>, quiet: bool) -> Option<String> {
         ServeEvent::Failed { pid, failure } => {
             format!("snap: {file}, for process {pid}: {}\n", with_causes(failure))
         }
-        ServeEvent::Refused { pid, error } => {
+        ServeEvent::Refused { pid, error, fate } => {
             let who = pid.map_or("a client".into(), |pid| format!("process {pid}"));
-            format!("snap: {who} is not served: {}\n", with_causes(error))
+            let then = match fate {
+                Fate::Poisoned => "; what it lacks fails when it touches it",
+                Fate::Killed => "; it was killed",
+                _ => "",
+            };
+            format!("snap: {who} is not served: {}{then}\n", with_causes(error))
         }
         ServeEvent::NotKept { pid, error } => {
             format!("snap: process {pid} will not survive this server: {}\n", with_causes(error))

@@ -12,7 +12,6 @@ use super::restore::Restore;
 use super::stdout::print_line;
 use super::{Input, Session};
 use crate::devices::SavedDeviceArgs;
-use crate::guest_console::{BEAT, Until};
 use crate::live::EndArgs;
 use crate::prefetch::PrefetchArg;
 use crate::recording::{Output, Record, Touched};
@@ -40,10 +39,6 @@ pub(crate) struct Args {
     /// How often the guest is brought back.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=1000))]
     runs: u16,
-
-    /// A run ends after this many lines that begin with `beat`.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
-    beats: Option<u64>,
 
     #[command(flatten)]
     end: EndArgs,
@@ -81,7 +76,7 @@ struct Summary {
 }
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
-    if args.beats.is_none() && args.end.until.is_none() && args.end.run_for.is_none() {
+    if args.end.beats.is_none() && args.end.until.is_none() && args.end.run_for.is_none() {
         bail!("say when a run is over: --until TEXT, --for TIME or, of the demo guest, --beats N");
     }
     let output = Output { path: &args.out, replace: args.force };
@@ -147,7 +142,7 @@ fn touched(args: &Args, session: &Session) -> Result<Touched> {
             heed_requests: false,
             devices: &args.devices,
         },
-        until: Until { lines: args.beats.map(|beats| (BEAT, beats)), ..args.end.until() },
+        until: args.end.until(),
         run_for: args.end.run_for,
         hold: None,
         hash: false,

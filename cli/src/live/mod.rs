@@ -13,7 +13,7 @@ use vmm::{PauseError, PausedVm, RunningVm, Stop};
 
 use crate::commands::Session;
 use crate::exit::{GuestStopped, Interrupted};
-use crate::guest_console::{Seen, Until};
+use crate::guest_console::{BEAT, Seen, Until};
 use crate::guest_output::Hold;
 use crate::stored::{Kept, Summary};
 use remote::Event;
@@ -22,6 +22,10 @@ pub(crate) use remote::{Answer, Command, Events, Refused, Remote, State, StoreRe
 /// When a run ends that nobody interrupts.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub(crate) struct EndArgs {
+    /// End after this many lines that begin with `beat`.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) beats: Option<u64>,
+
     /// End when the guest has written this.
     #[arg(long, value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub(crate) until: Option<String>,
@@ -33,7 +37,8 @@ pub(crate) struct EndArgs {
 
 impl EndArgs {
     pub(crate) fn until(&self) -> Until {
-        Until { lines: None, pattern: self.until.clone().map(String::into_bytes) }
+        let lines = self.beats.map(|beats| (BEAT, beats));
+        Until { lines, pattern: self.until.clone().map(String::into_bytes) }
     }
 }
 

@@ -94,6 +94,24 @@ pub enum RefuseError {
         /// The limit.
         limit_bytes: usize,
     },
+    /// The descriptor that it sent did not arrive.
+    #[error(
+        "its descriptor could not be received: this process may have {} open files (`ulimit -n`, in systemd LimitNOFILE=), \
+         or a security module forbids it", limit_text(.limit)
+    )]
+    DescriptorLost {
+        /// How many files this process may have open, if there is a limit.
+        limit: Option<u64>,
+    },
+    /// There are no descriptors left for another client.
+    #[error(
+        "this process has no descriptor left for another client: raise its limit of open files (`ulimit -n`, in systemd \
+         LimitNOFILE=)"
+    )]
+    Shortage(#[source] io::Error),
+    /// It is refused, and threads of it wait for pages that cannot be poisoned.
+    #[error("the pages that it touches cannot be poisoned")]
+    Poison(#[source] io::Error),
     /// It sent more than one descriptor, or one where none belongs.
     #[error("a message with {found} descriptors; {expected} expected")]
     Descriptors {
@@ -166,4 +184,14 @@ pub enum RefuseError {
         #[source]
         error: io::Error,
     },
+}
+
+fn limit_text(limit: &Option<u64>) -> String {
+    limit.map_or("any number of".into(), |limit| limit.to_string())
+}
+
+/// The error with all its causes, in one line.
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }

@@ -152,7 +152,7 @@ pub(crate) fn userfaultfd(descriptor: OwnedFd) -> Result<ForeignUffd, RefuseErro
 }
 
 #[allow(unsafe_code)]
-fn received(descriptor: OwnedFd) -> Result<ForeignUffd, crate::uffd::ForeignUffdError> {
+pub(super) fn received(descriptor: OwnedFd) -> Result<ForeignUffd, crate::uffd::ForeignUffdError> {
     // SAFETY: it came over a socket whose other end is another process (see `Peer::of`). The only
     // userfaultfd that a server makes for its own memory, that of `SharedImage`, never leaves it.
     unsafe { ForeignUffd::new(descriptor) }

@@ -4,10 +4,12 @@
 //! Each client is served by threads of its own: one that is silent, hostile or dead holds up no other. The
 //! protocol, who is trusted, and what happens when things fail: `docs/serving.md`.
 
+mod door;
 mod error;
 pub(crate) mod handshake;
 mod metrics;
 mod peer;
+mod refused;
 mod session;
 mod socket;
 pub(crate) mod wire;
@@ -20,7 +22,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -32,6 +34,7 @@ pub use error::{BindError, RefuseError};
 pub(crate) use handshake::Answer;
 pub use handshake::SnapshotName;
 pub use peer::check_user;
+pub use refused::Fate;
 pub use socket::Socket;
 
 use crate::failure::FailurePolicy;
@@ -40,6 +43,7 @@ use crate::populate::Populate;
 use crate::shared::{ImageLoader, SharedImage};
 use crate::source::PageSource;
 use crate::stats::Stats;
+use door::Spare;
 use metrics::Totals;
 use peer::Peer;
 use session::{KeptGuest, Session};
@@ -149,6 +153,8 @@ pub enum ServeEvent<'a> {
         pid: Option<i32>,
         /// Why.
         error: &'a RefuseError,
+        /// What was done about it.
+        fate: Fate,
     },
     /// A page of a client could not be had.
     Failed {
@@ -190,6 +196,7 @@ pub(crate) struct Hall {
     pub(crate) image: Mutex<Option<SharedFile>>,
     /// Everybody who is served, and how many threads there are for clients.
     guests: Mutex<Guests>,
+    spare: Mutex<Spare>,
     emptied: Condvar,
     next_id: AtomicU64,
     keep: Option<Link>,
@@ -205,6 +212,8 @@ pub(crate) struct SharedFile {
 #[derive(Default)]
 struct Guests {
     sessions: BTreeMap<u64, Arc<Session>>,
+    /// Those that are refused and whose pages are poisoned.
+    refused: BTreeMap<u64, Arc<Peer>>,
     threads: usize,
     /// What was done for those that have ended.
     ended: Totals,
@@ -233,6 +242,7 @@ impl Server {
             on_event: Box::new(on_event),
             image: Mutex::new(None),
             guests: Mutex::default(),
+            spare: Mutex::new(Spare::full()),
             emptied: Condvar::new(),
             next_id: AtomicU64::new(0),
         };
@@ -284,9 +294,10 @@ impl Server {
                 Ok(Some(stream)) => hall.receive(stream),
                 Ok(None) => {}
                 Err(error) => {
-                    (hall.on_event)(ServeEvent::Accept { error: &error });
-                    // Out of descriptors or memory: the connection waits, and others may end.
-                    thread::sleep(Duration::from_millis(50));
+                    if !peer::is_shortage(&error) || !hall.accept_by_spare(&socket, error) {
+                        // Others may end meanwhile, and the connection waits.
+                        thread::sleep(Duration::from_millis(50));
+                    }
                 }
             }
         }
@@ -323,7 +334,8 @@ impl ServerHandle {
         let needy = sessions.iter().filter(|session| {
             !(keeper && session.kept.is_some()) && session.pager.stats().pages.missing > 0
         });
-        needy.map(|session| session.peer.kill()).count()
+        let refused: Vec<_> = self.0.guests().refused.values().cloned().collect();
+        needy.map(|session| &session.peer).chain(&refused).map(|peer| peer.kill()).count()
     }
 }
 
@@ -335,12 +347,22 @@ impl Hall {
             let mut guests = self.guests();
             if guests.threads >= limit {
                 drop(guests);
-                return self.refuse(None, &RefuseError::Full { limit });
+                return self.turn_away(&stream, &RefuseError::Full { limit });
             }
             guests.threads += 1;
         }
-        // One that gets none sees its connection close.
-        self.give_thread(move |hall| session::attend(hall, &stream));
+        // Handed over afterwards: if there is no thread, it is still here.
+        let (give, take) = mpsc::channel();
+        let given = self.give_thread(move |hall| {
+            if let Ok(stream) = take.recv() {
+                session::attend(hall, stream);
+            }
+        });
+        match given {
+            // The thread waits for it.
+            Ok(()) => drop(give.send(stream)),
+            Err(error) => self.turn_away(&stream, &error),
+        }
     }
 
     /// Gives a client of a dead server its thread. There are as many as that one had.
@@ -350,21 +372,27 @@ impl Hall {
         let needs_us = !kept.shares;
         let guest = KeptGuest { hall: Arc::clone(self), id };
         let given = self.give_thread(move |hall| session::resume(hall, guest, kept));
-        if let (false, true, Ok(process)) = (given, needs_us, process) {
-            // The keeper takes it for served: it would wait for ever.
-            Peer::kept(0, process).kill();
+        if let Err(error) = given {
+            let fate = match (needs_us, process) {
+                // The keeper takes it for served: it would wait for ever.
+                (true, Ok(process)) => {
+                    Peer::kept(0, process).kill();
+                    Fate::Killed
+                }
+                _ => Fate::Closed,
+            };
+            self.refuse(None, &error, fate);
         }
     }
 
-    /// The thread is counted before. Answers whether there is one.
-    fn give_thread(self: &Arc<Hall>, body: impl FnOnce(&Arc<Hall>) + Send + 'static) -> bool {
+    /// The thread is counted before.
+    fn give_thread(
+        self: &Arc<Hall>,
+        body: impl FnOnce(&Arc<Hall>) + Send + 'static,
+    ) -> Result<(), RefuseError> {
         let place = Place(Arc::clone(self));
         let spawned = thread::Builder::new().name("client".into()).spawn(move || body(&place.0));
-        let given = spawned.is_ok();
-        if let Err(error) = spawned {
-            self.refuse(None, &RefuseError::System { what: "start a thread", error });
-        }
-        given
+        spawned.map(drop).map_err(|error| RefuseError::System { what: "start a thread", error })
     }
 
     pub(crate) fn new_id(&self) -> u64 {
@@ -375,8 +403,15 @@ impl Hall {
         self.keep.as_ref()
     }
 
-    pub(crate) fn refuse(&self, pid: Option<i32>, error: &RefuseError) {
-        (self.on_event)(ServeEvent::Refused { pid, error });
+    pub(crate) fn refuse(&self, pid: Option<i32>, error: &RefuseError, fate: Fate) {
+        (self.on_event)(ServeEvent::Refused { pid, error, fate });
+    }
+
+    /// Keeps a refused client among those that need this process; until the answer is dropped.
+    pub(crate) fn turned_away(self: &Arc<Hall>, peer: &Arc<Peer>) -> Entry {
+        let id = self.new_id();
+        self.guests().refused.insert(id, Arc::clone(peer));
+        Entry { hall: Arc::clone(self), id }
     }
 
     /// Keeps the session among those that are served; until the answer is dropped.
@@ -414,7 +449,7 @@ impl fmt::Debug for Hall {
     }
 }
 
-/// A session among those that are served.
+/// A session, or a client that is refused, among those that need this process.
 pub(crate) struct Entry {
     hall: Arc<Hall>,
     id: u64,
@@ -423,6 +458,7 @@ pub(crate) struct Entry {
 impl Drop for Entry {
     fn drop(&mut self) {
         let mut guests = self.hall.guests();
+        guests.refused.remove(&self.id);
         if let Some(session) = guests.sessions.remove(&self.id) {
             guests.ended.add(&session.pager.stats());
         }

@@ -1,7 +1,7 @@
 //! Who is on the other side: its process, and whether it may be served.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -18,7 +18,7 @@ pub fn check_user(stream: &UnixStream) -> Result<(), RefuseError> {
 }
 
 /// The process that has connected, if its user may (unix(7), "SO_PEERCRED").
-fn allowed(stream: &UnixStream) -> Result<Pid, RefuseError> {
+pub(super) fn allowed(stream: &UnixStream) -> Result<Pid, RefuseError> {
     let credentials = rustix::net::sockopt::socket_peercred(stream)
         .map_err(|error| RefuseError::System { what: "see who connects", error: error.into() })?;
     let uid = credentials.uid;
@@ -26,6 +26,39 @@ fn allowed(stream: &UnixStream) -> Result<Pid, RefuseError> {
         return Err(RefuseError::User { uid: uid.as_raw() });
     }
     Ok(credentials.pid)
+}
+
+/// Whether no more files can be open, in this process or on the host.
+pub(super) fn is_shortage(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
+}
+
+/// The process that has connected, also if it has sent what it had to say and closed its end since (SO_PEERPIDFD). `None`
+/// before Linux 6.5.
+#[allow(unsafe_code)]
+fn connected(stream: &UnixStream) -> io::Result<Option<OwnedFd>> {
+    // Of the kernel's asm-generic/socket.h; libc lacks it for some targets.
+    const SO_PEERPIDFD: libc::c_int = 77;
+    let mut pidfd: libc::c_int = -1;
+    let mut len = size_of_val(&pidfd) as libc::socklen_t;
+    // SAFETY: the descriptor is open; `pidfd` is valid for writes of `len` bytes, and `len` for reads and writes.
+    let outcome = unsafe {
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PEERPIDFD,
+            (&raw mut pidfd).cast(),
+            &raw mut len,
+        )
+    };
+    if outcome == 0 {
+        // SAFETY: the kernel just made this descriptor, so nobody else owns it.
+        return Ok(Some(unsafe { OwnedFd::from_raw_fd(pidfd) }));
+    }
+    match io::Error::last_os_error() {
+        error if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(None),
+        error => Err(error),
+    }
 }
 
 /// A client's process.
@@ -36,17 +69,21 @@ pub(crate) struct Peer {
 }
 
 impl Peer {
-    /// The process that has connected. It must be of this process' user, or root's.
-    pub(crate) fn of(stream: &UnixStream) -> Result<Peer, RefuseError> {
+    /// The process that has connected, and is `allowed`.
+    pub(crate) fn of(stream: &UnixStream, pid: Pid) -> Result<Peer, RefuseError> {
         let system = |what| {
             move |error: rustix::io::Errno| RefuseError::System { what, error: error.into() }
         };
-        let pid = allowed(stream)?;
-        let gone =
-            |error: io::Error| RefuseError::Process { pid: pid.as_raw_nonzero().get(), error };
+        let gone = |error: io::Error| match is_shortage(&error) {
+            true => RefuseError::Shortage(error),
+            false => RefuseError::Process { pid: pid.as_raw_nonzero().get(), error },
+        };
         // A process that serves itself would fill memory that it works with.
         if pid == rustix::process::getpid() {
             return Err(gone(io::Error::other("it is the server's own")));
+        }
+        if let Some(process) = connected(stream).map_err(gone)? {
+            return Ok(Peer { pid: pid.as_raw_nonzero().get(), process });
         }
         let process = rustix::process::pidfd_open(pid, PidfdFlags::empty())
             .map_err(|error| gone(error.into()))?;

@@ -9,10 +9,11 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 
-use super::error::RefuseError;
+use super::error::{RefuseError, chain};
 use super::handshake::{self, Answer, Hello, RegionMessage, Request, SnapshotName};
 use super::metrics::Guest;
 use super::peer::Peer;
+use super::refused::{self, Fate, Given};
 use super::wire::{self, Inlet};
 use super::{Hall, ServeEvent, SharedFile};
 use crate::keep::{KeepError, Kept, Ledger, Record};
@@ -66,37 +67,55 @@ struct Sharing {
 }
 
 /// The body of a client's thread.
-pub(crate) fn attend(hall: &Arc<Hall>, stream: &UnixStream) {
-    match Peer::of(stream) {
-        Err(error) => hall.refuse(None, &error),
-        Ok(peer) => {
-            let pid = peer.pid;
-            if let Err(error) = attend_peer(hall, stream, peer) {
-                hall.refuse(Some(pid), &error);
-            }
-        }
+pub(crate) fn attend(hall: &Arc<Hall>, stream: UnixStream) {
+    let peer = match hall.peer_of(&stream) {
+        Ok(peer) => Arc::new(peer),
+        Err((_, error @ RefuseError::Shortage(_))) => return hall.turn_away(&stream, &error),
+        Err((pid, error)) => return hall.refuse(pid, &error, Fate::Closed),
+    };
+    let mut inlet = Inlet::new(&stream, hall.options.handshake_timeout);
+    if let Err(error) = attend_peer(hall, &stream, &peer, &mut inlet) {
+        let given = inlet.into_given();
+        drop(stream);
+        refused::settle(hall, &peer, given, &error);
     }
 }
 
-fn attend_peer(hall: &Arc<Hall>, stream: &UnixStream, peer: Peer) -> Result<(), RefuseError> {
-    let mut inlet = Inlet::new(stream, hall.options.handshake_timeout);
-    match handshake::receive(&mut inlet)? {
+/// Serves a client until its end. One that is refused has what it gave in `inlet`.
+fn attend_peer(
+    hall: &Arc<Hall>,
+    stream: &UnixStream,
+    peer: &Arc<Peer>,
+    inlet: &mut Inlet<'_>,
+) -> Result<(), RefuseError> {
+    match handshake::receive(inlet)? {
         Hello::Fill { regions, descriptor } => {
+            // Until it is served: if it is not, its pages are poisoned by this one.
+            let second = descriptor.try_clone();
+            let (descriptor, second) = match second {
+                Ok(second) => (descriptor, second),
+                Err(error) => {
+                    inlet.descriptors.push(descriptor);
+                    return Err(RefuseError::Shortage(error));
+                }
+            };
+            inlet.descriptors.push(second);
             let uffd = handshake::userfaultfd(descriptor)?;
             let memory = handshake::regions(&regions)?;
-            let kept = keep(hall, stream, &peer, &uffd, &regions, false);
-            let served = served(&peer, &memory);
-            let session = start(hall, peer, uffd, memory, None, kept)?;
+            let kept = keep(hall, stream, peer, &uffd, &regions, false);
+            let served = served(peer, &memory);
+            let session = start(hall, Arc::clone(peer), uffd, memory, None, kept)?;
+            inlet.descriptors.clear();
             attend_until(hall, session, served, |peer| until_its_process_ends(stream, peer));
             Ok(())
         }
         Hello::Request(Request::Share(wanted)) => {
-            let shared = share(hall, stream, peer, &mut inlet, &wanted);
-            if let Err(error) = &shared {
-                // It may be gone.
-                let _ = Answer::Refused(error.to_string()).send(stream, None);
+            if let Err(error) = share(hall, stream, peer, inlet, &wanted) {
+                // It does not touch its memory before it was accepted. It may be gone.
+                let _ = Answer::Refused(chain(&error)).send(stream, None);
+                hall.refuse(Some(peer.pid), &error, Fate::Closed);
             }
-            shared
+            Ok(())
         }
         Hello::Request(Request::Stats {}) => wire::send_line(stream, &hall.stats_json(), None)
             .map_err(|error| system("answer", error)),
@@ -108,7 +127,7 @@ fn attend_peer(hall: &Arc<Hall>, stream: &UnixStream, peer: Peer) -> Result<(), 
 fn share(
     hall: &Arc<Hall>,
     stream: &UnixStream,
-    peer: Peer,
+    peer: &Arc<Peer>,
     inlet: &mut Inlet<'_>,
     wanted: &SnapshotName,
 ) -> Result<(), RefuseError> {
@@ -120,10 +139,10 @@ fn share(
     let uffd = handshake::userfaultfd(descriptor)?;
     let told = stream.try_clone().map_err(|error| system("duplicate a connection", error))?;
     let memory = handshake::regions(&regions)?;
-    let served = served(&peer, &memory);
-    let kept = keep(hall, stream, &peer, &uffd, &regions, true);
+    let served = served(peer, &memory);
+    let kept = keep(hall, stream, peer, &uffd, &regions, true);
     let sharing = Sharing { source: file.image.as_source(), told, ahead: file.ahead };
-    let session = start(hall, peer, uffd, memory, Some(sharing), kept)?;
+    let session = start(hall, Arc::clone(peer), uffd, memory, Some(sharing), kept)?;
     Answer::Accepted {}.send(stream, None)?;
     attend_until(hall, session, served, |peer| until_it_hangs_up(stream, peer));
     Ok(())
@@ -165,13 +184,12 @@ fn system(what: &'static str, error: io::Error) -> RefuseError {
 /// Starts the pager of a client.
 fn start(
     hall: &Arc<Hall>,
-    peer: Peer,
+    peer: Arc<Peer>,
     uffd: ForeignUffd,
     regions: Vec<Region>,
     sharing: Option<Sharing>,
     kept: Option<(Records, KeptGuest)>,
 ) -> Result<Arc<Session>, RefuseError> {
-    let peer = Arc::new(peer);
     let process = peer.duplicate().map_err(|error| system("duplicate a pidfd", error))?;
     let (source, clone, ahead) = match sharing {
         Some(Sharing { source, told, ahead }) => (source, Some(told), ahead),
@@ -246,43 +264,49 @@ fn keep(
 /// The body of the thread of a client whose server has died.
 pub(crate) fn resume(hall: &Arc<Hall>, guest: KeptGuest, kept: Kept) {
     let Kept { uffd, connection, process, ledger, shares } = kept;
-    let (pid, outcome) = match Ledger::open(ledger) {
-        Err(error) => (None, Err(RefuseError::Kept(error))),
-        Ok(ledger) => {
-            let process = process.try_clone();
-            let resumed =
-                process.map_err(|error| system("duplicate a pidfd", error)).and_then(|process| {
-                    let peer = Peer::kept(ledger.record.pid, process);
-                    resume_peer(hall, guest, peer, uffd, connection.into(), shares, &ledger)
-                });
-            (Some(ledger.record.pid), resumed)
-        }
+    let mut given = Given { names_memory: true, ..Given::default() };
+    let (pid, ledger) = match Ledger::open(ledger) {
+        Ok(ledger) => (ledger.record.pid, Ok(ledger)),
+        Err(error) => (0, Err(RefuseError::Kept(error))),
     };
-    if let Err(error) = outcome {
-        // It would wait for ever. A clone sees its connection close, and knows what to do.
-        if !shares {
-            Peer::kept(pid.unwrap_or_default(), process).kill();
-        }
-        hall.refuse(pid, &error);
+    let peer = Arc::new(Peer::kept(pid, process));
+    let outcome = ledger.and_then(|ledger| {
+        given.descriptors.push(uffd.try_clone().map_err(RefuseError::Shortage)?);
+        let orphan = Orphan { uffd, stream: connection.into(), shares, ledger };
+        resume_peer(hall, guest, &peer, orphan, &mut given)
+    });
+    match outcome {
+        Ok(()) => {}
+        // It sees its connection close, and knows what to do.
+        Err(error) if shares => hall.refuse(Some(peer.pid), &error, Fate::Closed),
+        Err(error) => refused::settle(hall, &peer, given, &error),
     }
+}
+
+/// What is known of a client whose server has died.
+struct Orphan {
+    uffd: OwnedFd,
+    stream: UnixStream,
+    shares: bool,
+    ledger: Ledger,
 }
 
 fn resume_peer(
     hall: &Arc<Hall>,
     guest: KeptGuest,
-    peer: Peer,
-    uffd: OwnedFd,
-    stream: UnixStream,
-    shares: bool,
-    ledger: &Ledger,
+    peer: &Arc<Peer>,
+    orphan: Orphan,
+    given: &mut Given,
 ) -> Result<(), RefuseError> {
+    let Orphan { uffd, stream, shares, ledger } = orphan;
     let uffd = handshake::userfaultfd(uffd)?;
     let regions = handshake::regions(&ledger.record.regions)?;
     let records = ledger.records(true).map_err(|error| system("map the ledger", error))?;
     let taken = ServeEvent::TakenOver { pid: peer.pid, memory_bytes: all_bytes(&regions) };
     let kept = Some((records, guest));
     if !shares {
-        let session = start(hall, peer, uffd, regions, None, kept)?;
+        let session = start(hall, Arc::clone(peer), uffd, regions, None, kept)?;
+        given.descriptors.clear();
         attend_until(hall, session, taken, |peer| until_its_process_ends(&stream, peer));
         return Ok(());
     }
@@ -290,7 +314,8 @@ fn resume_peer(
     // into the clone's own mapping, and hides the file there.
     let told = stream.try_clone().map_err(|error| system("duplicate a connection", error))?;
     let sharing = Sharing { source: Arc::clone(&hall.source), told, ahead: None };
-    let session = start(hall, peer, uffd, regions, Some(sharing), kept)?;
+    let session = start(hall, Arc::clone(peer), uffd, regions, Some(sharing), kept)?;
+    given.descriptors.clear();
     // The dead server may not have come to that. Twice does no harm.
     Answer::Accepted {}.send(&stream, None)?;
     attend_until(hall, session, taken, |peer| until_it_hangs_up(&stream, peer));

@@ -12,8 +12,10 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags,
 };
+use rustix::process::Resource;
 
 use super::error::RefuseError;
+use super::refused::Given;
 
 /// No message is longer: room for some thousand regions.
 pub(crate) const MESSAGE_LIMIT_BYTES: usize = 1 << 20;
@@ -29,13 +31,16 @@ pub(crate) struct Inlet<'a> {
     /// What has come and was not taken.
     pub(crate) bytes: Vec<u8>,
     pub(crate) descriptors: Vec<OwnedFd>,
+    /// A descriptor was sent and did not arrive.
+    pub(crate) lost: bool,
 }
 
 impl<'a> Inlet<'a> {
     /// All that is received through it has to come within `allowed` from now.
     pub(crate) fn new(stream: &'a UnixStream, allowed: Duration) -> Inlet<'a> {
         let deadline = Instant::now() + allowed;
-        Inlet { stream, deadline, allowed, bytes: Vec::new(), descriptors: Vec::new() }
+        let (bytes, descriptors) = (Vec::new(), Vec::new());
+        Inlet { stream, deadline, allowed, bytes, descriptors, lost: false }
     }
 
     /// Waits for more bytes or descriptors.
@@ -58,22 +63,33 @@ impl<'a> Inlet<'a> {
                 Err(Errno::CONNRESET) => return Err(self.left()),
                 Err(error) => return Err(system("receive")(error)),
             };
+            let before = self.descriptors.len();
             for message in control.drain() {
                 if let RecvAncillaryMessage::ScmRights(descriptors) = message {
                     self.descriptors.extend(descriptors);
                 }
             }
-            if self.descriptors.len() > 1 || received.flags.contains(ReturnFlags::CTRUNC) {
-                let found = self.descriptors.len().max(2);
+            let arrived = self.descriptors.len() - before;
+            self.lost |= received.flags.contains(ReturnFlags::CTRUNC);
+            let fits = self.bytes.len() + received.bytes <= MESSAGE_LIMIT_BYTES;
+            if fits {
+                self.bytes.extend_from_slice(&piece[..received.bytes]);
+            }
+            // There was room for more than one: it is for another reason that one is lost.
+            if self.lost && arrived < DESCRIPTORS_SEEN {
+                let limit = rustix::process::getrlimit(Resource::Nofile).current;
+                return Err(RefuseError::DescriptorLost { limit });
+            }
+            if self.descriptors.len() > 1 {
+                let found = self.descriptors.len();
                 return Err(RefuseError::Descriptors { found, expected: 1 });
             }
             if received.bytes == 0 {
                 return Err(self.left());
             }
-            if self.bytes.len() + received.bytes > MESSAGE_LIMIT_BYTES {
+            if !fits {
                 return Err(RefuseError::TooLong { limit_bytes: MESSAGE_LIMIT_BYTES });
             }
-            self.bytes.extend_from_slice(&piece[..received.bytes]);
             return Ok(());
         }
     }
@@ -96,6 +112,12 @@ impl<'a> Inlet<'a> {
     /// The one descriptor that has come with the message.
     pub(crate) fn descriptor(&mut self) -> Result<OwnedFd, RefuseError> {
         self.descriptors.pop().ok_or(RefuseError::Descriptors { found: 0, expected: 1 })
+    }
+
+    /// What its sender has given so far.
+    pub(crate) fn into_given(self) -> Given {
+        let names_memory = self.bytes.first() == Some(&b'[');
+        Given { descriptors: self.descriptors, lost: self.lost, names_memory }
     }
 
     fn left(&self) -> RefuseError {

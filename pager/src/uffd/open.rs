@@ -82,6 +82,12 @@ pub enum OpenError {
         /// What the system call said.
         syscall: Errno,
     },
+    /// This process, or the host, may not have more open files.
+    #[error("no userfaultfd: {error}. Raise the limit: {}", limit_of_files(error))]
+    Files {
+        /// Which of the two.
+        error: io::Error,
+    },
     /// The kernel is too old for what is needed.
     #[error(
         "this kernel's userfaultfd lacks features {missing:#x} (it has {available:#x}); see UFFD_FEATURE_* in ioctl_userfaultfd(2)"
@@ -98,6 +104,14 @@ pub enum OpenError {
         /// The kernel's answer.
         errno: Errno,
     },
+}
+
+/// What to raise where no more files can be open.
+fn limit_of_files(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::ENFILE) => "`sysctl fs.file-max`, that of the host",
+        _ => "`ulimit -n`, in systemd LimitNOFILE=, that of this process",
+    }
 }
 
 impl Uffd {
@@ -155,7 +169,16 @@ fn open_file() -> Result<File, OpenError> {
     // SAFETY: userfaultfd(2) takes only flags.
     let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
     if fd < 0 {
-        return Err(OpenError::Unavailable { device, syscall: Errno::last() });
+        let syscall = Errno::last();
+        // Permissions are not the cause, whatever the other way says.
+        if let Some(errno) = [device.raw_os_error(), Some(syscall.0)]
+            .into_iter()
+            .flatten()
+            .find(|errno| matches!(*errno, libc::EMFILE | libc::ENFILE))
+        {
+            return Err(OpenError::Files { error: io::Error::from_raw_os_error(errno) });
+        }
+        return Err(OpenError::Unavailable { device, syscall });
     }
     // SAFETY: the kernel just made this descriptor, so nobody else owns it.
     Ok(File::from(unsafe { OwnedFd::from_raw_fd(fd as i32) }))
@@ -193,6 +216,14 @@ mod tests {
         for part in ["/dev/userfaultfd", "CAP_SYS_PTRACE", "vm.unprivileged_userfaultfd", "denied"]
         {
             assert!(text.contains(part), "{part} is missing in: {text}");
+        }
+    }
+
+    #[test]
+    fn a_limit_of_files_is_not_told_as_a_permission() {
+        for (errno, advice) in [(libc::EMFILE, "ulimit -n"), (libc::ENFILE, "fs.file-max")] {
+            let text = OpenError::Files { error: io::Error::from_raw_os_error(errno) }.to_string();
+            assert!(text.contains(advice) && !text.contains("permission"), "{text}");
         }
     }
 

@@ -159,6 +159,23 @@ impl State {
             },
             // `body FORM`: the handshake.
             "body" => self.handshake(words[1]),
+            // `waiting PAGE FORM`: the handshake, while a thread waits for that page; answers what came of the touch.
+            "waiting" => {
+                let memory = Arc::clone(self.memory.as_ref().expect("mapped before"));
+                let page = number(1);
+                let touch = std::thread::spawn(move || memory.read_by_syscall(page));
+                while !self.uffd.as_ref().expect("mapped before").readable() {
+                    std::thread::yield_now();
+                }
+                let sent = self.handshake(words[2]);
+                if sent != "ok" {
+                    return sent;
+                }
+                match touch.join().expect("no panic") {
+                    Ok(byte) => format!("{byte:x}"),
+                    Err(error) => format!("errno {}", error.raw_os_error().unwrap_or(0)),
+                }
+            }
             "read" => {
                 let page = number(1);
                 format!("{:x}", self.memory().read_u64(page * PAGE))
@@ -171,11 +188,12 @@ impl State {
                 self.memory().remove(number(1), number(2));
                 "ok".into()
             }
-            // What the server says next.
+            // What the server says next; nothing when it has closed the connection.
             "told" => {
                 let mut line = String::new();
                 let stream = self.stream.as_ref().expect("connected before");
-                BufReader::new(stream).read_line(&mut line).expect("it says something");
+                // One that is closed with something unread is reset: it says nothing more either.
+                let _ = BufReader::new(stream).read_line(&mut line);
                 line.trim_end().to_owned()
             }
             // `unruly PAGES`: touches pages, and meanwhile makes the userfaultfd, which the server has too, one whose
@@ -273,7 +291,11 @@ impl State {
         let len = pages * PAGE;
         let wanted = format!("{{\"share\":{{\"layers\":[\"test\"],\"memory_bytes\":{len}}}}}\n");
         send(&stream, wanted.as_bytes(), &[])?;
-        let file = receive_file(&stream)?.ok_or_else(gone)?;
+        let file = match receive_file(&stream)? {
+            (Some(file), _) => file,
+            (None, line) if line.is_empty() => return Err(gone()),
+            (None, line) => return Err(std::io::Error::other(line)),
+        };
         self.map(Memory::of_file(&file, len), Features::EVENT_REMOVE.with(Features::MISSING_SHMEM));
         let address = self.memory().addr();
         let region = format!(
@@ -345,10 +367,21 @@ impl State {
         let null = File::open("/dev/null").expect("there is one");
         let uffd = self.uffd.as_ref().expect("mapped before").as_fd();
         let (one, two, file) = ([uffd], [uffd, uffd], [null.as_fd()]);
+        let (many, with_file) = ([uffd; 12], [null.as_fd(), uffd]);
         let bytes = body.as_bytes();
         let sent = match form {
             "no-descriptor" => send(&stream, bytes, &[]),
             "two" => send(&stream, bytes, &two),
+            "many" => send(&stream, bytes, &many),
+            "with-file" => send(&stream, bytes, &with_file),
+            "noise" => send(&stream, b"hello", &[]),
+            "figures" => send(&stream, b"{\"stats\":{}}\n", &[]),
+            // As programs do that want no answer.
+            "quick" => {
+                let sent = send(&stream, bytes, &one);
+                drop(stream);
+                return sent.map_or_else(|error| format!("not sent: {error}"), |()| "ok".into());
+            }
             "file" => send(&stream, bytes, &file),
             "first-byte" => {
                 send(&stream, &bytes[..1], &one).and_then(|()| send(&stream, &bytes[1..], &[]))
@@ -434,22 +467,23 @@ impl Weather {
     }
 }
 
-/// The line that says yes, and the descriptor with it.
-fn receive_file(stream: &UnixStream) -> std::io::Result<Option<File>> {
+/// The line that says yes and the descriptor with it, or another line.
+fn receive_file(stream: &UnixStream) -> std::io::Result<(Option<File>, String)> {
     let mut bytes = [0; 256];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut into = [IoSliceMut::new(&mut bytes)];
     let flags = RecvFlags::CMSG_CLOEXEC;
-    rustix::net::recvmsg(stream, &mut into, &mut control, flags)?;
-    Ok(control.drain().find_map(|message| match message {
+    let received = rustix::net::recvmsg(stream, &mut into, &mut control, flags)?.bytes;
+    let file = control.drain().find_map(|message| match message {
         RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next().map(File::from),
         _ => None,
-    }))
+    });
+    Ok((file, String::from_utf8_lossy(&bytes[..received]).trim_end().to_owned()))
 }
 
 fn send(stream: &UnixStream, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> std::io::Result<()> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(12))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     if !descriptors.is_empty() {
         assert!(control.push(SendAncillaryMessage::ScmRights(descriptors)));

@@ -1,16 +1,18 @@
-//! A disk image: a regular file that one guest writes, or that many read.
+//! A disk image: a regular file, or a block device, that one guest writes, or that many read.
 
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::fault::Fault;
+use super::image_format;
 use super::memory::{DeviceMemory, Direction};
 use super::overlay::{Overlay, OverlayPlace};
 use super::rings::Buffers;
-use super::state::{BlockState, Fingerprint};
+use super::state::{BlockState, DEVICE_MTIME_NS, Fingerprint};
 
 /// What virtio counts disks in.
 pub(super) const SECTOR_BYTES: u64 = 512;
@@ -20,6 +22,8 @@ const SAMPLE_END_BYTES: u64 = 64 << 10;
 const SAMPLE_PAGES: u64 = 64;
 /// of this length.
 const SAMPLE_PAGE_BYTES: u64 = 4096;
+/// How often a block device's lock is tried, a moment apart: udev takes it for a moment whenever a device was written to.
+const DEVICE_LOCK_TRIES: u32 = 20;
 
 /// An open disk image. While it is open for writing nobody else can open it as a [`Disk`].
 #[derive(Debug)]
@@ -45,8 +49,8 @@ pub enum DiskError {
         #[source]
         source: io::Error,
     },
-    /// A folder, a device, a socket.
-    #[error("the disk {} is not a regular file", path.display())]
+    /// A folder, a terminal, a socket.
+    #[error("the disk {} is neither a regular file nor a block device", path.display())]
     NotAFile {
         /// The image.
         path: PathBuf,
@@ -72,6 +76,38 @@ pub enum DiskError {
     InUse {
         /// The image.
         path: PathBuf,
+    },
+    /// A block device that the host itself uses, or that another guest writes.
+    #[error(
+        "the disk {} is in use: it is mounted, has a volume on it, or belongs to another guest", path.display()
+    )]
+    DeviceInUse {
+        /// The device.
+        path: PathBuf,
+    },
+    /// It is an image, but not a raw one.
+    #[error(
+        "the disk {} is not a raw image but one in the format {format}: make a raw one of it (`qemu-img convert -O raw`, or \
+         unpack it), or say `,raw` behind its name if the guest is to see these very bytes", path.display()
+    )]
+    Format {
+        /// The image.
+        path: PathBuf,
+        /// The format's name.
+        format: &'static str,
+    },
+    /// The guest was saved with a file and is to have a block device, or the other way round.
+    #[error(
+        "the disk {} is {found}, and was {expected} when the guest was saved: without the time of its last change it \
+         is not known whether the content is the same", path.display()
+    )]
+    OtherKind {
+        /// The image.
+        path: PathBuf,
+        /// What it is.
+        found: &'static str,
+        /// What it was.
+        expected: &'static str,
     },
     /// There is no place for what the guest writes, or not for what it has written.
     #[error("cannot make the overlay of the disk {}", path.display())]
@@ -100,36 +136,50 @@ pub enum DiskError {
 }
 
 impl Disk {
-    /// Opens an image.
+    /// Refuses an image in the format of another program, which would reach the guest as raw bytes. For images that are
+    /// new: later the guest may have written such bytes itself.
     ///
     /// # Errors
-    /// [`DiskError`] when it is not there, not a regular file of whole sectors, or in use.
+    /// [`DiskError::Format`]; [`DiskError`] when it is not there, or no image at all.
+    pub fn refuse_formats(path: &Path) -> Result<(), DiskError> {
+        let failed = |what| move |source| DiskError::Io { what, path: path.to_owned(), source };
+        let (file, _) = open_image(path, true)?;
+        let len = len_bytes(&file).map_err(failed("examine"))?;
+        match image_format::foreign(&file, len).map_err(failed("read"))? {
+            Some(format) => Err(DiskError::Format { path: path.to_owned(), format }),
+            None => Ok(()),
+        }
+    }
+
+    /// Opens an image, or a block device.
+    ///
+    /// # Errors
+    /// [`DiskError`] when it is not there, neither a regular file nor a block device of whole sectors, or in use.
     pub fn open(path: &Path, read_only: bool) -> Result<Disk, DiskError> {
         let failed = |what| move |source| DiskError::Io { what, path: path.to_owned(), source };
-        // O_NONBLOCK: a pipe in the place of the image is refused below, not waited for.
-        let file = OpenOptions::new()
-            .read(true)
-            .write(!read_only)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(path)
-            .map_err(failed("open"))?;
-        let metadata = file.metadata().map_err(failed("examine"))?;
-        if !metadata.is_file() {
-            return Err(DiskError::NotAFile { path: path.to_owned() });
-        }
-        let len = metadata.len();
+        let (file, is_device) = open_image(path, read_only)?;
+        let len = len_bytes(&file).map_err(failed("examine"))?;
         if len == 0 || !len.is_multiple_of(SECTOR_BYTES) {
             return Err(DiskError::Size { path: path.to_owned(), len });
         }
-        let locked = if read_only { file.try_lock_shared() } else { file.try_lock() };
-        match locked {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                return Err(DiskError::InUse { path: path.to_owned() });
+        let mut tries = if is_device { DEVICE_LOCK_TRIES } else { 1 };
+        loop {
+            let locked = if read_only { file.try_lock_shared() } else { file.try_lock() };
+            tries -= 1;
+            match locked {
+                Ok(()) => break,
+                Err(TryLockError::WouldBlock) if tries > 0 => {
+                    std::thread::sleep(Duration::from_millis(50));
+                }
+                Err(TryLockError::WouldBlock) => {
+                    return Err(DiskError::InUse { path: path.to_owned() });
+                }
+                Err(TryLockError::Error(source)) => return Err(failed("lock")(source)),
             }
-            Err(TryLockError::Error(source)) => return Err(failed("lock")(source)),
         }
-        let absolute = path.canonicalize().map_err(failed("find"))?;
+        // A device's name may be a link that stays while what it leads to changes: /dev/mapper, /dev/disk/by-id.
+        let absolute = if is_device { std::path::absolute(path) } else { path.canonicalize() };
+        let absolute = absolute.map_err(failed("find"))?;
         if absolute.to_str().is_none() {
             return Err(DiskError::Path { path: absolute });
         }
@@ -196,6 +246,14 @@ impl Disk {
     /// That it is the saved one.
     fn check(self, saved: &BlockState, force: bool) -> Result<Disk, DiskError> {
         let (found, expected) = (self.state.fingerprint, saved.fingerprint);
+        if found.is_of_device() != expected.is_of_device() && found.len == expected.len && !force {
+            let kind = |is_device| if is_device { "a block device" } else { "a file" };
+            return Err(DiskError::OtherKind {
+                path: self.state.path,
+                found: kind(found.is_of_device()),
+                expected: kind(expected.is_of_device()),
+            });
+        }
         let values: [(&'static str, i128, i128); 3] = [
             ("length in bytes is", found.len.into(), expected.len.into()),
             (
@@ -270,10 +328,42 @@ impl Disk {
     }
 }
 
+/// Opens a regular file or a block device, and says whether it is the latter.
+fn open_image(path: &Path, read_only: bool) -> Result<(File, bool), DiskError> {
+    let failed = |what| move |source| DiskError::Io { what, path: path.to_owned(), source };
+    let is_device = path.metadata().map_err(failed("open"))?.file_type().is_block_device();
+    // O_EXCL, of a block device: nobody mounts it or puts a volume on it meanwhile, and it is refused where that is so
+    // already (open(2)). O_NONBLOCK: a pipe in the place of the image is refused below, not waited for.
+    let exclusive = if is_device && !read_only { libc::O_EXCL } else { 0 };
+    let mut options = OpenOptions::new();
+    options.read(true).write(!read_only).custom_flags(libc::O_NONBLOCK | exclusive);
+    let file = match options.open(path) {
+        Err(error) if is_device && error.raw_os_error() == Some(libc::EBUSY) => {
+            return Err(DiskError::DeviceInUse { path: path.to_owned() });
+        }
+        opened => opened.map_err(failed("open"))?,
+    };
+    let kind = file.metadata().map_err(failed("examine"))?.file_type();
+    match (kind.is_file(), kind.is_block_device()) {
+        (true, _) if !is_device => Ok((file, false)),
+        (_, true) if is_device => Ok((file, true)),
+        _ => Err(DiskError::NotAFile { path: path.to_owned() }),
+    }
+}
+
+/// Length of a file, or of a block device, whose metadata does not have it.
+fn len_bytes(mut file: &File) -> io::Result<u64> {
+    file.seek(SeekFrom::End(0))
+}
+
 impl Fingerprint {
+    fn is_of_device(&self) -> bool {
+        self.mtime_ns == DEVICE_MTIME_NS
+    }
+
     fn of(file: &File) -> io::Result<Fingerprint> {
         let metadata = file.metadata()?;
-        let len = metadata.len();
+        let len = len_bytes(file)?;
         let mut crc = crc32fast::Hasher::new();
         let mut bytes = vec![0; SAMPLE_END_BYTES as usize];
         let mut sample = |start: u64, wanted: u64| {
@@ -290,7 +380,10 @@ impl Fingerprint {
             sample(page as u64 * SAMPLE_PAGE_BYTES, SAMPLE_PAGE_BYTES)?;
         }
         let mtime_ns = metadata.mtime().saturating_mul(1_000_000_000);
-        let mtime_ns = mtime_ns.saturating_add(metadata.mtime_nsec());
+        let mtime_ns = match metadata.file_type().is_block_device() {
+            true => DEVICE_MTIME_NS,
+            false => mtime_ns.saturating_add(metadata.mtime_nsec()).max(DEVICE_MTIME_NS + 1),
+        };
         Ok(Fingerprint { len, mtime_ns, sample_crc32: crc.finalize() })
     }
 }

@@ -19,6 +19,7 @@ mod fake_driver;
 mod fault;
 #[cfg(any(test, fuzzing))]
 mod hostile;
+mod image_format;
 mod memory;
 mod net;
 mod overlay;
@@ -42,8 +43,9 @@ pub use hostile::any_queue;
 pub use net::{MacAddress, MacError, Tap, TapError};
 pub use overlay::OverlayPlace;
 pub use state::{
-    BackendState, BalloonState, BlockState, Fingerprint, NetState, OverlayState, QueueRegisters,
-    TransportState, VIRTIO_STATE_VERSION, VirtioState, VirtioStateError, VsockState,
+    BackendState, BalloonState, BlockState, DEVICE_MTIME_NS, Fingerprint, NetState, OverlayState,
+    QueueRegisters, TransportState, VIRTIO_STATE_VERSION, VirtioState, VirtioStateError,
+    VsockState,
 };
 pub use vsock::{VsockError, VsockHost};
 

@@ -129,6 +129,9 @@ pub struct BlockState {
     pub fingerprint: Fingerprint,
 }
 
+/// In the place of a block device's time of change: there is none.
+pub const DEVICE_MTIME_NS: i64 = i64::MIN;
+
 /// How a disk image is known again.
 ///
 /// The time of the last change finds every change that went through the file system. The sample finds another
@@ -138,7 +141,8 @@ pub struct BlockState {
 pub struct Fingerprint {
     /// Length in bytes.
     pub len: u64,
-    /// Time of the last change in nanoseconds since 1970.
+    /// Time of the last change in nanoseconds since 1970. Of a block device [`DEVICE_MTIME_NS`]: the time of its name in /dev is not
+    /// that of its content.
     pub mtime_ns: i64,
     /// CRC-32 of its first and last 64 KiB and of 64 pages in between.
     pub sample_crc32: u32,

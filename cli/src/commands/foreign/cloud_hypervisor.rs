@@ -67,14 +67,16 @@ struct Entry {
     length: u64,
 }
 
-/// The guest-physical ranges in `memory-ranges`, in the order of the file.
+/// The guest-physical ranges in `memory-ranges`, in the order of the file. Empty ones, which a table may have, have no bytes
+/// there and are left out.
 pub(crate) fn ranges(state_json: &[u8]) -> Result<Vec<Range<u64>>> {
     let state: State = serde_json::from_slice(state_json)
         .context("no memory manager in it, in the shape that Cloud Hypervisor writes now")?;
     let manager: MemoryManager =
         serde_json::from_str(&state.snapshots.memory_manager.snapshot_data.state)
             .context("the memory manager's state has no memory ranges")?;
-    let entries = manager.memory_ranges.data;
+    let mut entries = manager.memory_ranges.data;
+    entries.retain(|entry| entry.length > 0);
     if entries.is_empty() {
         bail!("its table of memory ranges is empty: guest memory was not stored with it");
     }
@@ -103,6 +105,13 @@ mod tests {
     }
 
     #[test]
+    fn empty_ranges_are_passed_over() {
+        let table = r#"{"memory_ranges":{"data":[{"gpa":4096,"length":0},{"gpa":0,"length":4096},
+            {"gpa":18446744073709551615,"length":0}]}}"#;
+        assert_eq!(ranges(&state(table)).unwrap(), [0..4096]);
+    }
+
+    #[test]
     fn what_is_no_state_is_refused() {
         for bad in [
             &b""[..],
@@ -111,6 +120,7 @@ mod tests {
             &state("{}"),
             &state("not json"),
             &state(r#"{"memory_ranges":{"data":[]}}"#),
+            &state(r#"{"memory_ranges":{"data":[{"gpa":0,"length":0}]}}"#),
             &state(r#"{"memory_ranges":{"data":[{"gpa":18446744073709551615,"length":2}]}}"#),
             &state(r#"{"memory_ranges":{"data":[{"gpa":-1,"length":2}]}}"#),
         ] {

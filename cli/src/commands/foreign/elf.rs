@@ -3,7 +3,8 @@
 //! Shaped like those of QEMU's `dump-guest-memory` (`dump/dump.c`): ELF64, type `ET_CORE`, first a
 //! `PT_NOTE`, here empty, then one `PT_LOAD` a region with its guest-physical address as both
 //! `p_paddr` and `p_vaddr`, so that gdb doesn't load regions over each other. `p_align` is 0, by
-//! which crash (`netdump.c`) tells dumps with several regions from the flat netdump.
+//! which crash (`netdump.c`) tells dumps with several regions from the flat netdump. More program headers than the head
+//! can count are counted in the first section header (elf(5), `PN_XNUM`).
 
 use snapfmt::MemoryRegion;
 use snapfmt::layout::PAGE_BYTES;
@@ -18,10 +19,17 @@ const EM_AARCH64: u16 = 183;
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
 const READ_WRITE_EXECUTE: u32 = 7;
+const SECTION_HEADER_BYTES: usize = 64;
+/// In the place of the number of program headers: it is in `sh_info` of section header 0.
+const PN_XNUM: u16 = 0xffff;
 
 /// The bytes in front of memory, which follows in source order: a multiple of 4096.
 pub(crate) fn headers(regions: &[MemoryRegion], arch: Arch) -> Vec<u8> {
-    let used = HEADER_BYTES + (regions.len() + 1) * PROGRAM_HEADER_BYTES;
+    let count = regions.len() + 1;
+    let sections_offset = HEADER_BYTES + count * PROGRAM_HEADER_BYTES;
+    let counted = u16::try_from(count).ok().filter(|count| *count < PN_XNUM);
+    let sections = u16::from(counted.is_none());
+    let used = sections_offset + usize::from(sections) * SECTION_HEADER_BYTES;
     let memory_offset = used.next_multiple_of(PAGE_BYTES);
     let mut bytes = Vec::with_capacity(memory_offset);
     let machine = match arch {
@@ -33,15 +41,16 @@ pub(crate) fn headers(regions: &[MemoryRegion], arch: Arch) -> Vec<u8> {
     bytes.extend_from_slice(&ET_CORE.to_le_bytes());
     bytes.extend_from_slice(&machine.to_le_bytes());
     bytes.extend_from_slice(&1u32.to_le_bytes());
-    let [entry, sections] = [0u64; 2];
-    for field in [entry, HEADER_BYTES as u64, sections] {
+    let entry = 0;
+    let sections_at = if sections > 0 { sections_offset as u64 } else { 0 };
+    for field in [entry, HEADER_BYTES as u64, sections_at] {
         bytes.extend_from_slice(&field.to_le_bytes());
     }
     let flags = 0u32;
     bytes.extend_from_slice(&flags.to_le_bytes());
-    // A snapshot has at most 1024 regions.
-    let count = (regions.len() + 1) as u16;
-    for field in [HEADER_BYTES as u16, PROGRAM_HEADER_BYTES as u16, count, 0, 0, 0] {
+    let [head, program, section] = [HEADER_BYTES, PROGRAM_HEADER_BYTES, SECTION_HEADER_BYTES];
+    let [head, program, section] = [head as u16, program as u16, section as u16 * sections];
+    for field in [head, program, counted.unwrap_or(PN_XNUM), section, sections, 0] {
         bytes.extend_from_slice(&field.to_le_bytes());
     }
 
@@ -58,6 +67,49 @@ pub(crate) fn headers(regions: &[MemoryRegion], arch: Arch) -> Vec<u8> {
         let offset = memory_offset as u64 + region.source_offset;
         program_header(PT_LOAD, READ_WRITE_EXECUTE, offset, region.gpa, region.len);
     }
+    if sections > 0 {
+        // All zero, but for the count. It fits: a snapshot has at most 2^23 regions.
+        let mut header = [0; SECTION_HEADER_BYTES];
+        header[44..48].copy_from_slice(&(count as u32).to_le_bytes());
+        bytes.extend_from_slice(&header);
+    }
     bytes.resize(memory_offset, 0);
     bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers_of(regions: u64) -> Vec<u8> {
+        let page = PAGE_BYTES as u64;
+        let region = |number| MemoryRegion {
+            gpa: 2 * number * page,
+            len: page,
+            source_offset: number * page,
+        };
+        headers(&(0..regions).map(region).collect::<Vec<_>>(), Arch::X86_64)
+    }
+
+    fn u16_at(bytes: &[u8], at: usize) -> u16 {
+        u16::from_le_bytes([bytes[at], bytes[at + 1]])
+    }
+
+    #[test]
+    fn the_head_counts_as_far_as_it_can() {
+        // e_phnum, e_shentsize, e_shnum.
+        let counts = |bytes: &[u8]| [56, 58, 60].map(|at| u16_at(bytes, at));
+        assert_eq!(counts(&headers_of(2)), [3, 0, 0]);
+        assert_eq!(counts(&headers_of(0xfffd)), [0xfffe, 0, 0]);
+        let many = headers_of(0xfffe);
+        assert_eq!(counts(&many), [PN_XNUM, 64, 1]);
+        let section = HEADER_BYTES + 0xffff * PROGRAM_HEADER_BYTES;
+        assert_eq!(many[40..48], (section as u64).to_le_bytes(), "e_shoff");
+        assert_eq!(many[section + 44..][..4], 0xffff_u32.to_le_bytes(), "sh_info");
+        assert!(many.len().is_multiple_of(PAGE_BYTES));
+        // The last region's place in the file is behind all of it.
+        let last = HEADER_BYTES + 0xfffe * PROGRAM_HEADER_BYTES;
+        let offset = many.len() as u64 + 0xfffd * PAGE_BYTES as u64;
+        assert_eq!(many[last + 8..][..8], offset.to_le_bytes());
+    }
 }

@@ -1,6 +1,6 @@
 //! A file of guest memory: which of its bytes are which of the source space, and which are holes.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -38,9 +38,12 @@ impl Layout {
         let mut file_offset = 0u64;
         let mut placed = Vec::with_capacity(in_file.len());
         for range in in_file {
-            let whole = range.start.is_multiple_of(page) && range.end.is_multiple_of(page);
-            if !whole || range.start >= range.end {
-                bail!("memory {:#x}..{:#x} is not whole pages", range.start, range.end);
+            let Range { start, end } = *range;
+            if start == end {
+                bail!("the memory range at {start:#x} is empty");
+            }
+            if !start.is_multiple_of(page) || !end.is_multiple_of(page) || start > end {
+                bail!("the memory range {start:#x}..{end:#x} is not whole pages of {page} bytes");
             }
             placed.push((range.clone(), file_offset));
             file_offset = file_offset
@@ -124,6 +127,10 @@ impl MemoryFile {
             bail!("{} is {found} bytes long, expected {expected}", named());
         }
         Ok(Self { file: Watched::new(file).with_context(named)?, layout })
+    }
+
+    pub(crate) fn metadata(&self) -> Result<Metadata> {
+        self.file.file().metadata().context("cannot look at the memory file")
     }
 
     pub(crate) fn regions(&self) -> &[MemoryRegion] {

@@ -5,7 +5,7 @@
 //! only drawn as zero when all of it is. A cell with pages of the working set is drawn as hot, the stronger the more
 //! they are. How a cell is compressed is looked up for its first
 //! stored page alone: the picture costs the index and one chunk header a cell, whatever the size
-//! of the guest.
+//! of the guest. Memory in more pieces than the picture has rows is drawn without its gaps.
 
 mod png;
 
@@ -18,6 +18,7 @@ use snapfmt::layout::PAGE_BYTES;
 use snapfmt::{ChunkExtent, Codec, PageEntry, PageIndex, Snapshot};
 
 use super::pages::codec_of;
+use crate::guest_memory::gpa_ranges;
 use crate::size;
 
 /// Cells in a row.
@@ -63,6 +64,8 @@ impl Kind {
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Cell {
+    /// Of its first page.
+    gpa: u64,
     kind: Kind,
     /// Part of its pages that are not zero, 0 to 1.
     share: f64,
@@ -85,11 +88,12 @@ impl Cell {
     }
 }
 
-/// Cells that follow each other in guest memory; a new region starts a new row.
+/// Cells that follow each other in guest memory.
 #[derive(Debug)]
 struct Row {
     gpa: u64,
-    region: usize,
+    /// Which of the pieces that begin a row of their own it is of.
+    piece: usize,
     cells: Vec<Cell>,
 }
 
@@ -99,6 +103,8 @@ pub(crate) struct Picture {
     rows: Vec<Row>,
     cell_bytes: u64,
     memory_bytes: u64,
+    /// How many regions are drawn as if there were no gaps between them, if they are.
+    joined: Option<usize>,
 }
 
 /// What is counted for a cell.
@@ -117,23 +123,32 @@ impl Picture {
         let memory_bytes = snapshot.header().memory_bytes;
         let page = PAGE_BYTES as u64;
         let cell_bytes = memory_bytes.div_ceil(rows * COLUMNS).max(page).next_power_of_two();
-        let mut picture = Self { rows: Vec::new(), cell_bytes, memory_bytes };
+        let regions = snapshot.regions();
+        let joined = (regions.len() as u64 > rows).then_some(regions.len());
+        let mut picture = Self { rows: Vec::new(), cell_bytes, memory_bytes, joined };
         let set = snapshot.working_set()?;
         let hot: HashSet<_> =
             set.iter().flat_map(|set| set.pages()).map(|(page, _)| page).collect();
         let mut last_stored = None;
-        for (number, region) in snapshot.regions().iter().enumerate() {
-            let range = region.source_offset..region.source_offset + region.len;
-            let tallies = tallies(snapshot, range, cell_bytes, &hot, &mut last_stored)?;
-            let row_bytes = COLUMNS * cell_bytes;
-            for (row, in_row) in (0..).zip(tallies.chunks(COLUMNS as usize)) {
-                let start = row * row_bytes;
-                let cell = |(at, tally): (u64, &Tally)| {
-                    let len = cell_bytes.min(region.len - start - at * cell_bytes);
-                    cell(snapshot, tally, len / page)
+        let pieces = match joined {
+            None => regions.iter().map(|r| r.source_offset..r.source_offset + r.len).collect(),
+            Some(_) => vec![0..memory_bytes],
+        };
+        for (number, piece) in pieces.into_iter().enumerate() {
+            let end = piece.end;
+            let tallies = tallies(snapshot, piece.clone(), cell_bytes, &hot, &mut last_stored)?;
+            let mut starts = piece.step_by(cell_bytes as usize);
+            for in_row in tallies.chunks(COLUMNS as usize) {
+                let cell = |(tally, start): (&Tally, u64)| {
+                    // A cell begins below the end of memory, which the regions fill.
+                    let gpa = gpa_ranges(regions, start..start + page).next();
+                    let gpa = gpa.map_or(0, |range| range.start);
+                    cell(snapshot, tally, gpa, cell_bytes.min(end - start) / page)
                 };
-                let cells = (0..).zip(in_row).map(cell).collect::<Result<_>>()?;
-                picture.rows.push(Row { gpa: region.gpa + start, region: number, cells });
+                let cells: Vec<_> =
+                    in_row.iter().zip(&mut starts).map(cell).collect::<Result<_>>()?;
+                let gpa = cells.first().map_or(0, |cell| cell.gpa);
+                picture.rows.push(Row { gpa, piece: number, cells });
             }
         }
         Ok(picture)
@@ -162,7 +177,7 @@ impl Picture {
         let mut text = String::new();
         let mut rows = self.rows.iter().peekable();
         while let Some(upper) = rows.next() {
-            let lower = rows.next_if(|lower| lower.region == upper.region);
+            let lower = rows.next_if(|lower| lower.piece == upper.piece);
             let _infallible = write!(text, "{:#014x} ", upper.gpa);
             for (at, cell) in upper.cells.iter().enumerate() {
                 let below = lower.and_then(|lower| lower.cells.get(at));
@@ -205,7 +220,7 @@ impl Picture {
         for (number, row) in self.rows.iter().enumerate() {
             let mut column = 0;
             for alike in row.cells.chunk_by(|a, b| a.kind == b.kind && a.colour() == b.colour()) {
-                let gpa = row.gpa + column as u64 * self.cell_bytes;
+                let gpa = alike[0].gpa;
                 let name = alike[0].kind.look().name;
                 let about = format!("<title>{gpa:#x} {name}</title>");
                 let (x, y) = (left + column * side, top + number * side);
@@ -237,9 +252,11 @@ impl Picture {
     }
 
     fn scale(&self) -> String {
+        let joined = self.joined.map(|regions| format!(" in {regions} parts, drawn without gaps"));
         format!(
-            "{} of memory, a cell is {}",
+            "{} of memory{}, a cell is {}",
             size::human(self.memory_bytes),
+            joined.unwrap_or_default(),
             size::human(self.cell_bytes)
         )
     }
@@ -263,10 +280,9 @@ fn tallies(
     last_stored: &mut Option<(ChunkExtent, u16)>,
 ) -> Result<Vec<Tally>> {
     let mut tallies = vec![Tally::default(); (end - start).div_ceil(cell_bytes) as usize];
-    for (leaf, range) in snapshot.populated().enumerate() {
-        if range.end <= start || range.start >= end {
-            continue;
-        }
+    let leaves = snapshot.populated().enumerate();
+    let leaves = leaves.skip_while(|(_, range)| range.end <= start);
+    for (leaf, _) in leaves.take_while(|(_, range)| range.start < end) {
         snapshot.for_each_entry(leaf..leaf + 1, |page, entry| {
             let at = page.source_offset();
             if (start..end).contains(&at) {
@@ -291,10 +307,10 @@ fn tallies(
     Ok(tallies)
 }
 
-fn cell(snapshot: &Snapshot, tally: &Tally, pages: u64) -> Result<Cell> {
+fn cell(snapshot: &Snapshot, tally: &Tally, gpa: u64, pages: u64) -> Result<Cell> {
     let Tally { hot, stored, duplicate, parent, first } = *tally;
     if hot > 0 {
-        return Ok(Cell { kind: Kind::Hot, share: hot as f64 / pages as f64 });
+        return Ok(Cell { gpa, kind: Kind::Hot, share: hot as f64 / pages as f64 });
     }
     let kind = match first {
         Some(chunk) if stored >= duplicate.max(parent) => Kind::Stored(codec_of(snapshot, chunk)?),
@@ -302,7 +318,7 @@ fn cell(snapshot: &Snapshot, tally: &Tally, pages: u64) -> Result<Cell> {
         _ if parent > 0 => Kind::Parent,
         _ => Kind::Zero,
     };
-    Ok(Cell { kind, share: (stored + duplicate + parent) as f64 / pages as f64 })
+    Ok(Cell { gpa, kind, share: (stored + duplicate + parent) as f64 / pages as f64 })
 }
 
 #[cfg(test)]
@@ -310,18 +326,19 @@ mod tests {
     use super::*;
 
     pub(super) fn picture() -> Picture {
-        let cell = |kind, share| Cell { kind, share };
-        let zero = cell(Kind::Zero, 0.0);
-        let zstd = |share| cell(Kind::Stored(Codec::Zstd), share);
-        let row = |gpa, region, cells| Row { gpa, region, cells };
+        let cell = |gpa, kind, share| Cell { gpa, kind, share };
+        let zero = |gpa| cell(gpa, Kind::Zero, 0.0);
+        let zstd = |gpa, share| cell(gpa, Kind::Stored(Codec::Zstd), share);
+        let row = |gpa, piece, cells| Row { gpa, piece, cells };
         Picture {
             rows: vec![
-                row(0, 0, vec![zero, zstd(0.1), zstd(1.0)]),
-                row(0x40000, 0, vec![cell(Kind::Stored(Codec::Raw), 0.5)]),
-                row(0x1_0000_0000, 1, vec![zero]),
+                row(0, 0, vec![zero(0), zstd(0x1000, 0.1), zstd(0x2000, 1.0)]),
+                row(0x40000, 0, vec![cell(0x40000, Kind::Stored(Codec::Raw), 0.5)]),
+                row(0x1_0000_0000, 1, vec![zero(0x1_0000_0000)]),
             ],
             cell_bytes: 4096,
             memory_bytes: 5 * 4096,
+            joined: None,
         }
     }
 
@@ -344,7 +361,7 @@ mod tests {
         assert!(text.starts_with("0x000000000000 \x1b[0;38;5;59;48;5;"), "{text:?}");
         // A cell that is nearly empty is weaker, but never looks like zero.
         let colours: Vec<_> = [0.01, 0.5, 1.0]
-            .map(|share| Cell { kind: Kind::Stored(Codec::Lz4), share }.colour())
+            .map(|share| Cell { gpa: 0, kind: Kind::Stored(Codec::Lz4), share }.colour())
             .to_vec();
         assert_eq!(colours[2], [1, 3, 5]);
         assert!(colours.windows(2).all(|pair| pair[0] != pair[1]));

@@ -21,7 +21,7 @@ impl Picture {
         let about = format!("{}; {}", self.scale(), names.collect::<Vec<_>>().join(", "));
 
         let mut file = Vec::new();
-        // At most 1024 regions of memory and 64 rows: a few thousand pixels each way.
+        // At most 64 rows, one more for each piece of memory, of which there are 64 at most: a thousand pixels each way.
         let mut encoder = png::Encoder::new(&mut file, width as u32, height as u32);
         encoder.set_color(png::ColorType::Rgb);
         encoder.set_depth(png::BitDepth::Eight);

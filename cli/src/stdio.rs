@@ -1,0 +1,287 @@
+//! Stdin and stdout as files that the user names `-`: bytes as they are, and waits that Ctrl-C ends.
+//!
+//! A read or a write may wait for as long as the program at the other end likes. So a thread does it, and the one that has the work waits for that
+//! thread, and looks between whether the user has interrupted. The thread is left where it is then: the process ends.
+
+use std::fs::File;
+use std::io::{self, ErrorKind, IsTerminal, Read, Seek, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel, sync_channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use snapfmt::layout::PAGE_BYTES;
+
+use crate::commands::Session;
+use crate::exit::Interrupted;
+
+/// Moved at once.
+const PIECE_BYTES: usize = 1 << 20;
+/// So many of them are under way.
+const PIECES: usize = 3;
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+/// Between looks at whether the user has interrupted.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// So long nothing is said of a wait.
+const SILENCE: Duration = Duration::from_secs(1);
+
+/// Whether the user means stdin or stdout. (A file of that name is `./-`.)
+pub(crate) fn is_meant(path: &Path) -> bool {
+    path == Path::new("-")
+}
+
+/// All of stdin as a file that can be read anywhere. A regular file is taken as it is. What comes from a pipe is copied, zeros as
+/// holes, to a file without a name in `folder`. `check` sees the first bytes, 8 or all that there are, before the rest is
+/// waited for.
+pub(crate) fn stdin(
+    folder: &Path,
+    session: &Session,
+    check: impl FnOnce(&[u8]) -> Result<()>,
+) -> Result<File> {
+    let stdin = io::stdin();
+    if stdin.is_terminal() {
+        bail!("stdin is a terminal; give a file, or the output of another program by a pipe");
+    }
+    let stdin = stdin.as_fd().try_clone_to_owned().context("cannot use stdin")?;
+    let mut stdin = File::from(stdin);
+    let is_file = stdin.metadata().context("cannot use stdin")?.is_file();
+    if is_file && stdin.stream_position().context("cannot use stdin")? == 0 {
+        let mut start = [0; 8];
+        let len = stdin.metadata().context("cannot use stdin")?.len().min(8) as usize;
+        stdin.read_exact_at(&mut start[..len], 0).context("cannot read stdin")?;
+        check(&start[..len])?;
+        return Ok(stdin);
+    }
+    let failed = || format!("cannot copy stdin to {}", folder.display());
+    let copy = tempfile::tempfile_in(folder).with_context(failed)?;
+    let mut source = Source::new(stdin, session)?;
+    let mut piece = vec![0; PIECE_BYTES];
+    let (mut at, mut len) = (0, source.fill(&mut piece[..8])?);
+    check(&piece[..len])?;
+    loop {
+        len += source.fill(&mut piece[len..])?;
+        write_data(&copy, &piece[..len], at).with_context(failed)?;
+        at += len as u64;
+        if len < PIECE_BYTES {
+            break;
+        }
+        len = 0;
+    }
+    copy.set_len(at).with_context(failed)?;
+    Ok(copy)
+}
+
+/// Writes the pages that are not zero; the others stay holes.
+fn write_data(file: &File, bytes: &[u8], at: u64) -> io::Result<()> {
+    let is_zero = |page: &[u8]| *page == ZEROS[..page.len()];
+    let pages: Vec<(bool, usize)> =
+        bytes.chunks(PAGE_BYTES).map(|page| (is_zero(page), page.len())).collect();
+    let mut start = 0;
+    for run in pages.chunk_by(|a, b| a.0 == b.0) {
+        let end = start + run.iter().map(|page| page.1).sum::<usize>();
+        if !run[0].0 {
+            file.write_all_at(&bytes[start..end], at + start as u64)?;
+        }
+        start = end;
+    }
+    Ok(())
+}
+
+/// Stdin, read by a thread.
+struct Source<'a> {
+    read: Receiver<io::Result<Vec<u8>>>,
+    /// What came and was not taken.
+    rest: Vec<u8>,
+    wait: Waiting<'a>,
+}
+
+impl<'a> Source<'a> {
+    fn new(mut stdin: File, session: &'a Session) -> Result<Self> {
+        let (reader, read) = sync_channel(PIECES);
+        let body = move || {
+            let mut piece = vec![0; PIECE_BYTES];
+            loop {
+                let outcome = match stdin.read(&mut piece) {
+                    // The end: the other side sees that this one is gone.
+                    Ok(0) => return,
+                    Ok(len) => Ok(piece[..len].to_vec()),
+                    Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                    Err(error) => Err(error),
+                };
+                let is_error = outcome.is_err();
+                if reader.send(outcome).is_err() || is_error {
+                    return;
+                }
+            }
+        };
+        thread::Builder::new()
+            .name("stdin".into())
+            .spawn(body)
+            .context("cannot start the thread that reads stdin")?;
+        Ok(Self { read, rest: Vec::new(), wait: Waiting::new("data on stdin", session) })
+    }
+
+    /// Fills the buffer as far as there is something, and says how far.
+    fn fill(&mut self, buffer: &mut [u8]) -> Result<usize> {
+        let mut len = 0;
+        while len < buffer.len() {
+            if self.rest.is_empty() {
+                match self.wait.receive(&self.read)? {
+                    None => break,
+                    Some(read) => self.rest = read.context("cannot read stdin")?,
+                }
+            }
+            let now = self.rest.len().min(buffer.len() - len);
+            buffer[len..len + now].copy_from_slice(&self.rest[..now]);
+            self.rest.drain(..now);
+            len += now;
+        }
+        Ok(len)
+    }
+}
+
+/// Stdout, written by a thread: bytes in their order.
+pub(crate) struct Stdout<'a> {
+    file: File,
+    piece: Vec<u8>,
+    full: Sender<Vec<u8>>,
+    /// Pieces that were written come back.
+    written: Receiver<io::Result<Vec<u8>>>,
+    wait: Waiting<'a>,
+}
+
+impl<'a> Stdout<'a> {
+    /// Refuses a terminal, which would take the bytes for commands.
+    pub(crate) fn new(session: &'a Session) -> Result<Self> {
+        let stdout = io::stdout();
+        if stdout.is_terminal() {
+            bail!(
+                "stdout is a terminal, which these bytes would garble; give a file with -o, or a pipe to another program"
+            );
+        }
+        let file = File::from(stdout.as_fd().try_clone_to_owned().context("cannot use stdout")?);
+        let mut to = file.try_clone().context("cannot use stdout")?;
+        let (full, pieces) = channel::<Vec<u8>>();
+        let (writer, written) = channel();
+        for _ in 1..PIECES {
+            let _ = writer.send(Ok(Vec::with_capacity(PIECE_BYTES)));
+        }
+        let body = move || {
+            for mut piece in pieces {
+                let outcome = to.write_all(&piece).map(|()| {
+                    piece.clear();
+                    piece
+                });
+                let is_error = outcome.is_err();
+                if writer.send(outcome).is_err() || is_error {
+                    return;
+                }
+            }
+        };
+        thread::Builder::new()
+            .name("stdout".into())
+            .spawn(body)
+            .context("cannot start the thread that writes stdout")?;
+        let wait = Waiting::new("stdout to be read", session);
+        Ok(Self { file, piece: Vec::with_capacity(PIECE_BYTES), full, written, wait })
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    pub(crate) fn write_zeros(&mut self, mut len: u64) -> Result<()> {
+        while len > 0 {
+            let now = len.min(ZEROS.len() as u64);
+            self.write_all(&ZEROS[..now as usize])?;
+            len -= now;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn write_all(&mut self, mut bytes: &[u8]) -> Result<()> {
+        while !bytes.is_empty() {
+            let (now, later) = bytes.split_at(bytes.len().min(PIECE_BYTES - self.piece.len()));
+            self.piece.extend_from_slice(now);
+            bytes = later;
+            if self.piece.len() == PIECE_BYTES {
+                let empty = self.wait.receive(&self.written)?.context(NOT_ALL)?.context(NOT_ALL)?;
+                // A thread that is gone has said why, and that is received next.
+                let _ = self.full.send(std::mem::replace(&mut self.piece, empty));
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until all is written.
+    pub(crate) fn finish(self) -> Result<()> {
+        let Self { piece, full, written, mut wait, .. } = self;
+        let _ = full.send(piece);
+        drop(full);
+        for _ in 0..PIECES {
+            wait.receive(&written)?.context(NOT_ALL)?.context(NOT_ALL)?;
+        }
+        Ok(())
+    }
+}
+
+const NOT_ALL: &str = "cannot write all of it to stdout";
+
+/// Waits for a thread that waits for another program, and says so when it takes long.
+struct Waiting<'a> {
+    what: &'static str,
+    session: &'a Session,
+    told: bool,
+}
+
+impl<'a> Waiting<'a> {
+    fn new(what: &'static str, session: &'a Session) -> Self {
+        Self { what, session, told: false }
+    }
+
+    /// What comes next; `None` when nothing comes any more.
+    fn receive<T>(&mut self, from: &Receiver<T>) -> Result<Option<T>> {
+        let begun = Instant::now();
+        loop {
+            if self.session.interrupt.requested() {
+                return Err(Interrupted.into());
+            }
+            match from.recv_timeout(LOOK_EVERY) {
+                Ok(next) => return Ok(Some(next)),
+                Err(RecvTimeoutError::Disconnected) => return Ok(None),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            if begun.elapsed() > SILENCE && !self.told && !self.session.quiet {
+                self.told = true;
+                // A closed stderr is nobody to complain to.
+                let _ = writeln!(io::stderr(), "snap: waiting for {}", self.what);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    #[test]
+    fn zeros_become_holes_and_nothing_else_does() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = tempfile::tempfile_in(folder.path()).unwrap();
+        let mut bytes = vec![0; 16 * PAGE_BYTES + 100];
+        bytes[3 * PAGE_BYTES + 7] = 1;
+        bytes[4 * PAGE_BYTES] = 2;
+        bytes[16 * PAGE_BYTES + 99] = 3;
+        write_data(&file, &bytes, 8192).unwrap();
+        let mut found = vec![9; bytes.len()];
+        file.read_exact_at(&mut found, 8192).unwrap();
+        assert!(found == bytes);
+        assert_eq!(file.metadata().unwrap().len(), 8192 + bytes.len() as u64);
+        assert!(file.metadata().unwrap().blocks() * 512 <= 4 * PAGE_BYTES as u64);
+    }
+}

@@ -1,0 +1,276 @@
+//! Guests that the server refuses: none waits for ever for a page that nobody brings.
+#![allow(missing_docs)]
+
+#[path = "support/serving.rs"]
+mod serving;
+mod support;
+#[path = "support/vmm.rs"]
+mod vmm;
+
+use std::os::unix::process::ExitStatusExt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pager::serve::{ServeOptions, SnapshotName};
+use pager::{FailurePolicy, VecSource};
+use serving::Serving;
+use support::{PAGE, stamped, userfaultfd_works};
+use vmm::Vmm;
+
+/// Not a test: the process of a VMM.
+#[test]
+fn vmm_process() {
+    vmm::run();
+}
+
+fn serving(on_error: FailurePolicy) -> Serving {
+    let mut options = ServeOptions::default();
+    options.on_error = on_error;
+    // For those that say too little.
+    options.handshake_timeout = Duration::from_secs(1);
+    Serving::start(Arc::new(VecSource::new(stamped(64), 16 * PAGE)), options)
+}
+
+/// What a guest may send with its userfaultfd, and why it is refused.
+const REFUSED: [(&str, &str); 10] = [
+    // The snapshot of a smaller guest.
+    ("beyond", "a region ends at source offset 0x41000, the source at 0x40000"),
+    ("overlapping", "two regions overlap"),
+    ("odd", "is not a multiple of the page size"),
+    ("empty", "no region is named"),
+    ("garbage", "not understood"),
+    ("half-open", "nothing usable came within 1s"),
+    ("left", "has left"),
+    ("two", "2 descriptors; 1 expected"),
+    ("with-file", "2 descriptors; 1 expected"),
+    ("too-big", "longer than"),
+];
+
+/// What it sends when there is nothing by which its pages could be poisoned.
+const WITHOUT_USERFAULTFD: [(&str, &str); 3] = [
+    ("file", "no userfaultfd but \"/dev/null\""),
+    ("no-descriptor", "0 descriptors"),
+    // More than the server looks at.
+    ("many", " descriptors; 1 expected"),
+];
+
+fn killed(vmm: &mut Vmm) {
+    let status = vmm.child.wait().expect("it ends");
+    assert_eq!(status.signal(), Some(libc::SIGKILL));
+}
+
+fn efault() -> Option<String> {
+    Some(format!("errno {}", libc::EFAULT))
+}
+
+#[test]
+fn by_the_policy_poison_what_a_refused_guest_touches_fails() {
+    if !userfaultfd_works("by_the_policy_poison_what_a_refused_guest_touches_fails") {
+        return;
+    }
+    let serving = serving(FailurePolicy::Poison);
+    for (form, why) in REFUSED {
+        let mut vmm = Vmm::start(&serving.socket);
+        vmm.ok("map 64");
+        // A thread that waits already; a message that is too long may not be taken to its end.
+        let answer = vmm.ask(&format!("waiting 3 {form}"));
+        let event = serving.next_event();
+        assert!(event.contains(why) && event.contains("; Poisoned"), "{form}: {event}");
+        let not_sent = answer.as_ref().is_some_and(|answer| answer.starts_with("not sent"));
+        assert!(answer == efault() || form == "too-big" && not_sent, "{form}: {answer:?}");
+        // One that comes later, at another page; and the connection is closed.
+        assert_eq!(vmm.ask("syscall 40"), efault(), "{form}");
+        if form != "left" {
+            assert_eq!(vmm.ask("told").as_deref(), Some(""), "{form}");
+        }
+        // A page that it gives back does not become one that waits, or one of zeros.
+        vmm.ok("remove 40 1");
+        assert_eq!(vmm.ask("syscall 40"), efault(), "{form}");
+        // A load instruction gets SIGBUS.
+        assert_eq!(vmm.ask("read 7"), None, "{form}");
+        assert_eq!(vmm.child.wait().expect("it ends").signal(), Some(libc::SIGBUS), "{form}");
+    }
+    assert_eq!(serving.handle.guests().len(), 0);
+    serving.finish();
+}
+
+#[test]
+fn by_the_policy_kill_a_refused_guest_is_killed() {
+    if !userfaultfd_works("by_the_policy_kill_a_refused_guest_is_killed") {
+        return;
+    }
+    let serving = serving(FailurePolicy::Kill);
+    for (form, why) in REFUSED.into_iter().chain(WITHOUT_USERFAULTFD) {
+        let mut vmm = Vmm::start(&serving.socket);
+        vmm.ok("map 64");
+        vmm.say(&format!("waiting 3 {form}"));
+        let event = serving.next_event();
+        assert!(event.contains(why) && event.contains("; Killed"), "{form}: {event}");
+        killed(&mut vmm);
+    }
+    serving.finish();
+}
+
+/// There is no way to make its pages fail: it would wait for ever.
+#[test]
+fn a_refused_guest_without_a_userfaultfd_is_killed_by_either_policy() {
+    if !userfaultfd_works("a_refused_guest_without_a_userfaultfd_is_killed_by_either_policy") {
+        return;
+    }
+    let serving = serving(FailurePolicy::Poison);
+    for (form, why) in WITHOUT_USERFAULTFD {
+        let mut vmm = Vmm::start(&serving.socket);
+        vmm.ok("map 64");
+        vmm.say(&format!("waiting 3 {form}"));
+        let event = serving.next_event();
+        assert!(event.contains(why) && event.contains("; Killed"), "{form}: {event}");
+        killed(&mut vmm);
+    }
+    serving.finish();
+}
+
+/// Who only looks whether somebody listens, or says something else, has no memory here.
+#[test]
+fn who_names_no_memory_is_left_alone() {
+    if !userfaultfd_works("who_names_no_memory_is_left_alone") {
+        return;
+    }
+    for policy in [FailurePolicy::Poison, FailurePolicy::Kill] {
+        let serving = serving(policy);
+        let mut vmm = Vmm::start(&serving.socket);
+        vmm.ok("map 64");
+        for (form, why) in [("silent", "nothing usable came"), ("noise", "not understood")] {
+            vmm.ok(&format!("body {form}"));
+            let event = serving.next_event();
+            assert!(event.contains(why) && event.contains("; Closed"), "{form}: {event}");
+        }
+        vmm.ok("body figures");
+        assert_eq!(vmm.ask("told").as_deref(), Some("[]"));
+        // It is one that can still be served.
+        vmm.ok("body new");
+        serving.expect("served");
+        vmm.ok("check 0 64 1");
+        drop(vmm);
+        serving.finish();
+    }
+}
+
+/// A clone is told, and touches nothing.
+#[test]
+fn a_refused_clone_is_told_why() {
+    if !userfaultfd_works("a_refused_clone_is_told_why") {
+        return;
+    }
+    let mut options = ServeOptions::default();
+    options.on_error = FailurePolicy::Kill;
+    options.clients = 1;
+    options.share =
+        Some(SnapshotName { layers: vec!["test".into()], memory_bytes: 64 * PAGE as u64 });
+    let serving = Serving::start(Arc::new(VecSource::new(stamped(64), 16 * PAGE)), options);
+    let mut clone = Vmm::start(&serving.socket);
+    // Of another size.
+    let answer = clone.ask("share 32").expect("it lives");
+    assert!(
+        answer.contains("wants snapshot test (131072 bytes), here is test (262144 bytes)"),
+        "{answer}"
+    );
+    serving.expect("; Closed");
+    // One too many.
+    let mut guest = Vmm::start(&serving.socket);
+    guest.ok("map 64");
+    while guest.ask("body new").is_some() && !serving.next_event().contains("served 262144") {}
+    let answer = clone.ask("share 64").expect("it lives");
+    assert!(answer.contains("1 clients are served already"), "{answer}");
+    serving.expect("; Closed");
+    drop((guest, clone));
+    serving.finish();
+}
+
+/// The first guest is served, and goes on; those for which there is no room are killed, as there is nothing that would
+/// answer their faults.
+#[test]
+fn a_guest_too_many_is_killed() {
+    if !userfaultfd_works("a_guest_too_many_is_killed") {
+        return;
+    }
+    let mut options = ServeOptions::default();
+    options.clients = 1;
+    let serving = Serving::start(Arc::new(VecSource::new(stamped(64), 16 * PAGE)), options);
+    let mut first = Vmm::start(&serving.socket);
+    first.ok("map 64");
+    first.ok("body new");
+    serving.expect("served");
+    for form in ["new", "no-descriptor"] {
+        let mut second = Vmm::start(&serving.socket);
+        second.ok("map 64");
+        second.say(&format!("waiting 3 {form}"));
+        serving.expect("1 clients are served already; Killed");
+        killed(&mut second);
+    }
+    let mut silent = Vmm::start(&serving.socket);
+    silent.ok("map 64");
+    silent.ok("body silent");
+    serving.expect("1 clients are served already; Closed");
+    silent.ok("body noise");
+    serving.expect("; Closed");
+    first.ok("check 0 64 1");
+    drop((first, silent));
+    serving.finish();
+}
+
+/// It closes its end at once, as there is nothing to be answered: it is served all the same.
+#[test]
+fn a_guest_that_closes_its_connection_at_once_is_served() {
+    if !userfaultfd_works("a_guest_that_closes_its_connection_at_once_is_served") {
+        return;
+    }
+    let serving = serving(FailurePolicy::Poison);
+    for _ in 0..20 {
+        let mut vmm = Vmm::start(&serving.socket);
+        vmm.ok("map 64");
+        vmm.ok("body quick");
+        serving.expect("served 262144");
+        vmm.ok("check 0 64 1");
+        drop(vmm);
+        serving.expect("ended");
+    }
+    serving.finish();
+}
+
+/// A server that is told to end at once ends those too whose pages it poisons: nobody would do it after it.
+#[test]
+fn refused_guests_are_killed_with_the_others() {
+    if !userfaultfd_works("refused_guests_are_killed_with_the_others") {
+        return;
+    }
+    let serving = serving(FailurePolicy::Poison);
+    let mut vmm = Vmm::start(&serving.socket);
+    vmm.ok("map 64");
+    vmm.ok("body beyond");
+    serving.expect("; Poisoned");
+    assert_eq!(serving.handle.kill_guests(), 1);
+    killed(&mut vmm);
+    serving.finish();
+}
+
+#[test]
+fn huge_pages_of_a_refused_guest_are_poisoned_whole() {
+    let name = "huge_pages_of_a_refused_guest_are_poisoned_whole";
+    if !userfaultfd_works(name) {
+        return;
+    }
+    let serving = serving(FailurePolicy::Poison);
+    let mut vmm = Vmm::start(&serving.socket);
+    let mapped = vmm.ask("map-huge 1").expect("it lives");
+    if mapped != "ok" {
+        let line = format!("SKIPPED {name}: {mapped}\n");
+        std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes()).expect("stderr");
+        return;
+    }
+    // The source is too small for a huge page.
+    assert_eq!(vmm.ask("waiting 3 huge"), efault());
+    serving.expect("; Poisoned");
+    assert_eq!(vmm.ask("syscall 500"), efault());
+    drop(vmm);
+    serving.finish();
+}
