@@ -226,3 +226,24 @@ pub(super) fn allow_many_descriptors() {
     // Refused: then fewer guests fit, and the others are told so.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
 }
+
+#[cfg(test)]
+mod tests {
+    use pager::serve::RefuseError;
+
+    use super::*;
+
+    #[test]
+    fn what_becomes_of_a_refused_guest_is_told_also_to_those_who_want_it_quiet() {
+        let says = |pid, fate| {
+            let event = ServeEvent::Refused { pid, error: &RefuseError::NoRegion, fate };
+            told("a.snap", &event, true).unwrap_or_default()
+        };
+        let why = "process 7 is not served: no region is named";
+        assert_eq!(says(Some(7), Fate::Closed), format!("snap: {why}\n"));
+        assert_eq!(says(Some(7), Fate::Killed), format!("snap: {why}; it was killed\n"));
+        let poisoned = "; what it lacks fails when it touches it";
+        assert_eq!(says(Some(7), Fate::Poisoned), format!("snap: {why}{poisoned}\n"));
+        assert!(says(None, Fate::Closed).starts_with("snap: a client is not served"));
+    }
+}

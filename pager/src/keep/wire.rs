@@ -10,11 +10,12 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
     SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
+use rustix::process::Resource;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::failure::FailurePolicy;
-use crate::serve::SnapshotName;
+use crate::serve::{SnapshotName, limit_text};
 
 /// Of the words and of the ledger. A keeper and a server of different versions do not work together.
 pub(super) const VERSION: u32 = 2;
@@ -47,6 +48,15 @@ pub enum KeepError {
     Message {
         /// What is wrong with it.
         why: String,
+    },
+    /// A descriptor that it sent did not arrive.
+    #[error(
+        "a guest's descriptor could not be received: this process may have {} open files (`ulimit -n`, in systemd \
+         LimitNOFILE=), or a security module forbids it", limit_text(.limit)
+    )]
+    DescriptorLost {
+        /// How many files this process may have open, if there is a limit.
+        limit: Option<u64>,
     },
     /// It is another version of this program.
     #[error("the keeper speaks version {found}, this server {wanted}")]
@@ -191,8 +201,17 @@ pub(super) fn receive<T: DeserializeOwned>(
     if received.bytes == 0 {
         return Err(KeepError::Gone);
     }
-    if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
+    if received.flags.contains(ReturnFlags::TRUNC) {
         return Err(unclear("a packet that is too long"));
+    }
+    if received.flags.contains(ReturnFlags::CTRUNC) {
+        // There was room for as many as belong there: it is for another reason that one is lost.
+        return Err(match descriptors.len() {
+            DESCRIPTORS.. => unclear("a packet with too many descriptors"),
+            _ => KeepError::DescriptorLost {
+                limit: rustix::process::getrlimit(Resource::Nofile).current,
+            },
+        });
     }
     let message = serde_json::from_slice(&bytes[..received.bytes]).map_err(unclear)?;
     Ok(Some((message, descriptors)))
@@ -204,4 +223,40 @@ pub(super) fn unclear(why: impl std::fmt::Display) -> KeepError {
 
 pub(super) fn system(what: &'static str) -> impl Fn(Errno) -> KeepError {
     move |error| KeepError::System { what, error: error.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    /// What is lost of a packet, and why.
+    #[test]
+    fn too_many_descriptors_are_told_as_that() {
+        let (family, kind) = (AddressFamily::UNIX, SocketType::SEQPACKET);
+        let pair = || rustix::net::socketpair(family, kind, SocketFlags::CLOEXEC, None);
+        let (one, other) = pair().expect("a pair of sockets");
+        let send_with = |count: usize| {
+            let descriptors = vec![one.as_fd(); count];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(16))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            assert!(control.push(SendAncillaryMessage::ScmRights(&descriptors)));
+            let bytes = serde_json::to_vec(&ToKeeper::Keep { id: 1, shares: false }).expect("JSON");
+            let sent = rustix::net::sendmsg(
+                &one,
+                &[IoSlice::new(&bytes)],
+                &mut control,
+                SendFlags::empty(),
+            );
+            sent.expect("it is sent");
+        };
+        send_with(DESCRIPTORS);
+        let (_, descriptors) =
+            receive::<ToKeeper>(&other, RecvFlags::empty()).expect("it is taken").expect("it came");
+        assert_eq!(descriptors.len(), DESCRIPTORS);
+        send_with(16);
+        let error = receive::<ToKeeper>(&other, RecvFlags::empty()).expect_err("too many");
+        assert!(error.to_string().contains("too many descriptors"), "{error}");
+    }
 }

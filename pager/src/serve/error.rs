@@ -186,7 +186,7 @@ pub enum RefuseError {
     },
 }
 
-fn limit_text(limit: &Option<u64>) -> String {
+pub(crate) fn limit_text(limit: &Option<u64>) -> String {
     limit.map_or("any number of".into(), |limit| limit.to_string())
 }
 

@@ -29,6 +29,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 
+pub(crate) use error::limit_text;
 pub use error::{BindError, RefuseError};
 #[cfg(feature = "vm-memory")]
 pub(crate) use handshake::Answer;

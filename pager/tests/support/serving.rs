@@ -34,8 +34,11 @@ impl Serving {
             let text = match event {
                 ServeEvent::Served { memory_bytes, .. } => format!("served {memory_bytes}"),
                 ServeEvent::Refused { error, fate, .. } => {
-                    let cause = std::error::Error::source(error).map(|cause| format!(": {cause}"));
-                    format!("refused: {error}{}; {fate:?}", cause.unwrap_or_default())
+                    let first = std::error::Error::source(error);
+                    let causes = std::iter::successors(first, |cause| cause.source());
+                    let text =
+                        causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"));
+                    format!("refused: {text}; {fate:?}")
                 }
                 ServeEvent::Failed { failure, .. } => format!("failed: {failure}"),
                 ServeEvent::Ended { .. } => "ended".into(),
