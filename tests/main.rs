@@ -25,10 +25,10 @@ mod overlays;
 mod overwritten;
 mod page_cache;
 mod running;
+mod scattered_memory;
 #[path = "../snapfmt/fuzz/harness/seal.rs"]
 #[allow(dead_code, reason = "shared with the fuzz targets")]
 mod seal;
-mod scattered_memory;
 mod serving;
 mod slow_readers;
 mod sockets;

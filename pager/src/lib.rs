@@ -48,8 +48,8 @@
 //!   (but for chunks that reach from one into the other).
 //! - Memory of another process that has sent its userfaultfd is served as well: [`PagerBuilder::foreign`].
 //! - Pages that will probably be needed are installed in front of who needs them: [`PagerBuilder::prefetch`].
-//! - What nobody has touched is loaded in the background if wanted ([`Populate`]), behind all faults; then
-//!   neither the pager nor the source is needed any more.
+//! - While threads wait for pages a good part of the time, more is loaded in the background ([`Populate`]), behind all
+//!   faults. When all is there, neither the pager nor the source is needed any more.
 //! - Which pages are touched, one by one, can be recorded: [`Pager::recording`].
 //! - [`Stats`]: pages by state and by origin, and how long faults took; of each region: [`Pager::region_stats`].
 //!

@@ -168,7 +168,7 @@ pub(super) const FIGURES: &[Figure] = &[
         // The kernel reads the image, and a server for its clones.
         of: |mode, run| match mode {
             Mode::Mmap | Mode::Shared => None,
-            Mode::Eager | Mode::Lazy | Mode::LazyHot | Mode::LazyOther => {
+            Mode::Eager | Mode::Lazy | Mode::LazyOff | Mode::LazyHot | Mode::LazyOther => {
                 Some(run.bytes_read as f64)
             }
         },

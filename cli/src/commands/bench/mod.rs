@@ -8,6 +8,7 @@ mod html;
 mod mode;
 mod run;
 mod subject;
+mod sweep;
 mod table;
 
 use std::io::Write;
@@ -44,6 +45,7 @@ const DEMO: &str = "demo";
 Examples:
   snap bench demo                                  a guest with 512 MiB that touches 10 % of it
   snap bench demo --cold --runs 9 --memory 1G --touch 5
+  snap bench demo --sweep --modes eager,mmap,lazy,lazy-off --html sweep.html
   snap bench linux.snap --until 'work is done' --modes lazy,mmap --json
   snap bench linux.snap --for 2s --dir /var/tmp --html linux.html")]
 pub(crate) struct Args {
@@ -94,6 +96,13 @@ pub(crate) struct Args {
     #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(1..=100))]
     touch: Option<u8>,
 
+    /// Of the demo guest: measure with guests that fill all of their memory, and touch these shares of that in percent; 1,
+    /// 10, 50 and 100 unless told.
+    #[arg(long, value_name = "PERCENTS", value_delimiter = ',', num_args = 0..=1, require_equals = true,
+          default_missing_value = "1,10,50,100", conflicts_with = "touch",
+          value_parser = clap::value_parser!(u8).range(1..=100))]
+    sweep: Vec<u8>,
+
     /// Where temporary files are made: the demo guest's snapshot, the raw image.
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
@@ -126,7 +135,11 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let page = page.transpose()?;
     let snap = Snap::new(session)?;
     let steps = Steps::new(args, session.quiet);
-    let subject = Subject::prepare(args, &snap, &|what| steps.say(what))?;
+    args.refuse_sweep_of_others()?;
+    if !args.sweep.is_empty() {
+        return sweep::run(args, &snap, page, steps);
+    }
+    let subject = Subject::prepare(args, None, &snap, &|what| steps.say(what))?;
     let plan = Plan {
         subject: &subject,
         snap: &snap,
@@ -158,14 +171,18 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
 }
 
 fn html(args: &Args, subject: &Subject, outcome: &Outcome, ratios: &Ratios) -> String {
-    let host = Host::this();
     let words = html::Words {
         name: &args.target.display().to_string(),
         subject: &headline(args, subject, outcome),
-        host: &format!("{}, {} CPUs, Linux {}", host.cpu_name, host.cpus, host.kernel),
+        host: &host_line(),
         footer: &footer(subject, outcome),
     };
     html::page(&words, &outcome.all, ratios)
+}
+
+fn host_line() -> String {
+    let host = Host::this();
+    format!("{}, {} CPUs, Linux {}", host.cpu_name, host.cpus, host.kernel)
 }
 
 /// What was measured, in a line.
@@ -278,7 +295,8 @@ impl Steps {
             true => ProgressDrawTarget::hidden(),
             false => ProgressDrawTarget::stderr_with_hz(10),
         };
-        let runs = args.modes.len() as u64 * (u64::from(args.runs) + 1);
+        let guests = args.sweep.len().max(1) as u64;
+        let runs = guests * args.modes.len() as u64 * (u64::from(args.runs) + 1);
         let bar = ProgressBar::with_draw_target(Some(runs), target);
         // A constant; were it wrong, the bar would look plain.
         if let Ok(style) = ProgressStyle::with_template("[{bar:30}] {pos}/{len} {msg}") {

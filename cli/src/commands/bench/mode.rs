@@ -12,8 +12,11 @@ pub(super) enum Mode {
     Eager,
     /// Map a raw image of the memory privately; the kernel reads what is touched.
     Mmap,
-    /// Run at once; pages come from the snapshot when they are touched.
+    /// Run at once; pages come from the snapshot when they are touched, and ahead of that while the guest waits for them.
     Lazy,
+    /// The same, and nothing is loaded ahead.
+    #[value(name = "lazy-off")]
+    LazyOff,
     /// The same, of a file with the hot pages in front: they are loaded before they are touched.
     #[value(name = "lazy+hot")]
     LazyHot,
@@ -30,6 +33,7 @@ impl Mode {
             Self::Eager => "eager",
             Self::Mmap => "mmap",
             Self::Lazy => "lazy",
+            Self::LazyOff => "lazy-off",
             Self::LazyHot => "lazy+hot",
             Self::LazyOther => "lazy+other",
             Self::Shared => "shared",

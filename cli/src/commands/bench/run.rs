@@ -132,6 +132,10 @@ impl Plan<'_> {
         match mode {
             Mode::Eager => {}
             Mode::Lazy => command.extend(["--lazy", "--prefetch", "off"].map(OsString::from)),
+            Mode::LazyOff => {
+                let options = ["--lazy", "--prefetch", "off", "--populate", "off"];
+                command.extend(options.map(OsString::from));
+            }
             Mode::LazyHot | Mode::LazyOther => {
                 command.extend(["--lazy", "--prefetch", "hot"].map(OsString::from));
             }

@@ -44,13 +44,21 @@ pub(super) enum Work {
 
 impl Subject {
     /// Makes what is missing: the demo guest's snapshot, the image.
-    pub(super) fn prepare(args: &Args, snap: &Snap<'_>, say: &dyn Fn(&str)) -> Result<Self> {
+    ///
+    /// `swept`: the demo guest fills all of its memory, and a beat reads so many percent of that.
+    pub(super) fn prepare(
+        args: &Args,
+        swept: Option<u8>,
+        snap: &Snap<'_>,
+        say: &dyn Fn(&str),
+    ) -> Result<Self> {
         let folder = temporary_folder(args.dir.as_deref())?;
         let file = match args.is_demo() {
             true => {
                 say("creating the demo guest");
                 let file = folder.path().join("demo.snap");
-                snap.run(demo_command(args, &file)?).context("cannot create the demo guest")?;
+                snap.run(demo_command(args, swept, &file)?)
+                    .context("cannot create the demo guest")?;
                 file
             }
             false => args.target.clone(),
@@ -103,7 +111,7 @@ impl Subject {
         match mode {
             Mode::LazyHot => self.hot.as_ref(),
             Mode::LazyOther => self.other.as_ref(),
-            Mode::Eager | Mode::Mmap | Mode::Lazy | Mode::Shared => None,
+            Mode::Eager | Mode::Mmap | Mode::Lazy | Mode::LazyOff | Mode::Shared => None,
         }
     }
 
@@ -174,26 +182,37 @@ fn temporary_folder(parent: Option<&Path>) -> Result<TempDir> {
     made.with_context(|| format!("cannot create a temporary folder in {}", parent.display()))
 }
 
-/// Of the pages of the demo guest's working area, a beat reads this share.
+/// In percent, unless it is told otherwise.
+const READ_OF_WHAT_IS_NOT_ZERO: u8 = 25;
+/// Then, of all pages of the demo guest's working area, a beat reads this share.
 const READ_BY_A_BEAT: (u64, u64) = (7, 32);
 
-fn demo_command(args: &Args, file: &Path) -> Result<Vec<OsString>> {
-    let (memory, touch) = (args.memory_bytes(), u64::from(args.touch_percent()));
+fn demo_command(args: &Args, swept: Option<u8>, file: &Path) -> Result<Vec<OsString>> {
+    let memory = args.memory_bytes();
     let ranges = vmm::memory_layout(memory).context("--memory")?;
+    let command = |work: u64, walk: u8| {
+        let numbers = [memory, work, walk.into()].map(|number| number.to_string());
+        let mut command: Vec<OsString> = vec!["--quiet".into(), "create".into(), file.into()];
+        for (option, number) in ["--memory", "--work", "--walk"].into_iter().zip(numbers) {
+            command.extend([option.into(), number.into()]);
+        }
+        command
+    };
+    if let Some(walk) = swept {
+        return Ok(command(vmm::demo::max_work_bytes(&ranges), walk));
+    }
+    let touch = u64::from(args.touch_percent());
     let (share, of) = READ_BY_A_BEAT;
     let most = vmm::demo::max_work_bytes(&ranges);
     let work = (memory / PAGE_BYTES as u64 * touch / 100 * of / share * PAGE_BYTES as u64)
         .next_multiple_of(WORK_ALIGN_BYTES);
     ensure!(
         work <= most,
-        "--touch {touch}: a beat of the demo guest reads at most {} % of a memory of {}",
+        "--touch {touch}: a beat of the demo guest reads at most {} % of a memory of {}; --sweep has other guests",
         most * share / of * 100 / memory,
         size::human(memory)
     );
-    Ok(["--quiet".into(), "create".into(), file.into()]
-        .into_iter()
-        .chain(["--memory", &memory.to_string(), "--work", &work.to_string()].map(OsString::from))
-        .collect())
+    Ok(command(work, READ_OF_WHAT_IS_NOT_ZERO))
 }
 
 impl Args {
@@ -207,6 +226,14 @@ impl Args {
 
     fn touch_percent(&self) -> u8 {
         self.touch.unwrap_or(10)
+    }
+
+    /// Before anything that takes time.
+    pub(super) fn refuse_sweep_of_others(&self) -> Result<()> {
+        if !self.is_demo() && !self.sweep.is_empty() {
+            bail!("--sweep is of `snap bench {DEMO}`: other guests touch what they touch");
+        }
+        Ok(())
     }
 
     fn work(&self, is_demo: bool) -> Result<Work> {

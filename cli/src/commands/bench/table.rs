@@ -9,9 +9,10 @@ const LABEL_WIDTH: usize = 32;
 const COLUMN_WIDTH: usize = 13;
 
 /// The rows of ratios: figure, label, and the mode that the others are compared with.
-pub(super) const RATIOS: [(&str, &str, Mode); 6] = [
+pub(super) const RATIOS: [(&str, &str, Mode); 7] = [
     ("done_ms", "done, x of mmap", Mode::Mmap),
     ("done_ms", "done, x of lazy", Mode::Lazy),
+    ("done_ms", "done, x of lazy-off", Mode::LazyOff),
     ("done_ms", "done, x of eager", Mode::Eager),
     ("run_ms", "run, x of eager", Mode::Eager),
     ("first_instruction_ms", "first instruction, x of lazy", Mode::Lazy),

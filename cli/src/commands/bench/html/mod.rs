@@ -20,7 +20,39 @@ pub(super) struct Words<'a> {
     pub(super) footer: &'a str,
 }
 
+/// What was measured where a guest touches this share of its memory, in percent.
+pub(super) struct Point {
+    pub(super) percent: u8,
+    pub(super) all: Vec<Measured>,
+    pub(super) ratios: Ratios,
+}
+
 pub(super) fn page(words: &Words<'_>, all: &[Measured], ratios: &Ratios) -> String {
+    let figures = [
+        Some(until_done(all)),
+        Some(over_time(all, "Memory loaded over time", LOADED, |sample| sample.rss_bytes)),
+        Some(over_time(all, "Faults over time", FAULTS, |sample| sample.faults)),
+        latencies(all),
+    ];
+    let figures: String = figures.into_iter().flatten().collect();
+    framed(words, &(figures + &table(all, ratios)))
+}
+
+/// A page of several shares: the time until the work is done against them, and the figures of each.
+pub(super) fn sweep_page(words: &Words<'_>, points: &[Point]) -> String {
+    let mut content = over_shares(points);
+    for Point { percent, all, ratios } in points {
+        let _ = write!(
+            content,
+            "<h2>{percent} % touched</h2>\n{}{}",
+            until_done(all),
+            table(all, ratios)
+        );
+    }
+    framed(words, &content)
+}
+
+fn framed(words: &Words<'_>, content: &str) -> String {
     let Words { name, subject, host, footer } = words;
     let title = format!("snap bench: {name}");
     let mut html = format!(
@@ -34,14 +66,7 @@ pub(super) fn page(words: &Words<'_>, all: &[Measured], ratios: &Ratios) -> Stri
         host = escape(host),
         style = include_str!("style.css"),
     );
-    let figures = [
-        Some(until_done(all)),
-        Some(over_time(all, "Memory loaded over time", LOADED, |sample| sample.rss_bytes)),
-        Some(over_time(all, "Faults over time", FAULTS, |sample| sample.faults)),
-        latencies(all),
-    ];
-    html.extend(figures.into_iter().flatten());
-    html += &table(all, ratios);
+    html += content;
     let footer = escape(footer.trim());
     let _ = write!(
         html,
@@ -58,6 +83,7 @@ fn class(mode: Mode) -> &'static str {
         Mode::Eager => "m-eager",
         Mode::Mmap => "m-mmap",
         Mode::Lazy => "m-lazy",
+        Mode::LazyOff => "m-off",
         Mode::LazyHot => "m-hot",
         Mode::LazyOther => "m-other",
         Mode::Shared => "m-shared",
@@ -102,6 +128,27 @@ fn until_done(all: &[Measured]) -> String {
                    The line spans the fastest and the slowest run.";
     let title = "Time until the work is done";
     figure(title, caption, &[], &lying(title, &bars, &short_ms))
+}
+
+/// One line a mode.
+fn over_shares(points: &[Point]) -> String {
+    let done = |measured: &Measured| by_key("done_ms").and_then(|figure| measured.median(figure));
+    let values = || points.iter().flat_map(|point| point.all.iter().filter_map(done));
+    let title = "Time until the work is done, against the share of memory that it touches";
+    let mut plot = Plot::new(
+        title,
+        (Scale::linear(100.0), "share of its memory that the guest touches, in percent", &count),
+        (Scale::linear(values().fold(0.0, f64::max)), &short_ms),
+    );
+    let modes: Vec<Mode> =
+        points.first().map_or(Vec::new(), |point| point.all.iter().map(|m| m.mode).collect());
+    for (index, mode) in modes.iter().enumerate() {
+        let at = |point: &Point| Some((f64::from(point.percent), done(point.all.get(index)?)?));
+        let line: Vec<_> = points.iter().filter_map(at).collect();
+        plot.curve(class(*mode), mode.name(), &line);
+    }
+    let caption = "Medians, from the start of the command. The file holds the same for each share.";
+    figure(title, caption, &modes, &plot.finish())
 }
 
 const LOADED: &str = "Memory of the process in one run that is not among the measured ones. It includes the program itself, \
