@@ -29,7 +29,9 @@ pub enum StartError {
         at: u64,
     },
     /// A region wants more than the source has.
-    #[error("a region ends at source offset {end:#x}, the source at {source_bytes:#x}")]
+    #[error(
+        "a region ends at source offset {end:#x}, the source at {source_bytes:#x}: is the source of another guest?"
+    )]
     BeyondSource {
         /// Where the region ends.
         end: u64,
