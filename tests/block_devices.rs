@@ -143,7 +143,7 @@ fn readers_and_overlays_share_a_device() {
         guest.stored_with(device.name() + words).ok();
         let reader = guest.start("guest.snap");
         guest.goes_on("guest.snap", &["--lazy"]);
-        // But nobody writes it meanwhile.
+        // But no other guest may write it meanwhile.
         let says = ["is in use: one guest writes a disk, or many read it"];
         Guest::new().stored_with(device.name()).failed(1, &says);
         stop(reader);

@@ -106,9 +106,9 @@ fn a_file_of_options_that_is_wrong_says_where() {
     ran.failed(2, &["line 1: \"kernel\"", "cannot be used with"]);
 }
 
-/// Guests that write nothing, and are waited for in vain: what is said of each tells the slow one from the dead one.
+/// Guests that write nothing, and are waited for in vain: what each does tells the slow one from the dead one.
 #[test]
-fn a_silent_guest_is_told_by_its_signs_of_life() {
+fn a_silent_guest_is_told_by_what_it_does() {
     needs_vm!();
     let folder = tempfile::tempdir().expect("a folder");
     let begin = |name: &str, code: &[u8], timeout: &str| {

@@ -175,13 +175,13 @@ fn says_and_ends_by_ctrl_c(mut child: Child, what: &str) {
     BufReader::new(stderr).read_line(&mut line).expect("it says something");
     assert_eq!(line, format!("snap: waiting for {what}\n"));
     signal(child.id(), "INT");
-    // Not by reading what it has to say on stdout: that would let it go on.
+    // Its stdout is not read: that would let it continue.
     let stdout = child.stdout.take();
     assert_eq!(child.wait().expect("it ends").code(), Some(130));
     drop(stdout);
 }
 
-/// Nobody writes, or nobody reads: it is told what is waited for, and Ctrl-C ends it.
+/// No program writes, or none reads: it is told what is waited for, and Ctrl-C ends it.
 #[test]
 fn a_stream_that_stands_still_is_told_and_interrupted() {
     let place = Place::new();

@@ -1,6 +1,7 @@
 //! The program `snap`: stores a running KVM guest in one file and brings it back.
 #![forbid(unsafe_code)]
 
+mod activity;
 mod api;
 mod booted;
 mod commands;
@@ -17,7 +18,6 @@ mod metrics;
 mod pagemap;
 mod prefetch;
 mod progress;
-mod pulse;
 mod recording;
 mod report;
 mod restored;

@@ -256,7 +256,7 @@ impl<'a> Waiting<'a> {
             }
             if begun.elapsed() > SILENCE && !self.told && !self.session.quiet {
                 self.told = true;
-                // A closed stderr is nobody to complain to.
+                // A closed stderr takes no words.
                 let _ = writeln!(io::stderr(), "snap: waiting for {}", self.what);
             }
         }

@@ -66,6 +66,7 @@ impl FilledFile {
         })
     }
 
+    #[cfg(feature = "serve")]
     pub(crate) fn layout(&self) -> &Layout {
         &self.layout
     }

@@ -80,7 +80,7 @@ fn guest(serving: &Serving, left: usize) -> Outcome {
     Outcome::Poisoned
 }
 
-/// A clone is told, or finds its connection closed, and goes on with something else.
+/// A clone is told, or finds its connection closed. It is not killed.
 fn clone(serving: &Serving, left: usize) -> Outcome {
     let mut vmm = Vmm::start(&serving.socket);
     let taken = all_but(left);

@@ -1,4 +1,4 @@
-//! Guests that the server refuses: none waits for ever for a page that nobody brings.
+//! Guests that the server refuses: none of them hangs at a missing page.
 #![allow(missing_docs)]
 
 #[path = "support/serving.rs"]
@@ -111,7 +111,7 @@ fn by_the_policy_kill_a_refused_guest_is_killed() {
     serving.finish();
 }
 
-/// There is no way to make its pages fail: it would wait for ever.
+/// There is no way to make its pages fail, and it would hang.
 #[test]
 fn a_refused_guest_without_a_userfaultfd_is_killed_by_either_policy() {
     if !userfaultfd_works("a_refused_guest_without_a_userfaultfd_is_killed_by_either_policy") {
@@ -129,10 +129,10 @@ fn a_refused_guest_without_a_userfaultfd_is_killed_by_either_policy() {
     serving.finish();
 }
 
-/// Who only looks whether somebody listens, or says something else, has no memory here.
+/// A program that only looks whether a server listens, or sends something else, has no memory that waits.
 #[test]
-fn who_names_no_memory_is_left_alone() {
-    if !userfaultfd_works("who_names_no_memory_is_left_alone") {
+fn a_client_that_names_no_memory_is_left_alone() {
+    if !userfaultfd_works("a_client_that_names_no_memory_is_left_alone") {
         return;
     }
     for policy in [FailurePolicy::Poison, FailurePolicy::Kill] {
@@ -186,7 +186,7 @@ fn a_refused_clone_is_told_why() {
     serving.finish();
 }
 
-/// The first guest is served, and goes on; those for which there is no room are killed, as there is nothing that would
+/// The first guest is served, also later; those for which there is no room are killed, as there is nothing that would
 /// answer their faults.
 #[test]
 fn a_guest_too_many_is_killed() {
@@ -237,7 +237,7 @@ fn a_guest_that_closes_its_connection_at_once_is_served() {
     serving.finish();
 }
 
-/// A server that is told to end at once ends those too whose pages it poisons: nobody would do it after it.
+/// A server that is told to end at once kills those too whose pages it poisons: they would hang without it.
 #[test]
 fn refused_guests_are_killed_with_the_others() {
     if !userfaultfd_works("refused_guests_are_killed_with_the_others") {

@@ -81,7 +81,7 @@ fn nonsense_is_refused_by_name_next_to_a_good_client() {
         let mut vmm = Vmm::start(&serving.socket);
         vmm.ok("map 64");
         // The server may have closed the connection before all of a message was sent.
-        // And it may have killed who has sent it nothing to poison pages with.
+        // And it may have killed a client that has sent it nothing to poison pages with.
         let answer = vmm.ask(&format!("body {form}"));
         let sent = |answer: &String| answer == "ok" || answer.starts_with("not sent");
         assert!(answer.as_ref().is_none_or(sent), "{form}: {answer:?}");

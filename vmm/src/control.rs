@@ -299,7 +299,7 @@ impl VmHandle {
         self.vcpus().iter().map(|vcpu| vcpu.thread_id).collect()
     }
 
-    /// What the vCPUs that run now have done: signs of life of a guest that writes nothing.
+    /// What the vCPUs that run now have done. A guest that writes nothing shows by it whether it runs.
     #[must_use]
     pub fn vcpus(&self) -> Vec<VcpuActivity> {
         self.control.vcpus()

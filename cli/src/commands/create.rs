@@ -15,6 +15,7 @@ use vmm::{PausedVm, REQUEST_PORT, Stop};
 use super::guest::{self, GuestArgs};
 use super::stdout::print_line;
 use super::{Session, refuse_existing};
+use crate::activity::Activity;
 use crate::api::client;
 use crate::booted::Booted;
 use crate::config::ConfigArgs;
@@ -24,7 +25,6 @@ use crate::guest_console::{GuestConsole, READY, Seen, Until};
 use crate::guest_memory::to_regions;
 use crate::prefetch::PrefetchArg;
 use crate::progress::Bar;
-use crate::pulse::Pulse;
 use crate::restored::{Origin, Restored, damaged};
 use crate::size;
 use crate::storage::Storage;
@@ -284,7 +284,7 @@ fn run_until_ready(
         Trigger::Ready | Trigger::Output(_) | Trigger::Request => (args.timeout, false),
     };
     let started = Instant::now();
-    let mut pulse = Pulse::new(running.handle(), touched_bytes);
+    let mut activity = Activity::new(running.handle(), touched_bytes);
     let stop = loop {
         let rest = limit.saturating_sub(started.elapsed());
         let stop = running.wait(Some(rest.min(TELL_EVERY)));
@@ -296,7 +296,7 @@ fn run_until_ready(
             let line = format!(
                 "snap create: {waited} s, waiting for {when}; {}; {}\n",
                 seen.last_line(),
-                pulse.told()
+                activity.told()
             );
             // A closed stderr is nobody to complain to.
             let _ = std::io::stderr().write_all(line.as_bytes());
@@ -314,7 +314,7 @@ fn run_until_ready(
             "the guest is not ready after {}: waited for {when}; at last {}; give more time with --timeout, or \
              another --when\n{}",
             humantime::format_duration(args.timeout),
-            pulse.told(),
+            activity.told(),
             seen.tail()
         ),
     }

@@ -11,7 +11,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
-use pager::serve::{Fate, KeepAt, Prefetched, ServeEvent, ServeOptions, Server, SnapshotName};
+use pager::serve::{
+    Consequence, KeepAt, Prefetched, ServeEvent, ServeOptions, Server, SnapshotName,
+};
 use pager::{Populate, SnapshotSource};
 use snapfmt::Snapshot;
 
@@ -179,11 +181,11 @@ fn told(file: &str, event: &ServeEvent<'_>, quiet: bool) -> Option<String> {
         ServeEvent::Failed { pid, failure } => {
             format!("snap: {file}, for process {pid}: {}\n", with_causes(failure))
         }
-        ServeEvent::Refused { pid, error, fate } => {
+        ServeEvent::Refused { pid, error, consequence } => {
             let who = pid.map_or("a client".into(), |pid| format!("process {pid}"));
-            let then = match fate {
-                Fate::Poisoned => "; what it lacks fails when it touches it",
-                Fate::Killed => "; it was killed",
+            let then = match consequence {
+                Consequence::Poisoned => "; what it lacks fails when it touches it",
+                Consequence::Killed => "; it was killed",
                 _ => "",
             };
             format!("snap: {who} is not served: {}{then}\n", with_causes(error))
@@ -235,15 +237,15 @@ mod tests {
 
     #[test]
     fn what_becomes_of_a_refused_guest_is_told_also_to_those_who_want_it_quiet() {
-        let says = |pid, fate| {
-            let event = ServeEvent::Refused { pid, error: &RefuseError::NoRegion, fate };
+        let says = |pid, consequence| {
+            let event = ServeEvent::Refused { pid, error: &RefuseError::NoRegion, consequence };
             told("a.snap", &event, true).unwrap_or_default()
         };
         let why = "process 7 is not served: no region is named";
-        assert_eq!(says(Some(7), Fate::Closed), format!("snap: {why}\n"));
-        assert_eq!(says(Some(7), Fate::Killed), format!("snap: {why}; it was killed\n"));
+        assert_eq!(says(Some(7), Consequence::Closed), format!("snap: {why}\n"));
+        assert_eq!(says(Some(7), Consequence::Killed), format!("snap: {why}; it was killed\n"));
         let poisoned = "; what it lacks fails when it touches it";
-        assert_eq!(says(Some(7), Fate::Poisoned), format!("snap: {why}{poisoned}\n"));
-        assert!(says(None, Fate::Closed).starts_with("snap: a client is not served"));
+        assert_eq!(says(Some(7), Consequence::Poisoned), format!("snap: {why}{poisoned}\n"));
+        assert!(says(None, Consequence::Closed).starts_with("snap: a client is not served"));
     }
 }

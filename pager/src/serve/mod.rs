@@ -4,10 +4,10 @@
 //! Each client is served by threads of its own: one that is silent, hostile or dead holds up no other. The
 //! protocol, who is trusted, and what happens when things fail: `docs/serving.md`.
 
-mod door;
 mod error;
 pub(crate) mod handshake;
 mod metrics;
+mod no_room;
 mod peer;
 mod refused;
 mod session;
@@ -35,7 +35,7 @@ pub use error::{BindError, RefuseError};
 pub(crate) use handshake::Answer;
 pub use handshake::SnapshotName;
 pub use peer::check_user;
-pub use refused::Fate;
+pub use refused::Consequence;
 pub use socket::Socket;
 
 use crate::failure::FailurePolicy;
@@ -44,8 +44,8 @@ use crate::populate::Populate;
 use crate::shared::{ImageLoader, SharedImage};
 use crate::source::PageSource;
 use crate::stats::Stats;
-use door::Spare;
 use metrics::Totals;
+use no_room::Spare;
 use peer::Peer;
 use session::{KeptGuest, Session};
 
@@ -155,7 +155,7 @@ pub enum ServeEvent<'a> {
         /// Why.
         error: &'a RefuseError,
         /// What was done about it.
-        fate: Fate,
+        consequence: Consequence,
     },
     /// A page of a client could not be had.
     Failed {
@@ -348,7 +348,7 @@ impl Hall {
             let mut guests = self.guests();
             if guests.threads >= limit {
                 drop(guests);
-                return self.turn_away(&stream, &RefuseError::Full { limit });
+                return self.refuse_without_room(&stream, &RefuseError::Full { limit });
             }
             guests.threads += 1;
         }
@@ -362,7 +362,7 @@ impl Hall {
         match given {
             // The thread waits for it.
             Ok(()) => drop(give.send(stream)),
-            Err(error) => self.turn_away(&stream, &error),
+            Err(error) => self.refuse_without_room(&stream, &error),
         }
     }
 
@@ -374,15 +374,15 @@ impl Hall {
         let guest = KeptGuest { hall: Arc::clone(self), id };
         let given = self.give_thread(move |hall| session::resume(hall, guest, kept));
         if let Err(error) = given {
-            let fate = match (needs_us, process) {
-                // The keeper takes it for served: it would wait for ever.
+            let consequence = match (needs_us, process) {
+                // The keeper takes it for served: it would wait without an end.
                 (true, Ok(process)) => {
                     Peer::kept(0, process).kill();
-                    Fate::Killed
+                    Consequence::Killed
                 }
-                _ => Fate::Closed,
+                _ => Consequence::Closed,
             };
-            self.refuse(None, &error, fate);
+            self.refuse(None, &error, consequence);
         }
     }
 
@@ -404,12 +404,12 @@ impl Hall {
         self.keep.as_ref()
     }
 
-    pub(crate) fn refuse(&self, pid: Option<i32>, error: &RefuseError, fate: Fate) {
-        (self.on_event)(ServeEvent::Refused { pid, error, fate });
+    pub(crate) fn refuse(&self, pid: Option<i32>, error: &RefuseError, consequence: Consequence) {
+        (self.on_event)(ServeEvent::Refused { pid, error, consequence });
     }
 
     /// Keeps a refused client among those that need this process; until the answer is dropped.
-    pub(crate) fn turned_away(self: &Arc<Hall>, peer: &Arc<Peer>) -> Entry {
+    pub(crate) fn list_refused(self: &Arc<Hall>, peer: &Arc<Peer>) -> Entry {
         let id = self.new_id();
         self.guests().refused.insert(id, Arc::clone(peer));
         Entry { hall: Arc::clone(self), id }

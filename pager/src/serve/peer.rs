@@ -52,7 +52,7 @@ fn connected(stream: &UnixStream) -> io::Result<Option<OwnedFd>> {
         )
     };
     if outcome == 0 {
-        // SAFETY: the kernel just made this descriptor, so nobody else owns it.
+        // SAFETY: the kernel just made this descriptor, so it has no other owner.
         return Ok(Some(unsafe { OwnedFd::from_raw_fd(pidfd) }));
     }
     match io::Error::last_os_error() {

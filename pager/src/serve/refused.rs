@@ -1,5 +1,5 @@
-//! What becomes of a client that is not served. A guest has registered its memory by then, and would wait for ever at its first
-//! missing page. So it is killed, or what it touches is poisoned, as the policy says of pages that cannot be had.
+//! What is done about a client that is not served. A guest has registered its memory by then, and would wait without an end at its
+//! first missing page. So it is killed, or the pages that it touches are poisoned, as the policy says of pages that cannot be had.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -19,7 +19,7 @@ use crate::uffd::{Features, Message, MessageBatch};
 /// What was done about a client that is not served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Fate {
+pub enum Consequence {
     /// Its connection was closed. It has not said that it has memory which wants pages, or it was told why it gets none.
     Closed,
     /// Each missing page is poisoned when it is touched, as long as the process lives: SIGBUS, in a system call `EFAULT`.
@@ -41,29 +41,29 @@ pub(crate) struct Given {
 /// Page sizes that memory can have.
 const PAGE_SIZES: [usize; 3] = [4 << 10, 2 << 20, 1 << 30];
 
-/// Closes the matter of a client whose connection is closed. A guest whose pages are poisoned is attended to until its
-/// process ends.
-pub(crate) fn settle(hall: &Arc<Hall>, peer: &Arc<Peer>, given: Given, error: &RefuseError) {
+/// Does what the policy says about a client whose connection is closed already. Where pages are poisoned it returns when the
+/// client's process has ended.
+pub(crate) fn end(hall: &Arc<Hall>, peer: &Arc<Peer>, given: Given, error: &RefuseError) {
     let pid = Some(peer.pid);
     if !given.is_guest() {
-        return hall.refuse(pid, error, Fate::Closed);
+        return hall.refuse(pid, error, Consequence::Closed);
     }
     let poisons = hall.options.on_error == FailurePolicy::Poison;
     let fillers = if poisons { given.userfaultfds() } else { Vec::new() };
     if fillers.is_empty() {
         peer.kill();
-        return hall.refuse(pid, error, Fate::Killed);
+        return hall.refuse(pid, error, Consequence::Killed);
     }
-    let _listed = hall.turned_away(peer);
-    hall.refuse(pid, error, Fate::Poisoned);
+    let _listed = hall.list_refused(peer);
+    hall.refuse(pid, error, Consequence::Poisoned);
     if let Err(error) = poison_what_is_touched(peer, &fillers) {
         peer.kill();
-        hall.refuse(pid, &RefuseError::Poison(error), Fate::Killed);
+        hall.refuse(pid, &RefuseError::Poison(error), Consequence::Killed);
     }
 }
 
 impl Given {
-    /// Others, such as who only looks whether the server lives, wait for nothing.
+    /// Other programs, such as one that only looks whether the server lives, wait for nothing.
     pub(crate) fn is_guest(&self) -> bool {
         self.names_memory || self.lost || !self.descriptors.is_empty()
     }

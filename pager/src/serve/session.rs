@@ -13,7 +13,7 @@ use super::error::{RefuseError, chain};
 use super::handshake::{self, Answer, Hello, RegionMessage, Request, SnapshotName};
 use super::metrics::Guest;
 use super::peer::Peer;
-use super::refused::{self, Fate, Given};
+use super::refused::{self, Consequence, Given};
 use super::wire::{self, Inlet};
 use super::{Hall, ServeEvent, SharedFile};
 use crate::keep::{KeepError, Kept, Ledger, Record};
@@ -70,14 +70,16 @@ struct Sharing {
 pub(crate) fn attend(hall: &Arc<Hall>, stream: UnixStream) {
     let peer = match hall.peer_of(&stream) {
         Ok(peer) => Arc::new(peer),
-        Err((_, error @ RefuseError::Shortage(_))) => return hall.turn_away(&stream, &error),
-        Err((pid, error)) => return hall.refuse(pid, &error, Fate::Closed),
+        Err((_, error @ RefuseError::Shortage(_))) => {
+            return hall.refuse_without_room(&stream, &error);
+        }
+        Err((pid, error)) => return hall.refuse(pid, &error, Consequence::Closed),
     };
     let mut inlet = Inlet::new(&stream, hall.options.handshake_timeout);
     if let Err(error) = attend_peer(hall, &stream, &peer, &mut inlet) {
         let given = inlet.into_given();
         drop(stream);
-        refused::settle(hall, &peer, given, &error);
+        refused::end(hall, &peer, given, &error);
     }
 }
 
@@ -113,7 +115,7 @@ fn attend_peer(
             if let Err(error) = share(hall, stream, peer, inlet, &wanted) {
                 // It does not touch its memory before it was accepted. It may be gone.
                 let _ = Answer::Refused(chain(&error)).send(stream, None);
-                hall.refuse(Some(peer.pid), &error, Fate::Closed);
+                hall.refuse(Some(peer.pid), &error, Consequence::Closed);
             }
             Ok(())
         }
@@ -272,19 +274,19 @@ pub(crate) fn resume(hall: &Arc<Hall>, guest: KeptGuest, kept: Kept) {
     let peer = Arc::new(Peer::kept(pid, process));
     let outcome = ledger.and_then(|ledger| {
         given.descriptors.push(uffd.try_clone().map_err(RefuseError::Shortage)?);
-        let orphan = Orphan { uffd, stream: connection.into(), shares, ledger };
-        resume_peer(hall, guest, &peer, orphan, &mut given)
+        let resumed = Resumed { uffd, stream: connection.into(), shares, ledger };
+        resume_peer(hall, guest, &peer, resumed, &mut given)
     });
     match outcome {
         Ok(()) => {}
         // It sees its connection close, and knows what to do.
-        Err(error) if shares => hall.refuse(Some(peer.pid), &error, Fate::Closed),
-        Err(error) => refused::settle(hall, &peer, given, &error),
+        Err(error) if shares => hall.refuse(Some(peer.pid), &error, Consequence::Closed),
+        Err(error) => refused::end(hall, &peer, given, &error),
     }
 }
 
 /// What is known of a client whose server has died.
-struct Orphan {
+struct Resumed {
     uffd: OwnedFd,
     stream: UnixStream,
     shares: bool,
@@ -295,10 +297,10 @@ fn resume_peer(
     hall: &Arc<Hall>,
     guest: KeptGuest,
     peer: &Arc<Peer>,
-    orphan: Orphan,
+    resumed: Resumed,
     given: &mut Given,
 ) -> Result<(), RefuseError> {
-    let Orphan { uffd, stream, shares, ledger } = orphan;
+    let Resumed { uffd, stream, shares, ledger } = resumed;
     let uffd = handshake::userfaultfd(uffd)?;
     let regions = handshake::regions(&ledger.record.regions)?;
     let records = ledger.records(true).map_err(|error| system("map the ledger", error))?;

@@ -33,12 +33,12 @@ impl Serving {
         let on_event = move |event: ServeEvent<'_>| {
             let text = match event {
                 ServeEvent::Served { memory_bytes, .. } => format!("served {memory_bytes}"),
-                ServeEvent::Refused { error, fate, .. } => {
+                ServeEvent::Refused { error, consequence, .. } => {
                     let first = std::error::Error::source(error);
                     let causes = std::iter::successors(first, |cause| cause.source());
                     let text =
                         causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"));
-                    format!("refused: {text}; {fate:?}")
+                    format!("refused: {text}; {consequence:?}")
                 }
                 ServeEvent::Failed { failure, .. } => format!("failed: {failure}"),
                 ServeEvent::Ended { .. } => "ended".into(),

@@ -332,7 +332,7 @@ impl Disk {
 fn open_image(path: &Path, read_only: bool) -> Result<(File, bool), DiskError> {
     let failed = |what| move |source| DiskError::Io { what, path: path.to_owned(), source };
     let is_device = path.metadata().map_err(failed("open"))?.file_type().is_block_device();
-    // O_EXCL, of a block device: nobody mounts it or puts a volume on it meanwhile, and it is refused where that is so
+    // O_EXCL, of a block device: it cannot be mounted or get a volume on it meanwhile, and it is refused where that is so
     // already (open(2)). O_NONBLOCK: a pipe in the place of the image is refused below, not waited for.
     let exclusive = if is_device && !read_only { libc::O_EXCL } else { 0 };
     let mut options = OpenOptions::new();

@@ -12,12 +12,12 @@ use rustix::event::EventfdFlags;
 use super::error::{RefuseError, chain};
 use super::handshake::{self, Answer, Hello};
 use super::peer::{self, Peer};
-use super::refused::Fate;
+use super::refused::Consequence;
 use super::wire::Inlet;
 use super::{Hall, ServeEvent, Socket};
 
-/// So long a client for which there is no room is heard.
-const MOMENT: Duration = Duration::from_millis(100);
+/// So long the message of a client for which there is no room is waited for.
+const HEAR_TIMEOUT: Duration = Duration::from_millis(100);
 
 impl Hall {
     /// The process of a connection; or its number, as far as that is known, and why not.
@@ -26,13 +26,13 @@ impl Hall {
         Peer::of(stream, pid).map_err(|error| (Some(pid.as_raw_nonzero().get()), error))
     }
 
-    /// Accepts a connection with descriptors that were kept for that, and turns it away. Answers whether it could.
+    /// Accepts a connection with descriptors that were kept for that, and refuses it. Answers whether it could.
     pub(super) fn accept_by_spare(self: &Arc<Hall>, socket: &Socket, error: io::Error) -> bool {
         let accepted = self.spare().released(|| socket.accept());
         match accepted {
             Ok(None) => true,
             Ok(Some(stream)) => {
-                self.turn_away(&stream, &RefuseError::Shortage(error));
+                self.refuse_without_room(&stream, &RefuseError::Shortage(error));
                 true
             }
             Err(error) => {
@@ -42,23 +42,23 @@ impl Hall {
         }
     }
 
-    /// A client for which there is no room: no thread, or no descriptors. It is heard for a moment only, with descriptors that are
-    /// kept for that, to learn whether it is a guest. There is nothing that could poison its pages later, so a guest is
-    /// killed, whatever the policy says.
-    pub(super) fn turn_away(self: &Arc<Hall>, stream: &UnixStream, error: &RefuseError) {
+    /// Refuses a client for which there is no room: no thread, or no descriptors. Its message is waited for shortly, with
+    /// descriptors that are kept for that, to learn whether it is a guest. Nothing could poison its pages later, so a guest is
+    /// killed under either policy.
+    pub(super) fn refuse_without_room(self: &Arc<Hall>, stream: &UnixStream, error: &RefuseError) {
         self.spare().released(|| {
             let begun = Instant::now();
             let peer = loop {
                 match self.peer_of(stream) {
                     Ok(peer) => break peer,
                     // Another thread was faster. It may be for a moment.
-                    Err((_, RefuseError::Shortage(_))) if begun.elapsed() < MOMENT => {
+                    Err((_, RefuseError::Shortage(_))) if begun.elapsed() < HEAR_TIMEOUT => {
                         thread::sleep(Duration::from_millis(1));
                     }
-                    Err((pid, error)) => return self.refuse(pid, &error, Fate::Closed),
+                    Err((pid, error)) => return self.refuse(pid, &error, Consequence::Closed),
                 }
             };
-            let mut inlet = Inlet::new(stream, MOMENT);
+            let mut inlet = Inlet::new(stream, HEAR_TIMEOUT);
             let is_guest = match handshake::receive(&mut inlet) {
                 Ok(Hello::Fill { .. }) => true,
                 Ok(Hello::Request(_)) => {
@@ -68,11 +68,11 @@ impl Hall {
                 }
                 Err(_) => inlet.into_given().is_guest(),
             };
-            let fate = if is_guest { Fate::Killed } else { Fate::Closed };
+            let consequence = if is_guest { Consequence::Killed } else { Consequence::Closed };
             if is_guest {
                 peer.kill();
             }
-            self.refuse(Some(peer.pid), error, fate);
+            self.refuse(Some(peer.pid), error, consequence);
         });
     }
 
@@ -81,7 +81,7 @@ impl Hall {
     }
 }
 
-/// Descriptors that are kept for a client that is turned away for want of them.
+/// Descriptors that are kept for a client that is refused for want of them.
 pub(super) struct Spare(Vec<OwnedFd>);
 
 impl Spare {

@@ -1,4 +1,4 @@
-//! Signs of life of a guest that writes nothing: so that one that is slow can be told from one that is dead.
+//! What a guest does that writes nothing: so that one that is slow can be told from one that is dead.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -8,7 +8,7 @@ use vmm::{VcpuActivity, VmHandle};
 use crate::size;
 
 /// Looks at a running guest from time to time.
-pub(crate) struct Pulse<'a> {
+pub(crate) struct Activity<'a> {
     guest: VmHandle,
     /// Bytes of guest memory that have been touched.
     touched_bytes: &'a dyn Fn() -> Option<u64>,
@@ -25,7 +25,7 @@ struct Look {
     touched_bytes: Option<u64>,
 }
 
-impl<'a> Pulse<'a> {
+impl<'a> Activity<'a> {
     pub(crate) fn new(guest: VmHandle, touched_bytes: &'a dyn Fn() -> Option<u64>) -> Self {
         let last = Look::at(&guest, touched_bytes);
         Self { guest, touched_bytes, last }
