@@ -21,7 +21,7 @@ use super::foreign::memory_file::Layout;
 use super::foreign::staging::{Shape, Staging};
 use super::stdout::print_line;
 use super::{Input, Session, refuse_as_output, refuse_same_file};
-use crate::exit::Interrupted;
+use crate::exit::{Interrupted, WrongOptions};
 use crate::progress::Bar;
 use crate::report::ms;
 use crate::size;
@@ -88,7 +88,9 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let named = || file.display().to_string();
     let snapshot = args.input.open()?;
     if args.no_async_pf && args.format != Format::Firecracker {
-        bail!("--no-async-pf changes a Firecracker vmstate: it goes with --format firecracker");
+        let wrong =
+            "--no-async-pf changes a Firecracker vmstate: it goes with --format firecracker";
+        return Err(WrongOptions(wrong.into()).into());
     }
     let to_stdout = stdio::is_meant(&args.out);
     if to_stdout && args.format.shape() != Shape::File {

@@ -15,6 +15,7 @@ use super::child::Snap;
 use super::hot::Hot;
 use super::mode::Mode;
 use super::{Args, DEMO};
+use crate::exit::WrongOptions;
 use crate::{commands, size};
 
 /// A guest to restore. Its temporary files go when it is dropped.
@@ -231,7 +232,9 @@ impl Args {
     /// Before anything that takes time.
     pub(super) fn refuse_sweep_of_others(&self) -> Result<()> {
         if !self.is_demo() && !self.sweep.is_empty() {
-            bail!("--sweep is of `snap bench {DEMO}`: other guests touch what they touch");
+            let wrong =
+                format!("--sweep is of `snap bench {DEMO}`: other guests touch what they touch");
+            return Err(WrongOptions(wrong).into());
         }
         Ok(())
     }

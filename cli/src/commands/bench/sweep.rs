@@ -12,7 +12,7 @@ use super::html::{self, Point};
 use super::mode::Mode;
 use super::run::Plan;
 use super::subject::Subject;
-use super::{Args, Steps, headline, page_cache, to_json};
+use super::{Args, Steps, headline, to_json};
 use crate::commands::foreign::staging::Staging;
 use crate::commands::stdout::{print_line, print_text};
 
@@ -34,7 +34,7 @@ pub(super) fn run(args: &Args, snap: &Snap<'_>, page: Option<Staging>, steps: St
         let mut json = to_json(args, &subject, &outcome, &ratios);
         json["touched_percent"] = percent.into();
         all_json.push(json);
-        head = format!("{}, {}", headline(args, &subject, &outcome), page_cache(&outcome));
+        head = headline(args, &subject, &outcome);
         points.push(Point { percent, all: outcome.all, ratios });
     }
     drop(steps);
