@@ -149,8 +149,10 @@ fn a_silent_guest_is_told_by_what_it_does() {
     let mut line = String::new();
     let stderr = waits.stderr.as_mut().expect("a pipe");
     std::io::BufRead::read_line(&mut std::io::BufReader::new(stderr), &mut line).expect("text");
-    let said =
-        ["waiting for the guest's output \"never\"; it has written nothing; it runs (", " exits/s"];
+    let said = [
+        "waiting for the guest's output \"never\", at most 5m; it has written nothing; it runs (",
+        " exits/s",
+    ];
     for what in said {
         assert!(line.contains(what), "{what:?} is not in: {line}");
     }

@@ -6,6 +6,7 @@ use vmm::{BootOptions, Console, MemoryRange, PausedVm, memory_layout};
 use crate::commands::Session;
 use crate::commands::guest::GuestArgs;
 use crate::guest_memory::FileMemory;
+use crate::waits::Wait;
 
 /// A guest that has not run yet.
 pub(crate) struct Booted {
@@ -25,6 +26,7 @@ impl Booted {
     ) -> Result<Self> {
         let ranges = memory_layout(args.memory).context("--memory")?;
         let memory = FileMemory::new(&ranges)?;
+        let _opening = Wait::new(|| "the guest's kernel and disks to be read".into()).begin();
         let options = BootOptions::default().cpus(args.cpus).heed_requests(heed_requests);
         let devices = args.devices.create()?;
         let mapped = memory.mapped.clone();

@@ -16,6 +16,8 @@ use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
+use crate::commands::reading;
+
 /// Longest file.
 const FILE_BYTES: u64 = 1 << 20;
 const OPTION: &str = "--config";
@@ -119,6 +121,7 @@ fn is_option(option: &str, arg: &OsStr) -> bool {
 fn read(file: &Path) -> Result<String> {
     let named = || format!("cannot read {}", file.display());
     let mut text = String::new();
+    let _reading = reading(file);
     let opened = File::open(file).with_context(named)?;
     opened.take(FILE_BYTES + 1).read_to_string(&mut text).with_context(named)?;
     ensure!(text.len() as u64 <= FILE_BYTES, "{}: longer than 1 MiB", file.display());

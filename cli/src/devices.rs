@@ -9,8 +9,10 @@ use vmm::MmioDevice;
 use vmm::state::DeviceState;
 use vmm::virtio::{
     BackendState, BalloonState, BlockState, Disk, EventLoop, Host, MacAddress, MacError,
-    OverlayPlace, OverlayState, Tap, VirtioDevice, VirtioState, VsockHost,
+    OverlayPlace, OverlayState, Tap, VirtioDevice, VirtioState, VsockError, VsockHost,
 };
+
+use crate::leftovers;
 
 /// Devices of a fresh guest.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -127,8 +129,15 @@ impl FromStr for VsockArg {
 
 impl VsockArg {
     fn bind(&self) -> Result<Host> {
-        Ok(Host::Vsock(VsockHost::bind(self.cid, &self.path).context("--vsock")?))
+        bind_vsock(self.cid, &self.path).context("--vsock")
     }
+}
+
+/// Makes the socket, whose name goes with this process, however that ends.
+fn bind_vsock(cid: u64, path: &Path) -> Result<Host, VsockError> {
+    let host = VsockHost::bind(cid, path)?;
+    leftovers::name(path);
+    Ok(Host::Vsock(host))
 }
 
 /// `IMG`, `IMG,ro` or `IMG,overlay`, and maybe `,raw`.
@@ -336,10 +345,8 @@ impl SavedDeviceArgs {
             },
             BackendState::Vsock(saved) => match &self.vsock {
                 Some(vsock) => vsock.bind()?,
-                None => Host::Vsock(
-                    VsockHost::bind(saved.guest_cid, &saved.path)
-                        .context("the guest's vsock (--vsock gives it another socket)")?,
-                ),
+                None => bind_vsock(saved.guest_cid, &saved.path)
+                    .context("the guest's vsock (--vsock gives it another socket)")?,
             },
             _ => bail!("the snapshot has a device that this version of snap does not know"),
         })

@@ -4,7 +4,11 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::Error;
+use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit};
 use snapfmt::ReadError;
+
+use crate::size;
 
 /// The exit codes, for `snap --help`.
 pub(crate) const HELP: &str = "\
@@ -17,9 +21,10 @@ Exit codes:
   4    this host lacks something: KVM, userfaultfd, or the permission to use them
   5    the guest stopped by itself: triple fault, reset, unreadable memory, or
        power off before it was stored
-  130  interrupted";
+  130  interrupted: Ctrl-C, SIGTERM, SIGHUP (a closed terminal), or no CPU time left
+  134  out of memory in the middle of something; the message says how much was asked for";
 
-/// Interrupted by Ctrl-C or SIGTERM; nothing is left behind.
+/// Interrupted by Ctrl-C, SIGTERM or SIGHUP; nothing is left behind.
 #[derive(Debug, thiserror::Error)]
 #[error("interrupted")]
 pub(crate) struct Interrupted;
@@ -62,7 +67,7 @@ pub(crate) fn report(error: &Error) -> ExitCode {
     let code = code(error);
     let text = match code {
         INTERRUPTED => "snap: interrupted\n".into(),
-        _ => format!("snap: {error:#}{}\n", advice(error)),
+        _ => format!("snap: {}\n", told(error)),
     };
     // A closed stderr is nobody to complain to; the exit code still tells.
     let _ = std::io::stderr().write_all(text.as_bytes());
@@ -70,7 +75,7 @@ pub(crate) fn report(error: &Error) -> ExitCode {
 }
 
 /// What to do about a limit of this process, of which the system only says that it is reached.
-fn advice(error: &Error) -> &'static str {
+fn about_files(error: &Error) -> &'static str {
     const TOO_MANY_FILES: i32 = rustix::io::Errno::MFILE.raw_os_error();
     let reached = error.chain().any(|cause| {
         let io = cause.downcast_ref().and_then(std::io::Error::raw_os_error);
@@ -85,12 +90,39 @@ fn advice(error: &Error) -> &'static str {
     }
 }
 
-const FAILED: u8 = 1;
+/// An error with all its causes, and what to do where a limit is one of them.
+pub(crate) fn told(error: &Error) -> String {
+    let errno = |cause: &(dyn std::error::Error + 'static)| {
+        let error = cause.downcast_ref::<std::io::Error>()?.raw_os_error()?;
+        Some(Errno::from_raw_os_error(error))
+    };
+    let advice = match error.chain().find_map(errno) {
+        Some(Errno::FBIG) => match getrlimit(Resource::Fsize).current {
+            Some(limit) => format!(
+                "; no file may be longer than {} here: raise the limit (RLIMIT_FSIZE: `ulimit -f`, \
+                 LimitFSIZE= of systemd)",
+                size::human(limit)
+            ),
+            None => "; the file system takes no file of this length".into(),
+        },
+        Some(Errno::NOMEM) => "; the host has no more memory, or a limit is reached: RLIMIT_AS, \
+                               RLIMIT_DATA (`ulimit -v`, `ulimit -d`)"
+            .into(),
+        Some(Errno::AGAIN) => "; a limit of processes, threads or memory may be reached: \
+                               RLIMIT_NPROC, RLIMIT_AS (`ulimit -u`, `ulimit -v`), a cgroup's \
+                               pids.max"
+            .into(),
+        _ => about_files(error).into(),
+    };
+    format!("{error:#}{advice}")
+}
+
+pub(crate) const FAILED: u8 = 1;
 const WRONG_OPTIONS: u8 = 2;
 const BAD_FILE: u8 = 3;
 const HOST: u8 = 4;
 const GUEST: u8 = 5;
-const INTERRUPTED: u8 = 130;
+pub(crate) const INTERRUPTED: u8 = 130;
 
 fn code(error: &Error) -> u8 {
     use vmm::{BootError, FeaturesError, ProbeError, RestoreError};

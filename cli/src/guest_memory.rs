@@ -12,10 +12,12 @@ use snapfmt::MemoryRegion;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 use vmm::MemoryRange;
 
+use crate::room;
 use crate::watched::Watched;
 
 /// Memory that is private to this process: what a guest is restored into.
 pub(crate) fn private(ranges: &[MemoryRange]) -> Result<Arc<GuestMemoryMmap>> {
+    check_room(ranges)?;
     let regions: Vec<_> =
         ranges.iter().map(|range| (GuestAddress(range.gpa), range.len as usize)).collect();
     Ok(Arc::new(GuestMemoryMmap::from_ranges(&regions).context("cannot map guest memory")?))
@@ -52,7 +54,14 @@ pub(crate) fn recorded(ranges: &[MemoryRange]) -> Result<(File, Arc<GuestMemoryM
     Ok((file, memory))
 }
 
+/// Now, not in the middle of the guest's work.
+fn check_room(ranges: &[MemoryRange]) -> Result<()> {
+    let memory_bytes = ranges.iter().map(|range| range.len).sum();
+    room::check(room::of_guest(memory_bytes)).context("cannot map guest memory")
+}
+
 fn map_privately(file: &File, ranges: &[MemoryRange]) -> Result<Arc<GuestMemoryMmap>> {
+    check_room(ranges)?;
     let (prot, flags) =
         (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_NORESERVE);
     let map = |range: &MemoryRange| {
@@ -75,6 +84,7 @@ pub(crate) struct FileMemory {
 
 impl FileMemory {
     pub(crate) fn new(ranges: &[MemoryRange]) -> Result<Self> {
+        check_room(ranges)?;
         let memory_bytes = ranges.iter().map(|range| range.len).sum();
         let file: File = rustix::fs::memfd_create("guest-memory", MemfdFlags::CLOEXEC)
             .context("cannot create a memfd for guest memory")?

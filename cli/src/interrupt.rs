@@ -1,18 +1,27 @@
-//! Ctrl-C and SIGTERM: the first asks everything to come to a clean end, the second ends at once.
+//! Ctrl-C, SIGTERM, SIGHUP: the first asks everything to come to a clean end, the second ends at once.
+//!
+//! One thread hears them, and looks after what the command waits for: see [`waits`](crate::waits).
 
 use std::io::PipeWriter;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use pager::serve::ServerHandle;
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Signal, pidfd_send_signal};
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGTTIN, SIGTTOU, SIGXCPU, SIGXFSZ};
+use signal_hook::iterator::backend::SignalDelivery;
+use signal_hook::iterator::exfiltrator::SignalOnly;
 use vmm::VmHandle;
+use vmm_sys_util::signal::{Error as SignalError, block_signal, unblock_signal};
 
-use crate::terminal;
+use crate::stderr::say;
+use crate::waits::{self, End, Wait, Waiting};
+use crate::{exit, leftovers, terminal};
 
 /// Whether the user has interrupted; shared by all who must know.
 #[derive(Clone, Default)]
@@ -31,24 +40,123 @@ struct Shared {
 struct Serving {
     server: Option<ServerHandle>,
     stop: Option<PipeWriter>,
+    /// What it waits for then.
+    draining: Option<Waiting>,
 }
 
+/// Signals that would end the process, or stop it, in the middle of a system call which fails without them: a write beyond
+/// the limit of a file's size (EFBIG), and the use of a terminal that another job has at the moment (EIO).
+///
+/// Blocked, which does the same as ignored. A process that is started from here inherits it: that is `snap` again, by
+/// `bench`.
+const UNHEARD: [i32; 3] = [SIGXFSZ, SIGTTIN, SIGTTOU];
+
+/// Keeps signals from this thread and all that it starts.
+fn block(signals: &[i32]) -> Result<()> {
+    for signal in signals {
+        match block_signal(*signal) {
+            Ok(()) | Err(SignalError::SignalAlreadyBlocked(_)) => {}
+            Err(error) => bail!("cannot block signals: {error}"),
+        }
+    }
+    Ok(())
+}
+
+type Signals = SignalDelivery<UnixStream, SignalOnly>;
+
 impl Interrupt {
-    /// Takes the two signals over for the rest of the process.
+    /// Takes signals over for the rest of the process.
     pub(crate) fn install() -> Result<Self> {
+        let mut heard = vec![SIGINT, SIGTERM, SIGXCPU];
+        // `nohup` means it.
+        if !vmm::is_signal_ignored(SIGHUP).context("cannot look at signals")? {
+            heard.push(SIGHUP);
+        }
+        // By one thread only. Another one may be in the middle of a system call that a signal does not end, a read from
+        // a slow disk: nobody would hear a signal that it was given.
+        block(&UNHEARD)?;
+        block(&heard)?;
+        let taken = || {
+            let (read, write) = UnixStream::pair()?;
+            write.set_nonblocking(true)?;
+            let write = Arc::new(write);
+            waits::wake_by(Arc::clone(&write));
+            SignalDelivery::with_pipe(read, write, SignalOnly, &heard)
+        };
+        let signals = taken().context("cannot handle signals")?;
         let interrupt = Self::default();
-        let mut signals =
-            Signals::new([SIGINT, SIGTERM]).context("cannot handle SIGINT and SIGTERM")?;
         let told = interrupt.clone();
+        let hear = move || {
+            for signal in heard {
+                // It was blocked: there is nothing that could fail.
+                let _ = unblock_signal(signal);
+            }
+            told.listen(signals);
+        };
         std::thread::Builder::new()
             .name("signals".into())
-            .spawn(move || {
-                for _ in signals.forever() {
-                    told.request();
-                }
-            })
+            .spawn(hear)
             .context("cannot start the thread that waits for signals")?;
         Ok(interrupt)
+    }
+
+    /// The body of the thread.
+    fn listen(&self, mut signals: Signals) {
+        let mut next = Some(waits::TOLD_AFTER);
+        loop {
+            let mut fds = [PollFd::new(signals.get_read(), PollFlags::IN)];
+            let timeout = next.and_then(|next| Timespec::try_from(next).ok());
+            if let Err(error) = rustix::event::poll(&mut fds, timeout.as_ref())
+                && error != rustix::io::Errno::INTR
+            {
+                // Out of memory, say.
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            self.hear(&signals.pending().collect::<Vec<_>>());
+            let look = waits::look(self.has_children());
+            look.words.iter().for_each(|word| say(word));
+            match look.end {
+                None => next = look.next,
+                Some(End::Interrupted) => {
+                    say("snap: interrupted\n");
+                    self.end_at_once(exit::INTERRUPTED);
+                }
+                Some(End::Failed(message)) => {
+                    say(&format!("snap: {message}\n"));
+                    self.end_at_once(exit::FAILED);
+                }
+            }
+        }
+    }
+
+    /// Hears signals that have come at once.
+    fn hear(&self, signals: &[i32]) {
+        let again = |signal: &i32| matches!(*signal, SIGINT | SIGTERM);
+        if signals.is_empty() {
+            return;
+        }
+        if signals.contains(&SIGXCPU) && !self.requested() {
+            say("snap: the limit of CPU time (RLIMIT_CPU, `ulimit -t`) is reached: ending\n");
+        }
+        if !self.0.requested.swap(true, Ordering::SeqCst) {
+            waits::interrupted();
+            self.pause_guest();
+            self.stop_server();
+            self.interrupt_children();
+        } else if signals.iter().any(again) {
+            self.end_at_once(exit::INTERRUPTED);
+        }
+        // SIGHUP comes from the shell and from the kernel, SIGXCPU every second: that is no impatience.
+    }
+
+    /// Ends the process without a look back, but for what it would leave behind.
+    fn end_at_once(&self, code: u8) -> ! {
+        if let Some(serving) = &*self.server() {
+            let _ = serving.server.as_ref().map(ServerHandle::kill_guests);
+        }
+        leftovers::remove();
+        terminal::restore();
+        std::process::exit(code.into());
     }
 
     pub(crate) fn requested(&self) -> bool {
@@ -65,10 +173,10 @@ impl Interrupt {
         self.pause_guest();
     }
 
-    /// The first interrupt drops `stop`; the second ends the guests that still need the server, which would
-    /// wait for ever without it.
+    /// The first interrupt drops `stop`; the second ends the guests that still need the server: they would wait without
+    /// an end.
     pub(crate) fn stops(&self, server: Option<ServerHandle>, stop: PipeWriter) {
-        *self.server() = Some(Serving { server, stop: Some(stop) });
+        *self.server() = Some(Serving { server, stop: Some(stop), draining: None });
         if self.requested() {
             self.stop_server();
         }
@@ -86,19 +194,6 @@ impl Interrupt {
         }
     }
 
-    fn request(&self) {
-        if self.0.requested.swap(true, Ordering::SeqCst) {
-            if let Some(serving) = &*self.server() {
-                let _ = serving.server.as_ref().map(ServerHandle::kill_guests);
-            }
-            terminal::restore();
-            std::process::exit(130);
-        }
-        self.pause_guest();
-        self.stop_server();
-        self.interrupt_children();
-    }
-
     fn interrupt_children(&self) {
         for child in self.children().iter().filter_map(Weak::upgrade) {
             // One that has ended already needs no telling.
@@ -110,9 +205,20 @@ impl Interrupt {
         self.0.children.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn has_children(&self) -> bool {
+        self.children().iter().any(|child| child.strong_count() > 0)
+    }
+
     fn stop_server(&self) {
         if let Some(serving) = &mut *self.server() {
             drop(serving.stop.take());
+            serving.draining = serving.server.clone().map(|server| {
+                let guests = move || {
+                    let guests = server.guests().len();
+                    format!("{guests} guests to end; Ctrl-C kills those that still need pages")
+                };
+                Wait::new(guests).outlasts().begin()
+            });
         }
     }
 

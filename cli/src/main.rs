@@ -3,6 +3,7 @@
 
 mod activity;
 mod api;
+mod awaited_source;
 mod booted;
 mod commands;
 mod config;
@@ -12,6 +13,7 @@ mod guest_console;
 mod guest_memory;
 mod guest_output;
 mod interrupt;
+mod leftovers;
 mod live;
 mod memory_hash;
 mod metrics;
@@ -21,12 +23,15 @@ mod progress;
 mod recording;
 mod report;
 mod restored;
+mod room;
 mod size;
+mod stderr;
 mod stdio;
 mod storage;
 mod stored;
 mod terminal;
 mod usage;
+mod waits;
 mod watched;
 
 use std::io::Write;
@@ -36,7 +41,8 @@ use std::time::Instant;
 use anyhow::Result;
 use clap::{CommandFactory, FromArgMatches, Parser};
 
-use commands::Command;
+use commands::{Command, Session};
+use interrupt::Interrupt;
 
 /// Stores a running KVM guest in one file and brings it back in milliseconds.
 #[derive(Parser)]
@@ -53,7 +59,10 @@ struct Cli {
 fn main() -> ExitCode {
     // All times that `snap` reports count from here.
     let started = Instant::now();
-    let result = command_line().and_then(|cli| commands::run(cli.command, cli.quiet, started));
+    let result = Interrupt::install().and_then(|interrupt| {
+        let cli = command_line()?;
+        commands::run(cli.command, Session { quiet: cli.quiet, started, interrupt })
+    });
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => exit::report(&error),

@@ -7,6 +7,7 @@ use snapfmt::{MemoryRegion, ReadAt};
 use vm_memory::GuestMemoryMmap;
 
 use crate::guest_memory::ArrivingBytes;
+use crate::waits::Wait;
 
 const PIECE_BYTES: usize = 256 << 10;
 const ZERO_PAGE: &[u8] = &[0; PAGE_BYTES];
@@ -18,10 +19,12 @@ pub(crate) fn sha256(memory: &GuestMemoryMmap, regions: &[MemoryRegion]) -> Resu
     let arriving = ArrivingBytes { memory, regions };
     let mut hasher = Sha256::new();
     let mut piece = vec![0; PIECE_BYTES];
+    let reading = Wait::new(|| "the guest's memory to be read, for its hash".into()).begin();
     for region in regions {
         for offset in (0..region.len).step_by(PIECE_BYTES) {
             let bytes = &mut piece[..(region.len - offset).min(PIECE_BYTES as u64) as usize];
             let source_offset = region.source_offset + offset;
+            reading.moved();
             arriving.read_exact_at(bytes, source_offset).context("cannot hash memory")?;
             let first = source_offset / PAGE_BYTES as u64;
             for (page, number) in bytes.chunks_exact(PAGE_BYTES).zip(first..) {

@@ -1,22 +1,34 @@
 //! A progress bar for what takes longer than a moment, on a terminal only.
 
 use std::ops::ControlFlow;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use snapfmt::Progress;
 
 use crate::interrupt::Interrupt;
+use crate::size;
+use crate::waits::{Wait, Waiting};
 
 /// A bar on stderr; hidden when stderr is no terminal, when asked to be quiet, and in the first
 /// moments of what may soon be over.
 pub(crate) struct Bar {
     bar: ProgressBar,
     interrupt: Interrupt,
+    /// Unless another process does them.
+    steps: Option<Steps>,
 }
 
 impl Bar {
     pub(crate) fn new(what: &'static str, quiet: bool, interrupt: &Interrupt) -> Self {
+        let mut bar = Self::of_other(what, quiet, interrupt);
+        bar.steps = Some(Steps::begin(what));
+        bar
+    }
+
+    /// Of what another process does.
+    pub(crate) fn of_other(what: &'static str, quiet: bool, interrupt: &Interrupt) -> Self {
         let target = match quiet {
             true => ProgressDrawTarget::hidden(),
             false => ProgressDrawTarget::stderr_with_hz(10),
@@ -28,7 +40,7 @@ impl Bar {
             bar.set_style(style.progress_chars("=> "));
         }
         bar.set_prefix(what);
-        Self { bar, interrupt: interrupt.clone() }
+        Self { bar, interrupt: interrupt.clone(), steps: None }
     }
 
     /// Whether anybody sees it.
@@ -38,6 +50,7 @@ impl Bar {
 
     /// Shows how far it is; cancels when the user has interrupted.
     pub(crate) fn update(&self, progress: Progress) -> ControlFlow<()> {
+        self.steps.iter().for_each(|steps| steps.moved(progress));
         if self.bar.elapsed() > Duration::from_millis(300) {
             self.bar.set_length(progress.total_bytes);
             self.bar.set_position(progress.done_bytes);
@@ -46,6 +59,34 @@ impl Bar {
             true => ControlFlow::Break(()),
             false => ControlFlow::Continue(()),
         }
+    }
+}
+
+/// Waits for each next step of long work, which a slow disk may keep from coming.
+pub(crate) struct Steps {
+    waiting: Waiting,
+    at: Arc<Mutex<Progress>>,
+}
+
+impl Steps {
+    /// `what` is done from now on: "storing".
+    pub(crate) fn begin(what: &'static str) -> Self {
+        let at = Arc::new(Mutex::new(Progress { done_bytes: 0, total_bytes: 0 }));
+        let told = Arc::clone(&at);
+        let wait = Wait::new(move || {
+            let Progress { done_bytes, total_bytes } =
+                *told.lock().unwrap_or_else(PoisonError::into_inner);
+            let (done, total) = (size::human(done_bytes), size::human(total_bytes));
+            format!("the disk or the CPU: {what} is at {done} of {total}")
+        });
+        // `moved` is followed by a look at the interrupt.
+        Self { waiting: wait.hears().begin(), at }
+    }
+
+    /// A step is done.
+    pub(crate) fn moved(&self, progress: Progress) {
+        *self.at.lock().unwrap_or_else(PoisonError::into_inner) = progress;
+        self.waiting.moved();
     }
 }
 

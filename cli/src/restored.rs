@@ -5,25 +5,24 @@ use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use pager::shared::SharedClone;
-use pager::{
-    Failure, FailurePolicy, Pager, PagerBuilder, Placement, Populate, Recording, Region,
-    SnapshotSource,
-};
+use pager::{Failure, FailurePolicy, Pager, PagerBuilder, Placement, Populate, Recording, Region};
 use snapfmt::{Loaded, Snapshot};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm::state::{STATE_KIND, VmState};
 use vmm::{Clock, Console, HostCpu, MemoryRange, PausedVm, RestoreOptions, VmHandle};
 
-use crate::commands::{Session, open, serve};
+use crate::awaited_source::AwaitedSource;
+use crate::commands::{Session, open, reading, serve};
 use crate::devices::SavedDeviceArgs;
 use crate::exit::GuestStopped;
 use crate::prefetch::{self, PrefetchArg, SetDamage};
 use crate::progress::Bar;
 use crate::recording::Record;
+use crate::waits::Wait;
 use crate::watched::Watched;
 use crate::{guest_memory, size};
 
@@ -35,7 +34,7 @@ pub(crate) struct Origin<'a> {
     /// Whether pages come on faults instead of all at once.
     pub(crate) lazy: bool,
     /// Whose pages a lazy restore shares, if anybody's.
-    pub(crate) share: Option<&'a Path>,
+    pub(crate) share: Option<Share<'a>>,
     /// A raw image of the memory, mapped privately instead of reading the file's pages.
     pub(crate) image: Option<&'a Path>,
     /// What a lazy restore does with a page that cannot be had.
@@ -58,6 +57,14 @@ pub(crate) struct Origin<'a> {
     pub(crate) heed_requests: bool,
     /// What its devices are connected to.
     pub(crate) devices: &'a SavedDeviceArgs,
+}
+
+/// Pages that come from a page server.
+#[derive(Clone, Copy)]
+pub(crate) struct Share<'a> {
+    pub(crate) socket: &'a Path,
+    /// How long it has to answer.
+    pub(crate) patience: Duration,
 }
 
 /// A guest that was brought back and does not run yet.
@@ -92,6 +99,7 @@ impl Origin<'_> {
     ) -> Result<Restored> {
         let named = || self.file.display().to_string();
         let snapshot = Arc::new(open(self.file, self.parents)?);
+        let opening = reading(self.file);
         let state = self.state(&snapshot).with_context(named)?;
         self.check_cpu(&snapshot, &state).with_context(named)?;
         // Before anything that takes time: a disk may be refused.
@@ -99,6 +107,7 @@ impl Origin<'_> {
             .devices
             .restore(&state.devices, |place| device_content(&snapshot, place))
             .with_context(named)?;
+        drop(opening);
         let opened = Instant::now();
 
         // Memory first, and its pager: setting the vCPUs' state may touch it already.
@@ -116,12 +125,13 @@ impl Origin<'_> {
         let (mut recorded, mut image, mut prefetch_start) = (None, None, None);
         let memory = match (self.share, self.image) {
             (None, Some(path)) => {
+                let _opening = reading(path);
                 let (file, memory) = guest_memory::image(path, &ranges)?;
                 image = Some(file);
                 memory
             }
-            (Some(socket), _) => {
-                let (started, memory) = self.start_clone(socket, &snapshot, &ranges, &guest)?;
+            (Some(share), _) => {
+                let (started, memory) = self.start_clone(share, &snapshot, &ranges, &guest)?;
                 clone = Some(started);
                 memory
             }
@@ -153,8 +163,12 @@ impl Origin<'_> {
         // Declared after the pager, which waits for its thread: gone before it, whatever goes wrong.
         let prefetch_start = prefetch_start;
         let options = options.heed_requests(self.heed_requests).clock(self.clock);
+        let file = self.file.to_owned();
+        let first = move || format!("the first pages of {} that the machine needs", file.display());
+        let waiting = Wait::new(first).begin();
         let restored =
             PausedVm::restore_with(Arc::clone(&memory), &state, console, &options, devices);
+        drop(waiting);
         let vm = match (restored, pager.as_ref().and_then(Pager::failure)) {
             // Also when the machine could be built: KVM passes over some pages that it cannot read.
             (_, Some(failure)) => return Err(damaged(self.file, failure)),
@@ -207,7 +221,7 @@ impl Origin<'_> {
     /// The memory comes with its service: it must not be touched before.
     fn start_clone(
         &self,
-        socket: &Path,
+        Share { socket, patience }: Share<'_>,
         snapshot: &Snapshot,
         ranges: &[MemoryRange],
         guest: &GuestSlot,
@@ -217,7 +231,10 @@ impl Origin<'_> {
             ranges.iter().map(|r| (GuestAddress(r.gpa), r.len as usize, r.source_offset)).collect();
         let (file, guest) = (self.file.to_owned(), guest.clone());
         let on_failure = move |reason: String| guest.fail(stopped(&file, &reason).to_string());
-        SharedClone::start(socket, &name, &ranges, on_failure)
+        let server = socket.to_owned();
+        let server = move || format!("the page server at {} to answer", server.display());
+        let _waiting = Wait::new(server).at_most(patience).begin();
+        SharedClone::start(socket, &name, &ranges, patience, on_failure)
             .with_context(|| format!("cannot share memory by {}", socket.display()))
     }
 
@@ -253,9 +270,10 @@ impl Origin<'_> {
         slices: usize,
     ) -> Result<(Pager, Option<prefetch::Start>)> {
         let mut start = None;
-        let mut builder = Pager::builder(Arc::new(SnapshotSource::new(Arc::clone(snapshot))))
-            .regions(regions(snapshot, memory)?)
-            .slices(slices);
+        let mut builder =
+            Pager::builder(Arc::new(AwaitedSource::new(Arc::clone(snapshot), self.file)))
+                .regions(regions(snapshot, memory)?)
+                .slices(slices);
         if self.prefetch != PrefetchArg::Off && prefetch::has_set(snapshot) {
             let (begin, wait) = prefetch::start();
             let list = prefetch::list(Arc::clone(snapshot), set_damage.clone());
@@ -273,7 +291,7 @@ impl Origin<'_> {
         guest: &GuestSlot,
         slices: usize,
     ) -> Result<(Recording, Pager)> {
-        let source = Arc::new(SnapshotSource::new(Arc::clone(snapshot)));
+        let source = Arc::new(AwaitedSource::new(Arc::clone(snapshot), self.file));
         let recording = Recording::new(source, file, regions(snapshot, memory)?)
             .context("cannot record which pages are touched")?;
         let pager = self.start(Pager::recording(&recording).slices(slices), guest)?;

@@ -1,32 +1,28 @@
 //! Stdin and stdout as files that the user names `-`: bytes as they are, and waits that Ctrl-C ends.
 //!
-//! A read or a write may wait for as long as the program at the other end likes. So a thread does it, and the one that has the work waits for that
-//! thread, and looks between whether the user has interrupted. The thread is left where it is then: the process ends.
+//! A thread reads or writes while the other one works. The program at the other end may make it wait for as long as it
+//! likes: see [`waits`](crate::waits).
 
 use std::fs::File;
 use std::io::{self, ErrorKind, IsTerminal, Read, Seek, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
 use std::thread;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use snapfmt::layout::PAGE_BYTES;
 
-use crate::commands::Session;
-use crate::exit::Interrupted;
+use crate::waits::Wait;
 
 /// Moved at once.
 const PIECE_BYTES: usize = 1 << 20;
 /// So many of them are under way.
 const PIECES: usize = 3;
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
-/// Between looks at whether the user has interrupted.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// So long nothing is said of a wait.
-const SILENCE: Duration = Duration::from_secs(1);
+const DATA: &str = "data on stdin";
+const READER: &str = "stdout to be read";
 
 /// Whether the user means stdin or stdout. (A file of that name is `./-`.)
 pub(crate) fn is_meant(path: &Path) -> bool {
@@ -36,11 +32,7 @@ pub(crate) fn is_meant(path: &Path) -> bool {
 /// All of stdin as a file that can be read anywhere. A regular file is taken as it is. What comes from a pipe is copied, zeros as
 /// holes, to a file without a name in `folder`. `check` sees the first bytes, 8 or all that there are, before the rest is
 /// waited for.
-pub(crate) fn stdin(
-    folder: &Path,
-    session: &Session,
-    check: impl FnOnce(&[u8]) -> Result<()>,
-) -> Result<File> {
+pub(crate) fn stdin(folder: &Path, check: impl FnOnce(&[u8]) -> Result<()>) -> Result<File> {
     let stdin = io::stdin();
     if stdin.is_terminal() {
         bail!("stdin is a terminal; give a file, or the output of another program by a pipe");
@@ -57,7 +49,7 @@ pub(crate) fn stdin(
     }
     let failed = || format!("cannot copy stdin to {}", folder.display());
     let copy = tempfile::tempfile_in(folder).with_context(failed)?;
-    let mut source = Source::new(stdin, session)?;
+    let mut source = Source::new(stdin)?;
     let mut piece = vec![0; PIECE_BYTES];
     let (mut at, mut len) = (0, source.fill(&mut piece[..8])?);
     check(&piece[..len])?;
@@ -91,15 +83,14 @@ fn write_data(file: &File, bytes: &[u8], at: u64) -> io::Result<()> {
 }
 
 /// Stdin, read by a thread.
-struct Source<'a> {
+struct Source {
     read: Receiver<io::Result<Vec<u8>>>,
     /// What came and was not taken.
     rest: Vec<u8>,
-    wait: Waiting<'a>,
 }
 
-impl<'a> Source<'a> {
-    fn new(mut stdin: File, session: &'a Session) -> Result<Self> {
+impl Source {
+    fn new(mut stdin: File) -> Result<Self> {
         let (reader, read) = sync_channel(PIECES);
         let body = move || {
             let mut piece = vec![0; PIECE_BYTES];
@@ -121,7 +112,7 @@ impl<'a> Source<'a> {
             .name("stdin".into())
             .spawn(body)
             .context("cannot start the thread that reads stdin")?;
-        Ok(Self { read, rest: Vec::new(), wait: Waiting::new("data on stdin", session) })
+        Ok(Self { read, rest: Vec::new() })
     }
 
     /// Fills the buffer as far as there is something, and says how far.
@@ -129,7 +120,7 @@ impl<'a> Source<'a> {
         let mut len = 0;
         while len < buffer.len() {
             if self.rest.is_empty() {
-                match self.wait.receive(&self.read)? {
+                match receive(&self.read, DATA) {
                     None => break,
                     Some(read) => self.rest = read.context("cannot read stdin")?,
                 }
@@ -144,18 +135,17 @@ impl<'a> Source<'a> {
 }
 
 /// Stdout, written by a thread: bytes in their order.
-pub(crate) struct Stdout<'a> {
+pub(crate) struct Stdout {
     file: File,
     piece: Vec<u8>,
     full: Sender<Vec<u8>>,
     /// Pieces that were written come back.
     written: Receiver<io::Result<Vec<u8>>>,
-    wait: Waiting<'a>,
 }
 
-impl<'a> Stdout<'a> {
+impl Stdout {
     /// Refuses a terminal, which would take the bytes for commands.
-    pub(crate) fn new(session: &'a Session) -> Result<Self> {
+    pub(crate) fn new() -> Result<Self> {
         let stdout = io::stdout();
         if stdout.is_terminal() {
             bail!(
@@ -185,8 +175,7 @@ impl<'a> Stdout<'a> {
             .name("stdout".into())
             .spawn(body)
             .context("cannot start the thread that writes stdout")?;
-        let wait = Waiting::new("stdout to be read", session);
-        Ok(Self { file, piece: Vec::with_capacity(PIECE_BYTES), full, written, wait })
+        Ok(Self { file, piece: Vec::with_capacity(PIECE_BYTES), full, written })
     }
 
     pub(crate) fn file(&self) -> &File {
@@ -208,7 +197,7 @@ impl<'a> Stdout<'a> {
             self.piece.extend_from_slice(now);
             bytes = later;
             if self.piece.len() == PIECE_BYTES {
-                let empty = self.wait.receive(&self.written)?.context(NOT_ALL)?.context(NOT_ALL)?;
+                let empty = receive(&self.written, READER).context(NOT_ALL)?.context(NOT_ALL)?;
                 // A thread that is gone has said why, and that is received next.
                 let _ = self.full.send(std::mem::replace(&mut self.piece, empty));
             }
@@ -218,11 +207,11 @@ impl<'a> Stdout<'a> {
 
     /// Waits until all is written.
     pub(crate) fn finish(self) -> Result<()> {
-        let Self { piece, full, written, mut wait, .. } = self;
+        let Self { piece, full, written, .. } = self;
         let _ = full.send(piece);
         drop(full);
         for _ in 0..PIECES {
-            wait.receive(&written)?.context(NOT_ALL)?.context(NOT_ALL)?;
+            receive(&written, READER).context(NOT_ALL)?.context(NOT_ALL)?;
         }
         Ok(())
     }
@@ -230,37 +219,10 @@ impl<'a> Stdout<'a> {
 
 const NOT_ALL: &str = "cannot write all of it to stdout";
 
-/// Waits for a thread that waits for another program, and says so when it takes long.
-struct Waiting<'a> {
-    what: &'static str,
-    session: &'a Session,
-    told: bool,
-}
-
-impl<'a> Waiting<'a> {
-    fn new(what: &'static str, session: &'a Session) -> Self {
-        Self { what, session, told: false }
-    }
-
-    /// What comes next; `None` when nothing comes any more.
-    fn receive<T>(&mut self, from: &Receiver<T>) -> Result<Option<T>> {
-        let begun = Instant::now();
-        loop {
-            if self.session.interrupt.requested() {
-                return Err(Interrupted.into());
-            }
-            match from.recv_timeout(LOOK_EVERY) {
-                Ok(next) => return Ok(Some(next)),
-                Err(RecvTimeoutError::Disconnected) => return Ok(None),
-                Err(RecvTimeoutError::Timeout) => {}
-            }
-            if begun.elapsed() > SILENCE && !self.told && !self.session.quiet {
-                self.told = true;
-                // A closed stderr takes no words.
-                let _ = writeln!(io::stderr(), "snap: waiting for {}", self.what);
-            }
-        }
-    }
+/// What a thread that waits for another program has done next; `None` when nothing comes any more.
+fn receive<T>(from: &Receiver<T>, what: &'static str) -> Option<T> {
+    let _waiting = Wait::new(move || what.into()).begin();
+    from.recv().ok()
 }
 
 #[cfg(test)]

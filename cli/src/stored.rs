@@ -22,6 +22,7 @@ use crate::guest_memory::{ArrivingBytes, FileMemory, GuestBytes};
 use crate::pagemap;
 use crate::report::ms;
 use crate::restored::damaged;
+use crate::{room, size};
 
 /// What was made.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -109,6 +110,7 @@ impl Kept<'_> {
     ) -> Result<Header> {
         let states = stored_states(vm)?;
         let write = |regions, memory: &dyn ReadAt, data: &[Range<u64>], guest| {
+            check_room(data, options)?;
             let metadata = metadata(guest);
             let contents = Contents { regions, memory, data, states: &states, metadata };
             Ok(write_snapshot(out, contents, options, progress)?.0)
@@ -161,6 +163,7 @@ impl Kept<'_> {
             // What the guest gave back has no pages any more, and was something in the snapshot.
             data.extend(snapshot.populated());
         }
+        check_room(&data, options)?;
         let states = stored_states(vm)?;
         let contents = Contents {
             regions: snapshot.regions(),
@@ -198,6 +201,15 @@ impl Origins<'_> {
     fn guest(&self) -> Result<Value> {
         Ok(self.snapshot.metadata()?.other.remove("guest").unwrap_or_default())
     }
+}
+
+/// Refuses to begin what would end the guest for want of memory.
+fn check_room(data: &[Range<u64>], options: &WriteOptions) -> Result<()> {
+    let needed = room::of_writer(options, data.iter().map(|range| range.end - range.start).sum());
+    room::check(needed).with_context(|| {
+        let needed = size::human(needed as u64);
+        format!("no memory to store the guest ({needed}; --threads 1 takes less)")
+    })
 }
 
 /// Memory of which some is here, and the rest still in the snapshot that it comes from.

@@ -127,6 +127,12 @@ impl<'a> VcpuThread<'a> {
         unsafe { self.vcpu.get_kvm_run().__bindgen_anon_1.internal.suberror }
     }
 
+    /// Whether nothing keeps it from running: it does not wait to be started by another vCPU.
+    pub(crate) fn is_runnable(&self) -> bool {
+        let state = self.vcpu.get_mp_state();
+        state.is_ok_and(|state| state.mp_state == kvm_bindings::KVM_MP_STATE_RUNNABLE)
+    }
+
     pub(crate) fn rip(&self) -> Option<u64> {
         self.vcpu.get_regs().ok().map(|regs| regs.rip)
     }
@@ -226,6 +232,14 @@ fn set_action(signal: libc::c_int, handler: usize, flags: libc::c_int) -> io::Re
     // async-signal-safe, and a null old action is allowed.
     let result = unsafe { libc::sigaction(signal, &raw const action, ptr::null_mut()) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Whether this process ignores a signal, as one that `nohup` has started does SIGHUP.
+///
+/// # Errors
+/// As sigaction(2): there is no such signal.
+pub fn is_signal_ignored(signal: i32) -> io::Result<bool> {
+    Ok(current_action(signal)?.sa_sigaction == libc::SIG_IGN)
 }
 
 fn current_action(signal: libc::c_int) -> io::Result<libc::sigaction> {

@@ -109,6 +109,7 @@ pub use error::KvmError;
 pub use features::{FeaturesError, missing_features};
 pub use frozen::Frozen;
 pub use host::{HostCpu, HostReport, KVM_DEVICE, ProbeError, probe};
+pub use kick::is_signal_ignored;
 pub use layout::{LayoutError, MemoryRange, memory_layout};
 pub use payload::{Payload, PayloadError};
 pub use state::{StateError, VmState};

@@ -3,6 +3,8 @@
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 use kvm_ioctls::VcpuExit;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -17,6 +19,13 @@ use crate::vcpu::Vcpu;
 
 /// `kvm_run.system_event.type`: KVM API documentation, "KVM_EXIT_SYSTEM_EVENT".
 const SYSTEM_EVENT_RESET: u32 = 2;
+
+/// KVM starts a thread of its own when a process first runs a guest (against the ITLB multihit fault), and refuses to run it
+/// where there is none to be had. It is asked again that often, with these pauses: limits are raised, threads end.
+const REFUSALS: u32 = 20;
+const REFUSED: Duration = Duration::from_millis(10);
+/// A vCPU that another one has just started is refused once.
+const REFUSALS_WITHOUT_PAUSE: u32 = 3;
 
 /// What all vCPU threads of a guest share.
 pub(crate) struct Shared {
@@ -35,6 +44,7 @@ pub(crate) fn run(vcpu: &mut Vcpu, shared: &Shared) {
     let mut thread = VcpuThread::enter(&mut vcpu.fd);
     let _kickable = Kickable::new(control, &thread, &exits);
     let mut retried = false;
+    let mut refusals = 0;
     let mut mark = shared.memslots.mark();
     let mut after_mmio = false;
 
@@ -56,14 +66,29 @@ pub(crate) fn run(vcpu: &mut Vcpu, shared: &Shared) {
         let exit = thread.run();
         exits.fetch_add(1, Ordering::Relaxed);
         control.note_first_exit();
-        let step = match exit {
-            Ok(exit) => answer(exit, mark, shared),
-            Err(error) => interrupted(&error),
+        let (step, again) = match exit {
+            Ok(exit) => (answer(exit, mark, shared), None),
+            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {
+                (Step::Refused, Some(error))
+            }
+            Err(error) => (interrupted(&error), None),
         };
+        let step = match again {
+            Some(error) if thread.is_runnable() => {
+                refusals += 1;
+                refused(&error, refusals)
+            }
+            // A vCPU that another one is to start says so.
+            Some(_) => Step::Interrupted,
+            None => step,
+        };
+        if !matches!(step, Step::Refused) {
+            refusals = 0;
+        }
         after_mmio = matches!(step, Step::AfterMmio);
         let stop = match step {
             // After any exit: a SIGBUS may come together with one that looks harmless.
-            Step::Continue | Step::AfterMmio | Step::Interrupted => {
+            Step::Continue | Step::AfterMmio | Step::Interrupted | Step::Refused => {
                 memory_error(&mut thread, shared)
             }
             Step::Stop(stop) => Some(stop),
@@ -91,6 +116,8 @@ enum Step {
     AfterMmio,
     /// By a kick, or by a SIGBUS.
     Interrupted,
+    /// KVM does not run the guest at the moment.
+    Refused,
     InternalError,
     Stop(Stop),
 }
@@ -117,6 +144,22 @@ fn answer(exit: VcpuExit<'_>, mark: PluggedMark, shared: &Shared) -> Step {
         other => Some(Stop::UnexpectedExit { exit: format!("{other:?}") }),
     };
     stop.map_or(Step::Continue, Step::Stop)
+}
+
+fn refused(error: &io::Error, times: u32) -> Step {
+    if times <= REFUSALS_WITHOUT_PAUSE {
+        return Step::Refused;
+    }
+    if times <= REFUSALS {
+        thread::sleep(REFUSED);
+        return Step::Refused;
+    }
+    Step::Stop(Stop::UnexpectedExit {
+        exit: format!(
+            "KVM_RUN: {error}; KVM gets no thread: a limit of processes or threads is reached \
+             (RLIMIT_NPROC, a cgroup's pids.max)"
+        ),
+    })
 }
 
 fn interrupted(error: &io::Error) -> Step {
@@ -188,7 +231,7 @@ fn complete_pending_io(thread: &mut VcpuThread<'_>, shared: &Shared, mark: Plugg
         };
         match step {
             Step::Continue | Step::AfterMmio => {}
-            Step::Interrupted => {
+            Step::Interrupted | Step::Refused => {
                 if let Some(stop) = memory_error(thread, shared) {
                     shared.control.stop(stop);
                 }

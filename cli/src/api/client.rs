@@ -1,11 +1,13 @@
 //! The other side of a control socket: `snap create --vm`.
 
+use std::cell::Cell;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use pager::serve::connect;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use snapfmt::Progress;
@@ -17,11 +19,14 @@ use crate::exit::Interrupted;
 use crate::progress::Bar;
 use crate::storage::Storage;
 use crate::stored::Summary;
+use crate::waits::Wait;
 
 /// How often it is looked how far the guest's file is, and whether the user has interrupted.
 const LOOK: Duration = Duration::from_millis(100);
 /// A socket that does not say how far it is for so long is not asked again.
 const STATE: Duration = Duration::from_secs(1);
+/// A guest whose process does not take the request for so long is not waited for.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Has the guest at this socket stored at `out`, a path of its own file system. An interrupt cancels it.
 pub(crate) fn create(
@@ -43,7 +48,16 @@ pub(crate) fn create(
         dedupe: Some(!storage.no_dedupe),
         threads: storage.threads,
     };
-    let bar = Bar::new("storing", session.quiet, &session.interrupt);
+    let named = || format!("cannot ask the guest at {}", socket.display());
+    let (asked, stored) = (socket.display().to_string(), socket.display().to_string());
+    let asking = Wait::new(move || format!("the guest at {asked} to take a request"));
+    let asking = asking.at_most(PATIENCE).begin();
+    let stream = connect(socket, PATIENCE).with_context(named)?;
+    send(&stream, "PUT", "/snapshot/create", &json!(wanted), PATIENCE).with_context(named)?;
+    drop(asking);
+    let storing = Wait::new(move || format!("the guest at {stored} to be stored"));
+    let storing = Cell::new(Some(storing.hears().begin()));
+    let bar = Bar::of_other("storing", session.quiet, &session.interrupt);
     let waiting = || {
         if session.interrupt.requested() {
             return Err(Interrupted.into());
@@ -51,15 +65,14 @@ pub(crate) fn create(
         if bar.is_shown()
             && let Some(progress) = progress(socket)
         {
+            // The bar tells more.
+            drop(storing.take());
             // Interrupts are looked at above.
             let _ = bar.update(progress);
         }
         Ok(())
     };
-    let named = || format!("cannot ask the guest at {}", socket.display());
-    let stream = UnixStream::connect(socket).with_context(named)?;
-    let (status, body) =
-        ask(stream, "PUT", "/snapshot/create", &json!(wanted), &waiting).with_context(named)?;
+    let (status, body) = receive(stream, &waiting).with_context(named)?;
     drop(bar);
     match status {
         200 => Ok(serde_json::from_value(body).context("the guest's answer is not understood")?),
@@ -77,34 +90,43 @@ fn progress(socket: &Path) -> Option<Progress> {
         done_bytes: u64,
         total_bytes: u64,
     }
-    let stream = UnixStream::connect(socket).ok()?;
     let deadline = Instant::now() + STATE;
+    let stream = connect(socket, STATE).ok()?;
     let in_time = || match Instant::now() < deadline {
         true => Ok(()),
         false => bail!("too late"),
     };
-    let (_, mut state) = ask(stream, "GET", "/vm", &Value::Null, &in_time).ok()?;
+    send(&stream, "GET", "/vm", &Value::Null, STATE).ok()?;
+    let (_, mut state) = receive(stream, &in_time).ok()?;
     let Storing { done_bytes, total_bytes } =
         serde_json::from_value(state["storing"].take()).ok()?;
     Some(Progress { done_bytes, total_bytes })
 }
 
-/// One request and its answer. `waiting` is called meanwhile, and its error gives up.
-fn ask(
-    mut stream: UnixStream,
+/// Sends one request.
+fn send(
+    mut stream: &UnixStream,
     method: &str,
     path: &str,
     body: &Value,
-    waiting: &dyn Fn() -> Result<()>,
-) -> Result<(u16, Value)> {
+    patience: Duration,
+) -> Result<()> {
     let body = if body.is_null() { String::new() } else { body.to_string() };
     let head = format!(
         "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
         body.len()
     );
+    stream.set_write_timeout(Some(patience))?;
+    match stream.write_all((head + &body).as_bytes()) {
+        // It has closed the connection, and said why before.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        sent => Ok(sent?),
+    }
+}
+
+/// Receives an answer. `waiting` is called meanwhile, and its error gives up.
+fn receive(stream: UnixStream, waiting: &dyn Fn() -> Result<()>) -> Result<(u16, Value)> {
     stream.set_read_timeout(Some(LOOK))?;
-    stream.set_write_timeout(Some(STATE))?;
-    stream.write_all((head + &body).as_bytes())?;
     let mut patient = Patient { stream, waiting };
     let (status, body) = match read_response(&mut patient) {
         Ok(response) => response,

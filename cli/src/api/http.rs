@@ -48,6 +48,7 @@ impl Response {
             413 => "Content Too Large",
             431 => "Request Header Fields Too Large",
             501 => "Not Implemented",
+            503 => "Service Unavailable",
             _ => "Internal Server Error",
         };
         let mut head = format!("HTTP/1.1 {} {reason}\r\n", self.status);
@@ -211,7 +212,11 @@ pub(super) fn read_response(stream: &mut impl Read) -> io::Result<(u16, Vec<u8>)
     let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what);
     let mut bytes = Vec::new();
     let limit = (HEAD_BYTES + BODY_BYTES) as u64;
-    stream.take(limit).read_to_end(&mut bytes)?;
+    match stream.take(limit).read_to_end(&mut bytes) {
+        // It has answered, and did not read the request: see Clients::add.
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset && !bytes.is_empty() => {}
+        read => drop(read?),
+    }
     let mut headers = [httparse::EMPTY_HEADER; HEADERS];
     let mut response = httparse::Response::new(&mut headers);
     match response.parse(&bytes) {

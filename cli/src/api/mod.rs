@@ -11,12 +11,14 @@ mod server;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use pager::serve::Socket;
+use pager::serve::{BindError, LOCK_PATIENCE, Socket};
 
 pub(crate) use routes::{Facts, PagerFigures};
 pub(crate) use server::Serving;
 
+use crate::leftovers;
 use crate::live::Remote;
+use crate::waits::Wait;
 
 /// Where a guest can be controlled.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -32,12 +34,25 @@ impl ApiArgs {
     }
 }
 
+/// Makes a private socket with this name, by `bind`. The name goes with this process, however that ends.
+pub(crate) fn private_socket<T>(
+    path: &Path,
+    bind: impl FnOnce() -> Result<T, BindError>,
+) -> Result<T, BindError> {
+    let named = path.to_owned();
+    let locking = move || format!("the lock of the folder of {}", named.display());
+    let _locking = Wait::new(locking).at_most(LOCK_PATIENCE).begin();
+    let bound = bind()?;
+    leftovers::name(path);
+    Ok(bound)
+}
+
 /// A control socket that nobody answers at yet: clients wait.
 pub(crate) struct Api(Socket);
 
 impl Api {
     fn bind(path: &Path) -> Result<Self> {
-        let socket = Socket::bind(path);
+        let socket = private_socket(path, || Socket::bind(path));
         Ok(Self(socket.with_context(|| format!("cannot listen at {}", path.display()))?))
     }
 

@@ -194,6 +194,10 @@ impl Routes {
             Ok(options) => options,
             Err(error) => return Response::fault(400, error),
         };
+        // One that has given up while this process was stopped, say.
+        if has_left(stream) {
+            return Response::fault(499, "the client has left");
+        }
         let cancelled = Arc::new(AtomicBool::new(false));
         let request = StoreRequest {
             out: wanted.snapshot_path,

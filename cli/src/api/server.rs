@@ -13,6 +13,7 @@ use rustix::event::{PollFd, PollFlags};
 
 use super::http::{Connection, NoRequest, Patience, Response};
 use super::routes::Routes;
+use crate::room;
 
 /// Connections at once. One more takes the place of the one that has been quiet for the longest.
 const CONNECTIONS: usize = 16;
@@ -128,9 +129,18 @@ impl Clients {
                 let _ = stream.shutdown(Shutdown::Both);
             }
         };
-        // No thread to be had: the connection closes, which the client sees.
-        if let Ok(thread) = std::thread::Builder::new().name("api-client".into()).spawn(serve) {
-            clients.push(Client { stream, activity, thread });
+        let spawned = room::check(room::THREAD_BYTES)
+            .and_then(|()| std::thread::Builder::new().name("api-client".into()).spawn(serve));
+        match spawned {
+            Ok(thread) => clients.push(Client { stream, activity, thread }),
+            Err(error) => {
+                let why = format!(
+                    "there is no thread for this request ({error}): a limit of processes, threads or memory \
+                     is reached (RLIMIT_NPROC, RLIMIT_AS, a cgroup's pids.max)"
+                );
+                // It fits into an empty socket. Then the connection closes.
+                let _ = Response::fault(503, why).write(&mut &*stream, false);
+            }
         }
     }
 

@@ -2,13 +2,14 @@
 
 use std::io::Write;
 use std::ops::Range;
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use snapfmt::layout::PAGE_BYTES;
 use snapfmt::{ChunkBuffer, MemoryRegion, PageIndex, Snapshot};
 
 use super::stdout::to_stdout;
-use super::{Input, Session};
+use super::{Input, Session, reading};
 use crate::exit::Interrupted;
 use crate::size;
 
@@ -53,7 +54,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     to_stdout(|out| {
         let mut dump = HexDump::new(args.gpa);
         for range in ranges {
-            each_part(&snapshot, range, &mut |bytes| {
+            each_part(&snapshot, file, range, &mut |bytes| {
                 if session.interrupt.requested() {
                     return Err(Interrupted.into());
                 }
@@ -109,6 +110,7 @@ fn described(regions: &[MemoryRegion]) -> String {
 /// Hands out a source range, page by page.
 fn each_part(
     snapshot: &Snapshot,
+    path: &Path,
     range: Range<u64>,
     visit: &mut dyn FnMut(&[u8]) -> Result<()>,
 ) -> Result<()> {
@@ -116,7 +118,9 @@ fn each_part(
     let mut at = range.start;
     while at < range.end {
         let index = PageIndex::containing(at).context("above 16 TiB")?;
+        let reading = reading(path);
         snapshot.read_page(index, &mut buffer, &mut page)?;
+        drop(reading);
         let start = (at - index.source_offset()) as usize;
         let len = (PAGE_BYTES - start).min((range.end - at).try_into().unwrap_or(PAGE_BYTES));
         visit(&page[start..start + len])?;

@@ -1,7 +1,6 @@
 //! `snap create`: boot a guest, wait until it is ready, store it.
 
 use std::fmt;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
@@ -23,10 +22,12 @@ use crate::devices::SavedDeviceArgs;
 use crate::exit::{GuestStopped, Interrupted};
 use crate::guest_console::{GuestConsole, READY, Seen, Until};
 use crate::guest_memory::to_regions;
+use crate::live;
 use crate::prefetch::PrefetchArg;
 use crate::progress::Bar;
 use crate::restored::{Origin, Restored, damaged};
 use crate::size;
+use crate::stderr::say;
 use crate::storage::Storage;
 use crate::stored::{Filled, Kept, Origins, Summary};
 
@@ -259,12 +260,14 @@ fn create_layer(args: &Args, base: &Path, session: &Session) -> Result<(Header, 
     let options = args.storage.options()?;
     let header = kept.store_changes(&mut guest, args.out(), &options, &|p| bar.update(p))?;
     // The vCPUs before the pager: nobody touches a missing page any more.
+    let _ending = live::ending("the service of the guest's pages to end");
     drop(guest);
     drop(pager);
     Ok((header, memory_ready, paused_at))
 }
 
-/// How often it is told that the guest is not ready yet.
+/// When it is first told that the guest is not ready yet, and how often after that.
+const TELL_FIRST: Duration = Duration::from_secs(1);
 const TELL_EVERY: Duration = Duration::from_secs(10);
 
 /// Runs a guest until it is to be stored; gives it, and when it stopped.
@@ -285,21 +288,21 @@ fn run_until_ready(
     };
     let started = Instant::now();
     let mut activity = Activity::new(running.handle(), touched_bytes);
+    let mut tell_after = TELL_FIRST;
     let stop = loop {
         let rest = limit.saturating_sub(started.elapsed());
-        let stop = running.wait(Some(rest.min(TELL_EVERY)));
-        if stop.is_some() || rest <= TELL_EVERY {
+        let stop = running.wait(Some(rest.min(tell_after)));
+        if stop.is_some() || rest <= tell_after {
             break stop;
         }
+        tell_after = TELL_EVERY;
         if !session.quiet {
-            let waited = started.elapsed().as_secs();
-            let line = format!(
-                "snap create: {waited} s, waiting for {when}; {}; {}\n",
+            let (waited, most) = (started.elapsed().as_secs(), humantime::format_duration(limit));
+            say(&format!(
+                "snap create: {waited} s, waiting for {when}, at most {most}; {}; {}\n",
                 seen.last_line(),
                 activity.told()
-            );
-            // A closed stderr is nobody to complain to.
-            let _ = std::io::stderr().write_all(line.as_bytes());
+            ));
         }
     };
     match stop {
@@ -319,5 +322,5 @@ fn run_until_ready(
         ),
     }
     let paused_at = Instant::now();
-    Ok((running.pause()?, paused_at))
+    Ok((live::pause(running)?, paused_at))
 }

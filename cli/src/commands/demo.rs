@@ -11,6 +11,7 @@ use super::{Session, create, restore::Restore};
 use crate::config::ConfigArgs;
 use crate::devices::SavedDeviceArgs;
 use crate::guest_console::{BEAT, Until};
+use crate::leftovers;
 use crate::prefetch::PrefetchArg;
 use crate::report::RestoreReport;
 use crate::restored::Origin;
@@ -42,6 +43,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         .prefix("snap-demo-")
         .tempdir()
         .context("cannot create a temporary folder")?;
+    leftovers::folder(directory.path());
     let file = directory.path().join("demo.snap");
     let say = |text: String| if session.quiet { Ok(()) } else { print_line(text) };
     say(format!(

@@ -12,6 +12,7 @@ use super::{Input, Session};
 use crate::exit::Interrupted;
 use crate::guest_memory::gpa_ranges;
 use crate::size;
+use crate::waits::Wait;
 
 /// Show which pages of two snapshots differ.
 ///
@@ -56,7 +57,8 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             size::human(second.header().memory_bytes)
         );
     }
-    let runs = differing(&first, &second, session)?;
+    let files = format!("{} and {}", args.first.file.display(), args.second.display());
+    let runs = differing(&first, &second, files, session)?;
     let pages: u64 = runs.iter().map(|run| run.pages).sum();
     let gpa_ranges = runs.iter().flat_map(|run| {
         let start = run.first.source_offset();
@@ -93,14 +95,21 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     Ok(())
 }
 
-fn differing(first: &Snapshot, second: &Snapshot, session: &Session) -> Result<Vec<Run>> {
+fn differing(
+    first: &Snapshot,
+    second: &Snapshot,
+    files: String,
+    session: &Session,
+) -> Result<Vec<Run>> {
     let mut runs: Vec<Run> = Vec::new();
     let (mut buffer, mut other_buffer) = (ChunkBuffer::new(), ChunkBuffer::new());
     let mut populated: Vec<_> =
         first.populated().chain(second.populated()).map(|range| (range.start, range.end)).collect();
     populated.sort_unstable();
     populated.dedup();
+    let reading = Wait::new(move || format!("{files} to be read")).begin();
     for (start, end) in populated {
+        reading.moved();
         if session.interrupt.requested() {
             return Err(Interrupted.into());
         }

@@ -170,13 +170,14 @@ impl Export<'_> {
 
     /// The same to stdout, from front to back.
     fn stream(&self, head: &[u8]) -> Result<()> {
-        let mut stdout = Stdout::new(self.session)?;
+        let mut stdout = Stdout::new()?;
         for storage in self.snapshot.storages() {
             let input = storage.metadata().context("cannot look at an open snapshot")?;
             refuse_same_file(&"stdout", &stdout.file().metadata()?, &input)?;
         }
         stdout.write_all(head)?;
-        let bar = Bar::new("exporting", self.session.quiet, &self.session.interrupt);
+        // It waits for its reader, which `stdout` tells.
+        let bar = Bar::of_other("exporting", self.session.quiet, &self.session.interrupt);
         let named = || self.args.input.file.display().to_string();
         let total_bytes = self.snapshot.header().memory_bytes;
         let (mut buffer, mut done_bytes) = (ChunkBuffer::new(), 0);

@@ -18,7 +18,7 @@ use super::foreign::memory_file::{Layout, MemoryFile};
 use super::foreign::{self, cloud_hypervisor};
 use super::stdout::print_line;
 use super::summary::Written;
-use super::{Session, refuse_existing, refuse_same};
+use super::{Session, reading, refuse_existing, refuse_same};
 use crate::exit::BadInput;
 use crate::progress::Bar;
 use crate::size;
@@ -96,12 +96,12 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let folder = !stdio::is_meant(&args.input) && args.input.is_dir();
     let imported = match &args.vmstate {
         Some(_) if folder => bail!("--vmstate goes with a memory file, not with a folder"),
-        Some(vmstate) => Imported::firecracker(args, vmstate, session)?,
+        Some(vmstate) => Imported::firecracker(args, vmstate)?,
         None if folder && !args.regions.is_empty() => {
             bail!("--region goes with a memory file; a folder says itself where memory lies")
         }
         None if folder => Imported::cloud_hypervisor(&args.input, session.quiet)?,
-        None => Imported::raw(args, session)?,
+        None => Imported::raw(args)?,
     };
     refuse_same(&args.out, &imported.memory.metadata()?)?;
     let header = imported.store(args, session)?;
@@ -134,16 +134,16 @@ struct Imported {
 }
 
 impl Imported {
-    fn raw(args: &Args, session: &Session) -> Result<Self> {
-        let (file, len, path) = memory(args, session)?;
+    fn raw(args: &Args) -> Result<Self> {
+        let (file, len, path) = memory(args)?;
         let layout = layout(path, &args.regions, || vec![0..len])?;
         let memory = MemoryFile::new(file, path, layout)?;
         Ok(Self { kind: "raw", memory, states: Vec::new(), source: json!({ "kind": "raw" }) })
     }
 
-    fn firecracker(args: &Args, vmstate: &Path, session: &Session) -> Result<Self> {
+    fn firecracker(args: &Args, vmstate: &Path) -> Result<Self> {
         let state = VMSTATE.read(vmstate)?;
-        let (file, len, path) = memory(args, session)?;
+        let (file, len, path) = memory(args)?;
         let regions = &args.regions;
         let arch = Arch::of_vmstate(&state.bytes);
         if regions.is_empty() {
@@ -217,7 +217,7 @@ impl Imported {
 }
 
 /// The file of memory that is given, or stdin; its length, and what it is called.
-fn memory<'a>(args: &'a Args, session: &Session) -> Result<(File, u64, &'a Path)> {
+fn memory<'a>(args: &'a Args) -> Result<(File, u64, &'a Path)> {
     if !stdio::is_meant(&args.input) {
         let (file, len) = open_memory(&args.input)?;
         return Ok((file, len, &args.input));
@@ -225,7 +225,7 @@ fn memory<'a>(args: &'a Args, session: &Session) -> Result<(File, u64, &'a Path)
     let path = Path::new("stdin");
     let folder = args.out.parent().filter(|folder| *folder != Path::new(""));
     let folder = folder.unwrap_or(Path::new("."));
-    let file = stdio::stdin(folder, session, |start| check_start(path, start))?;
+    let file = stdio::stdin(folder, |start| check_start(path, start))?;
     let len = check_length(path, &file)?;
     Ok((file, len, path))
 }
@@ -233,6 +233,7 @@ fn memory<'a>(args: &'a Args, session: &Session) -> Result<(File, u64, &'a Path)
 /// Opens a file of memory and gives its length; refuses what is surely none, before it is stored
 /// as if it were.
 fn open_memory(path: &Path) -> Result<(File, u64)> {
+    let _reading = reading(path);
     let file = foreign::open(path)?;
     let mut start = Vec::new();
     (&file).take(8).read_to_end(&mut start).with_context(|| path.display().to_string())?;

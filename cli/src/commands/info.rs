@@ -13,7 +13,7 @@ use super::foreign::staging::{Shape, Staging};
 use super::map::Picture;
 use super::stdout::{print_line, print_text, to_stdout};
 use super::summary::{Pages, ratio};
-use super::{Input, refuse_as_output};
+use super::{Input, reading, refuse_as_output};
 use crate::exit::WrongOptions;
 use crate::size;
 
@@ -58,10 +58,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             Some(_) => return Err(WrongOptions(ONE_PICTURE.into()).into()),
             None => path,
         };
-        return draw(&snapshot, path, args.force).with_context(|| file.display().to_string());
+        return draw(&snapshot, file, path, args.force).with_context(|| file.display().to_string());
     }
+    let reading = reading(file);
     let metadata = snapshot.metadata().with_context(|| file.display().to_string())?;
     let set = snapshot.working_set().with_context(|| file.display().to_string())?;
+    drop(reading);
     if args.json {
         print_line(serde_json::to_string_pretty(&as_json(&snapshot, &metadata, set.as_ref()))?)?;
     } else {
@@ -76,8 +78,9 @@ const ONE_PICTURE: &str = "-o and --map=FILE both name a picture: give one of th
 const MAP_ROWS: [u64; 3] = [32, 64, 64];
 
 /// Draws memory on stdout, or into a file if there is a path.
-fn draw(snapshot: &Snapshot, path: &Path, force: bool) -> Result<()> {
+fn draw(snapshot: &Snapshot, file: &Path, path: &Path, force: bool) -> Result<()> {
     let [ascii_rows, ansi_rows, file_rows] = MAP_ROWS;
+    let reading = reading(file);
     if path != Path::new("-") {
         let png = match path.extension().and_then(|extension| extension.to_str()) {
             Some("png") => true,
@@ -98,6 +101,7 @@ fn draw(snapshot: &Snapshot, path: &Path, force: bool) -> Result<()> {
         true => Picture::new(snapshot, ansi_rows)?.as_ansi(),
         false => Picture::new(snapshot, ascii_rows)?.as_ascii(),
     };
+    drop(reading);
     to_stdout(|out| Ok(out.write_all(text.as_bytes())?))
 }
 

@@ -10,7 +10,9 @@ use pager::keep::{KeepEvent, KeepOptions, Keeper};
 
 use super::Session;
 use super::serve::{allow_many_descriptors, with_causes};
+use crate::api::private_socket;
 use crate::exit::Interrupted;
+use crate::stderr::say;
 
 /// Keep guests alive whose page server dies, until another one goes on with them.
 ///
@@ -37,12 +39,13 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let mut options = KeepOptions::default();
     options.patience = args.patience;
     let quiet = session.quiet;
-    let keeper = Keeper::bind(&args.listen, options, move |event| {
-        if let Some(line) = told(&event, quiet) {
-            // A closed stderr is nobody to complain to.
-            let _ = std::io::stderr().write_all(line.as_bytes());
-        }
-    })?;
+    let bind = || {
+        Keeper::bind(&args.listen, options, move |event| {
+            // A reader of stderr that takes nothing is no reason to leave guests alone.
+            told(&event, quiet).iter().for_each(|line| say(line));
+        })
+    };
+    let keeper = private_socket(&args.listen, bind)?;
     allow_many_descriptors();
     let (stopped, stop) = std::io::pipe().context("cannot make a pipe")?;
     session.interrupt.stops(None, stop);

@@ -38,6 +38,7 @@ pub(crate) use rewrite::path_of_parent;
 
 use crate::interrupt::Interrupt;
 use crate::stdio;
+use crate::waits::{self, Wait, Waiting};
 
 #[derive(Subcommand)]
 pub(crate) enum Command {
@@ -71,8 +72,10 @@ pub(crate) struct Session {
     pub(crate) interrupt: Interrupt,
 }
 
-pub(crate) fn run(command: Command, quiet: bool, started: Instant) -> Result<()> {
-    let session = Session { quiet, started, interrupt: Interrupt::install()? };
+pub(crate) fn run(command: Command, session: Session) -> Result<()> {
+    if session.quiet {
+        waits::be_quiet();
+    }
     match command {
         Command::Create(args) => create::run(&args, &session),
         Command::Run(args) => run::run(&args, &session),
@@ -99,6 +102,7 @@ pub(crate) fn run(command: Command, quiet: bool, started: Instant) -> Result<()>
 
 /// Opens a snapshot, and of a layer its parents; the error names the file.
 pub(crate) fn open(path: &Path, parents: &[PathBuf]) -> Result<Snapshot> {
+    let _opening = reading(path);
     let folders = std::env::var_os("SNAP_PATH").unwrap_or_default();
     let parents = Parents {
         files: parents.to_vec(),
@@ -109,6 +113,12 @@ pub(crate) fn open(path: &Path, parents: &[PathBuf]) -> Result<Snapshot> {
         ReadError::Open { .. } => error.into(),
         _ => anyhow::Error::new(error).context(path.display().to_string()),
     })
+}
+
+/// Waits for a file that may be on a slow disk.
+pub(crate) fn reading(path: &Path) -> Waiting {
+    let path = path.to_owned();
+    Wait::new(move || format!("{} to be read", path.display())).begin()
 }
 
 /// Refuses an output of a snapshot that is there already, or is stdout, before anything is done that would be in vain.

@@ -1,6 +1,7 @@
 //! `snap pages`: the page index as a stream of runs.
 
 use std::io::Write;
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
@@ -8,7 +9,7 @@ use snapfmt::layout::{CHUNK_HEADER_BYTES, CHUNK_MAGIC};
 use snapfmt::{ChunkExtent, Codec, MemoryRegion, PageEntry, PageIndex, ReadAt, Snapshot};
 
 use super::stdout::to_stdout;
-use super::{Input, Session};
+use super::{Input, Session, reading};
 use crate::exit::Interrupted;
 
 /// Print where every page is: one line for each run of pages that are stored alike.
@@ -38,7 +39,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let named = || file.display().to_string();
     let snapshot = args.input.open()?;
     to_stdout(|out| {
-        let mut runs = Runs::new(&snapshot, |line: &Line| {
+        let mut runs = Runs::new(&snapshot, file, |line: &Line| {
             match args.json {
                 true => serde_json::to_writer(&mut *out, line).map_err(std::io::Error::from)?,
                 false => line.write(out)?,
@@ -51,10 +52,12 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
                 return Err(Interrupted.into());
             }
             entries.clear();
+            let reading = reading(file);
             let read = snapshot.for_each_entry(leaf..leaf + 1, |page, entry| {
                 entries.push((page, entry));
                 Ok(())
             });
+            drop(reading);
             read.with_context(named)?;
             for (page, entry) in &entries {
                 runs.push(u64::from(page.0), *entry)?;
@@ -149,6 +152,7 @@ impl Place {
 /// Gathers pages, which come in ascending order without the zero ones, into runs.
 struct Runs<'a, E> {
     snapshot: &'a Snapshot,
+    path: &'a Path,
     emit: E,
     /// The run being gathered: first page, pages, place.
     first: u64,
@@ -161,9 +165,9 @@ struct Runs<'a, E> {
 }
 
 impl<'a, E: FnMut(&Line) -> Result<()>> Runs<'a, E> {
-    fn new(snapshot: &'a Snapshot, emit: E) -> Self {
+    fn new(snapshot: &'a Snapshot, path: &'a Path, emit: E) -> Self {
         let regions = snapshot.regions();
-        Self { snapshot, emit, first: 0, pages: 0, place: Place::Zero, seen: None, regions }
+        Self { snapshot, path, emit, first: 0, pages: 0, place: Place::Zero, seen: None, regions }
     }
 
     fn push(&mut self, page: u64, entry: PageEntry) -> Result<()> {
@@ -206,7 +210,10 @@ impl<'a, E: FnMut(&Line) -> Result<()>> Runs<'a, E> {
         }
         let codec = match self.seen {
             Some((seen, codec)) if seen == chunk => codec,
-            _ => codec_of(self.snapshot, chunk)?,
+            _ => {
+                let _reading = reading(self.path);
+                codec_of(self.snapshot, chunk)?
+            }
         };
         self.seen = Some((chunk, codec));
         Ok(Place::Data { codec, chunk_offset, chunk_bytes, slot })

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
-use pager::shared::SharedClone;
+use pager::shared::{PATIENCE, SharedClone};
 use pager::{FailurePolicy, Placement, Populate};
 use rustix::process::{Signal, set_parent_process_death_signal};
 use snapfmt::WorkingSet;
@@ -25,10 +25,11 @@ use crate::live::{self, EndArgs, Ended, Live};
 use crate::prefetch::PrefetchArg;
 use crate::recording::{Output, Record, recorded};
 use crate::report::{RestoreReport, ms, ms_since};
-use crate::restored::{Origin, Restored, damaged, stopped};
+use crate::restored::{Origin, Restored, Share, damaged, stopped};
 use crate::stored::{Filled, Kept, Origins};
 use crate::terminal::Keyboard;
 use crate::usage::{Counters, Faults, Measure, Usage};
+use crate::waits::Wait;
 use crate::{memory_hash, size, usage};
 
 /// Bring a guest back and run it.
@@ -228,7 +229,11 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             file: &args.input.file,
             parents: &args.input.parents,
             lazy: args.lazy,
-            share: args.share.as_deref(),
+            share: args.share.as_deref().map(|socket| Share {
+                socket,
+                // Not longer than the guest is to run.
+                patience: args.end.run_for.map_or(PATIENCE, |time| time.min(PATIENCE)),
+            }),
             image: args.image.as_deref(),
             on_error: args.on_error.into(),
             memory_bytes: args.memory,
@@ -280,6 +285,9 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     {
         // An interrupt has ended the run, and does not cancel what is written of it.
         let session = Session { interrupt: Interrupt::default(), ..*session };
+        let path = output.path.display().to_string();
+        let recorded = move || format!("what was recorded to be written to {path}");
+        let _waiting = Wait::new(recorded).outlasts().begin();
         output.write(snapshot, WorkingSet::join([&touched[..]]), &session)?;
     }
     outcome
@@ -395,11 +403,13 @@ impl Restore<'_> {
         // The vCPUs are gone before the pager: from here on nobody touches a missing page.
         let stop = ended.describe(&seen, session);
         let Ended { at: end, first_entry, first_exit, paused, .. } = ended;
+        let ending = live::ending("the service of the guest's pages to end");
         drop(paused);
         drop(pager);
         if let Some(reason) = clone.and_then(SharedClone::stop) {
             outcome = Err(stopped(self.origin.file, &reason));
         }
+        drop(ending);
 
         let report = RestoreReport {
             mode: match (self.origin.lazy, self.origin.share, self.origin.image) {

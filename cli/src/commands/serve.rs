@@ -12,17 +12,21 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use pager::serve::{
-    Consequence, KeepAt, Prefetched, ServeEvent, ServeOptions, Server, SnapshotName,
+    Consequence, KeepAt, Prefetched, ServeEvent, ServeOptions, Server, SnapshotName, Socket,
 };
-use pager::{Populate, SnapshotSource};
+use pager::{Populate, keep};
 use snapfmt::Snapshot;
 
 use super::foreign::async_pf;
 use super::foreign::firecracker::VMSTATE;
 use super::restore::OnError;
-use super::{Input, Session};
+use super::{Input, Session, reading};
+use crate::api::private_socket;
+use crate::awaited_source::AwaitedSource;
 use crate::exit::Interrupted;
 use crate::prefetch::{self, PrefetchArg};
+use crate::stderr::say;
+use crate::waits::Wait;
 use crate::{metrics, size};
 
 /// Serve a snapshot's memory to guests of Firecracker, and to clones that share it.
@@ -95,6 +99,7 @@ impl From<PopulateArg> for Populate {
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let snapshot = Arc::new(args.input.open()?);
+    let reading_set = reading(&args.input.file);
     let mut options = ServeOptions::default();
     options.on_error = args.on_error.into();
     options.share = Some(snapshot_name(&snapshot));
@@ -102,23 +107,28 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let halts = has_async_page_faults(&snapshot)?;
     options.fault_overhead = halts.then_some(HALT);
     options.prefetch = prefetched(args.prefetch, &snapshot);
+    drop(reading_set);
     let keep_at =
         |socket: &PathBuf| KeepAt { socket: socket.clone(), snapshot: snapshot_name(&snapshot) };
     options.keep = args.keep.as_ref().map(keep_at);
+    let socket = private_socket(&args.listen, || Socket::bind(&args.listen))?;
+    let keeping = args.keep.clone().map(|keeper| {
+        let keeper = move || format!("the keeper at {} to answer", keeper.display());
+        Wait::new(keeper).at_most(keep::PATIENCE).begin()
+    });
     let (file, quiet) = (args.input.file.display().to_string(), session.quiet);
-    let source = Arc::new(SnapshotSource::new(Arc::clone(&snapshot)));
+    let source = Arc::new(AwaitedSource::new(Arc::clone(&snapshot), &args.input.file));
     let advised = AtomicBool::new(!halts || quiet);
-    let server = Server::bind(&args.listen, source, options, move |event| {
+    let server = Server::at(socket, source, options, move |event| {
         if let ServeEvent::Served { .. } = event
             && !advised.swap(true, Ordering::Relaxed)
         {
-            let _ = std::io::stderr().write_all(ADVICE.as_bytes());
+            say(ADVICE);
         }
-        if let Some(line) = told(&file, &event, quiet) {
-            // A closed stderr is nobody to complain to, and no reason to leave guests alone.
-            let _ = std::io::stderr().write_all(line.as_bytes());
-        }
+        // A reader of stderr that takes nothing is no reason to leave guests alone.
+        told(&file, &event, quiet).iter().for_each(|line| say(line));
     })?;
+    drop(keeping);
     allow_many_descriptors();
     let metrics = args.metrics.map(|at| metrics::serve(at, server.handle())).transpose()?;
     let (stopped, stop) = std::io::pipe().context("cannot make a pipe")?;

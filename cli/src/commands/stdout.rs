@@ -1,13 +1,15 @@
 //! Printing, to a reader who may have seen enough, as `head` has.
 
 use std::fmt::Display;
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter, StdoutLock, Write};
 
 use anyhow::Result;
 
+use crate::waits::Wait;
+
 /// Hands a buffered stdout to `write`. That the reader has seen enough, as `head` has, is no error.
 pub(crate) fn to_stdout(write: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
-    let mut stdout = BufWriter::with_capacity(64 << 10, io::stdout().lock());
+    let mut stdout = BufWriter::with_capacity(64 << 10, Awaited(io::stdout().lock()));
     let written = write(&mut stdout).and_then(|()| Ok(stdout.flush()?));
     match written {
         Err(error) if is_closed(&error) => {
@@ -16,6 +18,22 @@ pub(crate) fn to_stdout(write: impl FnOnce(&mut dyn Write) -> Result<()>) -> Res
             Ok(())
         }
         written => written,
+    }
+}
+
+/// Stdout, whose reader may take nothing for as long as it likes: an interrupt ends that, and no word is said of it,
+/// which would appear in the middle of what the reader shows.
+struct Awaited(StdoutLock<'static>);
+
+impl Write for Awaited {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let _waiting = Wait::untold().begin();
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let _waiting = Wait::untold().begin();
+        self.0.flush()
     }
 }
 

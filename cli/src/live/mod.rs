@@ -8,14 +8,16 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context, Result, anyhow};
 use vmm::{PauseError, PausedVm, RunningVm, Stop};
 
 use crate::commands::Session;
-use crate::exit::{GuestStopped, Interrupted};
+use crate::exit::{self, GuestStopped, Interrupted};
 use crate::guest_console::{BEAT, Seen, Until};
 use crate::guest_output::Hold;
+use crate::progress::Steps;
 use crate::stored::{Kept, Summary};
+use crate::waits::{Wait, Waiting};
 use remote::Event;
 pub(crate) use remote::{Answer, Command, Events, Refused, Remote, State, StoreRequest, remote};
 
@@ -40,6 +42,30 @@ impl EndArgs {
         let lines = self.beats.map(|beats| (BEAT, beats));
         Until { lines, pattern: self.until.clone().map(String::into_bytes) }
     }
+}
+
+/// What a guest that has come to its end is waited for, at most.
+const ENDING: Duration = Duration::from_secs(10);
+
+/// Waits for something that comes with the guest's end, unless a page of it never comes.
+pub(crate) fn ending(what: &'static str) -> Waiting {
+    let late = format!(
+        "the guest is at its end, and {what} took longer than {}: a page that it waits for does not come",
+        humantime::format_duration(ENDING)
+    );
+    Wait::new(move || of_page(what)).fails_after(ENDING, late).hears().begin()
+}
+
+fn of_page(what: &str) -> String {
+    format!("{what}; a page that does not come may keep it")
+}
+
+const STANDSTILL: &str = "the guest's vCPUs to stand still";
+
+/// Pauses a guest that is to go on. A vCPU that waits for a page stands still when it has come.
+pub(crate) fn pause(vm: RunningVm) -> Result<PausedVm, PauseError> {
+    let _waiting = Wait::new(|| of_page(STANDSTILL)).hears().begin();
+    vm.pause()
 }
 
 /// A guest that is to run, and who decides about it.
@@ -100,8 +126,13 @@ impl Live<'_> {
             true => self.stay_paused(vm),
             false => self.resume(vm)?,
         };
+        let resumed = || "a client to resume the guest, by its control socket".into();
+        let mut unresumed = self.begins_paused.then(|| Wait::new(resumed).hears().begin());
         let mut deadline = None;
         let (end, guest) = loop {
+            if let Guest::Running(_) = guest {
+                unresumed = None;
+            }
             if let (None, Guest::Running(_)) = (deadline, &guest) {
                 deadline = self.run_for.and_then(|time| Instant::now().checked_add(time));
             }
@@ -128,6 +159,7 @@ impl Live<'_> {
                 Next::End(end, guest) => break (end, guest),
             }
         };
+        drop(unresumed);
         let at = Instant::now();
         self.events.status.set(State::Ended);
         let (mut first_entry, mut first_exit) = (None, None);
@@ -135,6 +167,7 @@ impl Live<'_> {
             Guest::Paused(vm) => Ok(vm),
             Guest::Running(vm) => {
                 (first_entry, first_exit) = (vm.first_entry(), vm.first_exit());
+                let _ending = ending(STANDSTILL);
                 vm.pause()
             }
         });
@@ -181,7 +214,7 @@ impl Live<'_> {
         }
         let mut vm = match guest {
             Guest::Paused(vm) => vm,
-            Guest::Running(vm) => match vm.pause() {
+            Guest::Running(vm) => match pause(vm) {
                 Ok(vm) => vm,
                 Err(error) => {
                     tell(Err(Refused::Failed(error.to_string())));
@@ -200,7 +233,7 @@ impl Live<'_> {
                 self.events.status.storing(false);
                 let stop = stored.is_ok() && request.stop;
                 let done = stored.map(Some);
-                (done.map_err(|error| Refused::Failed(format!("{error:#}"))), was_running, stop)
+                (done.map_err(|error| Refused::Failed(exit::told(&error))), was_running, stop)
             }
         };
         let next = if stop {
@@ -226,8 +259,10 @@ impl Live<'_> {
     ) -> Result<Summary> {
         let out = &request.out;
         let (status, interrupt) = (&self.events.status, &self.session.interrupt);
+        let steps = Steps::begin("storing");
         let progress = |progress| {
             status.progress(progress);
+            steps.moved(progress);
             let cancelled = request.cancelled.load(Ordering::SeqCst);
             match cancelled || interrupt.requested() {
                 true => ControlFlow::Break(()),
@@ -258,7 +293,11 @@ impl Ended {
         }
         match seen.output_error() {
             Some(error) if error.kind() != ErrorKind::BrokenPipe => {
-                return Err(anyhow!("cannot write the guest's output: {error}"));
+                let error = match error.raw_os_error() {
+                    Some(number) => std::io::Error::from_raw_os_error(number),
+                    None => std::io::Error::new(error.kind(), error.to_string()),
+                };
+                return Err(error).context("cannot write the guest's output");
             }
             _ => {}
         }

@@ -2,10 +2,11 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 
 use super::wire::{self, DESCRIPTORS, FromKeeper, KeepError, ToKeeper, VERSION};
@@ -13,9 +14,16 @@ use crate::failure::FailurePolicy;
 use crate::serve::SnapshotName;
 use crate::serve::wire::timespec;
 
+/// How long a server waits for each answer of its keeper, and for room in its queue.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+
 /// The connection. It closes when this process ends, whatever ends it, and that is what the keeper waits for.
 #[derive(Debug)]
-pub(crate) struct Link(Mutex<OwnedFd>);
+pub(crate) struct Link {
+    socket: OwnedFd,
+    /// Held from a question to its answer.
+    turn: Mutex<()>,
+}
 
 /// What was kept of a guest.
 pub(crate) struct Kept {
@@ -34,7 +42,7 @@ impl Link {
         snapshot: &SnapshotName,
         on_error: FailurePolicy,
     ) -> Result<Link, KeepError> {
-        let link = Link(Mutex::new(wire::connect(path)?));
+        let link = Link { socket: wire::connect(path, PATIENCE)?, turn: Mutex::new(()) };
         let (snapshot, on_error) = (snapshot.clone(), on_error.into());
         match link.ask(&ToKeeper::Hello { version: VERSION, snapshot, on_error })? {
             (FromKeeper::Welcome { version: VERSION }, _) => Ok(link),
@@ -65,30 +73,54 @@ impl Link {
         descriptors: [BorrowedFd<'_>; DESCRIPTORS],
         shares: bool,
     ) -> Result<(), KeepError> {
-        wire::send(&self.socket(), &ToKeeper::Keep { id, shares }, &descriptors, SendFlags::empty())
+        self.send(&ToKeeper::Keep { id, shares }, &descriptors)
     }
 
     pub(crate) fn forget(&self, id: u64) {
         // One that is gone keeps nothing.
-        let _ = wire::send(&self.socket(), &ToKeeper::Forget { id }, &[], SendFlags::empty());
+        let _ = self.send(&ToKeeper::Forget { id }, &[]);
     }
 
     /// Whether the keeper is there.
     pub(crate) fn is_alive(&self) -> bool {
-        let socket = self.socket();
-        let mut fds = [PollFd::new(&*socket, PollFlags::IN)];
+        let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
         // It says nothing that it was not asked: what can be read is the end.
         matches!(rustix::event::poll(&mut fds, Some(&timespec(Duration::ZERO))), Ok(0))
     }
 
     fn ask(&self, question: &ToKeeper) -> Result<(FromKeeper, Vec<OwnedFd>), KeepError> {
-        let socket = self.socket();
-        wire::send(&socket, question, &[], SendFlags::empty())?;
-        wire::receive(&socket, RecvFlags::empty())?.ok_or(KeepError::Gone)
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        self.send(question, &[])?;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(answer) = wire::receive(&self.socket, RecvFlags::DONTWAIT)? {
+                return Ok(answer);
+            }
+            self.wait(PollFlags::IN, deadline)?;
+        }
     }
 
-    fn socket(&self) -> MutexGuard<'_, OwnedFd> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Sends one packet, for which the keeper makes room unless it is stopped.
+    fn send(&self, message: &ToKeeper, descriptors: &[BorrowedFd<'_>]) -> Result<(), KeepError> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match wire::send(&self.socket, message, descriptors, SendFlags::DONTWAIT) {
+                Err(KeepError::Full) => self.wait(PollFlags::OUT, deadline)?,
+                sent => return sent,
+            }
+        }
+    }
+
+    fn wait(&self, flags: PollFlags, deadline: Instant) -> Result<(), KeepError> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(KeepError::Silent { after: PATIENCE });
+        }
+        let mut fds = [PollFd::new(&self.socket, flags)];
+        match rustix::event::poll(&mut fds, Some(&timespec(left))) {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(error) => Err(wire::system("wait for the keeper")(error)),
+        }
     }
 }
 

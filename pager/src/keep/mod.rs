@@ -17,5 +17,6 @@ mod wire;
 
 pub use keeper::{KeepEvent, KeepOptions, Keeper};
 pub(crate) use ledger::{Ledger, Record};
+pub use link::PATIENCE;
 pub(crate) use link::{Kept, Link};
 pub use wire::KeepError;

@@ -4,17 +4,19 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
-    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketType,
 };
 use rustix::process::Resource;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::failure::FailurePolicy;
+use crate::serve::wire::connect_kind;
 use crate::serve::{SnapshotName, limit_text};
 
 /// Of the words and of the ledger. A keeper and a server of different versions do not work together.
@@ -69,6 +71,17 @@ pub enum KeepError {
     /// It has closed the connection.
     #[error("the keeper is gone")]
     Gone,
+    /// It takes nothing more at the moment.
+    #[error("the other side's queue is full")]
+    Full,
+    /// It says nothing.
+    #[error(
+        "it has not answered within {after:?}; it may be stopped, or the socket is another program's"
+    )]
+    Silent {
+        /// Time given.
+        after: Duration,
+    },
     /// What was kept of a guest cannot be used.
     #[error("what was kept is unusable: {why}")]
     Ledger {
@@ -127,12 +140,9 @@ impl From<OnError> for FailurePolicy {
 }
 
 /// Connects to the keeper at `path`.
-pub(super) fn connect(path: &Path) -> Result<OwnedFd, KeepError> {
-    let address = SocketAddrUnix::new(path).map_err(system("connect to the keeper"))?;
-    let (family, kind) = (AddressFamily::UNIX, SocketType::SEQPACKET);
-    let socket = rustix::net::socket_with(family, kind, SocketFlags::CLOEXEC, None)
-        .map_err(system("make a socket"))?;
-    rustix::net::connect(&socket, &address).map_err(system("connect to the keeper"))?;
+pub(super) fn connect(path: &Path, patience: Duration) -> Result<OwnedFd, KeepError> {
+    let socket = connect_kind(path, SocketType::SEQPACKET, patience)
+        .map_err(|error| KeepError::System { what: "connect to the keeper", error })?;
     trusted(&socket)?;
     Ok(socket)
 }
@@ -149,7 +159,7 @@ pub(super) fn trusted(socket: &OwnedFd) -> Result<i32, KeepError> {
     }
 }
 
-/// Sends one packet. Waits for room, unless `flags` say otherwise.
+/// Sends one packet. Where there is no room it waits, or fails if `flags` say so.
 pub(super) fn send(
     socket: &OwnedFd,
     message: &impl Serialize,
@@ -168,6 +178,7 @@ pub(super) fn send(
             Ok(_) => return Ok(()),
             Err(Errno::INTR) => {}
             Err(Errno::PIPE | Errno::CONNRESET) => return Err(KeepError::Gone),
+            Err(Errno::AGAIN) => return Err(KeepError::Full),
             Err(error) => return Err(system("send")(error)),
         }
     }
@@ -228,6 +239,8 @@ pub(super) fn system(what: &'static str) -> impl Fn(Errno) -> KeepError {
 #[cfg(test)]
 mod tests {
     use std::os::fd::AsFd;
+
+    use rustix::net::{AddressFamily, SocketFlags};
 
     use super::*;
 

@@ -239,8 +239,7 @@ impl Progress {
         }
         for index in 0..progress.loaders {
             let loader = Loader::new(Arc::clone(shared));
-            let thread = thread::Builder::new().name(format!("populate{index}"));
-            match thread.spawn(move || loader.run()) {
+            match spawn(format!("populate{index}"), move || loader.run()) {
                 Ok(thread) => threads.push(thread),
                 Err(error) if threads.is_empty() => {
                     progress.lock().population = Population::Off;
@@ -273,6 +272,25 @@ impl fmt::Debug for Progress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Progress").field("mode", &self.options.mode).finish_non_exhaustive()
     }
+}
+
+/// What a loader takes: its stack, what the allocator gives it, a part of the file and what becomes of it.
+const LOADER_BYTES: usize = 16 << 20;
+
+/// Starts a thread that loads ahead, where there is address space for it (RLIMIT_AS): an allocation that fails
+/// would end the process.
+///
+/// # Errors
+/// As pthread_create(3).
+pub(crate) fn spawn(
+    name: String,
+    body: impl FnOnce() + Send + 'static,
+) -> std::io::Result<thread::JoinHandle<()>> {
+    let mut room = Vec::<u8>::new();
+    room.try_reserve_exact(LOADER_BYTES).map_err(|_| std::io::ErrorKind::OutOfMemory)?;
+    // Else the compiler leaves both out.
+    drop(std::hint::black_box(room));
+    thread::Builder::new().name(name).spawn(body)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

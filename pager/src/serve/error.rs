@@ -31,6 +31,14 @@ pub enum BindError {
         /// The socket's name.
         path: PathBuf,
     },
+    /// Another process has the lock of the socket's folder, and keeps it.
+    #[error(
+        "the socket's folder has been locked by another process for {after:?}; choose another folder, or see lslocks(8)"
+    )]
+    Locked {
+        /// Time given.
+        after: Duration,
+    },
     /// The keeper does not keep.
     #[error("the keeper")]
     Keep(#[source] KeepError),

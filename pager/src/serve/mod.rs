@@ -36,7 +36,8 @@ pub(crate) use handshake::Answer;
 pub use handshake::SnapshotName;
 pub use peer::check_user;
 pub use refused::Consequence;
-pub use socket::Socket;
+pub use socket::{LOCK_PATIENCE, Socket};
+pub use wire::connect;
 
 use crate::failure::FailurePolicy;
 use crate::keep::{KeepError, Kept, Link};
@@ -232,7 +233,20 @@ impl Server {
         options: ServeOptions,
         on_event: impl Fn(ServeEvent<'_>) + Send + Sync + 'static,
     ) -> Result<Server, BindError> {
-        let socket = Socket::bind(path.as_ref())?;
+        Server::at(Socket::bind(path.as_ref())?, source, options, on_event)
+    }
+
+    /// As [`Server::bind`], at a socket that is there already. Waits for the keeper, if there is one, no longer than
+    /// [`keep::PATIENCE`](crate::keep::PATIENCE) for each answer.
+    ///
+    /// # Errors
+    /// [`BindError`].
+    pub fn at(
+        socket: Socket,
+        source: Arc<dyn PageSource>,
+        options: ServeOptions,
+        on_event: impl Fn(ServeEvent<'_>) + Send + Sync + 'static,
+    ) -> Result<Server, BindError> {
         let keep = options.keep.as_ref().map(|keep| {
             Link::connect(&keep.socket, &keep.snapshot, options.on_error).map_err(BindError::Keep)
         });

@@ -6,14 +6,19 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, Mode};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::error::BindError;
+use super::wire::RETRY;
 
 const BACKLOG: i32 = 1024;
+/// A folder that another process has locked for so long is not waited for any longer.
+pub const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 
 /// A listening unix socket with a name that only this user, and root, can connect to. The name goes when it is
 /// dropped.
@@ -46,8 +51,7 @@ impl Socket {
         };
         let folder = fs::File::open(folder)
             .map_err(|error| BindError::System { what: "open the socket's folder", error })?;
-        rustix::fs::flock(&folder, FlockOperation::LockExclusive)
-            .map_err(system("lock the socket's folder"))?;
+        lock(&folder, LOCK_PATIENCE)?;
 
         let socket = unix_socket(kind).map_err(system("make a socket"))?;
         // The name's mode is that of the socket when it is bound, less the umask (unix_bind_bsd): so there is
@@ -97,6 +101,22 @@ impl Drop for Socket {
             .is_ok_and(|named| (named.dev(), named.ino()) == self.identity)
         {
             let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn lock(folder: &fs::File, patience: Duration) -> Result<(), BindError> {
+    let deadline = Instant::now() + patience;
+    loop {
+        match rustix::fs::flock(folder, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(()),
+            Err(Errno::WOULDBLOCK) if Instant::now() < deadline => thread::sleep(RETRY),
+            Err(Errno::WOULDBLOCK) => return Err(BindError::Locked { after: patience }),
+            Err(Errno::INTR) => {}
+            Err(error) => {
+                let what = "lock the socket's folder";
+                return Err(BindError::System { what, error: error.into() });
+            }
         }
     }
 }
@@ -163,6 +183,36 @@ mod tests {
         drop(taken);
         assert!(path.exists());
         drop(other);
+    }
+
+    #[test]
+    fn a_lock_is_not_waited_for_without_an_end() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let held = fs::File::open(folder.path()).expect("it opens");
+        rustix::fs::flock(&held, FlockOperation::LockExclusive).expect("nobody has it");
+        let other = fs::File::open(folder.path()).expect("it opens");
+        let after = Duration::from_millis(50);
+        assert!(matches!(lock(&other, after), Err(BindError::Locked { .. })));
+        drop(held);
+        lock(&other, after).expect("it is free");
+    }
+
+    #[test]
+    fn a_full_queue_is_not_waited_for_without_an_end() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("s");
+        let _listener = {
+            let socket = unix_socket(SocketType::STREAM).expect("a socket");
+            rustix::net::bind(&socket, &SocketAddrUnix::new(&path).expect("a name"))
+                .expect("it binds");
+            rustix::net::listen(&socket, 0).expect("it listens");
+            socket
+        };
+        let after = Duration::from_millis(50);
+        // A queue of length 0 takes one.
+        let _first = super::super::connect(&path, after).expect("there is room");
+        let error = super::super::connect(&path, after).expect_err("there is no room");
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
     }
 
     #[test]

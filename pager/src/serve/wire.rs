@@ -4,13 +4,15 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
 use rustix::process::Resource;
 
@@ -21,6 +23,8 @@ use super::refused::Given;
 pub(crate) const MESSAGE_LIMIT_BYTES: usize = 1 << 20;
 /// So many descriptors of one part are seen; the kernel closes the others.
 const DESCRIPTORS_SEEN: usize = 4;
+/// How often a wait that the kernel cannot tell the end of is tried again.
+pub(crate) const RETRY: Duration = Duration::from_millis(10);
 
 /// One side of a connection, where messages are received.
 #[derive(Debug)]
@@ -142,6 +146,46 @@ impl<'a> Inlet<'a> {
             }
         }
     }
+}
+
+/// Connects to the unix socket at `path`. One whose queue of connections is full, because its process is busy or
+/// stopped, is tried until `patience` has passed.
+///
+/// # Errors
+/// As connect(2); [`io::ErrorKind::TimedOut`] when `patience` has passed.
+pub fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
+    let stream = UnixStream::from(connect_kind(path, SocketType::STREAM, patience)?);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
+}
+
+/// As [`connect`]; what it gives does not block.
+pub(crate) fn connect_kind(
+    path: &Path,
+    kind: SocketType,
+    patience: Duration,
+) -> io::Result<OwnedFd> {
+    let deadline = Instant::now() + patience;
+    let address = SocketAddrUnix::new(path)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None)?;
+    loop {
+        match rustix::net::connect(&socket, &address) {
+            Ok(()) => return Ok(socket),
+            // The queue is full: poll(2) does not tell when it is not any more.
+            Err(Errno::AGAIN) if Instant::now() < deadline => thread::sleep(RETRY),
+            Err(Errno::AGAIN) => return Err(silent(patience)),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// The error of a connection that nobody has accepted.
+fn silent(patience: Duration) -> io::Error {
+    let what =
+        format!("no connection was accepted within {patience:?}: its process may be stopped");
+    io::Error::new(io::ErrorKind::TimedOut, what)
 }
 
 /// Sends a line, and a descriptor with it. A client that does not read what little it is told is refused.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::SharedImage;
 use crate::deference::make_ordinary;
-use crate::populate::{Demand, LoadsAhead, Look, OVERHEAD, Plan};
+use crate::populate::{self, Demand, LoadsAhead, Look, OVERHEAD, Plan};
 use crate::run::Run;
 use crate::source::Load;
 
@@ -120,8 +120,7 @@ impl LoadsAhead for ImageLoader {
         }
         let Some(own) = self.own.upgrade() else { return };
         // Where there is no such thread, pages come when they are asked for.
-        if let Ok(thread) = thread::Builder::new().name("populate".into()).spawn(move || own.run())
-        {
+        if let Ok(thread) = populate::spawn("populate".into(), move || own.run()) {
             *state = State::Loading(thread.thread().clone());
         }
     }

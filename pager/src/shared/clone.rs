@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
@@ -27,8 +27,8 @@ use crate::serve::{Answer, RefuseError, SnapshotName};
 use crate::uffd::{Features, MessageBatch, OpenError, Uffd};
 
 const PAGE_BYTES: u64 = 4096;
-/// The server answers at once, unless it is very busy.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Enough for a server, which answers at once unless the machine is very busy.
+pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Why memory cannot be shared.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +46,14 @@ pub enum ShareError {
     /// No userfaultfd, or one without poison (Linux 6.6).
     #[error(transparent)]
     Open(OpenError),
+    /// The server says nothing.
+    #[error(
+        "the page server has not answered within {after:?}; it may be stopped, or the socket is another program's"
+    )]
+    Silent {
+        /// Time given.
+        after: Duration,
+    },
     /// The talk with the server went wrong.
     #[error("the page server")]
     Server(#[source] RefuseError),
@@ -94,7 +102,7 @@ impl SharedClone {
     ///
     /// `on_failure` is called when the server cannot bring a page (which is poisoned) or is gone; then all missing pages
     /// are poisoned: who waits for one, or touches one, gets an error. It should note the failure and ask the guest to
-    /// stop.
+    /// stop. Waits for the server no longer than `patience` in all; [`PATIENCE`] is enough.
     ///
     /// # Errors
     /// [`ShareError`].
@@ -102,16 +110,18 @@ impl SharedClone {
         path: &Path,
         snapshot: &SnapshotName,
         ranges: &[(GuestAddress, usize, u64)],
+        patience: Duration,
         on_failure: impl Fn(String) + Send + 'static,
     ) -> Result<(SharedClone, Arc<GuestMemoryMmap>), ShareError> {
         let system = |what| move |error| ShareError::System { what, error };
-        let stream =
-            Arc::new(UnixStream::connect(path).map_err(system("connect to the page server"))?);
+        let begun = Instant::now();
+        let connected = wire::connect(path, patience);
+        let stream = Arc::new(connected.map_err(system("connect to the page server"))?);
         trusted(&stream)?;
-        let mut inlet = Inlet::new(&stream, PATIENCE);
+        let mut inlet = Inlet::new(&stream, patience.saturating_sub(begun.elapsed()));
         let request = encoded(&Request::Share(snapshot.clone()))?;
         wire::send_line(&stream, &request, None).map_err(system("ask the page server"))?;
-        accepted(&mut inlet)?;
+        accepted(&mut inlet, patience)?;
         let file = File::from(inlet.descriptor().map_err(ShareError::Server)?);
         check(&file, snapshot.memory_bytes)?;
 
@@ -135,7 +145,7 @@ impl SharedClone {
         }
         wire::send_line(&stream, &encoded(&regions)?, Some(uffd.as_fd()))
             .map_err(system("give the page server the userfaultfd"))?;
-        accepted(&mut inlet)?;
+        accepted(&mut inlet, patience)?;
         let filler = Filler { uffd, zeros: None };
         let stopping = AtomicBool::new(false);
         let (memory_kept, failure) = (Arc::clone(&memory), OnceLock::new());
@@ -233,8 +243,11 @@ fn encoded(message: &impl serde::Serialize) -> Result<String, ShareError> {
     serde_json::to_string(message).map_err(|error| ShareError::Server(RefuseError::Message(error)))
 }
 
-fn accepted(inlet: &mut Inlet<'_>) -> Result<(), ShareError> {
-    let line = inlet.line().map_err(ShareError::Server)?;
+fn accepted(inlet: &mut Inlet<'_>, patience: Duration) -> Result<(), ShareError> {
+    let line = inlet.line().map_err(|error| match error {
+        RefuseError::TimedOut { .. } => ShareError::Silent { after: patience },
+        error => ShareError::Server(error),
+    })?;
     match serde_json::from_slice(&line) {
         Ok(Answer::Accepted {}) => Ok(()),
         Ok(Answer::Refused(reason) | Answer::Failure(reason)) => {

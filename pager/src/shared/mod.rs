@@ -8,6 +8,6 @@ mod prefill;
 
 pub(crate) use ahead::ImageLoader;
 #[cfg(feature = "vm-memory")]
-pub use clone::{ShareError, SharedClone};
+pub use clone::{PATIENCE, ShareError, SharedClone};
 pub(crate) use image::SharedImage;
 pub(crate) use prefill::prefill;

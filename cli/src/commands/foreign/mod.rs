@@ -19,6 +19,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use snapfmt::layout::MAX_STATE_BYTES;
 use snapfmt::{Snapshot, StateBlob};
 
+use super::reading;
 use crate::exit::BadInput;
 
 /// A file that is kept whole in a state section.
@@ -36,6 +37,7 @@ const OPAQUE: u32 = 1;
 impl Kept {
     /// Reads the file, which must be small enough for a section.
     pub(crate) fn read(&self, path: &Path) -> Result<StateBlob> {
+        let _reading = reading(path);
         let file = open(path)?;
         let len = file.metadata().with_context(|| path.display().to_string())?.len();
         let mut bytes = Vec::new();

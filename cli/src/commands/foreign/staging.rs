@@ -14,6 +14,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use rustix::fs::{CWD, FlockOperation, RenameFlags};
 
+use crate::leftovers;
+
 /// What the output is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Shape {
@@ -45,6 +47,7 @@ impl Staging {
         let failed = || format!("cannot create {}", out.display());
         // Guest memory holds secrets: nobody but the owner reads it.
         DirBuilder::new().mode(0o700).create(&folder).with_context(failed)?;
+        leftovers::folder(&folder);
         let lock = File::open(&folder).and_then(|lock| {
             rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
             Ok(lock)

@@ -1,0 +1,60 @@
+//! The pages of a snapshot, of which it is told when one does not come: its disk may be slow.
+
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use pager::{Load, PageReader, PageSequence, PageSource, SnapshotSource, SourceError};
+use snapfmt::Snapshot;
+
+use crate::waits::{Often, Wait};
+
+/// As [`SnapshotSource`].
+pub(crate) struct AwaitedSource {
+    source: SnapshotSource<File>,
+    path: PathBuf,
+}
+
+impl AwaitedSource {
+    /// `path` is for people.
+    pub(crate) fn new(snapshot: Arc<Snapshot>, path: &Path) -> Self {
+        Self { source: SnapshotSource::new(snapshot), path: path.to_owned() }
+    }
+}
+
+impl PageSource for AwaitedSource {
+    fn reader(&self, page_bytes: usize) -> Result<Box<dyn PageReader>, SourceError> {
+        let path = self.path.clone();
+        let page = move || format!("a page of {} to be read", path.display());
+        let wait = Often::new(Wait::new(page).hears());
+        Ok(Box::new(AwaitedReader { reader: self.source.reader(page_bytes)?, wait }))
+    }
+
+    fn len_bytes(&self) -> u64 {
+        self.source.len_bytes()
+    }
+
+    /// Nobody waits for what is loaded beforehand.
+    fn sequence(
+        &self,
+        page_bytes: usize,
+        pages: Vec<Range<u64>>,
+    ) -> Result<Box<dyn PageSequence>, SourceError> {
+        self.source.sequence(page_bytes, pages)
+    }
+}
+
+struct AwaitedReader {
+    reader: Box<dyn PageReader>,
+    wait: Often,
+}
+
+impl PageReader for AwaitedReader {
+    fn load(&mut self, source_offset: u64) -> Result<Load<'_>, SourceError> {
+        self.wait.begin();
+        let loaded = self.reader.load(source_offset);
+        self.wait.end();
+        loaded
+    }
+}

@@ -1,0 +1,91 @@
+//! What a command has made and would leave behind where its process ends at once, without a look back.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+static LEFTOVERS: Mutex<Vec<Leftover>> = Mutex::new(Vec::new());
+
+enum Leftover {
+    /// A name, with the device and number of what has it.
+    Name(PathBuf, (u64, u64)),
+    Folder(PathBuf),
+}
+
+/// The name `path` is this command's, as long as it names what it does now.
+pub(crate) fn name(path: &Path) {
+    if let Some(identity) = identity(path) {
+        add(Leftover::Name(path.to_owned(), identity));
+    }
+}
+
+/// The folder at `path`, with all that is in it, is this command's.
+pub(crate) fn folder(path: &Path) {
+    add(Leftover::Folder(path.to_owned()));
+}
+
+fn add(leftover: Leftover) {
+    LEFTOVERS.lock().unwrap_or_else(PoisonError::into_inner).push(leftover);
+}
+
+/// A disk that does not answer does not keep the process for longer.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Removes what is still there, if that can be done soon.
+pub(crate) fn remove() {
+    let (done, ended) = std::sync::mpsc::channel();
+    let removing = move || {
+        remove_all();
+        drop(done);
+    };
+    match std::thread::Builder::new().spawn(removing) {
+        // What is sent is its end.
+        Ok(_thread) => drop::<Result<(), _>>(ended.recv_timeout(PATIENCE)),
+        Err(_) => remove_all(),
+    }
+}
+
+fn remove_all() {
+    for leftover in LEFTOVERS.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+        // At the end of the process, and nobody left to tell.
+        let _ = match leftover {
+            Leftover::Name(path, known) if identity(&path) == Some(known) => {
+                std::fs::remove_file(path)
+            }
+            Leftover::Name(..) => Ok(()),
+            Leftover::Folder(path) => std::fs::remove_dir_all(path),
+        };
+    }
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    let named = path.symlink_metadata().ok()?;
+    Some((named.dev(), named.ino()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_was_made_here_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        for name in ["ours", "replaced", "other"] {
+            std::fs::write(path(name), b"").unwrap();
+        }
+        std::fs::create_dir(path("folder")).unwrap();
+        std::fs::write(path("folder").join("file"), b"").unwrap();
+        name(&path("ours"));
+        name(&path("replaced"));
+        self::folder(&path("folder"));
+        std::fs::write(path("new"), b"").unwrap();
+        std::fs::rename(path("new"), path("replaced")).unwrap();
+        remove_all();
+        let entries = std::fs::read_dir(folder.path()).unwrap();
+        let mut left: Vec<_> = entries.map(|entry| entry.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["other", "replaced"]);
+    }
+}

@@ -1,0 +1,160 @@
+//! SIGHUP, of a terminal that is closed or a connection that is lost, is heard like SIGTERM.
+
+use std::ffi::OsStr;
+use std::path::Path;
+use std::process::Command;
+
+use crate::support::{SNAP, Sample, names, needs_vm, signal, skip};
+use crate::talking::{Talking, state, wait_for, wait_until};
+
+/// A command that makes a socket, as far as that it can be hung up on.
+fn begun(words: &[&str], file: &Path, option: &str, socket: &Path) -> Talking {
+    let words = words.iter().map(|word| match *word {
+        "FILE" => file.as_os_str(),
+        word => OsStr::new(word),
+    });
+    let talking = Talking::snap(words.chain([OsStr::new(option), socket.as_os_str()]));
+    wait_for(socket);
+    talking
+}
+
+/// The commands that make a socket.
+const COMMANDS: [(&[&str], &str); 6] = [
+    (&["run", "--memory", "32M", "--work", "4M"], "--api"),
+    (&["restore", "FILE"], "--api"),
+    (&["restore", "--lazy", "FILE"], "--api"),
+    (&["restore", "--paused", "FILE"], "--api"),
+    (&["serve", "FILE"], "--listen"),
+    (&["keep"], "--listen"),
+];
+
+#[test]
+fn a_hangup_ends_each_command_cleanly() {
+    // Sockets stayed behind.
+    needs_vm!();
+    let sample = Sample::small();
+    let socket = sample.folder.path().join("a.sock");
+    for (words, option) in COMMANDS {
+        let talking = begun(words, &sample.file, option, &socket);
+        // The shell and the kernel both say it: the second is no impatience.
+        talking.signal("HUP");
+        talking.signal("HUP");
+        talking.end().failed(130, &["interrupted"]);
+        assert_eq!(sample.names(), ["guest.snap"], "{words:?}");
+    }
+}
+
+#[test]
+fn a_hangup_leaves_nothing_half_written() {
+    needs_vm!();
+    let sample = Sample::create(&["--memory", "256M", "--work", "192M"]);
+    let out = sample.folder.path().join("out");
+    let (file, out) = (sample.file.to_str().expect("text"), out.to_str().expect("text"));
+    for words in [
+        &["create", out, "--memory", "256M", "--work", "192M", "--level", "19"][..],
+        &["flatten", file, "-o", out, "--level", "19"],
+        &["restore", "--lazy", "--record", file, "-o", out, "--until", "never"],
+    ] {
+        let mut talking = Talking::snap(words);
+        let recorded = words[0] == "restore";
+        match recorded {
+            true => talking.beats(1),
+            false => hears_hangups(talking.id()),
+        }
+        talking.signal("HUP");
+        talking.end().failed(130, &["interrupted"]);
+        // What was recorded is written all the same, as after Ctrl-C.
+        let expected = if recorded { &["guest.snap", "out"][..] } else { &["guest.snap"] };
+        assert_eq!(sample.names(), expected, "{words:?}");
+    }
+    let talking = Talking::snap(["export", file, "--format", "raw", "-o", &format!("{out}.raw")]);
+    hears_hangups(talking.id());
+    talking.signal("HUP");
+    // It may have been done by then.
+    let code = talking.end().code;
+    let expected = ["guest.snap", "out", "out.raw"];
+    assert_eq!(sample.names(), expected[..if code == Some(0) { 3 } else { 2 }]);
+}
+
+#[test]
+fn a_command_that_is_to_outlive_its_terminal_does() {
+    needs_vm!();
+    let sample = Sample::small();
+    let socket = sample.folder.path().join("a.sock");
+    for (words, option) in COMMANDS {
+        let mut command = Command::new("nohup");
+        command.arg(SNAP).args(words.iter().map(|word| match *word {
+            "FILE" => sample.file.as_os_str(),
+            word => OsStr::new(word),
+        }));
+        command.arg(option).arg(&socket);
+        let talking = Talking::start(command);
+        wait_for(&socket);
+        assert!(has(talking.id(), "SigIgn", 1), "{words:?}: SIGHUP is not ignored any more");
+        talking.signal("HUP");
+        talking.interrupt();
+    }
+}
+
+#[test]
+fn a_terminal_that_is_closed() {
+    needs_vm!();
+    let sample = Sample::small();
+    let folder = sample.folder.path();
+    let socket = folder.join("a.sock");
+    let Some(terminal) = in_terminal("exec \"$SNAP\" restore \"$FILE\" --api \"$SOCKET\"", &sample)
+    else {
+        return skip("a_terminal_that_is_closed", "there is no program `script`");
+    };
+    wait_for(&socket);
+    // With its program the terminal is gone.
+    terminal.signal("KILL");
+    wait_until("the socket stays behind", || names(folder) == ["guest.snap"]);
+}
+
+#[test]
+fn a_guest_in_the_background_of_a_terminal_runs() {
+    // It was stopped by SIGTTOU, or SIGTTIN, when it looked for the keyboard, and its clients hung.
+    needs_vm!();
+    let sample = Sample::small();
+    let script = "set -m; stty tostop; \"$SNAP\" restore \"$FILE\" --api \"$SOCKET\" & \
+                  echo $! > \"$PID\"; wait $!";
+    let test = "a_guest_in_the_background_of_a_terminal_runs";
+    let Some(mut terminal) = in_terminal(script, &sample) else {
+        return skip(test, "there is no program `script`");
+    };
+    let pid = sample.folder.path().join("pid");
+    let read = || std::fs::read_to_string(&pid).ok()?.trim().parse::<u32>().ok();
+    wait_until("nothing is started", || read().is_some());
+    let id = read().expect("it was there");
+    // Its output comes through the terminal.
+    terminal.beats(3);
+    assert_ne!(state(id), Some('T'), "it is stopped");
+    signal(id, "INT");
+    terminal.end();
+    assert_eq!(sample.names(), ["guest.snap", "pid"]);
+}
+
+/// Runs a script in a terminal of its own.
+fn in_terminal(script: &str, sample: &Sample) -> Option<Talking> {
+    Command::new("script").arg("--version").output().ok()?;
+    let mut command = Command::new("script");
+    command.args(["-q", "-e", "-f", "-c", script, "/dev/null"]);
+    command.env("SHELL", "/bin/sh").env("SNAP", SNAP).env("FILE", &sample.file);
+    command.env("SOCKET", sample.folder.path().join("a.sock"));
+    command.env("PID", sample.folder.path().join("pid"));
+    Some(Talking::start(command))
+}
+
+/// Waits until a process handles SIGHUP. Before that, the signal just kills it.
+fn hears_hangups(process: u32) {
+    wait_until("it hears no signals", || has(process, "SigCgt", 1));
+}
+
+/// Whether a signal is in a set of a process: see proc_pid_status(5).
+fn has(process: u32, set: &str, signal: u32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix(set)?.strip_prefix(':'));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask & (1 << (signal - 1)) != 0)
+}

@@ -1,0 +1,144 @@
+//! A command under way: what it says meanwhile, and how it ends.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use crate::support::{Ran, SNAP, end_of, signal};
+
+/// A hang guard.
+pub(crate) const LONG: Duration = Duration::from_secs(60);
+
+/// It is killed when it is dropped.
+pub(crate) struct Talking {
+    child: Option<Child>,
+    /// Lines of its stderr, and of its stdout.
+    errors: Receiver<String>,
+    lines: Receiver<String>,
+    /// What was read of its stderr.
+    said: String,
+}
+
+impl Talking {
+    pub(crate) fn start(mut command: Command) -> Self {
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("it starts");
+        let errors = lines_of(child.stderr.take().expect("it is piped"));
+        let lines = lines_of(child.stdout.take().expect("it is piped"));
+        Self { child: Some(child), errors, lines, said: String::new() }
+    }
+
+    /// `snap` with these words.
+    pub(crate) fn snap<A: AsRef<std::ffi::OsStr>>(words: impl IntoIterator<Item = A>) -> Self {
+        let mut command = Command::new(SNAP);
+        command.args(words);
+        Self::start(command)
+    }
+
+    /// Waits until it says a line on stderr that has all of this in it.
+    #[track_caller]
+    pub(crate) fn says(&mut self, what: &[&str]) -> String {
+        loop {
+            let Ok(line) = self.errors.recv_timeout(LONG) else {
+                panic!("{what:?} is not said; only: {}", self.said);
+            };
+            self.said += &format!("{line}\n");
+            if what.iter().all(|what| line.contains(what)) {
+                return line;
+            }
+        }
+    }
+
+    /// Waits for so many beats of its guest, from now on.
+    #[track_caller]
+    pub(crate) fn beats(&mut self, count: usize) {
+        while self.lines.try_recv().is_ok() {}
+        let mut seen = 0;
+        while seen < count {
+            let Ok(line) = self.lines.recv_timeout(LONG) else {
+                panic!("the guest does not run: {}", self.said);
+            };
+            if line.starts_with("beat ") {
+                assert!(line.ends_with(" ok"), "{line}");
+                seen += 1;
+            }
+        }
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.child.as_ref().expect("it runs").id()
+    }
+
+    pub(crate) fn signal(&self, name: &str) {
+        signal(self.id(), name);
+    }
+
+    /// Stops it as Ctrl-Z does; it is stopped when this returns.
+    pub(crate) fn stop(&self) {
+        self.signal("STOP");
+        while state(self.id()) != Some('T') {
+            std::thread::yield_now();
+        }
+    }
+
+    /// Waits for its end.
+    #[track_caller]
+    pub(crate) fn end(mut self) -> Ran {
+        let ended = end_of(self.child.take().expect("it runs"));
+        self.said.extend(self.errors.iter().map(|line| line + "\n"));
+        let stdout = self.lines.iter().map(|line| line + "\n").collect();
+        Ran { code: ended.status.code(), stdout, stderr: std::mem::take(&mut self.said) }
+    }
+
+    /// Interrupts it, which ends it.
+    #[track_caller]
+    pub(crate) fn interrupt(self) -> Ran {
+        self.signal("INT");
+        self.end().failed(130, &["interrupted"])
+    }
+}
+
+impl Drop for Talking {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+fn lines_of(stream: impl Read + Send + 'static) -> Receiver<String> {
+    let (told, lines) = channel();
+    std::thread::spawn(move || {
+        for line in BufReader::new(stream).lines().map_while(Result::ok) {
+            if told.send(line).is_err() {
+                break;
+            }
+        }
+    });
+    lines
+}
+
+/// What a process does: see proc_pid_stat(5).
+pub(crate) fn state(process: u32) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.chars().next()
+}
+
+/// Waits until there is something at `path`.
+#[track_caller]
+pub(crate) fn wait_for(path: &Path) {
+    wait_until(&format!("{} is not there", path.display()), || path.symlink_metadata().is_ok());
+}
+
+/// Waits until `is` says so.
+#[track_caller]
+pub(crate) fn wait_until(or: &str, is: impl Fn() -> bool) {
+    let begun = std::time::Instant::now();
+    while !is() {
+        assert!(begun.elapsed() < LONG, "{or}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
