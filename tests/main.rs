@@ -10,6 +10,8 @@ mod continuity;
 mod control;
 mod disks;
 mod failing_restores;
+#[path = "../snapfmt/tests/common/mod.rs"]
+mod file_bytes;
 mod fuse;
 mod golden_files;
 mod hangups;

@@ -149,8 +149,7 @@ fn the_same_input_gives_the_same_bytes_for_any_number_of_threads() {
         let threads = NonZeroUsize::new(threads).unwrap();
         store(&path, memory, None, &hot, &WriteOptions { threads, ..WriteOptions::default() });
         let header = Snapshot::open(&path).unwrap().header().clone();
-        let bytes = common::without_id(std::fs::read(&path).unwrap());
-        (bytes, header)
+        (common::without_id(std::fs::read(&path).unwrap()), header)
     };
     let (one, _) = stored("one", 1, &memory);
     let (four, _) = stored("four", 4, &memory);

@@ -2,7 +2,7 @@
 
 use snapfmt::{PageEntry, Snapshot};
 
-/// All but what differs with each writing: the header, and the checksums of chunks, which begin with the file's id.
+/// With zeros for what is a file's own: its id, its time, the checksum over them, and those of chunks, which begin with its id.
 pub(crate) fn without_id(mut bytes: Vec<u8>) -> Vec<u8> {
     let mut chunks = Vec::new();
     let snapshot = Snapshot::new(&bytes[..]).unwrap();
@@ -18,5 +18,8 @@ pub(crate) fn without_id(mut bytes: Vec<u8>) -> Vec<u8> {
         bytes[at + 12..at + 16].fill(0);
         bytes[at + 28..at + 32].fill(0);
     }
-    bytes.split_off(4096)
+    for own in [40..56, 144..168, 4092..4096] {
+        bytes[own].fill(0);
+    }
+    bytes
 }
