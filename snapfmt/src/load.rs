@@ -55,7 +55,7 @@ impl<R: ReadAt> Snapshot<R> {
     /// Lets go of what [`Snapshot::load`] has brought into the page cache: the chunks of files of which nothing was cached before. Their
     /// index stays cached, and so a file that is loaded again soon stays as a whole.
     ///
-    /// The memory is there without this: it may be done when that is in use. It takes 20 us for each MiB.
+    /// The memory is there without this: it may be done when that is in use. It takes 30 us for each MiB.
     pub fn release(&self, loaded: &Loaded) {
         for number in &loaded.unneeded {
             if let Some(layer) = self.layers.get(usize::from(*number)) {
