@@ -217,7 +217,7 @@ impl Imported {
 }
 
 /// The file of memory that is given, or stdin; its length, and what it is called.
-fn memory<'a>(args: &'a Args) -> Result<(File, u64, &'a Path)> {
+fn memory(args: &Args) -> Result<(File, u64, &Path)> {
     if !stdio::is_meant(&args.input) {
         let (file, len) = open_memory(&args.input)?;
         return Ok((file, len, &args.input));
