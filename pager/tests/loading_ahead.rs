@@ -216,3 +216,45 @@ fn what_is_being_loaded_is_not_loaded_again() {
     let loads = loads.load(Ordering::Relaxed);
     assert!((chunks..=chunks + chunks / 10).contains(&loads), "{loads} loads of {chunks} chunks");
 }
+
+/// What the last loader passes over, because a fault is loading it, comes again before memory is let go: what is missing
+/// then would be zeros.
+#[test]
+fn what_is_passed_over_at_the_end_is_loaded() {
+    if !userfaultfd_works("what_is_passed_over_at_the_end_is_loaded") {
+        return;
+    }
+    let memory = Memory::map(PAGES * PAGE);
+    let first_of_last_part = PAGES - (2 << 20) / PAGE;
+    let touched = first_of_last_part + 8;
+    let (loads_of_touched, loads) = (Arc::new(AtomicU64::new(0)), AtomicU64::new(0));
+    let (fault, loads) = (Arc::clone(&loads_of_touched), Arc::new(loads));
+    let source = source_of(PAGES, move |offset, answer| {
+        let page = offset as usize / PAGE;
+        if page == touched && fault.fetch_add(1, Ordering::SeqCst) == 0 {
+            // The fault's own load takes until hardly any page is left but those that were passed over.
+            let enough = (PAGES - 100) as u64;
+            wait_until("the others are loaded", || loads.load(Ordering::SeqCst) >= enough);
+        }
+        if page == first_of_last_part {
+            wait_until("the fault is there", || fault.load(Ordering::SeqCst) > 0);
+        }
+        loads.fetch_add(1, Ordering::SeqCst);
+        answer.push(page);
+        Ok(())
+    });
+    let pager = Pager::builder(source)
+        .region(memory.whole())
+        .populate(Populate::Full)
+        .populate_threads(1)
+        .start()
+        .expect("it starts");
+    thread::scope(|scope| {
+        let fault = scope.spawn(|| memory.read_u64(touched * PAGE));
+        assert_eq!(pager.wait_complete(LONG), Population::Complete);
+        assert_eq!(fault.join().expect("it reads"), stamp(touched));
+    });
+    for page in 0..PAGES {
+        assert_eq!(memory.read_u64(page * PAGE), stamp(page), "page {page}");
+    }
+}

@@ -74,8 +74,9 @@ impl Loader {
             stopped(&shared)?;
         }
         let plan = shared.population.plan.get_or_init(|| Plan::new(&shared.layout));
-        let mut ahead = self.prepared(plan, None);
-        while let Some((part, mut sequence)) = ahead {
+        let mut ahead = None;
+        // What was left comes again after the last part.
+        while let Some((part, mut sequence)) = ahead.take().or_else(|| self.prepared(plan, None)) {
             // Storage reads the next part while this one is decoded.
             ahead = self.prepared(plan, Some(part.number));
             let passed_over = match &mut sequence {
@@ -90,6 +91,7 @@ impl Loader {
                 plan.leave(part);
             } else {
                 self.rest(&part)?;
+                plan.done(&part);
             }
         }
         Ok(())
@@ -288,6 +290,8 @@ impl Loader {
             }
         }
         let mut unloadable = progress.unloadable.load(Ordering::Relaxed);
+        // What was never looked at would become zeros.
+        unloadable += progress.plan.get().map_or(1, Plan::pages_left);
         unloadable += self.shared.slices.iter().map(|slice| slice.counters.poisoned()).sum::<u64>();
         let population = match unloadable {
             0 if self.shared.release().is_ok() => Population::Complete,

@@ -19,6 +19,8 @@ pub(crate) struct Plan {
     cursor: AtomicUsize,
     /// Parts of which something was passed over.
     left: Mutex<Vec<Part>>,
+    /// Of parts that are not done.
+    pages_left: AtomicU64,
     part_pages: u64,
     page_bytes: u64,
 }
@@ -52,10 +54,11 @@ impl Plan {
             parts += pages.div_ceil(part_pages) as usize;
             PlanExtent { first_part, first_page, pages, source_offset: source.start }
         });
-        let extents = extents.collect();
+        let extents: Vec<PlanExtent> = extents.collect();
+        let pages_left = extents.iter().map(|extent| extent.pages).sum::<u64>().into();
         let taken = std::iter::repeat_with(AtomicBool::default).take(parts).collect();
         let (cursor, left) = (AtomicUsize::new(0), Mutex::default());
-        Plan { extents, taken, cursor, left, part_pages, page_bytes }
+        Plan { extents, taken, cursor, left, pages_left, part_pages, page_bytes }
     }
 
     /// The next part for a loader whose last one was `last`.
@@ -75,6 +78,17 @@ impl Plan {
     pub(super) fn leave(&self, part: Part) {
         let left = Part { again: true, ..part };
         self.left.lock().unwrap_or_else(PoisonError::into_inner).push(left);
+    }
+
+    /// Every page of the part has been looked at: it is installed, or a fault may bring it, or it is known to be zero or
+    /// unreadable.
+    pub(super) fn done(&self, part: &Part) {
+        self.pages_left.fetch_sub(part.pages.end - part.pages.start, Ordering::AcqRel);
+    }
+
+    /// The pages of all parts that are not done: while there are some, memory must not be let go.
+    pub(super) fn pages_left(&self) -> u64 {
+        self.pages_left.load(Ordering::Acquire)
     }
 
     fn in_order(&self) -> Option<usize> {
@@ -205,6 +219,7 @@ mod tests {
         let (plan, recent) = (plan(), RecentFaults::default());
         let first = plan.next(None, &recent).expect("the first");
         plan.leave(first.clone());
+        assert_eq!(plan.pages_left(), 11 * 256);
         let numbers: Vec<(usize, bool)> = std::iter::from_fn(|| plan.next(None, &recent))
             .map(|part| (part.number, part.again))
             .collect();
@@ -212,5 +227,7 @@ mod tests {
             numbers,
             [(1, false), (2, false), (3, false), (4, false), (5, false), (0, true)]
         );
+        plan.done(&first);
+        assert_eq!(plan.pages_left(), 11 * 256 - (first.pages.end - first.pages.start));
     }
 }
