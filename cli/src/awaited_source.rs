@@ -1,25 +1,23 @@
 //! The pages of a snapshot, of which it is told when one does not come: its disk may be slow.
 
-use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use pager::{Load, PageReader, PageSequence, PageSource, SnapshotSource, SourceError};
-use snapfmt::Snapshot;
+use pager::{Load, PageReader, PageSequence, PageSource, SourceError};
 
 use crate::waits::{Often, Wait};
 
-/// As [`SnapshotSource`].
+/// As the source it wraps.
 pub(crate) struct AwaitedSource {
-    source: SnapshotSource<File>,
+    source: Arc<dyn PageSource>,
     path: PathBuf,
 }
 
 impl AwaitedSource {
     /// `path` is for people.
-    pub(crate) fn new(snapshot: Arc<Snapshot>, path: &Path) -> Self {
-        Self { source: SnapshotSource::new(snapshot), path: path.to_owned() }
+    pub(crate) fn new(source: Arc<dyn PageSource>, path: &Path) -> Self {
+        Self { source, path: path.to_owned() }
     }
 }
 

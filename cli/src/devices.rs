@@ -3,13 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use serde_json::{Value, json};
+use snapvm::DeviceConnections;
 use vmm::MmioDevice;
-use vmm::state::DeviceState;
 use vmm::virtio::{
-    BackendState, BalloonState, BlockState, Disk, EventLoop, Host, MacAddress, MacError,
-    OverlayPlace, OverlayState, Tap, VirtioDevice, VirtioState, VsockError, VsockHost,
+    BalloonState, Disk, EventLoop, Host, MacAddress, MacError, OverlayPlace, Tap, VirtioDevice,
+    VsockError, VsockHost,
 };
 
 use crate::leftovers;
@@ -260,101 +260,17 @@ impl DeviceArgs {
 }
 
 impl SavedDeviceArgs {
-    /// The devices of a saved guest, with their back ends opened and checked. `content` gives what is stored of
-    /// a device besides its state, by its place in the list.
-    pub(crate) fn restore(
-        &self,
-        saved: &[DeviceState],
-        content: impl Fn(usize) -> Result<Vec<u8>>,
-    ) -> Result<Devices> {
-        let mut paths = self.disks.iter().map(PathBuf::as_path);
-        let devices = saved
-            .iter()
-            .map(VirtioState::decode)
-            .collect::<Result<Vec<_>, _>>()
-            .context("the snapshot has a device that this version of snap does not know")?;
-        let is_disk = |device: &&VirtioState| {
-            matches!(device.device, BackendState::Block(_) | BackendState::Overlay(_))
-        };
-        let (given, disks) = (self.disks.len(), devices.iter().filter(is_disk).count());
-        if given != 0 && given != disks {
-            bail!("--disk is given {given} times, and the guest has {disks} disks");
-        }
-        let is_vsock = |device: &VirtioState| matches!(device.device, BackendState::Vsock(_));
-        if self.vsock.is_some() && !devices.iter().any(is_vsock) {
-            bail!("--vsock is given, and the guest has no vsock");
-        }
-        let is_net = |device: &&VirtioState| matches!(device.device, BackendState::Net(_));
-        let (given, nets) = (self.nets.len(), devices.iter().filter(is_net).count());
-        if given != 0 && given != nets {
-            bail!("--net is given {given} times, and the guest has {nets} network interfaces");
-        }
-        let mut net_args = self.nets.iter();
-        if devices.is_empty() {
-            return Ok(Vec::new());
-        }
-        let event_loop = EventLoop::start().context("cannot start the devices' thread")?;
-        let mut restored: Devices = Vec::new();
-        for (place, VirtioState { transport, device }) in devices.into_iter().enumerate() {
-            let content = || content(place);
-            let host = self.host(device, &mut paths, &mut net_args, content)?;
-            let device = VirtioDevice::restore(&event_loop, transport, host)
-                .context("cannot make a device")?;
-            restored.push(Box::new(device));
-        }
-        Ok(restored)
-    }
-
-    fn disk_below(
-        &self,
-        saved: &BlockState,
-        path: Option<&Path>,
-        blocks: u32,
-        content: &[u8],
-    ) -> Result<Host> {
-        let place = overlay_place(self.disk_overlay.as_ref());
-        let disk = Disk::open_saved_below(saved, path, self.force_disks, &place, blocks, content);
-        Ok(Host::Disk(disk.context(WHICH_DISK)?))
-    }
-
-    fn host<'a>(
-        &self,
-        saved: BackendState,
-        paths: &mut impl Iterator<Item = &'a Path>,
-        nets: &mut impl Iterator<Item = &'a NetArg>,
-        content: impl FnOnce() -> Result<Vec<u8>>,
-    ) -> Result<Host> {
-        Ok(match saved {
-            BackendState::Block(disk) if disk.read_only || self.disk_overlay.is_none() => {
-                let opened = Disk::open_saved(&disk, paths.next(), self.force_disks);
-                Host::Disk(opened.context(WHICH_DISK)?)
-            }
-            BackendState::Block(disk) => self.disk_below(&disk, paths.next(), 0, &[])?,
-            BackendState::Overlay(OverlayState { disk, blocks }) => {
-                self.disk_below(&disk, paths.next(), blocks, &content()?)?
-            }
-            BackendState::Rng => Host::Entropy,
-            BackendState::Balloon(balloon) => Host::Balloon(balloon),
-            BackendState::Net(saved) => match nets.next() {
-                Some(net) => net.open(saved.mac)?,
-                None => Host::Net(
-                    Tap::open(&saved.tap)
-                        .context("the guest's network interface (--net gives it another tap)")?,
-                    saved.mac,
-                ),
-            },
-            BackendState::Vsock(saved) => match &self.vsock {
-                Some(vsock) => vsock.bind()?,
-                None => bind_vsock(saved.guest_cid, &saved.path)
-                    .context("the guest's vsock (--vsock gives it another socket)")?,
-            },
-            _ => bail!("the snapshot has a device that this version of snap does not know"),
-        })
+    pub(crate) fn connections(&self) -> DeviceConnections {
+        let mut connections = DeviceConnections::default();
+        connections.disks = self.disks.clone();
+        connections.force_disks = self.force_disks;
+        connections.disk_overlay = self.disk_overlay.clone().map(|OverlayArg(place)| place);
+        connections.vsock = self.vsock.clone().map(|VsockArg { cid, path }| (cid, path));
+        connections.nets =
+            self.nets.iter().cloned().map(|NetArg { tap, mac }| (tap, mac)).collect();
+        connections
     }
 }
-
-const WHICH_DISK: &str =
-    "the guest's disk (--disk says where it is now, --force-disks takes it as it is)";
 
 #[cfg(test)]
 mod tests {

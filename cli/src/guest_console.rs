@@ -3,10 +3,9 @@
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
-use std::time::Instant;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use snapvm::FirstOutput;
 use vmm::{Console, ConsoleFlow};
 
 /// What the console looks for in the guest's output to stop it, at exactly that byte.
@@ -36,9 +35,7 @@ pub(crate) struct Seen(Arc<SeenInner>);
 
 #[derive(Default)]
 struct SeenInner {
-    first_output: OnceLock<Instant>,
-    /// Who is told of it.
-    waits_for_output: Mutex<Weak<Sender<()>>>,
+    first_output: FirstOutput,
     beats: AtomicU64,
     bad_beats: AtomicU64,
     output_error: OnceLock<io::Error>,
@@ -50,27 +47,8 @@ struct SeenInner {
 const TAIL_BYTES: usize = 4096;
 
 impl Seen {
-    pub(crate) fn first_output(&self) -> Option<Instant> {
-        self.0.first_output.get().copied()
-    }
-
-    /// Has a message sent at the first output, or now if there was one, if `to` is still there then.
-    pub(crate) fn tell_first_output(&self, to: Weak<Sender<()>>) {
-        *self.waits_for_output() = to;
-        if self.first_output().is_some() {
-            self.told_first_output();
-        }
-    }
-
-    fn told_first_output(&self) {
-        if let Some(to) = self.waits_for_output().upgrade() {
-            // Who does not listen any more need not know.
-            let _ = to.send(());
-        }
-    }
-
-    fn waits_for_output(&self) -> MutexGuard<'_, Weak<Sender<()>>> {
-        self.0.waits_for_output.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn first_output(&self) -> &FirstOutput {
+        &self.0.first_output
     }
 
     /// Lines of the demo guest that began with `beat `, and those among them that were not `ok`.
@@ -177,9 +155,7 @@ impl<W: Write + Send> GuestConsole<W> {
 
 impl<W: Write + Send> Console for GuestConsole<W> {
     fn write(&mut self, bytes: &[u8]) -> ConsoleFlow {
-        if self.seen.0.first_output.set(Instant::now()).is_ok() {
-            self.seen.told_first_output();
-        }
+        self.seen.0.first_output.note();
         let mut tail = self.seen.0.tail.lock().unwrap_or_else(PoisonError::into_inner);
         tail.extend_from_slice(bytes);
         let excess = tail.len().saturating_sub(TAIL_BYTES);
@@ -220,22 +196,6 @@ mod tests {
         assert_eq!(console.write(b"\n"), ConsoleFlow::Pause);
         assert_eq!(seen.beats(), (2, 1));
         assert_eq!(console.out, b"ready\nbeat 1 ok\nbeat 2 BAD page=1\n");
-    }
-
-    #[test]
-    fn the_first_output_is_told_once_whenever_it_is_asked_for() {
-        let (sender, told) = std::sync::mpsc::channel();
-        let sender = Arc::new(sender);
-        let (mut console, seen) = GuestConsole::new(Vec::new(), Until::default());
-        seen.tell_first_output(Arc::downgrade(&sender));
-        assert!(told.try_recv().is_err());
-        console.write(b"a");
-        console.write(b"b");
-        assert_eq!(told.try_iter().count(), 1);
-        seen.tell_first_output(Arc::downgrade(&sender));
-        assert_eq!(told.try_iter().count(), 1);
-        drop(sender);
-        assert!(told.recv().is_err(), "nobody else is there to send");
     }
 
     #[test]

@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::recording::Touched;
 use crate::size;
 use crate::usage::Usage;
+use snapvm::Touched;
 
 /// The report of one restore. All times are counted from the start of the command.
 #[derive(Clone, Debug, Serialize)]

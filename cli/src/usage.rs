@@ -248,9 +248,10 @@ Pss:                   4 kB
     #[test]
     fn this_process_can_be_looked_at() {
         let before = Counters::now().unwrap();
-        let memory = crate::guest_memory::private(&vmm::memory_layout(8 << 20).unwrap()).unwrap();
+        use vm_memory::GuestAddress;
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 8 << 20)]).unwrap();
         let touch = || {
-            use vm_memory::{Bytes, GuestAddress};
+            use vm_memory::Bytes;
             memory.write_slice(&[1; 1 << 20], GuestAddress(0)).unwrap();
         };
         let ((), timeline) =

@@ -18,7 +18,7 @@ use crate::commands::Session;
 use crate::exit::Interrupted;
 use crate::progress::Bar;
 use crate::storage::Storage;
-use crate::stored::Summary;
+use crate::summary::Summary;
 use crate::waits::Wait;
 
 /// How often it is looked how far the guest's file is, and whether the user has interrupted.

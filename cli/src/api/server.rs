@@ -13,7 +13,6 @@ use rustix::event::{PollFd, PollFlags};
 
 use super::http::{Connection, NoRequest, Patience, Response};
 use super::routes::Routes;
-use crate::room;
 
 /// Connections at once. One more takes the place of the one that has been quiet for the longest.
 const CONNECTIONS: usize = 16;
@@ -129,7 +128,7 @@ impl Clients {
                 let _ = stream.shutdown(Shutdown::Both);
             }
         };
-        let spawned = room::check(room::THREAD_BYTES)
+        let spawned = snapvm::room::check(snapvm::room::THREAD_BYTES)
             .and_then(|()| std::thread::Builder::new().name("api-client".into()).spawn(serve));
         match spawned {
             Ok(thread) => clients.push(Client { stream, activity, thread }),

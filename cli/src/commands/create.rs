@@ -3,33 +3,30 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-use pager::{FailurePolicy, Pager, Placement, Populate};
+use pager::Populate;
 use snapfmt::Header;
-use snapfmt::layout::PAGE_BYTES;
-use vmm::{PausedVm, REQUEST_PORT, Stop};
+use snapvm::{MemoryFrom, Prefetch, Vm};
+use vmm::{REQUEST_PORT, Stop};
 
 use super::guest::{self, GuestArgs};
 use super::stdout::print_line;
 use super::{Session, refuse_existing};
 use crate::activity::Activity;
 use crate::api::client;
-use crate::booted::Booted;
 use crate::config::ConfigArgs;
-use crate::devices::SavedDeviceArgs;
 use crate::exit::{GuestStopped, Interrupted};
 use crate::guest_console::{GuestConsole, READY, Seen, Until};
-use crate::guest_memory::to_regions;
 use crate::live;
-use crate::prefetch::PrefetchArg;
 use crate::progress::Bar;
-use crate::restored::{Origin, Restored, damaged};
+use crate::restoring::{self, snapshot_error};
 use crate::size;
 use crate::stderr::say;
 use crate::storage::Storage;
-use crate::stored::{Filled, Kept, Origins, Summary};
+use crate::summary::Summary;
 
 /// Boot a guest, wait until it is ready, and store it in one file.
 #[derive(clap::Args)]
@@ -197,18 +194,12 @@ fn create_whole(args: &Args, session: &Session) -> Result<(Header, Instant, Inst
         None => Trigger::Ready,
     };
     let (console, seen) = GuestConsole::new(std::io::sink(), when.until());
-    let heed_requests = when == Trigger::Request;
-    let Booted { vm, memory, ranges } = Booted::new(&args.guest, console, heed_requests, session)?;
-    let touched = || memory.touched_bytes();
-    let (mut guest, paused_at) = run_until_ready(vm, args, &when, &seen, &touched, session)?;
-    let kept = Kept::Booted {
-        memory: &memory,
-        regions: &to_regions(&ranges),
-        guest: args.guest.metadata(),
-    };
+    let vm = guest::boot(&args.guest, console, when == Trigger::Request, session)?;
+    let (mut guest, paused_at) = run_until_ready(vm, args, &when, &seen, session)?;
     let bar = Bar::new("storing", session.quiet, &session.interrupt);
     let options = args.storage.options()?;
-    let header = kept.store_whole(&mut guest, args.out(), &options, &|p| bar.update(p))?;
+    let written = guest.snapshot(args.out(), &options, &|p| bar.update(p));
+    let header = written.map_err(snapshot_error)?;
     Ok((header, paused_at, paused_at))
 }
 
@@ -222,48 +213,25 @@ fn create_layer(args: &Args, base: &Path, session: &Session) -> Result<(Header, 
         );
     };
     let (console, seen) = GuestConsole::new(std::io::sink(), when.until());
-    let origin = Origin {
-        file: base,
-        parents: &[],
-        lazy: true,
-        share: None,
-        image: None,
-        on_error: FailurePolicy::Poison,
-        memory_bytes: None,
-        populate: Populate::Off,
-        populate_rate: None,
-        prefetch: PrefetchArg::Off,
-        record: None,
-        placement: Placement::default(),
-        clock: vmm::Clock::Advance,
-        force: false,
-        heed_requests: when == Trigger::Request,
-        devices: &SavedDeviceArgs::default(),
-    };
-    let Restored { snapshot, memory, pager, vm, memory_ready, .. } =
-        origin.restore(console, session)?;
-    // Those that the guest has asked for.
-    let touched = || pager.as_ref().map(|pager| pager.stats().pages.present * PAGE_BYTES as u64);
-    let ran = run_until_ready(vm, args, &when, &seen, &touched, session);
+    let config = restoring::config(base, &[], None, session)?
+        .memory(MemoryFrom::Lazy)
+        .populate(Populate::Off, None)
+        .prefetch(Prefetch::Off)
+        .guest_trigger(when == Trigger::Request);
+    let restored = restoring::restore(&config, console, session)?;
+    let memory_ready_at = restored.memory_ready_at;
+    let memory = Arc::clone(restored.vm.memory());
+    let ran = run_until_ready(restored.vm, args, &when, &seen, session);
     // What the pager could not do is the cause of whatever else went wrong.
-    if let Some(failure) = pager.as_ref().and_then(Pager::failure) {
-        return Err(damaged(base, failure));
-    }
+    restoring::check_memory(&memory)?;
     let (mut guest, paused_at) = ran?;
-    let kept = Kept::Restored(Origins {
-        file: base,
-        snapshot: &snapshot,
-        memory: &memory,
-        from: pager.as_ref().map_or(Filled::AtOnce, Filled::By),
-    });
     let bar = Bar::new("storing", session.quiet, &session.interrupt);
     let options = args.storage.options()?;
-    let header = kept.store_changes(&mut guest, args.out(), &options, &|p| bar.update(p))?;
-    // The vCPUs before the pager: nobody touches a missing page any more.
+    let written = guest.snapshot_layer(args.out(), &options, &|p| bar.update(p));
+    let header = written.map_err(snapshot_error)?;
     let _ending = live::ending("the service of the guest's pages to end");
-    drop(guest);
-    drop(pager);
-    Ok((header, memory_ready, paused_at))
+    drop((guest, memory));
+    Ok((header, memory_ready_at, paused_at))
 }
 
 /// When it is first told that the guest is not ready yet, and how often after that.
@@ -272,13 +240,14 @@ const TELL_EVERY: Duration = Duration::from_secs(10);
 
 /// Runs a guest until it is to be stored; gives it, and when it stopped.
 fn run_until_ready(
-    guest: PausedVm,
+    guest: Vm,
     args: &Args,
     when: &Trigger,
     seen: &Seen,
-    touched_bytes: &dyn Fn() -> Option<u64>,
     session: &Session,
-) -> Result<(PausedVm, Instant)> {
+) -> Result<(Vm, Instant)> {
+    let memory = Arc::clone(guest.memory());
+    let touched_bytes = || memory.touched_bytes();
     let running = guest.resume()?;
     // Again: resuming has forgotten a pause that was asked for before.
     session.interrupt.pauses(running.handle());
@@ -287,7 +256,7 @@ fn run_until_ready(
         Trigger::Ready | Trigger::Output(_) | Trigger::Request => (args.timeout, false),
     };
     let started = Instant::now();
-    let mut activity = Activity::new(running.handle(), touched_bytes);
+    let mut activity = Activity::new(running.handle(), &touched_bytes);
     let mut tell_after = TELL_FIRST;
     let stop = loop {
         let rest = limit.saturating_sub(started.elapsed());

@@ -3,18 +3,17 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use pager::{FailurePolicy, Placement, Populate};
+use snapvm::{MemoryFrom, Pace, Prefetch};
 
 use super::guest::GuestArgs;
+use super::restore::{EAGER, LAZY, Restore};
 use super::stdout::{print_line, print_text};
-use super::{Session, create, restore::Restore};
+use super::{Session, create};
 use crate::config::ConfigArgs;
-use crate::devices::SavedDeviceArgs;
 use crate::guest_console::{BEAT, Until};
 use crate::leftovers;
-use crate::prefetch::PrefetchArg;
 use crate::report::RestoreReport;
-use crate::restored::Origin;
+use crate::restoring;
 use crate::size;
 use crate::storage::Storage;
 
@@ -59,26 +58,12 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         created.pause_ms
     ))?;
 
-    let restore = |lazy| -> Result<RestoreReport> {
+    let restore = |from, mode| -> Result<RestoreReport> {
+        let config = restoring::config(&file, &[], None, session)?;
         let restore = Restore {
-            origin: Origin {
-                file: &file,
-                parents: &[],
-                lazy,
-                share: None,
-                image: None,
-                on_error: FailurePolicy::Poison,
-                memory_bytes: None,
-                populate: Populate::Auto,
-                populate_rate: None,
-                prefetch: PrefetchArg::Off,
-                record: None,
-                placement: Placement::default(),
-                clock: vmm::Clock::Advance,
-                force: false,
-                heed_requests: false,
-                devices: &SavedDeviceArgs::default(),
-            },
+            config: config.memory(from).prefetch(Prefetch::Off),
+            mode,
+            pace: Pace::InPassing,
             until: Until::lines(BEAT, args.beats),
             run_for: None,
             hold: None,
@@ -92,10 +77,10 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         outcome.map(|()| report)
     };
     say(format!("snap restore: all memory is read, then the guest runs {} beats ...", args.beats))?;
-    let eager = restore(false)?;
+    let eager = restore(MemoryFrom::Eager, EAGER)?;
     say("snap restore --lazy: the guest runs at once, its pages come when it touches them ..."
         .into())?;
-    let lazy = restore(true)?;
+    let lazy = restore(MemoryFrom::Lazy, LAZY)?;
 
     for report in [&eager, &lazy] {
         ensure!(

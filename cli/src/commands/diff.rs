@@ -6,11 +6,11 @@ use anyhow::{Result, bail};
 use serde_json::json;
 use snapfmt::layout::PAGE_BYTES;
 use snapfmt::{ChunkBuffer, PageEntry, PageIndex, Snapshot};
+use snapvm::gpa_ranges;
 
 use super::stdout::print_line;
 use super::{Input, Session};
 use crate::exit::Interrupted;
-use crate::guest_memory::gpa_ranges;
 use crate::size;
 use crate::waits::Wait;
 

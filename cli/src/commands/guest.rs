@@ -2,13 +2,17 @@
 
 use std::path::PathBuf;
 
+use anyhow::{Error, Result};
 use serde_json::{Value, json};
-use vmm::Payload;
+use snapvm::{BootConfig, BootError, Vm};
 use vmm::boot::LinuxConfig;
 use vmm::demo::DemoConfig;
+use vmm::{BootOptions, Console, Payload};
 
+use super::Session;
 use crate::devices::DeviceArgs;
 use crate::size;
+use crate::waits::Wait;
 
 /// The options of a fresh guest that need no other, for those that they conflict with.
 pub(crate) const WORDS: [&str; 3] = ["memory", "work", "kernel"];
@@ -119,4 +123,24 @@ impl GuestArgs {
             }),
         }
     }
+}
+
+/// Boots the guest that `args` describe, which has not run yet; an interrupt pauses it. `trigger`: whether it stops when it asks
+/// to be stored.
+pub(crate) fn boot(
+    args: &GuestArgs,
+    console: impl Console + 'static,
+    trigger: bool,
+    session: &Session,
+) -> Result<Vm> {
+    let _opening = Wait::new(|| "the guest's kernel and disks to be read".into()).begin();
+    let mut config = BootConfig::new(args.memory, args.payload());
+    config.options = BootOptions::default().cpus(args.cpus).heed_requests(trigger);
+    config.metadata = args.metadata();
+    let vm = config.boot(console, args.devices.create()?).map_err(|error| match error {
+        BootError::Layout(error) => Error::new(error).context("--memory"),
+        error => error.into(),
+    })?;
+    session.interrupt.pauses(vm.handle());
+    Ok(vm)
 }

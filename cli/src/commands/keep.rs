@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use pager::keep::{KeepEvent, KeepOptions, Keeper};
+use snapvm::with_causes;
 
 use super::Session;
-use super::serve::{allow_many_descriptors, with_causes};
+use super::serve::allow_many_descriptors;
 use crate::api::private_socket;
 use crate::exit::Interrupted;
 use crate::stderr::say;

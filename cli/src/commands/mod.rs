@@ -30,11 +30,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use clap::Subcommand;
 use snapfmt::{Parents, ReadError, Snapshot};
-
-pub(crate) use rewrite::path_of_parent;
 
 use crate::interrupt::Interrupt;
 use crate::stdio;
@@ -135,16 +133,12 @@ pub(crate) fn refuse_existing(out: &Path, force: bool) -> Result<()> {
     Ok(())
 }
 
-/// Refuses an output that is one of the snapshots' files: replacing it would destroy what the
-/// result, or another layer, builds on.
+/// Refuses an output that is a file of one of these snapshots.
 pub(crate) fn refuse_as_output<'a>(
     out: &Path,
     snapshots: impl IntoIterator<Item = &'a Snapshot>,
 ) -> Result<()> {
-    for file in snapshots.into_iter().flat_map(Snapshot::storages) {
-        refuse_same(out, &file.metadata().context("cannot look at an open snapshot")?)?;
-    }
-    Ok(())
+    snapshots.into_iter().try_for_each(|snapshot| Ok(snapvm::refuse_as_output(out, snapshot)?))
 }
 
 /// Refuses an output that is this input.

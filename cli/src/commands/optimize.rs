@@ -6,11 +6,12 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use snapfmt::layout::PAGE_BYTES;
 use snapfmt::{Codec, HotPages, Parent, Snapshot, WriteError, write_with_set};
+use snapvm::path_of_parent;
 
 use super::rewrite::Parts;
 use super::stdout::print_line;
 use super::summary::Written;
-use super::{Input, Session, path_of_parent, refuse_as_output, refuse_existing};
+use super::{Input, Session, refuse_as_output, refuse_existing};
 use crate::progress::Bar;
 use crate::size;
 use crate::storage::Storage;

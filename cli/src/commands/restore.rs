@@ -2,34 +2,33 @@
 
 use std::io::Write;
 use std::num::NonZeroU64;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
-use pager::shared::{PATIENCE, SharedClone};
-use pager::{FailurePolicy, Placement, Populate};
+use pager::shared::PATIENCE;
+use pager::{FailurePolicy, Pager, Placement, Populate};
 use rustix::process::{Signal, set_parent_process_death_signal};
 use snapfmt::WorkingSet;
+use snapvm::{MemoryFrom, Pace, Prefetch, RestoreConfig, VmMemory};
 
 use super::{Input, Session};
 use crate::api::{Api, ApiArgs, Facts, PagerFigures};
 use crate::devices::SavedDeviceArgs;
-use crate::exit::Interrupted;
+use crate::exit::{GuestStopped, Interrupted};
 use crate::guest_console::{GuestConsole, Until};
 use crate::guest_output::{GuestOutput, Hold};
 use crate::interrupt::Interrupt;
 use crate::live::{self, EndArgs, Ended, Live};
-use crate::prefetch::PrefetchArg;
-use crate::recording::{Output, Record, recorded};
 use crate::report::{RestoreReport, ms, ms_since};
-use crate::restored::{Origin, Restored, Share, damaged, stopped};
-use crate::stored::{Filled, Kept, Origins};
+use crate::restoring::{self, check_image, check_memory};
 use crate::terminal::Keyboard;
 use crate::usage::{Counters, Faults, Measure, Usage};
 use crate::waits::Wait;
+use crate::working_set_file::Output;
 use crate::{memory_hash, size, usage};
 
 /// Bring a guest back and run it.
@@ -161,6 +160,28 @@ impl From<OnError> for FailurePolicy {
     }
 }
 
+/// What is loaded ahead of the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PrefetchArg {
+    /// Nothing.
+    Off,
+    /// The pages of the file's working set, if it has one.
+    #[default]
+    Hot,
+    /// These, and then everything else: as with `--populate full`.
+    All,
+}
+
+impl From<PrefetchArg> for Prefetch {
+    fn from(arg: PrefetchArg) -> Prefetch {
+        match arg {
+            PrefetchArg::Off => Prefetch::Off,
+            PrefetchArg::Hot => Prefetch::Hot,
+            PrefetchArg::All => Prefetch::All,
+        }
+    }
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 enum Place {
     /// On the CPU of the vCPU that asks.
@@ -224,33 +245,34 @@ enum ReportForm {
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let (out, hold) = GuestOutput::new().context("cannot use stdout")?;
+    let (memory, mode) = match (&args.image, &args.share) {
+        (Some(image), _) => (MemoryFrom::Image(image.clone()), "mmap"),
+        (None, Some(socket)) => {
+            // Not longer than the guest is to run.
+            let timeout = args.end.run_for.map_or(PATIENCE, |time| time.min(PATIENCE));
+            (MemoryFrom::Shared { socket: socket.clone(), timeout }, "shared")
+        }
+        (None, None) if args.record => (MemoryFrom::Recorded, LAZY),
+        (None, None) if args.lazy => (MemoryFrom::Lazy, LAZY),
+        (None, None) => (MemoryFrom::Eager, EAGER),
+    };
+    let config = restoring::config(&args.input.file, &args.input.parents, args.memory, session)?
+        .memory(memory)
+        .on_error(args.on_error.into())
+        .populate(args.populate.0, args.populate.1)
+        .prefetch(args.prefetch.into())
+        .placement(match args.placement {
+            Place::Follow => Placement::Follow,
+            Place::Spin => Placement::Spin,
+            Place::None => Placement::None,
+        })
+        .clock(args.clock.into())
+        .force_cpu(args.force_cpu)
+        .devices(args.devices.connections());
     let restore = Restore {
-        origin: Origin {
-            file: &args.input.file,
-            parents: &args.input.parents,
-            lazy: args.lazy,
-            share: args.share.as_deref().map(|socket| Share {
-                socket,
-                // Not longer than the guest is to run.
-                patience: args.end.run_for.map_or(PATIENCE, |time| time.min(PATIENCE)),
-            }),
-            image: args.image.as_deref(),
-            on_error: args.on_error.into(),
-            memory_bytes: args.memory,
-            populate: args.populate.0,
-            populate_rate: args.populate.1,
-            prefetch: if args.record { PrefetchArg::Off } else { args.prefetch },
-            record: args.record.then_some(Record::InPassing),
-            placement: match args.placement {
-                Place::Follow => Placement::Follow,
-                Place::Spin => Placement::Spin,
-                Place::None => Placement::None,
-            },
-            clock: args.clock.into(),
-            force: args.force_cpu,
-            heed_requests: false,
-            devices: &args.devices,
-        },
+        config,
+        mode,
+        pace: Pace::InPassing,
         until: args.end.until(),
         run_for: args.end.run_for,
         hold: Some(hold),
@@ -294,8 +316,12 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
 }
 
 /// One restore, from the file to the end of the run.
-pub(crate) struct Restore<'a> {
-    pub(crate) origin: Origin<'a>,
+pub(crate) struct Restore {
+    pub(crate) config: RestoreConfig,
+    /// For the report.
+    pub(crate) mode: &'static str,
+    /// How often touched pages are looked at, where they are recorded.
+    pub(crate) pace: Pace,
     pub(crate) until: Until,
     pub(crate) run_for: Option<Duration>,
     /// Of its output: see [`Live::hold`].
@@ -311,7 +337,11 @@ pub(crate) struct Restore<'a> {
     pub(crate) paused: bool,
 }
 
-impl Restore<'_> {
+/// Modes of the report.
+pub(crate) const LAZY: &str = "lazy";
+pub(crate) const EAGER: &str = "eager";
+
+impl Restore {
     /// Restores and runs; gives the report also for a guest that stopped by itself, whose error
     /// is then the second value.
     pub(crate) fn run(
@@ -321,109 +351,84 @@ impl Restore<'_> {
         started: Instant,
     ) -> Result<(RestoreReport, Result<()>)> {
         let (console, seen) = GuestConsole::new(out, self.until.clone());
-        let restore = || self.origin.restore(console, session);
+        let restore = || restoring::restore(&self.config, console, session);
         let (restored, mut timeline) =
             usage::sampled(self.measure, started, Faults::None, restore)?;
         let restored = restored?;
-        // In this order, so that whatever goes wrong the vCPUs are gone before the pager.
-        let Restored { snapshot, memory, pager, recording, clone, vm, .. } = restored;
-        let Restored { opened, memory_ready, loaded_bytes, set_damage, image, .. } = restored;
-        // Shared with the control socket, which is gone before this function is.
-        let pager = pager.map(Arc::new);
+        let memory = Arc::clone(restored.vm.memory());
+        let vm = restored.vm;
+        let (opened, memory_ready) = (restored.opened_at, restored.memory_ready_at);
         let keyboard = match self.keyboard {
             true => Some(Keyboard::connect(vm.handle()).context("cannot use the keyboard")?),
             false => None,
         };
 
         let (remote, events) = live::remote();
-        let kept = Kept::Restored(Origins {
-            file: self.origin.file,
-            snapshot: &snapshot,
-            memory: &memory,
-            from: match (&pager, &clone) {
-                // What is recorded is a mapping of a file, too.
-                (Some(_), _) if recording.is_some() => Filled::Shared,
-                (Some(pager), _) => Filled::By(pager),
-                (None, Some(_)) => Filled::Shared,
-                (None, None) => Filled::AtOnce,
-            },
-        });
         let facts = Facts {
-            memory_bytes: snapshot.header().memory_bytes,
+            memory_bytes: memory.snapshot().map_or(0, |snapshot| snapshot.header().memory_bytes),
             vcpus: vm.vcpu_count(),
-            restored_from: Some(self.origin.file.to_owned()),
+            restored_from: memory.file().map(Path::to_owned),
             started,
             pager: {
-                let pager = pager.as_ref().map(Arc::downgrade);
-                Box::new(move || pager.as_ref()?.upgrade().map(|pager| PagerFigures::of(&pager)))
+                // The control socket keeps no memory.
+                let memory = Arc::downgrade(&memory);
+                Box::new(move || memory.upgrade()?.pager().map(PagerFigures::of))
             },
         };
         let serving = self.api.map(|api| api.serve(remote, facts)).transpose()?;
         let hold = self.hold.as_ref();
         let (run_for, begins_paused) = (self.run_for, self.paused);
-        let live = Live { session, seen: &seen, hold, run_for, begins_paused, events, kept };
+        let live = Live { session, seen: &seen, hold, run_for, begins_paused, events };
         let before = self.measure.map(|_| Counters::now()).transpose()?;
-        let faults = pager.as_deref().map_or(Faults::Kernel, Faults::Served);
+        let faults = memory.pager().map_or(Faults::Kernel, Faults::Served);
         let mut touched = None;
         let live = || {
             let live = || live.run(vm);
-            let (Some(recording), Some(how)) = (&recording, self.origin.record) else {
-                return live();
-            };
-            let (ended, pages) = recorded(recording, how, &seen, live);
+            let Some(recording) = memory.recording() else { return live() };
+            let (ended, pages) = snapvm::record(recording, self.pace, seen.first_output(), live);
             touched = Some(pages);
             ended
         };
         let (ended, of_run) = usage::sampled(self.measure, started, faults, live)?;
         timeline.extend(of_run);
         let ended = ended?;
-        let process = before.map(|before| Usage::since(&before, &memory, timeline)).transpose()?;
+        let process =
+            before.map(|before| Usage::since(&before, memory.mapped(), timeline)).transpose()?;
         // The figures are those of the run: what comes after it, a hash say, is not the guest's.
-        let stats = pager.as_ref().map(|pager| pager.stats());
+        let stats = memory.pager().map(Pager::stats);
         drop((keyboard, serving));
         let mut outcome = ended.outcome(&seen, session);
         let mut memory_sha256 = None;
         if self.hash && outcome.is_ok() {
-            match memory_hash::sha256(&memory, snapshot.regions()) {
+            match memory_hash::sha256(&memory) {
                 Ok(hash) => memory_sha256 = Some(hash),
                 Err(error) => outcome = Err(error),
             }
         }
-        // The kernel has read it, and tells nothing.
-        if let (Some(Err(error)), Some(path)) =
-            (image.map(|image| image.unchanged()), self.origin.image)
-        {
-            let named = format!("the guest may have run from two images: {}", path.display());
-            outcome = Err(error).context(named);
-        }
+        // The kernel has read it, and checks nothing.
+        check_image(&memory).unwrap_or_else(|error| outcome = Err(error));
         // What the pager could not do is the cause of whatever else went wrong.
-        if let Some(failure) = pager.as_ref().and_then(|pager| pager.failure()) {
-            outcome = Err(damaged(self.origin.file, failure));
-        }
-        // The vCPUs are gone before the pager: from here on nobody touches a missing page.
+        check_memory(&memory).unwrap_or_else(|error| outcome = Err(error));
         let stop = ended.describe(&seen, session);
         let Ended { at: end, first_entry, first_exit, paused, .. } = ended;
+        let working_set_damage = memory.working_set_damage().map(str::to_owned);
+        let memory_bytes = memory.snapshot().map_or(0, |snapshot| snapshot.header().memory_bytes);
         let ending = live::ending("the service of the guest's pages to end");
         drop(paused);
-        drop(pager);
-        if let Some(reason) = clone.and_then(SharedClone::stop) {
-            outcome = Err(stopped(self.origin.file, &reason));
+        // The control socket is gone: nothing else has the memory.
+        if let Some(Err(failure)) = Arc::into_inner(memory).map(VmMemory::end) {
+            outcome = Err(GuestStopped(failure.to_string()).into());
         }
         drop(ending);
 
         let report = RestoreReport {
-            mode: match (self.origin.lazy, self.origin.share, self.origin.image) {
-                (_, Some(_), _) => "shared",
-                (_, None, Some(_)) => "mmap",
-                (true, None, None) => "lazy",
-                (false, None, None) => "eager",
-            },
-            memory_bytes: snapshot.header().memory_bytes,
+            mode: self.mode,
+            memory_bytes,
             opened_ms: ms(opened - started),
             memory_ready_ms: ms(memory_ready - started),
             first_instruction_ms: ms_since(started, first_entry),
             first_exit_ms: ms_since(started, first_exit),
-            first_output_ms: ms_since(started, seen.first_output()),
+            first_output_ms: ms_since(started, seen.first_output().at()),
             end_ms: ms(end - started),
             stop,
             beats: seen.beats().0,
@@ -431,11 +436,11 @@ impl Restore<'_> {
             bytes_read: match &stats {
                 Some(stats) => stats.bytes_read,
                 // In a clone, the server has read for all of them.
-                None => loaded_bytes,
+                None => restored.loaded_bytes,
             },
             memory_sha256,
             pager: stats,
-            working_set_damage: set_damage.get().cloned(),
+            working_set_damage,
             process,
             touched: touched.transpose()?,
         };

@@ -9,6 +9,7 @@ use snapfmt::{
     Contents, Metadata, Parent, SectionKind, Snapshot, StateBlob, WriteError, write_layer,
     write_snapshot,
 };
+use snapvm::path_of_parent;
 
 use super::stdout::print_line;
 use super::summary::Written;
@@ -108,21 +109,6 @@ fn named(error: WriteError, input: &Path, onto: &Path) -> anyhow::Error {
         _ => return error.into(),
     };
     anyhow::Error::new(error).context(file.display().to_string())
-}
-
-/// How a layer names its parent: by the bare name beside it, otherwise by the full path.
-pub(crate) fn path_of_parent(parent: &Path, layer: &Path) -> Result<PathBuf> {
-    let folder = |path: &Path| {
-        let folder = path.parent().filter(|folder| *folder != Path::new(""));
-        folder.unwrap_or(Path::new(".")).canonicalize()
-    };
-    let named = || format!("cannot find the folder of {}", parent.display());
-    let parent_folder = folder(parent).with_context(named)?;
-    let name = parent.file_name().context("the parent has no file name")?;
-    match folder(layer) {
-        Ok(layer_folder) if layer_folder == parent_folder => Ok(name.into()),
-        _ => Ok(parent_folder.join(name)),
-    }
 }
 
 /// What goes over from the old file beside memory.

@@ -5,15 +5,12 @@ use std::io::Write;
 use anyhow::{Context, Result};
 
 use super::Session;
-use super::guest::GuestArgs;
+use super::guest::{self, GuestArgs};
 use crate::api::{ApiArgs, Facts};
-use crate::booted::Booted;
 use crate::config::ConfigArgs;
 use crate::guest_console::GuestConsole;
-use crate::guest_memory::to_regions;
 use crate::guest_output::GuestOutput;
 use crate::live::{self, EndArgs, Live};
-use crate::stored::Kept;
 use crate::terminal::Keyboard;
 
 /// Boot a guest and run it.
@@ -46,8 +43,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let api = args.api.bind()?;
     let (output, hold) = GuestOutput::new().context("cannot use stdout")?;
     let (console, seen) = GuestConsole::new(output, args.end.until());
-    // In this order: the vCPUs are gone before the memory.
-    let Booted { memory, ranges, vm } = Booted::new(&args.guest, console, false, session)?;
+    let vm = guest::boot(&args.guest, console, false, session)?;
     let (remote, events) = live::remote();
     let live = Live {
         session,
@@ -56,11 +52,6 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         run_for: args.end.run_for,
         begins_paused: false,
         events,
-        kept: Kept::Booted {
-            memory: &memory,
-            regions: &to_regions(&ranges),
-            guest: args.guest.metadata(),
-        },
     };
     let facts = Facts {
         memory_bytes: args.guest.memory,

@@ -1,6 +1,5 @@
 //! `snap serve`: bring memory to guests of other programs.
 
-use std::fmt::Write as _;
 use std::io::Write;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
@@ -11,20 +10,18 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
-use pager::serve::{
-    Consequence, KeepAt, Prefetched, ServeEvent, ServeOptions, Server, SnapshotName, Socket,
-};
-use pager::{Populate, keep};
+use pager::serve::{Consequence, KeepAt, Prefetched, ServeEvent, ServeOptions, Server, Socket};
+use pager::{Populate, SnapshotSource, keep};
 use snapfmt::Snapshot;
+use snapvm::{snapshot_name, with_causes, working_set_pages};
 
 use super::foreign::async_pf;
 use super::foreign::firecracker::VMSTATE;
-use super::restore::OnError;
+use super::restore::{OnError, PrefetchArg};
 use super::{Input, Session, reading};
 use crate::api::private_socket;
 use crate::awaited_source::AwaitedSource;
 use crate::exit::Interrupted;
-use crate::prefetch::{self, PrefetchArg};
 use crate::stderr::say;
 use crate::waits::Wait;
 use crate::{metrics, size};
@@ -117,7 +114,8 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         Wait::new(keeper).at_most(keep::PATIENCE).begin()
     });
     let (file, quiet) = (args.input.file.display().to_string(), session.quiet);
-    let source = Arc::new(AwaitedSource::new(Arc::clone(&snapshot), &args.input.file));
+    let source = Arc::new(SnapshotSource::new(Arc::clone(&snapshot)));
+    let source = Arc::new(AwaitedSource::new(source, &args.input.file));
     let advised = AtomicBool::new(!halts || quiet);
     let server = Server::at(socket, source, options, move |event| {
         if let ServeEvent::Served { .. } = event
@@ -164,7 +162,7 @@ fn has_async_page_faults(snapshot: &Snapshot) -> Result<bool> {
 fn prefetched(which: PrefetchArg, snapshot: &Arc<Snapshot>) -> Option<Prefetched> {
     let hot = match which {
         PrefetchArg::Off => return None,
-        PrefetchArg::Hot | PrefetchArg::All => prefetch::pages(snapshot),
+        PrefetchArg::Hot | PrefetchArg::All => working_set_pages(snapshot),
     };
     let mut pages = hot.unwrap_or_else(|error| {
         let line = format!("snap: the working set is not used: {}\n", with_causes(&error));
@@ -175,14 +173,6 @@ fn prefetched(which: PrefetchArg, snapshot: &Arc<Snapshot>) -> Option<Prefetched
         pages.push(0..snapshot.header().memory_bytes);
     }
     (!pages.is_empty()).then(|| Prefetched::new(move || pages.clone()))
-}
-
-/// What a clone and its server must agree on.
-pub(crate) fn snapshot_name(snapshot: &Snapshot) -> SnapshotName {
-    SnapshotName {
-        layers: snapshot.headers().map(|header| header.id.to_string()).collect(),
-        memory_bytes: snapshot.header().memory_bytes,
-    }
 }
 
 /// What is said of an event: failures also to those who want it quiet.
@@ -218,17 +208,6 @@ fn told(file: &str, event: &ServeEvent<'_>, quiet: bool) -> Option<String> {
         }
         _ => return None,
     })
-}
-
-/// The error and all its causes, in one line.
-pub(super) fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let _ = write!(text, ": {error}");
-        cause = error.source();
-    }
-    text
 }
 
 /// Each guest needs up to nine descriptors: as many as may be had without asking anybody.

@@ -4,19 +4,19 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use pager::{FailurePolicy, Placement, Populate};
+use pager::Populate;
 use serde::Serialize;
 use snapfmt::{Phase, WorkingSet};
+use snapvm::{MemoryFrom, Pace, Touched};
 
-use super::restore::Restore;
+use super::restore::{LAZY, Restore};
 use super::stdout::print_line;
 use super::{Input, Session};
 use crate::devices::SavedDeviceArgs;
 use crate::live::EndArgs;
-use crate::prefetch::PrefetchArg;
-use crate::recording::{Output, Record, Touched};
 use crate::report::ms;
-use crate::restored::Origin;
+use crate::restoring;
+use crate::working_set_file::Output;
 
 /// Bring a guest back several times, watch which pages it touches, and store that in a copy of the file.
 ///
@@ -123,25 +123,15 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
 
 /// One run.
 fn touched(args: &Args, session: &Session) -> Result<Touched> {
+    let config = restoring::config(&args.input.file, &args.input.parents, None, session)?
+        .memory(MemoryFrom::Recorded)
+        .populate(Populate::Off, None)
+        .force_cpu(args.force_cpu)
+        .devices(args.devices.connections());
     let restore = Restore {
-        origin: Origin {
-            file: &args.input.file,
-            parents: &args.input.parents,
-            lazy: true,
-            share: None,
-            image: None,
-            on_error: FailurePolicy::Poison,
-            memory_bytes: None,
-            populate: Populate::Off,
-            populate_rate: None,
-            prefetch: PrefetchArg::Off,
-            record: Some(Record::Closely),
-            placement: Placement::default(),
-            clock: vmm::Clock::Advance,
-            force: args.force_cpu,
-            heed_requests: false,
-            devices: &args.devices,
-        },
+        config,
+        mode: LAZY,
+        pace: Pace::Closely,
         until: args.end.until(),
         run_for: args.end.run_for,
         hold: None,

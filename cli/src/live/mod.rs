@@ -9,14 +9,16 @@ use std::sync::mpsc::{RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
-use vmm::{PauseError, PausedVm, RunningVm, Stop};
+use snapvm::{RunningVm, Vm};
+use vmm::{PauseError, Stop};
 
 use crate::commands::Session;
 use crate::exit::{self, GuestStopped, Interrupted};
 use crate::guest_console::{BEAT, Seen, Until};
 use crate::guest_output::Hold;
 use crate::progress::Steps;
-use crate::stored::{Kept, Summary};
+use crate::restoring::snapshot_error;
+use crate::summary::Summary;
 use crate::waits::{Wait, Waiting};
 use remote::Event;
 pub(crate) use remote::{Answer, Command, Events, Refused, Remote, State, StoreRequest, remote};
@@ -63,7 +65,7 @@ fn of_page(what: &str) -> String {
 const STANDSTILL: &str = "the guest's vCPUs to stand still";
 
 /// Pauses a guest that is to go on. A vCPU that waits for a page stands still when it has come.
-pub(crate) fn pause(vm: RunningVm) -> Result<PausedVm, PauseError> {
+pub(crate) fn pause(vm: RunningVm) -> Result<Vm, PauseError> {
     let _waiting = Wait::new(|| of_page(STANDSTILL)).hears().begin();
     vm.pause()
 }
@@ -78,8 +80,6 @@ pub(crate) struct Live<'a> {
     /// Whether it is not to run before a client resumes it.
     pub(crate) begins_paused: bool,
     pub(crate) events: Events,
-    /// How it is stored.
-    pub(crate) kept: Kept<'a>,
 }
 
 /// A guest that does not run any more.
@@ -89,7 +89,7 @@ pub(crate) struct Ended {
     pub(crate) at: Instant,
     pub(crate) first_entry: Option<Instant>,
     pub(crate) first_exit: Option<Instant>,
-    pub(crate) paused: Result<PausedVm, PauseError>,
+    pub(crate) paused: Result<Vm, PauseError>,
 }
 
 /// Why it does not.
@@ -103,7 +103,7 @@ pub(crate) enum End {
 /// The guest in one of its two forms.
 enum Guest {
     Running(RunningVm),
-    Paused(PausedVm),
+    Paused(Vm),
 }
 
 /// What follows from an event.
@@ -115,7 +115,7 @@ enum Next {
 
 impl Live<'_> {
     /// Runs the guest until it stops, is stopped by its console, a client or an interrupt, or its time is up.
-    pub(crate) fn run(self, vm: PausedVm) -> Result<Ended> {
+    pub(crate) fn run(self, vm: Vm) -> Result<Ended> {
         let (events, hold) = (self.events.sender.clone(), self.hold.cloned());
         vm.handle().on_stop(move || {
             hold.iter().for_each(Hold::hold);
@@ -177,14 +177,14 @@ impl Live<'_> {
         Ok(Ended { end, at, first_entry, first_exit, paused })
     }
 
-    fn stay_paused(&self, vm: PausedVm) -> Guest {
+    fn stay_paused(&self, vm: Vm) -> Guest {
         self.events.status.set(State::Paused);
         // An interrupt that came before anybody was to be told of it.
         self.session.interrupt.pauses(vm.handle());
         Guest::Paused(vm)
     }
 
-    fn resume(&self, vm: PausedVm) -> Result<Guest> {
+    fn resume(&self, vm: Vm) -> Result<Guest> {
         self.hold.into_iter().for_each(Hold::release);
         let running = vm.resume()?;
         self.events.status.set(State::Running);
@@ -251,12 +251,7 @@ impl Live<'_> {
         Ok(next)
     }
 
-    fn store(
-        &self,
-        vm: &mut PausedVm,
-        request: &StoreRequest,
-        paused_at: Instant,
-    ) -> Result<Summary> {
+    fn store(&self, vm: &mut Vm, request: &StoreRequest, paused_at: Instant) -> Result<Summary> {
         let out = &request.out;
         let (status, interrupt) = (&self.events.status, &self.session.interrupt);
         let steps = Steps::begin("storing");
@@ -269,10 +264,11 @@ impl Live<'_> {
                 false => ControlFlow::Continue(()),
             }
         };
-        let header = match request.changes_only {
-            false => self.kept.store_whole(vm, out, &request.options, &progress)?,
-            true => self.kept.store_changes(vm, out, &request.options, &progress)?,
+        let written = match request.changes_only {
+            false => vm.snapshot(out, &request.options, &progress),
+            true => vm.snapshot_layer(out, &request.options, &progress),
         };
+        let header = written.map_err(snapshot_error)?;
         Ok(Summary::new(out, &header, paused_at, paused_at, paused_at))
     }
 }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde::Serialize;
 use snapfmt::{Progress, WriteOptions};
 
-use crate::stored::Summary;
+use crate::summary::Summary;
 
 /// What wakes the thread that has the guest.
 pub(super) enum Event {

@@ -106,7 +106,7 @@ impl Hot {
 /// Pages of the demo guest's working area that hold something and that no beat reads, one of three: about
 /// as many as those that it reads.
 fn untouched(demo: &DemoConfig, regions: &[MemoryRegion]) -> Result<Vec<(PageIndex, Phase)>> {
-    let plan = DemoPlan::new(demo, &crate::guest_memory::to_ranges(regions))?;
+    let plan = DemoPlan::new(demo, &snapvm::to_ranges(regions))?;
     let in_use = (0..plan.pages()).filter(|&page| {
         vmm::demo::page_class(page) != PageClass::Zero
             && !vmm::demo::in_working_set(page, demo.walked_of_256)
@@ -127,7 +127,7 @@ mod tests {
 
     #[test]
     fn other_work_touches_as_many_pages_and_none_of_the_same() {
-        let regions = crate::guest_memory::to_regions(&vmm::memory_layout(256 << 20).unwrap());
+        let regions = snapvm::to_regions(&vmm::memory_layout(256 << 20).unwrap());
         let demo = DemoConfig::new(64 << 20);
         let plan = DemoPlan::new(&demo, &vmm::memory_layout(256 << 20).unwrap()).unwrap();
         let touched: Vec<u64> = (0..plan.pages())

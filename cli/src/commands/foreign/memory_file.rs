@@ -11,8 +11,7 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 use snapfmt::layout::PAGE_BYTES;
 use snapfmt::{MemoryRegion, ReadAt};
-
-use crate::watched::Watched;
+use snapvm::StableFile;
 
 /// A part of the source space that lies in one piece in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,7 +110,7 @@ impl Layout {
 
 /// A file of memory and its layout: the source space to read from.
 pub(crate) struct MemoryFile {
-    file: Watched,
+    file: StableFile,
     layout: Layout,
 }
 
@@ -126,7 +125,7 @@ impl MemoryFile {
         if found > expected {
             bail!("{} is {found} bytes long, expected {expected}", named());
         }
-        Ok(Self { file: Watched::new(file).with_context(named)?, layout })
+        Ok(Self { file: StableFile::new(file).with_context(named)?, layout })
     }
 
     pub(crate) fn metadata(&self) -> Result<Metadata> {

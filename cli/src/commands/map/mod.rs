@@ -16,9 +16,9 @@ use std::ops::Range;
 use anyhow::Result;
 use snapfmt::layout::PAGE_BYTES;
 use snapfmt::{ChunkExtent, Codec, PageEntry, PageIndex, Snapshot};
+use snapvm::gpa_ranges;
 
 use super::pages::codec_of;
-use crate::guest_memory::gpa_ranges;
 use crate::size;
 
 /// Cells in a row.

@@ -1,55 +1,59 @@
-//! Guest memory in its two forms, and the way between a snapshot's source space and guest addresses.
+//! How guest memory is mapped: anonymous, from a raw image, from a memfd; and how it is read and written by source offset.
 
 use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
 use rustix::fs::{MemfdFlags, SeekFrom};
 use rustix::io::Errno;
 use snapfmt::MemoryRegion;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 use vmm::MemoryRange;
 
+use crate::error::MemoryError;
+use crate::memory_map::gpa_ranges;
 use crate::room;
-use crate::watched::Watched;
+use crate::stable_file::StableFile;
 
-/// Memory that is private to this process: what a guest is restored into.
+type Result<T> = std::result::Result<T, MemoryError>;
+
+/// Anonymous memory, private to this process: a restored guest's.
 pub(crate) fn private(ranges: &[MemoryRange]) -> Result<Arc<GuestMemoryMmap>> {
     check_room(ranges)?;
     let regions: Vec<_> =
         ranges.iter().map(|range| (GuestAddress(range.gpa), range.len as usize)).collect();
-    Ok(Arc::new(GuestMemoryMmap::from_ranges(&regions).context("cannot map guest memory")?))
+    Ok(Arc::new(GuestMemoryMmap::from_ranges(&regions).map_err(MemoryError::map)?))
 }
 
-/// Memory that is a private mapping of a raw image, in which source offsets are file offsets: the
-/// kernel reads a page when it is touched, and what the guest writes stays with it. The kernel checks nothing: whether
-/// the image has stayed as it was is asked afterwards.
+/// A private mapping of a raw image, in which source offsets are file offsets. The kernel reads a page when it is
+/// touched, and the guest's writes stay private. Nothing checks the image's content: see [`StableFile`].
 pub(crate) fn image(
     path: &Path,
     ranges: &[MemoryRange],
-) -> Result<(Watched, Arc<GuestMemoryMmap>)> {
-    let named = || path.display().to_string();
-    let file = File::open(path).with_context(named)?;
-    let found = file.metadata().with_context(named)?.len();
+) -> Result<(StableFile, Arc<GuestMemoryMmap>)> {
+    let failed = |error| MemoryError::Image { path: path.to_owned(), error };
+    let file = File::open(path).map_err(failed)?;
+    let found = file.metadata().map_err(failed)?.len();
     let expected: u64 = ranges.iter().map(|range| range.len).sum();
     // A mapping of what is not there would be SIGBUS.
     if found != expected {
-        bail!("{} is {found} bytes long, expected {expected}", named());
+        return Err(MemoryError::ImageLength { path: path.to_owned(), found, expected });
     }
-    let watched = Watched::new(file).with_context(named)?;
-    let mapped = map_privately(watched.file(), ranges);
-    Ok((watched, mapped.with_context(|| format!("cannot map {}", named()))?))
+    let image = StableFile::new(file).map_err(failed)?;
+    let mapped = map_privately(image.file(), ranges)?;
+    Ok((image, mapped))
 }
 
 /// Memory that is a private mapping of a file in memory, for a pager that records what is touched.
 pub(crate) fn recorded(ranges: &[MemoryRange]) -> Result<(File, Arc<GuestMemoryMmap>)> {
     let file: File = rustix::fs::memfd_create("recorded-memory", MemfdFlags::CLOEXEC)
-        .context("cannot create a memfd for recorded memory")?
+        .map_err(|error| {
+            MemoryError::system("cannot create a memfd for recorded memory")(error.into())
+        })?
         .into();
     let memory_bytes = ranges.iter().map(|range| range.len).sum();
-    file.set_len(memory_bytes).context("cannot size the recorded memory")?;
+    file.set_len(memory_bytes).map_err(MemoryError::system("cannot size the recorded memory"))?;
     let memory = map_privately(&file, ranges)?;
     Ok((file, memory))
 }
@@ -57,7 +61,7 @@ pub(crate) fn recorded(ranges: &[MemoryRange]) -> Result<(File, Arc<GuestMemoryM
 /// Now, not in the middle of the guest's work.
 fn check_room(ranges: &[MemoryRange]) -> Result<()> {
     let memory_bytes = ranges.iter().map(|range| range.len).sum();
-    room::check(room::of_guest(memory_bytes)).context("cannot map guest memory")
+    room::check(room::of_guest(memory_bytes)).map_err(MemoryError::map)
 }
 
 fn map_privately(file: &File, ranges: &[MemoryRange]) -> Result<Arc<GuestMemoryMmap>> {
@@ -65,13 +69,15 @@ fn map_privately(file: &File, ranges: &[MemoryRange]) -> Result<Arc<GuestMemoryM
     let (prot, flags) =
         (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_NORESERVE);
     let map = |range: &MemoryRange| {
-        let at = FileOffset::new(file.try_clone()?, range.source_offset);
-        let mapped = MmapRegion::build(Some(at), range.len as usize, prot, flags)?;
-        GuestRegionMmap::new(mapped, GuestAddress(range.gpa))
-            .with_context(|| format!("memory at gpa {:#x} has no end", range.gpa))
+        let file = file.try_clone().map_err(MemoryError::map)?;
+        let at = FileOffset::new(file, range.source_offset);
+        let mapped = MmapRegion::build(Some(at), range.len as usize, prot, flags);
+        let mapped = mapped.map_err(MemoryError::map)?;
+        // None: its end is beyond the last address.
+        GuestRegionMmap::new(mapped, GuestAddress(range.gpa)).ok_or(MemoryError::Layout)
     };
     let regions = ranges.iter().map(map).collect::<Result<Vec<_>>>()?;
-    let memory = GuestMemoryMmap::from_regions(regions).context("cannot map guest memory")?;
+    let memory = GuestMemoryMmap::from_regions(regions).map_err(MemoryError::map)?;
     Ok(Arc::new(memory))
 }
 
@@ -87,9 +93,12 @@ impl FileMemory {
         check_room(ranges)?;
         let memory_bytes = ranges.iter().map(|range| range.len).sum();
         let file: File = rustix::fs::memfd_create("guest-memory", MemfdFlags::CLOEXEC)
-            .context("cannot create a memfd for guest memory")?
+            .map_err(|error| {
+                MemoryError::system("cannot create a memfd for guest memory")(error.into())
+            })?
             .into();
-        file.set_len(memory_bytes).context("cannot size the guest's memory")?;
+        file.set_len(memory_bytes)
+            .map_err(MemoryError::system("cannot size the guest's memory"))?;
         let regions = ranges
             .iter()
             .map(|range| {
@@ -98,9 +107,8 @@ impl FileMemory {
                 Ok((GuestAddress(range.gpa), range.len as usize, file))
             })
             .collect::<std::io::Result<Vec<_>>>()
-            .context("cannot duplicate the guest memory's file")?;
-        let mapped =
-            GuestMemoryMmap::from_ranges_with_files(&regions).context("cannot map guest memory")?;
+            .map_err(MemoryError::map)?;
+        let mapped = GuestMemoryMmap::from_ranges_with_files(&regions).map_err(MemoryError::map)?;
         Ok(Self { mapped: Arc::new(mapped), file })
     }
 
@@ -112,6 +120,9 @@ impl FileMemory {
     /// The parts of memory that were ever touched, as source offsets: everything else is a hole
     /// of the file and reads as zeros.
     pub(crate) fn touched(&self) -> Result<Vec<Range<u64>>> {
+        let failed = |error: Errno| {
+            MemoryError::system("cannot find the touched guest memory")(error.into())
+        };
         let mut ranges = Vec::new();
         let mut at = 0;
         loop {
@@ -119,10 +130,9 @@ impl FileMemory {
                 Ok(start) => start,
                 // No data from there on.
                 Err(Errno::NXIO) => return Ok(ranges),
-                Err(error) => return Err(error).context("cannot find the touched guest memory"),
+                Err(error) => return Err(failed(error)),
             };
-            at = rustix::fs::seek(&self.file, SeekFrom::Hole(start))
-                .context("cannot find the touched guest memory")?;
+            at = rustix::fs::seek(&self.file, SeekFrom::Hole(start)).map_err(failed)?;
             ranges.push(start..at);
         }
     }
@@ -153,7 +163,7 @@ impl snapfmt::ReadAt for GuestBytes<'_> {
 
 /// Guest memory by source offset, with pages that come when they are touched, and may be damaged then: the kernel reads them, into
 /// a scratch file. So a page that cannot be had is EFAULT, where a load instruction would get SIGBUS.
-pub(crate) struct ArrivingBytes<'a> {
+pub struct ArrivingBytes<'a> {
     pub(crate) memory: &'a GuestMemoryMmap,
     pub(crate) regions: &'a [MemoryRegion],
 }
@@ -179,21 +189,6 @@ impl snapfmt::ReadAt for ArrivingBytes<'_> {
     }
 }
 
-/// The guest-physical ranges of a range of the source space.
-pub(crate) fn gpa_ranges(
-    regions: &[MemoryRegion],
-    source: Range<u64>,
-) -> impl Iterator<Item = Range<u64>> + '_ {
-    let first = regions.partition_point(|r| r.source_offset + r.len <= source.start);
-    let in_source = regions[first..].iter().take_while(move |r| r.source_offset < source.end);
-    in_source.filter_map(move |region| {
-        let start = source.start.max(region.source_offset);
-        let end = source.end.min(region.source_offset + region.len);
-        let to_gpa = |offset: u64| region.gpa + (offset - region.source_offset);
-        (start < end).then(|| to_gpa(start)..to_gpa(end))
-    })
-}
-
 /// Writes bytes of the source space into guest memory.
 pub(crate) fn write(
     memory: &GuestMemoryMmap,
@@ -205,23 +200,10 @@ pub(crate) fn write(
         let (now, later) = bytes.split_at((gpas.end - gpas.start) as usize);
         memory
             .write_slice(now, GuestAddress(gpas.start))
-            .with_context(|| format!("cannot write guest memory at gpa {:#x}", gpas.start))?;
+            .map_err(|error| MemoryError::Write { gpa: gpas.start, error: Box::new(error) })?;
         bytes = later;
     }
     Ok(())
-}
-
-/// The memory map of a snapshot in the words of the VMM, and back.
-pub(crate) fn to_ranges(regions: &[MemoryRegion]) -> Vec<MemoryRange> {
-    let to_range =
-        |r: &MemoryRegion| MemoryRange { gpa: r.gpa, len: r.len, source_offset: r.source_offset };
-    regions.iter().map(to_range).collect()
-}
-
-pub(crate) fn to_regions(ranges: &[MemoryRange]) -> Vec<MemoryRegion> {
-    let to_region =
-        |r: &MemoryRange| MemoryRegion { gpa: r.gpa, len: r.len, source_offset: r.source_offset };
-    ranges.iter().map(to_region).collect()
 }
 
 #[cfg(test)]
@@ -230,24 +212,17 @@ mod tests {
 
     #[test]
     fn only_touched_memory_is_found() {
-        let ranges = vmm::memory_layout(4 << 30).unwrap();
-        let memory = FileMemory::new(&ranges).unwrap();
-        assert!(memory.touched().unwrap().is_empty());
-        memory.mapped.write_slice(&[1], GuestAddress(4096 * 5)).unwrap();
-        memory.mapped.write_slice(&[1], GuestAddress((4 << 30) + 4096)).unwrap();
-        let touched = memory.touched().unwrap();
+        let ranges = vmm::memory_layout(4 << 30).expect("it works");
+        let memory = FileMemory::new(&ranges).expect("it works");
+        assert!(memory.touched().expect("it works").is_empty());
+        memory.mapped.write_slice(&[1], GuestAddress(4096 * 5)).expect("it works");
+        memory.mapped.write_slice(&[1], GuestAddress((4 << 30) + 4096)).expect("it works");
+        let touched = memory.touched().expect("it works");
         // Above the hole at 3 GiB, guest addresses and source offsets differ by 1 GiB.
         for offset in [4096 * 5, (3 << 30) + 4096] {
             assert!(touched.iter().any(|range| range.contains(&offset)));
         }
         let bytes: u64 = touched.iter().map(|range| range.end - range.start).sum();
         assert!(bytes <= 4 << 20, "{touched:?}");
-    }
-
-    #[test]
-    fn source_ranges_map_around_the_hole() {
-        let regions = to_regions(&vmm::memory_layout(4 << 30).unwrap());
-        let around: Vec<_> = gpa_ranges(&regions, (3 << 30) - 4096..(3 << 30) + 4096).collect();
-        assert_eq!(around, [(3 << 30) - 4096..3 << 30, 4 << 30..(4 << 30) + 4096]);
     }
 }

@@ -1,37 +1,38 @@
-//! Whether there is memory for what is about to be done, where a limit (RLIMIT_AS, RLIMIT_DATA) may say no.
+//! Whether there is address space for what comes next, where a limit (RLIMIT_AS, RLIMIT_DATA) may refuse it.
 //!
-//! An allocation that fails ends the process, and with it a guest that runs: so it is tried before.
+//! A failed allocation in Rust ends the process, and with it a running guest. So large needs are tried beforehand.
 
 use std::io;
 
 use snapfmt::WriteOptions;
 use snapfmt::layout::PAGE_BYTES;
 use vm_memory::MmapRegion;
+use vm_memory::mmap::MmapRegionError;
 
 /// Of a thread: its stack, and what the allocator takes for it.
-pub(crate) const THREAD_BYTES: usize = 8 << 20;
+pub const THREAD_BYTES: usize = 8 << 20;
 
-/// Tells whether so much memory may be had.
+/// Beside a guest's memory: threads, and the pager's buffers.
+const GUEST_BYTES: u64 = 24 << 20;
+
+/// Maps so many bytes and unmaps them again.
 ///
 /// # Errors
-/// Of mmap(2).
-pub(crate) fn check(bytes: usize) -> io::Result<()> {
+/// As mmap(2).
+pub fn check(bytes: usize) -> io::Result<()> {
     match MmapRegion::<()>::new(bytes) {
         Ok(_unused) => Ok(()),
-        Err(vm_memory::mmap::MmapRegionError::Mmap(error)) => Err(error),
+        Err(MmapRegionError::Mmap(error)) => Err(error),
         Err(error) => Err(io::Error::other(error)),
     }
 }
 
-/// Beside a guest's memory: threads, and what a pager reads into.
-const GUEST_BYTES: u64 = 24 << 20;
-
-/// As much as a guest with so much memory needs.
+/// What a guest with so much memory needs.
 pub(crate) fn of_guest(memory_bytes: u64) -> usize {
     usize::try_from(memory_bytes.saturating_add(GUEST_BYTES)).unwrap_or(usize::MAX)
 }
 
-/// As much as a writer needs for `data_bytes` of memory, at most: see [`snapfmt::write_snapshot`].
+/// What a writer needs for `data_bytes` of memory, at most: see [`snapfmt::write_snapshot`].
 pub(crate) fn of_writer(options: &WriteOptions, data_bytes: u64) -> usize {
     // Results under way and buffers; what a compressor has beside them grows with the chunk.
     let thread = THREAD_BYTES + (14 << 20) + 24 * options.chunk_pages * PAGE_BYTES;
@@ -48,9 +49,9 @@ mod tests {
 
     #[test]
     fn what_cannot_be_had_is_an_error() {
-        check(1 << 20).unwrap();
+        check(1 << 20).expect("a MiB is there");
         // More than there are addresses.
-        let error = check(1 << 50).unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(libc::ENOMEM), "{error}");
+        let error = check(1 << 50).expect_err("it is too much");
+        assert_eq!(error.kind(), io::ErrorKind::OutOfMemory, "{error}");
     }
 }

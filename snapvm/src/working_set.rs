@@ -1,34 +1,34 @@
-//! What a lazy restore loads in front of the guest: the pages of the file's working set.
+//! The pages that a lazy restore loads ahead of the guest: the file's working set.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use clap::ValueEnum;
 use snapfmt::layout::PAGE_BYTES;
 use snapfmt::{HotRun, ReadError, SectionKind, Snapshot};
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub(crate) enum PrefetchArg {
+use crate::memory::SetDamage;
+
+/// What a lazy restore loads before the guest touches it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Prefetch {
     /// Nothing.
     Off,
     /// The pages of the file's working set, if it has one.
     #[default]
     Hot,
-    /// These, and then everything else: as with `--populate full`.
+    /// These, and then all other pages.
     All,
 }
-
-/// Why a working set could not be used, once that is known.
-pub(crate) type SetDamage = Arc<OnceLock<String>>;
 
 pub(crate) fn has_set(snapshot: &Snapshot) -> bool {
     snapshot.sections().iter().any(|section| section.kind == SectionKind::WORKING_SET)
 }
 
-/// Lets the prefetch install pages when it is dropped: once the guest is about to run. Before that it would be in the way of
-/// those who build the machine, for the lock of the address space. What it can do without, it does meanwhile.
+/// Lets the prefetch install pages when it is dropped: when the guest is about to run. Earlier, it would contend with the
+/// building of the machine for the lock of the address space. It reads the file meanwhile.
 pub(crate) type Start = Sender<()>;
 
 /// Longer than building a machine takes.
@@ -43,22 +43,25 @@ pub(crate) fn start() -> (Start, impl FnOnce() + Send + 'static) {
     (start, wait)
 }
 
-/// Reads the working set when it is asked for its pages, on the thread that loads them: the guest does not wait for it.
-/// The set is a hint: one that is damaged is told, and the guest runs without.
+/// Reads the working set on the thread that loads it, so that the guest does not wait for that. The set is a hint: damage
+/// is noted, and the guest runs without.
 pub(crate) fn list(
     snapshot: Arc<Snapshot>,
     damage: SetDamage,
 ) -> impl FnOnce() -> Vec<Range<u64>> + Send + 'static {
     move || {
-        pages(&snapshot).unwrap_or_else(|error| {
+        working_set_pages(&snapshot).unwrap_or_else(|error| {
             damage.get_or_init(|| error.to_string());
             Vec::new()
         })
     }
 }
 
-/// The pages of the working set, if there is one, as ranges of offsets in memory, in the order in which they were touched.
-pub(crate) fn pages(snapshot: &Snapshot) -> Result<Vec<Range<u64>>, ReadError> {
+/// The pages of the working set as ranges of source offsets, in the order in which they were touched; none without a set.
+///
+/// # Errors
+/// [`ReadError`]: the set is damaged.
+pub fn working_set_pages(snapshot: &Snapshot) -> Result<Vec<Range<u64>>, ReadError> {
     let set = snapshot.working_set()?;
     let runs = set.iter().flat_map(|set| set.runs());
     let range = |run: &HotRun| {

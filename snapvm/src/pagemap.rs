@@ -4,10 +4,11 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-use anyhow::{Context, Result};
 use snapfmt::MemoryRegion;
 use snapfmt::layout::PAGE_BYTES;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+use crate::error::MemoryError;
 
 /// Bits of an entry: Documentation/admin-guide/mm/pagemap.rst.
 const PRESENT: u64 = 1 << 63;
@@ -18,28 +19,29 @@ const ENTRY_BYTES: usize = 8;
 /// Entries read at once: 64 KiB, for 32 MiB of memory.
 const ENTRIES: usize = 8192;
 
-/// The ranges of the source space whose pages this process has of its own, in memory or swapped out. Everything
-/// else of a private mapping is as what it maps: zeros, or the pages of a file.
-pub(crate) fn own_pages(
+/// The ranges of source offsets whose pages belong to this process alone, in memory or swapped out. All other pages of a
+/// private mapping have the content of what is mapped: zeros, or the pages of a file.
+pub(crate) fn private_pages(
     memory: &GuestMemoryMmap,
     regions: &[MemoryRegion],
-) -> Result<Vec<Range<u64>>> {
-    let pagemap = File::open("/proc/self/pagemap").context("cannot open /proc/self/pagemap")?;
+) -> Result<Vec<Range<u64>>, MemoryError> {
+    let pagemap = File::open("/proc/self/pagemap")
+        .map_err(MemoryError::system("cannot open /proc/self/pagemap"))?;
     let mut own: Vec<Range<u64>> = Vec::new();
-    let mut piece = vec![0; ENTRIES * ENTRY_BYTES];
+    let mut entries_bytes = vec![0; ENTRIES * ENTRY_BYTES];
     for region in regions {
         let mapped = memory
             .iter()
             .find(|mapped| mapped.start_addr().0 == region.gpa && mapped.len() == region.len);
-        let mapped = mapped.context("guest memory is not mapped as the snapshot says")?;
+        let mapped = mapped.ok_or(MemoryError::Layout)?;
         let first = mapped.as_ptr() as u64 / PAGE_BYTES as u64;
         let pages = region.len / PAGE_BYTES as u64;
         for start in (0..pages).step_by(ENTRIES) {
             let count = (pages - start).min(ENTRIES as u64);
-            let entries = &mut piece[..count as usize * ENTRY_BYTES];
+            let entries = &mut entries_bytes[..count as usize * ENTRY_BYTES];
             pagemap
                 .read_exact_at(entries, (first + start) * ENTRY_BYTES as u64)
-                .context("cannot read /proc/self/pagemap")?;
+                .map_err(MemoryError::system("cannot read /proc/self/pagemap"))?;
             for (entry, page) in entries.as_chunks::<ENTRY_BYTES>().0.iter().zip(start..) {
                 let entry = u64::from_ne_bytes(*entry);
                 if entry & (PRESENT | SWAPPED) != 0 && entry & OF_FILE == 0 {
@@ -60,17 +62,17 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
-    use crate::guest_memory::{self, to_regions};
+    use crate::{guest_memory, memory_map::to_regions};
 
     #[test]
-    fn pages_that_were_written_are_found() {
-        let ranges = vmm::memory_layout(4 << 30).unwrap();
-        let memory = guest_memory::private(&ranges).unwrap();
+    fn written_pages_are_found() {
+        let ranges = vmm::memory_layout(4 << 30).expect("it works");
+        let memory = guest_memory::private(&ranges).expect("it works");
         let regions = to_regions(&ranges);
-        assert!(own_pages(&memory, &regions).unwrap().is_empty());
-        memory.write_slice(&[1], GuestAddress(4096 * 5)).unwrap();
-        memory.write_slice(&[1], GuestAddress((4 << 30) + 4096)).unwrap();
-        let own = own_pages(&memory, &regions).unwrap();
+        assert!(private_pages(&memory, &regions).expect("it works").is_empty());
+        memory.write_slice(&[1], GuestAddress(4096 * 5)).expect("it works");
+        memory.write_slice(&[1], GuestAddress((4 << 30) + 4096)).expect("it works");
+        let own = private_pages(&memory, &regions).expect("it works");
         // Above the hole at 3 GiB, guest addresses and source offsets differ by 1 GiB.
         for offset in [4096 * 5, (3 << 30) + 4096] {
             assert!(own.iter().any(|range| range.contains(&offset)), "{own:?}");

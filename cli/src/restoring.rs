@@ -1,0 +1,174 @@
+//! A restore as the command line tells it: waits, progress and messages around [`RestoreConfig`].
+
+use std::any::Any;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use anyhow::{Context, Error, Result, anyhow, bail};
+use snapfmt::Progress;
+use snapvm::{DeviceError, Observer, RestoreConfig, RestoreError, RestoredVm, SnapshotError, Step};
+use vmm::Console;
+
+use crate::awaited_source::AwaitedSource;
+use crate::commands::{Session, open};
+use crate::exit::GuestStopped;
+use crate::interrupt::Interrupt;
+use crate::progress::Bar;
+use crate::waits::Wait;
+use crate::{leftovers, size};
+
+/// A lazy restore of the snapshot at `file`, whose guest must have `memory_bytes` of memory if that is said.
+pub(crate) fn config(
+    file: &Path,
+    parents: &[PathBuf],
+    memory_bytes: Option<u64>,
+    session: &Session,
+) -> Result<RestoreConfig> {
+    let snapshot = open(file, parents)?;
+    let found = snapshot.header().memory_bytes;
+    if let Some(expected) = memory_bytes
+        && expected != found
+    {
+        bail!(
+            "{}: --memory {} expected, found {} in the snapshot; leave --memory out to take what is there",
+            file.display(),
+            size::human(expected),
+            size::human(found)
+        );
+    }
+    let path = file.to_owned();
+    let observer = Told {
+        quiet: session.quiet,
+        interrupt: session.interrupt.clone(),
+        loading: Mutex::default(),
+    };
+    Ok(RestoreConfig::new(Arc::new(snapshot), file)
+        .observer(Arc::new(observer))
+        .wrap_source(move |source| Arc::new(AwaitedSource::new(source, &path))))
+}
+
+/// Restores the guest; an interrupt pauses it.
+pub(crate) fn restore(
+    config: &RestoreConfig,
+    console: impl Console + 'static,
+    session: &Session,
+) -> Result<RestoredVm> {
+    let restored = config.restore(console).map_err(restore_error)?;
+    session.interrupt.pauses(restored.vm.handle());
+    Ok(restored)
+}
+
+/// Tells what a restore waits for, and how far an eager one is.
+struct Told {
+    quiet: bool,
+    interrupt: Interrupt,
+    loading: Mutex<Option<Bar>>,
+}
+
+impl Told {
+    fn loading(&self) -> MutexGuard<'_, Option<Bar>> {
+        self.loading.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Observer for Told {
+    fn step(&self, step: Step<'_>) -> Box<dyn Any> {
+        let (what, limit) = match step {
+            Step::ReadState { file } | Step::OpenImage { image: file } => {
+                (format!("{} to be read", file.display()), None)
+            }
+            Step::AskServer { socket, timeout } => {
+                (format!("the page server at {} to answer", socket.display()), Some(timeout))
+            }
+            Step::BuildMachine { file } => {
+                // Memory is loaded.
+                *self.loading() = None;
+                let what = format!("the first pages of {} that the machine needs", file.display());
+                (what, None)
+            }
+            _ => return Box::new(()),
+        };
+        let wait = Wait::new(move || what.clone());
+        Box::new(match limit {
+            Some(limit) => wait.at_most(limit).begin(),
+            None => wait.begin(),
+        })
+    }
+
+    fn loaded(&self, progress: Progress) -> ControlFlow<()> {
+        let mut loading = self.loading();
+        let bar = loading.get_or_insert_with(|| Bar::new("loading", self.quiet, &self.interrupt));
+        bar.update(progress)
+    }
+
+    fn made_socket(&self, path: &Path) {
+        leftovers::name(path);
+    }
+}
+
+/// With the options that help.
+fn restore_error(error: RestoreError) -> Error {
+    match error {
+        RestoreError::Open(error) => error.into(),
+        RestoreError::Cpu { .. } => {
+            anyhow!("{error}; --force-cpu restores it all the same, and it may crash")
+        }
+        RestoreError::Device { file, error } => {
+            device_error(error).context(file.display().to_string())
+        }
+        RestoreError::Pager(error) => Error::new(error)
+            .context("cannot restore lazily (without --lazy, userfaultfd is not needed)"),
+        RestoreError::Failed(failure) => GuestStopped(failure.to_string()).into(),
+        error => error.into(),
+    }
+}
+
+fn device_error(error: DeviceError) -> Error {
+    match error {
+        DeviceError::DiskCount { given, found } => {
+            anyhow!("--disk is given {given} times, and the guest has {found} disks")
+        }
+        DeviceError::NetCount { given, found } => {
+            anyhow!("--net is given {given} times, and the guest has {found} network interfaces")
+        }
+        DeviceError::NoVsock => anyhow!("--vsock is given, and the guest has no vsock"),
+        DeviceError::Disk(error) => Error::new(error).context(
+            "the guest's disk (--disk says where it is now, --force-disks takes it as it is)",
+        ),
+        DeviceError::Net { given: true, error } => Error::new(error).context("--net"),
+        DeviceError::Net { given: false, error } => {
+            Error::new(error).context("the guest's network interface (--net gives it another tap)")
+        }
+        DeviceError::Vsock { given: true, error } => Error::new(error).context("--vsock"),
+        DeviceError::Vsock { given: false, error } => {
+            Error::new(error).context("the guest's vsock (--vsock gives it another socket)")
+        }
+        error => error.into(),
+    }
+}
+
+/// Why a guest cannot be written, for people and for the exit code.
+pub(crate) fn snapshot_error(error: SnapshotError) -> Error {
+    match error {
+        SnapshotError::Failed(failure) => GuestStopped(failure.to_string()).into(),
+        // The exit code depends on these.
+        SnapshotError::Write(error) => error.into(),
+        SnapshotError::Read(error) => error.into(),
+        SnapshotError::NoRoom { .. } => Error::new(error).context("--threads 1 takes less"),
+        error => error.into(),
+    }
+}
+
+/// What has failed, if something has, instead of any other error.
+pub(crate) fn check_memory(memory: &snapvm::VmMemory) -> Result<()> {
+    match memory.failure() {
+        Some(failure) => Err(GuestStopped(failure.to_string()).into()),
+        None => Ok(()),
+    }
+}
+
+/// The guest's image has to be the one it was started from.
+pub(crate) fn check_image(memory: &snapvm::VmMemory) -> Result<()> {
+    memory.check_image().context("the guest may have run from two images")
+}

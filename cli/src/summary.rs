@@ -1,0 +1,54 @@
+//! What the command line says of a new snapshot.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+use snapfmt::Header;
+use snapfmt::layout::PAGE_BYTES;
+
+use crate::report::ms;
+
+/// What was made.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Summary {
+    pub(crate) file: PathBuf,
+    pub(crate) id: String,
+    pub(crate) parent_id: Option<String>,
+    pub(crate) memory_bytes: u64,
+    pub(crate) nonzero_bytes: u64,
+    pub(crate) file_bytes: u64,
+    /// Bytes of non-zero memory for each byte of the file.
+    pub(crate) ratio: f64,
+    /// The whole command.
+    pub(crate) total_ms: f64,
+    /// Until the guest was ready to be stored, or brought back.
+    pub(crate) ready_ms: f64,
+    /// How long the guest stood still: reading its state and writing the file.
+    pub(crate) pause_ms: f64,
+}
+
+impl Summary {
+    /// Of a file that is complete now.
+    pub(crate) fn new(
+        file: &Path,
+        header: &Header,
+        started: Instant,
+        ready: Instant,
+        paused: Instant,
+    ) -> Self {
+        let now = Instant::now();
+        Self {
+            file: file.to_owned(),
+            id: header.id.to_string(),
+            parent_id: header.parent_id.map(|id| id.to_string()),
+            memory_bytes: header.memory_bytes,
+            nonzero_bytes: header.data_pages * PAGE_BYTES as u64,
+            file_bytes: header.file_bytes,
+            ratio: (header.data_pages * PAGE_BYTES as u64) as f64 / header.file_bytes as f64,
+            total_ms: ms(now - started),
+            ready_ms: ms(ready - started),
+            pause_ms: ms(now - paused),
+        }
+    }
+}

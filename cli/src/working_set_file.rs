@@ -1,0 +1,43 @@
+//! A snapshot that is written again with another working set.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use serde_json::json;
+use snapfmt::{Changes, Existing, Header, Snapshot, WorkingSet, copy_snapshot};
+use snapvm::path_of_parent;
+
+use crate::commands::{Session, refuse_as_output, refuse_existing};
+use crate::progress::Bar;
+
+/// Where a recorded working set goes.
+pub(crate) struct Output<'a> {
+    pub(crate) path: &'a Path,
+    pub(crate) replace: bool,
+}
+
+impl Output<'_> {
+    /// Refuses, before any work, what could not be written after it.
+    pub(crate) fn check(&self, snapshot: &Snapshot) -> Result<()> {
+        refuse_as_output(self.path, [snapshot])?;
+        refuse_existing(self.path, self.replace)
+    }
+
+    /// Writes the snapshot with another working set.
+    pub(crate) fn write(
+        &self,
+        snapshot: &Snapshot,
+        set: WorkingSet,
+        session: &Session,
+    ) -> Result<Header> {
+        let mut metadata = snapshot.metadata()?;
+        metadata.other.insert("rewritten_from".into(), json!([snapshot.header().id.to_string()]));
+        let parent = snapshot.paths().nth(1).flatten();
+        let parent_path: Option<PathBuf> =
+            parent.map(|parent| path_of_parent(parent, self.path)).transpose()?;
+        let existing = if self.replace { Existing::Replace } else { Existing::Keep };
+        let changes = Changes { working_set: set, metadata, parent_path, existing };
+        let bar = Bar::new("writing", session.quiet, &session.interrupt);
+        Ok(copy_snapshot(self.path, snapshot, &changes, &|p| bar.update(p))?)
+    }
+}

@@ -1,0 +1,222 @@
+//! What a restored guest's devices are connected to on this host.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use snapfmt::{ReadError, Snapshot};
+use vmm::MmioDevice;
+use vmm::state::DeviceState;
+use vmm::virtio::{
+    BackendState, BlockState, Disk, DiskError, EventLoop, Host, MacAddress, OverlayPlace,
+    OverlayState, Tap, TapError, VirtioDevice, VirtioState, VirtioStateError, VsockError,
+    VsockHost,
+};
+
+use crate::observer::Observer;
+
+/// Where a restored guest's devices find their other ends. By default: where the snapshot says.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct DeviceConnections {
+    /// The images of the guest's disks, in their order; empty: where they were.
+    pub disks: Vec<PathBuf>,
+    /// Take disks whose content has changed since the snapshot. The guest's file systems may break.
+    pub force_disks: bool,
+    /// Keep the guest's writes to all disks here, and the images unchanged.
+    pub disk_overlay: Option<OverlayPlace>,
+    /// Another context id and socket for the guest's vsock.
+    pub vsock: Option<(u64, PathBuf)>,
+    /// A tap for each of the guest's network interfaces, in their order, with another Ethernet address if there is one;
+    /// empty: the taps they had.
+    pub nets: Vec<(String, Option<MacAddress>)>,
+}
+
+/// A device that cannot be connected.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DeviceError {
+    /// A number of disks that is not the guest's.
+    #[error("{given} disks are given, and the guest has {found} disks")]
+    DiskCount {
+        /// In [`DeviceConnections::disks`].
+        given: usize,
+        /// In the snapshot.
+        found: usize,
+    },
+    /// A number of interfaces that is not the guest's.
+    #[error("{given} taps are given, and the guest has {found} network interfaces")]
+    NetCount {
+        /// In [`DeviceConnections::nets`].
+        given: usize,
+        /// In the snapshot.
+        found: usize,
+    },
+    /// A vsock is given to a guest without one.
+    #[error("a vsock is given, and the guest has no vsock")]
+    NoVsock,
+    /// The snapshot was made by a later version.
+    #[error("the snapshot has a device that this version of snap does not know")]
+    Unknown(#[source] Option<VirtioStateError>),
+    /// As timerfd_create(2), epoll_create1(2) or pthread_create(3).
+    #[error("cannot start the devices' thread")]
+    Thread(#[source] io::Error),
+    /// As eventfd(2).
+    #[error("cannot make a device")]
+    Make(#[source] io::Error),
+    /// A disk's image.
+    #[error("the guest's disk")]
+    Disk(#[source] DiskError),
+    /// A network interface's tap.
+    #[error("the guest's network interface")]
+    Net {
+        /// Whether the tap is of [`DeviceConnections::nets`].
+        given: bool,
+        /// Why.
+        #[source]
+        error: TapError,
+    },
+    /// A vsock's socket.
+    #[error("the guest's vsock")]
+    Vsock {
+        /// Whether it is [`DeviceConnections::vsock`].
+        given: bool,
+        /// Why.
+        #[source]
+        error: VsockError,
+    },
+    /// What the snapshot holds of a device beside its state.
+    #[error("the content of device {place}")]
+    Content {
+        /// The device's number.
+        place: usize,
+        /// Why.
+        #[source]
+        error: ReadError,
+    },
+    /// The snapshot was made by a later version.
+    #[error("the content of device {place} is of version {version}, which is not known")]
+    ContentVersion {
+        /// The device's number.
+        place: usize,
+        /// In the snapshot.
+        version: u32,
+    },
+}
+
+type Devices = Vec<Box<dyn MmioDevice>>;
+
+impl DeviceConnections {
+    /// The saved devices, connected.
+    pub(crate) fn restore(
+        &self,
+        saved: &[DeviceState],
+        snapshot: &Snapshot,
+        observer: &dyn Observer,
+    ) -> Result<Devices, DeviceError> {
+        let devices = saved
+            .iter()
+            .map(VirtioState::decode)
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|error| DeviceError::Unknown(Some(error)))?;
+        self.check_counts(&devices)?;
+        if devices.is_empty() {
+            return Ok(Vec::new());
+        }
+        let event_loop = EventLoop::start().map_err(DeviceError::Thread)?;
+        let mut paths = self.disks.iter().map(PathBuf::as_path);
+        let mut nets = self.nets.iter();
+        let mut restored: Devices = Vec::new();
+        for (place, VirtioState { transport, device }) in devices.into_iter().enumerate() {
+            let content = || content(snapshot, place);
+            let host = self.host(device, &mut paths, &mut nets, content, observer)?;
+            let device = VirtioDevice::restore(&event_loop, transport, host);
+            restored.push(Box::new(device.map_err(DeviceError::Make)?));
+        }
+        Ok(restored)
+    }
+
+    fn check_counts(&self, devices: &[VirtioState]) -> Result<(), DeviceError> {
+        let count = |is: fn(&BackendState) -> bool| {
+            devices.iter().filter(|device| is(&device.device)).count()
+        };
+        let disks =
+            count(|device| matches!(device, BackendState::Block(_) | BackendState::Overlay(_)));
+        if !self.disks.is_empty() && self.disks.len() != disks {
+            return Err(DeviceError::DiskCount { given: self.disks.len(), found: disks });
+        }
+        if self.vsock.is_some() && count(|device| matches!(device, BackendState::Vsock(_))) == 0 {
+            return Err(DeviceError::NoVsock);
+        }
+        let nets = count(|device| matches!(device, BackendState::Net(_)));
+        if !self.nets.is_empty() && self.nets.len() != nets {
+            return Err(DeviceError::NetCount { given: self.nets.len(), found: nets });
+        }
+        Ok(())
+    }
+
+    fn host<'a>(
+        &self,
+        saved: BackendState,
+        paths: &mut impl Iterator<Item = &'a Path>,
+        nets: &mut impl Iterator<Item = &'a (String, Option<MacAddress>)>,
+        content: impl FnOnce() -> Result<Vec<u8>, DeviceError>,
+        observer: &dyn Observer,
+    ) -> Result<Host, DeviceError> {
+        Ok(match saved {
+            BackendState::Block(disk) if disk.read_only || self.disk_overlay.is_none() => {
+                let opened = Disk::open_saved(&disk, paths.next(), self.force_disks);
+                Host::Disk(opened.map_err(DeviceError::Disk)?)
+            }
+            BackendState::Block(disk) => self.disk_below(&disk, paths.next(), 0, &[])?,
+            BackendState::Overlay(OverlayState { disk, blocks }) => {
+                self.disk_below(&disk, paths.next(), blocks, &content()?)?
+            }
+            BackendState::Rng => Host::Entropy,
+            BackendState::Balloon(balloon) => Host::Balloon(balloon),
+            BackendState::Net(saved) => {
+                let connected = nets.next();
+                let tap = connected.map_or(&saved.tap, |(tap, _)| tap);
+                let opened = Tap::open(tap);
+                let given = connected.is_some();
+                let mac = connected.and_then(|(_, mac)| *mac).unwrap_or(saved.mac);
+                Host::Net(opened.map_err(|error| DeviceError::Net { given, error })?, mac)
+            }
+            BackendState::Vsock(saved) => {
+                let (cid, path) = match &self.vsock {
+                    Some((cid, path)) => (*cid, path),
+                    None => (saved.guest_cid, &saved.path),
+                };
+                let given = self.vsock.is_some();
+                let host = VsockHost::bind(cid, path);
+                let host = host.map_err(|error| DeviceError::Vsock { given, error })?;
+                observer.made_socket(path);
+                Host::Vsock(host)
+            }
+            _ => return Err(DeviceError::Unknown(None)),
+        })
+    }
+
+    fn disk_below(
+        &self,
+        saved: &BlockState,
+        path: Option<&Path>,
+        blocks: u32,
+        content: &[u8],
+    ) -> Result<Host, DeviceError> {
+        let place = self.disk_overlay.clone();
+        let place = place.unwrap_or_else(|| OverlayPlace::Folder(std::env::temp_dir()));
+        let disk = Disk::open_saved_below(saved, path, self.force_disks, &place, blocks, content);
+        Ok(Host::Disk(disk.map_err(DeviceError::Disk)?))
+    }
+}
+
+/// What the snapshot holds of a device beside its state; empty where there is no such section.
+fn content(snapshot: &Snapshot, place: usize) -> Result<Vec<u8>, DeviceError> {
+    let Some(kind) = vmm::state::device_content_kind(place) else { return Ok(Vec::new()) };
+    let blob = snapshot.state(kind).map_err(|error| DeviceError::Content { place, error })?;
+    let Some(blob) = blob else { return Ok(Vec::new()) };
+    if blob.version != vmm::state::DEVICE_CONTENT_VERSION {
+        return Err(DeviceError::ContentVersion { place, version: blob.version });
+    }
+    Ok(blob.bytes)
+}

@@ -1,0 +1,62 @@
+//! Snapshot a running KVM guest into one file, and restore it lazily in milliseconds.
+//!
+//! This library joins the crates [`snapfmt`] (the file), [`pager`] (page faults) and [`vmm`] (the machine) into a VM that
+//! owns its memory's pager and file:
+//!
+//! - [`RestoreConfig`] restores a guest from a snapshot: lazily, eagerly, or sharing memory with others;
+//! - [`BootConfig`] boots a fresh one;
+//! - [`Vm::snapshot`] and [`Vm::snapshot_layer`] write a paused VM to a file;
+//! - [`record`] finds the pages that a guest touches first, for a working set.
+//!
+//! ```no_run
+//! use vmm::ConsoleFlow;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let console = |bytes: &[u8]| {
+//!     print!("{}", String::from_utf8_lossy(bytes));
+//!     ConsoleFlow::Continue
+//! };
+//! let restored = snapvm::RestoreConfig::open("guest.snap")?.restore(console)?;
+//! let running = restored.vm.resume()?;
+//! println!("{:?}", running.wait(None));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! A [`Vm`] or [`RunningVm`] holds its [`VmMemory`], and with it the pager. So no vCPU is left when the pager ends, and
+//! a page that has not arrived is never read as zeros.
+//!
+//! Needs Linux on x86-64 with `/dev/kvm`; lazy restores need userfaultfd: see [`pager`].
+
+mod boot;
+mod devices;
+mod error;
+mod guest_memory;
+mod memory;
+mod memory_map;
+mod metadata;
+mod observer;
+mod pagemap;
+mod recording;
+mod restore;
+/// Whether there is address space for what comes next.
+pub mod room;
+mod stable_file;
+mod vm;
+mod working_set;
+mod write;
+
+pub use boot::BootConfig;
+pub use devices::{DeviceConnections, DeviceError};
+pub use error::{BootError, GuestFailure, MemoryError, RestoreError, SnapshotError, with_causes};
+pub use guest_memory::ArrivingBytes;
+pub use memory::VmMemory;
+pub use memory_map::{gpa_ranges, to_ranges, to_regions};
+pub use metadata::GuestMetadata;
+pub use observer::{Observer, Silent, Step};
+pub use recording::{FirstOutput, Pace, RecordError, Touched, record};
+pub use restore::{MemoryFrom, RestoreConfig, RestoredVm, snapshot_name};
+pub use stable_file::StableFile;
+pub use vm::{RunningVm, Vm};
+pub use working_set::{Prefetch, working_set_pages};
+pub use write::{path_of_parent, refuse_as_output};

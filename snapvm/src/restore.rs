@@ -1,0 +1,458 @@
+//! A guest from a snapshot, ready to run.
+
+use std::num::{NonZeroU64, NonZeroUsize};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use pager::serve::SnapshotName;
+use pager::shared::SharedClone;
+use pager::{
+    FailurePolicy, PageSource, Pager, PagerBuilder, Placement, Populate, Recording, Region,
+    SnapshotSource,
+};
+use snapfmt::{Loaded, Parents, ReadError, Snapshot};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vmm::state::{STATE_KIND, VmState};
+use vmm::{Clock, Console, HostCpu, MemoryRange, PausedVm, RestoreOptions, VmHandle};
+
+use crate::devices::DeviceConnections;
+use crate::error::{GuestFailure, MemoryError, RestoreError};
+use crate::guest_memory;
+use crate::memory::{Origin, Release, Restored, Service, SetDamage, VmMemory};
+use crate::memory_map::{gpa_ranges, to_ranges, to_regions};
+use crate::metadata::GuestMetadata;
+use crate::observer::{Observer, Silent, Step};
+use crate::vm::Vm;
+use crate::working_set::{self, Prefetch};
+
+type Result<T> = std::result::Result<T, RestoreError>;
+
+/// How a restored guest gets its memory.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub enum MemoryFrom {
+    /// A pager brings each page from the snapshot when the guest touches it, and loads ahead while the guest waits much.
+    #[default]
+    Lazy,
+    /// All memory is loaded before the guest runs.
+    Eager,
+    /// As `Lazy`, without prefetch, and the touched pages are recorded: see [`crate::record`].
+    Recorded,
+    /// A page server (`snap serve`) brings pages, and shares those that are only read with other guests of the snapshot.
+    Shared {
+        /// The server's socket.
+        socket: PathBuf,
+        /// How long it has to answer, in all.
+        timeout: Duration,
+    },
+    /// The kernel brings pages from a raw image of the memory, which nothing checks.
+    Image(PathBuf),
+}
+
+type WrapSource = dyn Fn(Arc<dyn PageSource>) -> Arc<dyn PageSource> + Send + Sync;
+
+/// How to restore a guest.
+pub struct RestoreConfig {
+    snapshot: Arc<Snapshot>,
+    file: PathBuf,
+    memory: MemoryFrom,
+    on_error: FailurePolicy,
+    populate: Populate,
+    populate_rate: Option<NonZeroU64>,
+    prefetch: Prefetch,
+    placement: Placement,
+    clock: Clock,
+    force_cpu: bool,
+    guest_trigger: bool,
+    devices: DeviceConnections,
+    observer: Arc<dyn Observer>,
+    wrap_source: Box<WrapSource>,
+}
+
+/// A restored guest, which has not run yet.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct RestoredVm {
+    /// The VM and its memory.
+    pub vm: Vm,
+    /// Bytes of the file that were read for its memory already: all of it in an eager restore.
+    pub loaded_bytes: u64,
+    /// When the file and the devices were open.
+    pub opened_at: Instant,
+    /// When memory was loaded, or its pager was at work.
+    pub memory_ready_at: Instant,
+}
+
+impl std::fmt::Debug for RestoreConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RestoreConfig")
+            .field("file", &self.file)
+            .field("memory", &self.memory)
+            .finish_non_exhaustive()
+    }
+}
+
+impl RestoreConfig {
+    /// A lazy restore of the snapshot at `file`, whose parents, if it is a layer, are where it says.
+    ///
+    /// # Errors
+    /// [`RestoreError::Open`] and [`RestoreError::Read`]
+    pub fn open(file: impl AsRef<Path>) -> Result<Self> {
+        let file = file.as_ref();
+        let snapshot = Snapshot::open_with(file, &Parents::default());
+        let snapshot = snapshot.map_err(|error| match error {
+            error @ ReadError::Open { .. } => RestoreError::Open(error),
+            error => RestoreError::Read { file: file.to_owned(), error },
+        })?;
+        Ok(Self::new(Arc::new(snapshot), file))
+    }
+
+    /// A lazy restore of an open snapshot. `file` names it in errors, and in layers that are written on it.
+    #[must_use]
+    pub fn new(snapshot: Arc<Snapshot>, file: &Path) -> Self {
+        Self {
+            snapshot,
+            file: file.to_owned(),
+            memory: MemoryFrom::default(),
+            on_error: FailurePolicy::default(),
+            populate: Populate::default(),
+            populate_rate: None,
+            prefetch: Prefetch::default(),
+            placement: Placement::default(),
+            clock: Clock::default(),
+            force_cpu: false,
+            guest_trigger: false,
+            devices: DeviceConnections::default(),
+            observer: Arc::new(Silent),
+            wrap_source: Box::new(|source| source),
+        }
+    }
+
+    /// How the guest gets its memory; lazily, unless this says something else.
+    #[must_use]
+    pub fn memory(mut self, from: MemoryFrom) -> Self {
+        self.memory = from;
+        self
+    }
+
+    /// What a lazy restore does about a page that cannot be had.
+    #[must_use]
+    pub fn on_error(mut self, policy: FailurePolicy) -> Self {
+        self.on_error = policy;
+        self
+    }
+
+    /// What a lazy restore loads in the background, and how many bytes a second at most.
+    #[must_use]
+    pub fn populate(mut self, populate: Populate, bytes_per_second: Option<NonZeroU64>) -> Self {
+        (self.populate, self.populate_rate) = (populate, bytes_per_second);
+        self
+    }
+
+    /// What a lazy restore loads before the guest touches it.
+    #[must_use]
+    pub fn prefetch(mut self, prefetch: Prefetch) -> Self {
+        self.prefetch = prefetch;
+        self
+    }
+
+    /// Where the pager's threads run.
+    #[must_use]
+    pub fn placement(mut self, placement: Placement) -> Self {
+        self.placement = placement;
+        self
+    }
+
+    /// What the guest's clocks show: see [`Clock`].
+    #[must_use]
+    pub fn clock(mut self, clock: Clock) -> Self {
+        self.clock = clock;
+        self
+    }
+
+    /// Restores a guest also where the CPU lacks features that it was given. It may crash.
+    #[must_use]
+    pub fn force_cpu(mut self, force: bool) -> Self {
+        self.force_cpu = force;
+        self
+    }
+
+    /// Whether the guest stops when it asks to be snapshotted.
+    #[must_use]
+    pub fn guest_trigger(mut self, on: bool) -> Self {
+        self.guest_trigger = on;
+        self
+    }
+
+    /// What the guest's devices are connected to.
+    #[must_use]
+    pub fn devices(mut self, devices: DeviceConnections) -> Self {
+        self.devices = devices;
+        self
+    }
+
+    /// Is told of each step.
+    #[must_use]
+    pub fn observer(mut self, observer: Arc<dyn Observer>) -> Self {
+        self.observer = observer;
+        self
+    }
+
+    /// Puts something between the snapshot and the pager of a lazy restore: to measure, to delay, to fail.
+    #[must_use]
+    pub fn wrap_source(
+        mut self,
+        wrap: impl Fn(Arc<dyn PageSource>) -> Arc<dyn PageSource> + Send + Sync + 'static,
+    ) -> Self {
+        self.wrap_source = Box::new(wrap);
+        self
+    }
+
+    /// Builds the guest. A pager that fails stops it.
+    ///
+    /// # Errors
+    /// [`RestoreError`]
+    pub fn restore(&self, console: impl Console + 'static) -> Result<RestoredVm> {
+        let file = || self.file.clone();
+        let step = self.observer.step(Step::ReadState { file: &self.file });
+        let state = self.state()?;
+        self.check_cpu(&state)?;
+        // Before anything that takes time: a disk may be refused.
+        let devices = self.devices.restore(&state.devices, &self.snapshot, &*self.observer);
+        let devices = devices.map_err(|error| RestoreError::Device { file: file(), error })?;
+        drop(step);
+        let opened_at = Instant::now();
+
+        // Memory first, and its pager: setting the state of the vCPUs touches some of it.
+        let guest = GuestSlot::default();
+        let Served { service, mapped, loaded_bytes, prefetch_start } =
+            self.serve_memory(state.vcpus.len(), &guest)?;
+        let memory_ready_at = Instant::now();
+        let memory = VmMemory {
+            regions: self.snapshot.regions().to_vec(),
+            mapped: Arc::clone(&mapped),
+            origin: Origin::Restored(Restored {
+                service,
+                snapshot: Arc::clone(&self.snapshot),
+                file: file(),
+            }),
+        };
+
+        // Declared after the memory, whose pager waits for its thread: dropped before it on every way out.
+        let prefetch_start = prefetch_start;
+        let mut options =
+            RestoreOptions::default().heed_requests(self.guest_trigger).clock(self.clock);
+        if !matches!(self.memory, MemoryFrom::Eager) {
+            let regions = self.snapshot.regions();
+            let first = self.snapshot.populated().flat_map(|range| gpa_ranges(regions, range));
+            options = options.plug_first(first.collect());
+        }
+        let step = self.observer.step(Step::BuildMachine { file: &self.file });
+        let machine = PausedVm::restore_with(mapped, &state, console, &options, devices);
+        drop(step);
+        // Also of a machine that was built: KVM passes over some pages that it cannot read.
+        if let Some(failure) = memory.failure() {
+            return Err(RestoreError::Failed(failure));
+        }
+        let machine = machine.map_err(|error| RestoreError::Machine { file: file(), error })?;
+        drop(prefetch_start);
+        guest.connect(machine.handle());
+        let vm = Vm { machine, memory: Arc::new(memory) };
+        Ok(RestoredVm { vm, loaded_bytes, opened_at, memory_ready_at })
+    }
+
+    fn read_error(&self, error: ReadError) -> RestoreError {
+        RestoreError::Read { file: self.file.clone(), error }
+    }
+
+    /// The machine's state, for the file's memory map.
+    fn state(&self) -> Result<VmState> {
+        let file = || self.file.clone();
+        let blob = self.snapshot.state(STATE_KIND).map_err(|error| self.read_error(error))?;
+        let blob = blob.ok_or_else(|| RestoreError::NoState { file: file() })?;
+        let state = VmState::decode(STATE_KIND, blob.version, &blob.bytes)
+            .map_err(|error| RestoreError::State { file: file(), error })?;
+        if to_regions(&state.memory) != self.snapshot.regions() {
+            return Err(RestoreError::MemoryMap { file: file() });
+        }
+        Ok(state)
+    }
+
+    /// Refuses a guest that uses CPU features which this host does not have.
+    fn check_cpu(&self, state: &VmState) -> Result<()> {
+        if self.force_cpu {
+            return Ok(());
+        }
+        // On the CPU that the guest was snapshotted on, KVM is not asked: that takes time.
+        let metadata = self.snapshot.metadata().map_err(|error| self.read_error(error))?;
+        if GuestMetadata::read(&metadata).host_cpu == Some(HostCpu::current()) {
+            return Ok(());
+        }
+        let file = || self.file.clone();
+        let missing = vmm::missing_features(state)
+            .map_err(|error| RestoreError::Features { file: file(), error })?;
+        match missing.is_empty() {
+            true => Ok(()),
+            false => Err(RestoreError::Cpu { file: file(), missing }),
+        }
+    }
+
+    fn serve_memory(&self, vcpus: usize, guest: &GuestSlot) -> Result<Served> {
+        let ranges = to_ranges(self.snapshot.regions());
+        // As many demand threads as vCPUs can wait for pages at the same time, and as can run.
+        let slices = vcpus.min(thread::available_parallelism().map_or(1, |cpus| cpus.get()));
+        match &self.memory {
+            MemoryFrom::Eager => {
+                let mapped = guest_memory::private(&ranges)?;
+                let loaded = self.load(&mapped)?;
+                let loaded_bytes = loaded.bytes_read;
+                let release = Release::start(&self.snapshot, loaded);
+                let service = Service::Loaded { _release: release };
+                Ok(Served { loaded_bytes, ..Served::new(service, mapped) })
+            }
+            MemoryFrom::Lazy => {
+                let mapped = guest_memory::private(&ranges)?;
+                let mut builder =
+                    Pager::builder(self.source()).regions(self.pager_regions(&mapped)?);
+                let (set_damage, mut prefetch_start) = (SetDamage::default(), None);
+                if self.prefetch != Prefetch::Off && working_set::has_set(&self.snapshot) {
+                    let (begin, wait) = working_set::start();
+                    let pages = working_set::list(Arc::clone(&self.snapshot), set_damage.clone());
+                    builder = builder.prefetch(pages).prefetch_when(wait);
+                    prefetch_start = Some(begin);
+                }
+                let populate = match self.prefetch {
+                    Prefetch::All => Populate::Full,
+                    Prefetch::Off | Prefetch::Hot => self.populate,
+                };
+                let pager = self.start(builder.slices(slices).populate(populate), guest)?;
+                let service = Service::Lazy { pager, set_damage };
+                Ok(Served { prefetch_start, ..Served::new(service, mapped) })
+            }
+            MemoryFrom::Recorded => {
+                let (file, mapped) = guest_memory::recorded(&ranges)?;
+                let recording = Recording::new(self.source(), file, self.pager_regions(&mapped)?)
+                    .map_err(|error| RestoreError::Record(error.into()))?;
+                let builder = Pager::recording(&recording).slices(slices);
+                let pager = self.start(builder.populate(self.populate), guest)?;
+                Ok(Served::new(Service::Recorded { pager, recording }, mapped))
+            }
+            MemoryFrom::Shared { socket, timeout } => self.share(socket, *timeout, &ranges, guest),
+            MemoryFrom::Image(path) => {
+                let step = self.observer.step(Step::OpenImage { image: path });
+                let (image, mapped) = guest_memory::image(path, &ranges)?;
+                drop(step);
+                let path = path.clone();
+                Ok(Served::new(Service::Image { image, path }, mapped))
+            }
+        }
+    }
+
+    fn source(&self) -> Arc<dyn PageSource> {
+        (self.wrap_source)(Arc::new(SnapshotSource::new(Arc::clone(&self.snapshot))))
+    }
+
+    /// Loads all memory, on all CPUs.
+    fn load(&self, mapped: &GuestMemoryMmap) -> Result<Loaded> {
+        let threads = thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        let failed = Mutex::new(None::<MemoryError>);
+        let regions = self.snapshot.regions();
+        let place = |source_offset: u64, bytes: &[u8]| {
+            if let Err(error) = guest_memory::write(mapped, regions, source_offset, bytes) {
+                failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            }
+        };
+        let loaded = self
+            .snapshot
+            .load(threads, &place, &|progress| self.observer.loaded(progress))
+            .map_err(|error| self.read_error(error))?;
+        match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            Some(error) => Err(error.into()),
+            None => Ok(loaded),
+        }
+    }
+
+    /// The memory comes with its service: it must not be touched before.
+    fn share(
+        &self,
+        socket: &Path,
+        timeout: Duration,
+        ranges: &[MemoryRange],
+        guest: &GuestSlot,
+    ) -> Result<Served> {
+        let name = snapshot_name(&self.snapshot);
+        let ranges: Vec<_> =
+            ranges.iter().map(|r| (GuestAddress(r.gpa), r.len as usize, r.source_offset)).collect();
+        let (file, guest) = (self.file.clone(), guest.clone());
+        let on_failure = move |reason| guest.fail(&GuestFailure::new(&file, reason));
+        let step = self.observer.step(Step::AskServer { socket, timeout });
+        let (clone, mapped) = SharedClone::start(socket, &name, &ranges, timeout, on_failure)
+            .map_err(|error| RestoreError::Share { socket: socket.to_owned(), error })?;
+        drop(step);
+        Ok(Served::new(Service::Shared(clone), mapped))
+    }
+
+    fn pager_regions(&self, mapped: &Arc<GuestMemoryMmap>) -> Result<Vec<Region>> {
+        let offset_of = |gpa: GuestAddress| {
+            let found = self.snapshot.regions().iter().find(|region| region.gpa == gpa.0);
+            found.map_or(u64::MAX, |region| region.source_offset)
+        };
+        Region::of_guest_memory(mapped, offset_of).map_err(RestoreError::Region)
+    }
+
+    fn start(&self, builder: PagerBuilder, guest: &GuestSlot) -> Result<Pager> {
+        let (file, guest) = (self.file.clone(), guest.clone());
+        builder
+            .on_error(self.on_error)
+            .placement(self.placement)
+            .populate_rate(self.populate_rate)
+            .on_failure(move |failure| guest.fail(&GuestFailure::of_pager(&file, failure)))
+            .start()
+            .map_err(RestoreError::Pager)
+    }
+}
+
+/// Memory that can be used.
+struct Served {
+    service: Service,
+    mapped: Arc<GuestMemoryMmap>,
+    loaded_bytes: u64,
+    prefetch_start: Option<working_set::Start>,
+}
+
+impl Served {
+    fn new(service: Service, mapped: Arc<GuestMemoryMmap>) -> Self {
+        Self { service, mapped, loaded_bytes: 0, prefetch_start: None }
+    }
+}
+
+/// What a guest that shares memory and its page server must agree on.
+#[must_use]
+pub fn snapshot_name(snapshot: &Snapshot) -> SnapshotName {
+    SnapshotName {
+        layers: snapshot.headers().map(|header| header.id.to_string()).collect(),
+        memory_bytes: snapshot.header().memory_bytes,
+    }
+}
+
+/// The guest that a failing pager stops, and the failure: either may come first.
+#[derive(Clone, Default)]
+struct GuestSlot(Arc<OnceLock<VmHandle>>, Arc<OnceLock<String>>);
+
+impl GuestSlot {
+    fn connect(&self, guest: VmHandle) {
+        let guest = self.0.get_or_init(|| guest);
+        if let Some(reason) = self.1.get() {
+            guest.fail(reason);
+        }
+    }
+
+    fn fail(&self, failure: &GuestFailure) {
+        let reason = self.1.get_or_init(|| failure.to_string());
+        if let Some(guest) = self.0.get() {
+            guest.fail(reason);
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! A VM becomes a file: all of it, or what has changed since the snapshot it was restored from.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use snapfmt::{
+    Contents, Header, OnProgress, Parent, ReadAt, Snapshot, SnapshotMemory, StateBlob,
+    WriteOptions, write_layer, write_snapshot,
+};
+
+use crate::error::SnapshotError;
+use crate::guest_memory::GuestBytes;
+use crate::memory::{Origin, Restored, Service, VmMemory};
+use crate::metadata::GuestMetadata;
+use crate::pagemap::private_pages;
+use crate::room;
+use crate::vm::Vm;
+
+impl Vm {
+    /// Writes all of the guest to a new file at `out`. The VM can be resumed afterwards, also after an error.
+    ///
+    /// `progress` is called on the writing threads; `Break` cancels, and leaves no file.
+    ///
+    /// # Errors
+    /// [`SnapshotError`]
+    pub fn snapshot(
+        &mut self,
+        out: &Path,
+        options: &WriteOptions,
+        progress: OnProgress<'_>,
+    ) -> Result<Header, SnapshotError> {
+        let states = states(&mut self.machine)?;
+        let memory = &*self.memory;
+        let regions = &memory.regions[..];
+        let mapped = GuestBytes { memory: &memory.mapped, regions };
+        let write = |bytes: &dyn ReadAt, data: &[Range<u64>], guest| {
+            check_room(data, options)?;
+            let metadata = GuestMetadata::here(guest).to_metadata();
+            let contents = Contents { regions, memory: bytes, data, states: &states, metadata };
+            Ok(write_snapshot(out, contents, options, progress)?.0)
+        };
+        let restored = match &memory.origin {
+            Origin::Booted { file, guest } => {
+                return write(&mapped, &file.touched()?, guest.clone());
+            }
+            Origin::Restored(restored) => restored,
+        };
+        memory.check_complete(restored, out)?;
+        let own = memory.own_pages(restored)?;
+        let guest = guest_of(&restored.snapshot)?;
+        let with_rest = || own.iter().cloned().chain(restored.snapshot.populated()).collect();
+        match &restored.service {
+            Service::Loaded { .. } => write(&mapped, &own, guest),
+            Service::Lazy { .. } => {
+                let data: Vec<_> = with_rest();
+                let rest = restored.snapshot.memory();
+                write(&Overlay { mapped, own: &own, rest }, &data, guest)
+            }
+            // Through the mapping: missing pages arrive, and damaged ones are errors.
+            Service::Shared(_) | Service::Recorded { .. } | Service::Image { .. } => {
+                let data: Vec<_> = with_rest();
+                write(&memory.reader(), &data, guest)
+            }
+        }
+    }
+
+    /// Writes what has changed since the snapshot that the guest was restored from, as a layer on that.
+    ///
+    /// # Errors
+    /// [`SnapshotError`]; [`SnapshotError::NotRestored`] for a guest that was booted here.
+    pub fn snapshot_layer(
+        &mut self,
+        out: &Path,
+        options: &WriteOptions,
+        progress: OnProgress<'_>,
+    ) -> Result<Header, SnapshotError> {
+        let memory = &*self.memory;
+        let Origin::Restored(restored) = &memory.origin else {
+            return Err(SnapshotError::NotRestored);
+        };
+        memory.check_complete(restored, out)?;
+        let mut data = memory.own_pages(restored)?;
+        let snapshot = &restored.snapshot;
+        if matches!(restored.service, Service::Loaded { .. }) {
+            // A page that the guest gave back is not mapped any more, and had content in the snapshot.
+            data.extend(snapshot.populated());
+        }
+        check_room(&data, options)?;
+        let states = states(&mut self.machine)?;
+        let contents = Contents {
+            regions: &memory.regions,
+            memory: &GuestBytes { memory: &memory.mapped, regions: &memory.regions },
+            data: &data,
+            states: &states,
+            metadata: GuestMetadata::here(guest_of(snapshot)?).to_metadata(),
+        };
+        let parent = Parent::new(snapshot, path_of_parent(&restored.file, out)?);
+        Ok(write_layer(out, contents, &parent, options, progress)?.0)
+    }
+}
+
+impl VmMemory {
+    /// Refuses to write memory that lacks pages, and to replace the file that missing pages come from.
+    fn check_complete(&self, restored: &Restored, out: &Path) -> Result<(), SnapshotError> {
+        if let Some(failure) = self.failure() {
+            return Err(SnapshotError::Failed(failure));
+        }
+        refuse_as_output(out, &restored.snapshot)
+    }
+
+    /// Pages that may differ from the snapshot.
+    fn own_pages(&self, restored: &Restored) -> Result<Vec<Range<u64>>, SnapshotError> {
+        match &restored.service {
+            Service::Lazy { pager, .. } => Ok(pager.touched()),
+            _ => Ok(private_pages(&self.mapped, &self.regions)?),
+        }
+    }
+}
+
+/// What the metadata says of the guest.
+fn guest_of(snapshot: &Snapshot) -> Result<Value, SnapshotError> {
+    Ok(GuestMetadata::read(&snapshot.metadata()?).guest)
+}
+
+/// Refuses an output that is the snapshot's file, or a parent's: replacing it would destroy what layers build on.
+///
+/// # Errors
+/// [`SnapshotError::OutputIsInput`]; [`SnapshotError::Look`].
+pub fn refuse_as_output(out: &Path, snapshot: &Snapshot) -> Result<(), SnapshotError> {
+    let Ok(there) = out.metadata() else { return Ok(()) };
+    for file in snapshot.storages() {
+        let file = file.metadata().map_err(SnapshotError::Look)?;
+        if (file.dev(), file.ino()) == (there.dev(), there.ino()) {
+            return Err(SnapshotError::OutputIsInput { out: out.to_owned() });
+        }
+    }
+    Ok(())
+}
+
+/// The path of a parent as its layer names it: without a folder where both are in the same, else absolute.
+///
+/// # Errors
+/// [`SnapshotError::ParentPath`]
+pub fn path_of_parent(parent: &Path, layer: &Path) -> Result<PathBuf, SnapshotError> {
+    let folder = |path: &Path| {
+        let folder = path.parent().filter(|folder| *folder != Path::new(""));
+        folder.unwrap_or(Path::new(".")).canonicalize()
+    };
+    let failed = |error| SnapshotError::ParentPath { path: parent.to_owned(), error };
+    let parent_folder = folder(parent).map_err(failed)?;
+    let name = parent.file_name().ok_or_else(|| failed(io::ErrorKind::InvalidFilename.into()))?;
+    match folder(layer) {
+        Ok(layer_folder) if layer_folder == parent_folder => Ok(name.into()),
+        _ => Ok(parent_folder.join(name)),
+    }
+}
+
+/// Refuses to begin what would end the process, and the guest, for want of address space.
+fn check_room(data: &[Range<u64>], options: &WriteOptions) -> Result<(), SnapshotError> {
+    let data_bytes = data.iter().map(|range| range.end - range.start).sum();
+    let needed_bytes = room::of_writer(options, data_bytes);
+    room::check(needed_bytes).map_err(|error| SnapshotError::NoRoom { needed_bytes, error })
+}
+
+/// Memory of which some is mapped here, and the rest is still in the snapshot.
+struct Overlay<'a> {
+    mapped: GuestBytes<'a>,
+    /// Ranges of source offsets that are mapped here, ascending.
+    own: &'a [Range<u64>],
+    rest: SnapshotMemory<'a, File>,
+}
+
+impl ReadAt for Overlay<'_> {
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        let (mut rest, mut at) = (buf, offset);
+        while !rest.is_empty() {
+            let next = self.own.partition_point(|own| own.end <= at);
+            let here = self.own.get(next).filter(|own| own.start <= at);
+            let end = match (here, self.own.get(next)) {
+                (Some(own), _) => own.end,
+                (None, Some(later)) => later.start,
+                (None, None) => u64::MAX,
+            };
+            let len = usize::try_from(end - at).unwrap_or(usize::MAX).min(rest.len());
+            let (now, later) = rest.split_at_mut(len);
+            match here {
+                Some(_) => self.mapped.read_exact_at(now, at)?,
+                None => self.rest.read_exact_at(now, at)?,
+            }
+            rest = later;
+            at += len as u64;
+        }
+        Ok(())
+    }
+
+    fn len_bytes(&self) -> io::Result<u64> {
+        self.mapped.len_bytes()
+    }
+}
+
+/// The machine's state, and what its devices hold beside.
+fn states(machine: &mut vmm::PausedVm) -> Result<Vec<StateBlob>, SnapshotError> {
+    let bytes = machine.state()?.encode();
+    let state =
+        StateBlob { tag: vmm::state::STATE_KIND, version: vmm::state::STATE_VERSION, bytes };
+    let mut states = vec![state];
+    let contents = machine.device_contents().map_err(SnapshotError::Device)?;
+    for (place, content) in contents.into_iter().enumerate() {
+        if let (Some(bytes), Some(tag)) = (content, vmm::state::device_content_kind(place)) {
+            states.push(StateBlob { tag, version: vmm::state::DEVICE_CONTENT_VERSION, bytes });
+        }
+    }
+    Ok(states)
+}
