@@ -221,7 +221,7 @@ fn a_page_that_does_not_come_keeps_no_guest_at_its_end() {
             // Where a signal ends the wait for a page.
             Some(0) => assert!(ran.stderr.contains("time is up"), "{}", ran.stderr),
             Some(130) => assert!(ran.stderr.contains("interrupted"), "{}", ran.stderr),
-            _ => drop(ran.failed(1, &["a page that it waits for does not come", "10s"])),
+            _ => drop(ran.failed(1, &["a page that it waits for does not come", "30s"])),
         }
         server.signal("CONT");
     }

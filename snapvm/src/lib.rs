@@ -28,6 +28,10 @@
 //!
 //! Needs Linux on x86-64 with `/dev/kvm`; lazy restores need userfaultfd: see [`pager`].
 
+pub use pager;
+pub use snapfmt;
+pub use vmm;
+
 mod boot;
 mod devices;
 mod error;

@@ -105,6 +105,15 @@ impl VmMemory {
         }
     }
 
+    /// Whether pages come when they are touched, from a pager or a page server: touching one may wait.
+    #[must_use]
+    pub fn is_served(&self) -> bool {
+        match self.restored().map(|restored| &restored.service) {
+            Some(Service::Lazy { .. } | Service::Recorded { .. } | Service::Shared(_)) => true,
+            Some(Service::Loaded { .. } | Service::Image { .. }) | None => false,
+        }
+    }
+
     /// Which pages are touched, if that is recorded.
     #[must_use]
     pub fn recording(&self) -> Option<&Recording> {

@@ -42,11 +42,12 @@ impl GuestMetadata {
         other.insert(HOST_CPU.into(), json!(self.host_cpu));
         other.insert(GUEST.into(), self.guest.clone());
         other.insert(DEVICES.into(), json!(["serial 8250 at port 0x3f8, irq 4"]));
-        let mut metadata = Metadata::default();
-        metadata.tool = "snap".into();
-        metadata.tool_version = env!("CARGO_PKG_VERSION").into();
-        metadata.other = other;
-        metadata
+        Metadata {
+            tool: "snap".into(),
+            tool_version: env!("CARGO_PKG_VERSION").into(),
+            other,
+            ..Metadata::default()
+        }
     }
 }
 

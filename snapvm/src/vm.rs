@@ -106,7 +106,7 @@ impl RunningVm {
     }
 
     /// Waits until the guest stops, at most so long. `None`: it still runs.
-    #[must_use]
+    #[allow(clippy::must_use_candidate, reason = "often just a time to let the guest run")]
     pub fn wait(&self, timeout: Option<Duration>) -> Option<Stop> {
         self.machine.wait(timeout)
     }

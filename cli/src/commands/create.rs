@@ -229,7 +229,7 @@ fn create_layer(args: &Args, base: &Path, session: &Session) -> Result<(Header, 
     let options = args.storage.options()?;
     let written = guest.snapshot_layer(args.out(), &options, &|p| bar.update(p));
     let header = written.map_err(snapshot_error)?;
-    let _ending = live::ending("the service of the guest's pages to end");
+    let _ending = live::ending("the service of the guest's pages to end", &memory);
     drop((guest, memory));
     Ok((header, memory_ready_at, paused_at))
 }

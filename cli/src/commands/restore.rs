@@ -413,7 +413,7 @@ impl Restore {
         let Ended { at: end, first_entry, first_exit, paused, .. } = ended;
         let working_set_damage = memory.working_set_damage().map(str::to_owned);
         let memory_bytes = memory.snapshot().map_or(0, |snapshot| snapshot.header().memory_bytes);
-        let ending = live::ending("the service of the guest's pages to end");
+        let ending = live::ending("the service of the guest's pages to end", &memory);
         drop(paused);
         // The control socket is gone: nothing else has the memory.
         if let Some(Err(failure)) = Arc::into_inner(memory).map(VmMemory::end) {

@@ -9,7 +9,7 @@ use std::sync::mpsc::{RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
-use snapvm::{RunningVm, Vm};
+use snapvm::{RunningVm, Vm, VmMemory};
 use vmm::{PauseError, Stop};
 
 use crate::commands::Session;
@@ -47,10 +47,14 @@ impl EndArgs {
 }
 
 /// What a guest that has come to its end is waited for, at most.
-const ENDING: Duration = Duration::from_secs(10);
+const ENDING: Duration = Duration::from_secs(30);
 
-/// Waits for something that comes with the guest's end, unless a page of it never comes.
-pub(crate) fn ending(what: &'static str) -> Waiting {
+/// Waits for something that comes with the guest's end, unless a page of it never comes. A guest whose memory is all there
+/// waits for the kernel alone, which may be slow on a busy host, and is not given up.
+pub(crate) fn ending(what: &'static str, memory: &VmMemory) -> Waiting {
+    if !memory.is_served() {
+        return Wait::new(move || what.into()).outlasts().begin();
+    }
     let late = format!(
         "the guest is at its end, and {what} took longer than {}: a page that it waits for does not come",
         humantime::format_duration(ENDING)
@@ -167,7 +171,7 @@ impl Live<'_> {
             Guest::Paused(vm) => Ok(vm),
             Guest::Running(vm) => {
                 (first_entry, first_exit) = (vm.first_entry(), vm.first_exit());
-                let _ending = ending(STANDSTILL);
+                let _ending = ending(STANDSTILL, vm.memory());
                 vm.pause()
             }
         });

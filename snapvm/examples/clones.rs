@@ -1,0 +1,28 @@
+//! Processes with a guest each share the pages that none of them writes: `cargo run --example clones guest.snap SOCKET`
+use std::{error::Error, os::fd::AsFd, path::Path, process::Command, sync::Arc, time::Duration};
+
+use snapvm::pager::{SnapshotSource, serve::ServeOptions, serve::Server};
+use snapvm::{MemoryFrom, RestoreConfig, snapfmt::Snapshot, snapshot_name, vmm::ConsoleFlow};
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let args: Vec<_> = std::env::args().collect();
+    let [program, file, socket, clone @ ..] = &args[..] else { Err("give a file and a socket")? };
+    let (socket, timeout) = (Path::new(socket).to_owned(), Duration::from_secs(5));
+    let snapshot = Arc::new(Snapshot::open(file)?);
+    if !clone.is_empty() {
+        let from = MemoryFrom::Shared { socket, timeout };
+        let config = RestoreConfig::new(snapshot, Path::new(file)).memory(from);
+        let running = config.restore(|_: &[u8]| ConsoleFlow::Continue)?.vm.resume()?;
+        return Ok(println!("clone {clone:?} has ended: {:?}", running.wait(Some(timeout / 10))));
+    }
+    let mut options = ServeOptions::default();
+    options.share = Some(snapshot_name(&snapshot));
+    let server = Server::bind(&socket, Arc::new(SnapshotSource::new(snapshot)), options, |_| ())?;
+    let (stopped, stop) = std::io::pipe()?;
+    let serving = std::thread::spawn(move || server.run(stopped.as_fd()));
+    for name in ["1", "2", "3"] {
+        Command::new(program).args(&args[1..]).arg(name).status()?;
+    }
+    drop(stop);
+    Ok(serving.join().map_err(|_| "the server has panicked")??)
+}
