@@ -20,8 +20,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let server = Server::bind(&socket, Arc::new(SnapshotSource::new(snapshot)), options, |_| ())?;
     let (stopped, stop) = std::io::pipe()?;
     let serving = std::thread::spawn(move || server.run(stopped.as_fd()));
-    for name in ["1", "2", "3"] {
-        Command::new(program).args(&args[1..]).arg(name).status()?;
+    let start = |name| Command::new(program).args(&args[1..]).arg(name).spawn();
+    for mut clone in [start("1")?, start("2")?, start("3")?] {
+        clone.wait()?;
     }
     drop(stop);
     Ok(serving.join().map_err(|_| "the server has panicked")??)
