@@ -16,7 +16,7 @@ use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-use crate::commands::reading;
+use crate::input::reading;
 
 /// Longest file.
 const FILE_BYTES: u64 = 1 << 20;

@@ -6,21 +6,29 @@ mod api;
 mod awaited_source;
 mod commands;
 mod config;
+mod descriptors;
 mod devices;
 mod exit;
+mod foreign;
+mod guest;
 mod guest_console;
 mod guest_output;
+mod input;
 mod interrupt;
 mod leftovers;
 mod live;
 mod memory_hash;
 mod metrics;
+mod pager_args;
 mod progress;
 mod report;
+mod restored_run;
 mod restoring;
+mod session;
 mod size;
 mod stderr;
 mod stdio;
+mod stdout;
 mod storage;
 mod summary;
 mod terminal;
@@ -35,8 +43,9 @@ use std::time::Instant;
 use anyhow::Result;
 use clap::{CommandFactory, FromArgMatches, Parser};
 
-use commands::{Command, Session};
+use commands::Command;
 use interrupt::Interrupt;
+use session::Session;
 
 /// Stores a running KVM guest in one file and brings it back in milliseconds.
 #[derive(Parser)]

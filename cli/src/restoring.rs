@@ -11,10 +11,11 @@ use snapvm::{DeviceError, Observer, RestoreConfig, RestoreError, RestoredVm, Sna
 use vmm::Console;
 
 use crate::awaited_source::AwaitedSource;
-use crate::commands::{Session, open};
 use crate::exit::GuestStopped;
+use crate::input::open;
 use crate::interrupt::Interrupt;
 use crate::progress::Bar;
+use crate::session::Session;
 use crate::waits::Wait;
 use crate::{leftovers, size};
 

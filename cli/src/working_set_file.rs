@@ -7,8 +7,9 @@ use serde_json::json;
 use snapfmt::{Changes, Existing, Header, Snapshot, WorkingSet, copy_snapshot};
 use snapvm::path_of_parent;
 
-use crate::commands::{Session, refuse_as_output, refuse_existing};
+use crate::input::{refuse_as_output, refuse_existing};
 use crate::progress::Bar;
+use crate::session::Session;
 
 /// Where a recorded working set goes.
 pub(crate) struct Output<'a> {

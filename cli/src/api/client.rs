@@ -14,9 +14,9 @@ use snapfmt::Progress;
 
 use super::http::read_response;
 use super::routes::{CreateSnapshot, SnapshotType};
-use crate::commands::Session;
 use crate::exit::Interrupted;
 use crate::progress::Bar;
+use crate::session::Session;
 use crate::storage::Storage;
 use crate::summary::Summary;
 use crate::waits::Wait;

@@ -8,10 +8,11 @@ use anyhow::{Context, Result, bail};
 use snapfmt::layout::PAGE_BYTES;
 use snapfmt::{ChunkBuffer, MemoryRegion, PageIndex, Snapshot};
 
-use super::stdout::to_stdout;
-use super::{Input, Session, reading};
 use crate::exit::Interrupted;
+use crate::input::{Input, reading};
+use crate::session::Session;
 use crate::size;
+use crate::stdout::to_stdout;
 
 /// Print guest memory at an address, as hexdump -C does or as raw bytes.
 #[derive(clap::Args)]

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use clap::{CommandFactory, ValueEnum};
 use clap_complete::Shell;
 
-use super::stdout::to_stdout;
+use crate::stdout::to_stdout;
 
 /// Print the completion script of a shell.
 #[derive(clap::Args)]

@@ -12,19 +12,20 @@ use snapfmt::Header;
 use snapvm::{MemoryFrom, Prefetch, Vm};
 use vmm::{REQUEST_PORT, Stop};
 
-use super::guest::{self, GuestArgs};
-use super::stdout::print_line;
-use super::{Session, refuse_existing};
 use crate::activity::Activity;
 use crate::api::client;
 use crate::config::ConfigArgs;
 use crate::exit::{GuestStopped, Interrupted};
+use crate::guest::{self, GuestArgs};
 use crate::guest_console::{GuestConsole, READY, Seen, Until};
+use crate::input::refuse_existing;
 use crate::live;
 use crate::progress::Bar;
 use crate::restoring::{self, snapshot_error};
+use crate::session::Session;
 use crate::size;
 use crate::stderr::say;
+use crate::stdout::print_line;
 use crate::storage::Storage;
 use crate::summary::Summary;
 

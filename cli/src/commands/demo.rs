@@ -5,16 +5,17 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use snapvm::{MemoryFrom, Pace, Prefetch};
 
-use super::guest::GuestArgs;
-use super::restore::{EAGER, LAZY, Restore};
-use super::stdout::{print_line, print_text};
-use super::{Session, create};
+use super::create;
 use crate::config::ConfigArgs;
+use crate::guest::GuestArgs;
 use crate::guest_console::{BEAT, Until};
 use crate::leftovers;
 use crate::report::RestoreReport;
+use crate::restored_run::{EAGER, LAZY, Restore};
 use crate::restoring;
+use crate::session::Session;
 use crate::size;
+use crate::stdout::{print_line, print_text};
 use crate::storage::Storage;
 
 /// Create a snapshot of the demo guest, restore it eagerly and lazily, and check that all agree.

@@ -8,10 +8,11 @@ use snapfmt::layout::PAGE_BYTES;
 use snapfmt::{ChunkBuffer, PageEntry, PageIndex, Snapshot};
 use snapvm::gpa_ranges;
 
-use super::stdout::print_line;
-use super::{Input, Session};
 use crate::exit::Interrupted;
+use crate::input::Input;
+use crate::session::Session;
 use crate::size;
+use crate::stdout::print_line;
 use crate::waits::Wait;
 
 /// Show which pages of two snapshots differ.

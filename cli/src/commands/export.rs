@@ -13,19 +13,20 @@ use clap::ValueEnum;
 use snapfmt::layout::PAGE_BYTES;
 use snapfmt::{ChunkBuffer, PageIndex, Progress, ReadError, Snapshot};
 
-use super::foreign::async_pf;
-use super::foreign::cloud_hypervisor;
-use super::foreign::elf;
-use super::foreign::firecracker::{self, Arch, VMSTATE};
-use super::foreign::memory_file::Layout;
-use super::foreign::staging::{Shape, Staging};
-use super::stdout::print_line;
-use super::{Input, Session, refuse_as_output, refuse_same_file};
 use crate::exit::{Interrupted, WrongOptions};
+use crate::foreign::async_pf;
+use crate::foreign::cloud_hypervisor;
+use crate::foreign::elf;
+use crate::foreign::firecracker::{self, Arch, VMSTATE};
+use crate::foreign::memory_file::Layout;
+use crate::foreign::staging::{Shape, Staging};
+use crate::input::{Input, refuse_as_output, refuse_same_file};
 use crate::progress::Bar;
 use crate::report::ms;
+use crate::session::Session;
 use crate::size;
 use crate::stdio::{self, Stdout};
+use crate::stdout::print_line;
 
 /// Give a snapshot's memory back: as a flat image, an ELF core, or the files it was imported from.
 #[derive(clap::Args)]

@@ -13,16 +13,17 @@ use snapfmt::layout::{MAGIC, PAGE_BYTES};
 use snapfmt::{Contents, Header, Metadata, StateBlob, write_snapshot};
 
 use super::cat::parse_address;
-use super::foreign::firecracker::{self, Arch, VMSTATE};
-use super::foreign::memory_file::{Layout, MemoryFile};
-use super::foreign::{self, cloud_hypervisor};
-use super::stdout::print_line;
 use super::summary::Written;
-use super::{Session, reading, refuse_existing, refuse_same};
 use crate::exit::BadInput;
+use crate::foreign::firecracker::{self, Arch, VMSTATE};
+use crate::foreign::memory_file::{Layout, MemoryFile};
+use crate::foreign::{self, cloud_hypervisor};
+use crate::input::{reading, refuse_existing, refuse_same};
 use crate::progress::Bar;
+use crate::session::Session;
 use crate::size;
 use crate::stdio;
+use crate::stdout::print_line;
 use crate::storage::Storage;
 
 /// Store a memory image, or a snapshot of Firecracker or Cloud Hypervisor, in one file.
@@ -234,7 +235,7 @@ fn memory(args: &Args) -> Result<(File, u64, &Path)> {
 /// as if it were.
 fn open_memory(path: &Path) -> Result<(File, u64)> {
     let _reading = reading(path);
-    let file = foreign::open(path)?;
+    let file = foreign::state::open(path)?;
     let mut start = Vec::new();
     (&file).take(8).read_to_end(&mut start).with_context(|| path.display().to_string())?;
     check_start(path, &start)?;

@@ -9,13 +9,13 @@ use serde_json::{Value, json};
 use snapfmt::layout::{INCOMPAT_BOUND, INCOMPAT_LAYERED, PAGE_BYTES};
 use snapfmt::{Header, Metadata, Phase, Snapshot, WorkingSet};
 
-use super::foreign::staging::{Shape, Staging};
 use super::map::Picture;
-use super::stdout::{print_line, print_text, to_stdout};
 use super::summary::{Pages, ratio};
-use super::{Input, reading, refuse_as_output};
 use crate::exit::WrongOptions;
+use crate::foreign::staging::{Shape, Staging};
+use crate::input::{Input, reading, refuse_as_output};
 use crate::size;
+use crate::stdout::{print_line, print_text, to_stdout};
 
 /// Show what is in a snapshot, without KVM.
 #[derive(clap::Args)]

@@ -9,10 +9,10 @@ use anyhow::{Context, Result};
 use pager::keep::{KeepEvent, KeepOptions, Keeper};
 use snapvm::with_causes;
 
-use super::Session;
-use super::serve::allow_many_descriptors;
 use crate::api::private_socket;
+use crate::descriptors::allow_many_descriptors;
 use crate::exit::Interrupted;
+use crate::session::Session;
 use crate::stderr::say;
 
 /// Keep guests alive whose page server dies, until another one goes on with them.

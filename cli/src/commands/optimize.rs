@@ -9,11 +9,12 @@ use snapfmt::{Codec, HotPages, Parent, Snapshot, WriteError, write_with_set};
 use snapvm::path_of_parent;
 
 use super::rewrite::Parts;
-use super::stdout::print_line;
 use super::summary::Written;
-use super::{Input, Session, refuse_as_output, refuse_existing};
+use crate::input::{Input, refuse_as_output, refuse_existing};
 use crate::progress::Bar;
+use crate::session::Session;
 use crate::size;
+use crate::stdout::print_line;
 use crate::storage::Storage;
 
 /// Write a snapshot anew, with the pages of its working set in front.

@@ -8,9 +8,10 @@ use serde::Serialize;
 use snapfmt::layout::{CHUNK_HEADER_BYTES, CHUNK_MAGIC};
 use snapfmt::{ChunkExtent, Codec, MemoryRegion, PageEntry, PageIndex, ReadAt, Snapshot};
 
-use super::stdout::to_stdout;
-use super::{Input, Session, reading};
 use crate::exit::Interrupted;
+use crate::input::{Input, reading};
+use crate::session::Session;
+use crate::stdout::to_stdout;
 
 /// Print where every page is: one line for each run of pages that are stored alike.
 ///

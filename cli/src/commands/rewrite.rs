@@ -11,11 +11,12 @@ use snapfmt::{
 };
 use snapvm::path_of_parent;
 
-use super::stdout::print_line;
 use super::summary::Written;
-use super::{Input, Session, refuse_as_output, refuse_existing};
+use crate::input::{Input, refuse_as_output, refuse_existing};
 use crate::progress::Bar;
+use crate::session::Session;
 use crate::size;
+use crate::stdout::print_line;
 use crate::storage::Storage;
 
 /// Join a layer and all of its parents into one complete file.

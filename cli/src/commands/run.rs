@@ -4,13 +4,13 @@ use std::io::Write;
 
 use anyhow::{Context, Result};
 
-use super::Session;
-use super::guest::{self, GuestArgs};
 use crate::api::{ApiArgs, Facts};
 use crate::config::ConfigArgs;
+use crate::guest::{self, GuestArgs};
 use crate::guest_console::GuestConsole;
 use crate::guest_output::GuestOutput;
 use crate::live::{self, EndArgs, Live};
+use crate::session::Session;
 use crate::terminal::Keyboard;
 
 /// Boot a guest and run it.

@@ -15,13 +15,15 @@ use pager::{Populate, SnapshotSource, keep};
 use snapfmt::Snapshot;
 use snapvm::{snapshot_name, with_causes, working_set_pages};
 
-use super::foreign::async_pf;
-use super::foreign::firecracker::VMSTATE;
-use super::restore::{OnError, PrefetchArg};
-use super::{Input, Session, reading};
 use crate::api::private_socket;
 use crate::awaited_source::AwaitedSource;
+use crate::descriptors::allow_many_descriptors;
 use crate::exit::Interrupted;
+use crate::foreign::async_pf;
+use crate::foreign::firecracker::VMSTATE;
+use crate::input::{Input, reading};
+use crate::pager_args::{OnError, PrefetchArg};
+use crate::session::Session;
 use crate::stderr::say;
 use crate::waits::Wait;
 use crate::{metrics, size};
@@ -208,14 +210,6 @@ fn told(file: &str, event: &ServeEvent<'_>, quiet: bool) -> Option<String> {
         }
         _ => return None,
     })
-}
-
-/// Each guest needs up to nine descriptors: as many as may be had without asking anybody.
-pub(super) fn allow_many_descriptors() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    // Refused: then fewer guests fit, and the others are told so.
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
 }
 
 #[cfg(test)]

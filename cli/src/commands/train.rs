@@ -9,13 +9,14 @@ use serde::Serialize;
 use snapfmt::{Phase, WorkingSet};
 use snapvm::{MemoryFrom, Pace, Touched};
 
-use super::restore::{LAZY, Restore};
-use super::stdout::print_line;
-use super::{Input, Session};
 use crate::devices::SavedDeviceArgs;
+use crate::input::Input;
 use crate::live::EndArgs;
 use crate::report::ms;
+use crate::restored_run::{LAZY, Restore};
 use crate::restoring;
+use crate::session::Session;
+use crate::stdout::print_line;
 use crate::working_set_file::Output;
 
 /// Bring a guest back several times, watch which pages it touches, and store that in a copy of the file.

@@ -5,10 +5,11 @@ use std::num::NonZeroUsize;
 use anyhow::{Context, Result};
 use serde_json::json;
 
-use super::stdout::print_line;
-use super::{Input, Session};
+use crate::input::Input;
 use crate::progress::Bar;
+use crate::session::Session;
 use crate::size;
+use crate::stdout::print_line;
 
 /// Check every byte of a snapshot, and of a layer's parents: checksums, index, padding.
 #[derive(clap::Args)]

@@ -12,12 +12,12 @@ use anyhow::{Context, Result, anyhow};
 use snapvm::{RunningVm, Vm, VmMemory};
 use vmm::{PauseError, Stop};
 
-use crate::commands::Session;
 use crate::exit::{self, GuestStopped, Interrupted};
 use crate::guest_console::{BEAT, Seen, Until};
 use crate::guest_output::Hold;
 use crate::progress::Steps;
 use crate::restoring::snapshot_error;
+use crate::session::Session;
 use crate::summary::Summary;
 use crate::waits::{Wait, Waiting};
 use remote::Event;

@@ -11,8 +11,8 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-use crate::commands::Session;
 use crate::exit::{ChildFailed, Interrupted};
+use crate::session::Session;
 
 /// Starts `snap`.
 pub(super) struct Snap<'a> {

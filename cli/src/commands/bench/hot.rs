@@ -14,7 +14,7 @@ use vmm::demo::{DemoConfig, DemoPlan, PageClass, WALKED_OF_256};
 
 use super::child::Snap;
 use super::subject::Subject;
-use crate::commands;
+use crate::input;
 
 /// How often the guest is watched.
 const TRAINING_RUNS: &str = "3";
@@ -97,7 +97,7 @@ impl Hot {
     }
 
     fn open(subject: &Subject, file: PathBuf) -> Result<Self> {
-        let snapshot = commands::open(&file, &subject.parents)?;
+        let snapshot = input::open(&file, &subject.parents)?;
         let pages = snapshot.working_set()?.map_or(0, |set| set.len());
         Ok(Self { file, snapshot, pages })
     }

@@ -11,12 +11,12 @@ use snapfmt::layout::PAGE_BYTES;
 use tempfile::TempDir;
 use vmm::demo::WORK_ALIGN_BYTES;
 
+use super::args::{Args, DEMO};
 use super::child::Snap;
 use super::hot::Hot;
 use super::mode::Mode;
-use super::{Args, DEMO};
 use crate::exit::WrongOptions;
-use crate::{commands, size};
+use crate::{input, size};
 
 /// A guest to restore. Its temporary files go when it is dropped.
 pub(super) struct Subject {
@@ -64,7 +64,7 @@ impl Subject {
             }
             false => args.target.clone(),
         };
-        let snapshot = commands::open(&file, &args.parents)?;
+        let snapshot = input::open(&file, &args.parents)?;
         let guest = snapshot.metadata()?.other.remove("guest").unwrap_or_default();
         let is_demo = guest.get("kind").and_then(Value::as_str) == Some("demo");
         let work = args.work(is_demo)?;

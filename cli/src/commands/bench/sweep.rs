@@ -6,15 +6,17 @@ use std::io::Write as _;
 use anyhow::{Context, Result};
 use serde_json::json;
 
+use super::args::Args;
 use super::child::Snap;
 use super::figures::{FIGURES, Measured, Ratios};
 use super::html::{self, Point};
 use super::mode::Mode;
+use super::report::{headline, host_line, to_json};
 use super::run::Plan;
+use super::steps::Steps;
 use super::subject::Subject;
-use super::{Args, Steps, headline, to_json};
-use crate::commands::foreign::staging::Staging;
-use crate::commands::stdout::{print_line, print_text};
+use crate::foreign::staging::Staging;
+use crate::stdout::{print_line, print_text};
 
 pub(super) fn run(args: &Args, snap: &Snap<'_>, page: Option<Staging>, steps: Steps) -> Result<()> {
     let (mut points, mut all_json, mut head) = (Vec::new(), Vec::new(), String::new());
@@ -42,7 +44,7 @@ pub(super) fn run(args: &Args, snap: &Snap<'_>, page: Option<Staging>, steps: St
         let words = html::Words {
             name: "the share of memory that a guest touches",
             subject: &head,
-            host: &super::host_line(),
+            host: &host_line(),
             footer: "",
         };
         let text = html::sweep_page(&words, &points);

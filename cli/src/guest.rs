@@ -9,8 +9,8 @@ use vmm::boot::LinuxConfig;
 use vmm::demo::DemoConfig;
 use vmm::{BootOptions, Console, Payload};
 
-use super::Session;
 use crate::devices::DeviceArgs;
+use crate::session::Session;
 use crate::size;
 use crate::waits::Wait;
 

@@ -6,10 +6,13 @@
 
 use std::ops::Range;
 
-use super::Kept;
+use super::state::ForeignState;
 
-pub(crate) const VMSTATE: Kept =
-    Kept { name: "vmstate", tag: u32::from_le_bytes(*b"FCvs"), what: "Firecracker vmstate" };
+pub(crate) const VMSTATE: ForeignState = ForeignState {
+    name: "vmstate",
+    tag: u32::from_le_bytes(*b"FCvs"),
+    what: "Firecracker vmstate",
+};
 
 /// Name of the memory file in an exported folder.
 pub(crate) const MEMORY: &str = "memory";

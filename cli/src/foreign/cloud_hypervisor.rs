@@ -11,15 +11,15 @@ use std::ops::Range;
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
-use super::Kept;
+use super::state::ForeignState;
 
-pub(crate) const CONFIG: Kept = Kept {
+pub(crate) const CONFIG: ForeignState = ForeignState {
     name: "config.json",
     tag: u32::from_le_bytes(*b"CHcf"),
     what: "Cloud Hypervisor config.json",
 };
 
-pub(crate) const STATE: Kept = Kept {
+pub(crate) const STATE: ForeignState = ForeignState {
     name: "state.json",
     tag: u32::from_le_bytes(*b"CHst"),
     what: "Cloud Hypervisor state.json",

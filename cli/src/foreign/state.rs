@@ -1,14 +1,4 @@
-//! Snapshots of other virtual machine monitors: what their files are called, which guest address
-//! each byte of them belongs to, and how they are kept in a snapshot of ours.
-//!
-//! Their state stays opaque: it is a state section under a tag of its own, bit for bit.
-
-pub(crate) mod async_pf;
-pub(crate) mod cloud_hypervisor;
-pub(crate) mod elf;
-pub(crate) mod firecracker;
-pub(crate) mod memory_file;
-pub(crate) mod staging;
+//! A file of another virtual machine monitor that is stored as it is, in a state section.
 
 use std::fs::File;
 use std::io::Read;
@@ -19,11 +9,11 @@ use anyhow::{Context, Result, anyhow, bail};
 use snapfmt::layout::MAX_STATE_BYTES;
 use snapfmt::{Snapshot, StateBlob};
 
-use super::reading;
 use crate::exit::BadInput;
+use crate::input::reading;
 
 /// A file that is kept whole in a state section.
-pub(crate) struct Kept {
+pub(crate) struct ForeignState {
     /// What it is called in the other program's folder.
     pub(crate) name: &'static str,
     pub(crate) tag: u32,
@@ -34,7 +24,7 @@ pub(crate) struct Kept {
 /// Version of all kept files: the bytes as they are, whatever version their producer gives them.
 const OPAQUE: u32 = 1;
 
-impl Kept {
+impl ForeignState {
     /// Reads the file, which must be small enough for a section.
     pub(crate) fn read(&self, path: &Path) -> Result<StateBlob> {
         let _reading = reading(path);
@@ -86,8 +76,8 @@ pub(crate) fn open(path: &Path) -> Result<File> {
 mod tests {
     #[test]
     fn the_text_names_the_same_tags() {
-        use super::{cloud_hypervisor as ch, firecracker};
-        let text = include_str!("../../../../docs/interchange.md");
+        use crate::foreign::{cloud_hypervisor as ch, firecracker};
+        let text = include_str!("../../../docs/interchange.md");
         for kept in [firecracker::VMSTATE, ch::CONFIG, ch::STATE] {
             let letters = kept.tag.to_le_bytes().escape_ascii().to_string();
             let line = format!("`{letters}` ({:#010x})", kept.tag);

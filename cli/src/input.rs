@@ -1,0 +1,98 @@
+//! Snapshots that are read, and outputs that must not be one of them.
+
+use std::fmt::Display;
+use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+use snapfmt::{Parents, ReadError, Snapshot};
+
+use crate::stdio;
+use crate::waits::{Wait, Waiting};
+
+/// Opens a snapshot, and of a layer its parents; the error names the file.
+pub(crate) fn open(path: &Path, parents: &[PathBuf]) -> Result<Snapshot> {
+    let _opening = reading(path);
+    let folders = std::env::var_os("SNAP_PATH").unwrap_or_default();
+    let parents = Parents {
+        files: parents.to_vec(),
+        folders: std::env::split_paths(&folders).filter(|f| *f != Path::new("")).collect(),
+    };
+    Snapshot::open_with(path, &parents).map_err(|error| match error {
+        // Says itself which file.
+        ReadError::Open { .. } => error.into(),
+        _ => anyhow::Error::new(error).context(path.display().to_string()),
+    })
+}
+
+/// Waits for a file that may be on a slow disk.
+pub(crate) fn reading(path: &Path) -> Waiting {
+    let path = path.to_owned();
+    Wait::new(move || format!("{} to be read", path.display())).begin()
+}
+
+/// Refuses an output of a snapshot that is there already, or is stdout, before anything is done that would be in vain.
+pub(crate) fn refuse_existing(out: &Path, force: bool) -> Result<()> {
+    if stdio::is_meant(out) {
+        bail!(
+            "a snapshot is not written from front to back, as stdout would have it; give a file (one whose name is `-` \
+             is ./-)"
+        );
+    }
+    if !force && out.symlink_metadata().is_ok() {
+        bail!("{} exists; give --force to replace it", out.display());
+    }
+    Ok(())
+}
+
+/// Refuses an output that is a file of one of these snapshots.
+pub(crate) fn refuse_as_output<'a>(
+    out: &Path,
+    snapshots: impl IntoIterator<Item = &'a Snapshot>,
+) -> Result<()> {
+    snapshots.into_iter().try_for_each(|snapshot| Ok(snapvm::refuse_as_output(out, snapshot)?))
+}
+
+/// Refuses an output that is this input.
+pub(crate) fn refuse_same(out: &Path, input: &Metadata) -> Result<()> {
+    match out.metadata() {
+        Ok(there) => refuse_same_file(&out.display(), &there, input),
+        Err(_) => Ok(()),
+    }
+}
+
+pub(crate) fn refuse_same_file(
+    out: &dyn Display,
+    there: &Metadata,
+    input: &Metadata,
+) -> Result<()> {
+    if (input.dev(), input.ino()) == (there.dev(), there.ino()) {
+        bail!("{out} is read, itself or as a parent; choose another output");
+    }
+    Ok(())
+}
+
+/// A snapshot to be read.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Input {
+    /// The snapshot.
+    #[arg(value_name = "FILE")]
+    pub(crate) file: PathBuf,
+
+    /// Of a layer: a file that may be its parent, or its parent's. Otherwise parents are looked
+    /// for where the layer says, and in the folders of $SNAP_PATH, by name and then by id.
+    #[arg(long = "parent", value_name = "FILE")]
+    pub(crate) parents: Vec<PathBuf>,
+}
+
+impl Input {
+    pub(crate) fn open(&self) -> Result<Snapshot> {
+        open(&self.file, &self.parents)
+    }
+
+    /// Opens another snapshot, whose parents may be the same.
+    pub(crate) fn beside(&self, path: &Path) -> Result<Snapshot> {
+        open(path, &self.parents)
+    }
+}

@@ -1,0 +1,44 @@
+//! Options of the pager that several commands have.
+
+use clap::ValueEnum;
+use pager::FailurePolicy;
+use snapvm::Prefetch;
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum OnError {
+    /// Poison the page: the guest stops when it touches it, with a message.
+    Poison,
+    /// Kill the process whose memory it is at once.
+    Kill,
+}
+
+impl From<OnError> for FailurePolicy {
+    fn from(policy: OnError) -> FailurePolicy {
+        match policy {
+            OnError::Poison => FailurePolicy::Poison,
+            OnError::Kill => FailurePolicy::Kill,
+        }
+    }
+}
+
+/// What is loaded ahead of the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PrefetchArg {
+    /// Nothing.
+    Off,
+    /// The pages of the file's working set, if it has one.
+    #[default]
+    Hot,
+    /// These, and then everything else: as with `--populate full`.
+    All,
+}
+
+impl From<PrefetchArg> for Prefetch {
+    fn from(arg: PrefetchArg) -> Prefetch {
+        match arg {
+            PrefetchArg::Off => Prefetch::Off,
+            PrefetchArg::Hot => Prefetch::Hot,
+            PrefetchArg::All => Prefetch::All,
+        }
+    }
+}

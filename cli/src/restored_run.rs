@@ -1,0 +1,155 @@
+//! One restore, from the file to the end of the guest's run, and what it cost.
+
+use std::io::Write;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use pager::Pager;
+use snapvm::{Pace, RestoreConfig, VmMemory};
+
+use crate::api::{Api, Facts, PagerFigures};
+use crate::exit::GuestStopped;
+use crate::guest_console::{GuestConsole, Until};
+use crate::guest_output::Hold;
+use crate::live::{self, Ended, Live};
+use crate::report::{RestoreReport, ms, ms_since};
+use crate::restoring::{self, check_image, check_memory};
+use crate::session::Session;
+use crate::terminal::Keyboard;
+use crate::usage::{Counters, Faults, Measure, Usage};
+use crate::{memory_hash, usage};
+
+/// One restore, from the file to the end of the run.
+pub(crate) struct Restore {
+    pub(crate) config: RestoreConfig,
+    /// For the report.
+    pub(crate) mode: &'static str,
+    /// How often touched pages are looked at, where they are recorded.
+    pub(crate) pace: Pace,
+    pub(crate) until: Until,
+    pub(crate) run_for: Option<Duration>,
+    /// Of its output: see [`Live::hold`].
+    pub(crate) hold: Option<Hold>,
+    pub(crate) hash: bool,
+    /// Whether stdin is the guest's.
+    pub(crate) keyboard: bool,
+    /// What of the process is looked at, if anything.
+    pub(crate) measure: Option<Measure>,
+    /// Where it can be controlled.
+    pub(crate) api: Option<Api>,
+    /// Whether it is to wait there for its resuming.
+    pub(crate) paused: bool,
+}
+
+/// Modes of the report.
+pub(crate) const LAZY: &str = "lazy";
+pub(crate) const EAGER: &str = "eager";
+
+impl Restore {
+    /// Restores and runs; gives the report also for a guest that stopped by itself, whose error
+    /// is then the second value.
+    pub(crate) fn run(
+        self,
+        out: impl Write + Send + 'static,
+        session: &Session,
+        started: Instant,
+    ) -> Result<(RestoreReport, Result<()>)> {
+        let (console, seen) = GuestConsole::new(out, self.until.clone());
+        let restore = || restoring::restore(&self.config, console, session);
+        let (restored, mut timeline) =
+            usage::sampled(self.measure, started, Faults::None, restore)?;
+        let restored = restored?;
+        let memory = Arc::clone(restored.vm.memory());
+        let vm = restored.vm;
+        let (opened, memory_ready) = (restored.opened_at, restored.memory_ready_at);
+        let keyboard = match self.keyboard {
+            true => Some(Keyboard::connect(vm.handle()).context("cannot use the keyboard")?),
+            false => None,
+        };
+
+        let (remote, events) = live::remote();
+        let facts = Facts {
+            memory_bytes: memory.snapshot().map_or(0, |snapshot| snapshot.header().memory_bytes),
+            vcpus: vm.vcpu_count(),
+            restored_from: memory.file().map(Path::to_owned),
+            started,
+            pager: {
+                // The control socket keeps no memory.
+                let memory = Arc::downgrade(&memory);
+                Box::new(move || memory.upgrade()?.pager().map(PagerFigures::of))
+            },
+        };
+        let serving = self.api.map(|api| api.serve(remote, facts)).transpose()?;
+        let hold = self.hold.as_ref();
+        let (run_for, begins_paused) = (self.run_for, self.paused);
+        let live = Live { session, seen: &seen, hold, run_for, begins_paused, events };
+        let before = self.measure.map(|_| Counters::now()).transpose()?;
+        let faults = memory.pager().map_or(Faults::Kernel, Faults::Served);
+        let mut touched = None;
+        let live = || {
+            let live = || live.run(vm);
+            let Some(recording) = memory.recording() else { return live() };
+            let (ended, pages) = snapvm::record(recording, self.pace, seen.first_output(), live);
+            touched = Some(pages);
+            ended
+        };
+        let (ended, of_run) = usage::sampled(self.measure, started, faults, live)?;
+        timeline.extend(of_run);
+        let ended = ended?;
+        let process =
+            before.map(|before| Usage::since(&before, memory.mapped(), timeline)).transpose()?;
+        // The figures are those of the run: what comes after it, a hash say, is not the guest's.
+        let stats = memory.pager().map(Pager::stats);
+        drop((keyboard, serving));
+        let mut outcome = ended.outcome(&seen, session);
+        let mut memory_sha256 = None;
+        if self.hash && outcome.is_ok() {
+            match memory_hash::sha256(&memory) {
+                Ok(hash) => memory_sha256 = Some(hash),
+                Err(error) => outcome = Err(error),
+            }
+        }
+        // The kernel has read it, and checks nothing.
+        check_image(&memory).unwrap_or_else(|error| outcome = Err(error));
+        // What the pager could not do is the cause of whatever else went wrong.
+        check_memory(&memory).unwrap_or_else(|error| outcome = Err(error));
+        let stop = ended.describe(&seen, session);
+        let Ended { at: end, first_entry, first_exit, paused, .. } = ended;
+        let working_set_damage = memory.working_set_damage().map(str::to_owned);
+        let memory_bytes = memory.snapshot().map_or(0, |snapshot| snapshot.header().memory_bytes);
+        let ending = live::ending("the service of the guest's pages to end", &memory);
+        drop(paused);
+        // The control socket is gone: nothing else has the memory.
+        if let Some(Err(failure)) = Arc::into_inner(memory).map(VmMemory::end) {
+            outcome = Err(GuestStopped(failure.to_string()).into());
+        }
+        drop(ending);
+
+        let report = RestoreReport {
+            mode: self.mode,
+            memory_bytes,
+            opened_ms: ms(opened - started),
+            memory_ready_ms: ms(memory_ready - started),
+            first_instruction_ms: ms_since(started, first_entry),
+            first_exit_ms: ms_since(started, first_exit),
+            first_output_ms: ms_since(started, seen.first_output().at()),
+            end_ms: ms(end - started),
+            stop,
+            beats: seen.beats().0,
+            bad_beats: seen.beats().1,
+            bytes_read: match &stats {
+                Some(stats) => stats.bytes_read,
+                // In a clone, the server has read for all of them.
+                None => restored.loaded_bytes,
+            },
+            memory_sha256,
+            pager: stats,
+            working_set_damage,
+            process,
+            touched: touched.transpose()?,
+        };
+        Ok((report, outcome))
+    }
+}
