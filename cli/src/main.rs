@@ -19,6 +19,7 @@ mod leftovers;
 mod live;
 mod memory_hash;
 mod metrics;
+mod millis;
 mod pager_args;
 mod progress;
 mod report;
@@ -64,7 +65,8 @@ fn main() -> ExitCode {
     let started = Instant::now();
     let result = Interrupt::install().and_then(|interrupt| {
         let cli = command_line()?;
-        commands::run(cli.command, Session { quiet: cli.quiet, started, interrupt })
+        let session = Session { quiet: cli.quiet, started, interrupt };
+        commands::run(cli.command, Cli::command, session)
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -49,14 +49,6 @@ pub(crate) struct RestoreReport {
     pub(crate) process: Option<Usage>,
 }
 
-pub(crate) fn ms(duration: Duration) -> f64 {
-    (duration.as_secs_f64() * 1e6).round() / 1e3
-}
-
-pub(crate) fn ms_since(started: Instant, at: Option<Instant>) -> Option<f64> {
-    at.map(|at| ms(at.saturating_duration_since(started)))
-}
-
 impl fmt::Display for RestoreReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let or_never = |time: Option<f64>| time.map_or("never".into(), |ms| format!("{ms:.2} ms"));

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use snapfmt::Header;
 use snapfmt::layout::PAGE_BYTES;
 
-use crate::report::ms;
+use crate::millis::ms;
 
 /// What was made.
 #[derive(Clone, Debug, Serialize, Deserialize)]

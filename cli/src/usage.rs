@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use snapfmt::layout::PAGE_BYTES;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-use crate::report::ms;
+use crate::millis::ms;
 
 /// How closely a run is looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

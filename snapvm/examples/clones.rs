@@ -7,13 +7,13 @@ use snapvm::{MemoryFrom, RestoreConfig, snapfmt::Snapshot, snapshot_name, vmm::C
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<_> = std::env::args().collect();
     let [program, file, socket, clone @ ..] = &args[..] else { Err("give a file and a socket")? };
-    let (socket, timeout) = (Path::new(socket).to_owned(), Duration::from_secs(5));
-    let snapshot = Arc::new(Snapshot::open(file)?);
+    let (socket, snapshot) = (Path::new(socket).to_owned(), Arc::new(Snapshot::open(file)?));
     if !clone.is_empty() {
-        let from = MemoryFrom::Shared { socket, timeout };
+        let from = MemoryFrom::Shared { socket, timeout: Duration::from_secs(5) };
         let config = RestoreConfig::new(snapshot, Path::new(file)).memory(from);
         let running = config.restore(|_: &[u8]| ConsoleFlow::Continue)?.vm.resume()?;
-        return Ok(println!("clone {clone:?} has ended: {:?}", running.wait(Some(timeout / 10))));
+        println!("clone {clone:?} has ended: {:?}", running.wait(Some(Duration::from_millis(500))));
+        return Ok(());
     }
     let mut options = ServeOptions::default();
     options.share = Some(snapshot_name(&snapshot));

@@ -163,7 +163,7 @@ impl Routes {
     fn stats(&self) -> Response {
         let body = json!({
             "state": self.remote.state(),
-            "uptime_ms": crate::report::ms(self.facts.started.elapsed()),
+            "uptime_ms": crate::millis::ms(self.facts.started.elapsed()),
             "pager": (self.facts.pager)(),
         });
         Response { status: 200, body: Some(body) }

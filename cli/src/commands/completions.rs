@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use clap::{CommandFactory, ValueEnum};
+use clap::{Command, ValueEnum};
 use clap_complete::Shell;
 
 use crate::stdout::to_stdout;
@@ -29,14 +29,15 @@ enum KnownShell {
     Fish,
 }
 
-pub(crate) fn completions(args: &CompletionsArgs) -> Result<()> {
+/// `cli`: the whole command line.
+pub(crate) fn completions(args: &CompletionsArgs, mut cli: Command) -> Result<()> {
     let shell = match args.shell {
         KnownShell::Bash => Shell::Bash,
         KnownShell::Zsh => Shell::Zsh,
         KnownShell::Fish => Shell::Fish,
     };
     let mut script = Vec::new();
-    clap_complete::generate(shell, &mut crate::Cli::command(), "snap", &mut script);
+    clap_complete::generate(shell, &mut cli, "snap", &mut script);
     to_stdout(|out| Ok(out.write_all(&script)?))
 }
 
@@ -55,10 +56,11 @@ pub(crate) struct ManArgs {
     out: Option<PathBuf>,
 }
 
-pub(crate) fn man(args: &ManArgs) -> Result<()> {
+/// `cli`: the whole command line.
+pub(crate) fn man(args: &ManArgs, cli: Command) -> Result<()> {
     // One of the two is there.
     let folder = args.folder.as_deref().or(args.out.as_deref()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
-    clap_mangen::generate_to(crate::Cli::command(), folder)
+    clap_mangen::generate_to(cli, folder)
         .with_context(|| format!("cannot write manual pages into {}", folder.display()))
 }

@@ -50,7 +50,12 @@ pub(crate) enum Command {
     Man(completions::ManArgs),
 }
 
-pub(crate) fn run(command: Command, session: Session) -> Result<()> {
+/// `cli` gives the whole command line, for those that describe it.
+pub(crate) fn run(
+    command: Command,
+    cli: impl FnOnce() -> clap::Command,
+    session: Session,
+) -> Result<()> {
     if session.quiet {
         waits::be_quiet();
     }
@@ -73,7 +78,7 @@ pub(crate) fn run(command: Command, session: Session) -> Result<()> {
         Command::Keep(args) => keep::run(&args, &session),
         Command::Demo(args) => demo::run(&args, &session),
         Command::Bench(args) => bench::run(&args, &session),
-        Command::Completions(args) => completions::completions(&args),
-        Command::Man(args) => completions::man(&args),
+        Command::Completions(args) => completions::completions(&args, cli()),
+        Command::Man(args) => completions::man(&args, cli()),
     }
 }

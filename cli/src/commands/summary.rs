@@ -7,7 +7,7 @@ use serde::Serialize;
 use snapfmt::Header;
 use snapfmt::layout::PAGE_BYTES;
 
-use crate::report::ms;
+use crate::millis::ms;
 
 /// The pages of a file by where they are. `data` are those with bytes of their own in the file;
 /// they share `stored` slots, so `duplicate` of them are equal to another.

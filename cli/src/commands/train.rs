@@ -12,7 +12,7 @@ use snapvm::{MemoryFrom, Pace, Touched};
 use crate::devices::SavedDeviceArgs;
 use crate::input::Input;
 use crate::live::EndArgs;
-use crate::report::ms;
+use crate::millis::ms;
 use crate::restored_run::{LAZY, Restore};
 use crate::restoring;
 use crate::session::Session;

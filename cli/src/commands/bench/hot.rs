@@ -12,95 +12,95 @@ use snapfmt::{
 };
 use vmm::demo::{DemoConfig, DemoPlan, PageClass, WALKED_OF_256};
 
+use super::args::Args;
 use super::child::Snap;
+use super::hot_file::Hot;
+use super::mode::Mode;
 use super::subject::Subject;
-use crate::input;
 
 /// How often the guest is watched.
 const TRAINING_RUNS: &str = "3";
 
-/// A file with hot pages in front.
-pub(super) struct Hot {
-    pub(super) file: PathBuf,
-    pub(super) snapshot: Snapshot,
-    /// Pages of its working set.
-    pub(super) pages: u64,
+impl Subject {
+    /// As [`Subject::new`], with the files that have hot pages in front, if a mode restores them.
+    pub(super) fn prepare(
+        args: &Args,
+        swept: Option<u8>,
+        snap: &Snap<'_>,
+        say: &dyn Fn(&str),
+    ) -> Result<Self> {
+        let mut subject = Self::new(args, swept, snap, say)?;
+        if args.modes.contains(&Mode::LazyHot) {
+            subject.hot = Some(of_this_work(&subject, snap, args.timeout, say)?);
+        }
+        if args.modes.contains(&Mode::LazyOther) {
+            subject.other = Some(of_other_work(&subject, snap, say)?);
+        }
+        Ok(subject)
+    }
 }
 
-impl Hot {
-    /// Of the work that is measured. A file that knows its hot pages already is taken as it is.
-    pub(super) fn of_this_work(
-        subject: &Subject,
-        snap: &Snap<'_>,
-        timeout: Duration,
-        say: &dyn Fn(&str),
-    ) -> Result<Self> {
-        if subject.snapshot.working_set()?.is_some() {
-            return Self::open(subject, subject.file.clone());
-        }
-        say("watching which pages the guest touches");
-        let trained = subject.path("trained.snap");
-        let mut command: Vec<OsString> = vec!["--quiet".into(), "train".into()];
-        command.extend(subject.input());
-        command.extend(["--runs", TRAINING_RUNS].map(OsString::from));
-        command.extend(subject.work.options(timeout));
-        command.extend(["-o".into(), trained.clone().into()]);
-        snap.run(command).context("cannot find out which pages are hot")?;
-        Self::optimized(subject, snap, trained, "hot.snap", say)
+/// Of the work that is measured. A file that knows its hot pages already is taken as it is.
+fn of_this_work(
+    subject: &Subject,
+    snap: &Snap<'_>,
+    timeout: Duration,
+    say: &dyn Fn(&str),
+) -> Result<Hot> {
+    if subject.snapshot.working_set()?.is_some() {
+        return Hot::open(&subject.parents, subject.file.clone());
     }
+    say("watching which pages the guest touches");
+    let trained = subject.path("trained.snap");
+    let mut command: Vec<OsString> = vec!["--quiet".into(), "train".into()];
+    command.extend(subject.input());
+    command.extend(["--runs", TRAINING_RUNS].map(OsString::from));
+    command.extend(subject.work.options(timeout));
+    command.extend(["-o".into(), trained.clone().into()]);
+    snap.run(command).context("cannot find out which pages are hot")?;
+    optimized(subject, snap, trained, "hot.snap", say)
+}
 
-    /// Of other work: the demo guest's pages that a beat does not touch, as many as it does.
-    pub(super) fn of_other_work(
-        subject: &Subject,
-        snap: &Snap<'_>,
-        say: &dyn Fn(&str),
-    ) -> Result<Self> {
-        let mut metadata = subject.snapshot.metadata()?;
-        let guest = metadata.other.get("guest").filter(|guest| guest["kind"] == "demo");
-        let work_bytes = guest.and_then(|guest| guest.get("work_bytes")).and_then(Value::as_u64);
-        let walked = guest.and_then(|guest| guest.get("walked_of_256")).and_then(Value::as_u64);
-        let walked_of_256 =
-            walked.and_then(|walked| walked.try_into().ok()).unwrap_or(WALKED_OF_256);
-        let Some(work_bytes) = work_bytes else {
-            bail!(
-                "mode lazy+other is of the demo guest: of others it is not known what they don't touch"
-            );
-        };
-        let set = untouched(&DemoConfig { work_bytes, walked_of_256 }, subject.snapshot.regions())?;
-        let trained = subject.path("other.snap");
-        metadata.other.remove("rewritten_from");
-        let changes = Changes {
-            working_set: WorkingSet::join([&set[..]]),
-            metadata,
-            parent_path: None,
-            existing: Existing::Keep,
-        };
-        copy_snapshot(&trained, &subject.snapshot, &changes, &|_| ControlFlow::Continue(()))
-            .context("cannot write a snapshot that was trained on other work")?;
-        Self::optimized(subject, snap, trained, "other-hot.snap", say)
-    }
+/// Of other work: the demo guest's pages that a beat does not touch, as many as it does.
+fn of_other_work(subject: &Subject, snap: &Snap<'_>, say: &dyn Fn(&str)) -> Result<Hot> {
+    let mut metadata = subject.snapshot.metadata()?;
+    let guest = metadata.other.get("guest").filter(|guest| guest["kind"] == "demo");
+    let work_bytes = guest.and_then(|guest| guest.get("work_bytes")).and_then(Value::as_u64);
+    let walked = guest.and_then(|guest| guest.get("walked_of_256")).and_then(Value::as_u64);
+    let walked_of_256 = walked.and_then(|walked| walked.try_into().ok()).unwrap_or(WALKED_OF_256);
+    let Some(work_bytes) = work_bytes else {
+        bail!(
+            "mode lazy+other is of the demo guest: of others it is not known what they don't touch"
+        );
+    };
+    let set = untouched(&DemoConfig { work_bytes, walked_of_256 }, subject.snapshot.regions())?;
+    let trained = subject.path("other.snap");
+    metadata.other.remove("rewritten_from");
+    let changes = Changes {
+        working_set: WorkingSet::join([&set[..]]),
+        metadata,
+        parent_path: None,
+        existing: Existing::Keep,
+    };
+    copy_snapshot(&trained, &subject.snapshot, &changes, &|_| ControlFlow::Continue(()))
+        .context("cannot write a snapshot that was trained on other work")?;
+    optimized(subject, snap, trained, "other-hot.snap", say)
+}
 
-    fn optimized(
-        subject: &Subject,
-        snap: &Snap<'_>,
-        trained: PathBuf,
-        name: &str,
-        say: &dyn Fn(&str),
-    ) -> Result<Self> {
-        say("putting the hot pages in front");
-        let file = subject.path(name);
-        let mut command: Vec<OsString> = vec!["--quiet".into(), "optimize".into(), trained.into()];
-        command.extend(subject.parents());
-        command.extend(["-o".into(), file.clone().into()]);
-        snap.run(command).context("cannot put the hot pages in front")?;
-        Self::open(subject, file)
-    }
-
-    fn open(subject: &Subject, file: PathBuf) -> Result<Self> {
-        let snapshot = input::open(&file, &subject.parents)?;
-        let pages = snapshot.working_set()?.map_or(0, |set| set.len());
-        Ok(Self { file, snapshot, pages })
-    }
+fn optimized(
+    subject: &Subject,
+    snap: &Snap<'_>,
+    trained: PathBuf,
+    name: &str,
+    say: &dyn Fn(&str),
+) -> Result<Hot> {
+    say("putting the hot pages in front");
+    let file = subject.path(name);
+    let mut command: Vec<OsString> = vec!["--quiet".into(), "optimize".into(), trained.into()];
+    command.extend(subject.parents());
+    command.extend(["-o".into(), file.clone().into()]);
+    snap.run(command).context("cannot put the hot pages in front")?;
+    Hot::open(&subject.parents, file)
 }
 
 /// Pages of the demo guest's working area that hold something and that no beat reads, one of three: about

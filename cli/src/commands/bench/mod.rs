@@ -5,6 +5,7 @@ mod child;
 mod cold;
 mod figures;
 mod hot;
+mod hot_file;
 mod html;
 mod mode;
 mod report;

@@ -6,7 +6,7 @@ use snapfmt::layout::PAGE_BYTES;
 
 use super::args::Args;
 use super::figures::{Measured, Ratios};
-use super::hot::Hot;
+use super::hot_file::Hot;
 use super::run::Outcome;
 use super::subject::Subject;
 use crate::size;

@@ -13,7 +13,7 @@ use vmm::demo::WORK_ALIGN_BYTES;
 
 use super::args::{Args, DEMO};
 use super::child::Snap;
-use super::hot::Hot;
+use super::hot_file::Hot;
 use super::mode::Mode;
 use crate::exit::WrongOptions;
 use crate::{input, size};
@@ -47,7 +47,7 @@ impl Subject {
     /// Makes what is missing: the demo guest's snapshot, the image.
     ///
     /// `swept`: the demo guest fills all of its memory, and a beat reads so many percent of that.
-    pub(super) fn prepare(
+    pub(super) fn new(
         args: &Args,
         swept: Option<u8>,
         snap: &Snap<'_>,
@@ -87,12 +87,6 @@ impl Subject {
             command.extend(["--format".into(), "raw".into(), "-o".into(), image.clone().into()]);
             snap.run(command).context("cannot write the raw image")?;
             subject.image = Some(image);
-        }
-        if args.modes.contains(&Mode::LazyHot) {
-            subject.hot = Some(Hot::of_this_work(&subject, snap, args.timeout, say)?);
-        }
-        if args.modes.contains(&Mode::LazyOther) {
-            subject.other = Some(Hot::of_other_work(&subject, snap, say)?);
         }
         Ok(subject)
     }
