@@ -1,7 +1,6 @@
 //! What `snap restore` tells at its end.
 
 use std::fmt;
-use std::time::{Duration, Instant};
 
 use serde::Serialize;
 

@@ -7,9 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
-use snapfmt::{
-    Changes, Existing, MemoryRegion, PageIndex, Phase, Snapshot, WorkingSet, copy_snapshot,
-};
+use snapfmt::{Changes, Existing, MemoryRegion, PageIndex, Phase, WorkingSet, copy_snapshot};
 use vmm::demo::{DemoConfig, DemoPlan, PageClass, WALKED_OF_256};
 
 use super::args::Args;
