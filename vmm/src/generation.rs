@@ -8,7 +8,7 @@ use kvm_ioctls::VmFd;
 
 use crate::boot::GENERATION_IRQ;
 use crate::error::{KvmError, NameCall};
-use crate::memslots::Memslots;
+use crate::memory_slots::Memslots;
 
 /// Writes a new id. By a system call on guest memory, so that a page that cannot be had is an error here.
 pub(crate) fn renew(memslots: &Memslots, gpa: u64) -> io::Result<()> {

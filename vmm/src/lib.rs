@@ -72,7 +72,6 @@ compile_error!("vmm needs Linux on x86_64");
 
 pub mod boot;
 mod bus;
-mod chips;
 mod console;
 mod control;
 mod cpuid;
@@ -83,10 +82,12 @@ mod features;
 mod frozen;
 mod generation;
 mod host;
+#[path = "arch/x86_64/irqchip.rs"]
+mod irqchip;
 mod kick;
 pub mod layout;
 mod long_mode;
-mod memslots;
+mod memory_slots;
 mod paravirt;
 mod payload;
 mod pieces;
@@ -94,7 +95,8 @@ mod rtc;
 mod run_loop;
 mod serial;
 pub mod state;
-mod vcpu;
+#[path = "arch/x86_64/vcpu_state.rs"]
+mod vcpu_state;
 pub mod virtio;
 mod vm;
 
@@ -113,7 +115,7 @@ pub use kick::is_signal_ignored;
 pub use layout::{LayoutError, MemoryRange, memory_layout};
 pub use payload::{Payload, PayloadError};
 pub use state::{StateError, VmState};
-pub use vcpu::VcpuError;
+pub use vcpu_state::VcpuError;
 pub use vm::{
     BootError, BootOptions, Clock, MemoryMismatch, PauseError, PausedVm, RestoreError,
     RestoreOptions, ResumeError, RunningVm, SaveError,

@@ -1,4 +1,4 @@
-//! Which parts of guest memory become one memory slot each: see [`memslots`](crate::memslots).
+//! Which parts of guest memory become one memory slot each: see [`memslots`](crate::memory_slots).
 
 use std::ops::Range;
 

@@ -14,8 +14,8 @@ use crate::control::{Control, Stop};
 use crate::devices::Devices;
 use crate::error::KvmError;
 use crate::kick::VcpuThread;
-use crate::memslots::{Memslots, MmioAt, PluggedMark};
-use crate::vcpu::Vcpu;
+use crate::memory_slots::{Memslots, MmioAt, PluggedMark};
+use crate::vcpu_state::Vcpu;
 
 /// `kvm_run.system_event.type`: KVM API documentation, "KVM_EXIT_SYSTEM_EVENT".
 const SYSTEM_EVENT_RESET: u32 = 2;

@@ -11,23 +11,23 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::boot::{Board, GENERATION_ID_GPA};
 use crate::bus::Bus;
-use crate::chips;
 use crate::console::Console;
 use crate::control::{Control, Stop, VmHandle};
 use crate::devices::{DeviceError, Devices, MmioDevice};
 use crate::error::KvmError;
 use crate::generation;
 use crate::host::{self, ProbeError};
+use crate::irqchip;
 use crate::kick;
 use crate::layout::{LayoutError, MemoryRange, memory_layout};
-use crate::memslots::{LatePlugger, Memslots};
+use crate::memory_slots::{LatePlugger, Memslots};
 use crate::paravirt;
 use crate::payload::{LoadedPayload, Payload, PayloadError};
 use crate::rtc::Rtc;
 use crate::run_loop::{self, Shared};
 use crate::serial::Com1;
 use crate::state::{VCPUS_MAX, VmState};
-use crate::vcpu::{Vcpu, VcpuError};
+use crate::vcpu_state::{Vcpu, VcpuError};
 
 /// A guest that does not run. Only in this form does it have a state that can be saved.
 pub struct PausedVm {
@@ -264,7 +264,7 @@ impl PausedVm {
         let kvm = host::open_kvm()?;
         let vm = Arc::new(host::create_vm(&kvm)?);
         let memslots = Memslots::plug_first(Arc::clone(&vm), memory, touched.as_deref())?;
-        chips::create(&vm)?;
+        irqchip::create(&vm)?;
         let vcpus = (0..cpus)
             .map(|index| Vcpu::boot(&kvm, &vm, index, cpus, entry))
             .collect::<Result<Vec<_>, _>>()?;
@@ -321,7 +321,7 @@ impl PausedVm {
         });
         let memslots = Memslots::plug_first(Arc::clone(&vm), memory, first.as_deref())?;
         // Then the interrupt controllers, without which vCPUs get no LAPIC.
-        chips::create(&vm)?;
+        irqchip::create(&vm)?;
         let slept_ns = match options.clock {
             Clock::Advance if state.saved_unix_ns != 0 => {
                 unix_ns().saturating_sub(state.saved_unix_ns)
@@ -340,7 +340,7 @@ impl PausedVm {
             })
             .collect::<Result<Vec<_>, _>>()?;
         // The chips' state at the end: it may deliver interrupts to LAPICs, and it starts clocks.
-        chips::restore(&vm, &state.chips, slept_ns)?;
+        irqchip::restore(&vm, &state.chips, slept_ns)?;
         if let Some(gpa) = state.generation_id_gpa {
             generation::renew(&memslots, gpa).map_err(RestoreError::GenerationId)?;
             generation::notify(&vm)?;
@@ -370,7 +370,7 @@ impl PausedVm {
             .iter()
             .map(|vcpu| vcpu.state(&machine.kvm))
             .collect::<Result<Vec<_>, _>>()?;
-        let chips = chips::state(&machine.vm)?;
+        let chips = irqchip::state(&machine.vm)?;
         let saved_unix_ns = unix_ns();
         let mut bus = machine.lock_bus();
         Ok(VmState {
