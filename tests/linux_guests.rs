@@ -134,7 +134,7 @@ fn a_snapshot_of_another_cpu_is_refused() {
     let snapshot = Snapshot::open(&sample.file).expect("it opens");
     let blob = snapshot.state(STATE_KIND).expect("it can be read").expect("it is there");
     let mut state = VmState::decode(STATE_KIND, blob.version, &blob.bytes).expect("it is whole");
-    let leaf = state.vcpus[0].cpuid.iter_mut().find(|leaf| leaf.0.function == 7);
+    let leaf = state.vcpus_mut()[0].cpuid.iter_mut().find(|leaf| leaf.0.function == 7);
     // AVX-512 for Xeon Phi (PF, ER), of which there is none in a machine of today.
     leaf.expect("every CPU has this leaf").0.ebx |= 1 << 26 | 1 << 27;
     let mut metadata = snapshot.metadata().expect("it can be read");

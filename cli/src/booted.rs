@@ -27,7 +27,7 @@ impl Booted {
         let ranges = memory_layout(args.memory).context("--memory")?;
         let memory = FileMemory::new(&ranges)?;
         let _opening = Wait::new(|| "the guest's kernel and disks to be read".into()).begin();
-        let options = BootOptions::default().cpus(args.cpus).heed_requests(heed_requests);
+        let options = BootOptions::default().cpus(args.cpus).guest_snapshot_trigger(heed_requests);
         let devices = args.devices.create()?;
         let mapped = memory.mapped.clone();
         let vm = PausedVm::boot_with(mapped, &args.payload(), console, &options, devices)

@@ -105,7 +105,7 @@ impl Origin<'_> {
         // Before anything that takes time: a disk may be refused.
         let devices = self
             .devices
-            .restore(&state.devices, |place| device_content(&snapshot, place))
+            .restore(state.devices(), |place| device_content(&snapshot, place))
             .with_context(named)?;
         drop(opening);
         let opened = Instant::now();
@@ -120,7 +120,7 @@ impl Origin<'_> {
             let first = snapshot
                 .populated()
                 .flat_map(|range| guest_memory::gpa_ranges(snapshot.regions(), range));
-            options = options.plug_first(first.collect());
+            options = options.register_first(first.collect());
         }
         let (mut recorded, mut image, mut prefetch_start) = (None, None, None);
         let memory = match (self.share, self.image) {
@@ -142,7 +142,7 @@ impl Origin<'_> {
             }
             (None, None) => guest_memory::private(&ranges)?,
         };
-        let slices = slices(state.vcpus.len());
+        let slices = slices(state.vcpus().len());
         if self.image.is_some() {
             // The kernel reads it, when the guest touches it.
         } else if !self.lazy {
@@ -162,7 +162,7 @@ impl Origin<'_> {
 
         // Declared after the pager, which waits for its thread: gone before it, whatever goes wrong.
         let prefetch_start = prefetch_start;
-        let options = options.heed_requests(self.heed_requests).clock(self.clock);
+        let options = options.guest_snapshot_trigger(self.heed_requests).clock(self.clock);
         let file = self.file.to_owned();
         let first = move || format!("the first pages of {} that the machine needs", file.display());
         let waiting = Wait::new(first).begin();
@@ -212,7 +212,7 @@ impl Origin<'_> {
             .state(STATE_KIND)?
             .context("the file has no state of a KVM guest: it cannot be restored by snap")?;
         let state = VmState::decode(STATE_KIND, blob.version, &blob.bytes)?;
-        if guest_memory::to_regions(&state.memory) != snapshot.regions() {
+        if guest_memory::to_regions(state.memory()) != snapshot.regions() {
             bail!("the memory map of the file and that of the guest's state are not the same");
         }
         Ok(state)

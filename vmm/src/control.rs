@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use crate::bus::Bus;
+use crate::arch::IoPorts;
 use crate::kick::VcpuThreadId;
 
 /// Why a guest stopped running.
@@ -16,8 +16,9 @@ pub enum Stop {
     ConsolePause,
     /// [`VmHandle::request_pause`] or [`RunningVm::pause`](crate::RunningVm::pause). The guest can go on.
     PauseRequested,
-    /// The guest asked to be stored, by a write to [`REQUEST_PORT`](crate::REQUEST_PORT). It can go on.
-    Requested,
+    /// The guest asked for a snapshot of itself, by a write to
+    /// [`SNAPSHOT_TRIGGER_PORT`](crate::SNAPSHOT_TRIGGER_PORT). It can continue.
+    SnapshotTrigger,
     /// The guest turned its machine off, by ACPI.
     PowerOff,
     /// The guest executed HLT and no in-kernel interrupt controller can wake it.
@@ -62,7 +63,7 @@ impl Stop {
     /// Whether the guest is whole, so that its state may be saved and it may go on.
     #[must_use]
     pub fn is_resumable(&self) -> bool {
-        matches!(self, Stop::ConsolePause | Stop::PauseRequested | Stop::Requested)
+        matches!(self, Stop::ConsolePause | Stop::PauseRequested | Stop::SnapshotTrigger)
     }
 }
 
@@ -71,7 +72,7 @@ impl fmt::Display for Stop {
         match self {
             Stop::ConsolePause => write!(f, "the console paused the guest"),
             Stop::PauseRequested => write!(f, "a pause was requested"),
-            Stop::Requested => write!(f, "the guest asked to be stored"),
+            Stop::SnapshotTrigger => write!(f, "the guest asked to be stored"),
             Stop::PowerOff => write!(f, "the guest powered off"),
             Stop::Halt => write!(f, "the guest halted"),
             Stop::Shutdown => write!(f, "the guest shut down (triple fault)"),
@@ -248,12 +249,12 @@ pub struct VcpuActivity {
 #[derive(Clone)]
 pub struct VmHandle {
     control: Arc<Control>,
-    bus: Weak<Mutex<Bus>>,
+    io_ports: Weak<Mutex<IoPorts>>,
 }
 
 impl VmHandle {
-    pub(crate) fn new(control: Arc<Control>, bus: Weak<Mutex<Bus>>) -> VmHandle {
-        VmHandle { control, bus }
+    pub(crate) fn new(control: Arc<Control>, io_ports: Weak<Mutex<IoPorts>>) -> VmHandle {
+        VmHandle { control, io_ports }
     }
 
     /// Stops the guest with [`Stop::PauseRequested`], even one that sleeps in HLT.
@@ -286,11 +287,11 @@ impl VmHandle {
     /// Returns how many were taken: up to 64 KiB wait for a guest that does not read them.
     #[must_use = "bytes that do not fit are not sent"]
     pub fn send_input(&self, bytes: &[u8]) -> usize {
-        let Some(bus) = self.bus.upgrade() else {
+        let Some(io_ports) = self.io_ports.upgrade() else {
             return 0;
         };
-        let mut bus = bus.lock().unwrap_or_else(PoisonError::into_inner);
-        bus.com1().enqueue(bytes)
+        let mut io_ports = io_ports.lock().unwrap_or_else(PoisonError::into_inner);
+        io_ports.serial().enqueue(bytes)
     }
 
     /// Kernel thread ids of the vCPU threads that run now, for whoever places its own threads by them.

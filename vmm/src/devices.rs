@@ -12,21 +12,21 @@ use kvm_ioctls::{IoEventAddress, VmFd};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::arch::DEVICE_IRQS;
 use crate::control::VmHandle;
 use crate::error::{KvmError, NameCall};
 use crate::state::DeviceState;
 
-/// First guest physical address of the first device's window.
-pub const DEVICE_WINDOWS_GPA: u64 = 0xd000_0000;
+pub use crate::arch::DEVICE_WINDOWS_GPA;
+
 /// Length of a device's window.
 pub const DEVICE_WINDOW_BYTES: u64 = 4096;
-/// Interrupt lines of the devices: ISA lines that nothing else here uses, so that they exist with the
-/// old interrupt controllers too.
-const DEVICE_IRQS: [u32; 8] = [5, 6, 7, 10, 11, 12, 14, 15];
 /// Most devices a guest may have.
 pub const DEVICES_MAX: usize = DEVICE_IRQS.len();
 /// Offset in its window of a virtio-mmio device's register `QueueNotify` (virtio 1.2, 4.2.2).
 const QUEUE_NOTIFY_OFFSET: u64 = 0x50;
+/// What a read returns where no device is: the bus floats high.
+pub(crate) const NO_DEVICE: u8 = 0xff;
 
 /// Guest physical addresses and interrupt line of the device at place `index` of the list, below
 /// [`DEVICES_MAX`].
@@ -44,14 +44,14 @@ pub fn device_window(index: usize) -> Option<(Range<u64>, u32)> {
 /// [`read`](MmioDevice::read) and [`write`](MmioDevice::write) come only between those, from one thread
 /// at a time; [`state`](MmioDevice::state) only while the device is paused.
 pub trait MmioDevice: Send {
-    /// Queues whose notifications the device takes from an eventfd: see [`Wiring::queue_events`].
+    /// Queues whose notifications the device takes from an eventfd: see [`DeviceContext::queue_events`].
     fn queue_count(&self) -> usize;
 
     /// Connects the device to the machine.
     ///
     /// # Errors
     /// Whatever keeps the device from working.
-    fn attach(&mut self, wiring: Wiring) -> io::Result<()>;
+    fn attach(&mut self, context: DeviceContext) -> io::Result<()>;
 
     /// A read of the guest at `offset` in the window: fills `data`.
     fn read(&mut self, offset: u64, data: &mut [u8]);
@@ -80,7 +80,7 @@ pub trait MmioDevice: Send {
 }
 
 /// What a device reaches of its machine.
-pub struct Wiring {
+pub struct DeviceContext {
     /// The guest's memory.
     pub memory: Arc<GuestMemoryMmap>,
     /// Written to raise the device's interrupt, an edge (KVM_IRQFD).
@@ -166,8 +166,8 @@ impl Devices {
                 queue_events.push(event);
             }
             let memory = Arc::clone(memory);
-            let wiring = Wiring { memory, interrupt, queue_events, handle: handle.clone() };
-            device.attach(wiring).map_err(failed)?;
+            let context = DeviceContext { memory, interrupt, queue_events, handle: handle.clone() };
+            device.attach(context).map_err(failed)?;
         }
         Ok(())
     }

@@ -19,6 +19,8 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering, compiler_fen
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
+use crate::arch;
+
 /// What the signal handlers know of the thread they interrupt.
 ///
 /// Constant initialisation and no destructor: access is a plain thread-relative load, which is
@@ -133,8 +135,8 @@ impl<'a> VcpuThread<'a> {
         state.is_ok_and(|state| state.mp_state == kvm_bindings::KVM_MP_STATE_RUNNABLE)
     }
 
-    pub(crate) fn rip(&self) -> Option<u64> {
-        self.vcpu.get_regs().ok().map(|regs| regs.rip)
+    pub(crate) fn instruction_pointer(&self) -> Option<u64> {
+        arch::instruction_pointer(self.vcpu)
     }
 }
 

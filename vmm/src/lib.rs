@@ -67,55 +67,41 @@
 //! # }
 //! ```
 
-#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
-compile_error!("vmm needs Linux on x86_64");
-
+mod arch;
 pub mod boot;
-mod bus;
 mod console;
 mod control;
-mod cpuid;
 pub mod demo;
 mod devices;
 mod error;
-mod features;
 mod frozen;
 mod generation;
 mod host;
-#[path = "arch/x86_64/irqchip.rs"]
-mod irqchip;
 mod kick;
 pub mod layout;
-mod long_mode;
 mod memory_slots;
-mod paravirt;
 mod payload;
-mod pieces;
-mod rtc;
 mod run_loop;
 mod serial;
+mod slot_layout;
 pub mod state;
-#[path = "arch/x86_64/vcpu_state.rs"]
-mod vcpu_state;
 pub mod virtio;
 mod vm;
 
-pub use bus::REQUEST_PORT;
+pub use arch::{HostCpu, SNAPSHOT_TRIGGER_PORT, VcpuError};
 pub use console::{Console, ConsoleFlow};
 pub use control::{Stop, VcpuActivity, VmHandle};
 pub use devices::{
-    DEVICE_WINDOW_BYTES, DEVICE_WINDOWS_GPA, DEVICES_MAX, DeviceError, MmioDevice, Wiring,
+    DEVICE_WINDOW_BYTES, DEVICE_WINDOWS_GPA, DEVICES_MAX, DeviceContext, DeviceError, MmioDevice,
     device_window,
 };
 pub use error::KvmError;
-pub use features::{FeaturesError, missing_features};
 pub use frozen::Frozen;
-pub use host::{HostCpu, HostReport, KVM_DEVICE, ProbeError, probe};
+pub use host::{FeaturesError, HostReport, KVM_DEVICE, ProbeError, missing_features, probe};
 pub use kick::is_signal_ignored;
 pub use layout::{LayoutError, MemoryRange, memory_layout};
 pub use payload::{Payload, PayloadError};
 pub use state::{StateError, VmState};
-pub use vcpu_state::VcpuError;
 pub use vm::{
     BootError, BootOptions, Clock, MemoryMismatch, PauseError, PausedVm, RestoreError,
     RestoreOptions, ResumeError, RunningVm, SaveError,

@@ -9,13 +9,12 @@ use std::time::Duration;
 use kvm_ioctls::VcpuExit;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-use crate::bus::Bus;
+use crate::arch::{IoPorts, Vcpu};
 use crate::control::{Control, Stop};
-use crate::devices::Devices;
+use crate::devices::{Devices, NO_DEVICE};
 use crate::error::KvmError;
 use crate::kick::VcpuThread;
-use crate::memory_slots::{Memslots, MmioAt, PluggedMark};
-use crate::vcpu_state::Vcpu;
+use crate::memory_slots::{MemorySlots, MmioAt, RegisteredMark};
 
 /// `kvm_run.system_event.type`: KVM API documentation, "KVM_EXIT_SYSTEM_EVENT".
 const SYSTEM_EVENT_RESET: u32 = 2;
@@ -30,8 +29,8 @@ const REFUSALS_WITHOUT_PAUSE: u32 = 3;
 /// What all vCPU threads of a guest share.
 pub(crate) struct Shared {
     pub(crate) control: Arc<Control>,
-    pub(crate) memslots: Arc<Memslots>,
-    pub(crate) bus: Arc<Mutex<Bus>>,
+    pub(crate) memory_slots: Arc<MemorySlots>,
+    pub(crate) io_ports: Arc<Mutex<IoPorts>>,
     pub(crate) devices: Devices,
 }
 
@@ -45,7 +44,7 @@ pub(crate) fn run(vcpu: &mut Vcpu, shared: &Shared) {
     let _kickable = Kickable::new(control, &thread, &exits);
     let mut retried = false;
     let mut refusals = 0;
-    let mut mark = shared.memslots.mark();
+    let mut mark = shared.memory_slots.mark();
     let mut after_mmio = false;
 
     loop {
@@ -60,7 +59,7 @@ pub(crate) fn run(vcpu: &mut Vcpu, shared: &Shared) {
         // the others. So the mark is not moved on after an MMIO exit. One that is too old is
         // harmless: it only has an access done here that could have been refused at once.
         if !after_mmio {
-            mark = shared.memslots.mark();
+            mark = shared.memory_slots.mark();
         }
         control.note_first_entry();
         let exit = thread.run();
@@ -94,13 +93,13 @@ pub(crate) fn run(vcpu: &mut Vcpu, shared: &Shared) {
             Step::Stop(stop) => Some(stop),
             // An instruction KVM could not emulate, perhaps because it could not read what is not
             // plugged yet.
-            Step::InternalError if !retried && !shared.memslots.is_complete(mark) => {
+            Step::InternalError if !retried && !shared.memory_slots.is_complete(mark) => {
                 retried = true;
-                shared.memslots.plug_all().err().map(plug_failed)
+                shared.memory_slots.register_all().err().map(slot_refused)
             }
             Step::InternalError => {
                 let suberror = thread.internal_suberror();
-                Some(Stop::InternalError { suberror, rip: thread.rip() })
+                Some(Stop::InternalError { suberror, rip: thread.instruction_pointer() })
             }
         };
         if let Some(stop) = stop {
@@ -122,12 +121,12 @@ enum Step {
     Stop(Stop),
 }
 
-fn answer(exit: VcpuExit<'_>, mark: PluggedMark, shared: &Shared) -> Step {
-    let lock_bus = || shared.bus.lock().unwrap_or_else(PoisonError::into_inner);
+fn answer(exit: VcpuExit<'_>, mark: RegisteredMark, shared: &Shared) -> Step {
+    let lock_io_ports = || shared.io_ports.lock().unwrap_or_else(PoisonError::into_inner);
     let stop = match exit {
-        VcpuExit::IoOut(port, data) => lock_bus().port_write(port, data),
+        VcpuExit::IoOut(port, data) => lock_io_ports().port_write(port, data),
         VcpuExit::IoIn(port, data) => {
-            lock_bus().port_read(port, data);
+            lock_io_ports().port_read(port, data);
             None
         }
         VcpuExit::MmioRead(gpa, data) => return mmio(shared, mark, gpa, Access::Read(data)),
@@ -177,13 +176,13 @@ enum Access<'a> {
     Write(&'a [u8]),
 }
 
-fn mmio(shared: &Shared, mark: PluggedMark, gpa: u64, access: Access<'_>) -> Step {
-    let stop = match shared.memslots.mmio_at(gpa, mark) {
-        Err(error) => Some(plug_failed(error)),
-        Ok(MmioAt::PluggedRam) => Some(Stop::MmioInRam { gpa }),
+fn mmio(shared: &Shared, mark: RegisteredMark, gpa: u64, access: Access<'_>) -> Step {
+    let stop = match shared.memory_slots.mmio_at(gpa, mark) {
+        Err(error) => Some(slot_refused(error)),
+        Ok(MmioAt::RegisteredRam) => Some(Stop::MmioInRam { gpa }),
         Ok(MmioAt::LateRam) => match access {
-            Access::Read(data) => shared.memslots.read(gpa, data),
-            Access::Write(data) => shared.memslots.write(gpa, data),
+            Access::Read(data) => shared.memory_slots.read(gpa, data),
+            Access::Write(data) => shared.memory_slots.write(gpa, data),
         }
         .err()
         .map(|_| Stop::MemoryError { gpa: Some(gpa), host_addr: None }),
@@ -191,7 +190,7 @@ fn mmio(shared: &Shared, mark: PluggedMark, gpa: u64, access: Access<'_>) -> Ste
             match (shared.devices.at(gpa), access) {
                 (Some((mut device, offset)), Access::Read(data)) => device.read(offset, data),
                 (Some((mut device, offset)), Access::Write(data)) => device.write(offset, data),
-                (None, Access::Read(data)) => Bus::mmio_read(data),
+                (None, Access::Read(data)) => data.fill(NO_DEVICE),
                 (None, Access::Write(_)) => {}
             }
             None
@@ -200,14 +199,14 @@ fn mmio(shared: &Shared, mark: PluggedMark, gpa: u64, access: Access<'_>) -> Ste
     stop.map_or(Step::AfterMmio, Step::Stop)
 }
 
-pub(crate) fn plug_failed(error: KvmError) -> Stop {
+pub(crate) fn slot_refused(error: KvmError) -> Stop {
     Stop::Failed { reason: format!("cannot give memory to the guest: {error}: {}", error.source) }
 }
 
 /// A SIGBUS during KVM_RUN, as the reason to stop.
 fn memory_error(thread: &mut VcpuThread<'_>, shared: &Shared) -> Option<Stop> {
     let host_addr = thread.take_sigbus()?;
-    let gpa = gpa_of(shared.memslots.memory(), host_addr);
+    let gpa = gpa_of(shared.memory_slots.memory(), host_addr);
     Some(Stop::MemoryError { gpa, host_addr: Some(host_addr) })
 }
 
@@ -222,7 +221,7 @@ fn gpa_of(memory: &GuestMemoryMmap, host_addr: u64) -> Option<u64> {
 /// and the instruction pointer moved on, by the next KVM_RUN. With `immediate_exit` that KVM_RUN does
 /// only this (KVM API documentation, "KVM_RUN"; also for string instructions, of which each step may be
 /// another exit). `mark` is that of the last KVM_RUN: an MMIO access may go on in parts.
-fn complete_pending_io(thread: &mut VcpuThread<'_>, shared: &Shared, mark: PluggedMark) {
+fn complete_pending_io(thread: &mut VcpuThread<'_>, shared: &Shared, mark: RegisteredMark) {
     loop {
         thread.set_immediate_exit(true);
         let step = match thread.run() {
@@ -245,7 +244,9 @@ fn complete_pending_io(thread: &mut VcpuThread<'_>, shared: &Shared, mark: Plugg
             }
             Step::InternalError => {
                 let suberror = thread.internal_suberror();
-                shared.control.stop(Stop::InternalError { suberror, rip: thread.rip() });
+                shared
+                    .control
+                    .stop(Stop::InternalError { suberror, rip: thread.instruction_pointer() });
                 break;
             }
         }

@@ -127,16 +127,16 @@ fn nothing_answers_where_no_device_is() {
     assert_eq!(console.take(), ["ZY"]);
 }
 
-/// An access across two pages is two MMIO exits while its memory is not plugged. The first one plugs
-/// it, and so the second was taken for a page that cannot be read.
+/// An access across two pages is two MMIO exits while its memory slot is not registered. The first exit
+/// registers it, and so the second was mistaken for a page that cannot be read.
 #[test]
-fn an_access_across_pages_that_are_plugged_late_is_done_in_parts() {
-    if !kvm_or_skip("an_access_across_pages_that_are_plugged_late_is_done_in_parts") {
+fn an_access_across_pages_that_are_registered_late_is_done_in_parts() {
+    if !kvm_or_skip("an_access_across_pages_that_are_registered_late_is_done_in_parts") {
         return;
     }
     const ADDRESS: u64 = 0x1fff_fffc;
     const VALUE: u64 = 0x1122_3344_5566_7788;
-    // A race with the thread that plugs, so again and again: until it was lost once, however long that takes.
+    // The vCPU races with the thread that registers slots. Repeat until the vCPU was first once.
     let (mut late_accesses, mut rounds) = (0, 0);
     let began = Instant::now();
     while rounds < 20 || (late_accesses == 0 && began.elapsed() < LOST_ONCE) {
@@ -152,7 +152,7 @@ fn an_access_across_pages_that_are_plugged_late_is_done_in_parts() {
         let written: u64 = memory.read_obj(GuestAddress(ADDRESS)).unwrap();
         assert_eq!(written, VALUE);
     }
-    assert!(late_accesses > 0, "in {rounds} rounds no access met memory that was not plugged");
+    assert!(late_accesses > 0, "in {rounds} rounds no access met memory that was not registered");
 }
 
 #[test]
@@ -173,7 +173,7 @@ fn input_reaches_the_guest_and_survives_a_restore() {
     assert_eq!(running.wait(PATIENCE), Some(Stop::ConsolePause));
     assert_eq!(console.take(), ["first"]);
     let state = running.pause().unwrap().state().unwrap();
-    assert!(state.com1.queued_input.len() > 100);
+    assert!(state.serial().queued_input.len() > 100);
 
     console.pause_after(1);
     let vm = PausedVm::restore(memory, &state, console.clone(), &RestoreOptions::default());

@@ -9,7 +9,7 @@ use anyhow::{Result, bail};
 use pager::{FailurePolicy, Pager, Placement, Populate};
 use snapfmt::Header;
 use snapfmt::layout::PAGE_BYTES;
-use vmm::{PausedVm, REQUEST_PORT, Stop};
+use vmm::{PausedVm, SNAPSHOT_TRIGGER_PORT, Stop};
 
 use super::guest::{self, GuestArgs};
 use super::stdout::print_line;
@@ -128,7 +128,7 @@ impl fmt::Display for Trigger {
             Self::Ready => write!(f, "the guest's line {READY:?}"),
             Self::Output(text) => write!(f, "the guest's output {text:?}"),
             Self::After(time) => write!(f, "{} to pass", humantime::format_duration(*time)),
-            Self::Request => write!(f, "the guest's write to I/O port {REQUEST_PORT:#x}"),
+            Self::Request => write!(f, "the guest's write to I/O port {SNAPSHOT_TRIGGER_PORT:#x}"),
         }
     }
 }
@@ -306,7 +306,7 @@ fn run_until_ready(
         }
     };
     match stop {
-        Some(Stop::ConsolePause | Stop::Requested) => {}
+        Some(Stop::ConsolePause | Stop::SnapshotTrigger) => {}
         None if on_time => {}
         _ if session.interrupt.requested() => return Err(Interrupted.into()),
         Some(stop) => {

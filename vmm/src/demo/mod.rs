@@ -23,8 +23,7 @@
 //! working area lies at the bottom of guest memory, half at the very top, so that guests with more than
 //! 3 GiB use both memory regions. The cost of booting depends on the working area, not on memory.
 
-mod content;
-mod guest;
+pub(crate) mod content;
 
 use std::ops::Range;
 
@@ -32,8 +31,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 pub use content::{PageClass, WALKED_OF_256, in_working_set, page_bytes, page_class, page_version};
 
+use crate::arch::{MAPPED_GIB_MAX, Mapping, PROGRAM_PARAMS_GPA, demo_guest_code, load_program};
 use crate::layout::{LARGE_PAGE_BYTES, MemoryRange};
-use crate::long_mode::{self, MAPPED_GIB_MAX, Mapping, layout};
 
 /// The working area is a multiple of this: each of its halves is made of large pages.
 pub const WORK_ALIGN_BYTES: u64 = 2 * LARGE_PAGE_BYTES;
@@ -43,10 +42,7 @@ pub const WORK_MAX_BYTES: u64 = (MAPPED_GIB_MAX - 1) << 30;
 pub const PAGE_BYTES: u64 = 4096;
 
 /// Guest virtual address of the working area.
-const WORK_VIRT: u64 = 1 << 30;
-/// The line being written, behind the parameters.
-const LINE: u64 = layout::PARAMS + 0x100;
-const USER_STACK_TOP: u64 = 0xa000;
+pub(crate) const WORK_VIRT: u64 = 1 << 30;
 /// A prime above any number of pages: as the step of a walk it reaches each of them once.
 const STRIDE: u64 = 2_654_435_761;
 
@@ -166,8 +162,7 @@ impl DemoPlan {
             Mapping { virt: WORK_VIRT, gpa: self.low.start, len: half },
             Mapping { virt: WORK_VIRT + half, gpa: self.high.start, len: half },
         ];
-        long_mode::write_tables(memory, &mappings)?;
-        memory.write_slice(guest::code(), GuestAddress(layout::CODE))?;
+        load_program(memory, demo_guest_code(), &mappings)?;
         let params = [
             self.pages(),
             STRIDE % self.pages(),
@@ -176,7 +171,7 @@ impl DemoPlan {
             u64::from(self.walked_of_256),
         ];
         for (index, param) in params.into_iter().enumerate() {
-            memory.write_obj(param, GuestAddress(layout::PARAMS + 8 * index as u64))?;
+            memory.write_obj(param, GuestAddress(PROGRAM_PARAMS_GPA + 8 * index as u64))?;
         }
         Ok(())
     }
@@ -197,13 +192,14 @@ pub fn max_work_bytes(memory: &[MemoryRange]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::arch::PROGRAM_MAX_BYTES;
     use crate::layout::memory_layout;
 
     const GIB: u64 = 1 << 30;
 
     #[test]
     fn the_code_fits_where_it_is_put() {
-        assert!((256..=layout::CODE_MAX_BYTES).contains(&guest::code().len()));
+        assert!((256..=PROGRAM_MAX_BYTES).contains(&demo_guest_code().len()));
     }
 
     #[test]

@@ -20,7 +20,7 @@ use super::rings::Rings;
 use super::state::{BackendState, QUEUES_MAX, TransportState, VirtioState};
 use super::transport::{Action, CONFIG_OFFSET, Transport};
 use crate::control::VmHandle;
-use crate::devices::{MmioDevice, Wiring};
+use crate::devices::{DeviceContext, MmioDevice};
 use crate::state::DeviceState;
 
 /// What one kind of device does, without transport and threads.
@@ -172,8 +172,8 @@ impl MmioDevice for VirtioDevice {
         self.queue_count
     }
 
-    fn attach(&mut self, wiring: Wiring) -> io::Result<()> {
-        let memory = DeviceMemory::new(wiring.memory);
+    fn attach(&mut self, context: DeviceContext) -> io::Result<()> {
+        let memory = DeviceMemory::new(context.memory);
         let mut inner = self.core.lock();
         if let Some(saved) = self.saved.take() {
             let impossible = || io::Error::new(io::ErrorKind::InvalidData, NOT_THIS_DEVICE);
@@ -184,11 +184,11 @@ impl MmioDevice for VirtioDevice {
             }
         }
         let watcher = self.event_loop.watcher(self.listener_id);
-        for (source, event) in (0..).zip(&wiring.queue_events) {
+        for (source, event) in (0..).zip(&context.queue_events) {
             watcher.watch_readable(source, event)?;
         }
         inner.backend.connect(HostWatcher(watcher))?;
-        let Wiring { interrupt, queue_events, handle, .. } = wiring;
+        let DeviceContext { interrupt, queue_events, handle, .. } = context;
         inner.wired = Some(Wired { memory, interrupt, queue_events, handle });
         Ok(())
     }

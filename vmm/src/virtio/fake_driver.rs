@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::VirtioDevice;
 use crate::control::{Control, Stop, VmHandle};
-use crate::devices::{MmioDevice, Wiring};
+use crate::devices::{DeviceContext, MmioDevice};
 
 pub(super) const MEMORY_BYTES: u64 = 0x10_0000;
 /// A page that has no memory behind it: touching it is SIGBUS.
@@ -51,32 +51,32 @@ pub(super) fn memory() -> Arc<GuestMemoryMmap> {
     Arc::new(memory)
 }
 
-fn wiring(
+fn context(
     memory: &Arc<GuestMemoryMmap>,
     control: &Arc<Control>,
     interrupt: &EventFd,
     queues: usize,
-) -> Wiring {
-    let bus: Weak<Mutex<crate::bus::Bus>> = Weak::new();
-    Wiring {
+) -> DeviceContext {
+    let io_ports: Weak<Mutex<crate::arch::IoPorts>> = Weak::new();
+    DeviceContext {
         memory: Arc::clone(memory),
         interrupt: interrupt.try_clone().unwrap(),
         queue_events: (0..queues).map(|_| EventFd::new(EFD_NONBLOCK).unwrap()).collect(),
-        handle: VmHandle::new(Arc::clone(control), bus),
+        handle: VmHandle::new(Arc::clone(control), io_ports),
     }
 }
 
 impl Driver {
     /// For another device in the same machine.
-    pub(super) fn wiring(&self) -> Wiring {
-        wiring(&self.memory, &self.control, &self.interrupt, 1)
+    pub(super) fn context(&self) -> DeviceContext {
+        context(&self.memory, &self.control, &self.interrupt, 1)
     }
 
     pub(super) fn attach(mut device: VirtioDevice, memory: Arc<GuestMemoryMmap>) -> Driver {
         let control = Arc::new(Control::default());
         let interrupt = EventFd::new(EFD_NONBLOCK).unwrap();
-        let wiring = wiring(&memory, &control, &interrupt, device.queue_count());
-        device.attach(wiring).unwrap();
+        let context = context(&memory, &control, &interrupt, device.queue_count());
+        device.attach(context).unwrap();
         device.resume();
         let interrupted = Epoll::new().unwrap();
         let event = EpollEvent::new(EventSet::IN, 0);

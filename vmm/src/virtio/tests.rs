@@ -588,8 +588,8 @@ fn impossible_states_are_refused() {
         let disk = Disk::open(image.path(), true).unwrap();
         let mut device =
             VirtioDevice::restore(&event_loop, transport.clone(), Host::Disk(disk)).unwrap();
-        let wiring = driver.wiring();
-        assert!(device.attach(wiring).is_err(), "{transport:?}");
+        let context = driver.context();
+        assert!(device.attach(context).is_err(), "{transport:?}");
     }
     for (at, _) in state.bytes.iter().enumerate() {
         let mut cut = state.clone();

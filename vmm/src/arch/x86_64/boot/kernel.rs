@@ -1,19 +1,21 @@
-//! The kernel file: checked by its headers first, so that what is wrong has a name, then loaded.
+//! The kernel file. Its headers are checked first, so that an error says what is wrong; then it is loaded.
 //!
 //! ELF: `Documentation/arch/x86/boot.rst`, "64-bit Boot Protocol", and `pvh.rst`; bzImage: boot.rst,
 //! "The Real-Mode Kernel Header". Offsets below are those of the documents.
 
 use std::fs::File;
 use std::io::Read;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use linux_loader::elf::PT_LOAD;
 use linux_loader::loader::{BzImage, Elf, KernelLoader, PvhBootCapability};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
-use super::error::KernelError;
+use crate::arch::CMDLINE_MAX_BYTES;
+use crate::boot::KernelError;
 
-/// Kernels begin here or above: what lies below is described in [`boot`](super).
+/// Kernels begin here or above. `address_map` lists what is below.
 const HIGH_MEMORY: u64 = 1 << 20;
 /// What 64-bit x86 kernels read of a command line, its final zero included (COMMAND_LINE_SIZE).
 const COMMAND_LINE_SIZE: u32 = 2048;
@@ -41,13 +43,13 @@ const ENTRY_64_OFFSET: u64 = 0x200;
 
 /// A kernel in guest memory.
 #[derive(Debug)]
-pub(super) struct Kernel {
+pub(crate) struct Kernel {
     /// Where the 64-bit protocol enters it.
     pub(super) entry: u64,
-    /// Where PVH enters it, if it can be.
+    /// Where PVH enters it, if it has that entry.
     pub(super) pvh_entry: Option<u64>,
     /// First address that it does not need.
-    pub(super) end: u64,
+    end: u64,
     /// A bzImage's setup header, which becomes part of the boot parameters.
     pub(super) setup_header: Vec<u8>,
     cmdline_size: u32,
@@ -56,17 +58,18 @@ pub(super) struct Kernel {
 
 impl Kernel {
     /// Most bytes of a command line, without its final zero.
-    pub(super) fn cmdline_max(&self) -> usize {
-        // Ours is bounded too: it has its place in memory.
-        self.cmdline_size.min(super::cmdline::CMDLINE_MAX_BYTES) as usize - 1
+    pub(crate) fn cmdline_max(&self) -> usize {
+        // The place of the command line in memory is a limit too.
+        self.cmdline_size.min(CMDLINE_MAX_BYTES) as usize - 1
     }
 
-    /// Where an initrd must end, given the end of low memory.
-    pub(super) fn initrd_end(&self, low_end: u64) -> u64 {
-        low_end.min(u64::from(self.initrd_addr_max) + 1)
+    /// The addresses that an initrd may use, given the end of low memory.
+    pub(crate) fn initrd_room(&self, low_end: u64) -> Range<u64> {
+        self.end..low_end.min(u64::from(self.initrd_addr_max) + 1)
     }
 
-    pub(super) fn load(
+    /// Loads the file into memory below `low_end`.
+    pub(crate) fn load(
         file: &mut File,
         memory: &GuestMemoryMmap,
         low_end: u64,

@@ -19,31 +19,19 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::Board;
-use super::error::LinuxError;
+use super::address_map::{
+    COM1_PORT, COM1_PORTS, FIRMWARE_START, GENERATION_ID_GPA, GENERATION_IRQ, IO_APIC_GPA,
+    LOCAL_APIC_GPA, RESET_PORT, SERIAL_IRQ, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT,
+};
+use crate::boot::{Board, LinuxError};
 use crate::devices::{DEVICE_WINDOW_BYTES, device_window};
-use crate::serial::{COM1_IRQ, COM1_PORT, COM1_PORTS};
 
-/// Guest physical addresses that belong to the firmware. Kernels look for the RSDP from the start on.
-pub(super) const FIRMWARE_START: u64 = 0xe_0000;
-pub(super) const FIRMWARE_END: u64 = 0x10_0000;
-/// The 16 bytes that differ in every restored guest: Microsoft, "Virtual Machine Generation ID".
-pub(crate) const GENERATION_ID_GPA: u64 = 0xf_0000;
-/// The interrupt that says that they have changed: the first one that no PC device has.
-pub(crate) const GENERATION_IRQ: u32 = 16;
-
-/// Ports of the three registers that hardware-reduced ACPI leaves, a byte each.
-pub(crate) const SLEEP_CONTROL_PORT: u16 = 0x600;
-pub(crate) const SLEEP_STATUS_PORT: u16 = 0x601;
-pub(crate) const RESET_PORT: u16 = 0x602;
 /// What is written to reset.
-pub(crate) const RESET_VALUE: u8 = 1;
+pub(super) const RESET_VALUE: u8 = 1;
 /// The sleep type for "off" that the DSDT names, and the bit that means "now" (ACPI 6.5, 4.8.3.7).
 const SLEEP_TYPE_OFF: u8 = 5;
 const SLEEP_ENABLE: u8 = 1 << 5;
 
-const LOCAL_APIC_GPA: u32 = 0xfee0_0000;
-const IO_APIC_GPA: u32 = 0xfec0_0000;
 /// `IAPC_BOOT_ARCH`: there is no VGA hardware to touch. (And no 8042, whose bit is clear.)
 const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
 const OEM: [u8; 6] = *b"SNAP  ";
@@ -53,7 +41,7 @@ const OEM_REVISION: u32 = 1;
 const HEADER_BYTES: u32 = 36;
 
 /// Whether this value of the sleep control register turns the machine off.
-pub(crate) fn is_power_off(value: u8) -> bool {
+pub(super) fn is_power_off(value: u8) -> bool {
     value == SLEEP_TYPE_OFF << 2 | SLEEP_ENABLE
 }
 
@@ -140,7 +128,7 @@ fn com1() -> Vec<u8> {
             &Name::new(
                 "_CRS".into(),
                 &ResourceTemplate::new(vec![
-                    &Interrupt::new(true, true, false, false, COM1_IRQ),
+                    &Interrupt::new(true, true, false, false, SERIAL_IRQ),
                     &IO::new(COM1_PORT, COM1_PORT, 0, COM1_PORTS as u8),
                 ]),
             ),
