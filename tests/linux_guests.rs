@@ -140,13 +140,10 @@ fn a_snapshot_of_another_cpu_is_refused() {
     let mut metadata = snapshot.metadata().expect("it can be read");
     metadata.other.remove("host_cpu");
     let data: Vec<_> = snapshot.populated().collect();
-    let contents = Contents {
-        regions: snapshot.regions(),
-        memory: &snapshot.memory(),
-        data: &data,
-        states: &[StateBlob { bytes: state.encode(), version: STATE_VERSION, ..blob }],
-        metadata,
-    };
+    let memory = snapshot.memory();
+    let states = [StateBlob { bytes: state.encode(), version: STATE_VERSION, ..blob }];
+    let contents =
+        Contents::new(snapshot.regions(), &memory, &data).states(&states).metadata(metadata);
     let file = sample.folder.path().join("other.snap");
     let go_on = |_| std::ops::ControlFlow::Continue(());
     snapfmt::write_snapshot(&file, contents, &WriteOptions::default(), &go_on).expect("it is made");

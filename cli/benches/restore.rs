@@ -30,7 +30,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Kvm, VcpuExit};
 use pager::{Pager, Region, SnapshotSource};
-use snapfmt::{Contents, MemoryRegion, Metadata, Snapshot, StateBlob, WriteOptions};
+use snapfmt::{Contents, MemoryRegion, Snapshot, StateBlob, WriteOptions};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm::demo::DemoConfig;
 use vmm::state::{STATE_KIND, STATE_VERSION};
@@ -128,13 +128,8 @@ fn store(
     };
     let regions: Vec<_> = layout.iter().map(region).collect();
     let bytes = state.encode();
-    let contents = Contents {
-        regions: &regions,
-        memory,
-        data,
-        states: &[StateBlob { tag: STATE_KIND, version: STATE_VERSION, bytes }],
-        metadata: Metadata::default(),
-    };
+    let states = [StateBlob { tag: STATE_KIND, version: STATE_VERSION, bytes }];
+    let contents = Contents::new(&regions, memory, data).states(&states);
     let go_on = |_| ControlFlow::Continue(());
     snapfmt::write_snapshot(file, contents, &WriteOptions::default(), &go_on).unwrap();
 }

@@ -295,7 +295,7 @@ impl SavedDeviceArgs {
         }
         let event_loop = EventLoop::start().context("cannot start the devices' thread")?;
         let mut restored: Devices = Vec::new();
-        for (place, VirtioState { transport, device }) in devices.into_iter().enumerate() {
+        for (place, VirtioState { transport, device, .. }) in devices.into_iter().enumerate() {
             let content = || content(place);
             let host = self.host(device, &mut paths, &mut net_args, content)?;
             let device = VirtioDevice::restore(&event_loop, transport, host)
@@ -330,7 +330,7 @@ impl SavedDeviceArgs {
                 Host::Disk(opened.context(WHICH_DISK)?)
             }
             BackendState::Block(disk) => self.disk_below(&disk, paths.next(), 0, &[])?,
-            BackendState::Overlay(OverlayState { disk, blocks }) => {
+            BackendState::Overlay(OverlayState { disk, blocks, .. }) => {
                 self.disk_below(&disk, paths.next(), blocks, &content()?)?
             }
             BackendState::Rng => Host::Entropy,

@@ -112,7 +112,7 @@ impl Kept<'_> {
         let write = |regions, memory: &dyn ReadAt, data: &[Range<u64>], guest| {
             check_room(data, options)?;
             let metadata = metadata(guest);
-            let contents = Contents { regions, memory, data, states: &states, metadata };
+            let contents = Contents::new(regions, memory, data).states(&states).metadata(metadata);
             Ok(write_snapshot(out, contents, options, progress)?.0)
         };
         match self {
@@ -165,13 +165,10 @@ impl Kept<'_> {
         }
         check_room(&data, options)?;
         let states = stored_states(vm)?;
-        let contents = Contents {
-            regions: snapshot.regions(),
-            memory: &GuestBytes { memory, regions: snapshot.regions() },
-            data: &data,
-            states: &states,
-            metadata: metadata(origins.guest()?),
-        };
+        let memory = GuestBytes { memory, regions: snapshot.regions() };
+        let contents = Contents::new(snapshot.regions(), &memory, &data)
+            .states(&states)
+            .metadata(metadata(origins.guest()?));
         let parent = Parent::new(snapshot, path_of_parent(origins.file, out)?);
         Ok(write_layer(out, contents, &parent, options, progress)?.0)
     }
@@ -269,10 +266,8 @@ fn metadata(guest: Value) -> Metadata {
         "guest": guest,
         "devices": ["serial 8250 at port 0x3f8, irq 4"],
     });
-    Metadata {
-        tool: env!("CARGO_PKG_NAME").into(),
-        tool_version: env!("CARGO_PKG_VERSION").into(),
-        other: other.as_object().cloned().unwrap_or_default(),
-        ..Metadata::default()
-    }
+    Metadata::default()
+        .tool(env!("CARGO_PKG_NAME"))
+        .tool_version(env!("CARGO_PKG_VERSION"))
+        .other(other.as_object().cloned().unwrap_or_default())
 }

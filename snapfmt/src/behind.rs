@@ -80,7 +80,7 @@ mod tests {
     use std::sync::{Arc, Mutex};
 
     use super::*;
-    use crate::{Codec, Contents, MemoryRegion, Metadata, WriteOptions, write_snapshot};
+    use crate::{Codec, Contents, MemoryRegion, WriteOptions, write_snapshot};
 
     /// A file in memory of which nothing is cached, but what was put into `cached`.
     struct Cold {
@@ -109,14 +109,10 @@ mod tests {
         let memory = vec![7; 6 << 20];
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.snap");
-        let contents = Contents {
-            regions: &[MemoryRegion { gpa: 0, len: 6 << 20, source_offset: 0 }],
-            memory: &memory,
-            data: &[0..6 << 20],
-            states: &[],
-            metadata: Metadata::default(),
-        };
-        let options = WriteOptions { codec: Codec::Raw, dedupe: false, ..WriteOptions::default() };
+        let regions = [MemoryRegion { gpa: 0, len: 6 << 20, source_offset: 0 }];
+        let data = [0..6 << 20];
+        let contents = Contents::new(&regions, &memory, &data);
+        let options = WriteOptions::default().codec(Codec::Raw).dedupe(false);
         write_snapshot(&path, contents, &options, &|_| ControlFlow::Continue(())).unwrap();
         let bytes = std::fs::read(path).unwrap();
         let cached = cached(&Layer::open(bytes.clone()).unwrap());

@@ -10,6 +10,7 @@ use crate::error::WriteError;
 /// Codec of one chunk's payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
+#[non_exhaustive]
 pub enum Codec {
     /// The pages as they are.
     Raw = 0,

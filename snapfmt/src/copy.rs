@@ -14,17 +14,40 @@ use crate::snapshot::Snapshot;
 use crate::working_set::WorkingSet;
 use crate::writer::{self, FileBuilder, OnProgress, Progress};
 
-/// What is other in the copy of a snapshot: see [`copy_snapshot`].
+/// What differs in the copy of a snapshot: see [`copy_snapshot`].
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Changes {
-    /// Its working set.
+    /// The working set of the copy.
     pub working_set: WorkingSet,
-    /// What it says of itself.
+    /// The metadata of the copy.
     pub metadata: Metadata,
-    /// Of a layer: where the copy is to say that its parent is. `None`: where the original says.
+    /// For a layer: the path of the parent that the copy stores. With `None` it is the path in the original.
     pub parent_path: Option<PathBuf>,
     /// What to do with a file that is already there.
     pub existing: Existing,
+}
+
+impl Changes {
+    /// Another working set and other metadata.
+    #[must_use]
+    pub fn new(working_set: WorkingSet, metadata: Metadata) -> Self {
+        Self { working_set, metadata, parent_path: None, existing: Existing::Keep }
+    }
+
+    /// Sets [`Changes::parent_path`].
+    #[must_use]
+    pub fn parent_path(mut self, parent_path: impl Into<Option<PathBuf>>) -> Self {
+        self.parent_path = parent_path.into();
+        self
+    }
+
+    /// Sets [`Changes::existing`].
+    #[must_use]
+    pub fn existing(mut self, existing: Existing) -> Self {
+        self.existing = existing;
+        self
+    }
 }
 
 /// Bytes that are copied at a time.

@@ -15,6 +15,7 @@ use crate::layout::{
 
 /// The header of a snapshot, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Header {
     /// Version of the format.
     pub version: u32,

@@ -12,11 +12,27 @@ use crate::working_set::{Phase, WorkingSet};
 
 /// The working set of a file that is written, and where its pages go.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct HotPages<'a> {
     /// The set, which becomes a section of the file.
     pub set: &'a WorkingSet,
     /// The codec of the chunks in front, for its pages; `None` leaves all pages where they would be without a set.
     pub front: Option<Codec>,
+}
+
+impl<'a> HotPages<'a> {
+    /// A working set whose pages stay at their places.
+    #[must_use]
+    pub fn new(set: &'a WorkingSet) -> Self {
+        Self { set, front: None }
+    }
+
+    /// Sets [`HotPages::front`].
+    #[must_use]
+    pub fn front(mut self, front: impl Into<Option<Codec>>) -> Self {
+        self.front = front.into();
+        self
+    }
 }
 
 /// The pages that stand in front, in their order there.

@@ -31,13 +31,11 @@
 //!
 //! let directory = tempfile::tempdir()?;
 //! let path = directory.path().join("guest.snap");
-//! let contents = Contents {
-//!     regions: &[MemoryRegion { gpa: 0, len: 8 << 20, source_offset: 0 }],
-//!     memory: &memory,
-//!     data: &[0..8 << 20],
-//!     states: &[StateBlob { tag: 1, version: 1, bytes: b"registers".to_vec() }],
-//!     metadata: Metadata { tool: "example".into(), ..Metadata::default() },
-//! };
+//! let regions = [MemoryRegion { gpa: 0, len: 8 << 20, source_offset: 0 }];
+//! let states = [StateBlob { tag: 1, version: 1, bytes: b"registers".to_vec() }];
+//! let contents = Contents::new(&regions, &memory, &[0..8 << 20])
+//!     .states(&states)
+//!     .metadata(Metadata::default().tool("example"));
 //! snapfmt::write_snapshot(&path, contents, &Default::default(), &|_| ControlFlow::Continue(()))?;
 //!
 //! let snapshot = Snapshot::open(&path)?;

@@ -113,6 +113,7 @@ impl<R: ReadAt> Snapshot<R> {
 
 /// What [`Snapshot::load`] has read.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Loaded {
     /// Bytes of chunks, of all layers.
     pub bytes_read: u64,

@@ -18,6 +18,7 @@ use crate::writeback::Writeback;
 
 /// Whether an existing output may be replaced.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Existing {
     /// Keep it and fail.
     #[default]

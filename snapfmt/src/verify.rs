@@ -24,6 +24,7 @@ type OnPiece<'a> = &'a mut dyn FnMut(u64, &[u8]) -> Result<(), ReadError>;
 
 /// What [`Snapshot::verify`] has looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Verified {
     /// Bytes of the file.
     pub file_bytes: u64,

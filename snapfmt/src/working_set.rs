@@ -17,6 +17,7 @@ use crate::section::SectionKind;
 /// When a page was first touched, counted from the restore.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
+#[non_exhaustive]
 pub enum Phase {
     /// Before the guest's first output.
     FirstOutput = 0,

@@ -33,6 +33,7 @@ use crate::section::{Section, SectionKind};
 use crate::snapshot::StateBlob;
 
 /// What goes into a snapshot.
+#[non_exhaustive]
 pub struct Contents<'a> {
     /// The guest's memory regions, in source order.
     pub regions: &'a [MemoryRegion],
@@ -41,14 +42,41 @@ pub struct Contents<'a> {
     /// The parts of memory that may be other than zero, as source offsets in bytes, in any order;
     /// nothing else is read. For a memfd: what SEEK_DATA finds.
     pub data: &'a [Range<u64>],
-    /// State of the virtual machine, opaque; tags must differ.
+    /// States of the virtual machine, opaque. Each has another tag.
     pub states: &'a [StateBlob],
-    /// What the file says of itself. The writer fills in `storage`.
+    /// The metadata of the file. The writer fills in `storage`.
     pub metadata: Metadata,
+}
+
+impl<'a> Contents<'a> {
+    /// Memory, without states and metadata.
+    #[must_use]
+    pub fn new(
+        regions: &'a [MemoryRegion],
+        memory: &'a dyn ReadAt,
+        data: &'a [Range<u64>],
+    ) -> Self {
+        Self { regions, memory, data, states: &[], metadata: Metadata::default() }
+    }
+
+    /// Sets [`Contents::states`].
+    #[must_use]
+    pub fn states(mut self, states: &'a [StateBlob]) -> Self {
+        self.states = states;
+        self
+    }
+
+    /// Sets [`Contents::metadata`].
+    #[must_use]
+    pub fn metadata(mut self, metadata: Metadata) -> Self {
+        self.metadata = metadata;
+        self
+    }
 }
 
 /// How a snapshot is written.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct WriteOptions {
     /// Codec for chunks; one that would save too little is stored raw.
     pub codec: Codec,
@@ -78,13 +106,66 @@ impl Default for WriteOptions {
     }
 }
 
-/// How far a long operation has come.
+impl WriteOptions {
+    /// Sets [`WriteOptions::codec`].
+    #[must_use]
+    pub fn codec(mut self, codec: Codec) -> Self {
+        self.codec = codec;
+        self
+    }
+
+    /// Sets [`WriteOptions::level`].
+    #[must_use]
+    pub fn level(mut self, level: i32) -> Self {
+        self.level = level;
+        self
+    }
+
+    /// Sets [`WriteOptions::chunk_pages`].
+    #[must_use]
+    pub fn chunk_pages(mut self, chunk_pages: usize) -> Self {
+        self.chunk_pages = chunk_pages;
+        self
+    }
+
+    /// Sets [`WriteOptions::threads`].
+    #[must_use]
+    pub fn threads(mut self, threads: NonZeroUsize) -> Self {
+        self.threads = threads;
+        self
+    }
+
+    /// Sets [`WriteOptions::dedupe`].
+    #[must_use]
+    pub fn dedupe(mut self, dedupe: bool) -> Self {
+        self.dedupe = dedupe;
+        self
+    }
+
+    /// Sets [`WriteOptions::existing`].
+    #[must_use]
+    pub fn existing(mut self, existing: Existing) -> Self {
+        self.existing = existing;
+        self
+    }
+}
+
+/// How much of a long operation is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Progress {
     /// Bytes done.
     pub done_bytes: u64,
-    /// Bytes to do in all.
+    /// Bytes in all.
     pub total_bytes: u64,
+}
+
+impl Progress {
+    /// So many bytes of so many.
+    #[must_use]
+    pub fn new(done_bytes: u64, total_bytes: u64) -> Self {
+        Self { done_bytes, total_bytes }
+    }
 }
 
 /// Called now and then during a long operation, from any of its threads. `Break` cancels it.

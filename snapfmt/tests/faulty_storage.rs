@@ -124,18 +124,17 @@ fn memory() -> Vec<u8> {
     memory
 }
 
-fn file(codec: Codec, memory: &Vec<u8>) -> Vec<u8> {
+fn file(codec: Codec, memory: &[u8]) -> Vec<u8> {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("a.snap");
     let len = memory.len() as u64;
-    let contents = Contents {
-        regions: &[MemoryRegion { gpa: 0, len, source_offset: 0 }],
-        memory,
-        data: &[0..len],
-        states: &[StateBlob { tag: 1, version: 1, bytes: vec![9; 100] }],
-        metadata: Metadata { tool: "test".into(), ..Metadata::default() },
-    };
-    let options = WriteOptions { codec, chunk_pages: 3, ..WriteOptions::default() };
+    let regions = [MemoryRegion { gpa: 0, len, source_offset: 0 }];
+    let data = [0..len];
+    let states = [StateBlob { tag: 1, version: 1, bytes: vec![9; 100] }];
+    let contents = Contents::new(&regions, &memory, &data)
+        .states(&states)
+        .metadata(Metadata::default().tool("test"));
+    let options = WriteOptions::default().codec(codec).chunk_pages(3);
     write_snapshot(&path, contents, &options, &|_| ControlFlow::Continue(())).unwrap();
     std::fs::read(path).unwrap()
 }

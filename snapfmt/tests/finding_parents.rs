@@ -7,8 +7,8 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use snapfmt::{
-    ChainError, Contents, MemoryRegion, Metadata, Parent, Parents, ReadError, Snapshot,
-    WriteOptions, write_layer, write_snapshot,
+    ChainError, Contents, MemoryRegion, Parent, Parents, ReadError, Snapshot, WriteOptions,
+    write_layer, write_snapshot,
 };
 
 const PAGE: usize = 4096;
@@ -20,13 +20,9 @@ fn go_on(_: snapfmt::Progress) -> ControlFlow<()> {
 /// A snapshot of four pages with this byte, or a layer of another one.
 fn store(path: &Path, byte: u8, parent: Option<&Path>) {
     let memory = vec![byte; 4 * PAGE];
-    let contents = Contents {
-        regions: &[MemoryRegion { gpa: 0, len: memory.len() as u64, source_offset: 0 }],
-        memory: &memory,
-        data: &[0..memory.len() as u64],
-        states: &[],
-        metadata: Metadata::default(),
-    };
+    let regions = [MemoryRegion { gpa: 0, len: memory.len() as u64, source_offset: 0 }];
+    let data = [0..memory.len() as u64];
+    let contents = Contents::new(&regions, &memory, &data);
     let options = WriteOptions::default();
     match parent {
         None => write_snapshot(path, contents, &options, &go_on).unwrap(),

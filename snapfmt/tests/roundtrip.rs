@@ -69,19 +69,8 @@ proptest! {
         }
         let states = [StateBlob { tag: 3, version: 4, bytes: vec![5; 600] }];
         let data = [0..len];
-        let contents = || Contents {
-            regions: &regions,
-            memory: &memory,
-            data: &data,
-            states: &states,
-            metadata: Metadata { tool: "test".into(), ..Metadata::default() },
-        };
-        let options = WriteOptions {
-            codec,
-            chunk_pages,
-            threads: NonZeroUsize::new(threads).unwrap(),
-            ..WriteOptions::default()
-        };
+        let contents = || Contents::new(&regions, &memory, &data).states(&states).metadata(Metadata::default().tool("test"));
+        let options = WriteOptions::default().codec(codec).chunk_pages(chunk_pages).threads(NonZeroUsize::new(threads).unwrap());
         let (header, metadata) =
             write_snapshot(&path, contents(), &options, &never_stop).unwrap();
 
@@ -125,15 +114,18 @@ proptest! {
 
         // The same bytes whatever the number of threads, but for the id and the time.
         let again = directory.path().join("b.snap");
-        let options = WriteOptions { threads: NonZeroUsize::MIN, ..options };
+        let options = options.threads(NonZeroUsize::MIN);
         write_snapshot(&again, contents(), &options, &never_stop).unwrap();
         let bytes = |path| common::without_id(std::fs::read(path).unwrap());
         prop_assert!(bytes(&path) == bytes(&again));
     }
 }
 
-fn small_contents<'a>(memory: &'a Vec<u8>, regions: &'a [MemoryRegion]) -> Contents<'a> {
-    Contents { regions, memory, data: &[0..8192], states: &[], metadata: Metadata::default() }
+fn small_contents<'a>(
+    memory: &'a dyn snapfmt::ReadAt,
+    regions: &'a [MemoryRegion],
+) -> Contents<'a> {
+    Contents::new(regions, memory, &[0..8192])
 }
 
 #[test]
@@ -184,7 +176,8 @@ fn a_cancelled_or_failing_write_leaves_nothing_behind() {
             ControlFlow::Break(())
         });
     assert!(matches!(cancelled, Err(WriteError::Cancelled)));
-    let contents = Contents { memory: &Broken, ..small_contents(&memory, &regions) };
+    let mut contents = small_contents(&memory, &regions);
+    contents.memory = &Broken;
     let failed = write_snapshot(&path, contents, &WriteOptions::default(), &never_stop);
     assert!(matches!(failed, Err(WriteError::Memory { source_offset: 0, .. })));
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);

@@ -46,11 +46,7 @@ fn main() {
     for (name, first, second) in guests {
         let mut kernel = tempfile::NamedTempFile::new().unwrap();
         kernel.write_all(&kernel::elf(&two_cpus(first, second), true, 0)).unwrap();
-        let payload = Payload::Linux(LinuxConfig {
-            kernel: kernel.path().to_owned(),
-            initrd: None,
-            cmdline: String::new(),
-        });
+        let payload = Payload::Linux(LinuxConfig::new(kernel.path().to_owned()));
         measure(name, &payload, 2);
     }
     measure("the demo guest", &Payload::Demo(DemoConfig::new(8 << 20)), 1);

@@ -21,6 +21,7 @@ pub trait Console: Send {
 
 /// What the guest does after its console has taken some bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ConsoleFlow {
     /// Go on.
     Continue,

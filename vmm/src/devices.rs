@@ -79,7 +79,8 @@ pub trait MmioDevice: Send {
     }
 }
 
-/// What a device reaches of its machine.
+/// The parts of the machine that a device uses.
+#[non_exhaustive]
 pub struct DeviceContext {
     /// The guest's memory.
     pub memory: Arc<GuestMemoryMmap>,

@@ -70,6 +70,7 @@ struct VmStateV1 {
 /// A 16550A UART, with the input that waits for it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the fields are the registers of the 16550A data sheet")]
+#[non_exhaustive]
 pub struct Uart {
     pub baud_divisor_low: u8,
     pub baud_divisor_high: u8,

@@ -29,11 +29,7 @@ impl Drop for TempFile {
 }
 
 fn linux(kernel: &TempFile, cmdline: &str) -> Payload {
-    Payload::Linux(LinuxConfig {
-        kernel: kernel.0.clone(),
-        initrd: None,
-        cmdline: cmdline.to_owned(),
-    })
+    Payload::Linux(LinuxConfig::new(kernel.0.clone()).cmdline(cmdline.to_owned()))
 }
 
 fn boot(

@@ -84,15 +84,12 @@ impl GuestArgs {
 
     pub(crate) fn payload(&self) -> Payload {
         match &self.kernel {
-            None => Payload::Demo(DemoConfig {
-                work_bytes: self.work,
-                walked_of_256: self.walked_of_256(),
-            }),
-            Some(kernel) => Payload::Linux(LinuxConfig {
-                kernel: kernel.clone(),
-                initrd: self.initrd.clone(),
-                cmdline: self.cmdline.clone().unwrap_or_default(),
-            }),
+            None => Payload::Demo(DemoConfig::new(self.work).walked_of_256(self.walked_of_256())),
+            Some(kernel) => Payload::Linux(
+                LinuxConfig::new(kernel.clone())
+                    .initrd(self.initrd.clone())
+                    .cmdline(self.cmdline.clone().unwrap_or_default()),
+            ),
         }
     }
 

@@ -18,15 +18,16 @@ pub use error::{KernelError, LinuxError};
 use crate::arch::{Entry, Kernel};
 use crate::layout::MemoryRange;
 
-/// A Linux guest: the files and the words it boots with.
+/// A Linux guest: the files and the command line that it boots with.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct LinuxConfig {
     /// The kernel: an uncompressed ELF `vmlinux`, or a `bzImage` (what distributions call `vmlinuz`).
     pub kernel: PathBuf,
     /// Initial RAM disk.
     pub initrd: Option<PathBuf>,
-    /// Command line. For each device `virtio_mmio.device=...` is added: kernels without ACPI find it
-    /// only so.
+    /// Command line. For each device `virtio_mmio.device=...` is added: without it, kernels without ACPI do not
+    /// find the device.
     pub cmdline: String,
 }
 
@@ -38,6 +39,26 @@ pub(crate) struct Board {
 }
 
 impl LinuxConfig {
+    /// A kernel without an initrd and with an empty command line.
+    #[must_use]
+    pub fn new(kernel: impl Into<PathBuf>) -> LinuxConfig {
+        LinuxConfig { kernel: kernel.into(), ..LinuxConfig::default() }
+    }
+
+    /// Sets [`LinuxConfig::initrd`].
+    #[must_use]
+    pub fn initrd(mut self, initrd: impl Into<Option<PathBuf>>) -> LinuxConfig {
+        self.initrd = initrd.into();
+        self
+    }
+
+    /// Sets [`LinuxConfig::cmdline`].
+    #[must_use]
+    pub fn cmdline(mut self, cmdline: impl Into<String>) -> LinuxConfig {
+        self.cmdline = cmdline.into();
+        self
+    }
+
     /// Writes kernel, initrd, command line and tables into memory. Returns the first state of the boot CPU.
     pub(crate) fn load(
         &self,

@@ -46,8 +46,9 @@ pub(crate) const WORK_VIRT: u64 = 1 << 30;
 /// A prime above any number of pages: as the step of a walk it reaches each of them once.
 const STRIDE: u64 = 2_654_435_761;
 
-/// What the demo guest is to do.
+/// What the demo guest does.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct DemoConfig {
     /// Size of the working area in bytes: a multiple of [`WORK_ALIGN_BYTES`].
     pub work_bytes: u64,
@@ -60,6 +61,13 @@ impl DemoConfig {
     #[must_use]
     pub fn new(work_bytes: u64) -> DemoConfig {
         DemoConfig { work_bytes, walked_of_256: WALKED_OF_256 }
+    }
+
+    /// Sets [`DemoConfig::walked_of_256`].
+    #[must_use]
+    pub fn walked_of_256(mut self, walked_of_256: u32) -> DemoConfig {
+        self.walked_of_256 = walked_of_256;
+        self
     }
 }
 

@@ -23,6 +23,7 @@ const CONTENT_MAX_BYTES: usize = 63 << 20;
 
 /// Where the blocks are that a guest changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum OverlayPlace {
     /// In memory.
     Memory,

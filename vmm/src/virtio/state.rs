@@ -23,6 +23,7 @@ const PATH_MAX_BYTES: usize = 4096;
 /// Requests are never under way in it: a device that is paused has finished what it took from
 /// a queue, and what it has not taken is in guest memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct VirtioState {
     /// The registers of the virtio-mmio transport.
     pub transport: TransportState,
@@ -33,6 +34,7 @@ pub struct VirtioState {
 /// The registers of a virtio-mmio device (virtio 1.2, 4.2.2) that the driver can change.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the fields are the registers of the specification")]
+#[non_exhaustive]
 pub struct TransportState {
     pub status: u32,
     pub interrupt_status: u32,
@@ -46,6 +48,7 @@ pub struct TransportState {
 
 /// One queue's registers, and how far the device has come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct QueueRegisters {
     /// Entries, a power of two.
     pub size: u32,
@@ -84,6 +87,7 @@ pub enum BackendState {
 /// A disk with an overlay. The changed blocks are the device's content
 /// ([`MmioDevice::content`](crate::MmioDevice::content)).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct OverlayState {
     /// The disk that stays as it is.
     pub disk: BlockState,
@@ -93,6 +97,7 @@ pub struct OverlayState {
 
 /// A network interface.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct NetState {
     /// Name of the host's tap.
     pub tap: String,
@@ -102,6 +107,7 @@ pub struct NetState {
 
 /// A memory balloon. What was given back is known to guest memory alone: it is zero there.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct BalloonState {
     /// Pages of 4 KiB that the driver says are in the balloon.
     pub actual_pages: u32,
@@ -111,6 +117,7 @@ pub struct BalloonState {
 
 /// The sockets between guest and host. Connections are not part of it: they do not outlive a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct VsockState {
     /// The guest's context id.
     pub guest_cid: u64,
@@ -120,6 +127,7 @@ pub struct VsockState {
 
 /// A disk, as it was when the guest was saved.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct BlockState {
     /// Where the image was found, absolute.
     pub path: PathBuf,
@@ -138,6 +146,7 @@ pub const DEVICE_MTIME_NS: i64 = i64::MIN;
 /// image whose time was set to the same, by a copy from an archive for example. The inode is not part of
 /// it: a copy with its times (`cp -p`) is as good as the original.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Fingerprint {
     /// Length in bytes.
     pub len: u64,

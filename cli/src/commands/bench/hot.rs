@@ -7,9 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
-use snapfmt::{
-    Changes, Existing, MemoryRegion, PageIndex, Phase, Snapshot, WorkingSet, copy_snapshot,
-};
+use snapfmt::{Changes, MemoryRegion, PageIndex, Phase, Snapshot, WorkingSet, copy_snapshot};
 use vmm::demo::{DemoConfig, DemoPlan, PageClass, WALKED_OF_256};
 
 use super::child::Snap;
@@ -66,15 +64,13 @@ impl Hot {
                 "mode lazy+other is of the demo guest: of others it is not known what they don't touch"
             );
         };
-        let set = untouched(&DemoConfig { work_bytes, walked_of_256 }, subject.snapshot.regions())?;
+        let set = untouched(
+            &DemoConfig::new(work_bytes).walked_of_256(walked_of_256),
+            subject.snapshot.regions(),
+        )?;
         let trained = subject.path("other.snap");
         metadata.other.remove("rewritten_from");
-        let changes = Changes {
-            working_set: WorkingSet::join([&set[..]]),
-            metadata,
-            parent_path: None,
-            existing: Existing::Keep,
-        };
+        let changes = Changes::new(WorkingSet::join([&set[..]]), metadata);
         copy_snapshot(&trained, &subject.snapshot, &changes, &|_| ControlFlow::Continue(()))
             .context("cannot write a snapshot that was trained on other work")?;
         Self::optimized(subject, snap, trained, "other-hot.snap", say)

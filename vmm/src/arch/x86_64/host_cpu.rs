@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 /// Identity of a CPU, as its CPUID instruction tells it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct HostCpu {
     /// "GenuineIntel", "AuthenticAMD".
     pub vendor: String,
