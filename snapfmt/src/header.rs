@@ -103,25 +103,7 @@ impl Header {
     /// Checks the header of a file that is `file_bytes` long. In this order, so that the answer
     /// is the most useful one: magic, checksum, version, features, then the fields.
     pub(crate) fn decode(b: &[u8; HEADER_BYTES], file_bytes: u64) -> Result<Self, ReadError> {
-        let mut found = [0; 8];
-        found.copy_from_slice(&b[H_MAGIC..H_MAGIC + 8]);
-        if found != MAGIC {
-            return Err(ReadError::NotASnapshot { expected: MAGIC, found });
-        }
-        let corrupt = |at: usize, problem| Corruption::new(Part::Header, at as u64, problem);
-        let (expected, found) = (u32_at(b, H_CRC), crc32fast::hash(&b[..H_CRC]));
-        if expected != found {
-            return Err(corrupt(H_CRC, Problem::Checksum { expected, found }).into());
-        }
-        let version = u32_at(b, H_VERSION);
-        if version != VERSION {
-            return Err(ReadError::UnsupportedVersion { found: version, supported: VERSION });
-        }
-        let incompat = u64_at(b, H_INCOMPAT);
-        if incompat & !INCOMPAT_KNOWN != 0 {
-            return Err(ReadError::UnsupportedFeatures { unknown: incompat & !INCOMPAT_KNOWN });
-        }
-
+        let (version, incompat) = checked_version(b)?;
         let exact = |field, at, expected, found: u64| match found == expected {
             true => Ok(()),
             false => Err(corrupt(at, Problem::Field { field, expected, found })),
@@ -190,6 +172,32 @@ impl Header {
             crc: u32_at(b, H_CRC),
         })
     }
+}
+
+fn corrupt(at: usize, problem: Problem) -> Corruption {
+    Corruption::new(Part::Header, at as u64, problem)
+}
+
+/// The version and the incompatible features of a header whose magic and checksum are right.
+fn checked_version(b: &[u8; HEADER_BYTES]) -> Result<(u32, u64), ReadError> {
+    let mut found = [0; 8];
+    found.copy_from_slice(&b[H_MAGIC..H_MAGIC + 8]);
+    if found != MAGIC {
+        return Err(ReadError::NotASnapshot { expected: MAGIC, found });
+    }
+    let (expected, found) = (u32_at(b, H_CRC), crc32fast::hash(&b[..H_CRC]));
+    if expected != found {
+        return Err(corrupt(H_CRC, Problem::Checksum { expected, found }).into());
+    }
+    let version = u32_at(b, H_VERSION);
+    if version != VERSION {
+        return Err(ReadError::UnsupportedVersion { found: version, supported: VERSION });
+    }
+    let incompat = u64_at(b, H_INCOMPAT);
+    if incompat & !INCOMPAT_KNOWN != 0 {
+        return Err(ReadError::UnsupportedFeatures { unknown: incompat & !INCOMPAT_KNOWN });
+    }
+    Ok((version, incompat))
 }
 
 /// Whether the bytes that the file's features leave unused are zero, as writers make them.

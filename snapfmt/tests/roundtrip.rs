@@ -69,8 +69,12 @@ proptest! {
         }
         let states = [StateBlob { tag: 3, version: 4, bytes: vec![5; 600] }];
         let data = [0..len];
-        let contents = || Contents::new(&regions, &memory, &data).states(&states).metadata(Metadata::default().tool("test"));
-        let options = WriteOptions::default().codec(codec).chunk_pages(chunk_pages).threads(NonZeroUsize::new(threads).unwrap());
+        let named = || Metadata::default().tool("test");
+        let contents =
+            || Contents::new(&regions, &memory, &data).states(&states).metadata(named());
+        let threads = NonZeroUsize::new(threads).unwrap();
+        let options =
+            WriteOptions::default().codec(codec).chunk_pages(chunk_pages).threads(threads);
         let (header, metadata) =
             write_snapshot(&path, contents(), &options, &never_stop).unwrap();
 
@@ -98,7 +102,7 @@ proptest! {
         }
         prop_assert_eq!(header.zero_pages(), zero_pages);
         prop_assert!(snapshot.entry(PageIndex(pages.len() as u32)).is_err());
-        let verified = snapshot.verify(NonZeroUsize::new(threads).unwrap(), &never_stop).unwrap();
+        let verified = snapshot.verify(threads, &never_stop).unwrap();
         prop_assert_eq!(verified.data_pages, header.data_pages);
 
         // Loading everything at once gives the same memory, each page once.
@@ -109,7 +113,7 @@ proptest! {
             assert!(target.iter().all(|byte| *byte == 0));
             target.copy_from_slice(bytes);
         };
-        snapshot.load(NonZeroUsize::new(threads).unwrap(), &place, &never_stop).unwrap();
+        snapshot.load(threads, &place, &never_stop).unwrap();
         prop_assert!(loaded.into_inner().unwrap() == memory);
 
         // The same bytes whatever the number of threads, but for the id and the time.

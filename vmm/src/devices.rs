@@ -15,12 +15,13 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::arch::DEVICE_IRQS;
 use crate::control::VmHandle;
 use crate::error::{KvmError, NameCall};
+use crate::layout::PAGE_BYTES;
 use crate::state::DeviceState;
 
 pub use crate::arch::DEVICE_WINDOWS_GPA;
 
 /// Length of a device's window.
-pub const DEVICE_WINDOW_BYTES: u64 = 4096;
+pub const DEVICE_WINDOW_BYTES: u64 = PAGE_BYTES;
 /// Most devices a guest may have.
 pub const DEVICES_MAX: usize = DEVICE_IRQS.len();
 /// Offset in its window of a virtio-mmio device's register `QueueNotify` (virtio 1.2, 4.2.2).

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 pub use crate::arch::{MMIO_HOLE_END, MMIO_HOLE_START};
 
 /// Size of a page in bytes.
-pub(crate) const PAGE_BYTES: usize = 4096;
+pub const PAGE_BYTES: u64 = 4096;
 /// Memory sizes, region borders and memory slots are multiples of this: one large page.
 pub const LARGE_PAGE_BYTES: u64 = 2 << 20;
 /// Smallest guest: one large page for the payload's tables and one for everything else.

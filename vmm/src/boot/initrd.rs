@@ -9,8 +9,6 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use super::error::LinuxError;
 use crate::layout::PAGE_BYTES;
 
-const PAGE: u64 = PAGE_BYTES as u64;
-
 /// Loads the file at the end of `room`. Returns its address and its length.
 pub(super) fn load(
     file: &mut File,
@@ -20,12 +18,12 @@ pub(super) fn load(
 ) -> Result<(u64, u64), LinuxError> {
     let open = |source| LinuxError::Open { path: path.to_owned(), source };
     let len = file.metadata().map_err(open)?.len();
-    let start = room.start.next_multiple_of(PAGE);
-    let space = room.end.saturating_sub(start) / PAGE * PAGE;
+    let start = room.start.next_multiple_of(PAGE_BYTES);
+    let space = room.end.saturating_sub(start) / PAGE_BYTES * PAGE_BYTES;
     if len > space {
         return Err(LinuxError::InitrdTooLong { path: path.to_owned(), found: len, room: space });
     }
-    let gpa = start + (space - len.next_multiple_of(PAGE));
+    let gpa = start + (space - len.next_multiple_of(PAGE_BYTES));
     memory
         .read_exact_volatile_from(GuestAddress(gpa), file, len as usize)
         .map_err(|source| LinuxError::InitrdRead { path: path.to_owned(), source })?;

@@ -29,6 +29,7 @@ use std::ops::Range;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
+pub use crate::layout::PAGE_BYTES;
 pub use content::{PageClass, WALKED_OF_256, in_working_set, page_bytes, page_class, page_version};
 
 use crate::arch::{MAPPED_GIB_MAX, Mapping, PROGRAM_PARAMS_GPA, demo_guest_code, load_program};
@@ -38,8 +39,6 @@ use crate::layout::{LARGE_PAGE_BYTES, MemoryRange};
 pub const WORK_ALIGN_BYTES: u64 = 2 * LARGE_PAGE_BYTES;
 /// Largest working area: what the page tables have room for.
 pub const WORK_MAX_BYTES: u64 = (MAPPED_GIB_MAX - 1) << 30;
-/// Size of the pages that the guest counts, in bytes.
-pub const PAGE_BYTES: u64 = 4096;
 
 /// Guest virtual address of the working area.
 pub(crate) const WORK_VIRT: u64 = 1 << 30;

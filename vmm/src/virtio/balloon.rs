@@ -20,7 +20,8 @@ const VIRTIO_BALLOON_F_REPORTING: u32 = 5;
 const VIRTIO_BALLOON_PFN_SHIFT: u32 = 12;
 const INFLATE: usize = 0;
 const REPORT: usize = 2;
-const PAGE_BYTES: usize = 1 << VIRTIO_BALLOON_PFN_SHIFT;
+/// A page as the balloon counts it.
+const BALLOON_PAGE_BYTES: usize = 1 << VIRTIO_BALLOON_PFN_SHIFT;
 /// Most pages that one request puts into the balloon; Linux has 256.
 const PAGES_MAX: usize = 1024;
 /// Where the driver writes how many pages it has put into the balloon (`struct virtio_balloon_config`).
@@ -53,7 +54,7 @@ impl Balloon {
         for run in pages.chunk_by(|page, next| page.checked_add(1) == Some(*next)) {
             let Some(first) = run.first() else { continue };
             let gpa = u64::from(*first) << VIRTIO_BALLOON_PFN_SHIFT;
-            let run = Segment { gpa, len: run.len() * PAGE_BYTES };
+            let run = Segment { gpa, len: run.len() * BALLOON_PAGE_BYTES };
             if !rings.memory.is_ram(run) {
                 return Err(Fault::Driver("pages for the balloon that are not in memory"));
             }

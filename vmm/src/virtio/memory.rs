@@ -24,8 +24,8 @@ use vm_memory::{
 };
 
 use super::fault::Fault;
+use crate::layout::PAGE_BYTES;
 
-const PAGE_BYTES: usize = 4096;
 /// Buffers of one system call (IOV_MAX).
 const IOVECS_MAX: usize = 1024;
 
@@ -119,10 +119,10 @@ impl DeviceMemory {
                 (Some(_), true) => libc::MADV_REMOVE,
                 _ => continue,
             };
-            let page = PAGE_BYTES as u64;
             let (first, last) = (region.start_addr().0, region.start_addr().0 + region.len());
-            let start = segment.gpa.next_multiple_of(page).max(first);
-            let end = segment.gpa.saturating_add(segment.len as u64).min(last) / page * page;
+            let start = segment.gpa.next_multiple_of(PAGE_BYTES).max(first);
+            let end =
+                segment.gpa.saturating_add(segment.len as u64).min(last) / PAGE_BYTES * PAGE_BYTES;
             if start >= end {
                 continue;
             }
@@ -168,7 +168,7 @@ impl DeviceMemory {
             // What is not in memory is the access' own error.
             let Ok(slice) = slice else { return Ok(()) };
             let start = slice.ptr_guard().as_ptr() as usize;
-            let first = start - start % PAGE_BYTES;
+            let first = start - start % PAGE_BYTES as usize;
             let len = start + slice.len() - first;
             let advice = match access {
                 Permissions::Read | Permissions::No => libc::MADV_POPULATE_READ,

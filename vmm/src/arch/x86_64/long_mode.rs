@@ -6,7 +6,7 @@
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
-use crate::layout::LARGE_PAGE_BYTES;
+use crate::layout::{LARGE_PAGE_BYTES, PAGE_BYTES};
 
 /// Guest physical addresses inside the first 2 MiB.
 pub(super) mod layout {
@@ -110,7 +110,7 @@ pub(super) fn write_tables(
     for mapping in mappings {
         for offset in (0..mapping.len).step_by(LARGE_PAGE_BYTES as usize) {
             let virt = mapping.virt + offset;
-            let directory = layout::PAGE_DIRECTORIES + (virt >> 30) * 4096;
+            let directory = layout::PAGE_DIRECTORIES + (virt >> 30) * PAGE_BYTES;
             write(directory | table, layout::PDPT + (virt >> 30) * 8)?;
             let entry = directory + ((virt >> 21) & 0x1ff) * 8;
             write((mapping.gpa + offset) | large, entry)?;

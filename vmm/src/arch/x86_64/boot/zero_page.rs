@@ -44,7 +44,7 @@ fn zero_page(
     rsdp_gpa: u64,
     setup_header: &[u8],
 ) -> Vec<u8> {
-    let mut page = vec![0u8; PAGE_BYTES];
+    let mut page = vec![0u8; PAGE_BYTES as usize];
     let mut put = |at: usize, bytes: &[u8]| page[at..at + bytes.len()].copy_from_slice(bytes);
     put(SETUP_HEADER, setup_header);
     put(BOOT_FLAG, &0xaa55u16.to_le_bytes());
