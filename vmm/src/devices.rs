@@ -1,8 +1,8 @@
-//! Devices behind windows of guest physical addresses: what a device is, and where it is reached.
+//! Devices in windows of guest physical addresses: what a device is, and where it is.
 //!
 //! Every device has one window of 4 KiB in the MMIO hole and one interrupt line, both given by its place in
 //! the list of devices ([`device_window`]). An access inside the window calls the device on the vCPU's
-//! thread. A device may also have threads of its own; they rest while the guest is paused.
+//! thread. A device may also have its own threads; they do not run while the guest is paused.
 
 use std::io;
 use std::ops::Range;
@@ -40,10 +40,10 @@ pub fn device_window(index: usize) -> Option<(Range<u64>, u32)> {
 
 /// A device in a window of guest physical addresses.
 ///
-/// The machine calls [`attach`](MmioDevice::attach) once, before the guest runs; then
-/// [`resume`](MmioDevice::resume) and [`pause`](MmioDevice::pause) in turns, beginning with `resume`.
-/// [`read`](MmioDevice::read) and [`write`](MmioDevice::write) come only between those, from one thread
-/// at a time; [`state`](MmioDevice::state) only while the device is paused.
+/// The machine calls [`attach`](MmioDevice::attach) once, before the guest runs. After that it calls
+/// [`resume`](MmioDevice::resume) and [`pause`](MmioDevice::pause) alternately, beginning with `resume`. It
+/// calls [`read`](MmioDevice::read) and [`write`](MmioDevice::write) only between those two, from one thread
+/// at a time, and [`state`](MmioDevice::state) only while the device is paused.
 pub trait MmioDevice: Send {
     /// Queues whose notifications the device takes from an eventfd: see [`DeviceContext::queue_events`].
     fn queue_count(&self) -> usize;
@@ -51,7 +51,7 @@ pub trait MmioDevice: Send {
     /// Connects the device to the machine.
     ///
     /// # Errors
-    /// Whatever keeps the device from working.
+    /// Why the device cannot work.
     fn attach(&mut self, context: DeviceContext) -> io::Result<()>;
 
     /// A read of the guest at `offset` in the window: fills `data`.
@@ -63,15 +63,14 @@ pub trait MmioDevice: Send {
     /// The guest is about to run: threads of the device may use guest memory.
     fn resume(&mut self);
 
-    /// The guest does not run any more. Finishes what is under way; when this returns the device touches
+    /// The guest does not run any more. The device finishes its current work. When this returns, the device uses
     /// neither guest memory nor its interrupt until [`resume`](MmioDevice::resume).
     fn pause(&mut self);
 
-    /// What is needed to make the device again, its back end aside.
+    /// What is needed to create the device again, without its back end.
     fn state(&self) -> DeviceState;
 
-    /// What belongs to the device and is too large for its state, if anything. Whoever stores the one stores
-    /// the other.
+    /// Data of the device that is too large for its state, if there is any. A snapshot must contain both.
     ///
     /// # Errors
     /// Why it cannot be stored.
@@ -88,10 +87,10 @@ pub struct DeviceContext {
     /// Written to raise the device's interrupt, an edge (KVM_IRQFD).
     pub interrupt: EventFd,
     /// One for each of [`MmioDevice::queue_count`]: readable after the guest has written the queue's
-    /// number, as 32 bits, to offset 0x50 of the window (KVM_IOEVENTFD). Such writes do not come to
+    /// number, as 32 bits, to offset 0x50 of the window (KVM_IOEVENTFD). Such writes do not call
     /// [`MmioDevice::write`].
     pub queue_events: Vec<EventFd>,
-    /// Stops the guest when the device cannot go on.
+    /// Stops the guest when the device cannot continue.
     pub handle: VmHandle,
 }
 
@@ -118,12 +117,12 @@ pub enum DeviceError {
         /// Kinds of the devices in the state.
         expected: Vec<u32>,
     },
-    /// The device says it cannot work, or the system has no eventfd for it.
+    /// The device cannot work, or the system has no eventfd for it.
     #[error("device {index} cannot be connected")]
     Attach {
         /// Its place in the list.
         index: usize,
-        /// What it said.
+        /// The error of the device.
         #[source]
         source: io::Error,
     },

@@ -8,7 +8,7 @@ use crate::arch::{self, HostCpu};
 use crate::error::KvmError;
 use crate::state::VmState;
 
-/// The device that KVM is reached through.
+/// The device file of KVM.
 pub const KVM_DEVICE: &str = "/dev/kvm";
 /// The one stable version of the KVM API (KVM API documentation, "KVM_GET_API_VERSION").
 const KVM_API_VERSION: i32 = 12;
@@ -32,20 +32,20 @@ pub enum ProbeError {
     /// The device does not open.
     #[error("cannot open {KVM_DEVICE}: {}", advice(source))]
     Open {
-        /// What open(2) said.
+        /// The error of open(2).
         #[source]
         source: io::Error,
     },
-    /// KVM, but not as every Linux since 2007 has it.
+    /// KVM has another API version than every Linux since 2007.
     #[error("{KVM_DEVICE} speaks API version {found}, expected {KVM_API_VERSION}")]
     ApiVersion {
         /// The version found.
         found: i32,
     },
-    /// The device opens and gives no VM.
+    /// The device opens, but KVM does not create a VM.
     #[error("{KVM_DEVICE} opens, but KVM_CREATE_VM failed: {}", advice_on_vm(source))]
     CreateVm {
-        /// What KVM_CREATE_VM said.
+        /// The error of KVM_CREATE_VM.
         #[source]
         source: io::Error,
     },
@@ -74,7 +74,7 @@ fn advice_on_vm(error: &io::Error) -> &'static str {
     }
 }
 
-/// What to do where a limit of this process or of the host is reached, whatever was asked for.
+/// What to do when a limit of this process or of the host is reached.
 fn advice_on_limits(errno: Option<i32>) -> Option<&'static str> {
     Some(match errno? {
         libc::EMFILE => {
@@ -113,13 +113,13 @@ pub(crate) fn open_kvm() -> Result<Kvm, ProbeError> {
 }
 
 pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd, ProbeError> {
-    // KVM_CREATE_VM takes every lock of the process' memory map (mm_take_all_locks), and gives up when a
-    // signal comes meanwhile. A signal is no reason not to have a VM: whoever handles it says so elsewhere.
+    // KVM_CREATE_VM takes every lock of the process's memory map (mm_take_all_locks), and fails when a signal
+    // arrives during that. A signal is not an error here: its handler deals with it.
     unless_interrupted(|| kvm.create_vm())
         .map_err(|errno| ProbeError::CreateVm { source: errno.into() })
 }
 
-/// Makes a call again for as long as signals interrupt it.
+/// Repeats a call as long as signals interrupt it.
 fn unless_interrupted<T>(
     mut call: impl FnMut() -> Result<T, kvm_ioctls::Error>,
 ) -> Result<T, kvm_ioctls::Error> {
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn a_vm_that_is_refused_is_told_by_its_cause() {
+    fn the_advice_depends_on_why_the_vm_is_refused() {
         let told = |errno| {
             ProbeError::CreateVm { source: io::Error::from_raw_os_error(errno) }.to_string()
         };

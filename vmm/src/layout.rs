@@ -20,9 +20,9 @@ pub use crate::arch::{MMIO_HOLE_END, MMIO_HOLE_START};
 pub const PAGE_BYTES: u64 = 4096;
 /// Memory sizes, region borders and memory slots are multiples of this: one large page.
 pub const LARGE_PAGE_BYTES: u64 = 2 << 20;
-/// Smallest guest: one large page for the payload's tables and one for everything else.
+/// Memory of the smallest guest: one large page for the payload's tables and one for everything else.
 pub const MEMORY_MIN_BYTES: u64 = 2 * LARGE_PAGE_BYTES;
-/// Largest guest.
+/// Memory of the largest guest.
 pub const MEMORY_MAX_BYTES: u64 = 1 << 40;
 
 /// A run of guest RAM, and where its bytes are when all runs are written one after the other.

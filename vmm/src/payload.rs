@@ -17,7 +17,7 @@ pub enum Payload {
     Demo(DemoConfig),
     /// A Linux kernel: see [`boot`](crate::boot).
     Linux(LinuxConfig),
-    /// x86-64 machine code for experiments.
+    /// Machine code for experiments: x86-64.
     ///
     /// It is loaded at guest physical (and virtual) address 0x4000 and entered at its first byte in
     /// ring 0 of 64-bit mode with a small stack and without an interrupt table. The first gigabyte of

@@ -2,8 +2,8 @@
 //!
 //! [`VmState`] is encoded by bincode with fixed-size little-endian integers. The encoding is frozen: stored
 //! states of every version up to [`STATE_VERSION`] stay readable. A change to any type in this module, or to a kernel structure
-//! in it, fails to compile (the size asserts below) or fails the golden test; the legal way is a new
-//! version next to the old one.
+//! in it, fails to compile (size asserts in `arch`) or fails the golden test. A change needs a new version next
+//! to the old one.
 
 #[cfg(test)]
 mod tests;
@@ -19,11 +19,11 @@ pub use crate::arch::{IrqchipState, RtcState, STATE_KIND, VcpuState};
 
 /// Version of the encoding that [`VmState::encode`] writes.
 pub const STATE_VERSION: u32 = 2;
-/// Version of what [`PausedVm::device_contents`](crate::PausedVm::device_contents) gives.
+/// Version of what [`PausedVm::device_contents`](crate::PausedVm::device_contents) returns.
 pub const DEVICE_CONTENT_VERSION: u32 = 1;
 /// The first version, without the fields of [`VmState`] from `rtc` on.
 const STATE_VERSION_1: u32 = 1;
-/// More encoded bytes than this are refused unread; a vCPU needs about 12 KiB.
+/// Most encoded bytes of a state. A vCPU needs about 12 KiB.
 pub const STATE_MAX_BYTES: u64 = 4 << 20;
 
 /// Most vCPUs a state may have.
@@ -67,7 +67,7 @@ struct VmStateV1 {
     serial: Uart,
 }
 
-/// A 16550A UART, with the input that waits for it.
+/// A 16550A UART, with its queued input.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the fields are the registers of the 16550A data sheet")]
 #[non_exhaustive]
@@ -87,10 +87,10 @@ pub struct Uart {
     pub queued_input: Vec<u8>,
 }
 
-/// A device in a window of guest physical addresses, in an encoding of its own.
+/// The state of a device in a window of guest physical addresses. Each kind of device has its own encoding.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceState {
-    /// What it is. For virtio devices, the number that virtio gives them (virtio 1.2, 5).
+    /// The kind of device. For virtio devices, the number in the specification (virtio 1.2, 5).
     pub kind: u32,
     /// Version of `bytes`.
     pub version: u32,
@@ -155,8 +155,8 @@ pub enum StateError {
     },
 }
 
-/// Tag of what the device at this place has besides its state, among other kinds of state: "DEV" and the place
-/// as a digit.
+/// Tag of the content that the device at this index has besides its state, among other kinds of state: "DEV" and
+/// the index as a digit.
 #[must_use]
 pub fn device_content_kind(place: usize) -> Option<u32> {
     let digit =
@@ -175,7 +175,7 @@ impl VmState {
     }
 
     /// Decodes and validates bytes of the given kind and version. Memory use is bounded by the length
-    /// of `bytes`, whatever they say.
+    /// of `bytes`, also for hostile bytes.
     ///
     /// # Errors
     /// [`StateError`] when kind or version are not this crate's, when the bytes do not decode to their
@@ -276,7 +276,7 @@ impl VmState {
         }
     }
 
-    /// Whether 16 bytes at `gpa`, aligned as the guest wants them, are memory.
+    /// Whether 16 bytes at `gpa`, with the alignment that the guest needs, are memory.
     fn holds_generation_id(&self, gpa: u64) -> bool {
         let inside = |range: &MemoryRange| range.gpa_range().contains(&gpa);
         gpa.is_multiple_of(16) && self.memory.iter().any(inside)

@@ -1,4 +1,4 @@
-//! Why a Linux guest does not boot. All of it is found before the guest runs.
+//! Why a Linux guest cannot be booted. All of these errors are found before the guest runs.
 
 use std::io;
 use std::path::PathBuf;
@@ -18,7 +18,7 @@ pub enum LinuxError {
         #[source]
         source: io::Error,
     },
-    /// A folder, a device; or a pipe, whose length nobody knows.
+    /// A folder, a device or a pipe. A pipe has no known length.
     #[error("{} is not a regular file", path.display())]
     NotAFile {
         /// The file.
@@ -114,7 +114,7 @@ pub enum KernelError {
         /// End of the memory there is.
         found: u64,
     },
-    /// It lies in the first megabyte, which belongs to the boot structures.
+    /// It is loaded into the first megabyte, which belongs to the boot structures.
     #[error("loads at {gpa:#x}, expected at 1 MiB or above")]
     TooLow {
         /// Where it wants to be loaded.

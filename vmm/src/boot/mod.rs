@@ -31,7 +31,7 @@ pub struct LinuxConfig {
     pub cmdline: String,
 }
 
-/// What the tables and the command line must say of the machine.
+/// What the tables and the command line describe of the machine.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Board {
     pub(crate) cpus: u8,

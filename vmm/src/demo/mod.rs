@@ -1,4 +1,4 @@
-//! The demo guest: a guest that needs no kernel, and that notices when its memory is not what it was.
+//! The demo guest: a guest that needs no kernel, and that detects when its memory has changed.
 //!
 //! It fills a working area with a mix of content like a real guest's, writes
 //!
@@ -6,22 +6,22 @@
 //! ready memory=128 work=32 pages=7196
 //! ```
 //!
-//! (sizes in MiB, the pages are those not left zero) to COM1, and then beats until it is ended. Each beat walks a
-//! quarter of those pages, or the share that it is told, scattered, in a fixed order, checks every word of them, rewrites one
-//! in eight with words that depend on the beat's number, looks at a few pages that must be zero, and
-//! writes one line:
+//! to the serial port (sizes are in MiB, and the pages are those that are not zero). Then it runs one beat after
+//! the other until it is stopped. Each beat walks a share of those pages, by default a quarter, scattered but in a
+//! fixed order. It checks every word of them, rewrites one page in eight with words that depend on the number
+//! of the beat, checks a few pages that must be zero, and writes one line:
 //!
 //! ```text
 //! beat 1 ok
 //! beat 2 BAD page=00000000000004d2
 //! ```
 //!
-//! So a page that is lost, stale or foreign shows in the next beat. No interrupts, no clock: memory after
-//! N beats is the same in every run, and [`page_bytes`] tells it.
+//! So the next beat detects a page that is lost, stale or foreign. The guest uses no interrupts and no clock, so
+//! its memory after N beats is the same in every run, and [`page_bytes`] computes it.
 //!
-//! Its work is done in ring 3, which runs natively even on hosts whose KVM emulates ring 0. Half of the
-//! working area lies at the bottom of guest memory, half at the very top, so that guests with more than
-//! 3 GiB use both memory regions. The cost of booting depends on the working area, not on memory.
+//! It works in ring 3, which runs natively even on hosts whose KVM emulates ring 0. Half of the working area is
+//! at the bottom of guest memory and half at the very top, so that guests with more than 3 GiB use both memory
+//! regions. The cost of booting depends on the working area, not on memory.
 
 pub(crate) mod content;
 
@@ -103,7 +103,7 @@ pub enum DemoError {
     },
 }
 
-/// Where the working area lies in guest physical memory: the pages of the first half, then the second.
+/// Where the working area is in guest physical memory: the pages of the first half, then the second.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DemoPlan {
     work_bytes: u64,
@@ -156,7 +156,7 @@ impl DemoPlan {
         if offset < half { self.low.start + offset } else { self.high.start + (offset - half) }
     }
 
-    /// Guest physical addresses the guest works on: its own code and tables, and the working area.
+    /// The guest physical addresses that the guest uses: its code, its tables and the working area.
     pub(crate) fn touched(&self) -> Vec<Range<u64>> {
         vec![0..self.low.end, self.high.clone()]
     }

@@ -21,13 +21,13 @@ pub enum BootError {
     /// A KVM call failed.
     #[error(transparent)]
     Kvm(#[from] KvmError),
-    /// The memory given is not laid out as [`memory_layout`](crate::memory_layout) says.
+    /// The memory given does not have the layout of [`memory_layout`](crate::memory_layout).
     #[error(transparent)]
     Memory(#[from] MemoryMismatch),
     /// The guest's generation id could not be written.
     #[error("cannot write a generation id into guest memory")]
     GenerationId(#[source] io::Error),
-    /// A number of vCPUs that no guest has.
+    /// A guest cannot have this number of vCPUs.
     #[error("{found} vCPUs, expected 1 to {VCPUS_MAX}")]
     Cpus {
         /// The number asked for.
@@ -77,14 +77,14 @@ pub enum RestoreError {
     Signals(#[source] io::Error),
 }
 
-/// Guest memory whose regions are not where they should be.
+/// Guest memory with regions at unexpected addresses.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum MemoryMismatch {
     /// No guest has this much.
     #[error(transparent)]
     Size(#[from] LayoutError),
-    /// The right size, or another one, in the wrong places.
+    /// The regions have other addresses or other lengths.
     #[error("guest memory is laid out as {found:x?}, expected {expected:x?}")]
     Layout {
         /// The regions given.
@@ -114,7 +114,7 @@ pub enum SaveError {
 #[error("cannot start a thread of the guest")]
 pub struct ResumeError(#[source] pub(super) io::Error);
 
-/// A guest that could not be paused, because it had stopped for good.
+/// A guest that could not be paused, because it had stopped permanently.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the guest cannot go on: {stop}")]
 #[non_exhaustive]

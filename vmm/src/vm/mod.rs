@@ -30,18 +30,18 @@ use crate::state::{VCPUS_MAX, VmState};
 
 /// A guest that does not run. Only in this form does it have a state that can be saved.
 pub struct PausedVm {
-    // Fields drop in this order: what can run before what it runs on.
+    // Fields are dropped in this order: the vCPUs before the VM that they run in.
     vcpus: Vec<Vcpu>,
     machine: Machine,
 }
 
-/// A guest that runs, each vCPU on a thread of its own. Dropping it stops the threads.
+/// A guest that runs. Each vCPU has its own thread. Dropping it stops the threads.
 pub struct RunningVm {
     threads: VcpuThreads,
     machine: Machine,
 }
 
-/// All of a guest but its vCPUs.
+/// A guest without its vCPUs.
 struct Machine {
     late_registration: Option<LateRegistration>,
     shared: Arc<Shared>,
@@ -107,9 +107,10 @@ impl PausedVm {
         Ok(PausedVm { vcpus, machine })
     }
 
-    /// The guest of `state`, with what `memory` holds or comes to hold.
+    /// The guest of `state`, with the content of `memory`.
     ///
-    /// Nothing here reads guest memory (only a generation id is written), so its pages may still be on their way.
+    /// This does not read guest memory, and it writes only the generation id. So pages of `memory` may arrive
+    /// later.
     ///
     /// # Errors
     /// [`RestoreError`] when the host cannot run guests, when memory is not laid out as the state says,
@@ -186,10 +187,10 @@ impl PausedVm {
         Ok(PausedVm { vcpus, machine })
     }
 
-    /// The guest's state, all but its memory.
+    /// The guest's state, without its memory.
     ///
     /// # Errors
-    /// [`SaveError`] when a KVM call fails, or when the guest has broken down while it was paused.
+    /// [`SaveError`] when a KVM call fails, or when the guest failed while it was paused.
     pub fn state(&mut self) -> Result<VmState, SaveError> {
         if let Some(stop) = self.breakdown() {
             return Err(SaveError::Stopped { stop });
@@ -220,13 +221,13 @@ impl PausedVm {
         self.vcpus.len()
     }
 
-    /// Why the guest cannot go on, if it has broken down while it was paused: [`VmHandle::fail`].
+    /// Why the guest cannot continue, if it failed while it was paused: [`VmHandle::fail`].
     #[must_use]
     pub fn breakdown(&self) -> Option<Stop> {
         self.machine.shared.control.reason().filter(|stop| !stop.is_resumable())
     }
 
-    /// What the devices have to store besides their states, by their places in the list.
+    /// What has to be stored of the devices besides their states, by their index.
     ///
     /// # Errors
     /// Why one of them cannot be stored.
@@ -237,7 +238,7 @@ impl PausedVm {
     /// Lets the guest run.
     ///
     /// # Errors
-    /// [`ResumeError`] when the system gives no thread.
+    /// [`ResumeError`] when the system refuses to start a thread.
     pub fn resume(self) -> Result<RunningVm, ResumeError> {
         let PausedVm { vcpus, mut machine } = self;
         machine.shared.control.clear_pause();
@@ -281,13 +282,13 @@ impl PausedVm {
         self.machine.shared.control.first_entry()
     }
 
-    /// The instant at which KVM_RUN came back for the first time, if it did.
+    /// The instant at which KVM_RUN returned for the first time, if it did.
     #[must_use]
     pub fn first_exit(&self) -> Option<Instant> {
         self.machine.shared.control.first_exit()
     }
 
-    /// Guest accesses so far to memory that KVM did not have yet: see [`RestoreOptions::first`].
+    /// Guest accesses so far to memory whose slot was not registered yet: see [`RestoreOptions::first`].
     #[must_use]
     pub fn late_accesses(&self) -> u64 {
         self.machine.shared.memory_slots.late_accesses()
@@ -295,9 +296,9 @@ impl PausedVm {
 }
 
 impl RunningVm {
-    /// Waits until the guest stops, and says why; `None` when `timeout` runs out first.
+    /// Waits until the guest stops, and returns the reason; `None` when `timeout` expires first.
     ///
-    /// A guest that has stopped for a reason it can survive ([`Stop::is_resumable`]) goes on with
+    /// A guest that has stopped for a reason that it can survive ([`Stop::is_resumable`]) continues after
     /// [`RunningVm::pause`] and [`PausedVm::resume`].
     #[must_use = "the guest may have stopped for good"]
     pub fn wait(&self, timeout: Option<Duration>) -> Option<Stop> {
@@ -312,7 +313,7 @@ impl RunningVm {
         let RunningVm { threads, machine } = self;
         machine.shared.control.stop(Stop::PauseRequested);
         let vcpus = threads.join();
-        // After the vCPUs, which would give the devices new work.
+        // After the vCPUs, because they would give the devices new work.
         machine.shared.devices.pause();
         match machine.shared.control.reason() {
             Some(stop) if !stop.is_resumable() => Err(PauseError { stop }),
@@ -332,13 +333,13 @@ impl RunningVm {
         self.machine.shared.control.first_entry()
     }
 
-    /// The instant at which KVM_RUN came back for the first time, if it did.
+    /// The instant at which KVM_RUN returned for the first time, if it did.
     #[must_use]
     pub fn first_exit(&self) -> Option<Instant> {
         self.machine.shared.control.first_exit()
     }
 
-    /// Guest accesses so far to memory that KVM did not have yet: see [`RestoreOptions::first`].
+    /// Guest accesses so far to memory whose slot was not registered yet: see [`RestoreOptions::first`].
     #[must_use]
     pub fn late_accesses(&self) -> u64 {
         self.machine.shared.memory_slots.late_accesses()
@@ -385,8 +386,8 @@ struct VcpuThreads {
 }
 
 impl VcpuThreads {
-    /// Waits for the threads, which have been told to stop. A vCPU whose thread panicked is missing; the
-    /// thread has said so to `control`.
+    /// Waits for the threads, which have been asked to stop. A vCPU whose thread panicked is missing; the
+    /// thread has reported that to `control`.
     fn join(mut self) -> Vec<Vcpu> {
         std::mem::take(&mut self.handles).into_iter().filter_map(|h| h.join().ok()).collect()
     }

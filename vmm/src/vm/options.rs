@@ -52,7 +52,7 @@ pub enum Clock {
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct RestoreOptions {
-    /// Ranges of guest physical addresses that hold every page that is not zero, in any order; they are
+    /// Ranges of guest physical addresses that contain every page that is not zero, in any order; they are
     /// widened to 2 MiB. Only their memory slots are registered with KVM before the guest starts, all other
     /// slots while it runs. So the time to the first instruction does not depend on the size of memory.
     ///

@@ -18,10 +18,10 @@ enum Register {
     Edx,
 }
 
-/// Registers of CPUID whose bits are features: leaf, subleaf, register, and the bits that say nothing of the
+/// Registers of CPUID whose bits are features: leaf, subleaf, register, and the bits that do not depend on the
 /// host. Intel SDM volume 2A, "CPUID"; AMD APM volume 3, appendix E.
 const REGISTERS: [(u32, u32, Register, u32); 13] = [
-    // TSC deadline (always there with KVM's LAPIC), OSXSAVE (a copy of CR4), "a hypervisor".
+    // TSC deadline (KVM's LAPIC always has it), OSXSAVE (a copy of CR4), "a hypervisor".
     (0x1, 0, Register::Ecx, 1 << 24 | 1 << 27 | 1 << 31),
     // HTT: more than one vCPU.
     (0x1, 0, Register::Edx, 1 << 28),
@@ -40,7 +40,7 @@ const REGISTERS: [(u32, u32, Register, u32); 13] = [
     (0x4000_0001, 0, Register::Eax, 0),
 ];
 
-/// Names of the features that differ between CPUs one meets.
+/// Names of the features that often differ between CPUs.
 const NAMES: [(u32, u32, Register, u32, &str); 16] = [
     (0x1, 0, Register::Ecx, 12, "fma"),
     (0x1, 0, Register::Ecx, 13, "cx16"),

@@ -4,7 +4,7 @@ use std::arch::x86_64::__cpuid;
 
 use serde::{Deserialize, Serialize};
 
-/// Identity of a CPU, as its CPUID instruction tells it.
+/// Identity of a CPU, as its CPUID instruction reports it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct HostCpu {
@@ -16,12 +16,12 @@ pub struct HostCpu {
     pub model: u32,
     /// Stepping.
     pub stepping: u32,
-    /// The name on the box.
+    /// The marketing name.
     pub brand: String,
 }
 
 impl HostCpu {
-    /// The CPU this runs on.
+    /// The CPU that this program runs on.
     #[must_use]
     pub fn current() -> HostCpu {
         let leaf0 = __cpuid(0);

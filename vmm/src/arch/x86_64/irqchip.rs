@@ -61,7 +61,7 @@ impl IrqchipState {
         })
     }
 
-    /// Gives the state to KVM. It runs after the LAPICs of the vCPUs are restored: KVM delivers an interrupt
+    /// Sets the state in KVM. It runs after the LAPICs of the vCPUs are restored: KVM delivers an interrupt
     /// that the I/O APIC holds pending as soon as the I/O APIC is set.
     pub(crate) fn restore(&self, vm: &VmFd, slept_ns: u64) -> Result<(), KvmError> {
         for chip in [&self.pic_master, &self.pic_slave, &self.ioapic] {

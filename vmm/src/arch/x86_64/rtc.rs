@@ -11,7 +11,7 @@ pub(super) const INDEX_PORT: u16 = 0x70;
 /// The port that reads and writes it.
 pub(super) const DATA_PORT: u16 = 0x71;
 
-/// 24 hours, BCD: the form that Linux expects whatever this says.
+/// 24 hours, BCD. Linux expects this form without regard to this register.
 const STATUS_B_24_HOURS: u8 = 1 << 1;
 /// The battery is good.
 const STATUS_D_VALID: u8 = 1 << 7;
@@ -70,7 +70,7 @@ fn register(index: u8, unix_seconds: u64) -> u8 {
         0x0d => return STATUS_D_VALID,
         _ => return 0,
     };
-    // Below 100, all of them, in this millennium and the next seven.
+    // Each value is below 100, until the year 10000.
     ((value / 10 % 10) << 4 | (value % 10)) as u8
 }
 
@@ -116,7 +116,7 @@ mod tests {
         let read = |index| register(index, now);
         assert_eq!([read(0x32), read(9), read(8), read(7)], [0x20, 0x26, 0x11, 0x24]);
         assert_eq!([read(4), read(2), read(0), read(6)], [0x01, 0x23, 0x45, 3]);
-        // No update is in progress, ever.
+        // An update is never in progress.
         assert_eq!(read(0x0a), 0);
     }
 }

@@ -59,7 +59,7 @@ impl Vcpu {
     }
 }
 
-/// The address of the next instruction, where KVM gives it.
+/// The address of the next instruction, if KVM returns it.
 pub(crate) fn instruction_pointer(vcpu: &VcpuFd) -> Option<u64> {
     vcpu.get_regs().ok().map(|regs| regs.rip)
 }

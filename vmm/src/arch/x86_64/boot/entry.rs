@@ -36,7 +36,7 @@ pub(super) fn write_tables(memory: &GuestMemoryMmap) -> Result<(), GuestMemoryEr
 }
 
 impl Entry {
-    /// Changes the reset state of `sregs`, and gives the general registers.
+    /// Changes the reset state of `sregs`, and returns the general registers.
     pub(crate) fn enter(self, sregs: &mut kvm_sregs) -> kvm_regs {
         // Bit 1 of the flags is always set; interrupts are off.
         let regs = kvm_regs { rflags: 2, rsp: STACK_TOP, ..Default::default() };
@@ -74,7 +74,7 @@ impl Entry {
     }
 }
 
-/// Data segments to go with `code`, and a task state segment, without which VMX does not enter.
+/// Data segments that match `code`, and a task state segment, which VMX needs to enter the guest.
 fn set_flat_segments(sregs: &mut kvm_sregs, code: kvm_segment) {
     let data = kvm_segment { selector: DATA_SELECTOR, type_: 0x3, l: 0, db: 1, ..code };
     sregs.cs = code;

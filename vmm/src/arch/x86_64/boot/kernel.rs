@@ -19,7 +19,7 @@ use crate::boot::KernelError;
 const HIGH_MEMORY: u64 = 1 << 20;
 /// What 64-bit x86 kernels read of a command line, its final zero included (COMMAND_LINE_SIZE).
 const COMMAND_LINE_SIZE: u32 = 2048;
-/// Highest address of an initrd for kernels that do not say: boot.rst, "initrd_addr_max".
+/// Highest address of an initrd for kernels that do not define it: boot.rst, "initrd_addr_max".
 const INITRD_ADDR_MAX: u32 = 0x7fff_ffff;
 /// Program headers of any kernel; a vmlinux has five.
 const PROGRAM_HEADERS_MAX: u16 = 128;
@@ -32,13 +32,13 @@ const EM_X86_64: u16 = 62;
 /// Start of a bzImage's setup header.
 const SETUP_HEADER: usize = 0x1f1;
 const SETUP_HEADER_MAGIC: &[u8] = b"HdrS";
-/// Both formats' headers lie in so many bytes.
+/// The headers of both formats are in the first bytes of this number.
 const HEAD_BYTES: u64 = 1024;
 /// Protocol with `xloadflags`.
 const PROTOCOL_MIN: u16 = 0x020c;
 const XLF_KERNEL_64: u16 = 1 << 0;
 const LOADED_HIGH: u8 = 1 << 0;
-/// The 64-bit entry point, behind the start of the loaded kernel.
+/// Offset of the 64-bit entry point in the loaded kernel.
 const ENTRY_64_OFFSET: u64 = 0x200;
 
 /// A kernel in guest memory.
@@ -158,7 +158,7 @@ fn load_bzimage(
     if version < PROTOCOL_MIN || xload_flags & XLF_KERNEL_64 == 0 || load_flags & LOADED_HIGH == 0 {
         return Err(KernelError::Protocol { version });
     }
-    // The byte at 0x201 says how long the header is: boot.rst, "jump".
+    // The byte at 0x201 has the length of the header: boot.rst, "jump".
     let header_end = 0x202 + usize::from(*head.get(0x201).ok_or_else(cut)?);
     let setup_header = head.get(SETUP_HEADER..header_end.min(0x290)).ok_or_else(cut)?.to_vec();
     let preferred = u64_at(head, 0x258).ok_or_else(cut)?;

@@ -21,7 +21,7 @@ const RAMDISK_IMAGE: usize = 0x218;
 const RAMDISK_SIZE: usize = 0x21c;
 const CMD_LINE_PTR: usize = 0x228;
 const E820_TABLE: usize = 0x2d0;
-/// A boot loader without a number of its own.
+/// The number of boot loaders that have no assigned number.
 const LOADER_UNDEFINED: u8 = 0xff;
 
 /// Writes the parameters, and the tables that 64-bit mode needs. Returns the first state of the boot CPU.
@@ -53,7 +53,7 @@ fn zero_page(
     put(ACPI_RSDP_ADDR, &rsdp_gpa.to_le_bytes());
     put(CMD_LINE_PTR, &(loaded.cmdline_gpa as u32).to_le_bytes());
     if let Some((gpa, len)) = loaded.initrd {
-        // Both are below 4 GiB: the initrd lies in low memory.
+        // Both are below 4 GiB: the initrd is in low memory.
         put(RAMDISK_IMAGE, &(gpa as u32).to_le_bytes());
         put(RAMDISK_SIZE, &(len as u32).to_le_bytes());
         put(EXT_RAMDISK_IMAGE, &[0; 8]);
