@@ -68,6 +68,9 @@
 //! # }
 //! ```
 
+#[cfg(not(target_os = "linux"))]
+compile_error!("vmm supports Linux only: it needs KVM");
+
 mod arch;
 pub mod boot;
 mod console;

@@ -1,4 +1,4 @@
-//! Booting as Linux is booted: the protocols, several vCPUs, power off, reset, requests, refusals.
+//! Booting as Linux is booted: the protocols, several vCPUs, power off, reset, the snapshot trigger.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -11,7 +11,7 @@ use vmm::boot::LinuxConfig;
 use vmm::state::{STATE_KIND, STATE_VERSION};
 use vmm::{BootError, BootOptions, PausedVm, Payload, RestoreOptions, Stop, VmState};
 
-/// A file that is gone when this is.
+/// A file that is deleted when this is dropped.
 struct TempFile(PathBuf);
 
 impl TempFile {
@@ -61,8 +61,8 @@ fn both_protocols_hand_over_the_command_line() {
 }
 
 #[test]
-fn a_second_cpu_starts_and_goes_on_after_a_restore() {
-    if !kvm_or_skip("a_second_cpu_starts_and_goes_on_after_a_restore") {
+fn a_second_cpu_starts_and_continues_after_a_restore() {
+    if !kvm_or_skip("a_second_cpu_starts_and_continues_after_a_restore") {
         return;
     }
     let file = kernel::elf(kernel::START_SECOND_CPU, true, 0);
@@ -75,7 +75,7 @@ fn a_second_cpu_starts_and_goes_on_after_a_restore() {
     let state = run_to_pause(vm.unwrap()).state().unwrap();
     assert_eq!(console.take(), ["A", "A", "A"]);
     assert_eq!(state.vcpus().len(), 2);
-    // The first one still stands where it was told to, the second one is in its loop.
+    // The first one is still at its `jmp .`, the second one is in its loop.
     assert_eq!(state.vcpus()[0].regs.0.rip, u64::from(kernel::LOAD_GPA) + 70);
     assert!(
         (0x8000..0x8010)
@@ -140,7 +140,7 @@ fn the_guest_is_told_of_its_new_generation_id() {
     let console = Lines::pausing_after(1);
     let vm = PausedVm::boot(Arc::clone(&memory), &linux(&kernel, "x"), console).unwrap();
     let mut state = run_to_pause(vm).state().unwrap();
-    // As a kernel sets it up: the LAPIC on, the event device's interrupt (16) a vector of CPU 0.
+    // As a kernel sets it up: the LAPIC is on, and the event device's interrupt (16) is a vector of CPU 0.
     state.vcpus_mut()[0].lapic.0.regs[SPURIOUS + 1] |= 1;
     let mut ioapic =
         kvm_bindings::kvm_ioapic_state { base_address: 0xfec0_0000, ..Default::default() };
@@ -156,7 +156,7 @@ fn the_guest_is_told_of_its_new_generation_id() {
     assert_eq!(requested(&vm.state().unwrap()), 1);
 }
 
-/// Otherwise the guest's watchdog takes the pause for a lockup of its CPU.
+/// Otherwise the guest's watchdog reports the pause as a lockup of its CPU.
 #[test]
 fn the_guest_is_told_that_it_stood_still() {
     use vm_memory::{Bytes, GuestAddress};

@@ -1,4 +1,4 @@
-//! A guest goes on in another VM as if nothing had happened.
+//! A guest continues in another VM without a difference.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -55,7 +55,7 @@ fn copy(memory: &GuestMemoryMmap, memory_bytes: u64) -> Arc<GuestMemoryMmap> {
 }
 
 /// Restores a copy of the guest, takes beats 4 to 6, and returns what is in its memory then, and
-/// how often it met memory that KVM did not have yet.
+/// how often it accessed memory whose slot was not registered yet.
 fn three_more_beats(
     memory: &GuestMemoryMmap,
     memory_bytes: u64,
@@ -97,7 +97,7 @@ fn memory_that_is_registered_late_is_found() {
     let memory_bytes = 4 * GIB;
     let (memory, state) = saved_guest(memory_bytes, 3);
     let (all, _) = three_more_beats(&memory, memory_bytes, &state, &RestoreOptions::default());
-    // Code, tables and stack only: each half of the working area is met as MMIO first. Many times,
+    // Code, tables and stack only: each half of the working area is accessed as MMIO first. Many times,
     // because the vCPU races with the thread that registers slots, until the vCPU was first once.
     let (mut late_accesses, mut rounds) = (0, 0);
     let began = Instant::now();
@@ -131,7 +131,7 @@ fn a_restored_guest_saves_the_state_it_was_given() {
     assert_eq!(old.tsc_khz, new.tsc_khz);
     assert_eq!(before.serial(), after.serial());
     assert_eq!(before.memory(), after.memory());
-    // Time stamps go on; every other register is as it was.
+    // Time stamps advance; every other register is as it was.
     let fixed = |state: &vmm::state::VcpuState| -> Vec<(u32, u64)> {
         let counts = |index: u32| matches!(index, 0x10 | 0x3b | 0x6e0);
         state.msrs.iter().map(|m| (m.0.index, m.0.data)).filter(|m| !counts(m.0)).collect()

@@ -1,4 +1,4 @@
-//! Every way a guest stops is told apart, and a guest can always be stopped.
+//! Every reason why a guest stops is distinguished, and a guest can always be stopped.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -31,7 +31,7 @@ const READ_NOTHING: &[u8] = &[
     0xee, // out dx, al
     0xeb, 0xfe, // jmp $
 ];
-/// Writes 8 bytes to memory, 4 on either side of a page's end; says '1' when it reads them back.
+/// Writes 8 bytes to memory, 4 on either side of a page's end; prints '1' when it reads them back.
 const WRITE_ACROSS_PAGES: &[u8] = &[
     0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
     0xbb, 0xfc, 0xff, 0xff, 0x1f, // mov ebx, 0x1ffffffc
@@ -45,7 +45,7 @@ const WRITE_ACROSS_PAGES: &[u8] = &[
     0xee, // out dx, al
     0xeb, 0xfe, // jmp $
 ];
-/// Echoes COM1's input for ever, by polling.
+/// Echoes the serial port's input in an endless loop, by polling.
 const ECHO: &[u8] = &[
     0x66, 0xba, 0xfd, 0x03, // mov dx, 0x3fd
     0xec, // in al, dx
@@ -180,7 +180,7 @@ fn input_reaches_the_guest_and_survives_a_restore() {
     let running = vm.unwrap().resume().unwrap();
     assert_eq!(stop_of(&running), Stop::ConsolePause);
     assert_eq!(console.take(), [second]);
-    // Input is bounded when nobody reads it.
+    // Input is bounded when the guest does not read it.
     assert!(running.handle().send_input(&vec![b'y'; 1 << 20]) < 1 << 20);
 }
 

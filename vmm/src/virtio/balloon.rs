@@ -1,9 +1,8 @@
-//! The balloon (virtio 1.2, 5.5): pages that the guest does not use go back to the host.
+//! The balloon (virtio 1.2, 5.5): it returns pages that the guest does not use to the host.
 //!
-//! The driver reports ranges of free pages (VIRTIO_BALLOON_F_REPORTING, Linux 5.7), a few MiB at a time. The host forgets
-//! them: they read as zeros afterwards, cost nothing, and a snapshot leaves them out. Nothing is taken from the
-//! guest: it may use them again at once. A driver may also put single pages into the balloon; the host
-//! never asks for any.
+//! The driver reports ranges of free pages (VIRTIO_BALLOON_F_REPORTING, Linux 5.7), a few MiB at a time. The host
+//! discards them: they read as zeros afterwards, use no memory, and are not stored in a snapshot. The guest can
+//! use them again immediately. A driver may also put single pages into the balloon; the host never asks for any.
 
 use super::device::Backend;
 use super::fault::Fault;
@@ -85,7 +84,7 @@ impl Backend for Balloon {
     }
 
     fn queue_sizes(&self) -> &'static [u16] {
-        // Without statistics and hints, whose queues would be in between.
+        // There are no statistics and no hints. Their queues would be between these two.
         &[128, 128, 32]
     }
 

@@ -120,13 +120,13 @@ impl Driver {
         self.set(0x50, queue);
     }
 
-    /// How many chains of a queue came back.
+    /// How many chains of a queue were returned.
     pub(super) fn used_in(&self, queue: u32) -> u16 {
         let at = u64::from(queue) * RINGS_STRIDE;
         self.memory.read_obj(GuestAddress(USED + at + 2)).unwrap()
     }
 
-    /// Waits until so many chains of a queue came back; gives the last one's head and length.
+    /// Waits until this number of chains of a queue was returned. Returns the last one's head and length.
     pub(super) fn wait_used_in(&mut self, queue: u32, count: u16) -> (u32, u32) {
         while self.used_in(queue) < count {
             assert_eq!(self.wait_for_interrupt(), 1, "status {}", self.get(STATUS));
@@ -195,7 +195,7 @@ impl Driver {
         }
     }
 
-    /// Offers the chain at `head`; says so with [`Driver::notify`].
+    /// Offers the chain at `head`, and notifies the device with [`Driver::notify`].
     pub(super) fn offer(&self, head: u16) {
         self.offer_at(AVAILABLE, head);
     }
@@ -211,7 +211,7 @@ impl Driver {
         self.set(0x50, 0);
     }
 
-    /// Waits for the interrupt; gives its reasons and acknowledges them.
+    /// Waits for the interrupt, acknowledges its reasons and returns them.
     pub(super) fn wait_for_interrupt(&mut self) -> u32 {
         let mut events = [EpollEvent::default()];
         let count = self.interrupted.wait(HANG.as_millis() as i32, &mut events).unwrap();
@@ -223,7 +223,7 @@ impl Driver {
         reasons
     }
 
-    /// Offers one chain, and waits until it is used; gives the length that the device reports.
+    /// Offers one chain, and waits until it is used. Returns the length that the device reports.
     pub(super) fn run(&mut self, buffers: &[(u64, u32, u16)]) -> u32 {
         self.chain(0, buffers);
         self.offer(0);
@@ -234,7 +234,7 @@ impl Driver {
         self.memory.read_obj(GuestAddress(USED + 4 + 8 * slot + 4)).unwrap()
     }
 
-    /// The used ring's index: how many chains came back.
+    /// The used ring's index: how many chains were returned.
     pub(super) fn used(&self) -> u16 {
         self.memory.read_obj(GuestAddress(USED + 2)).unwrap()
     }

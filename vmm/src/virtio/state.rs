@@ -109,7 +109,7 @@ pub struct NetState {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct BalloonState {
-    /// Pages of 4 KiB that the driver says are in the balloon.
+    /// Pages of 4 KiB that are in the balloon, as the driver reports.
     pub actual_pages: u32,
     /// Bytes that the driver gave back, in the balloon or as reports of free pages, since the guest's boot.
     pub returned_bytes: u64,
@@ -137,10 +137,10 @@ pub struct BlockState {
     pub fingerprint: Fingerprint,
 }
 
-/// In the place of a block device's time of change: there is none.
+/// The time of change of a block device, which has none.
 pub const DEVICE_MTIME_NS: i64 = i64::MIN;
 
-/// How a disk image is known again.
+/// How a disk image is recognized.
 ///
 /// The time of the last change finds every change that went through the file system. The sample finds another
 /// image whose time was set to the same, by a copy from an archive for example. The inode is not part of
@@ -176,7 +176,7 @@ pub enum VirtioStateError {
         #[source]
         source: bincode::Error,
     },
-    /// The state is of another kind of device than it says.
+    /// The state belongs to another kind of device than it is stored under.
     #[error("the state of a virtio device of kind {kind} is of kind {found}")]
     Kind {
         /// The kind it is stored under.
@@ -193,7 +193,7 @@ pub enum VirtioStateError {
 }
 
 impl BackendState {
-    /// The number that virtio gives this kind of device (virtio 1.2, 5).
+    /// The number of this kind of device in the specification (virtio 1.2, 5).
     #[must_use]
     pub fn kind(&self) -> u32 {
         match self {
@@ -220,8 +220,7 @@ impl VirtioState {
     /// Decodes a state, and checks everything that can be checked without the device.
     ///
     /// # Errors
-    /// [`VirtioStateError`] when the version, the encoding or a value is not one that
-    /// [`encode`](VirtioState::encode) gives.
+    /// [`VirtioStateError`] when [`encode`](VirtioState::encode) never writes such a version, encoding or value.
     pub fn decode(state: &DeviceState) -> Result<VirtioState, VirtioStateError> {
         if state.version != VIRTIO_STATE_VERSION {
             return Err(VirtioStateError::Version { found: state.version });

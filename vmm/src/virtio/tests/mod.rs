@@ -44,7 +44,7 @@ fn set_header(driver: &Driver, kind: u32, sector: u64) {
     driver.memory.write_obj(0xffu8, GuestAddress(RESULT)).unwrap();
 }
 
-/// One block request with one buffer of data; gives status and used length.
+/// One block request with one buffer of data. Returns status and used length.
 fn request(driver: &mut Driver, kind: u32, sector: u64, data: (u64, u32, u16)) -> (u8, u32) {
     set_header(driver, kind, sector);
     let used = driver.run(&[(HEADER, 16, 0), data, (RESULT, 1, WRITE)]);
@@ -263,7 +263,7 @@ fn queues_that_cannot_be_are_refused() {
     assert_eq!(request(&mut driver, 0, 0, (DATA, 512, WRITE)), (0, 513));
 }
 
-/// A page that the host cannot supply: SIGBUS for whoever touches it.
+/// A page that the host cannot supply: an access raises SIGBUS.
 #[test]
 fn an_unreadable_page_stops_the_guest_wherever_the_device_meets_it() {
     let broken = BROKEN_GPA;
@@ -314,7 +314,7 @@ fn what_waits_in_a_queue_is_served_after_a_restore() {
     let mut driver = block(image.path(), false);
     assert_eq!(request(&mut driver, 0, 0, (DATA, 512, WRITE)), (0, 513));
     driver.device.pause();
-    // Offered, and notified, while nobody may take it.
+    // It is offered, and the device is notified, while the device is paused.
     set_header(&driver, 0, 7);
     driver.chain(0, &[(HEADER, 16, 0), (DATA, 512, WRITE), (RESULT, 1, WRITE)]);
     driver.offer(0);
