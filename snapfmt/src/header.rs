@@ -1,4 +1,4 @@
-//! The file header: 4 KiB that say what the file is without knowing the rest of it.
+//! The file header: 4 KiB that describe the file independently of the rest of it.
 
 use uuid::Uuid;
 
@@ -35,7 +35,7 @@ pub struct Header {
     pub memory_bytes: u64,
     /// Length of the whole file in bytes.
     pub file_bytes: u64,
-    /// Pages whose bytes are in this file, equal ones counted each.
+    /// Pages whose bytes are in this file; equal pages are counted separately.
     pub data_pages: u64,
     /// Pages stored in chunks, equal ones counted once.
     pub stored_pages: u64,
@@ -45,8 +45,8 @@ pub struct Header {
     pub chunks: u64,
     /// When the snapshot was made, in milliseconds since 1970-01-01 UTC.
     pub created_unix_ms: u64,
-    /// The snapshot that the chunks were written for, whose id their checksums begin with: this one, or, of a copy, the
-    /// one whose chunks it has. `None` in files from before chunks said so.
+    /// The id of the snapshot that the chunks were written for; their checksums begin with it. It is this snapshot or,
+    /// in a copy, the snapshot that the chunks were copied from. `None` in older files, whose checksums begin with no id.
     pub chunks_id: Option<Uuid>,
     /// Checksum of the header itself.
     pub(crate) crc: u32,
@@ -66,7 +66,7 @@ impl Header {
         self.pages() - self.data_pages - self.parent_pages
     }
 
-    /// What the checksums of chunks' bodies begin with.
+    /// The start of the checksums of chunks' bodies.
     pub(crate) fn chunk_seed(&self) -> u32 {
         self.chunks_id.map_or(0, chunk::seed)
     }
@@ -100,8 +100,8 @@ impl Header {
         bytes
     }
 
-    /// Checks the header of a file that is `file_bytes` long. In this order, so that the answer
-    /// is the most useful one: magic, checksum, version, features, then the fields.
+    /// Checks the header of a file that is `file_bytes` long. The order gives the most useful
+    /// error: magic, checksum, version, features, then the fields.
     pub(crate) fn decode(b: &[u8; HEADER_BYTES], file_bytes: u64) -> Result<Self, ReadError> {
         let (version, incompat) = checked_version(b)?;
         let exact = |field, at, expected, found: u64| match found == expected {
@@ -178,7 +178,7 @@ fn corrupt(at: usize, problem: Problem) -> Corruption {
     Corruption::new(Part::Header, at as u64, problem)
 }
 
-/// The version and the incompatible features of a header whose magic and checksum are right.
+/// The version and the incompatible features of a header with a correct magic and checksum.
 fn checked_version(b: &[u8; HEADER_BYTES]) -> Result<(u32, u64), ReadError> {
     let mut found = [0; 8];
     found.copy_from_slice(&b[H_MAGIC..H_MAGIC + 8]);

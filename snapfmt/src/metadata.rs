@@ -9,7 +9,7 @@ use crate::error::{Corruption, Part, Problem};
 use crate::layout::MAX_METADATA_VALUES;
 use crate::section::SectionKind;
 
-/// The metadata section: a JSON object. It informs; nothing in it is needed to restore.
+/// The metadata section: a JSON object. It is for information only; a restore does not need it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Metadata {
@@ -88,9 +88,9 @@ impl StorageUse {
     }
 }
 
-/// Parses metadata whose checksum was found right.
+/// Parses metadata with a correct checksum.
 pub(crate) fn parse(bytes: &[u8], offset: u64) -> Result<Metadata, Corruption> {
-    // A value takes some hundred bytes of memory for a few of text: counted before any is made.
+    // A value of a few bytes of text takes some hundred bytes of memory. So values are counted before they are parsed.
     let (max, found) = (MAX_METADATA_VALUES, values(bytes));
     if found > max {
         let problem = Problem::Range { field: "metadata values", min: 0, max, found };

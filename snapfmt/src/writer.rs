@@ -1,4 +1,4 @@
-//! Writing: a guest's memory and state into one file, which appears whole or not at all.
+//! Writing a guest's memory and state to one file. The file appears complete or not at all.
 
 use std::collections::{BTreeMap, HashSet};
 use std::num::NonZeroUsize;
@@ -78,16 +78,16 @@ impl<'a> Contents<'a> {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct WriteOptions {
-    /// Codec for chunks; one that would save too little is stored raw.
+    /// Codec for chunks. A chunk that the codec would hardly shrink is stored raw.
     pub codec: Codec,
     /// Level of zstd, from -7 (fast) to 22 (small).
     pub level: i32,
-    /// Most pages in a chunk, 1 to 512: small ones are read fast, large ones compress better.
+    /// Most pages in a chunk, 1 to 512: small chunks are read fast, large chunks compress better.
     pub chunk_pages: usize,
-    /// Threads that compress, of which four for each CPU are used at most; the bytes of the file are the same for any number,
-    /// but for its id and the checksums that begin with it.
+    /// Threads that compress; at most four for each CPU are used. The bytes of the file do not depend on this number,
+    /// except its id and the checksums that begin with it.
     pub threads: NonZeroUsize,
-    /// Store pages with equal bytes once.
+    /// Whether pages with equal bytes are stored once.
     pub dedupe: bool,
     /// What to do with a file that is already there.
     pub existing: Existing,
@@ -168,16 +168,16 @@ impl Progress {
     }
 }
 
-/// Called now and then during a long operation, from any of its threads. `Break` cancels it.
+/// Called repeatedly during a long operation, from any of its threads. `Break` cancels the operation.
 pub type OnProgress<'a> = &'a (dyn Fn(Progress) -> ControlFlow<()> + Sync);
 
-/// Writes a snapshot to `path` and gives its header and its metadata as written.
+/// Writes a snapshot to `path`. Returns its header and its metadata as written.
 ///
 /// Memory in use: about 3 x 4 MiB a thread, and 4 KiB for every 2 MiB of memory that is not all
 /// zero.
 ///
 /// # Errors
-/// [`WriteError`]; then nothing new is at `path`.
+/// [`WriteError`]; then `path` is unchanged.
 pub fn write_snapshot(
     path: impl AsRef<Path>,
     contents: Contents<'_>,
@@ -187,7 +187,7 @@ pub fn write_snapshot(
     write(path.as_ref(), contents, None, None, options, progress)
 }
 
-/// Writes a layer to `path`: only the pages that differ from `parent`, and gives its header and
+/// Writes a layer to `path`: only the pages that differ from `parent`. Returns its header and
 /// its metadata as written. Only the ranges of `contents.data` are read and compared; all other
 /// pages are as in the parent.
 ///
@@ -207,7 +207,7 @@ pub fn write_layer(
     write(path.as_ref(), contents, Some(parent), None, options, progress)
 }
 
-/// Writes a snapshot, or with a parent a layer, with a working set, whose pages it may put in front: see
+/// Writes a snapshot, or with a parent a layer, with a working set. It may put the pages of the set in front: see
 /// [`HotPages`].
 ///
 /// # Errors
@@ -328,7 +328,7 @@ pub(crate) struct FileBuilder<'a> {
     storage: StorageUse,
     data_pages: u64,
     cleared_pages: u64,
-    /// Entries of the pages that stand in front, until their leaves are there.
+    /// Entries of the pages in front, until their leaves are written.
     hot: BTreeMap<PageIndex, PageEntry>,
     working_set: Option<Vec<u8>>,
 }
@@ -367,7 +367,7 @@ impl<'a> FileBuilder<'a> {
         self.append(&packed.bytes)
     }
 
-    /// Gives encoded chunks their places at the end of the file, and the entries of their slots.
+    /// Puts encoded chunks at the end of the file, and sets the entries of their slots.
     fn place(&mut self, packed: &mut PackedLeaf) -> Result<Vec<PageEntry>, WriteError> {
         let mut rest = &mut packed.bytes[..];
         let mut offset = self.offset;
@@ -493,7 +493,7 @@ impl<'a> FileBuilder<'a> {
         Ok(header)
     }
 
-    /// Gives the header's checksum.
+    /// Returns the header's checksum.
     fn write_header(&mut self, header: &Header) -> Result<u32, WriteError> {
         let bytes = header.encode();
         self.output.write_at(&bytes[..], 0)?;
