@@ -235,14 +235,6 @@ fn set_action(signal: libc::c_int, handler: usize, flags: libc::c_int) -> io::Re
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Whether this process ignores a signal, as one that `nohup` has started does SIGHUP.
-///
-/// # Errors
-/// As sigaction(2): there is no such signal.
-pub fn is_signal_ignored(signal: i32) -> io::Result<bool> {
-    Ok(current_action(signal)?.sa_sigaction == libc::SIG_IGN)
-}
-
 fn current_action(signal: libc::c_int) -> io::Result<libc::sigaction> {
     let mut action = MaybeUninit::<libc::sigaction>::uninit();
     // SAFETY: a null new action only asks, and the old one has room.

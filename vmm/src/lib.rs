@@ -102,7 +102,6 @@ pub use devices::{
 pub use error::KvmError;
 pub use frozen::Frozen;
 pub use host::{FeaturesError, HostReport, KVM_DEVICE, ProbeError, missing_features, probe};
-pub use kick::is_signal_ignored;
 pub use layout::{LayoutError, MemoryRange, memory_layout};
 pub use payload::{Payload, PayloadError};
 pub use state::{StateError, VmState};

@@ -28,8 +28,6 @@ pub const STATE_MAX_BYTES: u64 = 4 << 20;
 
 /// Most vCPUs a state may have.
 pub const VCPUS_MAX: usize = 64;
-const CPUID_ENTRIES_MAX: usize = 256;
-const MSRS_MAX: usize = 1024;
 const QUEUED_INPUT_MAX: usize = 64 << 10;
 /// Most bytes of one device's state.
 pub const DEVICE_STATE_MAX_BYTES: usize = 256 << 10;
@@ -252,18 +250,8 @@ impl VmState {
         if memory_layout(memory_bytes).ok().as_ref() != Some(&self.memory) {
             return Err(StateError::MemoryLayout { memory_bytes });
         }
-        let count = |what, found: usize, min, max| {
-            if (min..=max).contains(&found) {
-                Ok(())
-            } else {
-                Err(StateError::Count { what, found, min, max })
-            }
-        };
         count("vCPUs", self.vcpus.len(), 1, VCPUS_MAX)?;
-        for vcpu in &self.vcpus {
-            count("CPUID entries of a vCPU", vcpu.cpuid.len(), 1, CPUID_ENTRIES_MAX)?;
-            count("MSRs of a vCPU", vcpu.msrs.len(), 0, MSRS_MAX)?;
-        }
+        self.vcpus.iter().try_for_each(VcpuState::validate)?;
         count("bytes in the serial FIFO", self.serial.fifo.len(), 0, FIFO_BYTES)?;
         count("bytes of queued input", self.serial.queued_input.len(), 0, QUEUED_INPUT_MAX)?;
         count("devices", self.devices.len(), 0, DEVICES_MAX)?;
@@ -280,6 +268,19 @@ impl VmState {
     fn holds_generation_id(&self, gpa: u64) -> bool {
         let inside = |range: &MemoryRange| range.gpa_range().contains(&gpa);
         gpa.is_multiple_of(16) && self.memory.iter().any(inside)
+    }
+}
+
+/// Checks the length of a list.
+pub(crate) fn count(
+    what: &'static str,
+    found: usize,
+    min: usize,
+    max: usize,
+) -> Result<(), StateError> {
+    match (min..=max).contains(&found) {
+        true => Ok(()),
+        false => Err(StateError::Count { what, found, min, max }),
     }
 }
 

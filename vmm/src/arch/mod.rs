@@ -15,7 +15,7 @@
 //! | `CMDLINE_GPA`, `CMDLINE_MAX_BYTES` | the place of a kernel's command line, and the room for it |
 //! | **state** | |
 //! | `STATE_KIND` | the tag of a stored state of this architecture |
-//! | `VcpuState` | the registers of one vCPU as KVM structures, serializable |
+//! | `VcpuState` | the registers of one vCPU as KVM structures, serializable; `validate` checks decoded ones |
 //! | `IrqchipState` | the devices that KVM emulates in the kernel, serializable |
 //! | `RtcState` | the real-time clock, serializable |
 //! | **machine** | |
@@ -33,6 +33,7 @@
 //! | `missing_features` | the CPU features that a saved vCPU uses and the host does not have |
 //! | **boot** | |
 //! | `Kernel::{load, cmdline_max, initrd_room, write_boot_data}` | the kernel file formats and boot protocols |
+//! | `KernelError` | why a kernel file cannot be booted |
 //! | `Entry` | the registers at the first instruction; `Entry::Program` is a program without a kernel |
 //! | `load_program`, `Mapping` | a program without a kernel, and the memory that is mapped for it |
 //! | `PROGRAM_MAX_BYTES`, `PROGRAM_PARAMS_GPA`, `MAPPED_GIB_MAX` | the limits and the parameters of such a program |
@@ -50,8 +51,8 @@ pub(crate) use x86_64::{
 };
 #[cfg(target_arch = "x86_64")]
 pub use x86_64::{
-    DEVICE_WINDOWS_GPA, HostCpu, IrqchipState, MMIO_HOLE_END, MMIO_HOLE_START, RtcState,
-    SNAPSHOT_TRIGGER_PORT, STATE_KIND, VcpuError, VcpuState,
+    DEVICE_WINDOWS_GPA, HostCpu, IrqchipState, KernelError, MMIO_HOLE_END, MMIO_HOLE_START,
+    RtcState, SNAPSHOT_TRIGGER_PORT, STATE_KIND, VcpuError, VcpuState,
 };
 
 #[cfg(not(target_arch = "x86_64"))]

@@ -13,7 +13,9 @@ use std::path::{Path, PathBuf};
 
 use vm_memory::GuestMemoryMmap;
 
-pub use error::{KernelError, LinuxError};
+pub use error::LinuxError;
+
+pub use crate::arch::KernelError;
 
 use crate::arch::{Entry, Kernel};
 use crate::layout::MemoryRange;

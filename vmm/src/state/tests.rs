@@ -10,7 +10,7 @@ use serde::de::value::{BytesDeserializer, Error};
 use super::*;
 use crate::Frozen;
 
-/// A state of version 1 as it was once written. It stays readable for ever.
+/// A state of version 1 as it was once written. It stays readable.
 const GOLDEN_V1: &[u8] = include_bytes!("../../tests/golden/vm-state-v1.bin");
 /// One of version 2.
 const GOLDEN_V2: &[u8] = include_bytes!("../../tests/golden/vm-state-v2.bin");

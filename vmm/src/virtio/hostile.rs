@@ -42,7 +42,7 @@ const INDIRECT: u16 = 4;
 ///
 /// # Panics
 /// When the device does what it must not: use more buffers than it was offered, find a page missing that is
-/// there, work for ever, or change the length of its disk.
+/// there, work endlessly, or change the length of its disk.
 #[allow(clippy::unwrap_used, reason = "for tests and fuzzing only")]
 #[cfg_attr(test, allow(unreachable_pub))]
 pub fn any_queue(input: &[u8]) {

@@ -149,7 +149,7 @@ impl PausedVm {
             shared.chain(first.iter().cloned()).collect::<Vec<_>>()
         });
         let memory_slots = MemorySlots::register_first(Arc::clone(&vm), memory, first.as_deref())?;
-        // Then the interrupt controllers: without them, vCPUs get no LAPIC.
+        // Then the interrupt controllers: without them, vCPUs get no local interrupt controller.
         arch::create_irqchip(&vm)?;
         let slept_ns = match options.clock {
             Clock::Advance if state.saved_unix_ns != 0 => {
@@ -168,7 +168,7 @@ impl PausedVm {
                     .map_err(|source| RestoreError::Vcpu { index: index.into(), source })
             })
             .collect::<Result<Vec<_>, _>>()?;
-        // The interrupt controllers' state at the end: it may deliver interrupts to LAPICs, and it starts clocks.
+        // The interrupt controllers' state at the end: it may deliver interrupts to vCPUs, and it starts clocks.
         state.irqchip.restore(&vm, slept_ns)?;
         if let Some(gpa) = state.generation_id_gpa {
             generation::renew(&memory_slots, gpa).map_err(RestoreError::GenerationId)?;
@@ -196,8 +196,8 @@ impl PausedVm {
             return Err(SaveError::Stopped { stop });
         }
         let machine = &self.machine;
-        // The vCPUs before the interrupt controllers: reading a vCPU may move an interrupt out of its LAPIC,
-        // never into one.
+        // The vCPUs before the interrupt controllers: reading a vCPU may move an interrupt out of its
+        // local interrupt controller, never into it.
         let vcpus =
             self.vcpus.iter().map(|vcpu| vcpu.save(&machine.kvm)).collect::<Result<Vec<_>, _>>()?;
         let irqchip = IrqchipState::save(&machine.vm)?;

@@ -31,6 +31,7 @@ pub(crate) use address_map::{
     CMDLINE_GPA, CMDLINE_MAX_BYTES, DEVICE_IRQS, GENERATION_ID_GPA, GENERATION_IRQ, SERIAL_IRQ,
 };
 pub use address_map::{DEVICE_WINDOWS_GPA, MMIO_HOLE_END, MMIO_HOLE_START};
+pub use boot::KernelError;
 pub(crate) use boot::{Entry, Kernel};
 pub(crate) use cpu_features::missing_features;
 pub(crate) use demo_guest::demo_guest_code;

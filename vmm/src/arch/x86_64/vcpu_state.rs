@@ -17,6 +17,10 @@ use super::msrs;
 use super::vcpu::Vcpu;
 use crate::error::{KvmError, NameCall};
 use crate::frozen::Frozen;
+use crate::state::{StateError, count};
+
+const CPUID_ENTRIES_MAX: usize = 256;
+const MSRS_MAX: usize = 1024;
 
 /// One vCPU. Each field is named after the KVM_GET_ call that gives it.
 #[derive(Debug, Serialize, Deserialize)]
@@ -83,6 +87,14 @@ pub enum VcpuError {
         /// Which entries.
         what: &'static str,
     },
+}
+
+impl VcpuState {
+    /// Checks the lists of a decoded state.
+    pub(crate) fn validate(&self) -> Result<(), StateError> {
+        count("CPUID entries of a vCPU", self.cpuid.len(), 1, CPUID_ENTRIES_MAX)?;
+        count("MSRs of a vCPU", self.msrs.len(), 0, MSRS_MAX)
+    }
 }
 
 impl Vcpu {

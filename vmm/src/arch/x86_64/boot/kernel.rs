@@ -12,8 +12,8 @@ use linux_loader::elf::PT_LOAD;
 use linux_loader::loader::{BzImage, Elf, KernelLoader, PvhBootCapability};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
+use super::error::KernelError;
 use crate::arch::CMDLINE_MAX_BYTES;
-use crate::boot::KernelError;
 
 /// Kernels begin here or above. `address_map` lists what is below.
 const HIGH_MEMORY: u64 = 1 << 20;

@@ -5,6 +5,7 @@
 
 mod e820;
 mod entry;
+mod error;
 mod kernel;
 mod pvh;
 mod zero_page;
@@ -12,6 +13,7 @@ mod zero_page;
 use vm_memory::GuestMemoryMmap;
 
 pub(crate) use entry::Entry;
+pub use error::KernelError;
 pub(crate) use kernel::Kernel;
 
 use super::acpi;
