@@ -68,6 +68,7 @@ pub(crate) fn set_place(chunk: &mut [u8], offset: u64) {
 
 /// A chunk's header, checked on its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ChunkHeader {
     /// How the payload is stored.
     pub codec: Codec,

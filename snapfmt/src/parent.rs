@@ -27,6 +27,7 @@ pub(crate) const MAX_LAYERS: usize = 256;
 
 /// What a layer stores about its parent.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ParentHint {
     /// The parent's id. The parent must have it.
     pub id: Uuid,

@@ -25,10 +25,7 @@ pub(crate) fn read_everything<R: ReadAt>(snapshot: &Snapshot<R>) -> Result<(), R
     let verified = snapshot.verify(NonZeroUsize::MIN, &go_on);
     let chain = snapshot.verify_chain(NonZeroUsize::MIN, &go_on);
     match &chain {
-        Ok(layers) => {
-            assert!(verified.is_ok());
-            assert_eq!(layers.len(), snapshot.headers().len());
-        }
+        Ok(layers) => assert!(verified.is_ok() && layers.len() == snapshot.headers().len()),
         Err(_) => assert!(verified.is_err() || snapshot.headers().len() > 1),
     }
     let metadata = snapshot.metadata().map(drop);
