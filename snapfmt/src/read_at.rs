@@ -13,7 +13,7 @@ use rustix::io::{Errno, ReadWriteFlags};
 
 use crate::guard::Stamp;
 
-/// Storage that can be read at any offset from several threads at once.
+/// Storage that several threads can read concurrently, at any offset.
 ///
 /// For example a file, bytes in memory, an object that is read by ranged requests, or a test that injects faults.
 pub trait ReadAt: Send + Sync {

@@ -106,7 +106,7 @@ impl ReadAt for Faulty {
     fn len_bytes(&self) -> io::Result<u64> {
         match self.next_fault(0, HEADER_BYTES as u64) {
             Some(Fault::Eio) => Err(io::Error::from_raw_os_error(EIO)),
-            // A length that is told wrong: the file seems to be cut.
+            // The storage reports a wrong length: the file seems to be cut.
             Some(Fault::Short) => Ok(self.bytes.len() as u64 / 2),
             _ => Ok(self.bytes.len() as u64),
         }
@@ -216,7 +216,7 @@ fn check(file: &[u8], fault: Fault, struck: (u64, u64), result: Result<(), ReadE
     let expected_part = part_at(file, struck.0);
     match (fault, result) {
         (Fault::Slow, Ok(())) => {}
-        // The file's length was told wrong.
+        // The storage reported a wrong length.
         (Fault::Short, Err(ReadError::WrongLength { .. })) => {
             assert_eq!(struck, (0, HEADER_BYTES as u64));
         }

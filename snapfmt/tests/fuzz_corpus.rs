@@ -82,7 +82,7 @@ fn chunk() {
     run("chunk", 6000, harness::chunk);
 }
 
-/// The harness would find nothing if what it starts from were refused at once.
+/// The harness would find nothing if its templates were refused immediately.
 #[test]
 fn templates_and_forged_files_are_good_until_they_are_changed() {
     for template in TEMPLATES.into_iter().chain([harness::HOT, harness::BOUND]) {

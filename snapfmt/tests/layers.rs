@@ -89,7 +89,7 @@ proptest! {
             prop_assert!(read_all(&snapshot) == memory);
             snapshot.verify(NonZeroUsize::MIN, &go_on).unwrap();
 
-            // All at once, and what is said to be zero.
+            // All pages together, and the pages that the index has as zeros.
             let loaded = std::sync::Mutex::new(vec![0; memory.len()]);
             let place = |offset: u64, bytes: &[u8]| {
                 loaded.lock().unwrap()[offset as usize..][..bytes.len()].copy_from_slice(bytes);
@@ -202,7 +202,7 @@ fn a_damaged_parent_is_named() {
     assert!(matches!(*source, ReadError::NotASnapshot { .. }));
 }
 
-/// Whoever reads a page, or the whole chain, is told which file is damaged.
+/// An error names the damaged file, for a page and for the whole chain.
 #[test]
 fn damage_behind_the_header_of_a_parent_is_the_parents() {
     let (_folder, base, top) = pair();

@@ -163,7 +163,7 @@ fn pages_of_a_snapshot_that_is_written_over_the_open_one_are_not_handed_out() {
         let ReadError::Changed { source, .. } = error else { unreachable!() };
         // Bound ones are known by what they are, the others by their times alone.
         assert_eq!(source.is_some(), bound, "{codec}: {source:?}");
-        // What is not about chunks was written over too, and what stands there now does not fit what was opened.
+        // Other parts were overwritten too, and their new content does not match what was opened.
         assert!(is_changed(&snapshot.state(1)), "{codec}");
         Snapshot::open(path).unwrap().verify(NonZeroUsize::MIN, &go_on).unwrap();
     }
@@ -224,7 +224,7 @@ fn a_file_that_is_renamed_linked_or_unlinked_is_the_same() {
     }
 }
 
-/// What is wrong in a parent is told as the parent's; the layer above it has not changed.
+/// An error in a parent names the parent; the layer above it has not changed.
 #[test]
 fn a_parent_that_is_written_over_is_named() {
     for bound in [true, false] {
@@ -342,7 +342,8 @@ impl ReadAt for WrittenAt<'_> {
     }
 }
 
-/// At any read, of the opening or of what comes after it: either all that was read is of one file, or it is told what happened.
+/// The file changes at any read, during or after the opening: either everything that was read is from one file, or an
+/// error reports the change.
 #[test]
 fn a_file_that_is_written_over_at_any_read_is_told_from_a_damaged_one() {
     for bound in [true, false] {

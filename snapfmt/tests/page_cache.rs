@@ -69,7 +69,7 @@ fn the_first_loading_leaves_nothing_and_the_second_one_all() {
     load(&path);
     let left = cached(&path).unwrap();
     assert!(left < 10, "{left} of 100 pages are left after the first loading");
-    // `cached` has had those read that it has asked for; without the index there would be no telling that the file was read lately.
+    // `cached` has read the pages that it asked for. Without the index, nothing would show that the file was read recently.
     assert!(drop_chunks(&path));
     load(&path);
     let left = cached(&path).unwrap();

@@ -105,7 +105,7 @@ proptest! {
         let verified = snapshot.verify(threads, &never_stop).unwrap();
         prop_assert_eq!(verified.data_pages, header.data_pages);
 
-        // Loading everything at once gives the same memory, each page once.
+        // Loading everything gives the same memory, each page once.
         let loaded = std::sync::Mutex::new(vec![0; memory.len()]);
         let place = |offset: u64, bytes: &[u8]| {
             let mut loaded = loaded.lock().unwrap();

@@ -2,7 +2,7 @@
 //! read as zeros, and the end may be missing. Such a file must not pass for a whole one.
 //!
 //! (The writer gives a file its name only after fsync; this is the second line of defence, for
-//! disks and file systems that lie, and for copies that broke off.)
+//! disks and file systems that violate it, and for incomplete copies.)
 
 use std::num::NonZeroUsize;
 use std::ops::ControlFlow;

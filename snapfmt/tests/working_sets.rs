@@ -232,7 +232,7 @@ fn a_copy_has_the_same_memory_and_state_and_another_set() {
     assert!(!path("fifth").exists());
 }
 
-/// Damage is told to whoever asks for the set, and to nobody else: pages come without it.
+/// Damage is an error when the set is read, and only then: pages are read without it.
 #[test]
 fn a_damaged_set_is_named_and_in_nobodys_way() {
     let folder = tempfile::tempdir().unwrap();

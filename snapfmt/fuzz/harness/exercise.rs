@@ -15,7 +15,7 @@ pub(crate) fn read_file(storage: impl ReadAt) -> Result<(), ReadError> {
     read_everything(&Snapshot::new(storage)?)
 }
 
-/// Reads all of a snapshot: metadata, states, index, pages one by one and all at once; verifies it.
+/// Reads all of a snapshot: metadata, states, index, pages one by one and all together; verifies it.
 ///
 /// # Panics
 /// When two ways of reading contradict each other, or a file that was verified cannot be read.
