@@ -3,9 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use snapfmt::layout::{HEADER_BYTES, PAGE_BYTES};
-use snapfmt::{
-    Contents, MemoryRegion, Metadata, Snapshot, StateBlob, WriteOptions, write_snapshot,
-};
+use snapfmt::{Contents, MemoryRegion, Snapshot, StateBlob, WriteOptions, write_snapshot};
 
 use crate::support::{Ran, snap};
 
@@ -15,13 +13,10 @@ fn sample() -> (tempfile::TempDir, PathBuf) {
     let file = folder.path().join("sample.snap");
     let memory: Vec<u8> = (0..64 * PAGE_BYTES).map(|at| (at / 300) as u8).collect();
     let len = memory.len() as u64;
-    let contents = Contents {
-        regions: &[MemoryRegion { gpa: 0, len, source_offset: 0 }],
-        memory: &memory,
-        data: &[0..len],
-        states: &[StateBlob { tag: vmm::state::STATE_KIND, version: 1, bytes: vec![1; 200] }],
-        metadata: Metadata::default(),
-    };
+    let regions = [MemoryRegion { gpa: 0, len, source_offset: 0 }];
+    let data = [0..len];
+    let states = [StateBlob { tag: vmm::state::STATE_KIND, version: 1, bytes: vec![1; 200] }];
+    let contents = Contents::new(&regions, &memory, &data).states(&states);
     let go_on = |_| std::ops::ControlFlow::Continue(());
     write_snapshot(&file, contents, &WriteOptions::default(), &go_on).expect("it is written");
     (folder, file)

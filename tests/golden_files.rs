@@ -9,8 +9,8 @@ use std::path::Path;
 
 use snapfmt::layout::{INCOMPAT_BOUND, PAGE_BYTES};
 use snapfmt::{
-    Changes, ChunkBuffer, Codec, Contents, Existing, HotRun, MemoryRegion, Metadata, PageIndex,
-    Phase, Snapshot, StateBlob, WorkingSet, WriteOptions, copy_snapshot, write_snapshot,
+    Changes, ChunkBuffer, Codec, Contents, HotRun, MemoryRegion, Metadata, PageIndex, Phase,
+    Snapshot, StateBlob, WorkingSet, WriteOptions, copy_snapshot, write_snapshot,
 };
 
 use crate::support::snap;
@@ -121,25 +121,18 @@ fn make(folder: &Path) {
     let memory = memory();
     let states = [StateBlob { tag: 7, version: 3, bytes: STATE.to_vec() }];
     let data = [0..memory.len() as u64];
-    let contents = || Contents {
-        regions: &REGIONS,
-        memory: &memory,
-        data: &data,
-        states: &states,
-        metadata: Metadata { tool: "golden".into(), ..Metadata::default() },
+    let contents = || {
+        Contents::new(&REGIONS, &memory, &data)
+            .states(&states)
+            .metadata(Metadata::default().tool("golden"))
     };
     let go_on = |_| ControlFlow::Continue(());
     let [(raw, _), (zstd, _), (copy, _)] = PRESENT;
     for (name, codec) in [(raw, Codec::Raw), (zstd, Codec::Zstd)] {
-        let options = WriteOptions { codec, ..WriteOptions::default() };
+        let options = WriteOptions::default().codec(codec);
         write_snapshot(folder.join(name), contents(), &options, &go_on).expect(name);
     }
     let original = Snapshot::open(folder.join(zstd)).expect(zstd);
-    let changes = Changes {
-        working_set: working_set(),
-        metadata: original.metadata().expect(zstd),
-        parent_path: None,
-        existing: Existing::Keep,
-    };
+    let changes = Changes::new(working_set(), original.metadata().expect(zstd));
     copy_snapshot(folder.join(copy), &original, &changes, &go_on).expect(copy);
 }

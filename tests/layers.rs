@@ -29,15 +29,12 @@ fn two() -> (tempfile::TempDir, PathBuf, PathBuf) {
     (folder, a, b)
 }
 
-fn store(path: &Path, memory: &Vec<u8>) {
+fn store(path: &Path, memory: &[u8]) {
     let len = memory.len() as u64;
-    let contents = Contents {
-        regions: &[MemoryRegion { gpa: 0, len, source_offset: 0 }],
-        memory,
-        data: &[0..len],
-        states: &[],
-        metadata: Metadata { tool: "test".into(), ..Metadata::default() },
-    };
+    let regions = [MemoryRegion { gpa: 0, len, source_offset: 0 }];
+    let data = [0..len];
+    let contents =
+        Contents::new(&regions, &memory, &data).metadata(Metadata::default().tool("test"));
     let go_on = |_| std::ops::ControlFlow::Continue(());
     write_snapshot(path, contents, &WriteOptions::default(), &go_on).expect("it is written");
 }

@@ -134,19 +134,16 @@ fn a_snapshot_of_another_cpu_is_refused() {
     let snapshot = Snapshot::open(&sample.file).expect("it opens");
     let blob = snapshot.state(STATE_KIND).expect("it can be read").expect("it is there");
     let mut state = VmState::decode(STATE_KIND, blob.version, &blob.bytes).expect("it is whole");
-    let leaf = state.vcpus[0].cpuid.iter_mut().find(|leaf| leaf.0.function == 7);
+    let leaf = state.vcpus_mut()[0].cpuid.iter_mut().find(|leaf| leaf.0.function == 7);
     // AVX-512 for Xeon Phi (PF, ER), of which there is none in a machine of today.
     leaf.expect("every CPU has this leaf").0.ebx |= 1 << 26 | 1 << 27;
     let mut metadata = snapshot.metadata().expect("it can be read");
     metadata.other.remove("host_cpu");
     let data: Vec<_> = snapshot.populated().collect();
-    let contents = Contents {
-        regions: snapshot.regions(),
-        memory: &snapshot.memory(),
-        data: &data,
-        states: &[StateBlob { bytes: state.encode(), version: STATE_VERSION, ..blob }],
-        metadata,
-    };
+    let memory = snapshot.memory();
+    let states = [StateBlob { bytes: state.encode(), version: STATE_VERSION, ..blob }];
+    let contents =
+        Contents::new(snapshot.regions(), &memory, &data).states(&states).metadata(metadata);
     let file = sample.folder.path().join("other.snap");
     let go_on = |_| std::ops::ControlFlow::Continue(());
     snapfmt::write_snapshot(&file, contents, &WriteOptions::default(), &go_on).expect("it is made");

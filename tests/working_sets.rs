@@ -4,8 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use snapfmt::{
-    Changes, Existing, PageEntry, PageIndex, Phase, SectionKind, Snapshot, WorkingSet,
-    copy_snapshot,
+    Changes, PageEntry, PageIndex, Phase, SectionKind, Snapshot, WorkingSet, copy_snapshot,
 };
 
 use crate::file_bytes::without_id;
@@ -30,12 +29,8 @@ fn number(value: &Value, path: &[&str]) -> u64 {
 fn with_set(from: &Path, to: &Path, pages: impl Iterator<Item = u32>) {
     let snapshot = Snapshot::open(from).expect("it opens");
     let pages: Vec<_> = pages.map(|page| (PageIndex(page), Phase::FirstOutput)).collect();
-    let changes = Changes {
-        working_set: WorkingSet::join([&pages[..]]),
-        metadata: snapshot.metadata().expect("it is good"),
-        parent_path: None,
-        existing: Existing::Keep,
-    };
+    let changes =
+        Changes::new(WorkingSet::join([&pages[..]]), snapshot.metadata().expect("it is good"));
     let go_on = |_| std::ops::ControlFlow::Continue(());
     copy_snapshot(to, &snapshot, &changes, &go_on).expect("it is written");
 }

@@ -22,9 +22,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use snapfmt::layout::PAGE_BYTES;
-use snapfmt::{
-    Codec, Contents, MemoryRegion, Metadata, ReadAt, Snapshot, WriteOptions, write_snapshot,
-};
+use snapfmt::{Codec, Contents, MemoryRegion, ReadAt, Snapshot, WriteOptions, write_snapshot};
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
 };
@@ -69,15 +67,10 @@ fn against_the_codec(folder: &Path) {
     println!("create, {} MiB not zero, {threads} threads, medians of {ROUNDS}:", pages.len() >> 20);
     for codec in [Codec::Zstd, Codec::Lz4] {
         let options =
-            WriteOptions { codec, threads, chunk_pages: CHUNK_PAGES, ..WriteOptions::default() };
+            WriteOptions::default().codec(codec).threads(threads).chunk_pages(CHUNK_PAGES);
         let write = |out: &Path| {
-            let contents = Contents {
-                regions: &[MemoryRegion { gpa: 0, len: memory_bytes, source_offset: 0 }],
-                memory: &memory,
-                data: &populated,
-                states: &[],
-                metadata: Metadata::default(),
-            };
+            let regions = [MemoryRegion { gpa: 0, len: memory_bytes, source_offset: 0 }];
+            let contents = Contents::new(&regions, &memory, &populated);
             // Freeing the blocks of the last one is not part of writing.
             let _ = std::fs::remove_file(out);
             let start = Instant::now();

@@ -30,7 +30,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Kvm, VcpuExit};
 use pager::{Pager, Region, SnapshotSource};
-use snapfmt::{Contents, MemoryRegion, Metadata, Snapshot, StateBlob, WriteOptions};
+use snapfmt::{Contents, MemoryRegion, Snapshot, StateBlob, WriteOptions};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm::demo::DemoConfig;
 use vmm::state::{STATE_KIND, STATE_VERSION};
@@ -128,13 +128,8 @@ fn store(
     };
     let regions: Vec<_> = layout.iter().map(region).collect();
     let bytes = state.encode();
-    let contents = Contents {
-        regions: &regions,
-        memory,
-        data,
-        states: &[StateBlob { tag: STATE_KIND, version: STATE_VERSION, bytes }],
-        metadata: Metadata::default(),
-    };
+    let states = [StateBlob { tag: STATE_KIND, version: STATE_VERSION, bytes }];
+    let contents = Contents::new(&regions, memory, data).states(&states);
     let go_on = |_| ControlFlow::Continue(());
     snapfmt::write_snapshot(file, contents, &WriteOptions::default(), &go_on).unwrap();
 }
@@ -158,7 +153,8 @@ fn whole(file: &Path) -> (Duration, Duration) {
         let gpa = region.gpa + (range.start - region.source_offset);
         gpa..gpa + (range.end - range.start)
     };
-    let options = RestoreOptions::default().plug_first(snapshot.populated().map(to_gpa).collect());
+    let options =
+        RestoreOptions::default().register_first(snapshot.populated().map(to_gpa).collect());
     let pause = |_: &[u8]| ConsoleFlow::Pause;
     let running = PausedVm::restore(memory, &state, pause, &options).unwrap().resume().unwrap();
     assert!(running.wait(None).unwrap().is_resumable());
@@ -229,7 +225,7 @@ fn paused_vm(
     state: &VmState,
     first: &[std::ops::Range<u64>],
 ) -> (Duration, Duration) {
-    let options = RestoreOptions::default().plug_first(first.to_vec());
+    let options = RestoreOptions::default().register_first(first.to_vec());
     let start = Instant::now();
     let pause = |_: &[u8]| ConsoleFlow::Pause;
     let vm = PausedVm::restore(Arc::clone(memory), state, pause, &options).unwrap();
@@ -243,12 +239,12 @@ fn bare(
     state: &VmState,
     first: &[std::ops::Range<u64>],
 ) -> (Duration, Duration) {
-    let vcpu_state = &state.vcpus[0];
+    let vcpu_state = &state.vcpus()[0];
     let entries: Vec<_> = vcpu_state.cpuid.iter().map(|entry| entry.0).collect();
     let cpuid = CpuId::from_entries(&entries).unwrap();
     let entries: Vec<_> = vcpu_state.msrs.iter().map(|entry| entry.0).collect();
     let msrs = Msrs::from_entries(&entries).unwrap();
-    let mut clock = state.chips.clock.0;
+    let mut clock = state.irqchip().clock.0;
     clock.flags = 0;
 
     let start = Instant::now();
@@ -280,10 +276,10 @@ fn bare(
     assert_eq!(vcpu.set_msrs(&msrs).unwrap(), entries.len());
     vcpu.set_mp_state(vcpu_state.mp_state.0).unwrap();
     vcpu.set_vcpu_events(&vcpu_state.events.0).unwrap();
-    for chip in [&state.chips.pic_master, &state.chips.pic_slave, &state.chips.ioapic] {
+    for chip in [&state.irqchip().pic_master, &state.irqchip().pic_slave, &state.irqchip().ioapic] {
         vm.set_irqchip(&chip.0).unwrap();
     }
-    vm.set_pit2(&state.chips.pit.0).unwrap();
+    vm.set_pit2(&state.irqchip().pit.0).unwrap();
     vm.set_clock(&clock).unwrap();
     let entry = start.elapsed();
     assert!(matches!(vcpu.run().unwrap(), VcpuExit::IoOut(0x3f8, _)));

@@ -88,15 +88,12 @@ impl GuestArgs {
 
     pub(crate) fn payload(&self) -> Payload {
         match &self.kernel {
-            None => Payload::Demo(DemoConfig {
-                work_bytes: self.work,
-                walked_of_256: self.walked_of_256(),
-            }),
-            Some(kernel) => Payload::Linux(LinuxConfig {
-                kernel: kernel.clone(),
-                initrd: self.initrd.clone(),
-                cmdline: self.cmdline.clone().unwrap_or_default(),
-            }),
+            None => Payload::Demo(DemoConfig::new(self.work).walked_of_256(self.walked_of_256())),
+            Some(kernel) => Payload::Linux(
+                LinuxConfig::new(kernel.clone())
+                    .initrd(self.initrd.clone())
+                    .cmdline(self.cmdline.clone().unwrap_or_default()),
+            ),
         }
     }
 
@@ -135,7 +132,7 @@ pub(crate) fn boot(
 ) -> Result<Vm> {
     let _opening = Wait::new(|| "the guest's kernel and disks to be read".into()).begin();
     let mut config = BootConfig::new(args.memory, args.payload());
-    config.options = BootOptions::default().cpus(args.cpus).heed_requests(trigger);
+    config.options = BootOptions::default().cpus(args.cpus).guest_snapshot_trigger(trigger);
     config.metadata = args.metadata();
     let vm = config.boot(console, args.devices.create()?).map_err(|error| match error {
         BootError::Layout(error) => Error::new(error).context("--memory"),

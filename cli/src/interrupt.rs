@@ -2,7 +2,7 @@
 //!
 //! One thread hears them, and looks after what the command waits for: see [`waits`](crate::waits).
 
-use std::io::PipeWriter;
+use std::io::{self, PipeWriter};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -51,6 +51,15 @@ struct Serving {
 /// `bench`.
 const UNHEARD: [i32; 3] = [SIGXFSZ, SIGTTIN, SIGTTOU];
 
+/// Whether this process ignores a signal, as one that `nohup` has started does SIGHUP.
+fn is_ignored(signal: i32) -> io::Result<bool> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    let mask = mask.ok_or(io::ErrorKind::InvalidData)?;
+    Ok(mask >> (signal - 1) & 1 == 1)
+}
+
 /// Keeps signals from this thread and all that it starts.
 fn block(signals: &[i32]) -> Result<()> {
     for signal in signals {
@@ -69,7 +78,7 @@ impl Interrupt {
     pub(crate) fn install() -> Result<Self> {
         let mut heard = vec![SIGINT, SIGTERM, SIGXCPU];
         // `nohup` means it.
-        if !vmm::is_signal_ignored(SIGHUP).context("cannot look at signals")? {
+        if !is_ignored(SIGHUP).context("cannot look at signals")? {
             heard.push(SIGHUP);
         }
         // By one thread only. Another one may be in the middle of a system call that a signal does not end, a read from

@@ -71,10 +71,10 @@ pub(crate) struct Steps {
 impl Steps {
     /// `what` is done from now on: "storing".
     pub(crate) fn begin(what: &'static str) -> Self {
-        let at = Arc::new(Mutex::new(Progress { done_bytes: 0, total_bytes: 0 }));
+        let at = Arc::new(Mutex::new(Progress::new(0, 0)));
         let told = Arc::clone(&at);
         let wait = Wait::new(move || {
-            let Progress { done_bytes, total_bytes } =
+            let Progress { done_bytes, total_bytes, .. } =
                 *told.lock().unwrap_or_else(PoisonError::into_inner);
             let (done, total) = (size::human(done_bytes), size::human(total_bytes));
             format!("the disk or the CPU: {what} is at {done} of {total}")

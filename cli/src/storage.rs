@@ -42,14 +42,15 @@ impl Storage {
             bail!("--level goes with --codec zstd: {} has no levels", self.codec);
         }
         let defaults = WriteOptions::default();
-        Ok(WriteOptions {
-            codec: self.codec,
-            level: self.level.unwrap_or(defaults.level),
-            chunk_pages: self.chunk_pages.into(),
-            dedupe: !self.no_dedupe,
-            threads: self.threads.unwrap_or(defaults.threads),
-            existing: if self.force { Existing::Replace } else { Existing::Keep },
-        })
+        let existing = if self.force { Existing::Replace } else { Existing::Keep };
+        Ok(defaults
+            .clone()
+            .codec(self.codec)
+            .level(self.level.unwrap_or(defaults.level))
+            .chunk_pages(self.chunk_pages.into())
+            .dedupe(!self.no_dedupe)
+            .threads(self.threads.unwrap_or(defaults.threads))
+            .existing(existing))
     }
 }
 

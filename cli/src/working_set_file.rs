@@ -37,7 +37,7 @@ impl Output<'_> {
         let parent_path: Option<PathBuf> =
             parent.map(|parent| path_of_parent(parent, self.path)).transpose()?;
         let existing = if self.replace { Existing::Replace } else { Existing::Keep };
-        let changes = Changes { working_set: set, metadata, parent_path, existing };
+        let changes = Changes::new(set, metadata).parent_path(parent_path).existing(existing);
         let bar = Bar::new("writing", session.quiet, &session.interrupt);
         Ok(copy_snapshot(self.path, snapshot, &changes, &|p| bar.update(p))?)
     }

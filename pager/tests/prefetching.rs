@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use pager::{Pager, Populate, Population, Prefetch, SnapshotSource, SourceError, VecSource};
 use snapfmt::{
-    Codec, Contents, HotPages, MemoryRegion, Metadata, PageIndex, Phase, Snapshot, WorkingSet,
-    WriteOptions, write_with_set,
+    Codec, Contents, HotPages, MemoryRegion, PageIndex, Phase, Snapshot, WorkingSet, WriteOptions,
+    write_with_set,
 };
 use support::{Memory, PAGE, shuffled, source_of, stamp, stamped, userfaultfd_works};
 
@@ -284,14 +284,10 @@ fn the_hot_part_of_a_snapshot_is_read_in_sequence() {
         .map(|page| (PageIndex(page as u32), Phase::FirstOutput))
         .collect();
     let set = WorkingSet::join([&touched[..]]);
-    let contents = Contents {
-        regions: &[MemoryRegion { gpa: 0, len: content.len() as u64, source_offset: 0 }],
-        memory: &content,
-        data: &[0..content.len() as u64],
-        states: &[],
-        metadata: Metadata::default(),
-    };
-    let hot = HotPages { set: &set, front: Some(Codec::Raw) };
+    let regions = [MemoryRegion { gpa: 0, len: content.len() as u64, source_offset: 0 }];
+    let data = [0..content.len() as u64];
+    let contents = Contents::new(&regions, &content, &data);
+    let hot = HotPages::new(&set).front(Codec::Raw);
     write_with_set(&path, contents, None, &hot, &WriteOptions::default(), &|_| {
         ControlFlow::Continue(())
     })

@@ -20,8 +20,8 @@ use std::time::{Duration, Instant};
 
 use snapfmt::layout::{CHUNK_HEADER_BYTES, PAGE_BYTES};
 use snapfmt::{
-    ChunkBuffer, ChunkExtent, Codec, Contents, MemoryRegion, Metadata, PageEntry, PageIndex,
-    Parent, Snapshot, WriteOptions, write_layer, write_snapshot,
+    ChunkBuffer, ChunkExtent, Codec, Contents, MemoryRegion, PageEntry, PageIndex, Parent,
+    Snapshot, WriteOptions, write_layer, write_snapshot,
 };
 
 const ROUNDS: usize = 9;
@@ -98,7 +98,7 @@ fn single_pages(folder: &Path) {
         [(Codec::Raw, 1), (Codec::Raw, 16), (Codec::Lz4, 16), (Codec::Zstd, 16)]
     {
         let path = folder.join(format!("{codec}-{chunk_pages}"));
-        let options = WriteOptions { codec, chunk_pages, ..WriteOptions::default() };
+        let options = WriteOptions::default().codec(codec).chunk_pages(chunk_pages);
         store(&path, &memory, memory.len() as u64, None, &options);
         let snapshot = Snapshot::open(&path).unwrap();
         let entry = |page: PageIndex| match snapshot.entry(page).unwrap() {
@@ -268,18 +268,14 @@ fn memory() -> Vec<u8> {
 
 fn store(
     path: &Path,
-    memory: &Vec<u8>,
+    memory: &[u8],
     memory_bytes: u64,
     parent: Option<&Path>,
     options: &WriteOptions,
 ) {
-    let contents = Contents {
-        regions: &[MemoryRegion { gpa: 0, len: memory_bytes, source_offset: 0 }],
-        memory,
-        data: &[0..memory.len() as u64],
-        states: &[],
-        metadata: Metadata::default(),
-    };
+    let regions = [MemoryRegion { gpa: 0, len: memory_bytes, source_offset: 0 }];
+    let data = [0..memory.len() as u64];
+    let contents = Contents::new(&regions, &memory, &data);
     match parent {
         None => write_snapshot(path, contents, options, &go_on).unwrap(),
         Some(file) => {

@@ -1,18 +1,20 @@
-//! What reading a whole file once leaves in the page cache: nothing, if it was not there before.
+//! Releasing the page cache of a file that is read once as a whole, if the file was not cached before.
 //!
-//! When all of a guest's memory is loaded, it is there decoded; the file beside it in the page cache would push out what others use. But a
-//! file that is in use, or is restored again and again, is better cached. The page cache itself tells which it is:
+//! When all of a guest's memory is loaded, it is decoded in memory. If the file stayed in the page cache too, it would
+//! evict pages that other programs use. But a file that is in use, or that is restored repeatedly, should stay
+//! cached. The page cache itself shows which case it is:
 //!
-//! - Something of the file is cached: it stays, with all that this reader adds. Another process reads it, or it was read lately.
-//! - Nothing is: the chunks are let go of behind the reader. The index stays, less than a hundredth of the file. So if the file is read
-//!   again before that is gone too, something of it is cached, and from then on it stays.
+//! - A part of the file is cached: another process reads it, or it was read recently. Nothing is released.
+//! - No part is cached: the chunks are released after they are read. The index stays cached; it is less than a
+//!   hundredth of the file. If the file is read again while its index is cached, nothing is released from then on.
 
 use std::ops::Range;
 
 use crate::layer::Layer;
 use crate::read_at::ReadAt;
 
-/// Chunks that are let go of at once, while others are read. Those of smaller files are let go of at the end, when the caller asks for it.
+/// Bytes of chunks that are released together while others are read. The chunks of smaller files are released at
+/// the end, when the caller asks for it.
 const STEP_BYTES: u64 = 256 << 20;
 /// Files with less than this in their chunks stay: opening them reads ahead, and there is little to win.
 const SMALL_BYTES: u64 = 4 << 20;
@@ -55,13 +57,14 @@ impl<'a, R: ReadAt> Behind<'a, R> {
         }
     }
 
-    /// The layers whose chunks may be let go of, now that nothing more is read.
+    /// The layers whose chunks can be released, because nothing more is read.
     pub(crate) fn finish(self) -> Vec<u16> {
         self.layers.into_iter().map(|trail| trail.number).collect()
     }
 }
 
-/// Whether nothing of the file is cached, as far as some places tell. A place that is not cached may be read for the answer.
+/// Whether no part of the file is cached, as far as a sample of offsets shows. An offset that is not cached may be
+/// read for the answer.
 fn nothing_cached<R: ReadAt>(layer: &Layer<R>) -> bool {
     let chunks = layer.index.chunks();
     let len = chunks.end - chunks.start;
@@ -80,7 +83,7 @@ mod tests {
     use std::sync::{Arc, Mutex};
 
     use super::*;
-    use crate::{Codec, Contents, MemoryRegion, Metadata, WriteOptions, write_snapshot};
+    use crate::{Codec, Contents, MemoryRegion, WriteOptions, write_snapshot};
 
     /// A file in memory of which nothing is cached, but what was put into `cached`.
     struct Cold {
@@ -109,14 +112,10 @@ mod tests {
         let memory = vec![7; 6 << 20];
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.snap");
-        let contents = Contents {
-            regions: &[MemoryRegion { gpa: 0, len: 6 << 20, source_offset: 0 }],
-            memory: &memory,
-            data: &[0..6 << 20],
-            states: &[],
-            metadata: Metadata::default(),
-        };
-        let options = WriteOptions { codec: Codec::Raw, dedupe: false, ..WriteOptions::default() };
+        let regions = [MemoryRegion { gpa: 0, len: 6 << 20, source_offset: 0 }];
+        let data = [0..6 << 20];
+        let contents = Contents::new(&regions, &memory, &data);
+        let options = WriteOptions::default().codec(Codec::Raw).dedupe(false);
         write_snapshot(&path, contents, &options, &|_| ControlFlow::Continue(())).unwrap();
         let bytes = std::fs::read(path).unwrap();
         let cached = cached(&Layer::open(bytes.clone()).unwrap());

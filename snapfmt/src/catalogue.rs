@@ -15,7 +15,8 @@ pub(crate) const MOST_FILES: usize = 4096;
 /// Most names that are read of one folder.
 const MOST_NAMES: usize = 64 * MOST_FILES;
 
-/// What was found in the folders, which may belong to anyone: headers that are right, of files that may not be.
+/// What was found in the folders, which are not trusted: files with a correct header. The rest of a file may be
+/// damaged.
 pub(crate) struct Catalogue {
     snapshots: Vec<(PathBuf, Header)>,
     /// Whether there are files that were not looked into.

@@ -15,8 +15,8 @@ use crate::layout::{
 };
 use crate::section::SectionKind;
 
-/// Appends a chunk to `out`, all but its own place in the file, which [`set_place`] adds. `seed` is what its checksum begins
-/// with. Gives its length and the codec that its payload got.
+/// Appends a chunk to `out`, without its own offset in the file, which [`set_place`] adds. `seed` is the start of its
+/// checksum. Returns its length and the codec of its payload.
 pub(crate) fn encode(
     compressor: &mut Compressor,
     pages: &[PageIndex],
@@ -51,14 +51,15 @@ pub(crate) fn seed(chunks_id: Uuid) -> u32 {
     crc32fast::hash(chunks_id.as_bytes())
 }
 
-/// Two seeds give the same bytes different checksums, whatever the bytes are: so no chunk passes for another snapshot's.
+/// The same bytes have different checksums with two different seeds. So a chunk is never mistaken for a chunk of
+/// another snapshot.
 fn body_crc(seed: u32, body: &[u8]) -> u32 {
     let mut hasher = crc32fast::Hasher::new_with_initial(seed);
     hasher.update(body);
     hasher.finalize()
 }
 
-/// Writes into an encoded chunk where it will stand in the file, and seals its header.
+/// Writes the offset of an encoded chunk in the file into the chunk, and the checksum of its header.
 pub(crate) fn set_place(chunk: &mut [u8], offset: u64) {
     put(chunk, C_OFFSET, &offset.to_le_bytes());
     let crc = crc32fast::hash(&chunk[..C_CRC]);
@@ -67,6 +68,7 @@ pub(crate) fn set_place(chunk: &mut [u8], offset: u64) {
 
 /// A chunk's header, checked on its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ChunkHeader {
     /// How the payload is stored.
     pub codec: Codec,
@@ -275,7 +277,7 @@ pub struct Chunk<'a> {
 }
 
 impl<'a> Chunk<'a> {
-    /// Where it stands in the file.
+    /// Its place in the file.
     pub fn extent(&self) -> ChunkExtent {
         self.extent
     }

@@ -10,6 +10,7 @@ use crate::error::WriteError;
 /// Codec of one chunk's payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
+#[non_exhaustive]
 pub enum Codec {
     /// The pages as they are.
     Raw = 0,
@@ -140,8 +141,8 @@ impl Compressor {
         }
     }
 
-    /// Appends `raw` to `out` in the codec, or as it is where that saves less than a sixteenth:
-    /// such a chunk would cost its reader a decode for nothing. Tells which it was.
+    /// Appends `raw` to `out` in the codec, or uncompressed if the codec saves less than a sixteenth:
+    /// such a chunk would cost its reader a decode without a gain. Returns the codec that was used.
     pub(crate) fn append(&mut self, raw: &[u8], out: &mut Appended) -> Result<Codec, WriteError> {
         let compressed = match self.codec {
             Codec::Raw => None,

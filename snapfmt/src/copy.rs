@@ -1,4 +1,4 @@
-//! The same snapshot in another file, with another working set: chunks and index as they are, byte for byte.
+//! Copying a snapshot to another file with another working set. Chunks and index are copied byte for byte.
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -14,25 +14,48 @@ use crate::snapshot::Snapshot;
 use crate::working_set::WorkingSet;
 use crate::writer::{self, FileBuilder, OnProgress, Progress};
 
-/// What is other in the copy of a snapshot: see [`copy_snapshot`].
+/// What differs in the copy of a snapshot: see [`copy_snapshot`].
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Changes {
-    /// Its working set.
+    /// The working set of the copy.
     pub working_set: WorkingSet,
-    /// What it says of itself.
+    /// The metadata of the copy.
     pub metadata: Metadata,
-    /// Of a layer: where the copy is to say that its parent is. `None`: where the original says.
+    /// For a layer: the path of the parent that the copy stores. With `None` it is the path in the original.
     pub parent_path: Option<PathBuf>,
     /// What to do with a file that is already there.
     pub existing: Existing,
 }
 
-/// Bytes that are copied at a time.
-const PIECE_BYTES: u64 = 1 << 20;
+impl Changes {
+    /// Another working set and other metadata.
+    #[must_use]
+    pub fn new(working_set: WorkingSet, metadata: Metadata) -> Self {
+        Self { working_set, metadata, parent_path: None, existing: Existing::Keep }
+    }
 
-/// Copies the file of a snapshot (of a chain the top one) to `path` with some changes, under an id of its own. Chunks are copied and not looked at:
-/// damage stays damage, and stays noticed. They keep saying whose chunks they are, which the copy's header says too: what stands at a
-/// place of one file and of the other is the same.
+    /// Sets [`Changes::parent_path`].
+    #[must_use]
+    pub fn parent_path(mut self, parent_path: impl Into<Option<PathBuf>>) -> Self {
+        self.parent_path = parent_path.into();
+        self
+    }
+
+    /// Sets [`Changes::existing`].
+    #[must_use]
+    pub fn existing(mut self, existing: Existing) -> Self {
+        self.existing = existing;
+        self
+    }
+}
+
+/// Bytes that are copied at a time.
+const BLOCK_BYTES: u64 = 1 << 20;
+
+/// Copies the file of a snapshot (of a chain the top one) to `path` with some changes. The copy has a new id. Chunks are
+/// copied without a check, so damage stays, and it stays detectable. The chunks keep the id of the snapshot that they
+/// were written for, and the header of the copy has that id too. Each chunk has the same offset in both files.
 ///
 /// # Errors
 /// [`WriteError`]; then nothing new is at `path`.
@@ -55,23 +78,23 @@ pub fn copy_snapshot<R: ReadAt>(
     let mut copy = |file: &mut FileBuilder<'_>, section: &Section| {
         let offset = file.offset;
         file.sections.push(Section { offset, ..*section });
-        let mut piece = vec![0; section.len.min(PIECE_BYTES) as usize];
-        for at in (section.offset..section.end()).step_by(PIECE_BYTES as usize) {
-            let piece = &mut piece[..(section.end() - at).min(PIECE_BYTES) as usize];
+        let mut block = vec![0; section.len.min(BLOCK_BYTES) as usize];
+        for at in (section.offset..section.end()).step_by(BLOCK_BYTES as usize) {
+            let block = &mut block[..(section.end() - at).min(BLOCK_BYTES) as usize];
             let part = Part::Section(section.kind);
             storage
-                .read_exact_at(piece, at)
-                .map_err(|source| ReadError::io(part, at, piece.len() as u64, source))
+                .read_exact_at(block, at)
+                .map_err(|source| ReadError::io(part, at, block.len() as u64, source))
                 .map_err(WriteError::Original)?;
-            file.append(piece)?;
-            done_bytes += piece.len() as u64;
+            file.append(block)?;
+            done_bytes += block.len() as u64;
             if progress(Progress { done_bytes, total_bytes }) == ControlFlow::Break(()) {
                 return Err(WriteError::Cancelled);
             }
         }
         Ok(())
     };
-    // Entries and chunks say where chunks stand: there they stay.
+    // Entries and chunks contain the offsets of chunks, so the offsets stay.
     let mut others = Vec::new();
     for section in snapshot.sections() {
         match section.kind {

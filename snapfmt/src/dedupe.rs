@@ -24,9 +24,9 @@ pub(crate) struct Dedupe {
 
 #[derive(Default)]
 struct State {
-    /// The task whose turn it is.
+    /// The task that may continue now.
     turn: usize,
-    /// A task has failed and will not take its turn: nobody needs to wait any more.
+    /// A task has failed and will not take its turn, so no other task has to wait.
     abandoned: bool,
     seen: HashMap<u32, PageIndex, Scatter>,
 }
@@ -49,8 +49,8 @@ impl Dedupe {
 }
 
 impl Ticket<'_> {
-    /// Waits for the turn. Then calls `visit` with a function that remembers a page by its hash,
-    /// and gives the page that was remembered by the same hash before.
+    /// Waits for the turn. Then calls `visit` with a function that records a page by its hash,
+    /// and returns the page that was recorded with the same hash before.
     pub(crate) fn take(
         mut self,
         visit: impl FnOnce(&mut dyn FnMut(u32, PageIndex) -> Option<PageIndex>),
@@ -88,14 +88,14 @@ impl Drop for Ticket<'_> {
     }
 }
 
-/// A hash of a page: its checksum. Equal hashes say "look closer", no more, so
-/// a guest that makes up pages with equal hashes gains nothing.
+/// A hash of a page: its checksum. Pages with equal hashes are compared byte for byte, so
+/// a guest gains nothing by creating pages with equal hashes.
 pub(crate) fn hash(page: &[u8]) -> u32 {
     crc32fast::hash(page)
 }
 
-/// Where the hash of a page stands in the table: cheap, since it is a hash already, and different in each
-/// process, since a guest can make up pages whose hashes would all stand in the same place.
+/// The position of a page's hash in the table. It is cheap, because its input is a hash already. It is different in
+/// each process, because a guest could otherwise create pages whose hashes have the same position.
 #[derive(Clone)]
 struct Scatter(u64);
 

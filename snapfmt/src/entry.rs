@@ -1,4 +1,4 @@
-//! One page entry of the index: eight bytes that say where a page is.
+//! One page entry of the index: eight bytes with the place of a page.
 
 use crate::layout::{
     CHUNK_ALIGN, CHUNK_HEADER_BYTES, E_KIND_BITS, E_OFFSET_SHIFT, E_SLOT_BITS, E_SLOT_SHIFT,
@@ -75,7 +75,7 @@ impl ChunkExtent {
     }
 }
 
-/// What the index says of one page.
+/// The entry of one page in the index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PageEntry {
     /// All bytes are zero; nothing is stored.
@@ -87,8 +87,8 @@ pub enum PageEntry {
         /// Which of the chunk's pages it is, from 0.
         slot: u16,
     },
-    /// The page is as in the parent. Only in the index of one layer; a
-    /// [`Snapshot`](crate::Snapshot) has all of its layers and gives the parent's answer instead.
+    /// The page is as in the parent. This occurs only in the index of one layer: a
+    /// [`Snapshot`](crate::Snapshot) has all of its layers and returns the parent's entry instead.
     Parent,
 }
 

@@ -54,7 +54,7 @@ pub enum ReadError {
     NotASnapshot {
         /// The magic of a snapshot.
         expected: [u8; 8],
-        /// What stands there.
+        /// The bytes found.
         found: [u8; 8],
     },
     /// The file ends too early.
@@ -85,7 +85,7 @@ pub enum ReadError {
         /// Name of the codec.
         codec: &'static str,
     },
-    /// The page lies outside the snapshot's memory.
+    /// The page is outside of the snapshot's memory.
     #[error("page {page} is outside the snapshot's {pages} pages")]
     NoSuchPage {
         /// The page that was asked for.
@@ -117,7 +117,7 @@ pub enum ReadError {
     Changed {
         /// What the storage said when it was opened.
         opened: Stamp,
-        /// What it says now.
+        /// The value found now.
         found: Stamp,
         /// What did not fit, if that is how it was noticed.
         source: Option<Box<ReadError>>,
@@ -169,7 +169,7 @@ pub enum ChainError {
     WrongParent {
         /// The parent's id.
         expected: Uuid,
-        /// The id of what is there.
+        /// The id found.
         found: Uuid,
     },
     /// The parent's id, but not its header.
@@ -265,7 +265,7 @@ impl fmt::Display for Part {
     }
 }
 
-/// One place of the file that is not as the format says.
+/// One place of the file that violates the format.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("corrupt {part} at offset {offset}: {problem}")]
 #[non_exhaustive]
@@ -318,14 +318,14 @@ pub enum Problem {
         /// The value it has.
         found: u64,
     },
-    /// A codec could not decode a chunk whose checksum is right, or gave another length.
+    /// A codec could not decode a chunk with a correct checksum, or it decoded another length.
     #[error("{codec} payload decodes to {found:?} bytes, expected {expected}")]
     Undecodable {
         /// Name of the codec.
         codec: &'static str,
         /// Bytes that the chunk declares.
         expected: usize,
-        /// Bytes that came out, if any did.
+        /// Length of the decoded bytes, if there are any.
         found: Option<usize>,
     },
     /// A section that every file has is missing.
@@ -354,7 +354,7 @@ pub enum Problem {
         /// The entry.
         raw: u64,
     },
-    /// The index gives a page to a slot that was stored for another page with other bytes, or
+    /// The index refers a page to a slot that was stored for another page with other bytes, or
     /// that the chunk does not have.
     #[error("slot {slot} of the chunk expected to hold page {page}, which it does not")]
     Slot {

@@ -15,7 +15,7 @@ use crate::read_at::ReadAt;
 pub struct Stamp {
     /// Its length in bytes.
     pub len_bytes: u64,
-    /// When it was last written to; anyone may set that back (`cp -p`, `rsync -t`).
+    /// When it was last written to. Programs may set this back (`cp -p`, `rsync -t`).
     pub modified_ns: u64,
     /// When it was last written to, or its name, mode, owner or times were changed; that cannot be set.
     pub changed_ns: u64,

@@ -1,4 +1,4 @@
-//! The file header: 4 KiB that say what the file is without knowing the rest of it.
+//! The file header: 4 KiB that describe the file independently of the rest of it.
 
 use uuid::Uuid;
 
@@ -15,6 +15,7 @@ use crate::layout::{
 
 /// The header of a snapshot, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Header {
     /// Version of the format.
     pub version: u32,
@@ -34,7 +35,7 @@ pub struct Header {
     pub memory_bytes: u64,
     /// Length of the whole file in bytes.
     pub file_bytes: u64,
-    /// Pages whose bytes are in this file, equal ones counted each.
+    /// Pages whose bytes are in this file; equal pages are counted separately.
     pub data_pages: u64,
     /// Pages stored in chunks, equal ones counted once.
     pub stored_pages: u64,
@@ -44,8 +45,8 @@ pub struct Header {
     pub chunks: u64,
     /// When the snapshot was made, in milliseconds since 1970-01-01 UTC.
     pub created_unix_ms: u64,
-    /// The snapshot that the chunks were written for, whose id their checksums begin with: this one, or, of a copy, the
-    /// one whose chunks it has. `None` in files from before chunks said so.
+    /// The id of the snapshot that the chunks were written for; their checksums begin with it. It is this snapshot or,
+    /// in a copy, the snapshot that the chunks were copied from. `None` in older files, whose checksums begin with no id.
     pub chunks_id: Option<Uuid>,
     /// Checksum of the header itself.
     pub(crate) crc: u32,
@@ -65,7 +66,7 @@ impl Header {
         self.pages() - self.data_pages - self.parent_pages
     }
 
-    /// What the checksums of chunks' bodies begin with.
+    /// The start of the checksums of chunks' bodies.
     pub(crate) fn chunk_seed(&self) -> u32 {
         self.chunks_id.map_or(0, chunk::seed)
     }
@@ -99,28 +100,10 @@ impl Header {
         bytes
     }
 
-    /// Checks the header of a file that is `file_bytes` long. In this order, so that the answer
-    /// is the most useful one: magic, checksum, version, features, then the fields.
+    /// Checks the header of a file that is `file_bytes` long. The order gives the most useful
+    /// error: magic, checksum, version, features, then the fields.
     pub(crate) fn decode(b: &[u8; HEADER_BYTES], file_bytes: u64) -> Result<Self, ReadError> {
-        let mut found = [0; 8];
-        found.copy_from_slice(&b[H_MAGIC..H_MAGIC + 8]);
-        if found != MAGIC {
-            return Err(ReadError::NotASnapshot { expected: MAGIC, found });
-        }
-        let corrupt = |at: usize, problem| Corruption::new(Part::Header, at as u64, problem);
-        let (expected, found) = (u32_at(b, H_CRC), crc32fast::hash(&b[..H_CRC]));
-        if expected != found {
-            return Err(corrupt(H_CRC, Problem::Checksum { expected, found }).into());
-        }
-        let version = u32_at(b, H_VERSION);
-        if version != VERSION {
-            return Err(ReadError::UnsupportedVersion { found: version, supported: VERSION });
-        }
-        let incompat = u64_at(b, H_INCOMPAT);
-        if incompat & !INCOMPAT_KNOWN != 0 {
-            return Err(ReadError::UnsupportedFeatures { unknown: incompat & !INCOMPAT_KNOWN });
-        }
-
+        let (version, incompat) = checked_version(b)?;
         let exact = |field, at, expected, found: u64| match found == expected {
             true => Ok(()),
             false => Err(corrupt(at, Problem::Field { field, expected, found })),
@@ -189,6 +172,32 @@ impl Header {
             crc: u32_at(b, H_CRC),
         })
     }
+}
+
+fn corrupt(at: usize, problem: Problem) -> Corruption {
+    Corruption::new(Part::Header, at as u64, problem)
+}
+
+/// The version and the incompatible features of a header with a correct magic and checksum.
+fn checked_version(b: &[u8; HEADER_BYTES]) -> Result<(u32, u64), ReadError> {
+    let mut found = [0; 8];
+    found.copy_from_slice(&b[H_MAGIC..H_MAGIC + 8]);
+    if found != MAGIC {
+        return Err(ReadError::NotASnapshot { expected: MAGIC, found });
+    }
+    let (expected, found) = (u32_at(b, H_CRC), crc32fast::hash(&b[..H_CRC]));
+    if expected != found {
+        return Err(corrupt(H_CRC, Problem::Checksum { expected, found }).into());
+    }
+    let version = u32_at(b, H_VERSION);
+    if version != VERSION {
+        return Err(ReadError::UnsupportedVersion { found: version, supported: VERSION });
+    }
+    let incompat = u64_at(b, H_INCOMPAT);
+    if incompat & !INCOMPAT_KNOWN != 0 {
+        return Err(ReadError::UnsupportedFeatures { unknown: incompat & !INCOMPAT_KNOWN });
+    }
+    Ok((version, incompat))
 }
 
 /// Whether the bytes that the file's features leave unused are zero, as writers make them.

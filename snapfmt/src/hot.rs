@@ -1,5 +1,5 @@
-//! Pages that stand in front: in the order in which a restored guest touches them, so that one sequential read
-//! brings what it needs.
+//! Pages in front of the file, in the order in which a restored guest accesses them. So one sequential read
+//! loads what the guest needs.
 
 use std::collections::HashSet;
 
@@ -10,16 +10,32 @@ use crate::layout::{MAX_CHUNK_PAGES, PAGE_BYTES};
 use crate::pack::LeafTasks;
 use crate::working_set::{Phase, WorkingSet};
 
-/// The working set of a file that is written, and where its pages go.
+/// The working set of a file that is written, and the place of its pages.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct HotPages<'a> {
     /// The set, which becomes a section of the file.
     pub set: &'a WorkingSet,
-    /// The codec of the chunks in front, for its pages; `None` leaves all pages where they would be without a set.
+    /// The codec of the chunks in front, for the set's pages. With `None`, all pages are where they are without a set.
     pub front: Option<Codec>,
 }
 
-/// The pages that stand in front, in their order there.
+impl<'a> HotPages<'a> {
+    /// A working set whose pages are not moved to the front.
+    #[must_use]
+    pub fn new(set: &'a WorkingSet) -> Self {
+        Self { set, front: None }
+    }
+
+    /// Sets [`HotPages::front`].
+    #[must_use]
+    pub fn front(mut self, front: impl Into<Option<Codec>>) -> Self {
+        self.front = front.into();
+        self
+    }
+}
+
+/// The pages in front, in their order.
 pub(crate) struct Front {
     pub(crate) pages: Vec<PageIndex>,
     phases: Vec<Phase>,

@@ -1,7 +1,7 @@
-//! One file's page index: a root that lists the leaves there are, and leaves of 512 page entries.
+//! One file's page index: a root that lists the leaves, and leaves of 512 page entries.
 //!
-//! A leaf that is not listed stands for 2 MiB of zeros, or in a layer for 2 MiB that are as in the
-//! parent. Leaves are read and checked when they are asked for; [`PageTable`] keeps them.
+//! A leaf that is not listed means 2 MiB of zeros, or in a layer 2 MiB that are as in the
+//! parent. Leaves are read and checked when they are first needed; [`PageTable`] keeps them.
 //!
 //! [`PageTable`]: crate::page_table::PageTable
 
@@ -21,13 +21,13 @@ pub(crate) struct Index {
     leaves: Vec<(u32, u32)>,
     /// Offset of the first leaf in the file; the others follow in the order of the root.
     leaves_offset: u64,
-    /// The bytes of the file that chunks may lie in.
+    /// The bytes of the file that chunks may be in.
     chunks: Range<u64>,
     layered: bool,
 }
 
 impl Index {
-    /// Parses a root whose checksum was found right.
+    /// Parses a root with a correct checksum.
     pub(crate) fn parse(
         root: &[u8],
         root_section: &Section,
@@ -61,12 +61,12 @@ impl Index {
         Ok(Self { leaves, leaves_offset: leaves_section.offset, chunks, layered })
     }
 
-    /// The bytes of the file that chunks may lie in.
+    /// The bytes of the file that chunks may be in.
     pub(crate) fn chunks(&self) -> Range<u64> {
         self.chunks.clone()
     }
 
-    /// Where the first leaf stands in the file, if there is one.
+    /// The offset of the first leaf in the file, if there is one.
     pub(crate) fn first_leaf_offset(&self) -> Option<u64> {
         self.leaves.first().map(|_| self.leaf_offset(0))
     }
@@ -104,7 +104,7 @@ impl Index {
         Ok(Some(leaf))
     }
 
-    /// Where a leaf stands in the file.
+    /// The offset of a leaf in the file.
     pub(crate) fn leaf_bytes(&self, number: u32) -> Option<Range<u64>> {
         let offset = self.leaf_offset(self.position(number)?);
         Some(offset..offset + LEAF_BYTES as u64)

@@ -104,9 +104,9 @@ impl<R: ReadAt> Layer<R> {
         Ok((header, sections, index, regions))
     }
 
-    /// Fills `bytes` with those of chunks, from the storage itself or from [`Layer::in_order`]. They are of the file that
-    /// was opened: by its checksum a chunk is of this snapshot or of none, and where chunks do not say whose they are,
-    /// the storage is asked whether it was written to. After the read, or what is written in between would be missed.
+    /// Reads bytes of chunks, from the storage itself or from [`Layer::in_order`]. The bytes belong to the file that was
+    /// opened: the checksum of a chunk is valid for this snapshot only. If the checksums begin with no id, the storage is
+    /// asked whether it was written to. It is asked after the read, because an earlier answer could miss a write.
     pub(crate) fn read_chunks(
         &self,
         from: &(impl ReadAt + ?Sized),
@@ -127,7 +127,7 @@ impl<R: ReadAt> Layer<R> {
         self.guard.as_ref().map_or(Ok(()), |guard| guard.check(&self.storage))
     }
 
-    /// What does not fit, in a file that was written to since it was opened, is no damage: tells what it is.
+    /// The error for damage in a file: if the file was written to since it was opened, it is not damage but a change.
     fn explained(&self, error: ReadError) -> ReadError {
         if !matches!(error, ReadError::Corrupt(_) | ReadError::Io { .. }) {
             return error;
@@ -140,8 +140,8 @@ impl<R: ReadAt> Layer<R> {
         }
     }
 
-    /// An error of this file, told as that of the parent that it is in a chain: `number` is its
-    /// place there, 0 for the file that was asked for.
+    /// An error of this file, as an error of the parent that it is in a chain: `number` is its
+    /// place there, 0 for the file that was opened.
     pub(crate) fn named(&self, number: usize, error: ReadError) -> ReadError {
         let error = self.explained(error);
         match error {
@@ -181,7 +181,7 @@ impl<R: ReadAt> Layer<R> {
         Ok(WorkingSet::parse(&bytes, section.offset, self.header.pages())?)
     }
 
-    /// What the file says of its parent, if it is a layer.
+    /// What the file stores about its parent, if it is a layer.
     pub(crate) fn parent_hint(&self) -> Result<Option<ParentHint>, ReadError> {
         if self.header.incompat & INCOMPAT_LAYERED == 0 {
             return Ok(None);
@@ -195,7 +195,7 @@ impl<R: ReadAt> Layer<R> {
 
 fn read_header(storage: &dyn ReadAt, file_bytes: u64) -> Result<Header, ReadError> {
     let mut bytes = Box::new([0; HEADER_BYTES]);
-    // Of a file that is too short for a header, tell first whether it looks like one at all.
+    // If a file is too short for a header, check first whether it looks like a snapshot.
     let len = file_bytes.min(HEADER_BYTES as u64) as usize;
     storage
         .read_exact_at(&mut bytes[..len], 0)

@@ -4,7 +4,7 @@
 //! when one of the numbers moves. All integers in the file are little-endian.
 
 /// First eight bytes of every snapshot. Like PNG's: a byte above 0x7f, the name, a DOS line end
-/// and a DOS end-of-file, so that text-mode transfers and `type` are noticed at once.
+/// and a DOS end-of-file, so that text-mode transfers and `type` are detected immediately.
 pub const MAGIC: [u8; 8] = *b"\x89SNAP\r\n\x1a";
 
 /// Version of the format that this crate writes and the only one it reads.
@@ -37,7 +37,7 @@ pub const SECTION_RECORD_BYTES: usize = 40;
 /// Bytes of one record of the memory map.
 pub const REGION_RECORD_BYTES: usize = 24;
 
-/// Bytes of the header that stands in front of every chunk.
+/// Bytes of the header at the start of every chunk.
 pub const CHUNK_HEADER_BYTES: usize = 32;
 
 /// First four bytes of every chunk.
@@ -101,14 +101,14 @@ pub const WORKING_SET_RECORD_BYTES: usize = 8;
 /// Feature bit (incompatible): pages may be in a parent snapshot.
 pub const INCOMPAT_LAYERED: u64 = 1 << 0;
 
-/// Feature bit (incompatible): chunks say which snapshot they are of. Their checksums begin with its id.
+/// Feature bit (incompatible): the checksums of chunks begin with the id of their snapshot.
 pub const INCOMPAT_BOUND: u64 = 1 << 1;
 
 /// Incompatible features that this crate understands; any other set bit refuses the file.
 pub const INCOMPAT_KNOWN: u64 = INCOMPAT_LAYERED | INCOMPAT_BOUND;
 
 // Byte offsets of the header's fields. The first four and the CRC stay where they are in every
-// future version, so that any tool can tell what it has in front of it.
+// future version, so that any tool can identify the file.
 pub(crate) const H_MAGIC: usize = 0;
 pub(crate) const H_VERSION: usize = 8;
 pub(crate) const H_HEADER_BYTES: usize = 12;

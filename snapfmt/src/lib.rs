@@ -1,23 +1,23 @@
 //! One-file snapshots of virtual machine memory: random access, compressed, checksummed.
 //!
-//! A snapshot holds a guest's memory in chunks of compressed pages, an index that finds any page
-//! with one look-up, opaque machine state, and metadata in JSON. The bytes are described in
-//! `docs/format.md`; this crate is one implementation of it.
+//! A snapshot contains a guest's memory in chunks of compressed pages, an index that finds any page
+//! with one look-up, opaque machine state, and metadata in JSON. `docs/format.md` describes the bytes;
+//! this crate is one implementation of it.
 //!
 //! # What it does
 //! - Opens in constant time: the cost does not depend on the size of the guest's memory.
 //! - Reads any page with one look-up and one read; a chunk's checksum is checked whenever it is
 //!   read, never all up front and never skipped.
-//! - Knows whose a chunk is: a file that another snapshot is written over while it is open gives errors, and never a page
-//!   of the other.
+//! - Recognizes the snapshot of each chunk: if a file is overwritten with another snapshot while it is open, reading
+//!   returns errors, and never a page of the other snapshot.
 //! - Writes on all cores, with bounded memory, progress and cancellation; a file appears whole
 //!   and synced, or not at all, even after SIGKILL.
 //! - Treats the file as hostile: lengths are bounded before allocation, offsets checked, decoders
 //!   capped. A bad file is a typed error with section, offset, expected and found.
 //!
 //! # What it does not do
-//! - It knows neither KVM nor userfaultfd, and what is in the state it does not care.
-//! - It does not encrypt or sign; checksums find accidents, not forgers.
+//! - It does not use KVM or userfaultfd, and it does not interpret the state.
+//! - It does not encrypt or sign; checksums detect accidents, not forgery.
 //!
 //! # Example
 //! ```
@@ -25,19 +25,17 @@
 //! use snapfmt::{ChunkBuffer, Contents, MemoryRegion, Metadata, PageIndex, Snapshot, StateBlob};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! // 8 MiB of guest memory, of which one page holds something.
+//! // 8 MiB of guest memory, of which one page is not zero.
 //! let mut memory = vec![0u8; 8 << 20];
 //! memory[5 * 4096..6 * 4096].fill(7);
 //!
 //! let directory = tempfile::tempdir()?;
 //! let path = directory.path().join("guest.snap");
-//! let contents = Contents {
-//!     regions: &[MemoryRegion { gpa: 0, len: 8 << 20, source_offset: 0 }],
-//!     memory: &memory,
-//!     data: &[0..8 << 20],
-//!     states: &[StateBlob { tag: 1, version: 1, bytes: b"registers".to_vec() }],
-//!     metadata: Metadata { tool: "example".into(), ..Metadata::default() },
-//! };
+//! let regions = [MemoryRegion { gpa: 0, len: 8 << 20, source_offset: 0 }];
+//! let states = [StateBlob { tag: 1, version: 1, bytes: b"registers".to_vec() }];
+//! let contents = Contents::new(&regions, &memory, &[0..8 << 20])
+//!     .states(&states)
+//!     .metadata(Metadata::default().tool("example"));
 //! snapfmt::write_snapshot(&path, contents, &Default::default(), &|_| ControlFlow::Continue(()))?;
 //!
 //! let snapshot = Snapshot::open(&path)?;

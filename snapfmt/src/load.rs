@@ -1,4 +1,4 @@
-//! Reading all of a snapshot's memory at once, on all cores: what an eager restore does.
+//! Reading all of a snapshot's memory on all cores, as an eager restore does.
 
 use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
@@ -17,12 +17,13 @@ use crate::writer::{OnProgress, Progress};
 pub type OnPages<'a> = &'a (dyn Fn(u64, &[u8]) + Sync);
 
 impl<R: ReadAt> Snapshot<R> {
-    /// Reads every page that is not zero and hands it to `place`, from several threads, in no
-    /// particular order; each page once. Pages that follow each other come together where the
-    /// file holds them so. Of large files that nothing was cached of, chunks are let go of meanwhile: see [`Snapshot::release`].
+    /// Reads every page that is not zero and passes it to `place`, from several threads, in no
+    /// particular order; each page once. Pages that follow each other are passed together if the
+    /// file stores them so. If no part of a large file was cached, its chunks are released meanwhile: see
+    /// [`Snapshot::release`].
     ///
     /// # Errors
-    /// [`ReadError`]; some pages were handed out by then.
+    /// [`ReadError`]; some pages may have been passed to `place` before.
     pub fn load(
         &self,
         threads: NonZeroUsize,
@@ -113,6 +114,7 @@ impl<R: ReadAt> Snapshot<R> {
 
 /// What [`Snapshot::load`] has read.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Loaded {
     /// Bytes of chunks, of all layers.
     pub bytes_read: u64,

@@ -16,7 +16,7 @@ pub struct MemoryRegion {
 }
 
 /// Checks that the regions are whole pages, ascend without overlap and fill the source space.
-/// Gives the size of memory in bytes, or the first region at fault and what is wrong with it.
+/// Returns the size of memory in bytes, or the first wrong region and what is wrong with it.
 fn check(regions: &[MemoryRegion]) -> Result<u64, (usize, &'static str)> {
     let page = PAGE_BYTES as u64;
     let (mut gpa_free_from, mut memory_bytes) = (0, 0u64);
@@ -39,7 +39,7 @@ fn check(regions: &[MemoryRegion]) -> Result<u64, (usize, &'static str)> {
     Ok(memory_bytes)
 }
 
-/// Checks a writer's regions; gives the size of memory in bytes.
+/// Checks a writer's regions. Returns the size of memory in bytes.
 pub(crate) fn validate(regions: &[MemoryRegion]) -> Result<u64, WriteError> {
     let memory_bytes = check(regions).map_err(|(index, problem)| WriteError::Regions {
         index,
@@ -63,7 +63,7 @@ pub(crate) fn encode(regions: &[MemoryRegion]) -> Vec<u8> {
     bytes
 }
 
-/// Parses a memory map whose checksum was found right.
+/// Parses a memory map with a correct checksum.
 pub(crate) fn parse(
     bytes: &[u8],
     offset: u64,

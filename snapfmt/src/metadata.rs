@@ -1,4 +1,4 @@
-//! What a snapshot says of itself, as JSON that anybody can print without KVM.
+//! The metadata of a snapshot, as JSON that can be printed without KVM.
 
 use std::collections::BTreeMap;
 
@@ -9,8 +9,9 @@ use crate::error::{Corruption, Part, Problem};
 use crate::layout::MAX_METADATA_VALUES;
 use crate::section::SectionKind;
 
-/// The metadata section: a JSON object. It informs; nothing in it is needed to restore.
+/// The metadata section: a JSON object. It is for information only; a restore does not need it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Metadata {
     /// Name of the program that wrote the file.
     #[serde(default)]
@@ -21,13 +22,37 @@ pub struct Metadata {
     /// What was stored by codec name; filled in by the writer.
     #[serde(default)]
     pub storage: BTreeMap<String, CodecUse>,
-    /// Everything else that the producer wants to say: host CPU, guest, devices.
+    /// Everything else that the producer adds: host CPU, guest, devices.
     #[serde(flatten)]
     pub other: serde_json::Map<String, serde_json::Value>,
 }
 
+impl Metadata {
+    /// Sets [`Metadata::tool`].
+    #[must_use]
+    pub fn tool(mut self, tool: impl Into<String>) -> Self {
+        self.tool = tool.into();
+        self
+    }
+
+    /// Sets [`Metadata::tool_version`].
+    #[must_use]
+    pub fn tool_version(mut self, tool_version: impl Into<String>) -> Self {
+        self.tool_version = tool_version.into();
+        self
+    }
+
+    /// Sets [`Metadata::other`].
+    #[must_use]
+    pub fn other(mut self, other: serde_json::Map<String, serde_json::Value>) -> Self {
+        self.other = other;
+        self
+    }
+}
+
 /// How much of a file is stored in one codec.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct CodecUse {
     /// Chunks in this codec.
     pub chunks: u64,
@@ -63,9 +88,9 @@ impl StorageUse {
     }
 }
 
-/// Parses metadata whose checksum was found right.
+/// Parses metadata with a correct checksum.
 pub(crate) fn parse(bytes: &[u8], offset: u64) -> Result<Metadata, Corruption> {
-    // A value takes some hundred bytes of memory for a few of text: counted before any is made.
+    // A value of a few bytes of text takes some hundred bytes of memory. So values are counted before they are parsed.
     let (max, found) = (MAX_METADATA_VALUES, values(bytes));
     if found > max {
         let problem = Problem::Range { field: "metadata values", min: 0, max, found };

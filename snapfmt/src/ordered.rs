@@ -1,13 +1,14 @@
-//! Numbered tasks done by several threads, their results taken in order, a bounded number under
-//! way: what keeps all cores at work and the output the same whatever the number of threads.
+//! Numbered tasks that several threads do. One thread at a time takes their results in order, and the number
+//! of results that are not taken yet is bounded. So all cores work, and the output does not depend on the
+//! number of threads.
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-/// Results under way for each thread: enough that a slow task does not make the others wait.
+/// Results that are not taken yet, for each thread: enough that a slow task does not delay the others.
 const WINDOW_PER_THREAD: usize = 3;
-/// More than that for each CPU wait for each other, and take memory for it.
+/// Most threads for each CPU. More threads would wait for each other and use memory.
 const THREADS_PER_CPU: usize = 4;
 
 struct State<T, E> {
@@ -15,24 +16,37 @@ struct State<T, E> {
     next_result: usize,
     /// Results that wait for an earlier one.
     waiting: BTreeMap<usize, T>,
-    /// Results that the sink is done with; their buffers are used again.
+    /// Results that the sink has taken. Their buffers are reused.
     spare: Vec<T>,
     /// Whether a thread is at the sink.
     sinking: bool,
     error: Option<E>,
-    /// Whether a thread has panicked: the others then stop, and the scope passes the panic on.
+    /// Whether a thread has panicked. The others then stop, and the scope propagates the panic.
     panicked: bool,
 }
 
 impl<T, E> State<T, E> {
+    fn new() -> Self {
+        Self {
+            next_task: 0,
+            next_result: 0,
+            waiting: BTreeMap::new(),
+            spare: Vec::new(),
+            sinking: false,
+            error: None,
+            panicked: false,
+        }
+    }
+
     fn stopped(&self) -> bool {
         self.error.is_some() || self.panicked
     }
 }
 
-/// Does tasks `0..tasks`: `work(context, task, result)` on any thread fills a result, `sink`
-/// gets the results in order, one at a time. `context` makes what one thread works with.
-/// After an error no further task is begun; the first error is returned. With fewer threads where there are no more to be had.
+/// Does tasks `0..tasks`: `work(context, task, result)` on any thread fills a result, and `sink`
+/// gets the results in order, one at a time. `context` creates the working data of one thread.
+/// After an error no further task is begun; the first error is returned. If the system refuses a thread, fewer
+/// threads do the work.
 pub(crate) fn run<C, T: Default + Send, E: Send>(
     tasks: usize,
     threads: NonZeroUsize,
@@ -45,26 +59,16 @@ pub(crate) fn run<C, T: Default + Send, E: Send>(
     let window = threads * WINDOW_PER_THREAD;
     let sink = Mutex::new(sink);
     let changed = Condvar::new();
-    let state = Mutex::new(State {
-        next_task: 0,
-        next_result: 0,
-        waiting: BTreeMap::new(),
-        spare: Vec::new(),
-        sinking: false,
-        error: None,
-        panicked: false,
-    });
+    let state = Mutex::new(State::new());
 
     let worker = || -> Result<(), E> {
         let mut context = context()?;
         let mut guard = lock(&state);
         loop {
-            while !guard.stopped()
-                && guard.next_task < tasks
-                && guard.next_task >= guard.next_result + window
-            {
-                guard = changed.wait(guard).unwrap_or_else(PoisonError::into_inner);
-            }
+            let full = |state: &mut State<T, E>| {
+                !state.stopped() && (state.next_result + window..tasks).contains(&state.next_task)
+            };
+            guard = changed.wait_while(guard, full).unwrap_or_else(PoisonError::into_inner);
             if guard.stopped() || guard.next_task >= tasks {
                 return Ok(());
             }

@@ -18,6 +18,7 @@ use crate::writeback::Writeback;
 
 /// Whether an existing output may be replaced.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Existing {
     /// Keep it and fail.
     #[default]
@@ -53,7 +54,7 @@ impl Output {
         let directory = directory_of(path);
         remove_stale(path, directory);
         let mut options = OpenOptions::new();
-        // Guest memory holds secrets: nobody but the owner reads it.
+        // Guest memory contains secrets: only the owner may read the file.
         options.read(true).write(true).mode(0o600);
         let nameless = options.clone().custom_flags(OFlags::TMPFILE.bits() as i32).open(directory);
         let (file, temporary) = match nameless {
@@ -65,8 +66,8 @@ impl Output {
             }
             Err(error) => return Err(failed(error)),
         };
-        // Tells those who come after a killed writer from those who come while it lives. Where
-        // files cannot be locked, what is left behind stays.
+        // The lock shows a later writer whether this one was killed or still runs. Where files cannot be
+        // locked, a file that a killed writer has left is kept.
         let _ = file.try_lock();
         let mut output = Self { file, path: path.to_owned(), temporary, existing, writeback: None };
         output.writeback = Some(Writeback::start(&output.file).map_err(failed)?);
@@ -121,7 +122,7 @@ impl Output {
 impl Drop for Output {
     fn drop(&mut self) {
         if let Some(temporary) = &self.temporary {
-            // Nothing more can be done if this fails too; the name says what the file is.
+            // If this fails too, nothing more can be done. The name shows what the file is.
             let _ = std::fs::remove_file(temporary);
         }
     }
@@ -150,8 +151,8 @@ fn directory_of(path: &Path) -> &Path {
     }
 }
 
-/// Removes the temporary files of earlier writers of `path` that were killed in the moment
-/// between naming and renaming: those that nobody holds locked.
+/// Removes the temporary files of earlier writers of `path` that were killed between naming and
+/// renaming: those that are not locked.
 fn remove_stale(path: &Path, directory: &Path) {
     let Some(name) = path.file_name().and_then(|name| name.to_str()) else { return };
     for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {

@@ -1,8 +1,8 @@
-//! From guest memory to chunks: which pages have to be stored, gathered and compressed, on all
+//! From guest memory to chunks: finds the pages that have to be stored and compresses them, on all
 //! cores.
 //!
-//! One task is one leaf of the index, 2 MiB of memory, so a chunk never crosses a leaf. Pages that are to stand in
-//! front ([`HotPages`](crate::HotPages)) are packed before, in an order of their own, and left out of their leaves.
+//! One task is one leaf of the index, 2 MiB of memory, so a chunk never crosses a leaf. Pages in front
+//! ([`HotPages`](crate::HotPages)) are packed before, in their own order, and left out of their leaves.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -44,7 +44,7 @@ pub(crate) struct LeafTasks {
 }
 
 impl LeafTasks {
-    /// Widens the ranges to whole pages and joins those that touch; what lies above the end of
+    /// Widens the ranges to whole pages and joins adjacent ranges; what is above the end of
     /// memory is ignored.
     pub(crate) fn new(data: &[Range<u64>], memory_bytes: u64) -> Self {
         let page = PAGE_BYTES as u64;
@@ -100,8 +100,8 @@ impl LeafTasks {
     }
 }
 
-/// Memory is read in pieces of this size, so that a page is still in the core's cache when it is
-/// looked at.
+/// Memory is read in parts of this size, so that a page is still in the core's cache when it is
+/// examined.
 const PIECE_BYTES: usize = 128 << 10;
 
 /// What one thread packs with.
@@ -174,8 +174,8 @@ impl<'a> Packer<'a> {
         self.encode(ticket, packed)
     }
 
-    /// Reads one leaf's memory and packs what has to be stored. Gives the bytes that were read. `turn` is the number
-    /// of this among all tasks.
+    /// Reads one leaf's memory and packs what has to be stored. Returns the number of bytes read. `turn` is the number
+    /// of this task.
     pub(crate) fn pack(
         &mut self,
         turn: usize,
@@ -230,9 +230,9 @@ impl<'a> Packer<'a> {
             let len = (range.end - source_offset).min(PIECE_BYTES as u64);
             // Straight to where its pages are to be, for most of them are kept.
             let start = self.gathered;
-            let piece = &mut self.raw[start..start + len as usize];
+            let part = &mut self.raw[start..start + len as usize];
             self.memory
-                .read_exact_at(piece, source_offset)
+                .read_exact_at(part, source_offset)
                 .map_err(|source| WriteError::memory(source_offset, len, source))?;
             // Below 2^32: memory is at most 16 TiB.
             let first = (source_offset / PAGE_BYTES as u64) as u32;

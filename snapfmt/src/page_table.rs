@@ -1,8 +1,8 @@
 //! The pages of a chain of layers in one table: one look-up for a page, whatever the number of
 //! layers.
 //!
-//! A leaf is merged when it is first used: the top layer's entries, and where they say "as in the
-//! parent" those of the next layer, and so on down.
+//! A leaf is merged when it is first used: it has the top layer's entries. For a page that is as in the
+//! parent, it has the entry of the next layer, and so on.
 
 use std::ops::Range;
 use std::sync::OnceLock;
@@ -19,8 +19,8 @@ const LEAF_GAP_BYTES: u64 = 64 << 10;
 /// The merged index of some layers, top first.
 pub(crate) struct PageTable {
     /// Position in `leaves`, plus one, of each leaf from `first_leaf` to the last that there is;
-    /// 0 for a leaf that no layer has. Zeroed memory that the kernel provides when touched: a
-    /// sparse guest pays for what it has, and nothing for what lies above it.
+    /// 0 for a leaf that no layer has. The kernel provides this memory, as zeros, when it is accessed: so a
+    /// sparse guest uses little memory for it.
     positions: Vec<u32>,
     first_leaf: u32,
     leaves: Vec<(u32, OnceLock<Box<Leaf>>)>,
@@ -70,7 +70,7 @@ impl PageTable {
         }
     }
 
-    /// Tells the storage which leaves will be read for these pages.
+    /// Announces to the storage which leaves will be read for these pages.
     pub(crate) fn expect<R: ReadAt>(&self, layers: &[Layer<R>], pages: &[PageIndex]) {
         let unread = |page: &PageIndex| {
             let (number, leaf) = &self.leaves[self.position(*page)?];

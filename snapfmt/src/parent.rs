@@ -1,4 +1,4 @@
-//! The parent of a layer: what a layer says of it, and how it is found.
+//! The parent of a layer: what a layer stores about it, and how it is found.
 
 use std::cell::OnceCell;
 use std::fs::{File, OpenOptions};
@@ -25,8 +25,9 @@ use crate::snapshot::Snapshot;
 /// Most layers in one chain: each is an open file, and a guard against parents without end.
 pub(crate) const MAX_LAYERS: usize = 256;
 
-/// What a layer says of its parent.
+/// What a layer stores about its parent.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ParentHint {
     /// The parent's id. The parent must have it.
     pub id: Uuid,
@@ -79,7 +80,7 @@ pub struct Parent<'a> {
 }
 
 impl<'a> Parent<'a> {
-    /// The given snapshot as the parent. `path` is what the layer will say of where it is:
+    /// The given snapshot as the parent. `path` is the path of the parent that the layer will store:
     /// relative to the layer's folder, or absolute.
     pub fn new<R: ReadAt>(snapshot: &'a Snapshot<R>, path: impl Into<PathBuf>) -> Self {
         let header = snapshot.header();
@@ -113,8 +114,8 @@ impl<R: ReadAt> ParentPages for Snapshot<R> {
 pub struct Parents {
     /// Files that may be parents, for any layer of the chain; the first one that fits is taken.
     pub files: Vec<PathBuf>,
-    /// Folders in which a parent may stand, under the name by which the layer knows it or, if there is no such parent, under any: then the
-    /// first 4 KiB of their files, of 4096 at most, tell which it is.
+    /// Folders in which a parent is searched, first by the name that the layer stores. If there is no such parent, it is
+    /// searched by its id in the first 4 KiB of the folders' files, of 4096 files at most.
     pub folders: Vec<PathBuf>,
 }
 
@@ -194,7 +195,7 @@ fn open(path: &Path) -> Result<Layer<File>, ReadError> {
     Ok(layer)
 }
 
-/// Opens a regular file; anything else, a pipe say, could make the opener wait for ever.
+/// Opens a regular file. Opening anything else, for example a pipe, could block endlessly.
 pub(crate) fn open_file(path: &Path) -> io::Result<File> {
     let nonblocking = OFlags::NONBLOCK.bits() as i32;
     let file = OpenOptions::new().read(true).custom_flags(nonblocking).open(path)?;

@@ -13,9 +13,9 @@ use rustix::io::{Errno, ReadWriteFlags};
 
 use crate::guard::Stamp;
 
-/// Storage that can be read at any offset from several threads at once.
+/// Storage that several threads can read concurrently, at any offset.
 ///
-/// A file, bytes in memory, an object behind ranged requests, or a fake that injects faults.
+/// For example a file, bytes in memory, an object that is read by ranged requests, or a test that injects faults.
 pub trait ReadAt: Send + Sync {
     /// Fills `buf` with the bytes at `offset`.
     ///
@@ -29,7 +29,8 @@ pub trait ReadAt: Send + Sync {
     /// Whatever the storage reports.
     fn len_bytes(&self) -> io::Result<u64>;
 
-    /// What tells, without reading it, whether the storage was written to; `None`, unless it is overridden, where nothing does.
+    /// A stamp that changes when the storage is written to, without reading the content. The default is `None`: there is
+    /// no such stamp.
     ///
     /// # Errors
     /// Whatever the storage reports.
@@ -37,8 +38,7 @@ pub trait ReadAt: Send + Sync {
         Ok(None)
     }
 
-    /// Says that these bytes will soon be read, so that storage which takes its time may begin. Does nothing unless it is
-    /// overridden.
+    /// Announces that these bytes will be read soon, so that slow storage can begin. The default does nothing.
     fn expect(&self, _bytes: Range<u64>) {}
 
     /// Whether the byte at `offset` can be read without waiting for slower storage below, such as a disk under the page cache. Asking
@@ -47,12 +47,12 @@ pub trait ReadAt: Send + Sync {
         None
     }
 
-    /// Says that these bytes will not be read again soon, so that room in which they are kept may be used for others. Does nothing unless it
-    /// is overridden.
+    /// Announces that these bytes will not be read again soon, so that a cache can release them. The default does
+    /// nothing.
     fn release(&self, _bytes: Range<u64>) {}
 
-    /// Another way to the same bytes, for who reads them in order while others read here and there: storage that reads ahead
-    /// may go by what was read last. `None`, unless it is overridden, where that makes no difference.
+    /// Another handle to the same bytes, for a thread that reads them in order while others read at random: storage
+    /// with read-ahead may decide by the last read of a handle. The default is `None`: it makes no difference.
     fn in_order(&self) -> Option<Box<dyn ReadAt>> {
         None
     }
@@ -87,7 +87,7 @@ impl ReadAt for File {
         }
     }
 
-    /// By `preadv2(RWF_NOWAIT)`: file systems that do not have it do not tell.
+    /// It uses `preadv2(RWF_NOWAIT)`. File systems without it give no answer.
     fn is_cached(&self, offset: u64) -> Option<bool> {
         let mut byte = [0];
         let into = &mut [IoSliceMut::new(&mut byte)];
@@ -110,8 +110,8 @@ impl ReadAt for File {
     /// `/proc`, and leave to open the file again.
     fn in_order(&self) -> Option<Box<dyn ReadAt>> {
         let again = File::open(format!("/proc/self/fd/{}", self.as_raw_fd())).ok()?;
-        // Readers say what they will read: see `expect`. The kernel's own guess is up to 16 MiB, which a read of something else
-        // then waits behind.
+        // Readers announce what they will read: see `expect`. The kernel's own read-ahead is up to 16 MiB, and other
+        // reads would wait for it.
         let _ = rustix::fs::fadvise(&again, 0, None, Advice::Random);
         Some(Box::new(again))
     }

@@ -52,7 +52,7 @@ impl fmt::Display for SectionKind {
 pub struct Section {
     /// What the section holds.
     pub kind: SectionKind,
-    /// For a state section: whose state it is (the producer's own number). Otherwise 0.
+    /// For a state section: the producer's number for this kind of state. Otherwise 0.
     pub tag: u32,
     /// For a state section: version of the producer's encoding. Otherwise 0.
     pub version: u32,
@@ -86,7 +86,7 @@ impl Section {
     }
 }
 
-/// Parses a table whose checksum was found right. Sections must follow each other, without
+/// Parses a table with a correct checksum. Sections must follow each other, without
 /// overlap, between the header and the table.
 pub(crate) fn parse_table(bytes: &[u8], table_offset: u64) -> Result<Vec<Section>, Corruption> {
     let mut sections = Vec::with_capacity(bytes.len() / SECTION_RECORD_BYTES);

@@ -19,31 +19,31 @@ use crate::read_at::ReadAt;
 use crate::section::{Section, SectionKind};
 use crate::working_set::WorkingSet;
 
-/// Most bytes that [`Snapshot::fetch_chunk_ahead`] reads at once, unless a single chunk has more.
+/// Most bytes that one [`Snapshot::fetch_chunk_ahead`] reads, unless a single chunk has more.
 pub const READ_AHEAD_BYTES: u64 = 2 << 20;
 
 /// An opened snapshot: one file, or a file and all the parents that it builds on.
 ///
 /// Opening reads and checks the header, the section table, the memory map and the root of the
 /// page index: its cost does not depend on the size of the guest's memory. Leaves, chunks, state
-/// and metadata are read and checked when they are asked for.
+/// and metadata are read and checked when they are needed.
 ///
 /// Of a chain of layers, header, sections, state and metadata are those of the top one; pages are
 /// found in whichever layer has them, with one look-up.
 ///
-/// All methods take `&self` and may be called from several threads at once.
+/// All methods take `&self`, and several threads may call them concurrently.
 pub struct Snapshot<R = File> {
     /// The file itself, its parent, and so on.
     pub(crate) layers: Vec<Layer<R>>,
     table: PageTable,
-    /// Tells this snapshot's chunks from another's in a buffer that has seen both.
+    /// Distinguishes this snapshot's chunks from another's in a buffer that was used for both.
     serial: u64,
 }
 
 /// One state section: bytes that only their producer understands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StateBlob {
-    /// The producer's own number, so that it can tell its state from another's.
+    /// The producer's number for this kind of state.
     pub tag: u32,
     /// Version of the producer's encoding.
     pub version: u32,
@@ -52,7 +52,7 @@ pub struct StateBlob {
 }
 
 impl Snapshot<File> {
-    /// Opens a snapshot file; of a layer also its parents, where the layer says that they are.
+    /// Opens a snapshot file. For a layer it also opens the parents, at the paths that the layer stores.
     ///
     /// # Errors
     /// As [`Snapshot::open_with`].
@@ -142,7 +142,7 @@ impl<R: ReadAt> Snapshot<R> {
         self.layers.iter().map(|layer| &layer.header)
     }
 
-    /// What the file says of its parent, if it is a layer.
+    /// What the file stores about its parent, if it is a layer.
     ///
     /// # Errors
     /// [`ReadError`] when the section is damaged.
@@ -150,7 +150,7 @@ impl<R: ReadAt> Snapshot<R> {
         self.top().parent_hint().map_err(|error| self.top().named(0, error))
     }
 
-    /// The file's sections, in the order in which they lie in the file.
+    /// The file's sections, in the order in which they are in the file.
     pub fn sections(&self) -> &[Section] {
         &self.top().sections
     }
@@ -175,7 +175,7 @@ impl<R: ReadAt> Snapshot<R> {
         self.layers.iter().map(|layer| &layer.storage)
     }
 
-    /// What the file says of itself.
+    /// The metadata of the file.
     ///
     /// # Errors
     /// [`ReadError`] when the section is missing, damaged, larger than 1 MiB, of more than 16384
@@ -192,8 +192,8 @@ impl<R: ReadAt> Snapshot<R> {
         self.top().state(tag).map_err(|error| self.top().named(0, error))
     }
 
-    /// Which pages a restored guest touched, if the file says so in a way that is known here. A hint: what it
-    /// says may be out of date or made up.
+    /// The pages that a restored guest accessed, if the file has them in a known version. It is a hint: it
+    /// may be out of date or wrong.
     ///
     /// # Errors
     /// [`ReadError`] when the section is damaged, larger than 4 MiB, or not possible for this memory.
@@ -210,14 +210,14 @@ impl<R: ReadAt> Snapshot<R> {
         self.table.entry(&self.layers, page)
     }
 
-    /// Tells the storage that these pages will be looked up soon. Reading what the index has of them, one after the other at places
-    /// of chance, takes many times as long.
+    /// Announces to the storage that these pages will be looked up soon. Reading the parts of the index one after the
+    /// other, at random offsets, takes many times as long.
     pub fn expect_entries(&self, pages: &[PageIndex]) {
         self.table.expect(&self.layers, pages);
     }
 
-    /// Tells the storage of a layer that these bytes, which hold chunks, will be read soon. A hint: what is not within the file's
-    /// chunks is left out.
+    /// Announces to the storage of a layer that these bytes of chunks will be read soon. It is a hint: bytes outside of
+    /// the file's chunks are ignored.
     pub fn expect_chunks(&self, layer: u16, bytes: Range<u64>) {
         if let Some(layer) = self.layers.get(usize::from(layer)) {
             let end = bytes.end.min(layer.index.chunks().end);
@@ -259,7 +259,7 @@ impl<R: ReadAt> Snapshot<R> {
     ///
     /// # Errors
     /// [`ReadError::Io`] when the storage fails, [`ReadError::Changed`] when the file was written to since it was opened and
-    /// is of those whose chunks do not say which snapshot they are of.
+    /// the checksums of its chunks do not begin with the id of their snapshot.
     pub fn fetch_chunk(
         &self,
         extent: ChunkExtent,
@@ -273,9 +273,9 @@ impl<R: ReadAt> Snapshot<R> {
             .map_err(|error| layer.named(extent.layer().into(), error))
     }
 
-    /// As [`Snapshot::fetch_chunk`], for chunks that are wanted one after the other: reads on behind the chunk, up to
-    /// the offset `until` of its file but at most [`READ_AHEAD_BYTES`], so that for those that follow nothing need be
-    /// read. Gives the bytes that were read now.
+    /// As [`Snapshot::fetch_chunk`], for chunks that are needed one after the other. It also reads what follows the
+    /// chunk, up to the offset `until` of its file but at most [`READ_AHEAD_BYTES`], so that the following chunks are
+    /// not read again. Returns the number of bytes that were read now.
     ///
     /// # Errors
     /// As [`Snapshot::fetch_chunk`].
@@ -362,7 +362,7 @@ impl<R: ReadAt> Snapshot<R> {
         }
     }
 
-    /// The bytes of `page`, which its entry says are in `slot` of `chunk`.
+    /// The bytes of `page`, which are in `slot` of `chunk` by its entry.
     ///
     /// # Errors
     /// [`Problem::Slot`] when the chunk has no such slot.

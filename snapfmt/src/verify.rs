@@ -19,11 +19,12 @@ use crate::writer::{OnProgress, Progress};
 /// Chunks that one task reads: about a megabyte of file.
 const CHUNKS_PER_TASK: usize = 64;
 
-/// Called with the offset and the bytes of each piece of a part of the file.
-type OnPiece<'a> = &'a mut dyn FnMut(u64, &[u8]) -> Result<(), ReadError>;
+/// Called with the offset and the bytes of each block of a part of the file.
+type OnBlock<'a> = &'a mut dyn FnMut(u64, &[u8]) -> Result<(), ReadError>;
 
 /// What [`Snapshot::verify`] has looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Verified {
     /// Bytes of the file.
     pub file_bytes: u64,
@@ -36,8 +37,8 @@ pub struct Verified {
 }
 
 impl<R: ReadAt> Snapshot<R> {
-    /// [`Snapshot::verify`] of the file and of all its parents, in this order. Gives what was
-    /// looked at in each.
+    /// [`Snapshot::verify`] of the file and of all its parents, in this order. Returns what was
+    /// checked in each.
     ///
     /// # Errors
     /// The first [`ReadError`]; of a parent it is [`ReadError::InParent`].
@@ -133,10 +134,10 @@ impl<R: ReadAt> Verifier<'_, R> {
                 Part::Padding,
                 free_from,
                 start - free_from,
-                &mut |offset, piece| match piece.iter().position(|byte| *byte != 0) {
+                &mut |offset, block| match block.iter().position(|byte| *byte != 0) {
                     None => Ok(()),
                     Some(at) => {
-                        let found = u64::from(piece[at]);
+                        let found = u64::from(block[at]);
                         let problem = Problem::Field { field: "padding", expected: 0, found };
                         let place = offset + at as u64;
                         Err(Corruption::new(Part::Padding, place, problem).into())
@@ -184,8 +185,8 @@ impl<R: ReadAt> Verifier<'_, R> {
         Ok(chunks)
     }
 
-    /// Decodes every chunk and checks that the index leads each page that a chunk lists to that
-    /// chunk and slot. Gives the number of slots.
+    /// Decodes every chunk and checks that the index refers each page that a chunk lists to that
+    /// chunk and slot. Returns the number of slots.
     fn chunks(
         &self,
         chunks: &[(ChunkExtent, u16)],
@@ -245,8 +246,8 @@ impl<R: ReadAt> Verifier<'_, R> {
         for section in sections.iter().filter(|section| section.has_crc()) {
             let part = Part::Section(section.kind);
             let mut hasher = crc32fast::Hasher::new();
-            self.scan(part, section.offset, section.len, &mut |offset, piece| {
-                hasher.update(piece);
+            self.scan(part, section.offset, section.len, &mut |offset, block| {
+                hasher.update(block);
                 report(offset)
             })?;
             let (expected, found) = (section.crc, hasher.finalize());
@@ -275,8 +276,8 @@ impl<R: ReadAt> Verifier<'_, R> {
         Err(Corruption::new(Part::Section(kind), section.offset, problem).into())
     }
 
-    /// Every entry leads to a slot of a chunk that is there. Gives the number of data pages and
-    /// of those that are as in the parent.
+    /// Checks that every entry refers to a slot of an existing chunk. Returns the number of data pages and
+    /// of pages that are as in the parent.
     fn index(&self, chunks: &[(ChunkExtent, u16)]) -> Result<(u64, u64), ReadError> {
         let (mut data_pages, mut parent_pages) = (0, 0);
         let mut hint = 0;
@@ -318,13 +319,13 @@ impl<R: ReadAt> Verifier<'_, R> {
         Corruption::new(part, offset, Problem::Slot { page: page.0, slot })
     }
 
-    /// Reads a part of the file in pieces of bounded size.
-    fn scan(&self, part: Part, offset: u64, len: u64, visit: OnPiece<'_>) -> Result<(), ReadError> {
-        const PIECE_BYTES: u64 = 1 << 20;
-        let mut piece = vec![0; len.min(PIECE_BYTES) as usize];
+    /// Reads a part of the file in blocks of bounded size.
+    fn scan(&self, part: Part, offset: u64, len: u64, visit: OnBlock<'_>) -> Result<(), ReadError> {
+        const BLOCK_BYTES: u64 = 1 << 20;
+        let mut block = vec![0; len.min(BLOCK_BYTES) as usize];
         let (mut at, end) = (offset, offset + len);
         while at < end {
-            let bytes = &mut piece[..(end - at).min(PIECE_BYTES) as usize];
+            let bytes = &mut block[..(end - at).min(BLOCK_BYTES) as usize];
             self.read_part(part, bytes, at)?;
             visit(at, bytes)?;
             at += bytes.len() as u64;

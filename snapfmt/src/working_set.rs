@@ -14,9 +14,10 @@ use crate::layout::{
 };
 use crate::section::SectionKind;
 
-/// When a page was first touched, counted from the restore.
+/// When a page was first accessed after the restore.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
+#[non_exhaustive]
 pub enum Phase {
     /// Before the guest's first output.
     FirstOutput = 0,
@@ -44,14 +45,14 @@ impl Phase {
     }
 }
 
-/// Pages that follow each other in memory and in the order of touching.
+/// Pages that follow each other in memory and in the order of access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HotRun {
     /// The first of them.
     pub first: PageIndex,
     /// How many: 1 to 65536.
     pub pages: u32,
-    /// When they were touched; the earliest, if several restores were watched.
+    /// When they were accessed; the earliest phase, if several restores were recorded.
     pub phase: Phase,
     /// In how many of the restores; 255 means that many or more.
     pub seen: u8,
@@ -62,7 +63,7 @@ const MAX_RUN_PAGES: u32 = 1 << 16;
 const MAX_RECORDS: usize =
     (MAX_WORKING_SET_BYTES as usize - WORKING_SET_HEADER_BYTES) / WORKING_SET_RECORD_BYTES;
 
-/// The pages that a restored guest touched, by phase, and within a phase in the order of touching.
+/// The pages that a restored guest accessed, by phase, and within a phase in the order of access.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct WorkingSet {
     restores: u32,
@@ -70,10 +71,10 @@ pub struct WorkingSet {
 }
 
 impl WorkingSet {
-    /// Joins what was seen in some restores, each given as its pages in the order of touching. A page gets the
-    /// earliest phase and, within that, the earliest place that it had in any of them.
+    /// Joins the observations of some restores, each as its pages in the order of access. A page gets the
+    /// earliest phase and, within that phase, the earliest position that it had in any of them.
     ///
-    /// A set is at most 4 MiB in the file (524286 runs): what is beyond that, the latest, is left out.
+    /// A set is at most 4 MiB in the file (524286 runs). Runs above that, the latest ones, are left out.
     pub fn join<'a>(restores: impl IntoIterator<Item = &'a [(PageIndex, Phase)]>) -> Self {
         let mut pages: HashMap<PageIndex, ((Phase, usize), u8)> = HashMap::new();
         let mut count = 0u32;
@@ -120,7 +121,7 @@ impl WorkingSet {
         &self.runs
     }
 
-    /// All pages, earliest first. In a file from somebody else one may come twice.
+    /// All pages, earliest first. In a file of an untrusted writer, a page may occur twice.
     pub fn pages(&self) -> impl Iterator<Item = (PageIndex, Phase)> {
         self.runs.iter().flat_map(|run| {
             (run.first.0..=run.first.0.saturating_add(run.pages - 1))
@@ -177,7 +178,7 @@ impl WorkingSet {
         bytes
     }
 
-    /// Parses a section whose checksum was found right; `None` if it is of a version that is not known here.
+    /// Parses a section with a correct checksum; `None` if its version is not known here.
     pub(crate) fn parse(
         bytes: &[u8],
         offset: u64,

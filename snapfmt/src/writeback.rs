@@ -6,7 +6,7 @@ use std::io;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
-/// New bytes after which the disk is told to begin.
+/// Number of new bytes after which the kernel is asked to begin to write them.
 const STEP_BYTES: u64 = 16 << 20;
 
 /// A thread that syncs a file now and then.
@@ -30,13 +30,13 @@ impl Writeback {
     pub(crate) fn reached(&mut self, len: u64) {
         if len >= self.told_at + STEP_BYTES {
             self.told_at = len;
-            // One that is busy, or has failed, need not be told.
+            // A thread that is busy or has failed needs no request.
             let _ = self.tell.try_send(());
         }
     }
 
-    /// Waits for the thread. The kernel tells of a failed write only once, to whoever syncs
-    /// first: so its error is the file's.
+    /// Waits for the thread. The kernel reports a failed write only once, to the first call that
+    /// syncs. So an error of the thread is an error of the file.
     pub(crate) fn finish(self) -> io::Result<()> {
         drop(self.tell);
         self.thread

@@ -1,4 +1,4 @@
-//! Writing: a guest's memory and state into one file, which appears whole or not at all.
+//! Writing a guest's memory and state to one file. The file appears complete or not at all.
 
 use std::collections::{BTreeMap, HashSet};
 use std::num::NonZeroUsize;
@@ -33,6 +33,7 @@ use crate::section::{Section, SectionKind};
 use crate::snapshot::StateBlob;
 
 /// What goes into a snapshot.
+#[non_exhaustive]
 pub struct Contents<'a> {
     /// The guest's memory regions, in source order.
     pub regions: &'a [MemoryRegion],
@@ -41,25 +42,52 @@ pub struct Contents<'a> {
     /// The parts of memory that may be other than zero, as source offsets in bytes, in any order;
     /// nothing else is read. For a memfd: what SEEK_DATA finds.
     pub data: &'a [Range<u64>],
-    /// State of the virtual machine, opaque; tags must differ.
+    /// States of the virtual machine, opaque. Each has another tag.
     pub states: &'a [StateBlob],
-    /// What the file says of itself. The writer fills in `storage`.
+    /// The metadata of the file. The writer fills in `storage`.
     pub metadata: Metadata,
+}
+
+impl<'a> Contents<'a> {
+    /// Memory, without states and metadata.
+    #[must_use]
+    pub fn new(
+        regions: &'a [MemoryRegion],
+        memory: &'a dyn ReadAt,
+        data: &'a [Range<u64>],
+    ) -> Self {
+        Self { regions, memory, data, states: &[], metadata: Metadata::default() }
+    }
+
+    /// Sets [`Contents::states`].
+    #[must_use]
+    pub fn states(mut self, states: &'a [StateBlob]) -> Self {
+        self.states = states;
+        self
+    }
+
+    /// Sets [`Contents::metadata`].
+    #[must_use]
+    pub fn metadata(mut self, metadata: Metadata) -> Self {
+        self.metadata = metadata;
+        self
+    }
 }
 
 /// How a snapshot is written.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct WriteOptions {
-    /// Codec for chunks; one that would save too little is stored raw.
+    /// Codec for chunks. A chunk that the codec would hardly shrink is stored raw.
     pub codec: Codec,
     /// Level of zstd, from -7 (fast) to 22 (small).
     pub level: i32,
-    /// Most pages in a chunk, 1 to 512: small ones are read fast, large ones compress better.
+    /// Most pages in a chunk, 1 to 512: small chunks are read fast, large chunks compress better.
     pub chunk_pages: usize,
-    /// Threads that compress, of which four for each CPU are used at most; the bytes of the file are the same for any number,
-    /// but for its id and the checksums that begin with it.
+    /// Threads that compress; at most four for each CPU are used. The bytes of the file do not depend on this number,
+    /// except its id and the checksums that begin with it.
     pub threads: NonZeroUsize,
-    /// Store pages with equal bytes once.
+    /// Whether pages with equal bytes are stored once.
     pub dedupe: bool,
     /// What to do with a file that is already there.
     pub existing: Existing,
@@ -78,25 +106,78 @@ impl Default for WriteOptions {
     }
 }
 
-/// How far a long operation has come.
+impl WriteOptions {
+    /// Sets [`WriteOptions::codec`].
+    #[must_use]
+    pub fn codec(mut self, codec: Codec) -> Self {
+        self.codec = codec;
+        self
+    }
+
+    /// Sets [`WriteOptions::level`].
+    #[must_use]
+    pub fn level(mut self, level: i32) -> Self {
+        self.level = level;
+        self
+    }
+
+    /// Sets [`WriteOptions::chunk_pages`].
+    #[must_use]
+    pub fn chunk_pages(mut self, chunk_pages: usize) -> Self {
+        self.chunk_pages = chunk_pages;
+        self
+    }
+
+    /// Sets [`WriteOptions::threads`].
+    #[must_use]
+    pub fn threads(mut self, threads: NonZeroUsize) -> Self {
+        self.threads = threads;
+        self
+    }
+
+    /// Sets [`WriteOptions::dedupe`].
+    #[must_use]
+    pub fn dedupe(mut self, dedupe: bool) -> Self {
+        self.dedupe = dedupe;
+        self
+    }
+
+    /// Sets [`WriteOptions::existing`].
+    #[must_use]
+    pub fn existing(mut self, existing: Existing) -> Self {
+        self.existing = existing;
+        self
+    }
+}
+
+/// How much of a long operation is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Progress {
     /// Bytes done.
     pub done_bytes: u64,
-    /// Bytes to do in all.
+    /// Bytes in all.
     pub total_bytes: u64,
 }
 
-/// Called now and then during a long operation, from any of its threads. `Break` cancels it.
+impl Progress {
+    /// So many bytes of so many.
+    #[must_use]
+    pub fn new(done_bytes: u64, total_bytes: u64) -> Self {
+        Self { done_bytes, total_bytes }
+    }
+}
+
+/// Called repeatedly during a long operation, from any of its threads. `Break` cancels the operation.
 pub type OnProgress<'a> = &'a (dyn Fn(Progress) -> ControlFlow<()> + Sync);
 
-/// Writes a snapshot to `path` and gives its header and its metadata as written.
+/// Writes a snapshot to `path`. Returns its header and its metadata as written.
 ///
 /// Memory in use: about 3 x 4 MiB a thread, and 4 KiB for every 2 MiB of memory that is not all
 /// zero.
 ///
 /// # Errors
-/// [`WriteError`]; then nothing new is at `path`.
+/// [`WriteError`]; then `path` is unchanged.
 pub fn write_snapshot(
     path: impl AsRef<Path>,
     contents: Contents<'_>,
@@ -106,7 +187,7 @@ pub fn write_snapshot(
     write(path.as_ref(), contents, None, None, options, progress)
 }
 
-/// Writes a layer to `path`: only the pages that differ from `parent`, and gives its header and
+/// Writes a layer to `path`: only the pages that differ from `parent`. Returns its header and
 /// its metadata as written. Only the ranges of `contents.data` are read and compared; all other
 /// pages are as in the parent.
 ///
@@ -126,7 +207,7 @@ pub fn write_layer(
     write(path.as_ref(), contents, Some(parent), None, options, progress)
 }
 
-/// Writes a snapshot, or with a parent a layer, with a working set, whose pages it may put in front: see
+/// Writes a snapshot, or with a parent a layer, with a working set. It may put the pages of the set in front: see
 /// [`HotPages`].
 ///
 /// # Errors
@@ -247,7 +328,7 @@ pub(crate) struct FileBuilder<'a> {
     storage: StorageUse,
     data_pages: u64,
     cleared_pages: u64,
-    /// Entries of the pages that stand in front, until their leaves are there.
+    /// Entries of the pages in front, until their leaves are written.
     hot: BTreeMap<PageIndex, PageEntry>,
     working_set: Option<Vec<u8>>,
 }
@@ -286,7 +367,7 @@ impl<'a> FileBuilder<'a> {
         self.append(&packed.bytes)
     }
 
-    /// Gives encoded chunks their places at the end of the file, and the entries of their slots.
+    /// Puts encoded chunks at the end of the file, and sets the entries of their slots.
     fn place(&mut self, packed: &mut PackedLeaf) -> Result<Vec<PageEntry>, WriteError> {
         let mut rest = &mut packed.bytes[..];
         let mut offset = self.offset;
@@ -412,7 +493,7 @@ impl<'a> FileBuilder<'a> {
         Ok(header)
     }
 
-    /// Gives the header's checksum.
+    /// Returns the header's checksum.
     fn write_header(&mut self, header: &Header) -> Result<u32, WriteError> {
         let bytes = header.encode();
         self.output.write_at(&bytes[..], 0)?;

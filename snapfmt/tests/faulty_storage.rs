@@ -106,7 +106,7 @@ impl ReadAt for Faulty {
     fn len_bytes(&self) -> io::Result<u64> {
         match self.next_fault(0, HEADER_BYTES as u64) {
             Some(Fault::Eio) => Err(io::Error::from_raw_os_error(EIO)),
-            // A length that is told wrong: the file seems to be cut.
+            // The storage reports a wrong length: the file seems to be cut.
             Some(Fault::Short) => Ok(self.bytes.len() as u64 / 2),
             _ => Ok(self.bytes.len() as u64),
         }
@@ -124,18 +124,17 @@ fn memory() -> Vec<u8> {
     memory
 }
 
-fn file(codec: Codec, memory: &Vec<u8>) -> Vec<u8> {
+fn file(codec: Codec, memory: &[u8]) -> Vec<u8> {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("a.snap");
     let len = memory.len() as u64;
-    let contents = Contents {
-        regions: &[MemoryRegion { gpa: 0, len, source_offset: 0 }],
-        memory,
-        data: &[0..len],
-        states: &[StateBlob { tag: 1, version: 1, bytes: vec![9; 100] }],
-        metadata: Metadata { tool: "test".into(), ..Metadata::default() },
-    };
-    let options = WriteOptions { codec, chunk_pages: 3, ..WriteOptions::default() };
+    let regions = [MemoryRegion { gpa: 0, len, source_offset: 0 }];
+    let data = [0..len];
+    let states = [StateBlob { tag: 1, version: 1, bytes: vec![9; 100] }];
+    let contents = Contents::new(&regions, &memory, &data)
+        .states(&states)
+        .metadata(Metadata::default().tool("test"));
+    let options = WriteOptions::default().codec(codec).chunk_pages(3);
     write_snapshot(&path, contents, &options, &|_| ControlFlow::Continue(())).unwrap();
     std::fs::read(path).unwrap()
 }
@@ -217,7 +216,7 @@ fn check(file: &[u8], fault: Fault, struck: (u64, u64), result: Result<(), ReadE
     let expected_part = part_at(file, struck.0);
     match (fault, result) {
         (Fault::Slow, Ok(())) => {}
-        // The file's length was told wrong.
+        // The storage reported a wrong length.
         (Fault::Short, Err(ReadError::WrongLength { .. })) => {
             assert_eq!(struck, (0, HEADER_BYTES as u64));
         }

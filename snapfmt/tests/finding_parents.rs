@@ -7,8 +7,8 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use snapfmt::{
-    ChainError, Contents, MemoryRegion, Metadata, Parent, Parents, ReadError, Snapshot,
-    WriteOptions, write_layer, write_snapshot,
+    ChainError, Contents, MemoryRegion, Parent, Parents, ReadError, Snapshot, WriteOptions,
+    write_layer, write_snapshot,
 };
 
 const PAGE: usize = 4096;
@@ -20,13 +20,9 @@ fn go_on(_: snapfmt::Progress) -> ControlFlow<()> {
 /// A snapshot of four pages with this byte, or a layer of another one.
 fn store(path: &Path, byte: u8, parent: Option<&Path>) {
     let memory = vec![byte; 4 * PAGE];
-    let contents = Contents {
-        regions: &[MemoryRegion { gpa: 0, len: memory.len() as u64, source_offset: 0 }],
-        memory: &memory,
-        data: &[0..memory.len() as u64],
-        states: &[],
-        metadata: Metadata::default(),
-    };
+    let regions = [MemoryRegion { gpa: 0, len: memory.len() as u64, source_offset: 0 }];
+    let data = [0..memory.len() as u64];
+    let contents = Contents::new(&regions, &memory, &data);
     let options = WriteOptions::default();
     match parent {
         None => write_snapshot(path, contents, &options, &go_on).unwrap(),
@@ -122,7 +118,7 @@ fn a_parent_that_is_in_none_of_the_folders_is_not_found() {
     assert!(!text.contains("by its id"), "{text}");
 }
 
-/// What is in such a folder may be anyone's. Nothing of it is waited for, and nothing is taken for the parent that is not.
+/// The files in such a folder are not trusted. Opening them never blocks, and no other file is mistaken for the parent.
 #[test]
 fn other_things_in_a_folder_do_no_harm() {
     let chain = Chain::new();
@@ -149,7 +145,7 @@ fn other_things_in_a_folder_do_no_harm() {
     std::fs::write(chain.elsewhere("b0.snap"), &other).unwrap();
     assert!(not_found(chain.open()).contains("by its id"));
     std::fs::write(chain.elsewhere("b1.snap"), &cut).unwrap();
-    // It would be the parent if it were whole: that is told.
+    // It would be the parent if it were complete: the error reports that.
     let error = chain.open().map(drop).unwrap_err();
     let ReadError::Chain(ChainError::Parent { path, source }) = error else { panic!("{error:?}") };
     assert_eq!(path, chain.elsewhere("b1.snap"));

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 
 use snapfmt::layout::PAGE_BYTES;
-use snapfmt::{Codec, Contents, MemoryRegion, Metadata, WriteOptions, write_snapshot};
+use snapfmt::{Codec, Contents, MemoryRegion, WriteOptions, write_snapshot};
 
 const TEXT: &str = include_str!("../../docs/format.md");
 
@@ -21,14 +21,10 @@ fn the_worked_hexdump_is_a_real_file() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("one.snap");
     let memory = vec![7; PAGE_BYTES];
-    let contents = Contents {
-        regions: &[MemoryRegion { gpa: 0, len: 4096, source_offset: 0 }],
-        memory: &memory,
-        data: &[0..4096],
-        states: &[],
-        metadata: Metadata::default(),
-    };
-    let options = WriteOptions { codec: Codec::Raw, ..WriteOptions::default() };
+    let regions = [MemoryRegion { gpa: 0, len: 4096, source_offset: 0 }];
+    let data = [0..4096];
+    let contents = Contents::new(&regions, &memory, &data);
+    let options = WriteOptions::default().codec(Codec::Raw);
     write_snapshot(&path, contents, &options, &|_| ControlFlow::Continue(())).unwrap();
     let file = std::fs::read(path).unwrap();
     let lines: Vec<_> = TEXT.lines().filter_map(hexdump_line).collect();

@@ -82,7 +82,7 @@ fn chunk() {
     run("chunk", 6000, harness::chunk);
 }
 
-/// The harness would find nothing if what it starts from were refused at once.
+/// The harness would find nothing if its templates were refused immediately.
 #[test]
 fn templates_and_forged_files_are_good_until_they_are_changed() {
     for template in TEMPLATES.into_iter().chain([harness::HOT, harness::BOUND]) {
@@ -151,17 +151,17 @@ fn template_path(name: &str) -> PathBuf {
     Path::new(FUZZ).join(format!("templates/{name}.snap"))
 }
 
-fn write_hot_template(memory: &Vec<u8>) {
+fn write_hot_template(memory: &[u8]) {
     if template_path("hot").exists() {
         return;
     }
     let touched = [(513, Phase::FirstOutput), (2, Phase::FirstOutput), (3, Phase::FirstOutput)];
     let touched = touched.map(|(page, phase)| (PageIndex(page), phase));
     let set = WorkingSet::join([&touched[..], &[(PageIndex(1), Phase::Later)]]);
-    let hot = HotPages { set: &set, front: Some(Codec::Raw) };
-    let options = WriteOptions { chunk_pages: 2, ..Default::default() };
+    let hot = HotPages::new(&set).front(Codec::Raw);
+    let options = WriteOptions::default().chunk_pages(2);
     let all = 0..memory.len() as u64;
-    let contents = contents(memory, std::slice::from_ref(&all));
+    let contents = contents(&memory, std::slice::from_ref(&all));
     let go_on = |_| ControlFlow::Continue(());
     write_with_set(template_path("hot"), contents, None, &hot, &options, &go_on)
         .expect("it can be written");
@@ -170,15 +170,15 @@ fn write_hot_template(memory: &Vec<u8>) {
 fn write_template(
     name: &str,
     codec: Codec,
-    memory: &Vec<u8>,
+    memory: &[u8],
     data: Range<u64>,
     parent: Option<&Parent<'_>>,
 ) {
-    let contents = contents(memory, std::slice::from_ref(&data));
+    let contents = contents(&memory, std::slice::from_ref(&data));
     if template_path(name).exists() {
         return;
     }
-    let options = WriteOptions { codec, chunk_pages: 2, ..WriteOptions::default() };
+    let options = WriteOptions::default().codec(codec).chunk_pages(2);
     let (path, go_on) = (template_path(name), |_| ControlFlow::Continue(()));
     match parent {
         None => write_snapshot(path, contents, &options, &go_on),
@@ -187,17 +187,17 @@ fn write_template(
     .expect("it can be written");
 }
 
-fn contents<'a>(memory: &'a Vec<u8>, data: &'a [Range<u64>]) -> Contents<'a> {
-    Contents {
-        regions: &[
+fn contents<'a>(memory: &'a dyn snapfmt::ReadAt, data: &'a [Range<u64>]) -> Contents<'a> {
+    Contents::new(
+        &[
             MemoryRegion { gpa: 0, len: 1 << 20, source_offset: 0 },
             MemoryRegion { gpa: 4 << 20, len: (1 << 20) + (32 << 10), source_offset: 1 << 20 },
         ],
         memory,
         data,
-        states: states(),
-        metadata: Metadata { tool: "fuzz".into(), ..Metadata::default() },
-    }
+    )
+    .states(states())
+    .metadata(Metadata::default().tool("fuzz"))
 }
 
 fn states() -> &'static [StateBlob] {

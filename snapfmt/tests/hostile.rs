@@ -6,8 +6,8 @@ use std::ops::ControlFlow;
 use proptest::prelude::*;
 use snapfmt::layout::{HEADER_BYTES, PAGE_BYTES, SECTION_RECORD_BYTES};
 use snapfmt::{
-    ChunkBuffer, Codec, Contents, Corruption, MemoryRegion, Metadata, Part, Problem, ReadError,
-    SectionKind, Snapshot, StateBlob, WriteOptions, write_snapshot,
+    ChunkBuffer, Codec, Contents, Corruption, MemoryRegion, Part, Problem, ReadError, SectionKind,
+    Snapshot, StateBlob, WriteOptions, write_snapshot,
 };
 
 /// A small snapshot: 40 pages, the odd ones not zero, in chunks of four.
@@ -21,14 +21,11 @@ fn sample(codec: Codec) -> Vec<u8> {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("sample.snap");
     let len = memory.len() as u64;
-    let contents = Contents {
-        regions: &[MemoryRegion { gpa: 0, len, source_offset: 0 }],
-        memory: &memory,
-        data: &[0..len],
-        states: &[StateBlob { tag: 1, version: 1, bytes: vec![9; 100] }],
-        metadata: Metadata::default(),
-    };
-    let options = WriteOptions { codec, chunk_pages: 4, ..WriteOptions::default() };
+    let regions = [MemoryRegion { gpa: 0, len, source_offset: 0 }];
+    let data = [0..len];
+    let states = [StateBlob { tag: 1, version: 1, bytes: vec![9; 100] }];
+    let contents = Contents::new(&regions, &memory, &data).states(&states);
+    let options = WriteOptions::default().codec(codec).chunk_pages(4);
     write_snapshot(&path, contents, &options, &|_| ControlFlow::Continue(())).unwrap();
     std::fs::read(path).unwrap()
 }

@@ -9,9 +9,8 @@ use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use snapfmt::{
-    ChainError, ChunkBuffer, Contents, Header, MemoryRegion, Metadata, PageEntry, PageIndex,
-    Parent, Parents, ReadError, SectionKind, Snapshot, WriteError, WriteOptions, write_layer,
-    write_snapshot,
+    ChainError, ChunkBuffer, Contents, Header, MemoryRegion, PageEntry, PageIndex, Parent, Parents,
+    ReadError, SectionKind, Snapshot, WriteError, WriteOptions, write_layer, write_snapshot,
 };
 
 const PAGE: usize = 4096;
@@ -34,15 +33,11 @@ fn page(kind: u8, seed: u64) -> Vec<u8> {
 }
 
 /// Writes a memory to a file, as a layer of `parent` if there is one.
-fn store(path: &Path, memory: &Vec<u8>, parent: Option<&Path>, options: &WriteOptions) -> Header {
+fn store(path: &Path, memory: &[u8], parent: Option<&Path>, options: &WriteOptions) -> Header {
     let len = memory.len() as u64;
-    let contents = Contents {
-        regions: &[MemoryRegion { gpa: 0, len, source_offset: 0 }],
-        memory,
-        data: &[0..len],
-        states: &[],
-        metadata: Metadata::default(),
-    };
+    let regions = [MemoryRegion { gpa: 0, len, source_offset: 0 }];
+    let data = [0..len];
+    let contents = Contents::new(&regions, &memory, &data);
     match parent {
         None => write_snapshot(path, contents, options, &go_on).unwrap().0,
         Some(parent) => {
@@ -74,7 +69,7 @@ proptest! {
     #[test]
     fn any_history_comes_back(history in prop::collection::vec(changes(), 1..6), dedupe: bool) {
         let folder = tempfile::tempdir().unwrap();
-        let options = WriteOptions { dedupe, ..WriteOptions::default() };
+        let options = WriteOptions::default().dedupe(dedupe);
         let mut memory = vec![0; PAGES * PAGE];
         let mut before: Option<(PathBuf, Vec<u8>)> = None;
         for (number, changes) in history.iter().enumerate() {
@@ -94,7 +89,7 @@ proptest! {
             prop_assert!(read_all(&snapshot) == memory);
             snapshot.verify(NonZeroUsize::MIN, &go_on).unwrap();
 
-            // All at once, and what is said to be zero.
+            // All pages together, and the pages that the index has as zeros.
             let loaded = std::sync::Mutex::new(vec![0; memory.len()]);
             let place = |offset: u64, bytes: &[u8]| {
                 loaded.lock().unwrap()[offset as usize..][..bytes.len()].copy_from_slice(bytes);
@@ -117,13 +112,7 @@ proptest! {
             let flat = folder.path().join("flat.snap");
             let memory_of_chain = snapshot.memory();
             let data: Vec<_> = snapshot.populated().collect();
-            let contents = Contents {
-                regions: snapshot.regions(),
-                memory: &memory_of_chain,
-                data: &data,
-                states: &[],
-                metadata: Metadata::default(),
-            };
+            let contents = Contents::new(snapshot.regions(), &memory_of_chain, &data);
             write_snapshot(&flat, contents, &options, &go_on).unwrap();
             let flat_snapshot = Snapshot::open(&flat).unwrap();
             prop_assert_eq!(flat_snapshot.headers().len(), 1);
@@ -213,7 +202,7 @@ fn a_damaged_parent_is_named() {
     assert!(matches!(*source, ReadError::NotASnapshot { .. }));
 }
 
-/// Whoever reads a page, or the whole chain, is told which file is damaged.
+/// An error names the damaged file, for a page and for the whole chain.
 #[test]
 fn damage_behind_the_header_of_a_parent_is_the_parents() {
     let (_folder, base, top) = pair();
@@ -267,13 +256,9 @@ fn a_snapshot_that_is_rewritten_and_cannot_be_read_is_a_typed_error() {
     bytes[PAGE + 100] ^= 1;
     std::fs::write(&base, bytes).unwrap();
     let snapshot = Snapshot::open(&base).unwrap();
-    let contents = Contents {
-        regions: snapshot.regions(),
-        memory: &snapshot.memory(),
-        data: &snapshot.populated().collect::<Vec<_>>(),
-        states: &[],
-        metadata: Metadata::default(),
-    };
+    let memory = snapshot.memory();
+    let data = snapshot.populated().collect::<Vec<_>>();
+    let contents = Contents::new(snapshot.regions(), &memory, &data);
     let out = folder.path().join("out.snap");
     let written = write_snapshot(&out, contents, &WriteOptions::default(), &go_on);
     assert!(
@@ -325,7 +310,7 @@ fn equal_pages_are_stored_once_and_in_the_same_way_by_any_number_of_threads() {
     for threads in 1..4 {
         let path = folder.path().join(format!("{threads}.snap"));
         let threads = NonZeroUsize::new(threads).unwrap();
-        let options = WriteOptions { threads, ..WriteOptions::default() };
+        let options = WriteOptions::default().threads(threads);
         let header = store(&path, &memory, None, &options);
         assert_eq!((header.data_pages, header.stored_pages), (3000, kinds));
         let snapshot = Snapshot::open(&path).unwrap();
@@ -335,6 +320,6 @@ fn equal_pages_are_stored_once_and_in_the_same_way_by_any_number_of_threads() {
     }
     assert!(files.windows(2).all(|pair| pair[0] == pair[1]));
     let path = folder.path().join("all.snap");
-    let options = WriteOptions { dedupe: false, ..WriteOptions::default() };
+    let options = WriteOptions::default().dedupe(false);
     assert_eq!(store(&path, &memory, None, &options).stored_pages, 3000);
 }

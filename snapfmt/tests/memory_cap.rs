@@ -32,7 +32,7 @@ struct Counting;
 static LIVE: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
 
-// SAFETY: all is done by the system's allocator, with the arguments as they came.
+// SAFETY: the system's allocator does everything, with the same arguments.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         PEAK.fetch_max(LIVE.fetch_add(layout.size(), Relaxed) + layout.size(), Relaxed);
@@ -305,7 +305,7 @@ fn payloads_that_decode_to_more_than_they_may() {
     }
 }
 
-/// The most address space that this process has had.
+/// The largest address space of this process so far.
 fn address_space_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmPeak:"))?;

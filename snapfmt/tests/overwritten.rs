@@ -15,8 +15,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use snapfmt::layout::{INCOMPAT_BOUND, INCOMPAT_LAYERED};
 use snapfmt::{
-    Changes, ChunkBuffer, Codec, Contents, Existing, MemoryRegion, Metadata, PageEntry, PageIndex,
-    Parent, ReadAt, ReadError, Snapshot, Stamp, StateBlob, WorkingSet, WriteError, WriteOptions,
+    Changes, ChunkBuffer, Codec, Contents, MemoryRegion, Metadata, PageEntry, PageIndex, Parent,
+    ReadAt, ReadError, Snapshot, Stamp, StateBlob, WorkingSet, WriteError, WriteOptions,
     copy_snapshot, write_layer, write_snapshot,
 };
 
@@ -38,20 +38,16 @@ fn memory(time: u8) -> Vec<u8> {
     memory
 }
 
-fn contents<'a>(memory: &'a Vec<u8>, states: &'a [StateBlob]) -> Contents<'a> {
+fn contents<'a>(memory: &'a dyn ReadAt, states: &'a [StateBlob]) -> Contents<'a> {
     const LEN: u64 = (PAGES * PAGE) as u64;
-    let metadata = Metadata { tool: "test".into(), ..Metadata::default() };
-    Contents {
-        regions: &[MemoryRegion { gpa: 0, len: LEN, source_offset: 0 }],
-        memory,
-        data: &[0..LEN],
-        states,
-        metadata,
-    }
+    let metadata = Metadata::default().tool("test");
+    Contents::new(&[MemoryRegion { gpa: 0, len: LEN, source_offset: 0 }], memory, &[0..LEN])
+        .states(states)
+        .metadata(metadata)
 }
 
 fn store(path: &Path, time: u8, codec: Codec, parent: Option<&Path>) {
-    let options = WriteOptions { codec, chunk_pages: 4, ..WriteOptions::default() };
+    let options = WriteOptions::default().codec(codec).chunk_pages(4);
     let states = [StateBlob { tag: 1, version: 1, bytes: vec![time; 40] }];
     let memory = memory(time);
     match parent {
@@ -167,7 +163,7 @@ fn pages_of_a_snapshot_that_is_written_over_the_open_one_are_not_handed_out() {
         let ReadError::Changed { source, .. } = error else { unreachable!() };
         // Bound ones are known by what they are, the others by their times alone.
         assert_eq!(source.is_some(), bound, "{codec}: {source:?}");
-        // What is not about chunks was written over too, and what stands there now does not fit what was opened.
+        // Other parts were overwritten too, and their new content does not match what was opened.
         assert!(is_changed(&snapshot.state(1)), "{codec}");
         Snapshot::open(path).unwrap().verify(NonZeroUsize::MIN, &go_on).unwrap();
     }
@@ -228,7 +224,7 @@ fn a_file_that_is_renamed_linked_or_unlinked_is_the_same() {
     }
 }
 
-/// What is wrong in a parent is told as the parent's; the layer above it has not changed.
+/// An error in a parent names the parent; the layer above it has not changed.
 #[test]
 fn a_parent_that_is_written_over_is_named() {
     for bound in [true, false] {
@@ -276,12 +272,7 @@ fn a_snapshot_that_is_written_over_while_it_is_copied_has_no_copy() {
     for bound in [true, false] {
         let Pair { path, other, _folder: folder } = &pair(Codec::Raw, bound);
         let snapshot = Snapshot::open(path).unwrap();
-        let changes = Changes {
-            working_set: WorkingSet::join([&[][..]]),
-            metadata: snapshot.metadata().unwrap(),
-            parent_path: None,
-            existing: Existing::Keep,
-        };
+        let changes = Changes::new(WorkingSet::join([&[][..]]), snapshot.metadata().unwrap());
         let written = AtomicBool::new(false);
         let copy = folder.path().join("copy.snap");
         let at_once = |_| {
@@ -303,12 +294,7 @@ fn a_copy_in_the_place_of_its_original_has_the_same_pages() {
     for bound in [true, false] {
         let Pair { path, _folder: folder, .. } = &pair(Codec::Lz4, bound);
         let snapshot = Snapshot::open(path).unwrap();
-        let changes = Changes {
-            working_set: WorkingSet::join([&[][..]]),
-            metadata: snapshot.metadata().unwrap(),
-            parent_path: None,
-            existing: Existing::Keep,
-        };
+        let changes = Changes::new(WorkingSet::join([&[][..]]), snapshot.metadata().unwrap());
         let copies = ["first", "second"].map(|name| folder.path().join(name));
         copy_snapshot(&copies[0], &snapshot, &changes, &go_on).unwrap();
         let first = Snapshot::open(&copies[0]).unwrap();
@@ -356,7 +342,8 @@ impl ReadAt for WrittenAt<'_> {
     }
 }
 
-/// At any read, of the opening or of what comes after it: either all that was read is of one file, or it is told what happened.
+/// The file changes at any read, during or after the opening: either everything that was read is from one file, or an
+/// error reports the change.
 #[test]
 fn a_file_that_is_written_over_at_any_read_is_told_from_a_damaged_one() {
     for bound in [true, false] {

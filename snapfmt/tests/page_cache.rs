@@ -7,8 +7,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use snapfmt::{
-    Codec, Contents, MemoryRegion, Metadata, ReadAt, SectionKind, Snapshot, WriteOptions,
-    write_snapshot,
+    Codec, Contents, MemoryRegion, ReadAt, SectionKind, Snapshot, WriteOptions, write_snapshot,
 };
 
 const MEMORY_BYTES: u64 = 16 << 20;
@@ -20,14 +19,10 @@ fn go_on(_: snapfmt::Progress) -> ControlFlow<()> {
 /// A file of 16 MiB.
 fn store(path: &Path) {
     let memory: Vec<u8> = (0..MEMORY_BYTES).map(|at| (at >> 12) as u8 | 1).collect();
-    let contents = Contents {
-        regions: &[MemoryRegion { gpa: 0, len: MEMORY_BYTES, source_offset: 0 }],
-        memory: &memory,
-        data: &[0..MEMORY_BYTES],
-        states: &[],
-        metadata: Metadata::default(),
-    };
-    let options = WriteOptions { codec: Codec::Raw, dedupe: false, ..WriteOptions::default() };
+    let regions = [MemoryRegion { gpa: 0, len: MEMORY_BYTES, source_offset: 0 }];
+    let data = [0..MEMORY_BYTES];
+    let contents = Contents::new(&regions, &memory, &data);
+    let options = WriteOptions::default().codec(Codec::Raw).dedupe(false);
     write_snapshot(path, contents, &options, &go_on).unwrap();
 }
 
@@ -74,7 +69,7 @@ fn the_first_loading_leaves_nothing_and_the_second_one_all() {
     load(&path);
     let left = cached(&path).unwrap();
     assert!(left < 10, "{left} of 100 pages are left after the first loading");
-    // `cached` has had those read that it has asked for; without the index there would be no telling that the file was read lately.
+    // `cached` has read the pages that it asked for. Without the index, nothing would show that the file was read recently.
     assert!(drop_chunks(&path));
     load(&path);
     let left = cached(&path).unwrap();

@@ -69,19 +69,12 @@ proptest! {
         }
         let states = [StateBlob { tag: 3, version: 4, bytes: vec![5; 600] }];
         let data = [0..len];
-        let contents = || Contents {
-            regions: &regions,
-            memory: &memory,
-            data: &data,
-            states: &states,
-            metadata: Metadata { tool: "test".into(), ..Metadata::default() },
-        };
-        let options = WriteOptions {
-            codec,
-            chunk_pages,
-            threads: NonZeroUsize::new(threads).unwrap(),
-            ..WriteOptions::default()
-        };
+        let named = || Metadata::default().tool("test");
+        let contents =
+            || Contents::new(&regions, &memory, &data).states(&states).metadata(named());
+        let threads = NonZeroUsize::new(threads).unwrap();
+        let options =
+            WriteOptions::default().codec(codec).chunk_pages(chunk_pages).threads(threads);
         let (header, metadata) =
             write_snapshot(&path, contents(), &options, &never_stop).unwrap();
 
@@ -109,10 +102,10 @@ proptest! {
         }
         prop_assert_eq!(header.zero_pages(), zero_pages);
         prop_assert!(snapshot.entry(PageIndex(pages.len() as u32)).is_err());
-        let verified = snapshot.verify(NonZeroUsize::new(threads).unwrap(), &never_stop).unwrap();
+        let verified = snapshot.verify(threads, &never_stop).unwrap();
         prop_assert_eq!(verified.data_pages, header.data_pages);
 
-        // Loading everything at once gives the same memory, each page once.
+        // Loading everything gives the same memory, each page once.
         let loaded = std::sync::Mutex::new(vec![0; memory.len()]);
         let place = |offset: u64, bytes: &[u8]| {
             let mut loaded = loaded.lock().unwrap();
@@ -120,20 +113,23 @@ proptest! {
             assert!(target.iter().all(|byte| *byte == 0));
             target.copy_from_slice(bytes);
         };
-        snapshot.load(NonZeroUsize::new(threads).unwrap(), &place, &never_stop).unwrap();
+        snapshot.load(threads, &place, &never_stop).unwrap();
         prop_assert!(loaded.into_inner().unwrap() == memory);
 
         // The same bytes whatever the number of threads, but for the id and the time.
         let again = directory.path().join("b.snap");
-        let options = WriteOptions { threads: NonZeroUsize::MIN, ..options };
+        let options = options.threads(NonZeroUsize::MIN);
         write_snapshot(&again, contents(), &options, &never_stop).unwrap();
         let bytes = |path| common::without_id(std::fs::read(path).unwrap());
         prop_assert!(bytes(&path) == bytes(&again));
     }
 }
 
-fn small_contents<'a>(memory: &'a Vec<u8>, regions: &'a [MemoryRegion]) -> Contents<'a> {
-    Contents { regions, memory, data: &[0..8192], states: &[], metadata: Metadata::default() }
+fn small_contents<'a>(
+    memory: &'a dyn snapfmt::ReadAt,
+    regions: &'a [MemoryRegion],
+) -> Contents<'a> {
+    Contents::new(regions, memory, &[0..8192])
 }
 
 #[test]
@@ -184,7 +180,8 @@ fn a_cancelled_or_failing_write_leaves_nothing_behind() {
             ControlFlow::Break(())
         });
     assert!(matches!(cancelled, Err(WriteError::Cancelled)));
-    let contents = Contents { memory: &Broken, ..small_contents(&memory, &regions) };
+    let mut contents = small_contents(&memory, &regions);
+    contents.memory = &Broken;
     let failed = write_snapshot(&path, contents, &WriteOptions::default(), &never_stop);
     assert!(matches!(failed, Err(WriteError::Memory { source_offset: 0, .. })));
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);

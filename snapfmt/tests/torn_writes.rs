@@ -2,7 +2,7 @@
 //! read as zeros, and the end may be missing. Such a file must not pass for a whole one.
 //!
 //! (The writer gives a file its name only after fsync; this is the second line of defence, for
-//! disks and file systems that lie, and for copies that broke off.)
+//! disks and file systems that violate it, and for incomplete copies.)
 
 use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
@@ -11,8 +11,8 @@ use std::sync::OnceLock;
 use proptest::prelude::*;
 use snapfmt::layout::PAGE_BYTES;
 use snapfmt::{
-    Codec, Contents, MemoryRegion, Metadata, ReadError, Snapshot, StateBlob, Verified,
-    WriteOptions, write_snapshot,
+    Codec, Contents, MemoryRegion, ReadError, Snapshot, StateBlob, Verified, WriteOptions,
+    write_snapshot,
 };
 
 /// The unit in which disks write.
@@ -36,14 +36,11 @@ fn write_sample(codec: Codec) -> Vec<u8> {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("a.snap");
     let len = memory.len() as u64;
-    let contents = Contents {
-        regions: &[MemoryRegion { gpa: 0, len, source_offset: 0 }],
-        memory: &memory,
-        data: &[0..len],
-        states: &[StateBlob { tag: 1, version: 1, bytes: (0..3000).map(|at| at as u8).collect() }],
-        metadata: Metadata::default(),
-    };
-    let options = WriteOptions { codec, chunk_pages: 4, ..WriteOptions::default() };
+    let regions = [MemoryRegion { gpa: 0, len, source_offset: 0 }];
+    let data = [0..len];
+    let states = [StateBlob { tag: 1, version: 1, bytes: (0..3000).map(|at| at as u8).collect() }];
+    let contents = Contents::new(&regions, &memory, &data).states(&states);
+    let options = WriteOptions::default().codec(codec).chunk_pages(4);
     write_snapshot(&path, contents, &options, &|_| ControlFlow::Continue(())).unwrap();
     std::fs::read(path).unwrap()
 }

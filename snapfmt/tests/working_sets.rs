@@ -46,16 +46,11 @@ fn memory() -> Vec<u8> {
     memory
 }
 
-fn contents(memory: &Vec<u8>) -> Contents<'_> {
+fn contents(memory: &dyn ReadAt) -> Contents<'_> {
     const REGIONS: [MemoryRegion; 1] =
         [MemoryRegion { gpa: 0, len: (PAGES * PAGE) as u64, source_offset: 0 }];
-    Contents {
-        regions: &REGIONS,
-        memory,
-        data: &[0..(PAGES * PAGE) as u64],
-        states: &[],
-        metadata: Metadata { tool: "test".into(), ..Metadata::default() },
-    }
+    Contents::new(&REGIONS, memory, &[0..(PAGES * PAGE) as u64])
+        .metadata(Metadata::default().tool("test"))
 }
 
 fn set(pages: &[(u32, Phase)]) -> WorkingSet {
@@ -111,8 +106,8 @@ fn hot_pages_stand_in_front_by_phase_and_in_the_order_of_touching() {
         .collect();
     let set = set(&pages);
     for front in [Codec::Raw, Codec::Lz4, Codec::Zstd] {
-        let options = WriteOptions { existing: Existing::Replace, ..WriteOptions::default() };
-        store(&path, &memory, None, &HotPages { set: &set, front: Some(front) }, &options);
+        let options = WriteOptions::default().existing(Existing::Replace);
+        store(&path, &memory, None, &HotPages::new(&set).front(front), &options);
         let snapshot = Snapshot::open(&path).unwrap();
         let cold = (0..PAGES as u32).filter(|page| page % 6 != 1);
         // A cold page may share the slot of an equal hot one.
@@ -143,11 +138,11 @@ fn the_same_input_gives_the_same_bytes_for_any_number_of_threads() {
     let pages: Vec<_> =
         (0..PAGES as u32).filter(|p| p % 3 == 0).map(|p| (p, Phase::Later)).collect();
     let set = set(&pages);
-    let hot = HotPages { set: &set, front: Some(Codec::Lz4) };
+    let hot = HotPages::new(&set).front(Codec::Lz4);
     let stored = |name: &str, threads, memory: &Vec<u8>| {
         let path = folder.path().join(name);
         let threads = NonZeroUsize::new(threads).unwrap();
-        store(&path, memory, None, &hot, &WriteOptions { threads, ..WriteOptions::default() });
+        store(&path, memory, None, &hot, &WriteOptions::default().threads(threads));
         let header = Snapshot::open(&path).unwrap().header().clone();
         (common::without_id(std::fs::read(&path).unwrap()), header)
     };
@@ -177,7 +172,7 @@ fn a_layer_keeps_what_is_as_in_its_parent_there() {
         (6, Phase::FirstSecond),
         (0, Phase::Later),
     ]);
-    let hot = HotPages { set: &set, front: Some(Codec::Raw) };
+    let hot = HotPages::new(&set).front(Codec::Raw);
     let header = store(&layer, &memory, Some(&parent), &hot, &WriteOptions::default());
     // Page 7 and its equal, 700; page 8 is zero and was not.
     assert_eq!((header.data_pages, header.stored_pages), (2, 1));
@@ -196,7 +191,7 @@ fn a_copy_has_the_same_memory_and_state_and_another_set() {
     let path = |name: &str| folder.path().join(name);
     let mut memory = memory();
     let states = [StateBlob { tag: 5, version: 2, bytes: b"state".to_vec() }];
-    let whole = Contents { states: &states, ..contents(&memory) };
+    let whole = contents(&memory).states(&states);
     write_snapshot(path("base"), whole, &WriteOptions::default(), &go_on).unwrap();
     let base = Snapshot::open(path("base")).unwrap();
     memory[3 * PAGE..4 * PAGE].fill(1);
@@ -206,12 +201,8 @@ fn a_copy_has_the_same_memory_and_state_and_another_set() {
 
     let copied = |from: &str, to: &str, set: &WorkingSet, parent_path| {
         let snapshot = Snapshot::open(path(from)).unwrap();
-        let changes = Changes {
-            working_set: set.clone(),
-            metadata: Metadata { tool: "copier".into(), ..snapshot.metadata().unwrap() },
-            parent_path,
-            existing: Existing::Keep,
-        };
+        let changes = Changes::new(set.clone(), snapshot.metadata().unwrap().tool("copier"))
+            .parent_path(parent_path);
         let header = copy_snapshot(path(to), &snapshot, &changes, &go_on)?;
         let copy = Snapshot::open(path(to)).unwrap();
         copy.verify_chain(NonZeroUsize::MIN, &go_on).expect("it is good");
@@ -241,14 +232,14 @@ fn a_copy_has_the_same_memory_and_state_and_another_set() {
     assert!(!path("fifth").exists());
 }
 
-/// Damage is told to whoever asks for the set, and to nobody else: pages come without it.
+/// Damage is an error when the set is read, and only then: pages are read without it.
 #[test]
 fn a_damaged_set_is_named_and_in_nobodys_way() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("hot.snap");
     let memory = memory();
     let set = set(&[(1, Phase::FirstOutput), (2, Phase::FirstOutput), (900, Phase::Later)]);
-    store(&path, &memory, None, &HotPages { set: &set, front: None }, &WriteOptions::default());
+    store(&path, &memory, None, &HotPages::new(&set), &WriteOptions::default());
     let good = std::fs::read(&path).unwrap();
     let snapshot = Snapshot::new(good.clone()).unwrap();
     let of_kind = |s: &&snapfmt::Section| s.kind == SectionKind::WORKING_SET;
@@ -281,9 +272,9 @@ proptest! {
         let folder = tempfile::tempdir().unwrap();
         let pages: Vec<_> =
             pages.into_iter().map(|(page, phase)| (page, Phase::ALL[phase])).collect();
-        let options = WriteOptions { chunk_pages, dedupe, ..WriteOptions::default() };
+        let options = WriteOptions::default().chunk_pages(chunk_pages).dedupe(dedupe);
         let set = set(&pages);
-        store(&folder.path().join("x"), &memory(), None, &HotPages { set: &set, front }, &options);
+        store(&folder.path().join("x"), &memory(), None, &HotPages::new(&set).front(front), &options);
     }
 }
 

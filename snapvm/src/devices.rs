@@ -126,7 +126,7 @@ impl DeviceConnections {
         let mut paths = self.disks.iter().map(PathBuf::as_path);
         let mut nets = self.nets.iter();
         let mut restored: Devices = Vec::new();
-        for (place, VirtioState { transport, device }) in devices.into_iter().enumerate() {
+        for (place, VirtioState { transport, device, .. }) in devices.into_iter().enumerate() {
             let content = || content(snapshot, place);
             let host = self.host(device, &mut paths, &mut nets, content, observer)?;
             let device = VirtioDevice::restore(&event_loop, transport, host);
@@ -168,7 +168,7 @@ impl DeviceConnections {
                 Host::Disk(opened.map_err(DeviceError::Disk)?)
             }
             BackendState::Block(disk) => self.disk_below(&disk, paths.next(), 0, &[])?,
-            BackendState::Overlay(OverlayState { disk, blocks }) => {
+            BackendState::Overlay(OverlayState { disk, blocks, .. }) => {
                 self.disk_below(&disk, paths.next(), blocks, &content()?)?
             }
             BackendState::Rng => Host::Entropy,

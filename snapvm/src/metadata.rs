@@ -42,12 +42,7 @@ impl GuestMetadata {
         other.insert(HOST_CPU.into(), json!(self.host_cpu));
         other.insert(GUEST.into(), self.guest.clone());
         other.insert(DEVICES.into(), json!(["serial 8250 at port 0x3f8, irq 4"]));
-        Metadata {
-            tool: "snap".into(),
-            tool_version: env!("CARGO_PKG_VERSION").into(),
-            other,
-            ..Metadata::default()
-        }
+        Metadata::default().tool("snap").tool_version(env!("CARGO_PKG_VERSION")).other(other)
     }
 }
 

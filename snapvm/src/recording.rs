@@ -168,7 +168,7 @@ fn end_of(phase: Phase) -> Option<Duration> {
     match phase {
         Phase::First100Ms => Some(FIRST_100_MS),
         Phase::FirstSecond => Some(FIRST_SECOND),
-        Phase::FirstOutput | Phase::Later => None,
+        _ => None,
     }
 }
 

@@ -220,7 +220,7 @@ impl RestoreConfig {
         let state = self.state()?;
         self.check_cpu(&state)?;
         // Before anything that takes time: a disk may be refused.
-        let devices = self.devices.restore(&state.devices, &self.snapshot, &*self.observer);
+        let devices = self.devices.restore(state.devices(), &self.snapshot, &*self.observer);
         let devices = devices.map_err(|error| RestoreError::Device { file: file(), error })?;
         drop(step);
         let opened_at = Instant::now();
@@ -228,7 +228,7 @@ impl RestoreConfig {
         // Memory first, and its pager: setting the state of the vCPUs touches some of it.
         let guest = GuestSlot::default();
         let Served { service, mapped, loaded_bytes, prefetch_start } =
-            self.serve_memory(state.vcpus.len(), &guest)?;
+            self.serve_memory(state.vcpus().len(), &guest)?;
         let memory_ready_at = Instant::now();
         let memory = VmMemory {
             regions: self.snapshot.regions().to_vec(),
@@ -243,11 +243,11 @@ impl RestoreConfig {
         // Declared after the memory, whose pager waits for its thread: dropped before it on every way out.
         let prefetch_start = prefetch_start;
         let mut options =
-            RestoreOptions::default().heed_requests(self.guest_trigger).clock(self.clock);
+            RestoreOptions::default().guest_snapshot_trigger(self.guest_trigger).clock(self.clock);
         if !matches!(self.memory, MemoryFrom::Eager) {
             let regions = self.snapshot.regions();
             let first = self.snapshot.populated().flat_map(|range| gpa_ranges(regions, range));
-            options = options.plug_first(first.collect());
+            options = options.register_first(first.collect());
         }
         let step = self.observer.step(Step::BuildMachine { file: &self.file });
         let machine = PausedVm::restore_with(mapped, &state, console, &options, devices);
@@ -274,7 +274,7 @@ impl RestoreConfig {
         let blob = blob.ok_or_else(|| RestoreError::NoState { file: file() })?;
         let state = VmState::decode(STATE_KIND, blob.version, &blob.bytes)
             .map_err(|error| RestoreError::State { file: file(), error })?;
-        if to_regions(&state.memory) != self.snapshot.regions() {
+        if to_regions(state.memory()) != self.snapshot.regions() {
             return Err(RestoreError::MemoryMap { file: file() });
         }
         Ok(state)

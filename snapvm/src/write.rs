@@ -40,7 +40,7 @@ impl Vm {
         let write = |bytes: &dyn ReadAt, data: &[Range<u64>], guest| {
             check_room(data, options)?;
             let metadata = GuestMetadata::here(guest).to_metadata();
-            let contents = Contents { regions, memory: bytes, data, states: &states, metadata };
+            let contents = Contents::new(regions, bytes, data).states(&states).metadata(metadata);
             Ok(write_snapshot(out, contents, options, progress)?.0)
         };
         let restored = match &memory.origin {
@@ -91,13 +91,10 @@ impl Vm {
         }
         check_room(&data, options)?;
         let states = states(&mut self.machine)?;
-        let contents = Contents {
-            regions: &memory.regions,
-            memory: &GuestBytes { memory: &memory.mapped, regions: &memory.regions },
-            data: &data,
-            states: &states,
-            metadata: GuestMetadata::here(guest_of(snapshot)?).to_metadata(),
-        };
+        let mapped = GuestBytes { memory: &memory.mapped, regions: &memory.regions };
+        let contents = Contents::new(&memory.regions, &mapped, &data)
+            .states(&states)
+            .metadata(GuestMetadata::here(guest_of(snapshot)?).to_metadata());
         let parent = Parent::new(snapshot, path_of_parent(&restored.file, out)?);
         Ok(write_layer(out, contents, &parent, options, progress)?.0)
     }

@@ -1,11 +1,11 @@
-//! How long it takes to bring all vCPUs out of a running guest, and to let them go on.
+//! How long it takes to pause all vCPUs of a running guest, and to resume them.
 //!
 //!     cargo bench -p vmm --bench pause
 //!
 //! Guests of two vCPUs, each of which runs in its own loop: computing, writing to its serial port, or asleep in HLT;
 //! and the demo guest, which works in user mode and has one. The guest runs for two milliseconds between pauses.
-//! Pausing ends when all vCPUs stand still with their state whole, and all devices rest; resuming when the
-//! vCPUs' threads are started.
+//! A pause ends when all vCPUs have stopped with a consistent state, and all devices are paused. A resume ends when
+//! the vCPUs' threads are started.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 #[path = "../tests/common/kernel.rs"]
@@ -24,7 +24,7 @@ const ROUNDS: usize = 500;
 const RUN: Duration = Duration::from_millis(2);
 const MEMORY_BYTES: u64 = 64 << 20;
 
-/// What a vCPU does for ever, as machine code.
+/// The endless loop of a vCPU, as machine code.
 type Loop = &'static [u8];
 
 /// `jmp .` and `hlt; jmp` back to it.
@@ -46,17 +46,13 @@ fn main() {
     for (name, first, second) in guests {
         let mut kernel = tempfile::NamedTempFile::new().unwrap();
         kernel.write_all(&kernel::elf(&two_cpus(first, second), true, 0)).unwrap();
-        let payload = Payload::Linux(LinuxConfig {
-            kernel: kernel.path().to_owned(),
-            initrd: None,
-            cmdline: String::new(),
-        });
+        let payload = Payload::Linux(LinuxConfig::new(kernel.path().to_owned()));
         measure(name, &payload, 2);
     }
     measure("the demo guest", &Payload::Demo(DemoConfig::new(8 << 20)), 1);
 }
 
-/// A kernel whose vCPUs do these things; without a second thing, the second one writes for ever.
+/// A kernel with these loops on its vCPUs. Without a second loop, the second vCPU writes in an endless loop.
 fn two_cpus(first: Loop, second: Option<Loop>) -> Vec<u8> {
     let mut code = kernel::START_SECOND_CPU.to_vec();
     if let Some(second) = second {

@@ -5,19 +5,20 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use crate::bus::Bus;
+use crate::arch::IoPorts;
 use crate::kick::VcpuThreadId;
 
 /// Why a guest stopped running.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Stop {
-    /// The console answered [`ConsoleFlow::Pause`](crate::ConsoleFlow::Pause). The guest can go on.
+    /// The console answered [`ConsoleFlow::Pause`](crate::ConsoleFlow::Pause). The guest can continue.
     ConsolePause,
-    /// [`VmHandle::request_pause`] or [`RunningVm::pause`](crate::RunningVm::pause). The guest can go on.
+    /// [`VmHandle::request_pause`] or [`RunningVm::pause`](crate::RunningVm::pause). The guest can continue.
     PauseRequested,
-    /// The guest asked to be stored, by a write to [`REQUEST_PORT`](crate::REQUEST_PORT). It can go on.
-    Requested,
+    /// The guest asked for a snapshot of itself, by a write to
+    /// [`SNAPSHOT_TRIGGER_PORT`](crate::SNAPSHOT_TRIGGER_PORT). It can continue.
+    SnapshotTrigger,
     /// The guest turned its machine off, by ACPI.
     PowerOff,
     /// The guest executed HLT and no in-kernel interrupt controller can wake it.
@@ -26,20 +27,20 @@ pub enum Stop {
     Shutdown,
     /// The guest asked for a reset.
     Reset,
-    /// A page of guest memory could not be had: the host raised SIGBUS, or KVM could not map it.
+    /// A page of guest memory could not be read: the host raised SIGBUS, or KVM could not map the page.
     MemoryError {
         /// Guest physical address, where known.
         gpa: Option<u64>,
         /// Host virtual address, where known.
         host_addr: Option<u64>,
     },
-    /// The guest's access to RAM came out as if no RAM were there. Hosts that emulate the accessing
-    /// instruction report an unreadable page so.
+    /// KVM reported the guest's access to RAM as an access outside of RAM. Hosts that emulate the accessing
+    /// instruction report an unreadable page in this way.
     MmioInRam {
         /// Guest physical address of the access.
         gpa: u64,
     },
-    /// KVM_EXIT_INTERNAL_ERROR: KVM could not go on, mostly because it cannot emulate an instruction.
+    /// KVM_EXIT_INTERNAL_ERROR: KVM could not continue, mostly because it cannot emulate an instruction.
     InternalError {
         /// `kvm_run.internal.suberror`; 1 is KVM_INTERNAL_ERROR_EMULATION.
         suberror: u32,
@@ -59,10 +60,10 @@ pub enum Stop {
 }
 
 impl Stop {
-    /// Whether the guest is whole, so that its state may be saved and it may go on.
+    /// Whether the guest is intact, so that its state can be saved and it can continue.
     #[must_use]
     pub fn is_resumable(&self) -> bool {
-        matches!(self, Stop::ConsolePause | Stop::PauseRequested | Stop::Requested)
+        matches!(self, Stop::ConsolePause | Stop::PauseRequested | Stop::SnapshotTrigger)
     }
 }
 
@@ -71,7 +72,7 @@ impl fmt::Display for Stop {
         match self {
             Stop::ConsolePause => write!(f, "the console paused the guest"),
             Stop::PauseRequested => write!(f, "a pause was requested"),
-            Stop::Requested => write!(f, "the guest asked to be stored"),
+            Stop::SnapshotTrigger => write!(f, "the guest asked to be stored"),
             Stop::PowerOff => write!(f, "the guest powered off"),
             Stop::Halt => write!(f, "the guest halted"),
             Stop::Shutdown => write!(f, "the guest shut down (triple fault)"),
@@ -102,7 +103,7 @@ impl fmt::Display for Stop {
     }
 }
 
-/// What the vCPU threads and everybody who wants them to stop share.
+/// What the vCPU threads share with the threads that stop them.
 #[derive(Default)]
 pub(crate) struct Control {
     /// The hot path's view of `inner.stop`: checked before each KVM_RUN, without the lock.
@@ -118,14 +119,14 @@ pub(crate) struct Control {
 #[derive(Default)]
 struct Inner {
     stop: Option<Stop>,
-    /// vCPU threads that may be in KVM_RUN. A thread takes itself out before it ends, under this
-    /// lock, so that a kick never reaches a thread that is gone.
+    /// vCPU threads that may be in KVM_RUN. A thread removes itself before it ends, under this
+    /// lock, so that a kick never reaches a thread that has ended.
     threads: Vec<(VcpuThreadId, Arc<AtomicU64>)>,
 }
 
 impl Control {
-    /// Stops all vCPUs. The first reason counts, except that a reason the guest cannot survive
-    /// replaces one that it can.
+    /// Stops all vCPUs. The first reason is kept, but a reason that the guest cannot survive
+    /// replaces one that it can survive.
     pub(crate) fn stop(&self, reason: Stop) {
         let mut inner = self.lock();
         let replace = match &inner.stop {
@@ -135,7 +136,7 @@ impl Control {
         if replace {
             inner.stop = Some(reason);
         }
-        // Set before the kick: a vCPU whose KVM_RUN is cut short must see it.
+        // Set before the kick: a vCPU whose KVM_RUN is interrupted must see it.
         self.stopping.store(true, Ordering::SeqCst);
         for (thread, _) in &inner.threads {
             thread.kick();
@@ -149,7 +150,8 @@ impl Control {
 
     fn on_stop(&self, notify: Box<dyn Fn() + Send + Sync>) {
         let set = self.on_stop.set(notify).is_ok();
-        // Who stopped it before has found nobody to tell, or has told it just now: twice is no harm.
+        // A thread that stopped the guest before found no function to call, or has called this one just now.
+        // A second call does no harm.
         if set
             && self.reason().is_some()
             && let Some(notify) = self.on_stop.get()
@@ -166,7 +168,7 @@ impl Control {
         self.lock().stop.clone()
     }
 
-    /// Forgets a reason the guest can survive, so that it may run again.
+    /// Clears a reason that the guest can survive, so that it can run again.
     pub(crate) fn clear_pause(&self) {
         let mut inner = self.lock();
         if inner.stop.as_ref().is_some_and(Stop::is_resumable) {
@@ -175,7 +177,7 @@ impl Control {
         }
     }
 
-    /// Waits for a reason to stop; `None` when `timeout` runs out first.
+    /// Waits for a reason to stop; `None` when `timeout` expires first.
     pub(crate) fn wait(&self, timeout: Option<Duration>) -> Option<Stop> {
         let inner = self.lock();
         let inner = match timeout {
@@ -226,80 +228,83 @@ impl Control {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        // Every holder leaves the data whole, so a panic elsewhere does not spoil it.
+        // The data is consistent whenever the lock is released, even by a panic.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// What a vCPU that runs has done.
+/// What a running vCPU has done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct VcpuActivity {
-    /// Kernel id of its thread, by which the kernel counts its time: `/proc/self/task/THREAD_ID`.
+    /// Kernel id of its thread. The kernel accounts its time in `/proc/self/task/THREAD_ID`.
     pub thread_id: libc::pid_t,
-    /// How often KVM_RUN has come back to this program since the vCPU was made. What KVM does by itself, such as
-    /// waiting in HLT, is not in it.
+    /// How often KVM_RUN has returned to this program since the vCPU was created. It does not include what KVM
+    /// does itself, such as waiting in HLT.
     pub exits: u64,
 }
 
 /// Reaches a guest from any thread, for as long as it exists.
 ///
-/// Handles do not keep the guest alive: when its VM is gone they do nothing.
+/// A handle does not keep the guest alive. After its VM is dropped, a handle does nothing.
 #[derive(Clone)]
 pub struct VmHandle {
     control: Arc<Control>,
-    bus: Weak<Mutex<Bus>>,
+    io_ports: Weak<Mutex<IoPorts>>,
 }
 
 impl VmHandle {
-    pub(crate) fn new(control: Arc<Control>, bus: Weak<Mutex<Bus>>) -> VmHandle {
-        VmHandle { control, bus }
+    pub(crate) fn new(control: Arc<Control>, io_ports: Weak<Mutex<IoPorts>>) -> VmHandle {
+        VmHandle { control, io_ports }
     }
 
     /// Stops the guest with [`Stop::PauseRequested`], even one that sleeps in HLT.
     ///
-    /// A guest that is paused already is not changed: it runs when it is resumed.
+    /// It has no effect on a guest that is already paused: the guest runs when it is resumed.
     pub fn request_pause(&self) {
         self.control.stop(Stop::PauseRequested);
     }
 
-    /// Calls `notify` whenever the guest has stopped, or is told to stop, until it is gone; on the thread that
-    /// stops it, which it must not hold up. For who waits for other things too: [`RunningVm::wait`](crate::RunningVm::wait)
-    /// with no time then says why. Also now, if it was told to before. The first call counts, later ones do nothing.
+    /// Sets a function that is called whenever the guest has stopped or was asked to stop, until the guest is
+    /// dropped. If that was before this call, the function is called now. It runs on the thread that stops the
+    /// guest, and it must not block. It is meant for threads that wait for other things too:
+    /// [`RunningVm::wait`](crate::RunningVm::wait) with a timeout of zero then returns the reason.
+    ///
+    /// Only the first call of this method has an effect.
     pub fn on_stop(&self, notify: impl Fn() + Send + Sync + 'static) {
         self.control.on_stop(Box::new(notify));
     }
 
-    /// Stops the guest for good with [`Stop::Failed`], for example because its pager cannot read a
-    /// page. Its state can not be saved any more.
+    /// Stops the guest permanently with [`Stop::Failed`], for example because its pager cannot read a
+    /// page. Its state cannot be saved after that.
     pub fn fail(&self, reason: impl Into<String>) {
         self.control.stop(Stop::Failed { reason: reason.into() });
     }
 
-    /// Stops the guest for good: a device could not get at a page of its memory.
+    /// Stops the guest permanently, because a device could not access a page of its memory.
     pub(crate) fn memory_error(&self, gpa: Option<u64>) {
         self.control.stop(Stop::MemoryError { gpa, host_addr: None });
     }
 
-    /// Sends bytes to the guest's serial port, as a keyboard does.
+    /// Sends bytes to the guest's serial port, as a terminal does.
     ///
-    /// Returns how many were taken: up to 64 KiB wait for a guest that does not read them.
+    /// Returns how many bytes were taken. Up to 64 KiB are queued for a guest that does not read them.
     #[must_use = "bytes that do not fit are not sent"]
     pub fn send_input(&self, bytes: &[u8]) -> usize {
-        let Some(bus) = self.bus.upgrade() else {
+        let Some(io_ports) = self.io_ports.upgrade() else {
             return 0;
         };
-        let mut bus = bus.lock().unwrap_or_else(PoisonError::into_inner);
-        bus.com1().enqueue(bytes)
+        let mut io_ports = io_ports.lock().unwrap_or_else(PoisonError::into_inner);
+        io_ports.serial().enqueue(bytes)
     }
 
-    /// Kernel thread ids of the vCPU threads that run now, for whoever places its own threads by them.
+    /// Kernel thread ids of the vCPU threads that run now, for example to place other threads near them.
     #[must_use]
     pub fn vcpu_thread_ids(&self) -> Vec<libc::pid_t> {
         self.vcpus().iter().map(|vcpu| vcpu.thread_id).collect()
     }
 
-    /// What the vCPUs that run now have done. A guest that writes nothing shows by it whether it runs.
+    /// What the vCPUs that run now have done. It shows whether a guest without output runs.
     #[must_use]
     pub fn vcpus(&self) -> Vec<VcpuActivity> {
         self.control.vcpus()
@@ -313,7 +318,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_asks_late_is_told_that_it_has_stopped() {
+    fn a_late_listener_is_called_for_an_earlier_stop() {
         let handle = VmHandle::new(Arc::default(), Weak::new());
         let told = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&told);

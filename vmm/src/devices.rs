@@ -1,8 +1,8 @@
-//! Devices behind windows of guest physical addresses: what a device is, and where it is reached.
+//! Devices in windows of guest physical addresses: what a device is, and where it is.
 //!
 //! Every device has one window of 4 KiB in the MMIO hole and one interrupt line, both given by its place in
 //! the list of devices ([`device_window`]). An access inside the window calls the device on the vCPU's
-//! thread. A device may also have threads of its own; they rest while the guest is paused.
+//! thread. A device may also have its own threads; they do not run while the guest is paused.
 
 use std::io;
 use std::ops::Range;
@@ -12,21 +12,22 @@ use kvm_ioctls::{IoEventAddress, VmFd};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::arch::DEVICE_IRQS;
 use crate::control::VmHandle;
 use crate::error::{KvmError, NameCall};
+use crate::layout::PAGE_BYTES;
 use crate::state::DeviceState;
 
-/// First guest physical address of the first device's window.
-pub const DEVICE_WINDOWS_GPA: u64 = 0xd000_0000;
+pub use crate::arch::DEVICE_WINDOWS_GPA;
+
 /// Length of a device's window.
-pub const DEVICE_WINDOW_BYTES: u64 = 4096;
-/// Interrupt lines of the devices: ISA lines that nothing else here uses, so that they exist with the
-/// old interrupt controllers too.
-const DEVICE_IRQS: [u32; 8] = [5, 6, 7, 10, 11, 12, 14, 15];
+pub const DEVICE_WINDOW_BYTES: u64 = PAGE_BYTES;
 /// Most devices a guest may have.
 pub const DEVICES_MAX: usize = DEVICE_IRQS.len();
 /// Offset in its window of a virtio-mmio device's register `QueueNotify` (virtio 1.2, 4.2.2).
 const QUEUE_NOTIFY_OFFSET: u64 = 0x50;
+/// What a read returns where no device is: the bus floats high.
+pub(crate) const NO_DEVICE: u8 = 0xff;
 
 /// Guest physical addresses and interrupt line of the device at place `index` of the list, below
 /// [`DEVICES_MAX`].
@@ -39,19 +40,19 @@ pub fn device_window(index: usize) -> Option<(Range<u64>, u32)> {
 
 /// A device in a window of guest physical addresses.
 ///
-/// The machine calls [`attach`](MmioDevice::attach) once, before the guest runs; then
-/// [`resume`](MmioDevice::resume) and [`pause`](MmioDevice::pause) in turns, beginning with `resume`.
-/// [`read`](MmioDevice::read) and [`write`](MmioDevice::write) come only between those, from one thread
-/// at a time; [`state`](MmioDevice::state) only while the device is paused.
+/// The machine calls [`attach`](MmioDevice::attach) once, before the guest runs. After that it calls
+/// [`resume`](MmioDevice::resume) and [`pause`](MmioDevice::pause) alternately, beginning with `resume`. It
+/// calls [`read`](MmioDevice::read) and [`write`](MmioDevice::write) only between those two, from one thread
+/// at a time, and [`state`](MmioDevice::state) only while the device is paused.
 pub trait MmioDevice: Send {
-    /// Queues whose notifications the device takes from an eventfd: see [`Wiring::queue_events`].
+    /// Queues whose notifications the device takes from an eventfd: see [`DeviceContext::queue_events`].
     fn queue_count(&self) -> usize;
 
     /// Connects the device to the machine.
     ///
     /// # Errors
-    /// Whatever keeps the device from working.
-    fn attach(&mut self, wiring: Wiring) -> io::Result<()>;
+    /// Why the device cannot work.
+    fn attach(&mut self, context: DeviceContext) -> io::Result<()>;
 
     /// A read of the guest at `offset` in the window: fills `data`.
     fn read(&mut self, offset: u64, data: &mut [u8]);
@@ -62,15 +63,14 @@ pub trait MmioDevice: Send {
     /// The guest is about to run: threads of the device may use guest memory.
     fn resume(&mut self);
 
-    /// The guest does not run any more. Finishes what is under way; when this returns the device touches
+    /// The guest does not run any more. The device finishes its current work. When this returns, the device uses
     /// neither guest memory nor its interrupt until [`resume`](MmioDevice::resume).
     fn pause(&mut self);
 
-    /// What is needed to make the device again, its back end aside.
+    /// What is needed to create the device again, without its back end.
     fn state(&self) -> DeviceState;
 
-    /// What belongs to the device and is too large for its state, if anything. Whoever stores the one stores
-    /// the other.
+    /// Data of the device that is too large for its state, if there is any. A snapshot must contain both.
     ///
     /// # Errors
     /// Why it cannot be stored.
@@ -79,17 +79,18 @@ pub trait MmioDevice: Send {
     }
 }
 
-/// What a device reaches of its machine.
-pub struct Wiring {
+/// The parts of the machine that a device uses.
+#[non_exhaustive]
+pub struct DeviceContext {
     /// The guest's memory.
     pub memory: Arc<GuestMemoryMmap>,
     /// Written to raise the device's interrupt, an edge (KVM_IRQFD).
     pub interrupt: EventFd,
     /// One for each of [`MmioDevice::queue_count`]: readable after the guest has written the queue's
-    /// number, as 32 bits, to offset 0x50 of the window (KVM_IOEVENTFD). Such writes do not come to
+    /// number, as 32 bits, to offset 0x50 of the window (KVM_IOEVENTFD). Such writes do not call
     /// [`MmioDevice::write`].
     pub queue_events: Vec<EventFd>,
-    /// Stops the guest when the device cannot go on.
+    /// Stops the guest when the device cannot continue.
     pub handle: VmHandle,
 }
 
@@ -116,12 +117,12 @@ pub enum DeviceError {
         /// Kinds of the devices in the state.
         expected: Vec<u32>,
     },
-    /// The device says it cannot work, or the system has no eventfd for it.
+    /// The device cannot work, or the system has no eventfd for it.
     #[error("device {index} cannot be connected")]
     Attach {
         /// Its place in the list.
         index: usize,
-        /// What it said.
+        /// The error of the device.
         #[source]
         source: io::Error,
     },
@@ -166,8 +167,8 @@ impl Devices {
                 queue_events.push(event);
             }
             let memory = Arc::clone(memory);
-            let wiring = Wiring { memory, interrupt, queue_events, handle: handle.clone() };
-            device.attach(wiring).map_err(failed)?;
+            let context = DeviceContext { memory, interrupt, queue_events, handle: handle.clone() };
+            device.attach(context).map_err(failed)?;
         }
         Ok(())
     }

@@ -1,14 +1,15 @@
-//! The one error every KVM call can give.
+//! The error of a KVM call.
 
 use std::io;
 
 /// A KVM call that the kernel refused.
 #[derive(Debug, thiserror::Error)]
 #[error("{call} failed")]
+#[non_exhaustive]
 pub struct KvmError {
     /// Name of the call, as the kernel documentation spells it.
     pub call: &'static str,
-    /// What the kernel answered.
+    /// The kernel's error.
     #[source]
     pub source: io::Error,
 }

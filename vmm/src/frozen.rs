@@ -1,8 +1,8 @@
-//! Kernel structures as bytes whose number may never change.
+//! Kernel structures, encoded as bytes whose number never changes.
 //!
-//! `kvm-bindings` encodes a structure as its raw bytes, and decodes by cutting what is too long and padding
-//! what is too short with zeros, silently. [`Frozen`] refuses both: a structure is decoded from exactly
-//! as many bytes as it has, or not at all.
+//! `kvm-bindings` encodes a structure as its raw bytes. When it decodes, it silently truncates what is too long
+//! and pads what is too short with zeros. [`Frozen`] refuses both: a structure is decoded from exactly as many
+//! bytes as it has.
 
 use std::fmt;
 use std::marker::PhantomData;

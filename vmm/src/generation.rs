@@ -6,19 +6,19 @@ use std::io::{self, Read};
 
 use kvm_ioctls::VmFd;
 
-use crate::boot::GENERATION_IRQ;
+use crate::arch::GENERATION_IRQ;
 use crate::error::{KvmError, NameCall};
-use crate::memslots::Memslots;
+use crate::memory_slots::MemorySlots;
 
-/// Writes a new id. By a system call on guest memory, so that a page that cannot be had is an error here.
-pub(crate) fn renew(memslots: &Memslots, gpa: u64) -> io::Result<()> {
+/// Writes a new id. It uses a system call on guest memory, so that an unreadable page is an error here.
+pub(crate) fn renew(memory_slots: &MemorySlots, gpa: u64) -> io::Result<()> {
     let mut id = [0; 16];
     File::open("/dev/urandom")?.read_exact(&mut id)?;
-    memslots.write(gpa, &id)
+    memory_slots.write(gpa, &id)
 }
 
-/// Tells the guest, by the interrupt that its ACPI event device turns into a notification. After the I/O
-/// APIC has its state back, which would overwrite the request.
+/// Notifies the guest, by the interrupt that its ACPI event device turns into a notification. It runs after
+/// the interrupt controller is restored, because that would overwrite the request.
 pub(crate) fn notify(vm: &VmFd) -> Result<(), KvmError> {
     vm.set_irq_line(GENERATION_IRQ, true).call("KVM_IRQ_LINE")?;
     vm.set_irq_line(GENERATION_IRQ, false).call("KVM_IRQ_LINE")

@@ -1,12 +1,14 @@
-//! What this host offers: the KVM device, and the CPU's identity.
+//! What this host offers: the KVM device, and the features of its CPU.
 
-use std::arch::x86_64::__cpuid;
 use std::io;
 
 use kvm_ioctls::{Kvm, VmFd};
-use serde::{Deserialize, Serialize};
 
-/// The device that KVM is reached through.
+use crate::arch::{self, HostCpu};
+use crate::error::KvmError;
+use crate::state::VmState;
+
+/// The device file of KVM.
 pub const KVM_DEVICE: &str = "/dev/kvm";
 /// The one stable version of the KVM API (KVM API documentation, "KVM_GET_API_VERSION").
 const KVM_API_VERSION: i32 = 12;
@@ -30,20 +32,20 @@ pub enum ProbeError {
     /// The device does not open.
     #[error("cannot open {KVM_DEVICE}: {}", advice(source))]
     Open {
-        /// What open(2) said.
+        /// The error of open(2).
         #[source]
         source: io::Error,
     },
-    /// KVM, but not as every Linux since 2007 has it.
+    /// KVM has another API version than every Linux since 2007.
     #[error("{KVM_DEVICE} speaks API version {found}, expected {KVM_API_VERSION}")]
     ApiVersion {
         /// The version found.
         found: i32,
     },
-    /// The device opens and gives no VM.
+    /// The device opens, but KVM does not create a VM.
     #[error("{KVM_DEVICE} opens, but KVM_CREATE_VM failed: {}", advice_on_vm(source))]
     CreateVm {
-        /// What KVM_CREATE_VM said.
+        /// The error of KVM_CREATE_VM.
         #[source]
         source: io::Error,
     },
@@ -72,7 +74,7 @@ fn advice_on_vm(error: &io::Error) -> &'static str {
     }
 }
 
-/// What to do where a limit of this process or of the host is reached, whatever was asked for.
+/// What to do when a limit of this process or of the host is reached.
 fn advice_on_limits(errno: Option<i32>) -> Option<&'static str> {
     Some(match errno? {
         libc::EMFILE => {
@@ -111,13 +113,13 @@ pub(crate) fn open_kvm() -> Result<Kvm, ProbeError> {
 }
 
 pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd, ProbeError> {
-    // KVM_CREATE_VM takes every lock of the process' memory map (mm_take_all_locks), and gives up when a
-    // signal comes meanwhile. A signal is no reason not to have a VM: whoever handles it says so elsewhere.
+    // KVM_CREATE_VM takes every lock of the process's memory map (mm_take_all_locks), and fails when a signal
+    // arrives during that. A signal is not an error here: its handler deals with it.
     unless_interrupted(|| kvm.create_vm())
         .map_err(|errno| ProbeError::CreateVm { source: errno.into() })
 }
 
-/// Makes a call again for as long as signals interrupt it.
+/// Repeats a call as long as signals interrupt it.
 fn unless_interrupted<T>(
     mut call: impl FnMut() -> Result<T, kvm_ioctls::Error>,
 ) -> Result<T, kvm_ioctls::Error> {
@@ -129,67 +131,36 @@ fn unless_interrupted<T>(
     }
 }
 
-/// Identity of a CPU, as its CPUID instruction tells it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HostCpu {
-    /// "GenuineIntel", "AuthenticAMD".
-    pub vendor: String,
-    /// Display family: base plus extended.
-    pub family: u32,
-    /// Display model: base plus extended.
-    pub model: u32,
-    /// Stepping.
-    pub stepping: u32,
-    /// The name on the box.
-    pub brand: String,
+/// The features of this host could not be read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FeaturesError {
+    /// This host cannot run guests.
+    #[error(transparent)]
+    Host(#[from] ProbeError),
+    /// A KVM call failed.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
 }
 
-impl HostCpu {
-    /// The CPU this runs on.
-    #[must_use]
-    pub fn current() -> HostCpu {
-        let leaf0 = __cpuid(0);
-        let vendor = text(&[leaf0.ebx, leaf0.edx, leaf0.ecx]);
-        let (family, model, stepping) = signature(__cpuid(1).eax);
-        let brand = if __cpuid(0x8000_0000).eax >= 0x8000_0004 {
-            let words: Vec<u32> = (0x8000_0002..=0x8000_0004)
-                .map(__cpuid)
-                .flat_map(|leaf| [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx])
-                .collect();
-            text(&words)
-        } else {
-            String::new()
-        };
-        HostCpu { vendor, family, model, stepping, brand }
+/// CPU features that the guest of `state` has and this host does not have; empty when the host has all.
+///
+/// The call takes half a millisecond (KVM_GET_SUPPORTED_CPUID). It is not needed when the host is known to be
+/// the one that the guest was saved on.
+///
+/// # Errors
+/// [`FeaturesError`] when this host cannot run guests or does not report its features.
+pub fn missing_features(state: &VmState) -> Result<Vec<String>, FeaturesError> {
+    let kvm = open_kvm()?;
+    match state.vcpus().first() {
+        Some(vcpu) => Ok(arch::missing_features(&kvm, vcpu)?),
+        None => Ok(Vec::new()),
     }
-}
-
-/// Family, model and stepping from CPUID leaf 1 EAX (Intel SDM volume 2A, "CPUID", and AMD APM 3).
-fn signature(eax: u32) -> (u32, u32, u32) {
-    let field = |shift: u32, bits: u32| (eax >> shift) & ((1 << bits) - 1);
-    let (base_family, base_model) = (field(8, 4), field(4, 4));
-    let family = if base_family == 0xf { base_family + field(20, 8) } else { base_family };
-    let model =
-        if matches!(base_family, 0x6 | 0xf) { field(16, 4) << 4 | base_model } else { base_model };
-    (family, model, field(0, 4))
-}
-
-pub(crate) fn text(words: &[u32]) -> String {
-    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-    String::from_utf8_lossy(&bytes).trim_matches(['\0', ' ']).to_owned()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn signatures_of_known_cpus() {
-        // EPYC 9354 (Genoa), Xeon 8375C (Ice Lake), Pentium III.
-        assert_eq!(signature(0x00a1_0f11), (25, 17, 1));
-        assert_eq!(signature(0x0006_06a6), (6, 106, 6));
-        assert_eq!(signature(0x0000_0683), (6, 8, 3));
-    }
 
     #[test]
     fn a_signal_during_a_call_is_not_its_result() {
@@ -201,13 +172,6 @@ mod tests {
     }
 
     #[test]
-    fn this_cpu_has_a_vendor() {
-        let cpu = HostCpu::current();
-        assert_eq!(cpu.vendor.len(), 12, "{cpu:?}");
-        assert!(!cpu.vendor.contains('\0') && !cpu.brand.contains('\0'));
-    }
-
-    #[test]
     fn errors_say_what_to_do() {
         let error = |errno| ProbeError::Open { source: io::Error::from_raw_os_error(errno) };
         assert!(error(libc::EACCES).to_string().contains("usermod -aG kvm"));
@@ -216,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn a_vm_that_is_refused_is_told_by_its_cause() {
+    fn the_advice_depends_on_why_the_vm_is_refused() {
         let told = |errno| {
             ProbeError::CreateVm { source: io::Error::from_raw_os_error(errno) }.to_string()
         };

@@ -1,8 +1,8 @@
-//! Getting a vCPU thread out of KVM_RUN, and surviving a page that cannot be read.
+//! Interrupting KVM_RUN on a vCPU thread, and surviving a page that cannot be read.
 //!
-//! A kick is a signal. Its handler sets `kvm_run.immediate_exit`, so that it works whether it comes
-//! while the thread is in KVM_RUN (the call returns EINTR because a signal is pending) or just before
-//! (the call returns EINTR because of `immediate_exit`): KVM API documentation, "KVM_RUN".
+//! A kick is a signal. Its handler sets `kvm_run.immediate_exit`. So a kick works while the thread is in
+//! KVM_RUN (the call returns EINTR because a signal is pending) and just before that (the call returns EINTR
+//! because of `immediate_exit`): KVM API documentation, "KVM_RUN".
 //!
 //! A guest access to a page that the host cannot supply (UFFDIO_POISON, a hardware memory error)
 //! makes the kernel send SIGBUS to the vCPU thread. A process-wide handler records the address when the
@@ -19,7 +19,9 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering, compiler_fen
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-/// What the signal handlers know of the thread they interrupt.
+use crate::arch;
+
+/// What the signal handlers use of the thread that they interrupt.
 ///
 /// Constant initialisation and no destructor: access is a plain thread-relative load, which is
 /// async-signal-safe. Only the thread itself and handlers on it use it, hence `Relaxed` throughout.
@@ -41,11 +43,11 @@ thread_local! {
     };
 }
 
-/// SIGBUS's action before ours.
+/// The action of SIGBUS before this crate installed its handler.
 static PREVIOUS_SIGBUS: OnceLock<libc::sigaction> = OnceLock::new();
 
 /// The signal of a kick. Real-time signals below SIGRTMIN belong to the C library; programs tend to
-/// use the first ones after it, so this one keeps a distance.
+/// use the first ones after it, so this is a later one.
 fn kick_signal() -> libc::c_int {
     libc::SIGRTMIN() + 5
 }
@@ -60,7 +62,7 @@ pub(crate) struct VcpuThreadId {
 impl VcpuThreadId {
     /// Interrupts the thread's KVM_RUN, now or the next.
     ///
-    /// To be called only while the thread cannot end: see `Control::inner`.
+    /// The caller makes sure that the thread cannot end: see `Control::inner`.
     pub(crate) fn kick(&self) {
         // SAFETY: the thread is alive, as it takes itself out of the list of threads, under the lock
         // the caller holds, before it ends. The signal has a handler: `install_signal_handlers`
@@ -77,7 +79,7 @@ impl VcpuThreadId {
 pub(crate) struct VcpuThread<'a> {
     vcpu: &'a mut VcpuFd,
     id: VcpuThreadId,
-    /// The thread it was made on is the thread it works for.
+    /// It is valid only on the thread that created it.
     _not_send: PhantomData<*const ()>,
 }
 
@@ -112,7 +114,7 @@ impl<'a> VcpuThread<'a> {
         exit.map_err(io::Error::from)
     }
 
-    /// Host address of the SIGBUS that came during KVM_RUN, if one did.
+    /// Host address of the SIGBUS that was raised during KVM_RUN, if there was one.
     pub(crate) fn take_sigbus(&mut self) -> Option<u64> {
         THIS_VCPU.with(|this| {
             let came = this.sigbus.swap(false, Ordering::Relaxed);
@@ -127,20 +129,20 @@ impl<'a> VcpuThread<'a> {
         unsafe { self.vcpu.get_kvm_run().__bindgen_anon_1.internal.suberror }
     }
 
-    /// Whether nothing keeps it from running: it does not wait to be started by another vCPU.
+    /// Whether the vCPU can run, and does not wait for another vCPU to start it.
     pub(crate) fn is_runnable(&self) -> bool {
         let state = self.vcpu.get_mp_state();
         state.is_ok_and(|state| state.mp_state == kvm_bindings::KVM_MP_STATE_RUNNABLE)
     }
 
-    pub(crate) fn rip(&self) -> Option<u64> {
-        self.vcpu.get_regs().ok().map(|regs| regs.rip)
+    pub(crate) fn instruction_pointer(&self) -> Option<u64> {
+        arch::instruction_pointer(self.vcpu)
     }
 }
 
 impl Drop for VcpuThread<'_> {
     fn drop(&mut self) {
-        // A kick that is still on its way then finds no vCPU and does nothing.
+        // A kick that arrives later finds no vCPU and does nothing.
         THIS_VCPU.with(|this| this.immediate_exit.store(ptr::null_mut(), Ordering::Relaxed));
         compiler_fence(Ordering::SeqCst);
     }
@@ -154,8 +156,7 @@ pub(crate) fn install_signal_handlers() -> io::Result<()> {
         let previous = current_action(libc::SIGBUS)?;
         // Before the handler that reads it is in place.
         let _ = PREVIOUS_SIGBUS.set(previous);
-        // On the alternate stack where there is one: the handlers we chain to (Rust's stack overflow
-        // report) need it.
+        // On the alternate stack, if there is one: the previous handler (Rust's stack overflow report) needs it.
         let flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
         set_action(libc::SIGBUS, on_sigbus as *const () as usize, flags)
     };
@@ -200,7 +201,7 @@ fn leave_kvm_run() {
     }
 }
 
-/// Does what would have happened without our handler.
+/// Does what would have happened without this crate's handler.
 fn hand_on_sigbus(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     let previous = PREVIOUS_SIGBUS.get();
     let handler = previous.map_or(libc::SIG_DFL, |action| action.sa_sigaction);
@@ -234,14 +235,6 @@ fn set_action(signal: libc::c_int, handler: usize, flags: libc::c_int) -> io::Re
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Whether this process ignores a signal, as one that `nohup` has started does SIGHUP.
-///
-/// # Errors
-/// As sigaction(2): there is no such signal.
-pub fn is_signal_ignored(signal: i32) -> io::Result<bool> {
-    Ok(current_action(signal)?.sa_sigaction == libc::SIG_IGN)
-}
-
 fn current_action(signal: libc::c_int) -> io::Result<libc::sigaction> {
     let mut action = MaybeUninit::<libc::sigaction>::uninit();
     // SAFETY: a null new action only asks, and the old one has room.
@@ -253,7 +246,7 @@ fn current_action(signal: libc::c_int) -> io::Result<libc::sigaction> {
     Ok(unsafe { action.assume_init() })
 }
 
-/// A thread inherits the signal mask of the one that started it, which may block our signals.
+/// A thread inherits the signal mask of the thread that started it, which may block these signals.
 fn unblock_kicks() {
     let mut set = MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: sigemptyset initialises the set it is given room for.

@@ -1,8 +1,8 @@
-//! Where guest memory lies in the guest's physical address space.
+//! Where guest memory is in the guest's physical address space.
 //!
 //! RAM begins at address 0. A PC keeps the last gigabyte below 4 GiB for devices (the local APIC at
-//! 0xfee0_0000 and the IOAPIC at 0xfec0_0000 among them), so RAM that does not fit below 3 GiB goes on
-//! at 4 GiB:
+//! 0xfee0_0000 and the IOAPIC at 0xfec0_0000 among them), so RAM that does not fit below 3 GiB
+//! continues at 4 GiB:
 //!
 //! ```text
 //! gpa            0               3 GiB      4 GiB                      4 GiB + (size - 3 GiB)
@@ -14,18 +14,18 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-/// First guest physical address of the hole that belongs to devices.
-pub const MMIO_HOLE_START: u64 = 3 << 30;
-/// First guest physical address after the hole.
-pub const MMIO_HOLE_END: u64 = 4 << 30;
+pub use crate::arch::{MMIO_HOLE_END, MMIO_HOLE_START};
+
+/// Size of a page in bytes.
+pub const PAGE_BYTES: u64 = 4096;
 /// Memory sizes, region borders and memory slots are multiples of this: one large page.
 pub const LARGE_PAGE_BYTES: u64 = 2 << 20;
-/// Smallest guest: one large page for the payload's tables and one for everything else.
+/// Memory of the smallest guest: one large page for the payload's tables and one for everything else.
 pub const MEMORY_MIN_BYTES: u64 = 2 * LARGE_PAGE_BYTES;
-/// Largest guest.
+/// Memory of the largest guest.
 pub const MEMORY_MAX_BYTES: u64 = 1 << 40;
 
-/// A run of guest RAM, and where its bytes lie when all runs are written one after the other.
+/// A run of guest RAM, and where its bytes are when all runs are written one after the other.
 ///
 /// All three fields are in bytes and multiples of [`LARGE_PAGE_BYTES`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

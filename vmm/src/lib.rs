@@ -1,32 +1,33 @@
 //! A small virtual machine monitor for KVM, made for guests that are paused, saved, and restored before
 //! all of their memory has arrived.
 //!
-//! A guest is one of two types. A [`PausedVm`] comes from [`PausedVm::boot`] or [`PausedVm::restore`] and
-//! can yield its [`VmState`]; a [`RunningVm`] comes from [`PausedVm::resume`] and goes back with
-//! [`RunningVm::pause`]. Guest memory is the caller's: a `GuestMemoryMmap` of [`memory_layout`]'s ranges,
-//! backed by whatever the caller likes, private or shared, full or filled on demand by userfaultfd.
+//! A guest is a value of one of two types. [`PausedVm::boot`] and [`PausedVm::restore`] return a [`PausedVm`],
+//! whose [`VmState`] can be read. [`PausedVm::resume`] turns it into a [`RunningVm`], and [`RunningVm::pause`]
+//! turns it back. The caller provides the guest memory: a `GuestMemoryMmap` of [`memory_layout`]'s ranges, with
+//! any backing, private or shared, complete or filled on demand by userfaultfd.
 //!
 //! # Features
-//! - An embedded [`demo`] guest that needs no kernel and checks its memory for ever.
+//! - An embedded [`demo`] guest that needs no kernel and checks its memory until it is stopped.
 //! - Linux kernels, by PVH and by the 64-bit boot protocol, on several vCPUs: see [`boot`].
-//! - A seam for devices in guest physical memory, [`MmioDevice`], with their state in the machine's.
-//! - Restore in about the time of the KVM calls it cannot avoid, independent of memory size: memory
-//!   slots that hold nothing are given to KVM while the guest already runs.
-//! - A console that can stop the guest at exactly the instruction that wrote a byte.
+//! - A trait for devices in guest physical memory, [`MmioDevice`]. Their state is part of the machine's state.
+//! - Restore in about the time of the necessary KVM calls, independent of the size of memory: memory slots that
+//!   contain only zeros are registered while the guest already runs.
+//! - A console that can pause the guest at exactly the instruction that wrote a byte.
 //! - A state encoding with a version, frozen by tests, safe to decode from untrusted bytes.
-//! - Pages that cannot be read stop the guest with their address: no zeros, no hang, no SIGBUS.
+//! - A page that cannot be read stops the guest, and the error has its address. It never becomes zeros, and it
+//!   causes neither a hang nor a SIGBUS.
 //!
 //! # Not features
 //! - Other architectures than x86_64; AMX state; nested guests; 32-bit PAE guests while they run.
-//! - Translation between CPU models: KVM refuses what it cannot take.
+//! - Translation between CPU models: KVM refuses what it does not support.
 //!
 //! # Signals
-//! The first guest installs two handlers in the process: one for `SIGRTMIN + 5`, with which vCPU threads
-//! are interrupted, and one for SIGBUS, which takes what a vCPU thread gets while it runs its guest and
-//! hands everything else to the handler that was there before.
+//! The first guest installs two handlers in the process. The one for `SIGRTMIN + 5` interrupts vCPU threads. The
+//! one for SIGBUS handles the signals that a vCPU thread gets while it runs its guest, and passes all others to
+//! the handler that was installed before.
 //!
 //! # Example
-//! Boot the demo guest, take three beats, save the guest, restore it into the same memory, take one more:
+//! Boot the demo guest, run three beats, save the guest, restore it into the same memory, run one more beat:
 //!
 //! ```
 //! use std::sync::Arc;
@@ -67,53 +68,43 @@
 //! # }
 //! ```
 
-#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
-compile_error!("vmm needs Linux on x86_64");
+#[cfg(not(target_os = "linux"))]
+compile_error!("vmm supports Linux only: it needs KVM");
 
+mod arch;
 pub mod boot;
-mod bus;
-mod chips;
 mod console;
 mod control;
-mod cpuid;
 pub mod demo;
 mod devices;
 mod error;
-mod features;
 mod frozen;
 mod generation;
 mod host;
 mod kick;
 pub mod layout;
-mod long_mode;
-mod memslots;
-mod paravirt;
+mod memory_slots;
 mod payload;
-mod pieces;
-mod rtc;
 mod run_loop;
 mod serial;
+mod slot_layout;
 pub mod state;
-mod vcpu;
 pub mod virtio;
 mod vm;
 
-pub use bus::REQUEST_PORT;
+pub use arch::{HostCpu, SNAPSHOT_TRIGGER_PORT, VcpuError};
 pub use console::{Console, ConsoleFlow};
 pub use control::{Stop, VcpuActivity, VmHandle};
 pub use devices::{
-    DEVICE_WINDOW_BYTES, DEVICE_WINDOWS_GPA, DEVICES_MAX, DeviceError, MmioDevice, Wiring,
+    DEVICE_WINDOW_BYTES, DEVICE_WINDOWS_GPA, DEVICES_MAX, DeviceContext, DeviceError, MmioDevice,
     device_window,
 };
 pub use error::KvmError;
-pub use features::{FeaturesError, missing_features};
 pub use frozen::Frozen;
-pub use host::{HostCpu, HostReport, KVM_DEVICE, ProbeError, probe};
-pub use kick::is_signal_ignored;
+pub use host::{FeaturesError, HostReport, KVM_DEVICE, ProbeError, missing_features, probe};
 pub use layout::{LayoutError, MemoryRange, memory_layout};
 pub use payload::{Payload, PayloadError};
 pub use state::{StateError, VmState};
-pub use vcpu::VcpuError;
 pub use vm::{
     BootError, BootOptions, Clock, MemoryMismatch, PauseError, PausedVm, RestoreError,
     RestoreOptions, ResumeError, RunningVm, SaveError,

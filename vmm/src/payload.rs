@@ -2,12 +2,12 @@
 
 use std::ops::Range;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::{GuestMemoryError, GuestMemoryMmap};
 
-use crate::boot::{Board, Entry, LinuxConfig, LinuxError};
+use crate::arch::{self, Entry, Mapping, PROGRAM_MAX_BYTES};
+use crate::boot::{Board, LinuxConfig, LinuxError};
 use crate::demo::{DemoConfig, DemoError, DemoPlan};
 use crate::layout::{LARGE_PAGE_BYTES, MemoryRange};
-use crate::long_mode::{self, Mapping, layout};
 
 /// What a fresh guest runs.
 #[derive(Clone, Debug)]
@@ -17,7 +17,7 @@ pub enum Payload {
     Demo(DemoConfig),
     /// A Linux kernel: see [`boot`](crate::boot).
     Linux(LinuxConfig),
-    /// x86-64 machine code for experiments.
+    /// Machine code for experiments: x86-64.
     ///
     /// It is loaded at guest physical (and virtual) address 0x4000 and entered at its first byte in
     /// ring 0 of 64-bit mode with a small stack and without an interrupt table. The first gigabyte of
@@ -39,7 +39,7 @@ pub enum PayloadError {
     #[error(transparent)]
     Linux(#[from] LinuxError),
     /// The program is too long.
-    #[error("program of {code_bytes} bytes, expected at most {}", layout::CODE_MAX_BYTES)]
+    #[error("program of {code_bytes} bytes, expected at most {}", PROGRAM_MAX_BYTES)]
     ProgramTooLong {
         /// Length of the program.
         code_bytes: usize,
@@ -51,14 +51,14 @@ pub enum PayloadError {
 
 /// A payload in guest memory.
 pub(crate) struct LoadedPayload {
-    /// Guest physical addresses that it works on; `None`: any.
+    /// Guest physical addresses that it uses. `None` means any address.
     pub(crate) touched: Option<Vec<Range<u64>>>,
-    /// Where the first vCPU begins.
+    /// The state in which the first vCPU begins.
     pub(crate) entry: Entry,
 }
 
 impl Payload {
-    /// Whether the guest is told of a generation id.
+    /// Whether the guest has a generation id.
     pub(crate) fn has_generation_id(&self) -> bool {
         matches!(self, Payload::Linux(_))
     }
@@ -81,14 +81,11 @@ impl Payload {
                 Ok(LoadedPayload { touched: Some(plan.touched()), entry: Entry::Program })
             }
             Payload::Program { code } => {
-                if code.len() > layout::CODE_MAX_BYTES {
+                if code.len() > PROGRAM_MAX_BYTES {
                     return Err(PayloadError::ProgramTooLong { code_bytes: code.len() });
                 }
                 let identity = Mapping { virt: 0, gpa: 0, len: 1 << 30 };
-                long_mode::write_tables(memory, &[identity]).map_err(PayloadError::Memory)?;
-                memory
-                    .write_slice(code, GuestAddress(layout::CODE))
-                    .map_err(PayloadError::Memory)?;
+                arch::load_program(memory, code, &[identity]).map_err(PayloadError::Memory)?;
                 let touched = std::iter::once(0..LARGE_PAGE_BYTES).collect();
                 Ok(LoadedPayload { touched: Some(touched), entry: Entry::Program })
             }

@@ -1,4 +1,4 @@
-//! What a vCPU thread does: run the guest, answer its exits, until something stops it.
+//! What a vCPU thread does: it runs the guest and handles its exits until the guest is stopped.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,34 +9,34 @@ use std::time::Duration;
 use kvm_ioctls::VcpuExit;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-use crate::bus::Bus;
+use crate::arch::{IoPorts, Vcpu};
 use crate::control::{Control, Stop};
-use crate::devices::Devices;
+use crate::devices::{Devices, NO_DEVICE};
 use crate::error::KvmError;
 use crate::kick::VcpuThread;
-use crate::memslots::{Memslots, MmioAt, PluggedMark};
-use crate::vcpu::Vcpu;
+use crate::memory_slots::{MemorySlots, MmioAt, RegisteredMark};
 
 /// `kvm_run.system_event.type`: KVM API documentation, "KVM_EXIT_SYSTEM_EVENT".
 const SYSTEM_EVENT_RESET: u32 = 2;
 
-/// KVM starts a thread of its own when a process first runs a guest (against the ITLB multihit fault), and refuses to run it
-/// where there is none to be had. It is asked again that often, with these pauses: limits are raised, threads end.
+/// KVM starts a kernel thread when a process first runs a guest (against the ITLB multihit fault), and refuses to
+/// run the guest if it gets no thread. KVM_RUN is then repeated this often, with these pauses, because limits are
+/// raised and threads end.
 const REFUSALS: u32 = 20;
 const REFUSED: Duration = Duration::from_millis(10);
-/// A vCPU that another one has just started is refused once.
+/// KVM refuses a vCPU once when another vCPU has just started it.
 const REFUSALS_WITHOUT_PAUSE: u32 = 3;
 
 /// What all vCPU threads of a guest share.
 pub(crate) struct Shared {
     pub(crate) control: Arc<Control>,
-    pub(crate) memslots: Arc<Memslots>,
-    pub(crate) bus: Arc<Mutex<Bus>>,
+    pub(crate) memory_slots: Arc<MemorySlots>,
+    pub(crate) io_ports: Arc<Mutex<IoPorts>>,
     pub(crate) devices: Devices,
 }
 
-/// Runs the vCPU on the current thread until the guest is to stop; then completes the instruction that
-/// made the last exit, so that the vCPU's registers are whole.
+/// Runs the vCPU on the current thread until the guest must stop. Then it completes the instruction that caused
+/// the last exit, so that the vCPU's registers are consistent.
 pub(crate) fn run(vcpu: &mut Vcpu, shared: &Shared) {
     let control = &shared.control;
     let _stop_others = StopOnPanic(control);
@@ -45,29 +45,29 @@ pub(crate) fn run(vcpu: &mut Vcpu, shared: &Shared) {
     let _kickable = Kickable::new(control, &thread, &exits);
     let mut retried = false;
     let mut refusals = 0;
-    let mut mark = shared.memslots.mark();
+    let mut mark = shared.memory_slots.mark();
     let mut after_mmio = false;
 
     loop {
-        // In this order: a kick sets the flag before it interrupts, so one that comes between these
-        // lines is seen by the second, and one that comes later ends KVM_RUN.
+        // In this order: a kick sets the flag before it interrupts. A kick between these two steps is seen by
+        // the second one, and a later kick ends KVM_RUN.
         thread.set_immediate_exit(false);
         if control.is_stopping() {
             break;
         }
-        // An access of more than 8 bytes, or across two pages, is several MMIO exits, and KVM looks at the
-        // memory slots only before the first: the slot that the first exit has plugged is not there for
-        // the others. So the mark is not moved on after an MMIO exit. One that is too old is
-        // harmless: it only has an access done here that could have been refused at once.
+        // An access of more than 8 bytes, or across two pages, is several MMIO exits. KVM looks at the memory
+        // slots only before the first exit, so it does not see a slot that the first exit has registered. So
+        // the mark is not updated after an MMIO exit. A mark that is too old is harmless: an access may then
+        // be done here that could have been refused immediately.
         if !after_mmio {
-            mark = shared.memslots.mark();
+            mark = shared.memory_slots.mark();
         }
         control.note_first_entry();
         let exit = thread.run();
         exits.fetch_add(1, Ordering::Relaxed);
         control.note_first_exit();
         let (step, again) = match exit {
-            Ok(exit) => (answer(exit, mark, shared), None),
+            Ok(exit) => (handle_exit(exit, mark, shared), None),
             Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {
                 (Step::Refused, Some(error))
             }
@@ -78,7 +78,7 @@ pub(crate) fn run(vcpu: &mut Vcpu, shared: &Shared) {
                 refusals += 1;
                 refused(&error, refusals)
             }
-            // A vCPU that another one is to start says so.
+            // The vCPU waits for another vCPU to start it.
             Some(_) => Step::Interrupted,
             None => step,
         };
@@ -87,20 +87,20 @@ pub(crate) fn run(vcpu: &mut Vcpu, shared: &Shared) {
         }
         after_mmio = matches!(step, Step::AfterMmio);
         let stop = match step {
-            // After any exit: a SIGBUS may come together with one that looks harmless.
+            // After any exit: a SIGBUS may be raised together with an exit that looks harmless.
             Step::Continue | Step::AfterMmio | Step::Interrupted | Step::Refused => {
                 memory_error(&mut thread, shared)
             }
             Step::Stop(stop) => Some(stop),
-            // An instruction KVM could not emulate, perhaps because it could not read what is not
-            // plugged yet.
-            Step::InternalError if !retried && !shared.memslots.is_complete(mark) => {
+            // An instruction that KVM could not emulate, perhaps because it could not read memory whose slot is
+            // not registered yet.
+            Step::InternalError if !retried && !shared.memory_slots.is_complete(mark) => {
                 retried = true;
-                shared.memslots.plug_all().err().map(plug_failed)
+                shared.memory_slots.register_all().err().map(slot_refused)
             }
             Step::InternalError => {
                 let suberror = thread.internal_suberror();
-                Some(Stop::InternalError { suberror, rip: thread.rip() })
+                Some(Stop::InternalError { suberror, rip: thread.instruction_pointer() })
             }
         };
         if let Some(stop) = stop {
@@ -114,20 +114,20 @@ enum Step {
     Continue,
     /// An MMIO access was done; the next exit may be for another part of it.
     AfterMmio,
-    /// By a kick, or by a SIGBUS.
+    /// A kick or a SIGBUS interrupted KVM_RUN.
     Interrupted,
-    /// KVM does not run the guest at the moment.
+    /// KVM refused to run the guest this time.
     Refused,
     InternalError,
     Stop(Stop),
 }
 
-fn answer(exit: VcpuExit<'_>, mark: PluggedMark, shared: &Shared) -> Step {
-    let lock_bus = || shared.bus.lock().unwrap_or_else(PoisonError::into_inner);
+fn handle_exit(exit: VcpuExit<'_>, mark: RegisteredMark, shared: &Shared) -> Step {
+    let lock_io_ports = || shared.io_ports.lock().unwrap_or_else(PoisonError::into_inner);
     let stop = match exit {
-        VcpuExit::IoOut(port, data) => lock_bus().port_write(port, data),
+        VcpuExit::IoOut(port, data) => lock_io_ports().port_write(port, data),
         VcpuExit::IoIn(port, data) => {
-            lock_bus().port_read(port, data);
+            lock_io_ports().port_read(port, data);
             None
         }
         VcpuExit::MmioRead(gpa, data) => return mmio(shared, mark, gpa, Access::Read(data)),
@@ -177,13 +177,13 @@ enum Access<'a> {
     Write(&'a [u8]),
 }
 
-fn mmio(shared: &Shared, mark: PluggedMark, gpa: u64, access: Access<'_>) -> Step {
-    let stop = match shared.memslots.mmio_at(gpa, mark) {
-        Err(error) => Some(plug_failed(error)),
-        Ok(MmioAt::PluggedRam) => Some(Stop::MmioInRam { gpa }),
+fn mmio(shared: &Shared, mark: RegisteredMark, gpa: u64, access: Access<'_>) -> Step {
+    let stop = match shared.memory_slots.mmio_at(gpa, mark) {
+        Err(error) => Some(slot_refused(error)),
+        Ok(MmioAt::RegisteredRam) => Some(Stop::MmioInRam { gpa }),
         Ok(MmioAt::LateRam) => match access {
-            Access::Read(data) => shared.memslots.read(gpa, data),
-            Access::Write(data) => shared.memslots.write(gpa, data),
+            Access::Read(data) => shared.memory_slots.read(gpa, data),
+            Access::Write(data) => shared.memory_slots.write(gpa, data),
         }
         .err()
         .map(|_| Stop::MemoryError { gpa: Some(gpa), host_addr: None }),
@@ -191,7 +191,7 @@ fn mmio(shared: &Shared, mark: PluggedMark, gpa: u64, access: Access<'_>) -> Ste
             match (shared.devices.at(gpa), access) {
                 (Some((mut device, offset)), Access::Read(data)) => device.read(offset, data),
                 (Some((mut device, offset)), Access::Write(data)) => device.write(offset, data),
-                (None, Access::Read(data)) => Bus::mmio_read(data),
+                (None, Access::Read(data)) => data.fill(NO_DEVICE),
                 (None, Access::Write(_)) => {}
             }
             None
@@ -200,14 +200,14 @@ fn mmio(shared: &Shared, mark: PluggedMark, gpa: u64, access: Access<'_>) -> Ste
     stop.map_or(Step::AfterMmio, Step::Stop)
 }
 
-pub(crate) fn plug_failed(error: KvmError) -> Stop {
+pub(crate) fn slot_refused(error: KvmError) -> Stop {
     Stop::Failed { reason: format!("cannot give memory to the guest: {error}: {}", error.source) }
 }
 
 /// A SIGBUS during KVM_RUN, as the reason to stop.
 fn memory_error(thread: &mut VcpuThread<'_>, shared: &Shared) -> Option<Stop> {
     let host_addr = thread.take_sigbus()?;
-    let gpa = gpa_of(shared.memslots.memory(), host_addr);
+    let gpa = gpa_of(shared.memory_slots.memory(), host_addr);
     Some(Stop::MemoryError { gpa, host_addr: Some(host_addr) })
 }
 
@@ -218,15 +218,15 @@ fn gpa_of(memory: &GuestMemoryMmap, host_addr: u64) -> Option<u64> {
     })
 }
 
-/// An exit for port I/O or MMIO leaves the instruction half done: its result is written to the registers,
-/// and the instruction pointer moved on, by the next KVM_RUN. With `immediate_exit` that KVM_RUN does
+/// After an exit for port I/O or MMIO the instruction is not complete: the next KVM_RUN writes its result to the
+/// registers and advances the instruction pointer. With `immediate_exit` that KVM_RUN does
 /// only this (KVM API documentation, "KVM_RUN"; also for string instructions, of which each step may be
-/// another exit). `mark` is that of the last KVM_RUN: an MMIO access may go on in parts.
-fn complete_pending_io(thread: &mut VcpuThread<'_>, shared: &Shared, mark: PluggedMark) {
+/// another exit). `mark` is that of the last KVM_RUN: an MMIO access may continue in parts.
+fn complete_pending_io(thread: &mut VcpuThread<'_>, shared: &Shared, mark: RegisteredMark) {
     loop {
         thread.set_immediate_exit(true);
         let step = match thread.run() {
-            Ok(exit) => answer(exit, mark, shared),
+            Ok(exit) => handle_exit(exit, mark, shared),
             Err(error) => interrupted(&error),
         };
         match step {
@@ -237,7 +237,7 @@ fn complete_pending_io(thread: &mut VcpuThread<'_>, shared: &Shared, mark: Plugg
                 }
                 break;
             }
-            // A pause asked for once more is known already: the guest does not run.
+            // A second request to pause has no effect: the guest does not run.
             Step::Stop(stop) if stop.is_resumable() => {}
             Step::Stop(stop) => {
                 shared.control.stop(stop);
@@ -245,7 +245,9 @@ fn complete_pending_io(thread: &mut VcpuThread<'_>, shared: &Shared, mark: Plugg
             }
             Step::InternalError => {
                 let suberror = thread.internal_suberror();
-                shared.control.stop(Stop::InternalError { suberror, rip: thread.rip() });
+                shared
+                    .control
+                    .stop(Stop::InternalError { suberror, rip: thread.instruction_pointer() });
                 break;
             }
         }
@@ -253,7 +255,7 @@ fn complete_pending_io(thread: &mut VcpuThread<'_>, shared: &Shared, mark: Plugg
     thread.set_immediate_exit(false);
 }
 
-/// Lists the thread as one that can be kicked, for as long as this lives.
+/// Keeps the thread in the list of threads that can be kicked, as long as this exists.
 struct Kickable<'a> {
     control: &'a Control,
     id: crate::kick::VcpuThreadId,

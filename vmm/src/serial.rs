@@ -1,4 +1,4 @@
-//! The 16550A serial port COM1: `vm-superio`'s state machine, its interrupt, its keyboard queue.
+//! The 16550A serial port: the state machine of `vm-superio`, its interrupt, and the queue of its input.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -9,35 +9,30 @@ use kvm_ioctls::VmFd;
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, SerialState, Trigger};
 
+use crate::arch::SERIAL_IRQ;
 use crate::state::Uart;
 
-/// First I/O port of COM1.
-pub(crate) const COM1_PORT: u16 = 0x3f8;
-/// I/O ports of COM1.
-pub(crate) const COM1_PORTS: u16 = 8;
-/// ISA interrupt of COM1.
-pub(crate) const COM1_IRQ: u32 = 4;
 /// Receive buffer register, the port the guest reads input from.
 const DATA_OFFSET: u8 = 0;
-/// Keyboard bytes kept for a guest that does not read them; the rest is refused.
+/// Most input bytes that are kept for a guest that does not read them. More bytes are refused.
 const INPUT_QUEUE_BYTES: usize = 64 << 10;
 /// Depth of the receive FIFO of `vm-superio`'s UART.
 pub(crate) const FIFO_BYTES: usize = 0x40;
 
-/// COM1 with the bytes the guest has written and nobody has taken yet.
-pub(crate) struct Com1 {
+/// The serial port, with the bytes that the guest has written and the console has not taken yet.
+pub(crate) struct SerialPort {
     uart: Serial<IrqLine, NoEvents, Vec<u8>>,
     /// Input that did not fit into the UART's FIFO yet.
     input: VecDeque<u8>,
 }
 
-impl Com1 {
-    pub(crate) fn new(vm: Arc<VmFd>) -> Com1 {
-        Com1 { uart: Serial::new(IrqLine(vm), Vec::new()), input: VecDeque::new() }
+impl SerialPort {
+    pub(crate) fn new(vm: Arc<VmFd>) -> SerialPort {
+        SerialPort { uart: Serial::new(IrqLine(vm), Vec::new()), input: VecDeque::new() }
     }
 
     /// `state` has been validated: its FIFO is not overfull.
-    pub(crate) fn restore(vm: Arc<VmFd>, state: &Uart) -> Com1 {
+    pub(crate) fn restore(vm: Arc<VmFd>, state: &Uart) -> SerialPort {
         let uart_state = SerialState {
             baud_divisor_low: state.baud_divisor_low,
             baud_divisor_high: state.baud_divisor_high,
@@ -53,7 +48,7 @@ impl Com1 {
         // The two ways to fail are an overfull FIFO, cut above, and the trigger, which is infallible.
         let uart = Serial::from_state(&uart_state, IrqLine(vm), NoEvents, Vec::new())
             .unwrap_or_else(|_| unreachable!("the FIFO fits and the trigger cannot fail"));
-        Com1 { uart, input: state.queued_input.iter().copied().collect() }
+        SerialPort { uart, input: state.queued_input.iter().copied().collect() }
     }
 
     pub(crate) fn state(&self) -> Uart {
@@ -86,7 +81,7 @@ impl Com1 {
         value
     }
 
-    /// What the guest has written since [`Com1::clear_output`].
+    /// What the guest has written since [`SerialPort::clear_output`].
     pub(crate) fn output(&self) -> &[u8] {
         self.uart.writer()
     }
@@ -115,9 +110,9 @@ impl Com1 {
     }
 }
 
-/// COM1's interrupt, an edge on ISA line 4.
+/// The interrupt of the serial port, an edge.
 ///
-/// KVM_IRQ_LINE rather than an irqfd: a restore then needs no call for it, and a serial port
+/// It uses KVM_IRQ_LINE, not an irqfd: a restore then needs no call for it, and a serial port
 /// interrupts too seldom for the difference to matter.
 struct IrqLine(Arc<VmFd>);
 
@@ -126,8 +121,8 @@ impl Trigger for IrqLine {
 
     fn trigger(&self) -> Result<(), Infallible> {
         // Both fail only without an in-kernel interrupt controller, which every VM here has.
-        let _: Result<(), io::Error> = self.0.set_irq_line(COM1_IRQ, true).map_err(Into::into);
-        let _: Result<(), io::Error> = self.0.set_irq_line(COM1_IRQ, false).map_err(Into::into);
+        let _: Result<(), io::Error> = self.0.set_irq_line(SERIAL_IRQ, true).map_err(Into::into);
+        let _: Result<(), io::Error> = self.0.set_irq_line(SERIAL_IRQ, false).map_err(Into::into);
         Ok(())
     }
 }

@@ -1,4 +1,4 @@
-//! Booting as Linux is booted: the protocols, several vCPUs, power off, reset, requests, refusals.
+//! Booting as Linux is booted: the protocols, several vCPUs, power off, reset, the snapshot trigger.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -8,9 +8,10 @@ use std::sync::Arc;
 
 use common::{Lines, MIB, guest_memory, kernel, kvm_or_skip, run_to_pause, stop_of};
 use vmm::boot::LinuxConfig;
-use vmm::{BootError, BootOptions, PausedVm, Payload, RestoreOptions, Stop};
+use vmm::state::{STATE_KIND, STATE_VERSION};
+use vmm::{BootError, BootOptions, PausedVm, Payload, RestoreOptions, Stop, VmState};
 
-/// A file that is gone when this is.
+/// A file that is deleted when this is dropped.
 struct TempFile(PathBuf);
 
 impl TempFile {
@@ -28,11 +29,7 @@ impl Drop for TempFile {
 }
 
 fn linux(kernel: &TempFile, cmdline: &str) -> Payload {
-    Payload::Linux(LinuxConfig {
-        kernel: kernel.0.clone(),
-        initrd: None,
-        cmdline: cmdline.to_owned(),
-    })
+    Payload::Linux(LinuxConfig::new(kernel.0.clone()).cmdline(cmdline.to_owned()))
 }
 
 fn boot(
@@ -64,8 +61,8 @@ fn both_protocols_hand_over_the_command_line() {
 }
 
 #[test]
-fn a_second_cpu_starts_and_goes_on_after_a_restore() {
-    if !kvm_or_skip("a_second_cpu_starts_and_goes_on_after_a_restore") {
+fn a_second_cpu_starts_and_continues_after_a_restore() {
+    if !kvm_or_skip("a_second_cpu_starts_and_continues_after_a_restore") {
         return;
     }
     let file = kernel::elf(kernel::START_SECOND_CPU, true, 0);
@@ -77,11 +74,12 @@ fn a_second_cpu_starts_and_goes_on_after_a_restore() {
     let vm = PausedVm::boot_with(Arc::clone(&memory), &payload, console.clone(), &options, vec![]);
     let state = run_to_pause(vm.unwrap()).state().unwrap();
     assert_eq!(console.take(), ["A", "A", "A"]);
-    assert_eq!(state.vcpus.len(), 2);
-    // The first one still stands where it was told to, the second one is in its loop.
-    assert_eq!(state.vcpus[0].regs.0.rip, u64::from(kernel::LOAD_GPA) + 70);
+    assert_eq!(state.vcpus().len(), 2);
+    // The first one is still at its `jmp .`, the second one is in its loop.
+    assert_eq!(state.vcpus()[0].regs.0.rip, u64::from(kernel::LOAD_GPA) + 70);
     assert!(
-        (0x8000..0x8010).contains(&(state.vcpus[1].sregs.0.cs.base + state.vcpus[1].regs.0.rip))
+        (0x8000..0x8010)
+            .contains(&(state.vcpus()[1].sregs.0.cs.base + state.vcpus()[1].regs.0.rip))
     );
 
     let console = Lines::pausing_after(2);
@@ -102,7 +100,7 @@ fn the_generation_id_is_new_in_every_restored_guest() {
     let console = Lines::pausing_after(1);
     let vm = PausedVm::boot(Arc::clone(&memory), &linux(&kernel, "x"), console).unwrap();
     let state = run_to_pause(vm).state().unwrap();
-    let gpa = GuestAddress(state.generation_id_gpa.unwrap());
+    let gpa = GuestAddress(state.generation_id_gpa().unwrap());
     let id = || memory.read_obj::<u128>(gpa).unwrap();
     let mut ids = vec![0, id()];
     for _ in 0..2 {
@@ -113,6 +111,18 @@ fn the_generation_id_is_new_in_every_restored_guest() {
     ids.sort_unstable();
     ids.dedup();
     assert_eq!(ids.len(), 4, "{ids:x?}");
+}
+
+/// The state with another I/O APIC.
+fn with_ioapic(state: &VmState, ioapic: kvm_bindings::kvm_ioapic_state) -> VmState {
+    let mut chip = state.irqchip().ioapic;
+    let old = bincode::serialize(&chip).unwrap();
+    chip.0.chip.ioapic = ioapic;
+    let new = bincode::serialize(&chip).unwrap();
+    let mut bytes = state.encode();
+    let at = bytes.windows(old.len()).position(|window| window == old).unwrap();
+    bytes[at..at + new.len()].copy_from_slice(&new);
+    VmState::decode(STATE_KIND, STATE_VERSION, &bytes).unwrap()
 }
 
 #[test]
@@ -130,14 +140,14 @@ fn the_guest_is_told_of_its_new_generation_id() {
     let console = Lines::pausing_after(1);
     let vm = PausedVm::boot(Arc::clone(&memory), &linux(&kernel, "x"), console).unwrap();
     let mut state = run_to_pause(vm).state().unwrap();
-    // As a kernel sets it up: the LAPIC on, the event device's interrupt (16) a vector of CPU 0.
-    state.vcpus[0].lapic.0.regs[SPURIOUS + 1] |= 1;
+    // As a kernel sets it up: the LAPIC is on, and the event device's interrupt (16) is a vector of CPU 0.
+    state.vcpus_mut()[0].lapic.0.regs[SPURIOUS + 1] |= 1;
     let mut ioapic =
         kvm_bindings::kvm_ioapic_state { base_address: 0xfec0_0000, ..Default::default() };
     ioapic.redirtbl[16].bits = VECTOR as u64;
-    state.chips.ioapic.0.chip.ioapic = ioapic;
+    let state = with_ioapic(&state, ioapic);
     let requested = |state: &vmm::state::VmState| {
-        let lapic = &state.vcpus[0].lapic.0.regs;
+        let lapic = &state.vcpus()[0].lapic.0.regs;
         lapic[REQUESTS + VECTOR / 32 * 16 + VECTOR % 32 / 8] as u8 >> (VECTOR % 8) & 1
     };
     assert_eq!(requested(&state), 0);
@@ -146,7 +156,7 @@ fn the_guest_is_told_of_its_new_generation_id() {
     assert_eq!(requested(&vm.state().unwrap()), 1);
 }
 
-/// Otherwise the guest's watchdog takes the pause for a lockup of its CPU.
+/// Otherwise the guest's watchdog reports the pause as a lockup of its CPU.
 #[test]
 fn the_guest_is_told_that_it_stood_still() {
     use vm_memory::{Bytes, GuestAddress};
@@ -189,20 +199,20 @@ fn resets_and_requests_stop_the_guest() {
     if !kvm_or_skip("resets_and_requests_stop_the_guest") {
         return;
     }
-    let heed = BootOptions::default().heed_requests(true);
+    let trigger = BootOptions::default().guest_snapshot_trigger(true);
     for (name, port, value, stop) in [
         ("reset", 0x602, 1, Stop::Reset),
         ("i8042", 0x64, 0xfe, Stop::Reset),
-        ("request", vmm::REQUEST_PORT, b'x', Stop::Requested),
+        ("request", vmm::SNAPSHOT_TRIGGER_PORT, b'x', Stop::SnapshotTrigger),
     ] {
         let file = kernel::elf(&kernel::out(port, value), true, 0);
-        let vm = boot(name, &file, "", Lines::default(), &heed).unwrap();
+        let vm = boot(name, &file, "", Lines::default(), &trigger).unwrap();
         assert_eq!(stop_of(&vm.resume().unwrap()), stop, "{name}");
     }
-    // A request that nobody heeds does nothing: the guest goes on to its end.
-    let code = [&kernel::out(vmm::REQUEST_PORT, 1)[..7], &kernel::power_off()].concat();
+    // Without the option the write does nothing, and the guest runs to its end.
+    let code = [&kernel::out(vmm::SNAPSHOT_TRIGGER_PORT, 1)[..7], &kernel::power_off()].concat();
     let vm = boot(
-        "unheeded",
+        "no-trigger",
         &kernel::elf(&code, true, 0),
         "",
         Lines::default(),

@@ -1,4 +1,4 @@
-//! A guest goes on in another VM as if nothing had happened.
+//! A guest continues in another VM without a difference.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -55,7 +55,7 @@ fn copy(memory: &GuestMemoryMmap, memory_bytes: u64) -> Arc<GuestMemoryMmap> {
 }
 
 /// Restores a copy of the guest, takes beats 4 to 6, and returns what is in its memory then, and
-/// how often it met memory that KVM did not have yet.
+/// how often it accessed memory whose slot was not registered yet.
 fn three_more_beats(
     memory: &GuestMemoryMmap,
     memory_bytes: u64,
@@ -90,25 +90,25 @@ fn the_next_beat_follows_and_memory_is_the_same_each_time() {
 }
 
 #[test]
-fn memory_that_is_plugged_late_is_found() {
-    if !kvm_or_skip("memory_that_is_plugged_late_is_found") {
+fn memory_that_is_registered_late_is_found() {
+    if !kvm_or_skip("memory_that_is_registered_late_is_found") {
         return;
     }
     let memory_bytes = 4 * GIB;
     let (memory, state) = saved_guest(memory_bytes, 3);
     let (all, _) = three_more_beats(&memory, memory_bytes, &state, &RestoreOptions::default());
-    // Code, tables and stack only: each half of the working area is met as MMIO first. Many times,
-    // as it is a race between the vCPU and the thread that plugs, and until that was lost once.
+    // Code, tables and stack only: each half of the working area is accessed as MMIO first. Many times,
+    // because the vCPU races with the thread that registers slots, until the vCPU was first once.
     let (mut late_accesses, mut rounds) = (0, 0);
     let began = Instant::now();
     while rounds < 20 || (late_accesses == 0 && began.elapsed() < LOST_ONCE) {
         rounds += 1;
-        let first = RestoreOptions::default().plug_first(std::iter::once(0..4096).collect());
+        let first = RestoreOptions::default().register_first(std::iter::once(0..4096).collect());
         let (found, late) = three_more_beats(&memory, memory_bytes, &state, &first);
-        assert!(found == all, "memory differs when it is plugged late");
+        assert!(found == all, "memory differs when it is registered late");
         late_accesses += late;
     }
-    assert!(late_accesses > 0, "in {rounds} rounds no access met memory that was not plugged");
+    assert!(late_accesses > 0, "in {rounds} rounds no access met memory that was not registered");
 }
 
 #[test]
@@ -120,7 +120,7 @@ fn a_restored_guest_saves_the_state_it_was_given() {
     let options = RestoreOptions::default();
     let mut vm = PausedVm::restore(memory, &decode(&bytes), Lines::default(), &options).unwrap();
     let (before, after) = (decode(&bytes), vm.state().unwrap());
-    let (old, new) = (&before.vcpus[0], &after.vcpus[0]);
+    let (old, new) = (&before.vcpus()[0], &after.vcpus()[0]);
     assert_eq!(old.regs.0, new.regs.0);
     assert_eq!(old.sregs.0, new.sregs.0);
     assert_eq!(old.xcrs.0, new.xcrs.0);
@@ -129,9 +129,9 @@ fn a_restored_guest_saves_the_state_it_was_given() {
     assert_eq!(old.events.0, new.events.0);
     assert_eq!(old.mp_state.0, new.mp_state.0);
     assert_eq!(old.tsc_khz, new.tsc_khz);
-    assert_eq!(before.com1, after.com1);
-    assert_eq!(before.memory, after.memory);
-    // Time stamps go on; every other register is as it was.
+    assert_eq!(before.serial(), after.serial());
+    assert_eq!(before.memory(), after.memory());
+    // Time stamps advance; every other register is as it was.
     let fixed = |state: &vmm::state::VcpuState| -> Vec<(u32, u64)> {
         let counts = |index: u32| matches!(index, 0x10 | 0x3b | 0x6e0);
         state.msrs.iter().map(|m| (m.0.index, m.0.data)).filter(|m| !counts(m.0)).collect()
@@ -158,7 +158,7 @@ fn foreign_memory_and_foreign_state_are_refused() {
     assert!(matches!(error, RestoreError::Memory(_)), "{error}");
 
     let mut refused = decode(&state);
-    refused.vcpus[0].msrs[0].0.index = 0xdead_0001;
+    refused.vcpus_mut()[0].msrs[0].0.index = 0xdead_0001;
     let error = restore(64 * MIB, &refused);
     let cause = std::error::Error::source(&error).unwrap().to_string();
     assert_eq!(error.to_string(), "vCPU 0 cannot be restored");

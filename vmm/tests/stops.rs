@@ -1,4 +1,4 @@
-//! Every way a guest stops is told apart, and a guest can always be stopped.
+//! Every reason why a guest stops is distinguished, and a guest can always be stopped.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -31,7 +31,7 @@ const READ_NOTHING: &[u8] = &[
     0xee, // out dx, al
     0xeb, 0xfe, // jmp $
 ];
-/// Writes 8 bytes to memory, 4 on either side of a page's end; says '1' when it reads them back.
+/// Writes 8 bytes to memory, 4 on either side of a page's end; prints '1' when it reads them back.
 const WRITE_ACROSS_PAGES: &[u8] = &[
     0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
     0xbb, 0xfc, 0xff, 0xff, 0x1f, // mov ebx, 0x1ffffffc
@@ -45,7 +45,7 @@ const WRITE_ACROSS_PAGES: &[u8] = &[
     0xee, // out dx, al
     0xeb, 0xfe, // jmp $
 ];
-/// Echoes COM1's input for ever, by polling.
+/// Echoes the serial port's input in an endless loop, by polling.
 const ECHO: &[u8] = &[
     0x66, 0xba, 0xfd, 0x03, // mov dx, 0x3fd
     0xec, // in al, dx
@@ -127,16 +127,16 @@ fn nothing_answers_where_no_device_is() {
     assert_eq!(console.take(), ["ZY"]);
 }
 
-/// An access across two pages is two MMIO exits while its memory is not plugged. The first one plugs
-/// it, and so the second was taken for a page that cannot be read.
+/// An access across two pages is two MMIO exits while its memory slot is not registered. The first exit
+/// registers it, and so the second was mistaken for a page that cannot be read.
 #[test]
-fn an_access_across_pages_that_are_plugged_late_is_done_in_parts() {
-    if !kvm_or_skip("an_access_across_pages_that_are_plugged_late_is_done_in_parts") {
+fn an_access_across_pages_that_are_registered_late_is_done_in_parts() {
+    if !kvm_or_skip("an_access_across_pages_that_are_registered_late_is_done_in_parts") {
         return;
     }
     const ADDRESS: u64 = 0x1fff_fffc;
     const VALUE: u64 = 0x1122_3344_5566_7788;
-    // A race with the thread that plugs, so again and again: until it was lost once, however long that takes.
+    // The vCPU races with the thread that registers slots. Repeat until the vCPU was first once.
     let (mut late_accesses, mut rounds) = (0, 0);
     let began = Instant::now();
     while rounds < 20 || (late_accesses == 0 && began.elapsed() < LOST_ONCE) {
@@ -152,7 +152,7 @@ fn an_access_across_pages_that_are_plugged_late_is_done_in_parts() {
         let written: u64 = memory.read_obj(GuestAddress(ADDRESS)).unwrap();
         assert_eq!(written, VALUE);
     }
-    assert!(late_accesses > 0, "in {rounds} rounds no access met memory that was not plugged");
+    assert!(late_accesses > 0, "in {rounds} rounds no access met memory that was not registered");
 }
 
 #[test]
@@ -173,14 +173,14 @@ fn input_reaches_the_guest_and_survives_a_restore() {
     assert_eq!(running.wait(PATIENCE), Some(Stop::ConsolePause));
     assert_eq!(console.take(), ["first"]);
     let state = running.pause().unwrap().state().unwrap();
-    assert!(state.com1.queued_input.len() > 100);
+    assert!(state.serial().queued_input.len() > 100);
 
     console.pause_after(1);
     let vm = PausedVm::restore(memory, &state, console.clone(), &RestoreOptions::default());
     let running = vm.unwrap().resume().unwrap();
     assert_eq!(stop_of(&running), Stop::ConsolePause);
     assert_eq!(console.take(), [second]);
-    // Input is bounded when nobody reads it.
+    // Input is bounded when the guest does not read it.
     assert!(running.handle().send_input(&vec![b'y'; 1 << 20]) < 1 << 20);
 }
 

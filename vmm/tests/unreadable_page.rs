@@ -25,7 +25,7 @@ const UFFD_API: u64 = 0xaa;
 const UFFD_FEATURE_POISON: u64 = 1 << 14;
 const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
 
-/// Makes one page of guest memory one that is not there: who touches it waits.
+/// Makes one page of guest memory missing: a thread that accesses it waits.
 fn withhold(memory: &GuestMemoryMmap, gpa: u64) -> io::Result<Withheld> {
     let host_addr = memory.get_host_address(GuestAddress(gpa)).unwrap();
     // SAFETY: no pointers are passed.
@@ -33,7 +33,7 @@ fn withhold(memory: &GuestMemoryMmap, gpa: u64) -> io::Result<Withheld> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: a new descriptor that nobody else owns.
+    // SAFETY: a new descriptor without another owner.
     let uffd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
     call(&uffd, UFFDIO_API, [UFFD_API, UFFD_FEATURE_POISON, 0, 0])?;
     // SAFETY: a whole page of the guest's memory, which no reference points into.
@@ -49,7 +49,7 @@ struct Withheld {
 }
 
 impl Withheld {
-    /// Makes the page unreadable: who waits for it goes on, with an error.
+    /// Makes the page unreadable: a thread that waits for it continues with an error.
     fn poison(&self) -> io::Result<()> {
         call(&self.uffd, UFFDIO_POISON, [self.host_addr, 4096, 0, 0])
     }
@@ -85,7 +85,7 @@ fn a_poisoned_page_stops_the_guest_with_its_address() {
         Stop::MmioInRam { gpa } => Some(gpa - gpa % 4096),
         other => panic!("{other:?}"),
     };
-    // Where KVM says EFAULT only, the address is not known.
+    // Where KVM returns only EFAULT, the address is not known.
     assert!(gpa.is_none_or(|gpa| gpa == plan.page_gpa(page)), "{gpa:x?}");
     assert!(running.pause().is_err(), "a guest that lost a page cannot be saved");
     assert_eq!(
@@ -120,13 +120,13 @@ fn a_guest_that_waits_for_a_page_can_be_paused_and_go_on() {
         Err(error) => return skip(name, &error),
     };
     let running = vm.resume().unwrap();
-    // It comes to the page in far less time, and does not come past it.
+    // It reaches the page in far less time, and does not get past it.
     assert_eq!(running.wait(Some(Duration::from_millis(500))), None);
     assert!(console.take().is_empty());
     let (paused, when_paused) = std::sync::mpsc::channel();
     std::thread::spawn(move || paused.send(running.pause()).unwrap());
     let vm = when_paused.recv_timeout(Duration::from_secs(20)).expect("it can be paused").unwrap();
-    // It comes to the same page again.
+    // It reaches the same page again.
     let running = vm.resume().unwrap();
     assert_eq!(running.wait(Some(Duration::from_millis(200))), None);
     withheld.poison().unwrap();
@@ -138,7 +138,7 @@ fn non_zero() -> u64 {
     pages.filter(|&p| vmm::demo::page_class(p) != vmm::demo::PageClass::Zero).count() as u64
 }
 
-/// The process-wide handler must not swallow the SIGBUS of somebody else.
+/// The process-wide handler must not swallow a SIGBUS from another cause.
 #[test]
 fn a_sigbus_outside_of_the_guest_still_ends_the_process() {
     const CHILD: &str = "VMM_TEST_SIGBUS_CHILD";

@@ -100,7 +100,7 @@ fn progress(socket: &Path) -> Option<Progress> {
     let (_, mut state) = receive(stream, &in_time).ok()?;
     let Storing { done_bytes, total_bytes } =
         serde_json::from_value(state["storing"].take()).ok()?;
-    Some(Progress { done_bytes, total_bytes })
+    Some(Progress::new(done_bytes, total_bytes))
 }
 
 /// Sends one request.

@@ -10,7 +10,7 @@ use anyhow::{Result, bail};
 use pager::Populate;
 use snapfmt::Header;
 use snapvm::{MemoryFrom, Prefetch, Vm};
-use vmm::{REQUEST_PORT, Stop};
+use vmm::{SNAPSHOT_TRIGGER_PORT, Stop};
 
 use crate::activity::Activity;
 use crate::api::client;
@@ -126,7 +126,7 @@ impl fmt::Display for Trigger {
             Self::Ready => write!(f, "the guest's line {READY:?}"),
             Self::Output(text) => write!(f, "the guest's output {text:?}"),
             Self::After(time) => write!(f, "{} to pass", humantime::format_duration(*time)),
-            Self::Request => write!(f, "the guest's write to I/O port {REQUEST_PORT:#x}"),
+            Self::Request => write!(f, "the guest's write to I/O port {SNAPSHOT_TRIGGER_PORT:#x}"),
         }
     }
 }
@@ -276,7 +276,7 @@ fn run_until_ready(
         }
     };
     match stop {
-        Some(Stop::ConsolePause | Stop::Requested) => {}
+        Some(Stop::ConsolePause | Stop::SnapshotTrigger) => {}
         None if on_time => {}
         _ if session.interrupt.requested() => return Err(Interrupted.into()),
         Some(stop) => {

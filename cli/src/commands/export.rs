@@ -193,7 +193,7 @@ impl Export<'_> {
                 }
             }
             done_bytes = range.end;
-            if bar.update(Progress { done_bytes, total_bytes }).is_break() {
+            if bar.update(Progress::new(done_bytes, total_bytes)).is_break() {
                 return Err(Interrupted.into());
             }
         }

@@ -198,18 +198,14 @@ impl Imported {
             .with_context(|| format!("cannot find the data in {}", args.input.display()))?;
         let mut other = serde_json::Map::new();
         other.insert("source".into(), self.source.clone());
-        let contents = Contents {
-            regions: self.memory.regions(),
-            memory: &self.memory,
-            data: &data,
-            states: &self.states,
-            metadata: Metadata {
-                tool: env!("CARGO_PKG_NAME").into(),
-                tool_version: env!("CARGO_PKG_VERSION").into(),
-                other,
-                ..Metadata::default()
-            },
-        };
+        let contents = Contents::new(self.memory.regions(), &self.memory, &data)
+            .states(&self.states)
+            .metadata(
+                Metadata::default()
+                    .tool("snap")
+                    .tool_version(env!("CARGO_PKG_VERSION"))
+                    .other(other),
+            );
         let written = write_snapshot(&args.out, contents, &options, &|p| bar.update(p));
         // An error of the memory does not say which file it is.
         let (header, _) = written.with_context(|| format!("import of {}", args.input.display()))?;

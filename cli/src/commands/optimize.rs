@@ -77,7 +77,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let memory = snapshot.memory();
     let parts = Parts::of(&snapshot).with_context(named)?;
     let contents = parts.contents(&snapshot, &memory, &data);
-    let hot = HotPages { set: &set, front: Some(args.hot_codec) };
+    let hot = HotPages::new(&set).front(args.hot_codec);
     let bar = Bar::new("optimizing", session.quiet, &session.interrupt);
     let progress = |p| bar.update(p);
     let written =

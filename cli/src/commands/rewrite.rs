@@ -138,7 +138,7 @@ impl Parts {
         data: &'a [Range<u64>],
     ) -> Contents<'a> {
         let metadata = self.metadata.clone();
-        Contents { regions: snapshot.regions(), memory, data, states: &self.states, metadata }
+        Contents::new(snapshot.regions(), memory, data).states(&self.states).metadata(metadata)
     }
 }
 

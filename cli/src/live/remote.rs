@@ -84,7 +84,7 @@ impl Status {
     }
 
     pub(super) fn storing(&self, on: bool) {
-        self.progress(Progress { done_bytes: 0, total_bytes: 0 });
+        self.progress(Progress::new(0, 0));
         self.storing.store(on, Ordering::SeqCst);
     }
 

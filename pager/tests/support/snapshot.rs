@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
-use snapfmt::{Codec, Contents, MemoryRegion, Metadata, Snapshot, WriteOptions};
+use snapfmt::{Codec, Contents, MemoryRegion, Snapshot, WriteOptions};
 
 use super::support::{PAGE, stamp};
 
@@ -30,14 +30,10 @@ pub fn content(pages: usize) -> Vec<u8> {
 pub fn stored(folder: &Path, content: &[u8], codec: Codec) -> Arc<Snapshot> {
     let path = folder.join(format!("{codec}.snap"));
     let len = content.len() as u64;
-    let contents = Contents {
-        regions: &[MemoryRegion { gpa: 0, len, source_offset: 0 }],
-        memory: &content,
-        data: &[0..len],
-        states: &[],
-        metadata: Metadata::default(),
-    };
-    let options = WriteOptions { codec, chunk_pages: 16, ..WriteOptions::default() };
+    let regions = [MemoryRegion { gpa: 0, len, source_offset: 0 }];
+    let data = [0..len];
+    let contents = Contents::new(&regions, &content, &data);
+    let options = WriteOptions::default().codec(codec).chunk_pages(16);
     snapfmt::write_snapshot(&path, contents, &options, &|_| ControlFlow::Continue(()))
         .expect("it is written");
     Arc::new(Snapshot::open(&path).expect("it opens"))

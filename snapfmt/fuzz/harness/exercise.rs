@@ -15,7 +15,7 @@ pub(crate) fn read_file(storage: impl ReadAt) -> Result<(), ReadError> {
     read_everything(&Snapshot::new(storage)?)
 }
 
-/// Reads all of a snapshot: metadata, states, index, pages one by one and all at once; verifies it.
+/// Reads all of a snapshot: metadata, states, index, pages one by one and all together; verifies it.
 ///
 /// # Panics
 /// When two ways of reading contradict each other, or a file that was verified cannot be read.
@@ -25,10 +25,7 @@ pub(crate) fn read_everything<R: ReadAt>(snapshot: &Snapshot<R>) -> Result<(), R
     let verified = snapshot.verify(NonZeroUsize::MIN, &go_on);
     let chain = snapshot.verify_chain(NonZeroUsize::MIN, &go_on);
     match &chain {
-        Ok(layers) => {
-            assert!(verified.is_ok());
-            assert_eq!(layers.len(), snapshot.headers().len());
-        }
+        Ok(layers) => assert!(verified.is_ok() && layers.len() == snapshot.headers().len()),
         Err(_) => assert!(verified.is_err() || snapshot.headers().len() > 1),
     }
     let metadata = snapshot.metadata().map(drop);
@@ -38,12 +35,7 @@ pub(crate) fn read_everything<R: ReadAt>(snapshot: &Snapshot<R>) -> Result<(), R
         assert!(set.pages().all(|(page, _)| u64::from(page.0) < memory_bytes / 4096));
         assert!(set.pages().is_sorted_by_key(|(_, phase)| phase));
     }
-    let mut states = Ok(());
-    for section in snapshot.sections().iter().filter(|s| s.kind == SectionKind::STATE) {
-        states = states.and(snapshot.state(section.tag).map(|state| {
-            assert_eq!(state.map(|state| state.tag), Some(section.tag));
-        }));
-    }
+    let states = read_states(snapshot);
 
     let loaded = Mutex::new(BTreeMap::new());
     let place = |offset: u64, bytes: &[u8]| {
@@ -93,10 +85,7 @@ pub(crate) fn read_everything<R: ReadAt>(snapshot: &Snapshot<R>) -> Result<(), R
 
     let read = load.and(index).and(single);
     if let (Ok(verified), Ok(_)) = (&verified, &chain) {
-        let tags = snapshot.sections().iter().filter(|s| s.kind == SectionKind::STATE);
-        let mut tags: Vec<_> = tags.map(|section| section.tag).collect();
-        tags.sort_unstable();
-        assert!(tags.windows(2).all(|pair| pair[0] != pair[1]), "a state that cannot be found");
+        check_state_tags(snapshot);
         if snapshot.headers().len() == 1 {
             assert_eq!(verified.data_pages, loaded.len() as u64);
         }
@@ -108,4 +97,22 @@ pub(crate) fn read_everything<R: ReadAt>(snapshot: &Snapshot<R>) -> Result<(), R
         assert!(pages.windows(2).all(|pair| pair[0] != pair[1]), "a page twice in the set");
     }
     verified.map(drop).and(read).and(metadata).and(states).and(set.map(drop))
+}
+
+/// Reads every state; each is found by its tag.
+fn read_states<R: ReadAt>(snapshot: &Snapshot<R>) -> Result<(), ReadError> {
+    let mut states = Ok(());
+    for section in snapshot.sections().iter().filter(|s| s.kind == SectionKind::STATE) {
+        states = states.and(snapshot.state(section.tag).map(|state| {
+            assert_eq!(state.map(|state| state.tag), Some(section.tag));
+        }));
+    }
+    states
+}
+
+fn check_state_tags<R: ReadAt>(snapshot: &Snapshot<R>) {
+    let tags = snapshot.sections().iter().filter(|s| s.kind == SectionKind::STATE);
+    let mut tags: Vec<_> = tags.map(|section| section.tag).collect();
+    tags.sort_unstable();
+    assert!(tags.windows(2).all(|pair| pair[0] != pair[1]), "a state that cannot be found");
 }

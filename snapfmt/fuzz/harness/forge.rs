@@ -130,7 +130,7 @@ impl Forge {
         self.file.len = self.file.len.next_multiple_of(4096);
     }
 
-    /// A record of the section table that may lie.
+    /// A record of the section table that may be wrong.
     pub(crate) fn record(&mut self, kind: u32, crc: u32, offset: u64, len: u64) {
         self.table.extend([kind, 0, 0, crc].iter().flat_map(|word| word.to_le_bytes()));
         self.table.extend([offset, len, 0].iter().flat_map(|word| word.to_le_bytes()));
@@ -175,7 +175,7 @@ impl Forge {
     }
 }
 
-/// A forged file: zeros but for some pieces.
+/// A forged file: zeros except some ranges.
 pub(crate) struct Forged {
     /// Offset and bytes, ascending.
     pieces: Vec<(u64, Vec<u8>)>,

@@ -1,4 +1,4 @@
-//! Mutations for runs without libFuzzer: from a seed of its own, so that a failure comes again.
+//! Mutations for runs without libFuzzer: from a fixed seed, so that a failure is reproducible.
 
 /// Marsaglia's xorshift64*.
 pub(crate) struct Random(u64);

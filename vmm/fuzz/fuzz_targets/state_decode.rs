@@ -1,4 +1,4 @@
-//! The state of a guest, as somebody else may have written it.
+//! The state of a guest, from an untrusted writer.
 #![no_main]
 
 #[path = "../harness/mod.rs"]

@@ -4,13 +4,10 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::Board;
 use super::error::LinuxError;
+use crate::arch::CMDLINE_GPA;
 use crate::devices::{DEVICE_WINDOW_BYTES, device_window};
 
-const CMDLINE_GPA: u64 = 0x2_0000;
-/// Room for it, with its final zero.
-pub(super) const CMDLINE_MAX_BYTES: u32 = 0x1_0000;
-
-/// Writes the command line, with the devices appended; gives its address.
+/// Writes the command line, with the devices appended. Returns its address.
 pub(super) fn write(
     given: &str,
     board: Board,
@@ -30,7 +27,7 @@ pub(super) fn write(
 }
 
 /// `virtio_mmio.device=SIZE@GPA:IRQ` for each device: `drivers/virtio/virtio_mmio.c`. A kernel that has
-/// found the device by ACPI refuses the second finding, and goes on.
+/// found the device by ACPI refuses the second definition and continues.
 fn with_devices(given: &str, devices: usize) -> String {
     // What follows `--` is for init.
     let (kernel, init) = match given.split_once(" -- ") {

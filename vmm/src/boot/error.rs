@@ -1,9 +1,11 @@
-//! Why a Linux guest does not boot. All of it is found before the guest runs.
+//! Why a Linux guest cannot be booted. All of these errors are found before the guest runs.
 
 use std::io;
 use std::path::PathBuf;
 
 use vm_memory::GuestMemoryError;
+
+use crate::arch::KernelError;
 
 /// A Linux guest that cannot be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -18,7 +20,7 @@ pub enum LinuxError {
         #[source]
         source: io::Error,
     },
-    /// A folder, a device; or a pipe, whose length nobody knows.
+    /// A folder, a device or a pipe. A pipe has no known length.
     #[error("{} is not a regular file", path.display())]
     NotAFile {
         /// The file.
@@ -80,50 +82,4 @@ pub enum LinuxError {
     /// Guest memory could not be written.
     #[error("cannot write guest memory")]
     Memory(#[from] GuestMemoryError),
-}
-
-/// A kernel file that cannot be booted.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum KernelError {
-    /// Neither of the two formats.
-    #[error("neither an ELF vmlinux nor a bzImage")]
-    Format,
-    /// ELF, but not of this machine: 32 bit, big-endian, or of another architecture.
-    #[error("an ELF file, but not an executable for x86-64")]
-    Machine,
-    /// A bzImage without the 64-bit entry point (CONFIG_X86_64), or from before 2012.
-    #[error("a bzImage of boot protocol {version:#06x} without a 64-bit entry point")]
-    Protocol {
-        /// Version of the protocol.
-        version: u16,
-    },
-    /// The headers contradict the file or each other.
-    #[error("damaged: {what}")]
-    Damaged {
-        /// What does not fit.
-        what: &'static str,
-    },
-    /// It needs addresses that this guest does not have.
-    #[error(
-        "needs memory up to {needed} bytes, and the guest has {found} (below 3 GiB): give it more memory"
-    )]
-    MemoryTooSmall {
-        /// End of the memory that it needs.
-        needed: u64,
-        /// End of the memory there is.
-        found: u64,
-    },
-    /// It lies in the first megabyte, which belongs to the boot structures.
-    #[error("loads at {gpa:#x}, expected at 1 MiB or above")]
-    TooLow {
-        /// Where it wants to be loaded.
-        gpa: u64,
-    },
-    /// Reading failed.
-    #[error("cannot be read")]
-    Read(#[source] io::Error),
-    /// The loader refused.
-    #[error("the loader refuses it")]
-    Loader(#[source] linux_loader::loader::Error),
 }

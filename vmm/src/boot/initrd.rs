@@ -1,4 +1,4 @@
-//! The initial RAM disk: as high in low memory as the kernel reaches, out of the kernel's way.
+//! The initial RAM disk: at the highest addresses of low memory that the kernel accepts.
 
 use std::fs::File;
 use std::ops::Range;
@@ -7,10 +7,9 @@ use std::path::Path;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::error::LinuxError;
+use crate::layout::PAGE_BYTES;
 
-const PAGE_BYTES: u64 = 4096;
-
-/// Loads the file at the end of `room`; gives its address and length.
+/// Loads the file at the end of `room`. Returns its address and its length.
 pub(super) fn load(
     file: &mut File,
     path: &Path,

@@ -1,26 +1,11 @@
-//! Booting Linux: what a boot loader and a PC's firmware would have left in memory.
+//! Booting a Linux kernel: the part that is the same on every architecture.
 //!
-//! ```text
-//! gpa        what                                   who reads it
-//! 0x500      descriptor table                       64-bit protocol
-//! 0x6000     hvm_start_info, module, memory map     PVH
-//! 0x7000     boot_params ("zero page")              64-bit protocol
-//! 0x10000    page tables, first 1 GiB one to one    64-bit protocol
-//! 0x20000    command line                           both
-//! 0xe0000    ACPI tables (reserved)                 both
-//! 0xf0000    generation id (reserved)               ACPI
-//! 0x100000   kernel, and the initrd at the end of low memory
-//! ```
+//! It opens the files, completes the command line, loads the initrd, and leaves the kernel file, the boot
+//! protocol and the tables to the architecture.
 
-mod acpi;
 mod cmdline;
-mod e820;
-mod entry;
 mod error;
 mod initrd;
-mod kernel;
-mod pvh;
-mod zero_page;
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
@@ -28,29 +13,27 @@ use std::path::{Path, PathBuf};
 
 use vm_memory::GuestMemoryMmap;
 
-pub(crate) use acpi::{
-    GENERATION_ID_GPA, GENERATION_IRQ, RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT,
-    SLEEP_STATUS_PORT, is_power_off,
-};
-pub(crate) use entry::Entry;
-pub use error::{KernelError, LinuxError};
+pub use error::LinuxError;
 
+pub use crate::arch::KernelError;
+
+use crate::arch::{Entry, Kernel};
 use crate::layout::MemoryRange;
-use kernel::Kernel;
 
-/// A Linux guest: the files and the words it boots with.
+/// A Linux guest: the files and the command line that it boots with.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct LinuxConfig {
     /// The kernel: an uncompressed ELF `vmlinux`, or a `bzImage` (what distributions call `vmlinuz`).
     pub kernel: PathBuf,
     /// Initial RAM disk.
     pub initrd: Option<PathBuf>,
-    /// Command line. For each device `virtio_mmio.device=...` is added: kernels without ACPI find it
-    /// only so.
+    /// Command line. For each device `virtio_mmio.device=...` is added: without it, kernels without ACPI do not
+    /// find the device.
     pub cmdline: String,
 }
 
-/// The machine, as far as the guest must be told.
+/// What the tables and the command line describe of the machine.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Board {
     pub(crate) cpus: u8,
@@ -58,7 +41,27 @@ pub(crate) struct Board {
 }
 
 impl LinuxConfig {
-    /// Writes kernel, initrd, command line and tables into memory; gives the boot CPU's first state.
+    /// A kernel without an initrd and with an empty command line.
+    #[must_use]
+    pub fn new(kernel: impl Into<PathBuf>) -> LinuxConfig {
+        LinuxConfig { kernel: kernel.into(), ..LinuxConfig::default() }
+    }
+
+    /// Sets [`LinuxConfig::initrd`].
+    #[must_use]
+    pub fn initrd(mut self, initrd: impl Into<Option<PathBuf>>) -> LinuxConfig {
+        self.initrd = initrd.into();
+        self
+    }
+
+    /// Sets [`LinuxConfig::cmdline`].
+    #[must_use]
+    pub fn cmdline(mut self, cmdline: impl Into<String>) -> LinuxConfig {
+        self.cmdline = cmdline.into();
+        self
+    }
+
+    /// Writes kernel, initrd, command line and tables into memory. Returns the first state of the boot CPU.
     pub(crate) fn load(
         &self,
         memory: &GuestMemoryMmap,
@@ -69,26 +72,21 @@ impl LinuxConfig {
         let mut file = open(&self.kernel)?;
         let kernel = Kernel::load(&mut file, memory, low_end)
             .map_err(|source| LinuxError::Kernel { path: self.kernel.clone(), source })?;
-        let cmdline = cmdline::write(&self.cmdline, board, kernel.cmdline_max(), memory)?;
+        let cmdline_gpa = cmdline::write(&self.cmdline, board, kernel.cmdline_max(), memory)?;
         let initrd = match &self.initrd {
             None => None,
             Some(path) => {
                 let mut file = open(path)?;
-                Some(initrd::load(&mut file, path, memory, kernel.end..kernel.initrd_end(low_end))?)
+                Some(initrd::load(&mut file, path, memory, kernel.initrd_room(low_end))?)
             }
         };
-        let rsdp = acpi::write(memory, board)?;
-        let loaded = Loaded { cmdline_gpa: cmdline, initrd, rsdp_gpa: rsdp };
-        match kernel.pvh_entry {
-            Some(entry) => pvh::write(memory, ranges, &loaded, entry),
-            None => zero_page::write(memory, ranges, &loaded, &kernel),
-        }
+        kernel.write_boot_data(memory, ranges, board, &Loaded { cmdline_gpa, initrd })
     }
 }
 
 fn open(path: &Path) -> Result<File, LinuxError> {
     let failed = |source| LinuxError::Open { path: path.to_owned(), source };
-    // O_NONBLOCK: a pipe is refused below, and not waited for.
+    // O_NONBLOCK: a pipe is refused below, and open(2) does not wait for its writer.
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
     let file = file.map_err(failed)?;
     match file.metadata().map_err(failed)?.is_file() {
@@ -97,10 +95,9 @@ fn open(path: &Path) -> Result<File, LinuxError> {
     }
 }
 
-/// Where the parts that the boot structures point to lie.
-struct Loaded {
-    cmdline_gpa: u64,
+/// The addresses of what the boot protocol's structures point to.
+pub(crate) struct Loaded {
+    pub(crate) cmdline_gpa: u64,
     /// Address and length.
-    initrd: Option<(u64, u64)>,
-    rsdp_gpa: u64,
+    pub(crate) initrd: Option<(u64, u64)>,
 }

@@ -1,7 +1,7 @@
 //! What the pages of the demo guest's working area hold, at which beat.
 //!
-//! The guest's machine code computes the same. Here it is for tests, which compare what the guest has
-//! done to its memory with what it should have done.
+//! The guest's machine code computes the same contents. Tests use this module to compare the guest's memory
+//! with what it should contain.
 
 /// Increment of splitmix64.
 pub(crate) const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
@@ -52,7 +52,7 @@ pub fn page_class(page: u64) -> PageClass {
     }
 }
 
-/// How many of 256 pages that are not zero each beat reads, unless told: a quarter.
+/// How many of 256 pages that are not zero each beat reads by default: a quarter.
 pub const WALKED_OF_256: u32 = 64;
 
 /// Whether each beat of a guest that walks so many of 256 pages reads this one.

@@ -1,4 +1,4 @@
-//! The demo guest: a guest that needs no kernel, and that notices when its memory is not what it was.
+//! The demo guest: a guest that needs no kernel, and that detects when its memory has changed.
 //!
 //! It fills a working area with a mix of content like a real guest's, writes
 //!
@@ -6,52 +6,48 @@
 //! ready memory=128 work=32 pages=7196
 //! ```
 //!
-//! (sizes in MiB, the pages are those not left zero) to COM1, and then beats until it is ended. Each beat walks a
-//! quarter of those pages, or the share that it is told, scattered, in a fixed order, checks every word of them, rewrites one
-//! in eight with words that depend on the beat's number, looks at a few pages that must be zero, and
-//! writes one line:
+//! to the serial port (sizes are in MiB, and the pages are those that are not zero). Then it runs one beat after
+//! the other until it is stopped. Each beat walks a share of those pages, by default a quarter, scattered but in a
+//! fixed order. It checks every word of them, rewrites one page in eight with words that depend on the number
+//! of the beat, checks a few pages that must be zero, and writes one line:
 //!
 //! ```text
 //! beat 1 ok
 //! beat 2 BAD page=00000000000004d2
 //! ```
 //!
-//! So a page that is lost, stale or foreign shows in the next beat. No interrupts, no clock: memory after
-//! N beats is the same in every run, and [`page_bytes`] tells it.
+//! So the next beat detects a page that is lost, stale or foreign. The guest uses no interrupts and no clock, so
+//! its memory after N beats is the same in every run, and [`page_bytes`] computes it.
 //!
-//! Its work is done in ring 3, which runs natively even on hosts whose KVM emulates ring 0. Half of the
-//! working area lies at the bottom of guest memory, half at the very top, so that guests with more than
-//! 3 GiB use both memory regions. The cost of booting depends on the working area, not on memory.
+//! It works in ring 3, which runs natively even on hosts whose KVM emulates ring 0. Half of the working area is
+//! at the bottom of guest memory and half at the very top, so that guests with more than 3 GiB use both memory
+//! regions. The cost of booting depends on the working area, not on memory.
 
-mod content;
-mod guest;
+pub(crate) mod content;
 
 use std::ops::Range;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
+pub use crate::layout::PAGE_BYTES;
 pub use content::{PageClass, WALKED_OF_256, in_working_set, page_bytes, page_class, page_version};
 
+use crate::arch::{MAPPED_GIB_MAX, Mapping, PROGRAM_PARAMS_GPA, demo_guest_code, load_program};
 use crate::layout::{LARGE_PAGE_BYTES, MemoryRange};
-use crate::long_mode::{self, MAPPED_GIB_MAX, Mapping, layout};
 
 /// The working area is a multiple of this: each of its halves is made of large pages.
 pub const WORK_ALIGN_BYTES: u64 = 2 * LARGE_PAGE_BYTES;
 /// Largest working area: what the page tables have room for.
 pub const WORK_MAX_BYTES: u64 = (MAPPED_GIB_MAX - 1) << 30;
-/// Size of the pages that the guest counts, in bytes.
-pub const PAGE_BYTES: u64 = 4096;
 
 /// Guest virtual address of the working area.
-const WORK_VIRT: u64 = 1 << 30;
-/// The line being written, behind the parameters.
-const LINE: u64 = layout::PARAMS + 0x100;
-const USER_STACK_TOP: u64 = 0xa000;
+pub(crate) const WORK_VIRT: u64 = 1 << 30;
 /// A prime above any number of pages: as the step of a walk it reaches each of them once.
 const STRIDE: u64 = 2_654_435_761;
 
-/// What the demo guest is to do.
+/// What the demo guest does.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct DemoConfig {
     /// Size of the working area in bytes: a multiple of [`WORK_ALIGN_BYTES`].
     pub work_bytes: u64,
@@ -64,6 +60,13 @@ impl DemoConfig {
     #[must_use]
     pub fn new(work_bytes: u64) -> DemoConfig {
         DemoConfig { work_bytes, walked_of_256: WALKED_OF_256 }
+    }
+
+    /// Sets [`DemoConfig::walked_of_256`].
+    #[must_use]
+    pub fn walked_of_256(mut self, walked_of_256: u32) -> DemoConfig {
+        self.walked_of_256 = walked_of_256;
+        self
     }
 }
 
@@ -100,7 +103,7 @@ pub enum DemoError {
     },
 }
 
-/// Where the working area lies in guest physical memory: the pages of the first half, then the second.
+/// Where the working area is in guest physical memory: the pages of the first half, then the second.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DemoPlan {
     work_bytes: u64,
@@ -153,7 +156,7 @@ impl DemoPlan {
         if offset < half { self.low.start + offset } else { self.high.start + (offset - half) }
     }
 
-    /// Guest physical addresses the guest works on: its own code and tables, and the working area.
+    /// The guest physical addresses that the guest uses: its code, its tables and the working area.
     pub(crate) fn touched(&self) -> Vec<Range<u64>> {
         vec![0..self.low.end, self.high.clone()]
     }
@@ -166,8 +169,7 @@ impl DemoPlan {
             Mapping { virt: WORK_VIRT, gpa: self.low.start, len: half },
             Mapping { virt: WORK_VIRT + half, gpa: self.high.start, len: half },
         ];
-        long_mode::write_tables(memory, &mappings)?;
-        memory.write_slice(guest::code(), GuestAddress(layout::CODE))?;
+        load_program(memory, demo_guest_code(), &mappings)?;
         let params = [
             self.pages(),
             STRIDE % self.pages(),
@@ -176,7 +178,7 @@ impl DemoPlan {
             u64::from(self.walked_of_256),
         ];
         for (index, param) in params.into_iter().enumerate() {
-            memory.write_obj(param, GuestAddress(layout::PARAMS + 8 * index as u64))?;
+            memory.write_obj(param, GuestAddress(PROGRAM_PARAMS_GPA + 8 * index as u64))?;
         }
         Ok(())
     }
@@ -197,13 +199,14 @@ pub fn max_work_bytes(memory: &[MemoryRange]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::arch::PROGRAM_MAX_BYTES;
     use crate::layout::memory_layout;
 
     const GIB: u64 = 1 << 30;
 
     #[test]
     fn the_code_fits_where_it_is_put() {
-        assert!((256..=layout::CODE_MAX_BYTES).contains(&guest::code().len()));
+        assert!((256..=PROGRAM_MAX_BYTES).contains(&demo_guest_code().len()));
     }
 
     #[test]

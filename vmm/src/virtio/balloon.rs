@@ -1,9 +1,8 @@
-//! The balloon (virtio 1.2, 5.5): pages that the guest does not use go back to the host.
+//! The balloon (virtio 1.2, 5.5): it returns pages that the guest does not use to the host.
 //!
-//! The driver reports ranges of free pages (VIRTIO_BALLOON_F_REPORTING, Linux 5.7), a few MiB at a time. The host forgets
-//! them: they read as zeros afterwards, cost nothing, and a snapshot leaves them out. Nothing is taken from the
-//! guest: it may use them again at once. A driver may also put single pages into the balloon; the host
-//! never asks for any.
+//! The driver reports ranges of free pages (VIRTIO_BALLOON_F_REPORTING, Linux 5.7), a few MiB at a time. The host
+//! discards them: they read as zeros afterwards, use no memory, and are not stored in a snapshot. The guest can
+//! use them again immediately. A driver may also put single pages into the balloon; the host never asks for any.
 
 use super::device::Backend;
 use super::fault::Fault;
@@ -20,7 +19,8 @@ const VIRTIO_BALLOON_F_REPORTING: u32 = 5;
 const VIRTIO_BALLOON_PFN_SHIFT: u32 = 12;
 const INFLATE: usize = 0;
 const REPORT: usize = 2;
-const PAGE_BYTES: usize = 1 << VIRTIO_BALLOON_PFN_SHIFT;
+/// A page as the balloon counts it.
+const BALLOON_PAGE_BYTES: usize = 1 << VIRTIO_BALLOON_PFN_SHIFT;
 /// Most pages that one request puts into the balloon; Linux has 256.
 const PAGES_MAX: usize = 1024;
 /// Where the driver writes how many pages it has put into the balloon (`struct virtio_balloon_config`).
@@ -53,7 +53,7 @@ impl Balloon {
         for run in pages.chunk_by(|page, next| page.checked_add(1) == Some(*next)) {
             let Some(first) = run.first() else { continue };
             let gpa = u64::from(*first) << VIRTIO_BALLOON_PFN_SHIFT;
-            let run = Segment { gpa, len: run.len() * PAGE_BYTES };
+            let run = Segment { gpa, len: run.len() * BALLOON_PAGE_BYTES };
             if !rings.memory.is_ram(run) {
                 return Err(Fault::Driver("pages for the balloon that are not in memory"));
             }
@@ -84,7 +84,7 @@ impl Backend for Balloon {
     }
 
     fn queue_sizes(&self) -> &'static [u16] {
-        // Without statistics and hints, whose queues would be in between.
+        // There are no statistics and no hints. Their queues would be between these two.
         &[128, 128, 32]
     }
 

@@ -33,7 +33,7 @@ pub(super) struct Block {
     config: [u8; 16],
 }
 
-/// How a request ended: what the status byte says, and how much data the driver was given.
+/// The result of a request: the status byte, and the number of bytes that were written for the driver.
 type Outcome = Result<usize, u32>;
 
 impl Block {

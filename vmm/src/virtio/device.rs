@@ -20,7 +20,7 @@ use super::rings::Rings;
 use super::state::{BackendState, QUEUES_MAX, TransportState, VirtioState};
 use super::transport::{Action, CONFIG_OFFSET, Transport};
 use crate::control::VmHandle;
-use crate::devices::{MmioDevice, Wiring};
+use crate::devices::{DeviceContext, MmioDevice};
 use crate::state::DeviceState;
 
 /// What one kind of device does, without transport and threads.
@@ -48,8 +48,8 @@ pub(super) trait Backend: Send {
         Ok(())
     }
 
-    /// A descriptor of the host has changed, also while the guest is paused or has no driver: it is
-    /// remembered, and guest memory is left alone. Gives the queue that [`Backend::serve`] is to look at.
+    /// A descriptor of the host has changed. This is called also while the guest is paused or has no driver, so
+    /// it only records the change and does not touch guest memory. Returns the queue for [`Backend::serve`].
     fn host_changed(&mut self, _token: u32, _events: EventSet) -> usize {
         0
     }
@@ -88,7 +88,7 @@ pub(super) trait Backend: Send {
 pub(super) struct HostWatcher(Watcher);
 
 impl HostWatcher {
-    /// Has [`Backend::host_changed`] told of changes of `fd`, until it is closed.
+    /// Calls [`Backend::host_changed`] when `fd` changes, until it is closed.
     pub(super) fn watch(&self, token: u32, fd: &impl AsRawFd) -> io::Result<()> {
         // Tokens are the device's: they may come again, after 2^32 of them.
         self.0.watch_changes(HOST_SOURCES.saturating_add(token), fd)
@@ -122,7 +122,7 @@ struct Core {
     /// Reasons for the interrupt. Outside of the lock: the driver's interrupt handler reads and
     /// clears it while the devices' thread may be waiting for a disk.
     interrupt_status: AtomicU32,
-    /// Somebody waits for the lock to pause the device: leave the rest of the queue for later.
+    /// A thread waits for the lock to pause the device: leave the rest of the queue for later.
     pausing: AtomicBool,
 }
 
@@ -172,8 +172,8 @@ impl MmioDevice for VirtioDevice {
         self.queue_count
     }
 
-    fn attach(&mut self, wiring: Wiring) -> io::Result<()> {
-        let memory = DeviceMemory::new(wiring.memory);
+    fn attach(&mut self, context: DeviceContext) -> io::Result<()> {
+        let memory = DeviceMemory::new(context.memory);
         let mut inner = self.core.lock();
         if let Some(saved) = self.saved.take() {
             let impossible = || io::Error::new(io::ErrorKind::InvalidData, NOT_THIS_DEVICE);
@@ -184,11 +184,11 @@ impl MmioDevice for VirtioDevice {
             }
         }
         let watcher = self.event_loop.watcher(self.listener_id);
-        for (source, event) in (0..).zip(&wiring.queue_events) {
+        for (source, event) in (0..).zip(&context.queue_events) {
             watcher.watch_readable(source, event)?;
         }
         inner.backend.connect(HostWatcher(watcher))?;
-        let Wiring { interrupt, queue_events, handle, .. } = wiring;
+        let DeviceContext { interrupt, queue_events, handle, .. } = context;
         inner.wired = Some(Wired { memory, interrupt, queue_events, handle });
         Ok(())
     }
@@ -242,10 +242,10 @@ impl MmioDevice for VirtioDevice {
         let mut inner = self.core.lock();
         inner.resumed = true;
         let Some(wired) = &inner.wired else { return };
-        // Notifications that came while the device was paused were dropped, and those that were under way
-        // when the guest was saved are not part of its state.
+        // Notifications that arrived while the device was paused were dropped, and notifications that were
+        // pending when the guest was saved are not part of its state.
         wired.kick_all();
-        // The same holds for an interrupt that KVM had not delivered yet. One too many is harmless.
+        // The same applies to an interrupt that KVM had not delivered yet. An additional interrupt is harmless.
         if self.core.interrupt_status.load(Ordering::SeqCst) != 0 {
             wired.interrupt();
         }
@@ -281,8 +281,8 @@ const NOT_THIS_DEVICE: &str =
 
 impl Drop for VirtioDevice {
     fn drop(&mut self) {
-        // Under the lock: from here on the devices' thread touches no guest memory, whose missing pages
-        // nobody may supply any more.
+        // Under the lock: from here on the devices' thread does not touch guest memory. Its missing pages may
+        // not be supplied any more.
         if let Some(wired) = self.core.lock().wired.take() {
             for event in &wired.queue_events {
                 self.event_loop.unwatch(event);
@@ -339,11 +339,11 @@ impl Listener for Core {
 
 impl Core {
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        // After a panic the guest is stopped for good: nobody relies on what is inside.
+        // After a panic the guest is stopped permanently, so the data is not used any more.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The driver broke the rules: says so to it, and waits for a reset (virtio 1.2, 2.1.2).
+    /// The driver violated the specification: reports that to it, and waits for a reset (virtio 1.2, 2.1.2).
     fn break_down(&self, transport: &mut Transport, wired: &Wired) {
         transport.set_needs_reset();
         self.interrupt_status.fetch_or(VIRTIO_MMIO_INT_CONFIG, Ordering::SeqCst);
@@ -353,7 +353,7 @@ impl Core {
 
 impl Wired {
     fn interrupt(&self) {
-        // A full counter means that KVM has been told often enough.
+        // A full counter means that an interrupt is already pending.
         let _ = self.interrupt.write(1);
     }
 

@@ -25,7 +25,7 @@ const SAMPLE_PAGE_BYTES: u64 = 4096;
 /// How often a block device's lock is tried, a moment apart: udev takes it for a moment whenever a device was written to.
 const DEVICE_LOCK_TRIES: u32 = 20;
 
-/// An open disk image. While it is open for writing nobody else can open it as a [`Disk`].
+/// An open disk image. While it is open for writing, it cannot be opened as a [`Disk`] again.
 #[derive(Debug)]
 pub struct Disk {
     pub(super) file: File,
@@ -69,7 +69,7 @@ pub enum DiskError {
         /// The image.
         path: PathBuf,
     },
-    /// Somebody has it open, and one of the two writes.
+    /// It is open already, and one of the two opens it for writing.
     #[error(
         "the disk {} is in use: one guest writes a disk, or many read it", path.display()
     )]
@@ -272,7 +272,7 @@ impl Disk {
         }
     }
 
-    /// What a snapshot says of it.
+    /// The description of the disk in a snapshot.
     #[must_use]
     pub fn state(&self) -> &BlockState {
         &self.state
@@ -328,7 +328,7 @@ impl Disk {
     }
 }
 
-/// Opens a regular file or a block device, and says whether it is the latter.
+/// Opens a regular file or a block device. The second value is true for a block device.
 fn open_image(path: &Path, read_only: bool) -> Result<(File, bool), DiskError> {
     let failed = |what| move |source| DiskError::Io { what, path: path.to_owned(), source };
     let is_device = path.metadata().map_err(failed("open"))?.file_type().is_block_device();
@@ -351,7 +351,7 @@ fn open_image(path: &Path, read_only: bool) -> Result<(File, bool), DiskError> {
     }
 }
 
-/// Length of a file, or of a block device, whose metadata does not have it.
+/// Length of a file or of a block device. The metadata of a block device does not have its length.
 fn len_bytes(mut file: &File) -> io::Result<u64> {
     file.seek(SeekFrom::End(0))
 }

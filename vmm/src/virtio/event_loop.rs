@@ -14,7 +14,7 @@ const EVENTS_MAX: usize = 32;
 /// No device's.
 const EXIT_TOKEN: u64 = u64::MAX;
 
-/// The devices' thread. It ends when the last device and everybody else who holds this are gone.
+/// The devices' thread. It ends when the last reference to this is dropped.
 pub struct EventLoop {
     shared: Arc<Shared>,
     exit: EventFd,
@@ -32,7 +32,7 @@ struct Listeners {
     by_id: HashMap<u32, Weak<dyn Listener>>,
 }
 
-/// Who is told that one of its descriptors is ready.
+/// A listener that is called when one of its descriptors is ready.
 pub(super) trait Listener: Send + Sync {
     /// `source` is the number that the descriptor was added with.
     fn ready(&self, source: u32, events: EventSet);
@@ -46,14 +46,14 @@ pub(super) struct Watcher {
 }
 
 impl Watcher {
-    /// Tells the listener whenever `fd` becomes readable or writable, or its other end hangs up: once for each
-    /// change, so that a descriptor that nobody reads keeps no thread busy. Closing `fd` undoes it.
+    /// Calls the listener when `fd` becomes readable or writable, or when its other end hangs up: once for each
+    /// change, so that a descriptor that is not read does not keep the thread busy. It ends when `fd` is closed.
     pub(super) fn watch_changes(&self, source: u32, fd: &impl AsRawFd) -> io::Result<()> {
         let changes = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
         self.watch(source, fd, changes)
     }
 
-    /// Tells the listener for as long as `fd` is readable.
+    /// Calls the listener as long as `fd` is readable.
     pub(super) fn watch_readable(&self, source: u32, fd: &impl AsRawFd) -> io::Result<()> {
         self.watch(source, fd, EventSet::IN)
     }
@@ -69,7 +69,7 @@ impl EventLoop {
     /// Starts the thread.
     ///
     /// # Errors
-    /// What the system says to an epoll, an eventfd or a thread more.
+    /// The error of creating the epoll, the eventfd or the thread.
     pub fn start() -> io::Result<Arc<EventLoop>> {
         let exit = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
         let shared =
@@ -82,7 +82,7 @@ impl EventLoop {
         Ok(Arc::new(EventLoop { shared, exit, thread: Some(thread) }))
     }
 
-    /// Adds a listener, for as long as somebody else holds it; gives its number.
+    /// Adds a listener, as long as another reference to it exists. Returns its number.
     pub(super) fn add_listener(&self, listener: Weak<dyn Listener>) -> u32 {
         let mut listeners = self.shared.lock();
         let id = listeners.next_id;

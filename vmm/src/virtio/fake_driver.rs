@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::VirtioDevice;
 use crate::control::{Control, Stop, VmHandle};
-use crate::devices::{MmioDevice, Wiring};
+use crate::devices::{DeviceContext, MmioDevice};
 
 pub(super) const MEMORY_BYTES: u64 = 0x10_0000;
 /// A page that has no memory behind it: touching it is SIGBUS.
@@ -51,32 +51,32 @@ pub(super) fn memory() -> Arc<GuestMemoryMmap> {
     Arc::new(memory)
 }
 
-fn wiring(
+fn context(
     memory: &Arc<GuestMemoryMmap>,
     control: &Arc<Control>,
     interrupt: &EventFd,
     queues: usize,
-) -> Wiring {
-    let bus: Weak<Mutex<crate::bus::Bus>> = Weak::new();
-    Wiring {
+) -> DeviceContext {
+    let io_ports: Weak<Mutex<crate::arch::IoPorts>> = Weak::new();
+    DeviceContext {
         memory: Arc::clone(memory),
         interrupt: interrupt.try_clone().unwrap(),
         queue_events: (0..queues).map(|_| EventFd::new(EFD_NONBLOCK).unwrap()).collect(),
-        handle: VmHandle::new(Arc::clone(control), bus),
+        handle: VmHandle::new(Arc::clone(control), io_ports),
     }
 }
 
 impl Driver {
     /// For another device in the same machine.
-    pub(super) fn wiring(&self) -> Wiring {
-        wiring(&self.memory, &self.control, &self.interrupt, 1)
+    pub(super) fn context(&self) -> DeviceContext {
+        context(&self.memory, &self.control, &self.interrupt, 1)
     }
 
     pub(super) fn attach(mut device: VirtioDevice, memory: Arc<GuestMemoryMmap>) -> Driver {
         let control = Arc::new(Control::default());
         let interrupt = EventFd::new(EFD_NONBLOCK).unwrap();
-        let wiring = wiring(&memory, &control, &interrupt, device.queue_count());
-        device.attach(wiring).unwrap();
+        let context = context(&memory, &control, &interrupt, device.queue_count());
+        device.attach(context).unwrap();
         device.resume();
         let interrupted = Epoll::new().unwrap();
         let event = EpollEvent::new(EventSet::IN, 0);
@@ -120,13 +120,13 @@ impl Driver {
         self.set(0x50, queue);
     }
 
-    /// How many chains of a queue came back.
+    /// How many chains of a queue were returned.
     pub(super) fn used_in(&self, queue: u32) -> u16 {
         let at = u64::from(queue) * RINGS_STRIDE;
         self.memory.read_obj(GuestAddress(USED + at + 2)).unwrap()
     }
 
-    /// Waits until so many chains of a queue came back; gives the last one's head and length.
+    /// Waits until this number of chains of a queue was returned. Returns the last one's head and length.
     pub(super) fn wait_used_in(&mut self, queue: u32, count: u16) -> (u32, u32) {
         while self.used_in(queue) < count {
             assert_eq!(self.wait_for_interrupt(), 1, "status {}", self.get(STATUS));
@@ -195,7 +195,7 @@ impl Driver {
         }
     }
 
-    /// Offers the chain at `head`; says so with [`Driver::notify`].
+    /// Offers the chain at `head`, and notifies the device with [`Driver::notify`].
     pub(super) fn offer(&self, head: u16) {
         self.offer_at(AVAILABLE, head);
     }
@@ -211,7 +211,7 @@ impl Driver {
         self.set(0x50, 0);
     }
 
-    /// Waits for the interrupt; gives its reasons and acknowledges them.
+    /// Waits for the interrupt, acknowledges its reasons and returns them.
     pub(super) fn wait_for_interrupt(&mut self) -> u32 {
         let mut events = [EpollEvent::default()];
         let count = self.interrupted.wait(HANG.as_millis() as i32, &mut events).unwrap();
@@ -223,7 +223,7 @@ impl Driver {
         reasons
     }
 
-    /// Offers one chain, and waits until it is used; gives the length that the device reports.
+    /// Offers one chain, and waits until it is used. Returns the length that the device reports.
     pub(super) fn run(&mut self, buffers: &[(u64, u32, u16)]) -> u32 {
         self.chain(0, buffers);
         self.offer(0);
@@ -234,7 +234,7 @@ impl Driver {
         self.memory.read_obj(GuestAddress(USED + 4 + 8 * slot + 4)).unwrap()
     }
 
-    /// The used ring's index: how many chains came back.
+    /// The used ring's index: how many chains were returned.
     pub(super) fn used(&self) -> u16 {
         self.memory.read_obj(GuestAddress(USED + 2)).unwrap()
     }

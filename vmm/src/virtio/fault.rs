@@ -1,12 +1,12 @@
-//! What can go wrong while a device works, and what comes of it.
+//! What can go wrong while a device works, and the consequence.
 
 /// Why a device stopped in the middle of its work.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Fault {
-    /// The driver broke the rules. The device needs a reset (virtio 1.2, 2.1.2); the guest goes on.
+    /// The driver violated the specification. The device needs a reset (virtio 1.2, 2.1.2); the guest continues.
     #[error("the driver gave {0}")]
     Driver(&'static str),
-    /// A page of guest memory could not be had. The guest is stopped.
+    /// A page of guest memory could not be read. The guest is stopped.
     #[error("a page of guest memory could not be read by a device{}", at(*gpa))]
     Unreadable {
         /// Guest physical address, where known.

@@ -42,7 +42,7 @@ const INDIRECT: u16 = 4;
 ///
 /// # Panics
 /// When the device does what it must not: use more buffers than it was offered, find a page missing that is
-/// there, work for ever, or change the length of its disk.
+/// there, work endlessly, or change the length of its disk.
 #[allow(clippy::unwrap_used, reason = "for tests and fuzzing only")]
 #[cfg_attr(test, allow(unreachable_pub))]
 pub fn any_queue(input: &[u8]) {
@@ -126,7 +126,7 @@ fn serve(backend: &mut dyn Backend, rings: &mut Rings<'_>, queue: usize) -> Resu
 
 fn check(state: &TransportState) {
     for queue in &state.queues {
-        // All that was taken came back, but for one that broke the device.
+        // Every chain that was taken was returned, except one that broke the device.
         assert!(queue.next_available.wrapping_sub(queue.next_used) <= 1, "{queue:?}");
     }
 }
@@ -140,7 +140,7 @@ fn put(ram: &GuestMemoryMmap, at: u64, gpa: u64, len: u32, flags: u16, next: u16
     store(ram, at, &bytes);
 }
 
-/// A queue whose available ring has these heads.
+/// A queue with these heads in its available ring.
 fn offer(ram: &GuestMemoryMmap, queue: u64, heads: &[u16]) {
     let ring = [&[0, heads.len() as u16], heads].concat();
     let ring: Vec<u8> = ring.iter().flat_map(|value| value.to_le_bytes()).collect();
@@ -233,7 +233,7 @@ fn shared_block() -> &'static Mutex<Block> {
 /// The guest's context id.
 const CID: u64 = 3;
 
-/// One vsock for all inputs, and whoever listens at its port 7.
+/// One vsock for all inputs, and the listener at its port 7.
 fn shared_sockets() -> &'static Mutex<(Vsock, UnixListener)> {
     static SOCKETS: OnceLock<Mutex<(Vsock, UnixListener)>> = OnceLock::new();
     #[allow(clippy::unwrap_used, reason = "for tests and fuzzing only")]
@@ -312,7 +312,7 @@ mod tests {
         Box::new(Net::new(Tap::stand_in().0, MacAddress([2; 6])))
     }
 
-    /// Nobody listens at its port: the request and what follows are refused.
+    /// There is no listener at its port: the request and what follows are refused.
     fn vsock() -> Box<dyn Backend> {
         let folder = tempfile::tempdir().unwrap();
         Box::new(Vsock::new(VsockHost::bind(CID, &folder.path().join("vsock")).unwrap()))

@@ -1,14 +1,14 @@
-//! Guest memory for a thread that may not get a SIGBUS: every access asks the kernel for its pages first.
+//! Guest memory for a thread that must not get a SIGBUS: every access asks the kernel for its pages first.
 //!
-//! A page may still be on its way (userfaultfd) or never come (UFFDIO_POISON, a memory error of the host).
-//! Touching the latter raises SIGBUS, and a thread in the middle of a copy has no way back from that. So
-//! the few bytes of rings, descriptors and headers are touched only after madvise(2) with
-//! MADV_POPULATE_READ or MADV_POPULATE_WRITE has put their pages in place: it waits for a page like
-//! the access would, and where the access would raise SIGBUS it gives EFAULT or EHWPOISON. Bulk data is
-//! never touched at all: system calls move it between a file and guest memory, and give EFAULT.
+//! A page may be missing for a while (userfaultfd) or permanently (UFFDIO_POISON, a memory error of the host).
+//! An access to the latter raises SIGBUS, and a thread in the middle of a copy cannot recover from that. So
+//! the few bytes of rings, descriptors and headers are accessed only after madvise(2) with
+//! MADV_POPULATE_READ or MADV_POPULATE_WRITE has populated their pages. It waits for a page as the access would,
+//! and returns EFAULT or EHWPOISON where the access would raise SIGBUS. Bulk data is never accessed here: system
+//! calls move it between a file and guest memory, and they return EFAULT.
 //!
-//! What remains is a page that breaks between the two calls. Nothing in this process takes a page away
-//! while a device uses it; a memory chip may, and then the process ends as any program's would.
+//! One case remains: a page that becomes unreadable between the two calls. Nothing in this process removes a
+//! page while a device uses it. A hardware memory error can do so, and then the process ends as any other would.
 #![allow(unsafe_code)]
 
 use std::cell::Cell;
@@ -24,16 +24,16 @@ use vm_memory::{
 };
 
 use super::fault::Fault;
+use crate::layout::PAGE_BYTES;
 
-const PAGE_BYTES: usize = 4096;
 /// Buffers of one system call (IOV_MAX).
 const IOVECS_MAX: usize = 1024;
 
 /// Guest memory as devices see it.
 pub(super) struct DeviceMemory {
     memory: Arc<GuestMemoryMmap>,
-    /// An address in the first page that could not be had. `virtio-queue` turns any error of memory into
-    /// the end of a chain, so it is remembered here.
+    /// An address in the first page that could not be read. `virtio-queue` treats any error of memory as
+    /// the end of a chain, so the address is recorded here.
     unreadable_gpa: Cell<Option<u64>>,
 }
 
@@ -58,7 +58,7 @@ impl DeviceMemory {
         DeviceMemory { memory, unreadable_gpa: Cell::new(None) }
     }
 
-    /// A fault if a page could not be had since the beginning.
+    /// A fault if a page could not be read since this was created.
     pub(super) fn check(&self) -> Result<(), Fault> {
         match self.unreadable_gpa.get() {
             Some(gpa) => Err(Fault::Unreadable { gpa: Some(gpa) }),
@@ -71,12 +71,12 @@ impl DeviceMemory {
         GuestMemoryBackend::check_range(&*self.memory, GuestAddress(segment.gpa), segment.len)
     }
 
-    /// Moves all bytes between the segments, in order, and `fd`: at `offset` of a file, or, without
-    /// one, by a single call on a socket or a tap that takes or gives what it can. Gives the number moved,
-    /// which for a file is less than all only at its end.
+    /// Moves all bytes between the segments, in order, and `fd`. With an `offset`, `fd` is a file. Without one, it
+    /// is a socket or a tap, and a single call moves as many bytes as it can. Returns the number of bytes moved;
+    /// for a file it is smaller than the total only at the end of the file.
     ///
     /// # Errors
-    /// `Err(Fault)` for a page that cannot be had; `Ok(Err)` for everything that is the file's fault.
+    /// `Err(Fault)` for a page that cannot be read; `Ok(Err)` for every error of the file.
     pub(super) fn transfer(
         &self,
         fd: BorrowedFd<'_>,
@@ -108,9 +108,9 @@ impl DeviceMemory {
         Ok(Ok(done))
     }
 
-    /// Forgets the whole pages of a segment: they read as zeros from now on, and cost nothing until they are
-    /// written. Gives the number of bytes; less where memory is a private view of a file, which would come
-    /// back instead of zeros.
+    /// Discards the whole pages of a segment: they read as zeros from now on, and use no memory until they are
+    /// written. Returns the number of bytes. Private mappings of a file are left out, because the content of the
+    /// file would appear there instead of zeros.
     pub(super) fn discard(&self, segment: Segment) -> u64 {
         let mut discarded = 0;
         for region in self.memory.iter() {
@@ -119,10 +119,10 @@ impl DeviceMemory {
                 (Some(_), true) => libc::MADV_REMOVE,
                 _ => continue,
             };
-            let page = PAGE_BYTES as u64;
             let (first, last) = (region.start_addr().0, region.start_addr().0 + region.len());
-            let start = segment.gpa.next_multiple_of(page).max(first);
-            let end = segment.gpa.saturating_add(segment.len as u64).min(last) / page * page;
+            let start = segment.gpa.next_multiple_of(PAGE_BYTES).max(first);
+            let end =
+                segment.gpa.saturating_add(segment.len as u64).min(last) / PAGE_BYTES * PAGE_BYTES;
             if start >= end {
                 continue;
             }
@@ -144,7 +144,7 @@ impl DeviceMemory {
         discarded
     }
 
-    /// Where the segments are in this process. Nobody follows these pointers but the kernel.
+    /// The addresses of the segments in this process. Only the kernel dereferences these pointers.
     fn iovecs(&self, segments: &[Segment]) -> Result<Vec<libc::iovec>, Fault> {
         let mut iovecs = Vec::with_capacity(segments.len());
         for segment in segments {
@@ -168,7 +168,7 @@ impl DeviceMemory {
             // What is not in memory is the access' own error.
             let Ok(slice) = slice else { return Ok(()) };
             let start = slice.ptr_guard().as_ptr() as usize;
-            let first = start - start % PAGE_BYTES;
+            let first = start - start % PAGE_BYTES as usize;
             let len = start + slice.len() - first;
             let advice = match access {
                 Permissions::Read | Permissions::No => libc::MADV_POPULATE_READ,

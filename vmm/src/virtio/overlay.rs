@@ -1,7 +1,7 @@
-//! What a guest has changed of a disk that itself stays as it is: blocks in a file that nobody else sees.
+//! The blocks that a guest has changed, for a disk image that itself is not changed. They are in a private file.
 //!
-//! The file has no name and goes with the guest. It has each block where the disk has it, and holes for the
-//! rest; which blocks it has is known here, not from its holes.
+//! The file has no name and is deleted with the guest. Each block has the same offset as on the disk, and the rest
+//! is holes. A set in memory, not the holes, records which blocks the file has.
 
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
@@ -23,6 +23,7 @@ const CONTENT_MAX_BYTES: usize = 63 << 20;
 
 /// Where the blocks are that a guest changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum OverlayPlace {
     /// In memory.
     Memory,
@@ -138,7 +139,7 @@ impl Overlay {
     /// All of it: the number of blocks (4 bytes), their numbers (4 bytes each, ascending), their bytes.
     ///
     /// # Errors
-    /// What the file says, and `FileTooLarge` for more than a snapshot stores.
+    /// The error of the file, or `FileTooLarge` for more than a snapshot stores.
     pub(super) fn content(&self) -> io::Result<Vec<u8>> {
         let len = 4 + self.changed.len() * (4 + BLOCK_BYTES as usize);
         if len > CONTENT_MAX_BYTES {
@@ -163,10 +164,10 @@ impl Overlay {
         Ok(content)
     }
 
-    /// Takes the place of what [`Overlay::content`] gave, of as many blocks.
+    /// Restores the content that [`Overlay::content`] returned, with this number of blocks.
     ///
     /// # Errors
-    /// `InvalidData` when it is none of this disk, and what the file says.
+    /// `InvalidData` when it is not the content of such a disk, or the error of the file.
     pub(super) fn load(&mut self, content: &[u8], block_count: u32) -> io::Result<()> {
         let invalid = || io::Error::new(io::ErrorKind::InvalidData, "no blocks of this disk");
         let (count, rest) = content.split_first_chunk::<4>().ok_or_else(invalid)?;

@@ -15,7 +15,7 @@ const SEGMENTS_MAX: usize = 256;
 pub(super) struct Rings<'a> {
     pub(super) queues: &'a mut [Option<Queue>],
     pub(super) memory: &'a DeviceMemory,
-    /// Buffers were given back since this was made: the driver is to be told.
+    /// Whether buffers were returned since this was created, so that the driver must be notified.
     pub(super) used: bool,
 }
 
@@ -63,7 +63,7 @@ impl Rings<'_> {
         Ok(Some(Request { head, readable, writable }))
     }
 
-    /// Puts the request that was popped last back, as if it had not been looked at.
+    /// Returns the request that was popped last to the queue.
     pub(super) fn unpop(&mut self, queue: usize) {
         if let Some(Some(queue)) = self.queues.get_mut(queue) {
             queue.go_to_previous_position();
@@ -78,7 +78,7 @@ impl Rings<'_> {
         index.map(|index| index.0).map_err(|_| Fault::Driver("an impossible available index"))
     }
 
-    /// Gives a request's buffers back, with `written` bytes in them.
+    /// Returns a request's buffers to the driver, with `written` bytes in them.
     pub(super) fn push_used(
         &mut self,
         queue: usize,
@@ -104,7 +104,7 @@ impl Rings<'_> {
 #[derive(Debug)]
 pub(super) struct Request {
     pub(super) head: u16,
-    /// What the driver tells the device.
+    /// The buffers that the device reads.
     pub(super) readable: Buffers,
     /// Where the device answers.
     pub(super) writable: Buffers,
@@ -123,7 +123,7 @@ impl Buffers {
         self.0.iter().map(|segment| segment.len).sum()
     }
 
-    /// Takes the first `len` bytes away, and gives them; `None` when there are fewer.
+    /// Removes and returns the first `len` bytes; `None` when there are fewer.
     pub(super) fn split_front(&mut self, len: usize) -> Option<Buffers> {
         if self.len() < len {
             return None;
@@ -151,7 +151,7 @@ impl Buffers {
         Ok(bytes)
     }
 
-    /// Takes the last byte away, and gives its address.
+    /// Removes the last byte, and returns its address.
     pub(super) fn split_last_byte(&mut self) -> Option<u64> {
         let last = self.0.last_mut()?;
         last.len -= 1;
@@ -178,7 +178,7 @@ impl Buffers {
         Ok(true)
     }
 
-    /// Copies as many of the bytes as there is room for into guest memory; gives their number.
+    /// Copies as many of the bytes as there is room for into guest memory. Returns their number.
     pub(super) fn write(&self, memory: &DeviceMemory, bytes: &[u8]) -> Result<usize, Fault> {
         let mut done = 0;
         for segment in &self.0 {

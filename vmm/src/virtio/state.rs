@@ -23,6 +23,7 @@ const PATH_MAX_BYTES: usize = 4096;
 /// Requests are never under way in it: a device that is paused has finished what it took from
 /// a queue, and what it has not taken is in guest memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct VirtioState {
     /// The registers of the virtio-mmio transport.
     pub transport: TransportState,
@@ -33,6 +34,7 @@ pub struct VirtioState {
 /// The registers of a virtio-mmio device (virtio 1.2, 4.2.2) that the driver can change.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the fields are the registers of the specification")]
+#[non_exhaustive]
 pub struct TransportState {
     pub status: u32,
     pub interrupt_status: u32,
@@ -46,6 +48,7 @@ pub struct TransportState {
 
 /// One queue's registers, and how far the device has come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct QueueRegisters {
     /// Entries, a power of two.
     pub size: u32,
@@ -84,6 +87,7 @@ pub enum BackendState {
 /// A disk with an overlay. The changed blocks are the device's content
 /// ([`MmioDevice::content`](crate::MmioDevice::content)).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct OverlayState {
     /// The disk that stays as it is.
     pub disk: BlockState,
@@ -93,6 +97,7 @@ pub struct OverlayState {
 
 /// A network interface.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct NetState {
     /// Name of the host's tap.
     pub tap: String,
@@ -102,8 +107,9 @@ pub struct NetState {
 
 /// A memory balloon. What was given back is known to guest memory alone: it is zero there.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct BalloonState {
-    /// Pages of 4 KiB that the driver says are in the balloon.
+    /// Pages of 4 KiB that are in the balloon, as the driver reports.
     pub actual_pages: u32,
     /// Bytes that the driver gave back, in the balloon or as reports of free pages, since the guest's boot.
     pub returned_bytes: u64,
@@ -111,6 +117,7 @@ pub struct BalloonState {
 
 /// The sockets between guest and host. Connections are not part of it: they do not outlive a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct VsockState {
     /// The guest's context id.
     pub guest_cid: u64,
@@ -120,6 +127,7 @@ pub struct VsockState {
 
 /// A disk, as it was when the guest was saved.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct BlockState {
     /// Where the image was found, absolute.
     pub path: PathBuf,
@@ -129,15 +137,16 @@ pub struct BlockState {
     pub fingerprint: Fingerprint,
 }
 
-/// In the place of a block device's time of change: there is none.
+/// The time of change of a block device, which has none.
 pub const DEVICE_MTIME_NS: i64 = i64::MIN;
 
-/// How a disk image is known again.
+/// How a disk image is recognized.
 ///
 /// The time of the last change finds every change that went through the file system. The sample finds another
 /// image whose time was set to the same, by a copy from an archive for example. The inode is not part of
 /// it: a copy with its times (`cp -p`) is as good as the original.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Fingerprint {
     /// Length in bytes.
     pub len: u64,
@@ -167,7 +176,7 @@ pub enum VirtioStateError {
         #[source]
         source: bincode::Error,
     },
-    /// The state is of another kind of device than it says.
+    /// The state belongs to another kind of device than it is stored under.
     #[error("the state of a virtio device of kind {kind} is of kind {found}")]
     Kind {
         /// The kind it is stored under.
@@ -184,7 +193,7 @@ pub enum VirtioStateError {
 }
 
 impl BackendState {
-    /// The number that virtio gives this kind of device (virtio 1.2, 5).
+    /// The number of this kind of device in the specification (virtio 1.2, 5).
     #[must_use]
     pub fn kind(&self) -> u32 {
         match self {
@@ -211,8 +220,7 @@ impl VirtioState {
     /// Decodes a state, and checks everything that can be checked without the device.
     ///
     /// # Errors
-    /// [`VirtioStateError`] when the version, the encoding or a value is not one that
-    /// [`encode`](VirtioState::encode) gives.
+    /// [`VirtioStateError`] when [`encode`](VirtioState::encode) never writes such a version, encoding or value.
     pub fn decode(state: &DeviceState) -> Result<VirtioState, VirtioStateError> {
         if state.version != VIRTIO_STATE_VERSION {
             return Err(VirtioStateError::Version { found: state.version });

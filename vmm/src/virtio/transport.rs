@@ -33,7 +33,7 @@ pub(super) enum Action {
     Notify(u32),
     /// All has been set back.
     Reset,
-    /// The driver broke the rules: the device says so and waits for a reset.
+    /// The driver violated the specification: the device reports that and waits for a reset.
     NeedsReset,
 }
 

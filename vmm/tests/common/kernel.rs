@@ -1,4 +1,4 @@
-//! Tiny kernels, made here, that stand in for Linux: ELF files of a few instructions.
+//! Tiny kernels that replace Linux in tests: ELF files of a few instructions.
 #![allow(dead_code, missing_docs, unreachable_pub)]
 
 /// Where they are loaded and entered.
@@ -20,7 +20,7 @@ pub const PRINT_CMDLINE_64: &[u8] = &[
     0xb0, b'\n', 0xee,
 ];
 
-/// Puts a program at 0x8000 and starts the second CPU there; it writes "A\n" for ever.
+/// Puts a program at 0x8000 and starts the second CPU there; it writes "A\n" in an endless loop.
 pub const START_SECOND_CPU: &[u8] = &[
     // mov dword [0x8000 ..], "mov dx, 0x3f8; 1: mov al, 'A'; out; mov al, '\n'; out; jmp 1b"
     0xc7, 0x05, 0x00, 0x80, 0, 0, 0xba, 0xf8, 0x03, 0xb0, //
@@ -35,7 +35,7 @@ pub const START_SECOND_CPU: &[u8] = &[
     0xeb, 0xfe, // jmp .
 ];
 
-/// Writes a byte to a port, then stands still.
+/// Writes a byte to a port, then loops.
 pub fn out(port: u16, value: u8) -> Vec<u8> {
     let [low, high] = port.to_le_bytes();
     vec![0x66, 0xba, low, high, 0xb0, value, 0xee, 0xeb, 0xfe]

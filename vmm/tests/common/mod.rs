@@ -12,12 +12,12 @@ use vmm::{Console, ConsoleFlow, PausedVm, RunningVm, Stop, memory_layout};
 
 pub const MIB: u64 = 1 << 20;
 pub const GIB: u64 = 1 << 30;
-/// How long a race is run, again and again, that is mostly lost within a second.
+/// How long a race is repeated that mostly has the wanted result within a second.
 pub const LOST_ONCE: Duration = Duration::from_secs(60);
 /// Longer than any step of a test takes on a slow host.
 pub const PATIENCE: Option<Duration> = Some(Duration::from_secs(120));
 
-/// Whether guests can run here. If not, says so past the test harness's capture.
+/// Whether guests can run here. If not, it prints so, without the test harness's capture.
 pub fn kvm_or_skip(test: &str) -> bool {
     let error = match vmm::probe() {
         Ok(_) => return true,

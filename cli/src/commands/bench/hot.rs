@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
-use snapfmt::{Changes, Existing, MemoryRegion, PageIndex, Phase, WorkingSet, copy_snapshot};
+use snapfmt::{Changes, MemoryRegion, PageIndex, Phase, WorkingSet, copy_snapshot};
 use vmm::demo::{DemoConfig, DemoPlan, PageClass, WALKED_OF_256};
 
 use super::args::Args;
@@ -71,15 +71,13 @@ fn of_other_work(subject: &Subject, snap: &Snap<'_>, say: &dyn Fn(&str)) -> Resu
             "mode lazy+other is of the demo guest: of others it is not known what they don't touch"
         );
     };
-    let set = untouched(&DemoConfig { work_bytes, walked_of_256 }, subject.snapshot.regions())?;
+    let set = untouched(
+        &DemoConfig::new(work_bytes).walked_of_256(walked_of_256),
+        subject.snapshot.regions(),
+    )?;
     let trained = subject.path("other.snap");
     metadata.other.remove("rewritten_from");
-    let changes = Changes {
-        working_set: WorkingSet::join([&set[..]]),
-        metadata,
-        parent_path: None,
-        existing: Existing::Keep,
-    };
+    let changes = Changes::new(WorkingSet::join([&set[..]]), metadata);
     copy_snapshot(&trained, &subject.snapshot, &changes, &|_| ControlFlow::Continue(()))
         .context("cannot write a snapshot that was trained on other work")?;
     optimized(subject, snap, trained, "other-hot.snap", say)

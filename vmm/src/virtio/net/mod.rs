@@ -1,7 +1,7 @@
 //! The network device (virtio 1.2, 5.1): Ethernet frames between the guest and a tap of the host.
 //!
-//! No offloads, no control queue, one pair of queues. So the header before each frame has nothing to say: it is
-//! skipped in what the guest sends, and written anew, with zeros, in what it receives.
+//! There are no offloads and no control queue, and there is one pair of queues. So the header of each frame has no
+//! content: it is skipped in frames that the guest sends, and it is zeros in frames that the guest receives.
 
 mod tap;
 #[cfg(test)]
@@ -61,8 +61,8 @@ impl Net {
         if request.readable.split_front(HEADER_BYTES).is_none() {
             return Err(Fault::Driver("a frame without a header"));
         }
-        // Frames get lost on a network: one that the tap does not take (it is down, say) is dropped, like
-        // one that is none.
+        // Networks lose frames. A frame that the tap does not take (because it is down, for example) is dropped,
+        // and so is an invalid frame.
         if (FRAME_MIN_BYTES..=FRAME_MAX_BYTES).contains(&request.readable.len()) {
             let fd = self.tap.file.as_fd();
             let frame = request.readable.segments();
@@ -93,7 +93,7 @@ impl Net {
                 rings.push_used(TO_GUEST, request.head, HEADER_BYTES + len)?;
                 Ok(true)
             }
-            // Nothing is there, or the tap is down. It is told when that changes.
+            // There is no frame, or the tap is down. The event loop reports when that changes.
             Ok(0) | Err(_) => {
                 rings.unpop(TO_GUEST);
                 Ok(false)
@@ -136,11 +136,10 @@ impl Backend for Net {
 }
 
 impl MacAddress {
-    /// An address that is most likely nobody else's, from the host's random numbers: of one interface, locally
-    /// administered.
+    /// A random address, which is most likely unique: unicast and locally administered.
     ///
     /// # Errors
-    /// When the host gives no random numbers.
+    /// When the host's random numbers cannot be read.
     pub fn random() -> io::Result<MacAddress> {
         let mut bytes = [0; 6];
         io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut bytes)?;

@@ -1,5 +1,5 @@
-//! A tap: a network interface of the host whose other end is a descriptor, a frame for each read or write
-//! (Linux, Documentation/networking/tuntap.rst).
+//! A tap: a network interface of the host. A process reads and writes its frames by a descriptor, one frame for
+//! each call (Linux, Documentation/networking/tuntap.rst).
 #![allow(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
@@ -17,7 +17,7 @@ pub struct Tap {
     name: String,
 }
 
-/// A tap that cannot be had.
+/// A tap that cannot be opened.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TapError {
@@ -29,7 +29,7 @@ pub enum TapError {
         /// The name.
         name: String,
     },
-    /// Opening a tap that is not there would make one, which nobody has configured.
+    /// The tap does not exist. Opening it would create a tap without a configuration.
     #[error(
         "there is no interface {name}: make it first, for example with `ip tuntap add {name} mode tap`"
     )]
@@ -76,8 +76,8 @@ impl Tap {
         for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
             *to = from as libc::c_char;
         }
-        // No IFF_VNET_HDR: there are no offloads, so the header that virtio has has nothing to say, and
-        // what a driver writes into it does not reach the host's kernel.
+        // No IFF_VNET_HDR: there are no offloads, so virtio's header has no content, and what a driver writes
+        // into it does not reach the host's kernel.
         request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
         // SAFETY: TUNSETIFF reads and writes one `ifreq`, which `request` is.
         if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) } != 0 {

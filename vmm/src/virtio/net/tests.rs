@@ -52,7 +52,7 @@ fn frames_go_both_ways() {
     let (mut driver, host) = net();
     assert_eq!((driver.get(0x08), driver.get(0x100)), (1, 2));
     assert_eq!(driver.get(0x104), 0x2a00);
-    // Whatever the header says: the tap never sees it.
+    // The header can have any content: it never reaches the tap.
     send(&mut driver, &[0xff; 12], &[7; 60]);
     let mut frame = [0; 2000];
     assert_eq!(host.recv(&mut frame).unwrap(), 60);
@@ -90,7 +90,7 @@ fn what_is_no_frame_is_dropped() {
     host.send(&[9; 100]).unwrap();
     assert_eq!(driver.wait_used_in(0, 1), (0, 40));
     assert_eq!(bytes(&driver, RECEIVED + 39, 2), [9, 0xee]);
-    // Nobody is there any more: frames are lost, the guest goes on.
+    // The other end is closed: frames are lost, and the guest continues.
     drop(host);
     send(&mut driver, &[0; 12], &[8; 14]);
     assert_eq!(driver.stop(), None);

@@ -34,7 +34,7 @@ pub(super) struct Connection {
     pub(super) ports: Ports,
     /// The guest has not answered the request yet.
     asked: bool,
-    /// What the guest is to be told next, if anything: a request, a response or a reset.
+    /// The next control packet to the guest, if there is one: a request, a response or a reset.
     announce: Option<Op>,
     tell_credit: bool,
     credit: Credit,
@@ -205,8 +205,8 @@ impl Connection {
         }
     }
 
-    /// What the guest is to be told next, its data already in `room`; `None` when there is nothing. After a
-    /// reset the connection is over.
+    /// The header of the next packet to the guest, whose data is already in `room`; `None` when there is none.
+    /// After a reset the connection has ended.
     pub(super) fn packet(
         &mut self,
         memory: &DeviceMemory,
@@ -232,7 +232,7 @@ impl Connection {
         } else {
             return Ok(None);
         };
-        // Every packet tells it.
+        // Every packet contains it.
         self.tell_credit = false;
         self.credit.told_forwarded = self.credit.forwarded;
         Ok(Some(Header {
@@ -249,8 +249,8 @@ impl Connection {
         }))
     }
 
-    /// Data of the socket into the guest's buffers, within its credit; gives the number of bytes, `None`
-    /// where nothing was tried.
+    /// Moves data of the socket into the guest's buffers, within its credit. Returns the number of bytes; `None`
+    /// when the socket was not read.
     fn read(&mut self, memory: &DeviceMemory, room: &mut Buffers) -> Result<Option<u32>, Fault> {
         if self.guest_shutdown & NO_MORE_RECEIVED != 0 || self.host_shutdown & NO_MORE_SENT != 0 {
             self.readable = false;

@@ -1,7 +1,8 @@
-//! The host's side of a vsock: unix sockets, in Firecracker's way.
+//! The host's side of a vsock: unix sockets, with the protocol of Firecracker.
 //!
-//! Who connects to SOCKET and writes `CONNECT PORT\n` reaches the guest's PORT, and reads `OK HOST_PORT\n` when
-//! the guest has accepted. A guest that connects to PORT of the host reaches whoever listens at `SOCKET_PORT`.
+//! A program that connects to SOCKET and writes `CONNECT PORT\n` is connected to the guest's PORT. It reads
+//! `OK HOST_PORT\n` when the guest has accepted. A guest that connects to PORT of the host is connected to the
+//! unix socket `SOCKET_PORT`.
 
 use std::fs;
 use std::io::{self, Read};
@@ -34,7 +35,7 @@ pub struct VsockHost {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum VsockError {
-    /// 0 to 2 have a meaning of their own; 2^32 - 1 is "any".
+    /// 0 to 2 are reserved; 2^32 - 1 is "any".
     #[error("context id {cid}, expected 3 to 4294967294")]
     Cid {
         /// The context id.
@@ -102,17 +103,17 @@ impl VsockHost {
         Ok(host)
     }
 
-    /// What a snapshot says of it.
+    /// The description of the socket in a snapshot.
     #[must_use]
     pub fn state(&self) -> &VsockState {
         &self.state
     }
 
-    /// Connects to whoever takes the guest's connections to this port.
+    /// Connects to the unix socket for the guest's connections to this port.
     pub(super) fn connect(&self, port: u32) -> io::Result<UnixStream> {
         let address = SocketAddrUnix::new(port_path(&self.state.path, port))?;
         let socket = unix_socket()?;
-        // Does not block: where nobody accepts it is refused.
+        // This does not block: without a listener, the connection is refused.
         rustix::net::connect(&socket, &address)?;
         Ok(UnixStream::from(socket))
     }
@@ -138,15 +139,15 @@ fn port_path(path: &Path, port: u32) -> PathBuf {
     path.into()
 }
 
-/// What a program of the host says first, as far as it has come.
+/// The first line of a program of the host, as far as it has been read.
 #[derive(Debug, Default)]
 pub(super) struct Greeting(Vec<u8>);
 
 impl Greeting {
-    /// Reads on, to the end of the line and not a byte further. Gives the port when it is there.
+    /// Continues to read, up to the end of the line and not further. Returns the port when the line is complete.
     ///
     /// # Errors
-    /// When it is no greeting, or nobody is there any more.
+    /// When the line is not a greeting, or the program has closed the connection.
     pub(super) fn read(&mut self, mut stream: &UnixStream) -> io::Result<Option<u32>> {
         loop {
             let mut byte = [0];

@@ -4,12 +4,12 @@
 //! - `connection`: one stream.
 //! - `host`: the unix sockets.
 //!
-//! The crate `virtio-vsock` parses packets too, but hands their data out as slices of guest memory, which a
-//! device here never touches (`memory`): system calls move it.
+//! The crate `virtio-vsock` parses packets too, but it returns their data as slices of guest memory. A device here
+//! never accesses such data (see `memory`): system calls move it.
 //!
-//! Connections do not outlive a snapshot. A driver that is restored is told so (VIRTIO_VSOCK_EVENT_TRANSPORT_RESET):
-//! it breaks its connections and reads the context id again. Until it has taken notice nothing else is
-//! done, because it would break newer connections too.
+//! Connections do not survive a snapshot. A restored driver gets an event (VIRTIO_VSOCK_EVENT_TRANSPORT_RESET): it
+//! closes its connections and reads the context id again. Until it has handled the event, the device does nothing
+//! else, because the driver would close newer connections too.
 
 mod connection;
 mod host;
@@ -38,9 +38,9 @@ pub(super) const DEVICE_ID: u32 = 19;
 const TO_GUEST: usize = 0;
 const FROM_GUEST: usize = 1;
 const EVENTS: usize = 2;
-/// Most connections at a time, those counted in whose greeting is not complete. Each has a descriptor.
+/// Most connections at a time, including those with an incomplete greeting. Each has a descriptor.
 const CONNECTIONS_MAX: usize = 256;
-/// Most refusals that wait for a buffer of the guest. Then no packet is taken until it gives one.
+/// Most refusals that wait for a buffer of the guest. With more, no packet is taken until the guest offers one.
 const REFUSALS_MAX: usize = 64;
 /// Ports of the host for connections to the guest begin here.
 const HOST_PORTS_START: u32 = 1 << 30;
@@ -70,7 +70,7 @@ pub(super) struct Vsock {
 enum Notice {
     Taken,
     Due,
-    /// The driver gives the event's buffer back when it has dealt with it: then it has offered another number.
+    /// The driver offers the event's buffer again after it has handled the event: then the index has changed.
     Given {
         offered: u16,
     },
@@ -97,10 +97,10 @@ impl Vsock {
         self.connections.len() + self.greetings.len() < CONNECTIONS_MAX
     }
 
-    /// Takes those in who wait at the socket.
+    /// Accepts the programs that wait at the socket.
     fn accept(&mut self) {
         while let Ok((stream, _)) = self.host.listener.accept() {
-            // Who comes too much finds the connection closed.
+            // Connections above the limit are closed.
             if self.has_room()
                 && stream.set_nonblocking(true).is_ok()
                 && let Ok(token) = self.watch(&stream)
@@ -261,7 +261,7 @@ impl Vsock {
         Ok(())
     }
 
-    /// Gives the guest one packet; `false` when there is none, or no buffer for it.
+    /// Sends the guest one packet; `false` when there is none, or no buffer for it.
     fn give(&mut self, rings: &mut Rings<'_>) -> Result<bool, Fault> {
         if self.refusals.is_empty() && self.ready.is_empty() {
             return Ok(false);
@@ -332,7 +332,7 @@ impl Backend for Vsock {
     }
 
     fn serve(&mut self, rings: &mut Rings<'_>, _queue: usize) -> Result<bool, Fault> {
-        // Whatever the driver says: what comes from one queue has its answer in the other.
+        // Even if the driver does not notify: a packet from one queue is answered in the other.
         if !self.give_notice(rings)? {
             return Ok(false);
         }

@@ -6,9 +6,9 @@ pub(super) const HEADER_BYTES: usize = 44;
 pub(super) const HOST_CID: u64 = 2;
 /// VIRTIO_VSOCK_TYPE_STREAM.
 pub(super) const STREAM: u16 = 1;
-/// VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE: whoever sends this receives no more.
+/// VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE: the sender receives no more.
 pub(super) const NO_MORE_RECEIVED: u32 = 1;
-/// VIRTIO_VSOCK_SHUTDOWN_F_SEND: whoever sends this sends no more.
+/// VIRTIO_VSOCK_SHUTDOWN_F_SEND: the sender sends no more.
 pub(super) const NO_MORE_SENT: u32 = 2;
 
 /// What a packet is (`enum virtio_vsock_op`).

@@ -183,7 +183,7 @@ fn a_program_of_the_host_and_the_guest_talk() {
     }
     assert_eq!(header.flags, NO_MORE_SENT | NO_MORE_RECEIVED);
     guest.send_op(ports, Op::Reset);
-    // Nobody knows it any more.
+    // The connection does not exist any more.
     guest.send_data(ports, b"?");
     guest.receive_op(Op::Reset);
 }
@@ -193,7 +193,7 @@ fn the_guest_connects_to_whoever_listens() {
     let mut guest = Guest::new();
     let (ports, mut stream) = guest.connect_to_host(9);
     guest.send_data(ports, b"hello");
-    // Half of it is closed; the other half goes on.
+    // Half of it is closed; the other half stays open.
     guest.shut_down(ports, NO_MORE_SENT);
     let mut text = String::new();
     stream.read_to_string(&mut text).unwrap();
@@ -203,7 +203,7 @@ fn the_guest_connects_to_whoever_listens() {
     guest.shut_down(ports, NO_MORE_SENT | NO_MORE_RECEIVED);
     guest.receive_op(Op::Reset);
     assert!(stream.write_all(b"nobody").is_err());
-    // Nobody listens there.
+    // There is no listener.
     guest.send_op(Ports { host: 78, guest: 9 }, Op::Request);
     let refused = guest.receive_op(Op::Reset);
     assert_eq!((refused.src_port, refused.dst_port), (78, 9));
@@ -213,7 +213,7 @@ fn the_guest_connects_to_whoever_listens() {
 fn data_waits_for_credit_both_ways() {
     let mut guest = Guest::new();
     let (ports, mut stream) = guest.connect_to_host(9);
-    // The guest takes ten bytes, then no more until it says so.
+    // The guest takes ten bytes, then no more until it sends more credit.
     let small = Header { buf_alloc: 10, ..guest.header(ports, Op::CreditUpdate) };
     guest.send(small, &[]);
     stream.write_all(&[7; 25]).unwrap();
@@ -302,7 +302,7 @@ fn packets_that_belong_to_nothing_are_refused() {
         assert_eq!(refusal, wrong.refusal(), "{wrong:?}");
         guest.give_buffer();
     }
-    // A reset is not answered, or two would answer each other for ever.
+    // A reset is not answered, because two ends would answer each other endlessly.
     guest.send_op(Ports { host: 5, guest: 6 }, Op::Reset);
     // What makes no sense in a connection ends it.
     guest.send_op(ports, Op::Other(9));
@@ -412,7 +412,7 @@ fn a_restored_guest_is_told_that_its_connections_are_gone() {
     assert_eq!(memory.read_obj::<u32>(GuestAddress(EVENT)).unwrap(), 0);
     assert_eq!(guest.driver.get(0x100), CID as u32 + 1);
     assert_eq!(guest.driver.used_in(0), guest.taken, "a connection before the notice is taken");
-    // The driver has dealt with it, and gives the buffer back: now the waiting connection comes.
+    // The driver has handled it and offers the buffer again: now the waiting connection is made.
     guest.driver.offer_in(2, 0, &[(EVENT, 4, WRITE)]);
     guest.taken += 1;
     while guest.driver.used_in(0) < guest.taken {

@@ -3,11 +3,11 @@
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use super::e820;
 use super::entry::{self, Entry};
-use super::error::LinuxError;
 use super::kernel::Kernel;
-use super::{Loaded, e820};
-use crate::layout::MemoryRange;
+use crate::boot::{LinuxError, Loaded};
+use crate::layout::{MemoryRange, PAGE_BYTES};
 
 const ZERO_PAGE_GPA: u64 = 0x7000;
 const ACPI_RSDP_ADDR: usize = 0x70;
@@ -21,33 +21,39 @@ const RAMDISK_IMAGE: usize = 0x218;
 const RAMDISK_SIZE: usize = 0x21c;
 const CMD_LINE_PTR: usize = 0x228;
 const E820_TABLE: usize = 0x2d0;
-/// A boot loader without a number of its own.
+/// The number of boot loaders that have no assigned number.
 const LOADER_UNDEFINED: u8 = 0xff;
 
-/// Writes the parameters, and the tables that 64-bit mode needs; gives the boot CPU's entry.
+/// Writes the parameters, and the tables that 64-bit mode needs. Returns the first state of the boot CPU.
 pub(super) fn write(
     memory: &GuestMemoryMmap,
     ranges: &[MemoryRange],
     loaded: &Loaded,
+    rsdp_gpa: u64,
     kernel: &Kernel,
 ) -> Result<Entry, LinuxError> {
     entry::write_tables(memory)?;
-    let page = zero_page(ranges, loaded, &kernel.setup_header);
+    let page = zero_page(ranges, loaded, rsdp_gpa, &kernel.setup_header);
     memory.write_slice(&page, GuestAddress(ZERO_PAGE_GPA))?;
     Ok(Entry::Linux64 { rip: kernel.entry, zero_page_gpa: ZERO_PAGE_GPA })
 }
 
-fn zero_page(ranges: &[MemoryRange], loaded: &Loaded, setup_header: &[u8]) -> Vec<u8> {
-    let mut page = vec![0u8; 4096];
+fn zero_page(
+    ranges: &[MemoryRange],
+    loaded: &Loaded,
+    rsdp_gpa: u64,
+    setup_header: &[u8],
+) -> Vec<u8> {
+    let mut page = vec![0u8; PAGE_BYTES as usize];
     let mut put = |at: usize, bytes: &[u8]| page[at..at + bytes.len()].copy_from_slice(bytes);
     put(SETUP_HEADER, setup_header);
     put(BOOT_FLAG, &0xaa55u16.to_le_bytes());
     put(HEADER_MAGIC, b"HdrS");
     put(TYPE_OF_LOADER, &[LOADER_UNDEFINED]);
-    put(ACPI_RSDP_ADDR, &loaded.rsdp_gpa.to_le_bytes());
+    put(ACPI_RSDP_ADDR, &rsdp_gpa.to_le_bytes());
     put(CMD_LINE_PTR, &(loaded.cmdline_gpa as u32).to_le_bytes());
     if let Some((gpa, len)) = loaded.initrd {
-        // Both are below 4 GiB: the initrd lies in low memory.
+        // Both are below 4 GiB: the initrd is in low memory.
         put(RAMDISK_IMAGE, &(gpa as u32).to_le_bytes());
         put(RAMDISK_SIZE, &(len as u32).to_le_bytes());
         put(EXT_RAMDISK_IMAGE, &[0; 8]);
@@ -70,10 +76,9 @@ mod tests {
 
     #[test]
     fn the_fields_are_where_the_kernel_looks() {
-        let loaded =
-            Loaded { cmdline_gpa: 0x2_0000, initrd: Some((0x3f0_0000, 5)), rsdp_gpa: 0xe_0000 };
+        let loaded = Loaded { cmdline_gpa: 0x2_0000, initrd: Some((0x3f0_0000, 5)) };
         let header = [7u8; 0x7b];
-        let page = zero_page(&memory_layout(64 << 20).unwrap(), &loaded, &header);
+        let page = zero_page(&memory_layout(64 << 20).unwrap(), &loaded, 0xe_0000, &header);
         let word = |at: usize| u32::from_le_bytes(page[at..at + 4].try_into().unwrap());
         assert_eq!((page[0x1f1], page[0x210], page[0x1e8]), (7, 0xff, 3));
         assert_eq!(&page[0x202..0x206], b"HdrS");

@@ -3,22 +3,22 @@
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
-use crate::long_mode::{self, Mapping};
+use crate::arch::x86_64::long_mode::{self, Mapping};
 
-/// The 64-bit protocol wants code at selector 0x10 and data at 0x18 of a descriptor table.
+/// The 64-bit protocol requires code at selector 0x10 and data at 0x18 of a descriptor table.
 const GDT_GPA: u64 = 0x500;
 const GDT: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
 const CODE_SELECTOR: u16 = 0x10;
 const DATA_SELECTOR: u16 = 0x18;
-/// A stack for the first instructions, below the boot parameters; kernels set up their own at once.
+/// A stack for the first instructions, below the boot parameters. Kernels set up their own stack immediately.
 const STACK_TOP: u64 = 0x5000;
 const CR0_PE: u64 = 1 << 0;
 const CR0_ET: u64 = 1 << 4;
 
-/// How the boot CPU begins.
+/// The first state of the boot CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Entry {
-    /// The demo guest, or a program: 64-bit mode at the place of [`long_mode`].
+    /// A program without a kernel, such as the demo guest: 64-bit mode, see [`long_mode`].
     Program,
     /// The 64-bit boot protocol: paging on, the boot parameters' address in RSI.
     Linux64 { rip: u64, zero_page_gpa: u64 },
@@ -36,7 +36,7 @@ pub(super) fn write_tables(memory: &GuestMemoryMmap) -> Result<(), GuestMemoryEr
 }
 
 impl Entry {
-    /// Changes the reset state of `sregs`, and gives the general registers.
+    /// Changes the reset state of `sregs`, and returns the general registers.
     pub(crate) fn enter(self, sregs: &mut kvm_sregs) -> kvm_regs {
         // Bit 1 of the flags is always set; interrupts are off.
         let regs = kvm_regs { rflags: 2, rsp: STACK_TOP, ..Default::default() };
@@ -74,7 +74,7 @@ impl Entry {
     }
 }
 
-/// Data segments to go with `code`, and a task state segment, without which VMX does not enter.
+/// Data segments that match `code`, and a task state segment, which VMX needs to enter the guest.
 fn set_flat_segments(sregs: &mut kvm_sregs, code: kvm_segment) {
     let data = kvm_segment { selector: DATA_SELECTOR, type_: 0x3, l: 0, db: 1, ..code };
     sregs.cs = code;

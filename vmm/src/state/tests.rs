@@ -1,22 +1,19 @@
 //! The encoding of a guest's state is frozen, and decodes hostile bytes without harm.
-#![allow(clippy::unwrap_used)]
 
 use kvm_bindings::{
     kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state,
     kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use proptest::prelude::*;
-use serde::Deserialize;
 use serde::de::value::{BytesDeserializer, Error};
-use vmm::state::{
-    ChipState, DeviceState, RtcState, STATE_KIND, STATE_MAX_BYTES, STATE_VERSION, Uart, VcpuState,
-};
-use vmm::{Frozen, StateError, VmState, memory_layout};
 
-/// A state of version 1 as it was once written. It stays readable for ever.
-const GOLDEN_V1: &[u8] = include_bytes!("golden/vm-state-v1.bin");
+use super::*;
+use crate::Frozen;
+
+/// A state of version 1 as it was once written. It stays readable.
+const GOLDEN_V1: &[u8] = include_bytes!("../../tests/golden/vm-state-v1.bin");
 /// One of version 2.
-const GOLDEN_V2: &[u8] = include_bytes!("golden/vm-state-v2.bin");
+const GOLDEN_V2: &[u8] = include_bytes!("../../tests/golden/vm-state-v2.bin");
 
 /// A structure whose every byte differs from its neighbours.
 fn pattern<T: for<'de> Deserialize<'de>>(seed: u8) -> Frozen<T> {
@@ -42,14 +39,14 @@ fn example() -> VmState {
     VmState {
         memory: memory_layout(4 << 30).unwrap(),
         vcpus: vec![vcpu(0), vcpu(100)],
-        chips: ChipState {
+        irqchip: IrqchipState {
             pic_master: pattern::<kvm_irqchip>(40),
             pic_slave: pattern::<kvm_irqchip>(41),
             ioapic: pattern::<kvm_irqchip>(42),
             pit: pattern::<kvm_pit_state2>(43),
             clock: pattern::<kvm_clock_data>(44),
         },
-        com1: Uart {
+        serial: Uart {
             baud_divisor_low: 1,
             baud_divisor_high: 2,
             interrupt_enable: 3,
@@ -76,7 +73,7 @@ fn decode(bytes: &[u8]) -> Result<VmState, StateError> {
     VmState::decode(STATE_KIND, STATE_VERSION, bytes)
 }
 
-/// Writes the golden file of a NEW version: `cargo test -p vmm --test state_format -- --ignored`.
+/// Writes the golden file of a NEW version: `cargo test -p vmm state::tests -- --ignored`.
 /// The file of a version that was released never changes.
 #[test]
 #[ignore = "writes the golden file"]
@@ -155,7 +152,7 @@ fn impossible_contents_are_named() {
         "state with memory ranges that no guest of 18446744073709551615 bytes has"
     );
     assert_eq!(
-        refused(|s| s.com1.fifo = vec![0; 65]),
+        refused(|s| s.serial.fifo = vec![0; 65]),
         "state with 65 bytes in the serial FIFO, expected 0 to 64"
     );
     let device = DeviceState { kind: 2, version: 1, bytes: Vec::new() };

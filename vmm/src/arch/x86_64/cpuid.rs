@@ -1,4 +1,4 @@
-//! What the CPUID instruction tells a fresh guest, where that is not simply what the host supports.
+//! What the CPUID instruction returns in a fresh guest, where it differs from what KVM supports on this host.
 //!
 //! Intel SDM volume 2A, "CPUID"; `Documentation/virt/kvm/x86/cpuid.rst`.
 
@@ -28,27 +28,27 @@ pub(crate) fn adjust(entry: &mut kvm_cpuid_entry2, index: u8, count: u8) {
             if count > 1 {
                 entry.edx |= FEATURE_HTT;
             }
-            // KVM has it whenever the LAPIC is its own, and leaves it to the VMM to say so. Guests without
-            // a timer of the platform need it: nothing else there calibrates the LAPIC's.
+            // KVM supports it whenever it emulates the LAPIC, but the VMM has to set the bit. Guests without
+            // a platform timer need it, because they cannot calibrate the LAPIC's timer.
             entry.ecx |= FEATURE_TSC_DEADLINE;
-            // KVM leaves this to the VMM too. Without it Linux does not look for KVM, nor find its clock.
+            // The VMM has to set this bit too. Without it Linux does not detect KVM and its clock.
             entry.ecx |= FEATURE_HYPERVISOR;
         }
         LEAF_CACHES if entry.eax & 0x1f != 0 => {
-            // No two vCPUs share a cache but the last level; all are cores of one package.
+            // vCPUs share only the last level of cache. All vCPUs are cores of one package.
             let level = entry.eax >> 5 & 7;
             let sharing = if level >= 3 { count - 1 } else { 0 };
             entry.eax = (entry.eax & 0x3fff) | sharing << 14 | (count - 1).min(0x3f) << 26;
         }
         LEAF_TOPOLOGY | LEAF_TOPOLOGY_V2 => topology(entry, index, count),
-        // A page that the host does not have is told to the guest, which waits for the news that it has
-        // come: news that a snapshot in between would lose.
+        // With this feature, KVM notifies the guest of a page that is missing on the host, and notifies it
+        // again when the page is present. A snapshot between the two would lose the second notification.
         LEAF_KVM_FEATURES => entry.eax &= !KVM_ASYNC_PAGE_FAULTS,
         _ => {}
     }
 }
 
-/// One thread a core, all cores in one package, whatever the host has.
+/// Each vCPU is a core with one thread, and all cores are in one package. The host's topology does not matter.
 fn topology(entry: &mut kvm_cpuid_entry2, index: u32, count: u32) {
     entry.edx = index;
     let (shift, number, kind) = match entry.index {

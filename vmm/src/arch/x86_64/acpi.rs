@@ -2,7 +2,7 @@
 //!
 //! Hardware-reduced ACPI (ACPI 6.5, 4.1): no power management timer, no system control interrupt, no
 //! registers but one to sleep and one to reset. Events come through a Generic Event Device. RSDP, XSDT,
-//! FADT, MADT and DSDT lie in memory that the memory map calls reserved.
+//! FADT, MADT and DSDT are in memory that the memory map marks as reserved.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -19,31 +19,19 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::Board;
-use super::error::LinuxError;
+use super::address_map::{
+    COM1_PORT, COM1_PORTS, FIRMWARE_START, GENERATION_ID_GPA, GENERATION_IRQ, IO_APIC_GPA,
+    LOCAL_APIC_GPA, RESET_PORT, SERIAL_IRQ, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT,
+};
+use crate::boot::{Board, LinuxError};
 use crate::devices::{DEVICE_WINDOW_BYTES, device_window};
-use crate::serial::{COM1_IRQ, COM1_PORT, COM1_PORTS};
 
-/// Guest physical addresses that belong to the firmware. Kernels look for the RSDP from the start on.
-pub(super) const FIRMWARE_START: u64 = 0xe_0000;
-pub(super) const FIRMWARE_END: u64 = 0x10_0000;
-/// The 16 bytes that differ in every restored guest: Microsoft, "Virtual Machine Generation ID".
-pub(crate) const GENERATION_ID_GPA: u64 = 0xf_0000;
-/// The interrupt that says that they have changed: the first one that no PC device has.
-pub(crate) const GENERATION_IRQ: u32 = 16;
-
-/// Ports of the three registers that hardware-reduced ACPI leaves, a byte each.
-pub(crate) const SLEEP_CONTROL_PORT: u16 = 0x600;
-pub(crate) const SLEEP_STATUS_PORT: u16 = 0x601;
-pub(crate) const RESET_PORT: u16 = 0x602;
-/// What is written to reset.
-pub(crate) const RESET_VALUE: u8 = 1;
+/// The value that resets the machine.
+pub(super) const RESET_VALUE: u8 = 1;
 /// The sleep type for "off" that the DSDT names, and the bit that means "now" (ACPI 6.5, 4.8.3.7).
 const SLEEP_TYPE_OFF: u8 = 5;
 const SLEEP_ENABLE: u8 = 1 << 5;
 
-const LOCAL_APIC_GPA: u32 = 0xfee0_0000;
-const IO_APIC_GPA: u32 = 0xfec0_0000;
 /// `IAPC_BOOT_ARCH`: there is no VGA hardware to touch. (And no 8042, whose bit is clear.)
 const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
 const OEM: [u8; 6] = *b"SNAP  ";
@@ -52,12 +40,12 @@ const OEM_REVISION: u32 = 1;
 /// Length of a table's header, which the DSDT's code follows.
 const HEADER_BYTES: u32 = 36;
 
-/// Whether this value of the sleep control register turns the machine off.
-pub(crate) fn is_power_off(value: u8) -> bool {
+/// Whether this value of the sleep control register powers the machine off.
+pub(super) fn is_power_off(value: u8) -> bool {
     value == SLEEP_TYPE_OFF << 2 | SLEEP_ENABLE
 }
 
-/// Writes the tables; gives the address of the first, the RSDP.
+/// Writes the tables. Returns the address of the first one, the RSDP.
 pub(super) fn write(memory: &GuestMemoryMmap, board: Board) -> Result<u64, LinuxError> {
     let tables = tables(board);
     let (found, max) = (tables.len() as u64, GENERATION_ID_GPA - FIRMWARE_START);
@@ -68,7 +56,7 @@ pub(super) fn write(memory: &GuestMemoryMmap, board: Board) -> Result<u64, Linux
     Ok(FIRMWARE_START)
 }
 
-/// All tables as they lie from [`FIRMWARE_START`] on, the RSDP first.
+/// All tables in the order in which they are at [`FIRMWARE_START`], the RSDP first.
 fn tables(board: Board) -> Vec<u8> {
     let mut bytes = vec![0; Rsdp::len()];
     let mut add = |table: &[u8]| {
@@ -140,7 +128,7 @@ fn com1() -> Vec<u8> {
             &Name::new(
                 "_CRS".into(),
                 &ResourceTemplate::new(vec![
-                    &Interrupt::new(true, true, false, false, COM1_IRQ),
+                    &Interrupt::new(true, true, false, false, SERIAL_IRQ),
                     &IO::new(COM1_PORT, COM1_PORT, 0, COM1_PORTS as u8),
                 ]),
             ),
@@ -157,7 +145,7 @@ fn virtio_mmio(index: usize) -> Vec<u8> {
     let Some((window, irq)) = device_window(index) else {
         return Vec::new();
     };
-    // Windows lie below 4 GiB.
+    // Windows are below 4 GiB.
     let (gpa, len) = (window.start as u32, DEVICE_WINDOW_BYTES as u32);
     aml_bytes(&Device::new(
         format!("_SB_.VIO{index}").as_str().into(),
@@ -178,7 +166,7 @@ fn virtio_mmio(index: usize) -> Vec<u8> {
 
 /// The generation id: Linux, `drivers/virt/vmgenid.c`.
 fn generation_id() -> Vec<u8> {
-    // The id lies below 4 GiB: the upper half of its address is zero.
+    // The id is below 4 GiB: the upper half of its address is zero.
     let low = GENERATION_ID_GPA as u32;
     aml_bytes(&Device::new(
         "_SB_.VGEN".into(),
@@ -239,7 +227,7 @@ mod tests {
         bytes.iter().fold(0, |sum: u8, byte| sum.wrapping_add(*byte))
     }
 
-    /// The table at an address, cut to the length it says.
+    /// The table at an address, with the length that its header has.
     fn table(tables: &[u8], gpa: u64) -> &[u8] {
         let from = &tables[(gpa - FIRMWARE_START) as usize..];
         let len = u32::from_le_bytes(from[4..8].try_into().unwrap());

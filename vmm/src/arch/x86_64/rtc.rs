@@ -1,41 +1,49 @@
 //! The real-time clock of a PC (MC146818): the host's time of day, UTC, for guests that read it.
 //!
-//! Only the time is there. Alarms and periodic interrupts are not, and setting the time is ignored.
+//! Only the time can be read. There are no alarms and no periodic interrupts, and setting the time has no effect.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::state::RtcState;
+use serde::{Deserialize, Serialize};
 
 /// The port that selects a register; the top bit masks NMIs.
-pub(crate) const INDEX_PORT: u16 = 0x70;
+pub(super) const INDEX_PORT: u16 = 0x70;
 /// The port that reads and writes it.
-pub(crate) const DATA_PORT: u16 = 0x71;
+pub(super) const DATA_PORT: u16 = 0x71;
 
-/// 24 hours, BCD: the form that Linux expects whatever this says.
+/// 24 hours, BCD. Linux expects this form without regard to this register.
 const STATUS_B_24_HOURS: u8 = 1 << 1;
 /// The battery is good.
 const STATUS_D_VALID: u8 = 1 << 7;
 
-/// The clock's two registers that software can change.
+/// The real-time clock: what software can change of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct RtcState {
+    /// The selected register.
+    pub index: u8,
+}
+
+/// The real-time clock.
 #[derive(Default)]
-pub(crate) struct Rtc(RtcState);
+pub(super) struct Rtc(RtcState);
 
 impl Rtc {
-    pub(crate) fn restore(state: &RtcState) -> Rtc {
+    pub(super) fn restore(state: &RtcState) -> Rtc {
         Rtc(state.clone())
     }
 
-    pub(crate) fn state(&self) -> RtcState {
+    pub(super) fn state(&self) -> RtcState {
         self.0.clone()
     }
 
-    pub(crate) fn write(&mut self, port: u16, value: u8) {
+    pub(super) fn write(&mut self, port: u16, value: u8) {
         if port == INDEX_PORT {
             self.0.index = value & 0x7f;
         }
     }
 
-    pub(crate) fn read(&self, port: u16) -> u8 {
+    pub(super) fn read(&self, port: u16) -> u8 {
         if port == INDEX_PORT {
             return self.0.index;
         }
@@ -62,7 +70,7 @@ fn register(index: u8, unix_seconds: u64) -> u8 {
         0x0d => return STATUS_D_VALID,
         _ => return 0,
     };
-    // Below 100, all of them, in this millennium and the next seven.
+    // Each value is below 100, until the year 10000.
     ((value / 10 % 10) << 4 | (value % 10)) as u8
 }
 
@@ -108,7 +116,7 @@ mod tests {
         let read = |index| register(index, now);
         assert_eq!([read(0x32), read(9), read(8), read(7)], [0x20, 0x26, 0x11, 0x24]);
         assert_eq!([read(4), read(2), read(0), read(6)], [0x01, 0x23, 0x45, 3]);
-        // No update is in progress, ever.
+        // An update is never in progress.
         assert_eq!(read(0x0a), 0);
     }
 }

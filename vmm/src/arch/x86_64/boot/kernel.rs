@@ -1,10 +1,11 @@
-//! The kernel file: checked by its headers first, so that what is wrong has a name, then loaded.
+//! The kernel file. Its headers are checked first, so that an error says what is wrong; then it is loaded.
 //!
 //! ELF: `Documentation/arch/x86/boot.rst`, "64-bit Boot Protocol", and `pvh.rst`; bzImage: boot.rst,
 //! "The Real-Mode Kernel Header". Offsets below are those of the documents.
 
 use std::fs::File;
 use std::io::Read;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use linux_loader::elf::PT_LOAD;
@@ -12,12 +13,13 @@ use linux_loader::loader::{BzImage, Elf, KernelLoader, PvhBootCapability};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::error::KernelError;
+use crate::arch::CMDLINE_MAX_BYTES;
 
-/// Kernels begin here or above: what lies below is described in [`boot`](super).
+/// Kernels begin here or above. `address_map` lists what is below.
 const HIGH_MEMORY: u64 = 1 << 20;
 /// What 64-bit x86 kernels read of a command line, its final zero included (COMMAND_LINE_SIZE).
 const COMMAND_LINE_SIZE: u32 = 2048;
-/// Highest address of an initrd for kernels that do not say: boot.rst, "initrd_addr_max".
+/// Highest address of an initrd for kernels that do not define it: boot.rst, "initrd_addr_max".
 const INITRD_ADDR_MAX: u32 = 0x7fff_ffff;
 /// Program headers of any kernel; a vmlinux has five.
 const PROGRAM_HEADERS_MAX: u16 = 128;
@@ -30,24 +32,24 @@ const EM_X86_64: u16 = 62;
 /// Start of a bzImage's setup header.
 const SETUP_HEADER: usize = 0x1f1;
 const SETUP_HEADER_MAGIC: &[u8] = b"HdrS";
-/// Both formats' headers lie in so many bytes.
+/// The headers of both formats are in the first bytes of this number.
 const HEAD_BYTES: u64 = 1024;
 /// Protocol with `xloadflags`.
 const PROTOCOL_MIN: u16 = 0x020c;
 const XLF_KERNEL_64: u16 = 1 << 0;
 const LOADED_HIGH: u8 = 1 << 0;
-/// The 64-bit entry point, behind the start of the loaded kernel.
+/// Offset of the 64-bit entry point in the loaded kernel.
 const ENTRY_64_OFFSET: u64 = 0x200;
 
 /// A kernel in guest memory.
 #[derive(Debug)]
-pub(super) struct Kernel {
+pub(crate) struct Kernel {
     /// Where the 64-bit protocol enters it.
     pub(super) entry: u64,
-    /// Where PVH enters it, if it can be.
+    /// Where PVH enters it, if it has that entry.
     pub(super) pvh_entry: Option<u64>,
     /// First address that it does not need.
-    pub(super) end: u64,
+    end: u64,
     /// A bzImage's setup header, which becomes part of the boot parameters.
     pub(super) setup_header: Vec<u8>,
     cmdline_size: u32,
@@ -56,17 +58,18 @@ pub(super) struct Kernel {
 
 impl Kernel {
     /// Most bytes of a command line, without its final zero.
-    pub(super) fn cmdline_max(&self) -> usize {
-        // Ours is bounded too: it has its place in memory.
-        self.cmdline_size.min(super::cmdline::CMDLINE_MAX_BYTES) as usize - 1
+    pub(crate) fn cmdline_max(&self) -> usize {
+        // The place of the command line in memory is a limit too.
+        self.cmdline_size.min(CMDLINE_MAX_BYTES) as usize - 1
     }
 
-    /// Where an initrd must end, given the end of low memory.
-    pub(super) fn initrd_end(&self, low_end: u64) -> u64 {
-        low_end.min(u64::from(self.initrd_addr_max) + 1)
+    /// The addresses that an initrd may use, given the end of low memory.
+    pub(crate) fn initrd_room(&self, low_end: u64) -> Range<u64> {
+        self.end..low_end.min(u64::from(self.initrd_addr_max) + 1)
     }
 
-    pub(super) fn load(
+    /// Loads the file into memory below `low_end`.
+    pub(crate) fn load(
         file: &mut File,
         memory: &GuestMemoryMmap,
         low_end: u64,
@@ -155,7 +158,7 @@ fn load_bzimage(
     if version < PROTOCOL_MIN || xload_flags & XLF_KERNEL_64 == 0 || load_flags & LOADED_HIGH == 0 {
         return Err(KernelError::Protocol { version });
     }
-    // The byte at 0x201 says how long the header is: boot.rst, "jump".
+    // The byte at 0x201 has the length of the header: boot.rst, "jump".
     let header_end = 0x202 + usize::from(*head.get(0x201).ok_or_else(cut)?);
     let setup_header = head.get(SETUP_HEADER..header_end.min(0x290)).ok_or_else(cut)?.to_vec();
     let preferred = u64_at(head, 0x258).ok_or_else(cut)?;

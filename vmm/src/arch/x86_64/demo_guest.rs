@@ -1,15 +1,19 @@
 //! The demo guest's machine code.
 //!
-//! Position-independent, assembled with this crate, copied into guest memory and never run here.
-//! Registers that last: r12 working area, r13 its pages, r14 stride of the walk, r15 beat number.
-//! The page contents are defined by `content.rs`, in Rust; both must say the same.
+//! It is position-independent, assembled with this crate, copied into guest memory, and never run here.
+//! Registers that keep their value: r12 working area, r13 its pages, r14 stride of the walk, r15 beat number.
+//! `demo/content.rs` computes the same page contents in Rust.
 #![allow(unsafe_code)]
 
 use std::arch::global_asm;
 
-use super::content::{C1, C2, GOLDEN, PAGE_KEY, VERSION_KEY, text_words};
-use super::{LINE, USER_STACK_TOP, WORK_VIRT};
-use crate::long_mode::layout;
+use super::long_mode::layout;
+use crate::demo::WORK_VIRT;
+use crate::demo::content::{C1, C2, GOLDEN, PAGE_KEY, VERSION_KEY, text_words};
+
+/// The line that is being written, after the parameters.
+const LINE: u64 = layout::PARAMS + 0x100;
+const USER_STACK_TOP: u64 = 0xa000;
 
 global_asm!(
     ".pushsection .rodata.vmm_demo_guest, \"a\", @progbits",
@@ -371,7 +375,7 @@ unsafe extern "C" {
 }
 
 /// The machine code, its text included.
-pub(super) fn code() -> &'static [u8] {
+pub(crate) fn demo_guest_code() -> &'static [u8] {
     let start = &raw const vmm_demo_guest_start;
     let end = &raw const vmm_demo_guest_end;
     // SAFETY: both labels are in one section of the block above, the end after the start, and

@@ -1,21 +1,21 @@
-//! 64-bit mode from the first instruction on: page tables, descriptor table, register state.
+//! 64-bit mode from the first instruction on: page tables, descriptor table, register state; and the programs
+//! without a kernel that begin in it.
 //!
-//! The first 2 MiB of guest memory hold everything here; see [`layout`] for who lies where.
+//! Everything here is in the first 2 MiB of guest memory; [`layout`] has the addresses.
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
-use crate::layout::LARGE_PAGE_BYTES;
+use crate::layout::{LARGE_PAGE_BYTES, PAGE_BYTES};
 
 /// Guest physical addresses inside the first 2 MiB.
-pub(crate) mod layout {
+pub(super) mod layout {
     pub(crate) const GDT: u64 = 0x1000;
     pub(crate) const PARAMS: u64 = 0x2000;
     pub(crate) const TSS: u64 = 0x3000;
-    /// Code has room up to the kernel stack.
+    /// The room for code ends at the kernel stack.
     pub(crate) const CODE: u64 = 0x4000;
-    pub(crate) const CODE_MAX_BYTES: usize = 0x4000;
-    /// Stacks grow down from here.
+    /// The kernel stack grows down from here.
     pub(crate) const KERNEL_STACK_TOP: u64 = 0x9000;
     pub(crate) const PML4: u64 = 0x1_0000;
     pub(crate) const PDPT: u64 = 0x1_1000;
@@ -23,6 +23,10 @@ pub(crate) mod layout {
     pub(crate) const PAGE_DIRECTORIES: u64 = 0x1_2000;
 }
 
+/// Longest program that [`load_program`] takes.
+pub(crate) const PROGRAM_MAX_BYTES: usize = 0x4000;
+/// A page for the parameters of a program.
+pub(crate) const PROGRAM_PARAMS_GPA: u64 = layout::PARAMS;
 /// Addresses that the page tables can map, in gigabytes: page directories that fit behind the others.
 pub(crate) const MAPPED_GIB_MAX: u64 = 65;
 
@@ -75,12 +79,22 @@ pub(crate) struct Mapping {
     pub(crate) len: u64,
 }
 
+/// Writes a program, and the tables that it needs, into memory. It begins at its first byte, in ring 0.
+pub(crate) fn load_program(
+    memory: &GuestMemoryMmap,
+    code: &[u8],
+    mappings: &[Mapping],
+) -> Result<(), GuestMemoryError> {
+    write_tables(memory, mappings)?;
+    memory.write_slice(code, GuestAddress(layout::CODE))
+}
+
 /// Writes page tables and descriptor table.
-pub(crate) fn write_tables(
+pub(super) fn write_tables(
     memory: &GuestMemoryMmap,
     mappings: &[Mapping],
 ) -> Result<(), GuestMemoryError> {
-    // Accessed and dirty from the start: nothing has to write to the tables later.
+    // The accessed and dirty bits are set from the start, so that the CPU never writes to the tables.
     let table = PTE_PRESENT | PTE_WRITE | PTE_USER | PTE_ACCESSED;
     let large = table | PTE_DIRTY | PTE_LARGE;
     let write = |value: u64, gpa: u64| memory.write_obj(value, GuestAddress(gpa));
@@ -88,15 +102,15 @@ pub(crate) fn write_tables(
     for (index, descriptor) in GDT.into_iter().enumerate() {
         write(descriptor, layout::GDT + 8 * index as u64)?;
     }
-    // Ring 3 may use ports 0 to 0x3ff: their bits are zeros, as fresh memory is. IOPL 3 alone would do on
-    // a CPU; KVM backends that run ring 3 without hardware virtualization drop it and look here.
+    // Ring 3 may use ports 0 to 0x3ff: their bits are zeros, as fresh memory is. On a CPU, IOPL 3 is enough.
+    // KVM backends that run ring 3 without hardware virtualization ignore it and read this bitmap.
     memory.write_obj(TSS_IO_BITMAP, GuestAddress(layout::TSS + TSS_IO_BITMAP_OFFSET))?;
     memory.write_obj(0xffu8, GuestAddress(layout::TSS + u64::from(TSS_LIMIT)))?;
     write(layout::PDPT | table, layout::PML4)?;
     for mapping in mappings {
         for offset in (0..mapping.len).step_by(LARGE_PAGE_BYTES as usize) {
             let virt = mapping.virt + offset;
-            let directory = layout::PAGE_DIRECTORIES + (virt >> 30) * 4096;
+            let directory = layout::PAGE_DIRECTORIES + (virt >> 30) * PAGE_BYTES;
             write(directory | table, layout::PDPT + (virt >> 30) * 8)?;
             let entry = directory + ((virt >> 21) & 0x1ff) * 8;
             write((mapping.gpa + offset) | large, entry)?;
@@ -107,7 +121,7 @@ pub(crate) fn write_tables(
 
 /// Turns the reset state of `sregs` into ring 0 of 64-bit mode. There is no interrupt table: any
 /// exception is a triple fault, which stops the guest.
-pub(crate) fn enter_long_mode(sregs: &mut kvm_sregs) {
+pub(super) fn enter_long_mode(sregs: &mut kvm_sregs) {
     let segment = |selector: u16, type_: u8, s: u8| kvm_segment {
         base: 0,
         limit: 0xffff_ffff,
@@ -140,7 +154,7 @@ pub(crate) fn enter_long_mode(sregs: &mut kvm_sregs) {
 }
 
 /// Registers for the first instruction at [`layout::CODE`].
-pub(crate) fn entry_regs() -> kvm_regs {
+pub(super) fn entry_regs() -> kvm_regs {
     kvm_regs {
         rip: layout::CODE,
         rsp: layout::KERNEL_STACK_TOP,

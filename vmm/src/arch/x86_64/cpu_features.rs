@@ -1,25 +1,14 @@
-//! Whether this host's CPU can stand in for the one a guest was saved on.
+//! Whether this host's CPU has the features of the CPU that a guest was saved on.
 //!
-//! A guest goes on using the features it found when it booted. One that the new host lacks shows only when
-//! the guest meets it, as an illegal instruction somewhere; so it is looked for before.
+//! A guest keeps using the features that it found when it booted. If the new host lacks one of them, the guest
+//! gets an illegal instruction at some later time. So the features are compared before the restore.
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::Kvm;
 
+use super::host_cpu::text;
+use super::vcpu_state::VcpuState;
 use crate::error::{KvmError, NameCall};
-use crate::host::{self, ProbeError};
-use crate::state::VmState;
-
-/// The features of this host could not be had.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum FeaturesError {
-    /// This host cannot run guests.
-    #[error(transparent)]
-    Host(#[from] ProbeError),
-    /// A KVM call failed.
-    #[error(transparent)]
-    Kvm(#[from] KvmError),
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Register {
@@ -29,10 +18,10 @@ enum Register {
     Edx,
 }
 
-/// Registers of CPUID whose bits are features: leaf, subleaf, register, and the bits that say nothing of the
+/// Registers of CPUID whose bits are features: leaf, subleaf, register, and the bits that do not depend on the
 /// host. Intel SDM volume 2A, "CPUID"; AMD APM volume 3, appendix E.
 const REGISTERS: [(u32, u32, Register, u32); 13] = [
-    // TSC deadline (always there with KVM's LAPIC), OSXSAVE (a copy of CR4), "a hypervisor".
+    // TSC deadline (KVM's LAPIC always has it), OSXSAVE (a copy of CR4), "a hypervisor".
     (0x1, 0, Register::Ecx, 1 << 24 | 1 << 27 | 1 << 31),
     // HTT: more than one vCPU.
     (0x1, 0, Register::Edx, 1 << 28),
@@ -51,7 +40,7 @@ const REGISTERS: [(u32, u32, Register, u32); 13] = [
     (0x4000_0001, 0, Register::Eax, 0),
 ];
 
-/// Names of the features that differ between CPUs one meets.
+/// Names of the features that often differ between CPUs.
 const NAMES: [(u32, u32, Register, u32, &str); 16] = [
     (0x1, 0, Register::Ecx, 12, "fma"),
     (0x1, 0, Register::Ecx, 13, "cx16"),
@@ -71,18 +60,11 @@ const NAMES: [(u32, u32, Register, u32, &str); 16] = [
     (0x8000_0001, 0, Register::Edx, 27, "rdtscp"),
 ];
 
-/// Features that the guest of `state` was given and this host does not have; empty when it has all.
-///
-/// Costs half a millisecond (KVM_GET_SUPPORTED_CPUID): not to be asked when the host is known to be the same.
-///
-/// # Errors
-/// [`FeaturesError`] when this host cannot run guests or does not tell its features.
-pub fn missing_features(state: &VmState) -> Result<Vec<String>, FeaturesError> {
-    let kvm = host::open_kvm()?;
+/// Features that the saved vCPU has and this host does not have.
+pub(crate) fn missing_features(kvm: &Kvm, vcpu: &VcpuState) -> Result<Vec<String>, KvmError> {
     let supported =
         kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).call("KVM_GET_SUPPORTED_CPUID")?;
-    let saved: Vec<kvm_cpuid_entry2> =
-        state.vcpus.first().map_or_else(Vec::new, |vcpu| vcpu.cpuid.iter().map(|e| e.0).collect());
+    let saved: Vec<kvm_cpuid_entry2> = vcpu.cpuid.iter().map(|entry| entry.0).collect();
     Ok(missing(&saved, supported.as_slice()))
 }
 
@@ -92,7 +74,7 @@ fn missing(saved: &[kvm_cpuid_entry2], supported: &[kvm_cpuid_entry2]) -> Vec<St
     if let (Some(saved), Some(host)) = (vendor(saved), vendor(supported))
         && saved != host
     {
-        missing.push(format!("a CPU of {}", host::text(&saved)));
+        missing.push(format!("a CPU of {}", text(&saved)));
     }
     for (leaf, subleaf, register, ignored) in REGISTERS {
         let bits = |entries| entry(entries, leaf, subleaf).map_or(0, |e| value(&e, register));

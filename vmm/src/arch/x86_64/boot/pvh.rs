@@ -1,12 +1,12 @@
-//! The PVH protocol: one structure says where everything is. `Documentation/arch/x86/pvh.rst` of Linux,
+//! The PVH protocol: one structure has the addresses of everything. `Documentation/arch/x86/pvh.rst` of Linux,
 //! `xen/include/public/arch-x86/hvm/start_info.h` of Xen.
 
 use linux_loader::loader::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use super::e820;
 use super::entry::Entry;
-use super::error::LinuxError;
-use super::{Loaded, e820};
+use crate::boot::{LinuxError, Loaded};
 use crate::layout::MemoryRange;
 
 const START_INFO_GPA: u64 = 0x6000;
@@ -16,11 +16,12 @@ const START_INFO_MAGIC: u32 = 0x336e_c578;
 /// The version with a memory map.
 const START_INFO_VERSION: u32 = 1;
 
-/// Writes the start info; gives the boot CPU's entry.
+/// Writes the start info. Returns the first state of the boot CPU.
 pub(super) fn write(
     memory: &GuestMemoryMmap,
     ranges: &[MemoryRange],
     loaded: &Loaded,
+    rsdp_gpa: u64,
     entry: u64,
 ) -> Result<Entry, LinuxError> {
     let map = e820::map(ranges);
@@ -44,7 +45,7 @@ pub(super) fn write(
         nr_modules: loaded.initrd.is_some().into(),
         modlist_paddr: MODULE_GPA,
         cmdline_paddr: loaded.cmdline_gpa,
-        rsdp_paddr: loaded.rsdp_gpa,
+        rsdp_paddr: rsdp_gpa,
         memmap_paddr: MEMORY_MAP_GPA,
         memmap_entries: map.len() as u32,
         ..Default::default()

@@ -1,12 +1,12 @@
-//! The memory map that firmware would give: which guest physical addresses are RAM to use.
+//! The memory map that firmware would provide: which guest physical addresses are usable RAM.
 
-use super::acpi::{FIRMWARE_END, FIRMWARE_START};
+use crate::arch::x86_64::address_map::{FIRMWARE_END, FIRMWARE_START};
 use crate::layout::MemoryRange;
 
-/// E820 and PVH number the kinds alike: 1 is usable RAM, 2 reserved.
+/// E820 and PVH use the same numbers: 1 is usable RAM, 2 is reserved.
 pub(super) const RAM: u32 = 1;
 pub(super) const RESERVED: u32 = 2;
-/// The last kilobyte below the video memory belongs to a PC's BIOS, and kernels expect it to.
+/// The last kilobyte below the video memory belongs to a PC's BIOS, as kernels expect.
 const BIOS_DATA_START: u64 = 0x9_fc00;
 
 /// A range of addresses of one kind.
