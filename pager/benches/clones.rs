@@ -21,7 +21,7 @@ use std::thread;
 use std::time::Instant;
 
 use pager::serve::{ServeOptions, Server, SnapshotName};
-use pager::shared::{PATIENCE, SharedClone};
+use pager::shared::{ANSWER_TIMEOUT, SharedClone};
 use pager::{PageSource, SnapshotSource, VecSource};
 use snapfmt::Codec;
 use support::{PAGE, shuffled, stamp};
@@ -150,7 +150,7 @@ fn clone(words: &str) {
     let (act, pages, socket): (_, usize, _) =
         (word(), word().parse().expect("a number"), PathBuf::from(word()));
     let ranges = [(GuestAddress(0), pages * PAGE, 0)];
-    let (clone, memory) = SharedClone::start(&socket, &name(pages), &ranges, PATIENCE, |why| {
+    let (clone, memory) = SharedClone::start(&socket, &name(pages), &ranges, ANSWER_TIMEOUT, |why| {
         eprintln!("{why}");
         std::process::abort();
     })

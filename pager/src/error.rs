@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::source::SourceError;
+use crate::source::error::SourceError;
 use crate::uffd::{Errno, OpenError};
 
 /// Why a pager does not start.

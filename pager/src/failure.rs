@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::OnceLock;
 
-use crate::source::SourceError;
+use crate::source::error::SourceError;
 use crate::uffd::Errno;
 
 /// What the pager does with a page that it cannot get.

@@ -73,74 +73,46 @@
 #[cfg(not(target_os = "linux"))]
 compile_error!("pager serves page faults with userfaultfd, which only Linux has");
 
-mod answer;
+mod background;
 mod builder;
-mod deference;
 mod error;
 mod failure;
-mod filled_file;
-mod gate;
-mod handler;
-mod inbox;
+mod fault;
 mod install;
-#[cfg(feature = "serve")]
-pub mod keep;
-#[cfg(feature = "snapfmt")]
-mod large_pages;
-mod latency;
 mod layout;
-mod loading;
 mod mapping;
-#[cfg(test)]
-mod model;
-mod page_bytes;
-mod page_state;
 mod pager;
-mod placement;
-mod populate;
-mod prefetch;
-mod purpose;
 mod recording;
-mod records;
 mod region;
-mod register;
-mod run;
-mod sequence;
 #[cfg(feature = "serve")]
-pub mod serve;
-#[cfg(feature = "serve")]
-pub mod shared;
-#[cfg(feature = "snapfmt")]
-mod shared_pages;
-mod slice;
-#[cfg(feature = "snapfmt")]
-mod snapshot_sequence;
-#[cfg(feature = "snapfmt")]
-mod snapshot_source;
+mod remote;
+mod report;
+mod sched;
+mod shared_state;
 mod source;
 mod start;
 mod stats;
-mod task;
 mod traced;
 pub mod uffd;
-mod vec_source;
 
+pub use background::populate::population::{Populate, Population};
+pub use background::prefetch_progress::Prefetch;
 pub use builder::PagerBuilder;
 pub use error::StartError;
 pub use failure::{Failure, FailureCause, FailurePolicy};
-pub use handler::RetryPolicy;
-pub use latency::{Latency, LatencyStep, Times};
+pub use fault::latency::{Latency, LatencyStep, Times};
 pub use pager::Pager;
-pub use placement::Placement;
-pub use populate::{Populate, Population};
-pub use prefetch::Prefetch;
 pub use recording::Recording;
 pub use region::{Region, RegionError};
-pub use sequence::{PageSequence, Wanted};
+#[cfg(feature = "serve")]
+pub use remote::{keep, serve, shared};
+pub use sched::placement::Placement;
+pub use source::error::{SourceError, SourceErrorKind};
+pub use source::load::{Load, LoadCost, LoadedPage, LoadedPages, PageReader};
+pub use source::page_source::PageSource;
+pub use source::retry::RetryPolicy;
+pub use source::sequence::{PageSequence, Wanted};
 #[cfg(feature = "snapfmt")]
-pub use snapshot_source::SnapshotSource;
-pub use source::{
-    Load, LoadCost, LoadedPage, LoadedPages, PageReader, PageSource, SourceError, SourceErrorKind,
-};
+pub use source::snapshot_source::SnapshotSource;
+pub use source::vec_source::VecSource;
 pub use stats::{PageCounts, PagesByOrigin, RegionStats, Stats};
-pub use vec_source::VecSource;

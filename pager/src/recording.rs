@@ -18,11 +18,13 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::answer::ZERO_FILL_BYTES;
-use crate::filled_file::FilledFile;
+use crate::fault::resolver::ZERO_FILL_BYTES;
+use crate::install::filled_file::FilledFile;
+use crate::install::runs::Run;
 use crate::region::Region;
-use crate::run::Run;
-use crate::source::{Load, LoadedPage, LoadedPages, PageReader, PageSource, SourceError};
+use crate::source::error::SourceError;
+use crate::source::load::{Load, LoadedPage, LoadedPages, PageReader};
+use crate::source::page_source::PageSource;
 
 const PAGE_BYTES: u64 = 4096;
 /// Pages that are looked up in the page tables at once: 64 KiB of `pagemap`.

@@ -242,7 +242,7 @@ fn a_server_with_too_many_guests_serves_on_without_its_keeper() {
     let mut vmms = [vmm_of(folder, &server), vmm_of(folder, &server)];
     let told = keeping.expect("Refused");
     assert!(told.contains("more guests than are kept"), "{told}");
-    // Longer than its patience.
+    // Longer than the takeover timeout.
     thread::sleep(Duration::from_millis(200));
     for vmm in &mut vmms {
         vmm.ok(&format!("check 0 {PAGES} 1"));

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
-use pager::shared::{PATIENCE, SharedClone};
+use pager::shared::{ANSWER_TIMEOUT, SharedClone};
 use pager::{FailurePolicy, Placement, Populate};
 use rustix::process::{Signal, set_parent_process_death_signal};
 use snapfmt::WorkingSet;
@@ -232,7 +232,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             share: args.share.as_deref().map(|socket| Share {
                 socket,
                 // Not longer than the guest is to run.
-                patience: args.end.run_for.map_or(PATIENCE, |time| time.min(PATIENCE)),
+                patience: args.end.run_for.map_or(ANSWER_TIMEOUT, |time| time.min(ANSWER_TIMEOUT)),
             }),
             image: args.image.as_deref(),
             on_error: args.on_error.into(),

@@ -157,15 +157,15 @@ pub struct Keeping {
 }
 
 impl Keeping {
-    pub fn start(folder: &Path, patience: Duration) -> Keeping {
-        Keeping::of(folder, patience, KeepOptions::default().guests)
+    pub fn start(folder: &Path, timeout: Duration) -> Keeping {
+        Keeping::of(folder, timeout, KeepOptions::default().guests)
     }
 
     /// No more guests than these are kept.
-    pub fn of(folder: &Path, patience: Duration, guests: usize) -> Keeping {
+    pub fn of(folder: &Path, timeout: Duration, guests: usize) -> Keeping {
         let (told, events) = channel();
         let mut options = KeepOptions::default();
-        (options.patience, options.guests) = (patience, guests);
+        (options.takeover_timeout, options.guests) = (timeout, guests);
         let keeper = Keeper::bind(folder.join("keep.sock"), options, move |event| {
             let _ = told.send(format!("{event:?}"));
         });
