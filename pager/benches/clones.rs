@@ -150,11 +150,12 @@ fn clone(words: &str) {
     let (act, pages, socket): (_, usize, _) =
         (word(), word().parse().expect("a number"), PathBuf::from(word()));
     let ranges = [(GuestAddress(0), pages * PAGE, 0)];
-    let (clone, memory) = SharedClone::start(&socket, &name(pages), &ranges, ANSWER_TIMEOUT, |why| {
-        eprintln!("{why}");
-        std::process::abort();
-    })
-    .expect("the server shares");
+    let (clone, memory) =
+        SharedClone::start(&socket, &name(pages), &ranges, ANSWER_TIMEOUT, |why| {
+            eprintln!("{why}");
+            std::process::abort();
+        })
+        .expect("the server shares");
     let memory_start = memory.iter().next().expect("one region").as_ptr();
     let order = shuffled(pages, u64::from(std::process::id()));
     let begin = Instant::now();

@@ -5,7 +5,7 @@
 //!
 //! - *decode*: the codec's own function on each chunk's payload, which is in memory already; no checksum, no index.
 //! - *load*: what a reader of the pager does for each chunk (pread, checksum, decode, index), without a pager.
-//! - *install*: `UFFDIO_COPY` of 64 KiB for each chunk, with nobody waiting.
+//! - *install*: `UFFDIO_COPY` of 64 KiB for each chunk, with no thread waiting.
 //! - *pager*: the touches of a thread that is bound to a CPU, and of one that is not.
 //!
 //! Chunks come in the order in which the touches ask for them. Rounds of all sides take turns; medians, and of the ratios
@@ -77,7 +77,7 @@ impl Bench {
         let chunks = chunks(&snapshot, &order);
         let mut rounds: Vec<[f64; 5]> = Vec::new();
         for _ in 0..self.rounds {
-            // In fresh threads, so that none inherits a CPU. The second time counts: whoever comes first after another
+            // In fresh threads, so that none inherits a CPU. The second round counts: the first one after another
             // side is a good deal slower.
             let alone = |work: &(dyn Fn() + Sync)| {
                 let twice = || [micros(work), micros(work)][1];

@@ -136,7 +136,7 @@ fn chunks(file: &Arc<File>, rounds: usize) -> Vec<Figure> {
     )
 }
 
-/// Several threads that fault at once, each all over the memory, page by page.
+/// Several threads that fault at the same time, each all over the memory, page by page.
 fn threads(file: &Arc<File>, rounds: usize) -> Vec<Figure> {
     let ours = |touchers: usize, slices: usize, placement: Placement| {
         let source: Arc<dyn PageSource> =
@@ -176,7 +176,7 @@ fn threads(file: &Arc<File>, rounds: usize) -> Vec<Figure> {
     )
 }
 
-/// Zero pages: how many to install at once, and whether as zero pages or as copies of zeros.
+/// Zero pages: how many to install together, and whether as zero pages or as copies of zeros.
 fn zeros(rounds: usize) -> Vec<Figure> {
     let fill = |step: usize, copied: bool, written: bool| {
         move || {

@@ -1,4 +1,4 @@
-//! Everything at once, at random: faults, writes, removals, population, errors of the source, stops and starts.
+//! Random combinations: faults, writes, removals, population, errors of the source, stops and starts.
 //! Every page that is read is checked by its content.
 //!
 //!     SNAP_CHAOS_SECONDS=600 SNAP_CHAOS_SEED=7 cargo test -p pager --release --test chaos -- --nocapture
@@ -119,7 +119,7 @@ fn work(memory: &Memory, own: usize, with_lost: bool, seed: u64, until: Instant)
             }
         }
     }
-    // At the end all that can be had, once more.
+    // At the end, all pages that can be loaded are checked once more.
     for page in (own..PAGES).step_by(THREADS) {
         let source = kind(page, with_lost);
         if source == Kind::Lost && known[page].is_none() {

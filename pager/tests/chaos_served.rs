@@ -1,4 +1,4 @@
-//! Everything at once, at random, with processes: servers that are killed and come back, guests with memory of their own
+//! Random combinations with processes: servers that are killed and come back, guests with memory of their own
 //! and clones that share, which read, write, remove and are killed, errors of the source; and one keeper that outlives them all.
 //! Every page that is read is checked by its content.
 //!
@@ -193,7 +193,7 @@ impl Chaos {
         assert_eq!(self.next_server(), self.guests.len());
     }
 
-    /// Of a clone that is just asking: either the next server goes on with it, or it is told that nobody does.
+    /// For a clone in its handshake: either the next server takes it over, or it is told that no server does.
     fn kill_server_in_a_handshake(&mut self) {
         let mut guest = Vmm::start(&daemon::socket(self.folder.path()));
         guest.say(&format!("share {PAGES}"));
@@ -205,7 +205,7 @@ impl Chaos {
         }
     }
 
-    /// Kills the server, starts another one, and answers how many guests that one goes on with.
+    /// Kills the server and starts another one. Returns how many guests that one takes over.
     fn next_server(&mut self) -> usize {
         self.server.end();
         self.keeping.expect("Lost");

@@ -1,4 +1,4 @@
-//! When a page cannot be had, the access fails: no zeros, no hang.
+//! If a page cannot be loaded, the access fails: no zeros, no hang.
 #![allow(missing_docs)]
 
 mod support;
@@ -52,7 +52,7 @@ fn a_page_that_cannot_be_read_is_an_error_and_the_others_are_served() {
 }
 
 /// Two threads waited for one page that failed: the second one's message found the page poisoned
-/// already, and so it was booked as present, and as brought by somebody else.
+/// already, and so it was recorded as present, and as installed by another thread.
 #[test]
 fn a_page_poisoned_for_two_stays_poisoned() {
     if !userfaultfd_works("a_page_poisoned_for_two_stays_poisoned") {
@@ -277,8 +277,7 @@ fn under_kill_the_process_ends_with_a_word() {
     assert!(words.contains("source offset 0x3000") && words.contains("wrong checksum"), "{words}");
 }
 
-/// The last words went to a pipe that nobody read any more: printing them panicked, and the process stayed,
-/// with a guest that waited for ever.
+/// The message went to a closed pipe: printing it panicked, and the process stayed, with a guest that waited forever.
 #[test]
 fn under_kill_the_process_ends_also_when_nobody_listens() {
     let name = "under_kill_the_process_ends_also_when_nobody_listens";
@@ -327,7 +326,7 @@ fn read_what_cannot_be_had_under_kill() -> ! {
     unreachable!("the page was read: {byte}");
 }
 
-/// Stopping, also at once after starting, leaves no descriptor and no thread behind.
+/// Stopping, even immediately after starting, leaves no descriptor and no thread behind.
 #[test]
 fn a_thousand_starts_and_stops_leave_nothing_behind() {
     if !userfaultfd_works("a_thousand_starts_and_stops_leave_nothing_behind") {
@@ -365,8 +364,8 @@ fn a_thousand_starts_and_stops_leave_nothing_behind() {
     assert_eq!((count("fd"), count("task")), before);
 }
 
-/// Messages can no longer be read: the kernel reports an error for a userfaultfd that is not non-blocking. Those who
-/// touched a missing page waited for ever.
+/// Messages can no longer be read: the kernel reports an error for a userfaultfd that is not non-blocking. Threads that
+/// touched a missing page waited forever.
 #[test]
 fn when_messages_cannot_be_read_nobody_waits_for_ever() {
     let name = "when_messages_cannot_be_read_nobody_waits_for_ever";

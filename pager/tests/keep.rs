@@ -175,7 +175,7 @@ fn a_guest_of_a_dead_server_is_forgotten_when_it_ends() {
     lives.ok(&format!("check 0 {PAGES} 1"));
     server.kill();
     keeping.expect("Lost");
-    // Without a keeper nobody can go on with it.
+    // Without a keeper no server can take it over.
     assert_eq!(keeping.finish(), 1);
     let status = lives.child.wait().expect("it ends");
     assert_eq!(status.signal(), Some(libc::SIGKILL));

@@ -1,4 +1,4 @@
-//! `Populate::Auto`: who waits much gets its pages loaded ahead, who waits little does not.
+//! `Populate::Auto`: pages are loaded ahead for a guest that waits much, and not for one that waits little.
 #![allow(missing_docs)]
 
 mod support;
@@ -121,7 +121,7 @@ fn off_is_off() {
     assert_eq!(stats.faults, PAGES as u64);
 }
 
-/// Removals and lost pages under it: what is given back reads as zero, what is lost is an error of whoever touches it, and
+/// Removals and lost pages under it: what is given back reads as zero, a lost page is an error of the thread that touches it, and
 /// everything else is right.
 #[test]
 fn removals_and_errors_under_it() {
@@ -139,7 +139,7 @@ fn removals_and_errors_under_it() {
     });
     let pager = Pager::builder(source)
         .region(memory.whole())
-        // As if each fault halted the guest: it begins at once.
+        // As if each fault halted the guest: the loading starts immediately.
         .fault_overhead(Duration::from_millis(8))
         .populate_threads(2)
         .start()

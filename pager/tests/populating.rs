@@ -1,4 +1,4 @@
-//! Background population: everything comes without being touched, and nobody who waits is in its way.
+//! Background population: all pages are loaded without being touched, and faults go first.
 #![allow(missing_docs)]
 
 mod support;
@@ -87,7 +87,7 @@ fn after_completion_the_source_is_not_needed() {
             assert_eq!(memory.read_u64(page * PAGE), expected(page), "page {page}");
         }
         assert_eq!(memory.read(20 * PAGE + 8), 0x11);
-        // All of it, for nobody sees any more what is touched.
+        // All of it, because the pager does not see any more which pages are touched.
         assert_eq!(pager.touched(), [0..(PAGES * PAGE) as u64]);
         assert!(pager.failure().is_none());
         let stats = pager.stop();
@@ -143,7 +143,7 @@ fn population_beside_faults_and_removals() {
     }
 }
 
-/// A page that nobody has asked for fails nobody: it is left to whoever asks.
+/// A lost page that no thread touches is no failure: it is left to a fault.
 #[test]
 fn what_cannot_be_had_is_left_to_faults() {
     if !userfaultfd_works("what_cannot_be_had_is_left_to_faults") {

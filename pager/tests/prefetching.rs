@@ -66,7 +66,7 @@ fn listed_pages_come_without_being_touched_and_no_others() {
     }
 }
 
-/// Until it may, it has loaded and installed nothing: who is about to run is not disturbed.
+/// Before it may start, it loads and installs nothing, so that it does not disturb the guest.
 #[test]
 fn nothing_is_installed_before_it_may_be() {
     if !userfaultfd_works("nothing_is_installed_before_it_may_be") {
@@ -125,7 +125,7 @@ fn a_list_may_say_what_it_wants() {
     assert_eq!((stats.faults, stats.installed.prefetched), (0, 64), "{stats:?}");
 }
 
-/// What cannot be had is left to who asks for it, who is told; the rest of the list still comes.
+/// A page that cannot be loaded fails the thread that touches it. The rest of the list is still installed.
 #[test]
 fn a_page_that_cannot_be_had_fails_nobody_before_it_is_touched() {
     if !userfaultfd_works("a_page_that_cannot_be_had_fails_nobody_before_it_is_touched") {
@@ -334,7 +334,7 @@ fn the_hot_part_of_a_snapshot_is_read_in_sequence() {
     }
 }
 
-/// Somebody touches the listed pages in the order of the list, as fast as they come: the prefetch gets in front of it,
+/// A thread touches the listed pages in the order of the list, as fast as they come: the prefetch gets in front of it,
 /// and what it passes over for that comes at the end.
 #[test]
 fn who_catches_up_is_overtaken_and_nothing_is_left_out() {
@@ -346,7 +346,7 @@ fn who_catches_up_is_overtaken_and_nothing_is_left_out() {
     let source = Arc::new(VecSource::new(stamped(MANY), 16 * PAGE));
     let (first_touched, wait) = std::sync::mpsc::channel::<()>();
     let list = move || {
-        // It begins behind whoever touches.
+        // It starts behind the thread that touches.
         let _ = wait.recv();
         vec![pages(0..MANY)]
     };

@@ -105,7 +105,7 @@ fn any_pages_touched_by_several_threads_are_found_and_right() {
     }
 }
 
-/// The page would come back from the file: it is refused, and nobody reads what was given away.
+/// The page would come back from the file: it is refused, and no thread reads the old content.
 #[test]
 fn giving_back_recorded_memory_fails_closed() {
     if !userfaultfd_works("giving_back_recorded_memory_fails_closed") {

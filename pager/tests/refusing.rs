@@ -218,7 +218,7 @@ fn a_guest_too_many_is_killed() {
     serving.finish();
 }
 
-/// It closes its end at once, as there is nothing to be answered: it is served all the same.
+/// It closes its end immediately, because it expects no answer. It is served all the same.
 #[test]
 fn a_guest_that_closes_its_connection_at_once_is_served() {
     if !userfaultfd_works("a_guest_that_closes_its_connection_at_once_is_served") {
@@ -237,7 +237,7 @@ fn a_guest_that_closes_its_connection_at_once_is_served() {
     serving.finish();
 }
 
-/// A server that is told to end at once kills those too whose pages it poisons: they would hang without it.
+/// A server that has to end immediately also kills the clients whose pages it poisons: they would hang without it.
 #[test]
 fn refused_guests_are_killed_with_the_others() {
     if !userfaultfd_works("refused_guests_are_killed_with_the_others") {

@@ -367,7 +367,7 @@ fn listed_pages_are_in_the_shared_file_before_a_clone_asks() {
     }
     let mut second = Vmm::start(&serving.socket);
     second.ok("share 64");
-    // A clone goes on a moment before it is among those that are counted.
+    // A clone runs a moment before it is counted.
     serving.expect("served");
     for clone in [&mut first, &mut second] {
         clone.ok("check 16 24 1");
@@ -380,7 +380,7 @@ fn listed_pages_are_in_the_shared_file_before_a_clone_asks() {
     serving.finish();
 }
 
-/// Somebody puts a page into the shared file: the clones that have it fail at their next missing page, and later ones get
+/// Another process adds a page to the shared file: the clones that have it fail at their next missing page, and later ones get
 /// another file.
 #[test]
 fn a_file_that_was_written_to_is_given_to_nobody_else() {

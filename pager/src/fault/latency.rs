@@ -1,52 +1,52 @@
-//! How long faults took: histograms per thread, joined when they are asked for.
+//! Measures how long faults take: one set of histograms for each demand thread, joined when they are read.
 
 use std::sync::{Mutex, PoisonError};
 
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
-/// A distribution of durations, in nanoseconds, to 1 %.
+/// A distribution of durations in nanoseconds, with a precision of 1 %.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Latency {
-    /// Number of values.
+    /// The number of values.
     pub count: u64,
-    /// Half of them are at most this.
+    /// The median.
     pub p50_ns: u64,
-    /// 99 of 100 are at most this.
+    /// The 99th percentile.
     pub p99_ns: u64,
-    /// The largest.
+    /// The maximum.
     pub max_ns: u64,
     /// The mean.
     pub mean_ns: f64,
 }
 
-/// What faults spend their time on.
+/// How long the parts of answering faults take.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct Times {
-    /// From the moment when the message was read until it is its turn. Messages are read in batches and answered one after the other;
-    /// how long one waits before it is read is not known (the kernel's messages have no time).
+    /// From reading the message to the start of its answer. Messages are read in batches and answered one after the other.
+    /// The time before the read is not known, because the messages of the kernel have no timestamp.
     pub queue: Latency,
-    /// Message read until the faulting thread is woken, and all that came with its page is installed.
+    /// From reading the message until the faulting thread is woken and all loaded pages are installed.
     pub service: Latency,
-    /// Of that: reading from storage, as far as the source says.
+    /// The part of `service` for reading from storage, if the source measures it.
     pub read: Latency,
-    /// Of that: verifying and decoding, as far as the source says.
+    /// The part of `service` for verifying and decoding, if the source measures it.
     pub decode: Latency,
-    /// Of that: installing pages.
+    /// The part of `service` for installing pages.
     pub install: Latency,
 }
 
-/// A step of a distribution: two make a doubling.
+/// A step of a distribution. Two steps are a factor of 2.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct LatencyStep {
-    /// Values of this step are at most this, and above the step before.
+    /// The upper bound of the values of this step. The lower bound is that of the step before.
     pub up_to_ns: u64,
-    /// How many there are.
+    /// The number of values.
     pub count: u64,
 }
 
-/// Durations of one fault; zero for what was not measured or did not happen.
+/// The durations of one fault. Zero for what was not measured or did not happen.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct FaultTimes {
     pub(crate) queue_ns: u64,
@@ -56,8 +56,7 @@ pub(crate) struct FaultTimes {
     pub(crate) install_ns: u64,
 }
 
-/// The histograms of one thread, those of each region apart. The lock is its own: only who asks for figures ever contends
-/// for it.
+/// The histograms of one thread, separate for each region. Only a thread that reads statistics contends for the lock.
 #[derive(Debug)]
 pub(crate) struct Recorder(Mutex<Vec<Distributions>>);
 
@@ -72,7 +71,7 @@ pub(crate) struct Distributions {
 
 impl Distributions {
     pub(crate) fn new() -> Distributions {
-        // Steps of 64 ns at the low end, 1 % of the value above, up to a minute: 14 KiB each.
+        // The resolution is 64 ns for short times, and 1 % above, up to a minute. That takes 14 KiB each.
         let histogram = || {
             Histogram::new_with_bounds(64, 60_000_000_000, 2).expect("these bounds are valid ones")
         };
@@ -112,13 +111,13 @@ impl Distributions {
     }
 }
 
-/// Histograms take 14 KiB each: of memory in more regions than this they are not kept apart.
-const REGIONS_APART: usize = 8;
+/// Histograms take 14 KiB each: for more regions than this, they are not separate.
+const SEPARATE_REGIONS: usize = 8;
 
 impl Recorder {
-    /// Of memory in so many regions.
+    /// A recorder for memory in this number of regions.
     pub(crate) fn new(regions: usize) -> Recorder {
-        let apart = if regions > REGIONS_APART { 1 } else { regions.max(1) };
+        let apart = if regions > SEPARATE_REGIONS { 1 } else { regions.max(1) };
         Recorder(Mutex::new(vec![Distributions::new(); apart]))
     }
 
@@ -139,9 +138,9 @@ impl Recorder {
         }
     }
 
-    /// Those of each region, in the regions' order; or all of them in one.
+    /// The histograms of each region in order, or one set for all regions.
     pub(crate) fn by_region(&self) -> Vec<Distributions> {
-        // A copy, so that the thread never waits for what is done with it.
+        // A copy, so that the demand thread does not wait while the histograms are processed.
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
@@ -211,8 +210,8 @@ mod tests {
     }
 
     #[test]
-    fn regions_are_apart_unless_there_are_many() {
-        for (regions, apart) in [(1, 1), (3, 3), (REGIONS_APART, 8), (REGIONS_APART + 1, 1)] {
+    fn regions_are_separate_unless_there_are_many() {
+        for (regions, apart) in [(1, 1), (3, 3), (SEPARATE_REGIONS, 8), (SEPARATE_REGIONS + 1, 1)] {
             let recorder = Recorder::new(regions);
             (0..regions).for_each(|region| recorder.record(region, FaultTimes::default()));
             let counts =

@@ -1,19 +1,19 @@
-//! Large pages (hugetlbfs) put together from a source of small ones.
+//! Builds large pages (hugetlbfs) from a source of small ones.
 
 use crate::source::error::SourceError;
 use crate::source::load::{Load, LoadCost, LoadedPage, LoadedPages, PageReader};
 
-/// Answers in pages of `large_bytes`, each made of many loads of a reader with pages of `small_bytes`.
+/// A reader with large pages. It builds each of them from many loads of a reader with small pages.
 pub(crate) struct LargePages {
     small: Box<dyn PageReader>,
     small_bytes: usize,
     page: Vec<u8>,
-    /// Which small pages of the page are there.
+    /// Which small pages are loaded.
     filled: Vec<bool>,
     listed: [LoadedPage; 1],
 }
 
-/// No page of any architecture is larger.
+/// The largest page size of any architecture.
 const LARGEST_BYTES: usize = 1 << 30;
 
 impl LargePages {
@@ -48,7 +48,7 @@ impl PageReader for LargePages {
             match small.load(range.start + (next * small_bytes) as u64)? {
                 Load::Zero { range: zeros } => {
                     let end = zeros.end.clamp(range.start, range.end) - range.start;
-                    // At least the asked page, whatever the range says.
+                    // At least the requested page, whatever the range is.
                     let end = (end as usize / small_bytes).max(next + 1);
                     filled[next..end].fill(true);
                 }

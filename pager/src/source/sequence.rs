@@ -1,34 +1,35 @@
-//! Pages that are known beforehand, loaded in the order in which their source has them best.
+//! Loads pages that are known in advance, in the best order for their source.
 
 use std::ops::Range;
 
 use crate::source::error::SourceError;
 use crate::source::load::{Load, PageReader};
 
-/// Loads a list of pages, a part at a time: see [`crate::PageSource::sequence`].
+/// Loads a list of pages, part by part: see [`crate::PageSource::sequence`].
 pub trait PageSequence: Send {
-    /// The next part; `None` when there is no more. Pages that are not wanted (any more) may be left out. A part is
-    /// claimed right before it is read, and left out if that is refused.
+    /// Loads the next part. `None` after the last one. Pages that are not wanted may be left out. A part is claimed
+    /// immediately before it is read, and left out if the claim is refused.
     ///
     /// # Errors
-    /// [`SourceError`] for a part that cannot be had; the call after it continues behind that part.
+    /// [`SourceError`] if a part cannot be loaded. The next call continues after that part.
     fn next(&mut self, wanted: &dyn Wanted) -> Option<Result<Load<'_>, SourceError>>;
 
-    /// The first part will soon be asked for: storage that takes its time may begin to read it. Does nothing unless it is
-    /// overridden.
+    /// Announces that the first part will soon be loaded, so that slow storage can start to read it. The default does
+    /// nothing.
     fn prepare(&mut self, _wanted: &dyn Wanted) {}
 
-    /// Passes over about so many pages, which do not come any more. Does nothing unless it is overridden.
+    /// Skips about this number of pages. They are not loaded later. The default does nothing.
     fn skip(&mut self, _pages: usize) {}
 }
 
-/// What is asked while a sequence is loaded. A function that tells whether the page at a source offset is wanted is one.
+/// Decides which pages of a sequence are loaded. A function that returns whether the page at a source offset is wanted
+/// implements this.
 pub trait Wanted {
-    /// Whether the page at this offset of the source is wanted.
+    /// Whether the page at this source offset (in bytes) is wanted.
     fn is_wanted(&self, source_offset: u64) -> bool;
 
-    /// The pages at these offsets are about to be read and decoded. `false` refuses that: another thread is loading one
-    /// of them.
+    /// Claims the pages at these source offsets before they are read and decoded. `false` refuses that, because another
+    /// thread is loading one of them.
     fn claim(&self, _source_offsets: &mut dyn Iterator<Item = u64>) -> bool {
         true
     }
@@ -40,7 +41,7 @@ impl<F: Fn(u64) -> bool> Wanted for F {
     }
 }
 
-/// Page by page, in the order of the list.
+/// Loads page by page, in the order of the list.
 pub(crate) struct PageByPage {
     reader: Box<dyn PageReader>,
     ranges: std::vec::IntoIter<Range<u64>>,
@@ -101,7 +102,7 @@ mod tests {
     use crate::source::vec_source::VecSource;
 
     #[test]
-    fn pages_that_are_skipped_do_not_come() {
+    fn skipped_pages_are_not_loaded() {
         let source = Arc::new(VecSource::new(vec![1; 10 * 4096], 4096));
         let ranges = vec![0..3 * 4096, 5 * 4096..10 * 4096];
         let mut sequence = PageByPage::new(source.reader(4096).expect("4 KiB fit"), 4096, ranges);

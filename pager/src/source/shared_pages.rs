@@ -1,13 +1,14 @@
-//! Pages that other pages are equal to, as they were decoded.
+//! A cache of decoded pages that other pages are equal to.
 //!
-//! A chunk that is loaded brings all its pages at once, so it is hardly wanted again: but for pages that are stored nowhere
-//! else because they are equal to one of its own. Each of these would have the whole chunk read and decoded anew. So the page
-//! that they share is kept when the first of them has asked for it, and not the chunk, of which they want nothing else.
+//! Loading a chunk installs all its pages, so that the chunk is seldom needed again. An exception are pages elsewhere that
+//! are equal to one of its pages, and therefore not stored themselves. Each of them would read and decode the whole chunk
+//! again. So the shared page is kept after the first of them was loaded. The chunk is not kept, because the others need
+//! nothing else from it.
 
 use snapfmt::ChunkExtent;
 use snapfmt::layout::{CHUNK_ALIGN, PAGE_BYTES};
 
-/// 256 KiB a reader, in which each page has one place; allocated when the first is kept.
+/// 256 KiB for each reader. Each page has one possible place. The memory is allocated when the first page is kept.
 const PLACES: usize = 64;
 
 #[derive(Debug, Default)]
@@ -17,7 +18,7 @@ pub(crate) struct SharedPages {
 }
 
 impl SharedPages {
-    /// Where in [`SharedPages::bytes`] the page is, if it was kept.
+    /// The offset of the page in [`SharedPages::bytes`], if it is kept.
     pub(crate) fn find(&self, chunk: ChunkExtent, slot: u16) -> Option<usize> {
         let place = place(chunk, slot);
         let is_it = *self.kept.get(place)? == Some((chunk, slot));
@@ -28,11 +29,11 @@ impl SharedPages {
         &self.bytes
     }
 
-    /// Keeps it, in the place of another one.
+    /// Keeps a page. It replaces the page that has the same place.
     pub(crate) fn keep(&mut self, chunk: ChunkExtent, slot: u16, page: &[u8]) {
         if self.kept.is_empty() {
             self.kept.resize(PLACES, None);
-            // Memory that is used as it is filled.
+            // The kernel provides this memory when it is written.
             self.bytes = vec![0; PLACES * PAGE_BYTES];
         }
         let place = place(chunk, slot);
@@ -41,7 +42,7 @@ impl SharedPages {
     }
 }
 
-/// Chunks are of any length, so their offsets are spread well enough.
+/// Chunks have various lengths, so that their offsets are distributed well enough.
 fn place(chunk: ChunkExtent, slot: u16) -> usize {
     (chunk.offset() / CHUNK_ALIGN as u64 + u64::from(slot)) as usize % PLACES
 }

@@ -1,4 +1,4 @@
-//! Pages of a `.snap` file that are known beforehand: chunk by chunk as they lie in the file, with large reads.
+//! Loads pages of a `.snap` file that are known in advance: chunk by chunk in the order of the file, with large reads.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,35 +14,36 @@ use crate::source::sequence::{PageSequence, Wanted};
 use crate::source::shared_pages::SharedPages;
 use crate::source::snapshot_page::{loaded, source_error};
 
-/// Pages that are looked up at once, and loaded in the order of the file. Few at first, so that the first ones are there soon.
-/// Then twice as many each time, but not more than this: of those that share a slot all come with the first, and what is needed
-/// next comes late.
+/// The number of pages that are looked up together, and then loaded in the order of the file. The first batch is small, so
+/// that its pages are loaded soon. The size doubles up to `BATCH`. Larger batches delay the next pages: all pages of a
+/// batch that share a slot are loaded with the first of them.
 const FIRST_BATCH: usize = 256;
 const BATCH: usize = 512;
-/// The same where the pages are scattered over the file, fewer than these to a chunk: to read it in its order is worth more.
+/// The batch size if the pages are scattered, with fewer than `DENSE_PAGES` in a chunk. Then the order of the file matters
+/// more.
 const SCATTERED_BATCH: usize = 4096;
 const DENSE_PAGES: usize = 4;
-/// Between two moments at which others may have this CPU. One that reads the index takes 10 us, and who answers faults may
-/// have been woken here.
+/// The number of look-ups between two yields of the CPU. A look-up that reads the index takes 10 us, and a demand thread
+/// may have been woken on this CPU.
 const LOOK_UPS: usize = 16;
-/// Read at once at most, so that it stays in the core's cache until it is decoded.
+/// The limit of one read, so that its bytes stay in the cache of the core until they are decoded.
 const READ_BYTES: u64 = 256 << 10;
-/// Bytes between two chunks that are read along rather than read apart.
+/// A gap between two chunks up to this size is read with them, instead of two reads.
 const GAP_BYTES: u64 = 64 << 10;
 
 pub(crate) struct SnapshotSequence<R: ReadAt> {
     snapshot: Arc<Snapshot<R>>,
-    /// Pages that others are equal to, which some sequence has found.
+    /// Shared pages that some sequence has found.
     shared: Arc<Mutex<SharedPages>>,
     ranges: std::vec::IntoIter<Range<u64>>,
     now: Range<u64>,
     batch_pages: usize,
-    /// Pages that are being looked up.
+    /// The pages that are being looked up.
     pages_of_batch: Vec<PageIndex>,
-    /// The pages that are being loaded, and those after them, which storage already reads.
+    /// The pages that are being loaded, and the next ones, which the storage already reads.
     batch: Batch,
     next: Option<Batch>,
-    /// Pages behind those to pass over.
+    /// The number of pages to skip after those.
     skip: usize,
     failed: Option<SourceError>,
     buffer: ChunkBuffer,
@@ -52,12 +53,12 @@ pub(crate) struct SnapshotSequence<R: ReadAt> {
 /// Pages that were looked up together.
 #[derive(Default)]
 struct Batch {
-    /// Where they are, chunk by chunk in the order of the file; those before `at` are done.
+    /// Stored pages, by chunk in the order of the file. Those before `at` are done.
     stored: Vec<(ChunkExtent, u16, PageIndex)>,
     at: usize,
-    /// Taken from the end.
+    /// Zero pages. They are taken from the end.
     zeros: Vec<Range<u64>>,
-    /// Pages that are equal to one that was kept, and their content.
+    /// Pages whose shared page is kept, and their content.
     kept: Vec<LoadedPage>,
     kept_bytes: Vec<u8>,
 }
@@ -96,7 +97,7 @@ impl<R: ReadAt> SnapshotSequence<R> {
         }
     }
 
-    /// Looks the next pages up, and lets storage begin to read them. `None` if there are no more.
+    /// Looks up the next pages, and lets the storage start to read them. `None` if there are no more.
     fn look_up(&mut self, wanted: &dyn Wanted) -> Option<Batch> {
         let mut batch = Batch::default();
         self.pages_of_batch.clear();
@@ -150,7 +151,7 @@ impl<R: ReadAt> SnapshotSequence<R> {
         (count > 0).then_some(batch)
     }
 
-    /// Lets storage begin to read the chunks of a batch: those that lie near each other together.
+    /// Lets the storage start to read the chunks of a batch. Chunks that are close to each other are read together.
     fn expect(&self, batch: &Batch) {
         let near = |a: &(ChunkExtent, u16, PageIndex), b: &(ChunkExtent, u16, PageIndex)| {
             a.0.layer() == b.0.layer() && b.0.offset() <= a.0.end().saturating_add(GAP_BYTES)
@@ -165,7 +166,7 @@ impl<R: ReadAt> SnapshotSequence<R> {
         }
     }
 
-    /// The pages of the next chunk that has wanted ones.
+    /// The pages of the next chunk with wanted pages.
     fn next_chunk(&mut self, wanted: &dyn Wanted) -> Option<Range<usize>> {
         let Batch { stored, at, .. } = &mut self.batch;
         while let Some((extent, ..)) = stored.get(*at) {
@@ -181,7 +182,7 @@ impl<R: ReadAt> SnapshotSequence<R> {
         None
     }
 
-    /// How far to read, from a chunk on: as long as chunks follow that will be loaded next.
+    /// The end of a read that starts with this chunk. It includes the next chunks that will be loaded.
     fn read_until(&self, extent: ChunkExtent) -> u64 {
         let mut end = extent.end();
         for (next, ..) in &self.batch.stored[self.batch.at..] {
@@ -194,7 +195,7 @@ impl<R: ReadAt> SnapshotSequence<R> {
         end
     }
 
-    /// The pages of the batch that need not be read.
+    /// The pages of the batch that need no read.
     fn kept(&mut self) -> Load<'_> {
         self.pages.clear();
         self.pages.append(&mut self.batch.kept);
@@ -228,7 +229,7 @@ impl<R: ReadAt> SnapshotSequence<R> {
             if chunk.pages().get(usize::from(*slot)) != Some(page)
                 && let Some(bytes) = chunk.bytes().get(at..at + PAGE_BYTES)
             {
-                // It shares the slot of an equal page.
+                // The page shares the slot of an equal page.
                 let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
                 shared.keep(extent, *slot, bytes);
             }
@@ -264,7 +265,7 @@ impl<R: ReadAt> PageSequence for SnapshotSequence<R> {
                 Some(next) => next,
                 None => self.look_up(wanted)?,
             };
-            // Storage reads it while this batch is decoded.
+            // The storage reads it while this batch is decoded.
             self.next = self.look_up(wanted);
         }
     }

@@ -16,17 +16,18 @@ use crate::source::shared_pages::SharedPages;
 use crate::source::snapshot_page::{loaded, source_error};
 use crate::source::snapshot_sequence::SnapshotSequence;
 
-/// Serves the memory of a snapshot: whole chunks, verified as they are read.
+/// The memory of a snapshot as a source. It loads whole chunks, and verifies them.
 ///
-/// Source offsets are those of the snapshot's memory map. Its pages are of 4 KiB; larger ones are put together.
+/// Source offsets are those of the memory map of the snapshot, in bytes. Its pages have 4 KiB. Larger ones are built from
+/// these.
 pub struct SnapshotSource<R: ReadAt> {
     snapshot: Arc<Snapshot<R>>,
-    /// Those that sequences have found: each goes through a part of the memory, and the same pages are all over it.
+    /// Shared pages that sequences have found. Each sequence loads one part of the memory, but equal pages are everywhere.
     shared: Arc<Mutex<SharedPages>>,
 }
 
 impl<R: ReadAt> SnapshotSource<R> {
-    /// A source of the snapshot's pages.
+    /// A source with the pages of the snapshot.
     pub fn new(snapshot: Arc<Snapshot<R>>) -> Self {
         Self { snapshot, shared: Arc::default() }
     }
@@ -65,7 +66,7 @@ impl<R: ReadAt + 'static> PageSource for SnapshotSource<R> {
     }
 }
 
-/// A fault on a page that is equal to one that was kept fills such pages in the aligned 64 KiB around it.
+/// A fault on a page whose shared page is kept also loads such pages in the aligned 64 KiB around it.
 const AROUND_PAGES: u32 = 16;
 
 struct SnapshotReader<R: ReadAt> {
@@ -106,8 +107,8 @@ impl<R: ReadAt> PageReader for SnapshotReader<R> {
         let chunk = self.snapshot.decode_chunk(extent, &mut self.buffer).map_err(failed)?;
         let decode_ns = fetched.elapsed().as_nanos() as u64;
 
-        // The faulting page goes by its own entry. The others that the chunk lists come along
-        // only if the index agrees that they are here: the list alone proves nothing.
+        // The entry of the faulting page was checked above. Other pages that the chunk lists are loaded only if their index
+        // entries point to this chunk: the list alone proves nothing.
         self.snapshot.slot_of(page, slot, &chunk).map_err(failed)?;
         self.pages.clear();
         for (number, listed) in chunk.pages().iter().enumerate() {
@@ -119,7 +120,7 @@ impl<R: ReadAt> PageReader for SnapshotReader<R> {
             }
         }
         if chunk.pages().get(usize::from(slot)) != Some(&page) {
-            // It shares the slot of an equal page.
+            // The page shares the slot of an equal page.
             self.pages.push(loaded(page, slot));
             let at = usize::from(slot) * PAGE_BYTES;
             if let Some(bytes) = chunk.bytes().get(at..at + PAGE_BYTES) {
@@ -139,7 +140,7 @@ impl<R: ReadAt> PageReader for SnapshotReader<R> {
 }
 
 impl<R: ReadAt> SnapshotReader<R> {
-    /// Adds the pages of the aligned block around this one that were kept, too.
+    /// Adds the other pages of the aligned block whose shared pages are kept.
     fn kept_around(&mut self, page: PageIndex) {
         let block = page.0 - page.0 % AROUND_PAGES;
         for other in (block..block.saturating_add(AROUND_PAGES)).map(PageIndex) {

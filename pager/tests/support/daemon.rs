@@ -30,7 +30,7 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts one of `pages` stamped pages. With the policy `lossy` it poisons, some pages cannot be had, and some loads
+    /// Starts one of `pages` stamped pages. With the policy `lossy` it poisons, some pages cannot be loaded, and some loads
     /// fail once. The test binary must have a test `daemon_process` that calls [`run`].
     pub fn start(folder: &Path, pages: usize, policy: &str) -> Daemon {
         let settings = format!("{pages} {policy} {}", folder.display());

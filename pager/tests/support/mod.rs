@@ -101,7 +101,7 @@ impl Memory {
     /// `madvise(MADV_DONTNEED)`: the pages are given back.
     pub fn remove(&self, first: usize, pages: usize) {
         assert!((first + pages) * PAGE <= self.len);
-        // SAFETY: inside the mapping; nobody holds references into it.
+        // SAFETY: inside the mapping; no references into it exist.
         let result = unsafe {
             libc::madvise(self.at(first * PAGE).cast(), pages * PAGE, libc::MADV_DONTNEED)
         };
@@ -112,7 +112,7 @@ impl Memory {
     pub fn move_away(&mut self) {
         let to = Memory::map(self.len);
         let (flags, old) = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, self.start.as_ptr());
-        // SAFETY: the target is a mapping that is forgotten at once, and nothing refers to either.
+        // SAFETY: the target is a mapping that is forgotten immediately, and nothing refers to either.
         let moved =
             unsafe { libc::mremap(old.cast(), self.len, self.len, flags, to.start.as_ptr()) };
         assert_ne!(moved, libc::MAP_FAILED, "{}", io::Error::last_os_error());
@@ -209,7 +209,7 @@ pub fn stamp(page: usize) -> u64 {
     0x5eed_0000_0000_0001 | (page as u64) << 8
 }
 
-/// Pages that cannot be had of a source that loses some.
+/// The pages that a lossy source cannot load.
 pub fn is_lost(page: usize) -> bool {
     page % 61 == 17
 }

@@ -105,7 +105,7 @@ pub fn run() {
         writeln!(out, "\nvmm: {answer}").expect("somebody listens");
         out.flush().expect("somebody listens");
     }
-    // Not the harness' way out: its memory may have pages that nobody brings.
+    // Not the exit of the test harness: its memory may have pages that are never loaded.
     std::process::exit(0);
 }
 
@@ -258,7 +258,7 @@ impl State {
                     Err(wrong) => wrong,
                 }
             }
-            // `churn SEED`: touches and removes for ever.
+            // `churn SEED`: touches and removes forever.
             "churn" => {
                 let memory = self.memory();
                 println!("\nvmm: churning");
@@ -415,10 +415,10 @@ struct Weather {
 }
 
 impl Weather {
-    /// Answers how many pages were checked.
+    /// Returns how many pages were checked.
     fn rage(&self, memory: &Memory) -> Result<u64, String> {
         let pages = memory.len() / PAGE;
-        // Of a page that cannot be had: nothing, until it was removed.
+        // A page that cannot be loaded has no content, until it was removed.
         let first = |page| (!(self.lossy && is_lost(page))).then(|| stamp(page));
         let mut expected: Vec<Option<u64>> = (0..pages).map(first).collect();
         let mut checked = 0;

@@ -30,7 +30,7 @@ pub(super) enum Served {
     /// The server with this number, under this id.
     By { server: u64, id: u64 },
     /// No process, since this moment.
-    Nobody { since: Instant },
+    Orphaned { since: Instant },
     /// The keeper itself. It only fails missing pages.
     GivenUp { _pager: Option<Pager> },
 }

@@ -291,7 +291,7 @@ impl Keeper {
         let since = Instant::now();
         let mut guests = 0;
         for guest in self.guests.iter_mut().filter(|guest| of_server(guest)) {
-            guest.served = Served::Nobody { since };
+            guest.served = Served::Orphaned { since };
             guests += 1;
         }
         (self.on_event)(KeepEvent::Lost { server: server.pid, guests });
@@ -305,7 +305,7 @@ impl Keeper {
 
     fn next_deadline(&self) -> Option<Instant> {
         let waiting = self.guests.iter().filter_map(|guest| match guest.served {
-            Served::Nobody { since } => Some(since + self.options.takeover_timeout),
+            Served::Orphaned { since } => Some(since + self.options.takeover_timeout),
             _ => None,
         });
         waiting.min()
@@ -313,7 +313,7 @@ impl Keeper {
 
     fn give_up_late(&mut self) {
         let (now, timeout) = (Instant::now(), self.options.takeover_timeout);
-        let late = |guest: &&mut Guest| matches!(guest.served, Served::Nobody { since } if since + timeout <= now);
+        let late = |guest: &&mut Guest| matches!(guest.served, Served::Orphaned { since } if since + timeout <= now);
         let (mut guests, mut killed) = (0, Vec::new());
         for guest in self.guests.iter_mut().filter(late) {
             guests += 1;

@@ -17,38 +17,38 @@ pub enum BindError {
     /// Another server listens there.
     #[error("{}: a server is listening there", .path.display())]
     Live {
-        /// The socket's name.
+        /// The name of the socket.
         path: PathBuf,
     },
-    /// The name is taken by something that is no socket.
+    /// The name belongs to a file that is not a socket.
     #[error("{}: exists and is no socket", .path.display())]
     NoSocket {
-        /// The socket's name.
+        /// The name of the socket.
         path: PathBuf,
     },
-    /// A socket cannot have that name.
+    /// The name is not valid for a socket.
     #[error("{}: a socket's name has at most 107 bytes and no NUL", .path.display())]
     Name {
-        /// The socket's name.
+        /// The name of the socket.
         path: PathBuf,
     },
-    /// Another process has the lock of the socket's folder, and keeps it.
+    /// Another process holds the lock of the folder of the socket.
     #[error(
         "the socket's folder has been locked by another process for {after:?}; choose another folder, or see lslocks(8)"
     )]
     Locked {
-        /// Time given.
+        /// How long this process has waited.
         after: Duration,
     },
-    /// The keeper does not keep.
+    /// The keeper cannot be used.
     #[error("the keeper")]
     Keep(#[source] KeepError),
     /// A system call failed.
     #[error("cannot {what}")]
     System {
-        /// Which.
+        /// The operation.
         what: &'static str,
-        /// The answer.
+        /// The error of the system call.
         #[source]
         error: io::Error,
     },
@@ -58,144 +58,144 @@ pub enum BindError {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RefuseError {
-    /// It belongs to another user.
+    /// The client runs as another user.
     #[error("the client runs as user {uid}; only the server's own user and root are served")]
     User {
-        /// Whose it is.
+        /// The id of that user.
         uid: u32,
     },
     /// Its process is gone, or not visible here (another process namespace).
     #[error("the client's process {pid} cannot be found")]
     Process {
-        /// Its number.
+        /// The process id.
         pid: i32,
-        /// The answer.
+        /// The error of the system call.
         #[source]
         error: io::Error,
     },
-    /// There are enough.
+    /// The limit of clients is reached.
     #[error("{limit} clients are served already")]
     Full {
-        /// That many.
+        /// The limit.
         limit: usize,
     },
-    /// It has not said what it wants.
+    /// The client has not completed its handshake in time.
     #[error("nothing usable came within {after:?} ({bytes} bytes, {descriptors} descriptors)")]
     TimedOut {
-        /// Time given.
+        /// How long this process has waited.
         after: Duration,
-        /// What came.
+        /// The number of received bytes.
         bytes: usize,
-        /// What came.
+        /// The number of received descriptors.
         descriptors: usize,
     },
-    /// It has gone in the middle.
+    /// The client has closed the connection during the handshake.
     #[error("the other side has left after {bytes} bytes and {descriptors} descriptors")]
     Left {
-        /// What came.
+        /// The number of received bytes.
         bytes: usize,
-        /// What came.
+        /// The number of received descriptors.
         descriptors: usize,
     },
-    /// It says too much.
+    /// The message is too long.
     #[error("the message is longer than {limit_bytes} bytes")]
     TooLong {
         /// The limit.
         limit_bytes: usize,
     },
-    /// The descriptor that it sent did not arrive.
+    /// A descriptor was sent and did not arrive.
     #[error(
         "its descriptor could not be received: this process may have {} open files (`ulimit -n`, in systemd LimitNOFILE=), \
          or a security module forbids it", limit_text(.limit)
     )]
     DescriptorLost {
-        /// How many files this process may have open, if there is a limit.
+        /// The limit of open files of this process, if there is one.
         limit: Option<u64>,
     },
-    /// There are no descriptors left for another client.
+    /// No descriptors are left for another client.
     #[error(
         "this process has no descriptor left for another client: raise its limit of open files (`ulimit -n`, in systemd \
          LimitNOFILE=)"
     )]
     Shortage(#[source] io::Error),
-    /// It is refused, and threads of it wait for pages that cannot be poisoned.
+    /// The client is refused, and its threads wait for pages that cannot be poisoned.
     #[error("the pages that it touches cannot be poisoned")]
     Poison(#[source] io::Error),
-    /// It sent more than one descriptor, or one where none belongs.
+    /// The message has the wrong number of descriptors.
     #[error("a message with {found} descriptors; {expected} expected")]
     Descriptors {
-        /// What came, at least.
+        /// The number of received descriptors, at least.
         found: usize,
-        /// What belongs there.
+        /// The expected number.
         expected: usize,
     },
-    /// It does not speak the language.
+    /// The message cannot be parsed.
     #[error("the message is not understood")]
     Message(#[source] serde_json::Error),
-    /// It names no region.
+    /// The message has no region.
     #[error("no region is named")]
     NoRegion,
-    /// A region names its page size neither as `page_size` nor as `page_size_kib`, or the two differ.
+    /// A region has neither `page_size` nor `page_size_kib`, or the two differ.
     #[error("the page size of region {region} is missing, or named twice and differently")]
     PageSize {
-        /// The region's number.
+        /// The index of the region.
         region: usize,
     },
-    /// A region cannot be one.
+    /// A region is not valid.
     #[error("region {region}")]
     Region {
-        /// The region's number.
+        /// The index of the region.
         region: usize,
-        /// Why.
+        /// The reason.
         #[source]
         error: RegionError,
     },
-    /// What it sent is no userfaultfd that can be served.
+    /// The descriptor is not a userfaultfd that can be served.
     #[error("the received descriptor cannot be served")]
     Userfaultfd(#[source] ForeignUffdError),
-    /// The userfaultfd tells of things that a server cannot answer, or keeps quiet about removals.
+    /// The userfaultfd sends events that a server cannot handle, or does not send removals.
     #[error("the userfaultfd has features {features:#x}: {why}")]
     Features {
-        /// All that it has.
+        /// All features of the userfaultfd.
         features: u64,
-        /// What is wrong with them.
+        /// The problem with them.
         why: &'static str,
     },
-    /// It wants another snapshot than is served.
+    /// The client requests another snapshot than the served one.
     #[error("the client wants snapshot {wanted}, here is {served}")]
     Snapshot {
-        /// What it wants: ids of the layers, newest first, and the size of memory.
+        /// The requested snapshot: ids of the layers, newest first, and the size of memory.
         wanted: String,
-        /// What is here.
+        /// The served snapshot.
         served: String,
     },
-    /// There is nothing to be shared here.
+    /// This server cannot share memory with the client.
     #[error("memory cannot be shared here: {why}")]
     NotShared {
-        /// Why.
+        /// The reason.
         why: &'static str,
     },
-    /// What was kept of it cannot be used.
+    /// The handover state of the client cannot be used.
     #[error("it cannot be taken over")]
     Kept(#[source] KeepError),
     /// The pager does not start.
     #[error("the pager does not start")]
     Start(#[source] StartError),
-    /// The keeper does not keep.
+    /// The keeper cannot be used.
     #[error("the keeper")]
     Keep(#[source] KeepError),
     /// A system call failed.
     #[error("cannot {what}")]
     System {
-        /// Which.
+        /// The operation.
         what: &'static str,
-        /// The answer.
+        /// The error of the system call.
         #[source]
         error: io::Error,
     },
 }
 
-/// The error with all its causes, in one line.
+/// The error and all its causes, in one line.
 pub(super) fn chain(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(error.source(), |cause| cause.source());
     causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))

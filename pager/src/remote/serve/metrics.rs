@@ -1,17 +1,17 @@
-//! Figures in the text format of Prometheus.
+//! Statistics in the text format of Prometheus.
 
 use std::fmt::Write;
 
 use crate::fault::latency::{Latency, Times};
 use crate::stats::{PageCounts, RegionStats, Stats};
 
-/// What was done for all guests, those that have ended too.
+/// The sums over all guests, including those that have ended.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Totals {
     faults: u64,
     bytes_read: u64,
     source_retries: u64,
-    /// Demand, fault-around, zero, existing, file.
+    /// In the order of `ORIGINS`.
     installed: [u64; 5],
     guests: u64,
 }
@@ -38,7 +38,7 @@ pub(super) struct Guest {
     pub(super) regions: Vec<RegionStats>,
 }
 
-/// The text: totals, and each guest that is served now. `totals` are those of guests that have ended.
+/// The text: totals, and the statistics of each guest that is served now. `totals` are those of guests that have ended.
 pub(super) fn text(mut totals: Totals, guests: &[Guest]) -> String {
     guests.iter().for_each(|guest| totals.add(&guest.stats));
     let mut out = String::new();
@@ -84,7 +84,7 @@ pub(super) fn text(mut totals: Totals, guests: &[Guest]) -> String {
     out
 }
 
-/// The regions of guests that have more than one, and not too many to be told apart.
+/// The regions of guests that have more than one, and not so many that their statistics are joined.
 fn several(guests: &[Guest]) -> impl Iterator<Item = (String, &RegionStats)> {
     let guests = guests.iter().filter(|guest| guest.regions.len() > 1);
     let all = guests.flat_map(|guest| {

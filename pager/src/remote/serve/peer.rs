@@ -1,4 +1,4 @@
-//! Who is on the other side: its process, and whether it may be served.
+//! The process on the other side of a connection, and whether it may be served.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -9,15 +9,15 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 
 use super::error::RefuseError;
 
-/// Refuses a connection from a process of another user than this process', unless it is root's.
+/// Checks that a connection comes from a process of the same user as this one, or of root.
 ///
 /// # Errors
-/// [`RefuseError::User`], or [`RefuseError::System`] when it cannot be seen who connects.
+/// [`RefuseError::User`], or [`RefuseError::System`] if the user of the connection cannot be found.
 pub fn check_user(stream: &UnixStream) -> Result<(), RefuseError> {
     allowed(stream).map(drop)
 }
 
-/// The process that has connected, if its user may (unix(7), "SO_PEERCRED").
+/// The process that has connected, if its user is allowed (unix(7), "SO_PEERCRED").
 pub(super) fn allowed(stream: &UnixStream) -> Result<Pid, RefuseError> {
     let credentials = rustix::net::sockopt::socket_peercred(stream)
         .map_err(|error| RefuseError::System { what: "see who connects", error: error.into() })?;
@@ -28,16 +28,15 @@ pub(super) fn allowed(stream: &UnixStream) -> Result<Pid, RefuseError> {
     Ok(credentials.pid)
 }
 
-/// Whether no more files can be open, in this process or on the host.
+/// Whether the limit of open files is reached, of this process or of the host.
 pub(super) fn is_shortage(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
 }
 
-/// The process that has connected, also if it has sent what it had to say and closed its end since (SO_PEERPIDFD). `None`
-/// before Linux 6.5.
+/// A pidfd of the process that has connected, even if it has closed its end since (SO_PEERPIDFD). `None` before Linux 6.5.
 #[allow(unsafe_code)]
 fn connected(stream: &UnixStream) -> io::Result<Option<OwnedFd>> {
-    // Of the kernel's asm-generic/socket.h; libc lacks it for some targets.
+    // From the kernel's asm-generic/socket.h. The crate libc lacks it for some targets.
     const SO_PEERPIDFD: libc::c_int = 77;
     let mut pidfd: libc::c_int = -1;
     let mut len = size_of_val(&pidfd) as libc::socklen_t;
@@ -52,7 +51,7 @@ fn connected(stream: &UnixStream) -> io::Result<Option<OwnedFd>> {
         )
     };
     if outcome == 0 {
-        // SAFETY: the kernel just made this descriptor, so it has no other owner.
+        // SAFETY: the kernel has just created this descriptor, so that it has no other owner.
         return Ok(Some(unsafe { OwnedFd::from_raw_fd(pidfd) }));
     }
     match io::Error::last_os_error() {
@@ -61,7 +60,7 @@ fn connected(stream: &UnixStream) -> io::Result<Option<OwnedFd>> {
     }
 }
 
-/// A client's process.
+/// The process of a client.
 #[derive(Debug)]
 pub(crate) struct Peer {
     pub(crate) pid: i32,
@@ -69,7 +68,7 @@ pub(crate) struct Peer {
 }
 
 impl Peer {
-    /// The process that has connected, and is `allowed`.
+    /// The process that has connected. `allowed` has returned `pid`.
     pub(crate) fn of(stream: &UnixStream, pid: Pid) -> Result<Peer, RefuseError> {
         let system = |what| {
             move |error: rustix::io::Errno| RefuseError::System { what, error: error.into() }
@@ -78,7 +77,7 @@ impl Peer {
             true => RefuseError::Shortage(error),
             false => RefuseError::Process { pid: pid.as_raw_nonzero().get(), error },
         };
-        // A process that serves itself would fill memory that it works with.
+        // A process that serves itself would fill memory that it uses itself.
         if pid == rustix::process::getpid() {
             return Err(gone(io::Error::other("it is the server's own")));
         }
@@ -87,7 +86,7 @@ impl Peer {
         }
         let process = rustix::process::pidfd_open(pid, PidfdFlags::empty())
             .map_err(|error| gone(error.into()))?;
-        // Had it ended in between, its number could be another process' by now; but then its end of the
+        // If the process had ended before pidfd_open, its id could belong to another process now. But then its end of the
         // connection is closed.
         let mut fds = [PollFd::new(stream, PollFlags::empty())];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
@@ -98,7 +97,7 @@ impl Peer {
         Ok(Peer { pid: pid.as_raw_nonzero().get(), process })
     }
 
-    /// One that a keeper has kept.
+    /// A client that a keeper has held.
     pub(crate) fn kept(pid: i32, process: OwnedFd) -> Peer {
         Peer { pid, process }
     }
@@ -112,7 +111,7 @@ impl Peer {
         self.process.try_clone()
     }
 
-    /// Ends it. One that has ended already is no error.
+    /// Kills the process. A process that has already ended is no error.
     pub(crate) fn kill(&self) {
         let _ = rustix::process::pidfd_send_signal(&self.process, Signal::KILL);
     }

@@ -177,7 +177,7 @@ mod tests {
         assert!(path.exists());
         let taken = Socket::bind(&path).expect("the dead name is taken over");
         UnixStream::connect(&path).expect("the new one listens");
-        // A name that belongs to somebody else by now stays.
+        // A name that belongs to another server by now stays.
         fs::remove_file(&path).expect("it is there");
         let other = Socket::bind(&path).expect("it binds");
         drop(taken);

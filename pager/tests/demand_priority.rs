@@ -1,4 +1,4 @@
-//! Demand threads stand back for the only thread that faults, and come forward when something else wants its CPU.
+//! Demand threads lower their priority for the only thread that faults, and raise it when another thread needs its CPU.
 #![allow(missing_docs, unsafe_code)]
 
 mod support;
@@ -49,7 +49,7 @@ fn touch_until(memory: &Memory, next: &mut usize, policy: i32) {
 }
 
 /// Whether threads of this process may leave `SCHED_IDLE` again.
-fn may_stand_back() -> bool {
+fn may_lower_priority() -> bool {
     thread::spawn(|| {
         // SAFETY: takes numbers, and affects this thread only.
         unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -1) == 0 }
@@ -60,12 +60,12 @@ fn may_stand_back() -> bool {
 
 /// One test, for it looks at all threads of the process.
 #[test]
-fn demand_threads_stand_back_and_come_forward() {
-    let name = "demand_threads_stand_back_and_come_forward";
+fn demand_threads_lower_and_raise_their_priority() {
+    let name = "demand_threads_lower_and_raise_their_priority";
     if !userfaultfd_works(name) {
         return;
     }
-    if !may_stand_back() {
+    if !may_lower_priority() {
         assert!(std::env::var_os("SNAP_REQUIRE_VM").is_none(), "{name}: no CAP_SYS_NICE");
         let line = format!("SKIPPED {name}: no CAP_SYS_NICE\n");
         io::stderr().write_all(line.as_bytes()).expect("stderr can be written");
@@ -109,7 +109,7 @@ fn demand_threads_stand_back_and_come_forward() {
     });
     until_gone();
 
-    // It ends also while it stands back.
+    // The pager also stops while the priority is lowered.
     let memory = Memory::map(PAGES * PAGE);
     let pager = start(&memory);
     touch_until(&memory, &mut 0, libc::SCHED_IDLE);
