@@ -211,7 +211,9 @@ impl Uffd {
                 Some(journal) => {
                     // SAFETY: `start` is valid for writes of that many bytes, and no reference into it exists.
                     let read = unsafe { self.read_now(journal.start(), Journal::BYTES) };
-                    read.inspect(|&bytes| journal.copy_to(&mut batch.buffer()[..bytes]))
+                    read.inspect(|&bytes| {
+                        journal.copy_to(&mut batch.buffer()[..bytes.min(Journal::BYTES)])
+                    })
                 }
             };
             match read {

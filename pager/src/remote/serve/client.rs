@@ -272,7 +272,8 @@ fn resume_peer(
     let Resumed { uffd, stream, shares, handover } = resumed;
     let uffd = handshake::userfaultfd(uffd)?;
     let regions = handshake::regions(&handover.record.regions)?;
-    let records = handover.records(true).map_err(|error| system("map the handover", error))?;
+    let records =
+        handover.records(true).map_err(|error| system("map the handover state", error))?;
     let taken = ServeEvent::TakenOver { pid: peer.pid, memory_bytes: all_bytes(&regions) };
     let kept = Some((records, guest));
     if !shares {
