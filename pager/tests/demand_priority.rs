@@ -17,11 +17,11 @@ const PAGES: usize = 16384;
 /// A hang guard.
 const LONG: Duration = Duration::from_secs(60);
 
-/// The scheduling policies of this process' demand threads: field 41 of `/proc/<pid>/stat` (proc_pid_stat(5)).
+/// The scheduling policies of the demand threads of this process: field 41 of `/proc/<pid>/stat` (proc_pid_stat(5)).
 fn policies() -> Vec<i32> {
     let tasks = fs::read_dir("/proc/self/task").expect("there is /proc");
     tasks
-        // A thread may end meanwhile.
+        // A thread may have ended.
         .filter_map(|task| fs::read_to_string(task.ok()?.path().join("stat")).ok())
         .filter(|stat| stat.contains("(pager0)"))
         .filter_map(|stat| stat.rsplit_once(") ")?.1.split(' ').nth(38)?.parse().ok())
@@ -37,8 +37,8 @@ fn until_gone() {
     }
 }
 
-/// Touches page after page, and each once, a thousand a second at most, until the demand thread has this policy.
-/// Whatever it has, each page is right.
+/// Touches each page once, at most a thousand in a second, until the demand thread has this policy. The content of each
+/// page is right under every policy.
 fn touch_until(memory: &Memory, next: &mut usize, policy: i32) {
     while policies() != [policy] {
         assert!(*next < PAGES, "{:?} after all pages", policies());
@@ -51,14 +51,14 @@ fn touch_until(memory: &Memory, next: &mut usize, policy: i32) {
 /// Whether threads of this process may leave `SCHED_IDLE` again.
 fn may_lower_priority() -> bool {
     thread::spawn(|| {
-        // SAFETY: takes numbers, and affects this thread only.
+        // SAFETY: takes numbers, and affects only this thread.
         unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -1) == 0 }
     })
     .join()
     .expect("it does not panic")
 }
 
-/// One test, for it looks at all threads of the process.
+/// A single test, because it checks all threads of the process.
 #[test]
 fn demand_threads_lower_and_raise_their_priority() {
     let name = "demand_threads_lower_and_raise_their_priority";
@@ -80,7 +80,7 @@ fn demand_threads_lower_and_raise_their_priority() {
     let pager = start(&memory);
     let mut next = 0;
     touch_until(&memory, &mut next, libc::SCHED_IDLE);
-    // When it is quiet it is an ordinary thread again.
+    // Without faults, the demand thread gets the normal priority again.
     let began = Instant::now();
     while policies() != [libc::SCHED_OTHER] {
         assert!(began.elapsed() < LONG, "{:?}", policies());
@@ -88,8 +88,8 @@ fn demand_threads_lower_and_raise_their_priority() {
     }
     touch_until(&memory, &mut next, libc::SCHED_IDLE);
 
-    // Threads that compute take all CPUs, as many as there are and more. Without the watch, each fault would wait for
-    // what they leave: a few thousandths of a CPU.
+    // More computing threads than CPUs. Without the watchdog, each fault would wait for the CPU time that they leave: a few
+    // thousandths of a CPU.
     let busy = AtomicBool::new(true);
     thread::scope(|scope| {
         for _ in 0..2 * thread::available_parallelism().map_or(2, |cpus| cpus.get()) {
@@ -100,7 +100,7 @@ fn demand_threads_lower_and_raise_their_priority() {
             });
         }
         touch_until(&memory, &mut next, libc::SCHED_OTHER);
-        // No fault is lost or wrong meanwhile, and it ends while they compute.
+        // No fault is lost or wrong, and the pager stops while they compute.
         for page in (0..PAGES).step_by(7) {
             assert_eq!(memory.read_u64(page * PAGE), stamp(page));
         }
