@@ -1,10 +1,10 @@
-//! What the first clone of a snapshot pays for its pages, and what the others do.
+//! The cost of pages for the first clone of a snapshot, and for the others.
 //!
 //!     cargo bench -p pager --features serve,vm-memory --bench clones
 //!
-//! Each clone is a process of its own: it asks the server for the shared file, maps it, and touches all of it in
-//! random order, once. A round is a new server with an empty file and fifty clones, one after the other; all of them
-//! live until its end. Figures are medians over the rounds.
+//! Each clone is a process. It requests the shared file from the server, maps it, and touches all of it once in random
+//! order. A round has a new server with an empty file, and fifty clones, one after the other. All of them live until the
+//! end of the round. Results are medians over the rounds.
 #![allow(unsafe_code)]
 
 #[path = "../tests/support/snapshot.rs"]
@@ -21,13 +21,13 @@ use std::thread;
 use std::time::Instant;
 
 use pager::serve::{ServeOptions, Server, SnapshotName};
-use pager::shared::{PATIENCE, SharedClone};
+use pager::shared::{ANSWER_TIMEOUT, SharedClone};
 use pager::{PageSource, SnapshotSource, VecSource};
 use snapfmt::Codec;
 use support::{PAGE, shuffled, stamp};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
-/// The words that make this binary a clone: what it does, pages, the socket.
+/// The settings that make this binary a clone: the action, the number of pages, the socket.
 const CLONE: &str = "PAGER_BENCH_CLONE";
 
 struct Bench {
@@ -40,7 +40,7 @@ fn main() {
     if let Ok(words) = std::env::var(CLONE) {
         return clone(&words);
     }
-    // `cargo bench` passes `--bench`; `cargo test --benches` does not, and only wants it to run.
+    // `cargo bench` passes `--bench`; `cargo test --benches` does not, and only checks that it runs.
     let full = std::env::args().any(|arg| arg == "--bench");
     if !support::userfaultfd_works("bench clones") {
         return;
@@ -82,7 +82,7 @@ impl Bench {
         println!("{what:<40} {first:>8.3} {others:>8.3} {slowest:>8.3} {ratio:>6.3}x");
     }
 
-    /// Of the first clone, the median and the slowest of the others, and the median's ratio to the first.
+    /// The first clone, the median and the slowest of the others, and the ratio of the median to the first.
     fn round(&self, act: &str, source: &Arc<dyn PageSource>) -> [f64; 4] {
         let folder = tempfile::tempdir().expect("a folder");
         let socket = folder.path().join("s");
@@ -117,11 +117,11 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-/// A clone's process, from this side. It ends when this is dropped.
+/// The process of a clone, as the benchmark sees it. Dropping this ends it.
 struct Clone(Child);
 
 impl Clone {
-    /// One that has touched all of its memory, and what that took: us a page.
+    /// A clone that has touched all of its memory, and the time for that in us per page.
     fn touch(act: &str, pages: usize, socket: &Path) -> (Clone, f64) {
         let mut child = Command::new(std::env::current_exe().expect("this benchmark"))
             .env(CLONE, format!("{act} {pages} {}", socket.display()))
@@ -143,18 +143,19 @@ impl Drop for Clone {
     }
 }
 
-/// The clone's side.
+/// The process of a clone.
 fn clone(words: &str) {
     let mut words = words.splitn(3, ' ');
     let mut word = || words.next().expect("three words");
     let (act, pages, socket): (_, usize, _) =
         (word(), word().parse().expect("a number"), PathBuf::from(word()));
     let ranges = [(GuestAddress(0), pages * PAGE, 0)];
-    let (clone, memory) = SharedClone::start(&socket, &name(pages), &ranges, PATIENCE, |why| {
-        eprintln!("{why}");
-        std::process::abort();
-    })
-    .expect("the server shares");
+    let (clone, memory) =
+        SharedClone::start(&socket, &name(pages), &ranges, ANSWER_TIMEOUT, |why| {
+            eprintln!("{why}");
+            std::process::abort();
+        })
+        .expect("the server shares");
     let memory_start = memory.iter().next().expect("one region").as_ptr();
     let order = shuffled(pages, u64::from(std::process::id()));
     let begin = Instant::now();
@@ -168,7 +169,7 @@ fn clone(words: &str) {
         assert_eq!(unsafe { at.cast::<u64>().read_volatile() }, stamp(page));
     }
     println!("{}", begin.elapsed().as_nanos() as f64 / 1e3 / pages as f64);
-    // Until the other side is content.
+    // Until the benchmark closes the pipe.
     std::io::stdin().read_to_end(&mut Vec::new()).expect("it can be read");
     drop(clone);
 }

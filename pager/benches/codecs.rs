@@ -1,15 +1,15 @@
-//! All of a region touched in random order, from a snapshot in chunks of 64 KiB: against decoding alone and installing
-//! alone, one after the other.
+//! Touches a whole region in random order, from a snapshot in chunks of 64 KiB, compared to only decoding and only
+//! installing.
 //!
 //!     cargo bench -p pager --bench codecs
 //!
-//! - *decode*: the codec's own function on each chunk's payload, which is in memory already; no checksum, no index.
-//! - *load*: what a reader of the pager does for each chunk (pread, checksum, decode, index), without a pager.
-//! - *install*: `UFFDIO_COPY` of 64 KiB for each chunk, with nobody waiting.
+//! - *decode*: the function of the codec on the payload of each chunk, which is already in memory. No checksum, no index.
+//! - *load*: the work of a reader of the pager for each chunk (pread, checksum, decode, index), without a pager.
+//! - *install*: `UFFDIO_COPY` of 64 KiB for each chunk, with no thread waiting.
 //! - *pager*: the touches of a thread that is bound to a CPU, and of one that is not.
 //!
-//! Chunks come in the order in which the touches ask for them. Rounds of all sides take turns; medians, and of the ratios
-//! the medians over the rounds.
+//! Chunks are loaded in the order of the touches. Rounds of all variants alternate. Results are medians over the rounds,
+//! also of the ratios.
 #![allow(unsafe_code)]
 
 #[path = "../tests/support/snapshot.rs"]
@@ -43,7 +43,7 @@ struct Chunk {
 }
 
 fn main() {
-    // `cargo bench` passes `--bench`; `cargo test --benches` does not, and only wants it to run.
+    // `cargo bench` passes `--bench`; `cargo test --benches` does not, and only checks that it runs.
     let full = std::env::args().any(|arg| arg == "--bench");
     if !support::userfaultfd_works("bench codecs") {
         return;
@@ -77,8 +77,8 @@ impl Bench {
         let chunks = chunks(&snapshot, &order);
         let mut rounds: Vec<[f64; 5]> = Vec::new();
         for _ in 0..self.rounds {
-            // In fresh threads, so that none inherits a CPU. The second time counts: whoever comes first after another
-            // side is a good deal slower.
+            // In new threads, so that none inherits a CPU. The second run counts: the first one after another variant is
+            // much slower.
             let alone = |work: &(dyn Fn() + Sync)| {
                 let twice = || [micros(work), micros(work)][1];
                 thread::scope(|scope| scope.spawn(twice).join().expect("it runs"))
@@ -95,7 +95,7 @@ impl Bench {
         }
         let of = |pick: &dyn Fn(&[f64; 5]) -> f64| median(rounds.iter().map(pick).collect());
         let [decode, load, install, bound, unbound] = [0, 1, 2, 3, 4].map(|at| of(&|r| r[at]));
-        // Speed, so that more is better.
+        // Speed: higher is better.
         let bare = [of(&|r| (r[0] + r[2]) / r[3]), of(&|r| (r[0] + r[2]) / r[4])];
         let whole = [of(&|r| (r[1] + r[2]) / r[3]), of(&|r| (r[1] + r[2]) / r[4])];
         println!(
@@ -144,7 +144,7 @@ impl Bench {
     }
 }
 
-/// The snapshot's chunks, in the order in which pages of this order ask for them.
+/// The chunks of the snapshot, in the order in which touches in this order of pages load them.
 fn chunks(snapshot: &Snapshot, order: &[usize]) -> Vec<Chunk> {
     let mut seen = vec![false; order.len()];
     let mut chunks = Vec::new();

@@ -1,11 +1,11 @@
-//! What a fault costs: this crate against a bare loop, in one run.
+//! The cost of a fault: this crate compared to a bare loop, in one run.
 //!
 //!     cargo bench -p pager --bench fault              # a table
 //!     cargo bench -p pager --bench fault -- --json    # the same as JSON
 //!
 //! Both serve the same pages from the same warm file. The bare loop is `poll`, `read`, `pread` and
-//! `UFFDIO_COPY` of one page, and knows nothing else. Rounds of the two alternate; a figure is the
-//! median over the rounds.
+//! `UFFDIO_COPY` of one page, and nothing else. Rounds of the two alternate. A result is the median over
+//! the rounds.
 #![allow(unsafe_code)]
 
 #[path = "../tests/support/mod.rs"]
@@ -32,13 +32,13 @@ const PAGES: usize = 4096;
 #[derive(Serialize)]
 struct Figure {
     what: String,
-    /// Per page, nanoseconds: median of the rounds' medians, and of their means.
+    /// Nanoseconds per page: the median of the medians of the rounds, and the median of their means.
     p50_ns: f64,
     mean_ns: f64,
 }
 
 fn main() {
-    // `cargo bench` passes `--bench`; `cargo test --benches` does not, and only wants it to run.
+    // `cargo bench` passes `--bench`; `cargo test --benches` does not, and only checks that it runs.
     let args: Vec<String> = std::env::args().collect();
     let rounds = if args.iter().any(|arg| arg == "--bench") { ROUNDS } else { 1 };
     if !support::userfaultfd_works("bench fault") {
@@ -67,7 +67,7 @@ fn main() {
     }
 }
 
-/// One fault of a warm page, random order: by how the two threads are placed.
+/// One fault of a warm page in random order, for each placement of the two threads.
 fn one_fault(file: &Arc<File>, rounds: usize) -> Vec<Figure> {
     let bare = |pinned: Option<usize>| {
         let file = Arc::clone(file);
@@ -136,7 +136,7 @@ fn chunks(file: &Arc<File>, rounds: usize) -> Vec<Figure> {
     )
 }
 
-/// Several threads that fault at once, each all over the memory, page by page.
+/// Several threads that fault at the same time, each all over the memory, page by page.
 fn threads(file: &Arc<File>, rounds: usize) -> Vec<Figure> {
     let ours = |touchers: usize, slices: usize, placement: Placement| {
         let source: Arc<dyn PageSource> =
@@ -176,7 +176,7 @@ fn threads(file: &Arc<File>, rounds: usize) -> Vec<Figure> {
     )
 }
 
-/// Zero pages: how many to install at once, and whether as zero pages or as copies of zeros.
+/// Zero pages: how many to install together, and whether as zero pages or as copies of zeros.
 fn zeros(rounds: usize) -> Vec<Figure> {
     let fill = |step: usize, copied: bool, written: bool| {
         move || {
@@ -217,7 +217,7 @@ fn zeros(rounds: usize) -> Vec<Figure> {
     )
 }
 
-/// Starting, which must not depend on the size.
+/// The start, whose time must not depend on the size.
 fn starts(rounds: usize) -> Vec<Figure> {
     let start = |bytes: usize, slices: usize| {
         move || {
@@ -243,7 +243,7 @@ fn starts(rounds: usize) -> Vec<Figure> {
 
 type Contender<'a> = (&'a str, Box<dyn Fn() -> Vec<f64> + Send + Sync>);
 
-/// Runs each contender once a round, each time in a fresh thread (so that none inherits an affinity).
+/// Runs each contender once in each round, in a new thread, so that none inherits an affinity.
 fn alternate(rounds: usize, contenders: Vec<Contender<'_>>) -> Vec<Figure> {
     let mut of_rounds: Vec<(Vec<f64>, Vec<f64>)> = vec![Default::default(); contenders.len()];
     for _ in 0..rounds {
@@ -269,7 +269,7 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-/// Touches all pages in a random order; nanoseconds of each.
+/// Touches all pages in a random order. Returns the nanoseconds of each.
 fn touch_each(memory: &Memory) -> Vec<f64> {
     let order = shuffled(PAGES, 17);
     let mut times = Vec::with_capacity(PAGES);
@@ -289,7 +289,7 @@ fn register(memory: &Memory) -> Uffd {
     uffd
 }
 
-/// The bare loop in its thread, stopped when dropped.
+/// The bare loop in its thread. Dropping this stops it.
 struct Bare {
     stop: Option<io::PipeWriter>,
     thread: Option<thread::JoinHandle<()>>,
@@ -340,7 +340,7 @@ fn pin(cpu: Option<usize>) {
     assert_eq!(result, 0, "{}", io::Error::last_os_error());
 }
 
-/// A raw file in aligned chunks, as a source.
+/// A raw file as a source, in aligned chunks.
 struct FileSource {
     file: Arc<File>,
     chunk_pages: usize,

@@ -1,8 +1,8 @@
-//! What the pager promises about its speed, each against the bare thing in the same run.
+//! The promises of the pager about its speed, each compared to a bare loop in the same run.
 //!
 //!     cargo bench -p pager --bench promises
 //!
-//! Rounds alternate; a figure is the median over the rounds.
+//! Rounds alternate. A result is the median over the rounds.
 #![allow(unsafe_code)]
 
 #[path = "../tests/support/mod.rs"]
@@ -24,7 +24,7 @@ struct Bench {
 }
 
 fn main() {
-    // `cargo bench` passes `--bench`; `cargo test --benches` does not, and only wants it to run.
+    // `cargo bench` passes `--bench`; `cargo test --benches` does not, and only checks that it runs.
     let full = std::env::args().any(|arg| arg == "--bench");
     if !support::userfaultfd_works("bench promises") {
         return;
@@ -39,7 +39,7 @@ fn main() {
 }
 
 impl Bench {
-    /// One fault, warm, 4 KiB: a bare loop on the same CPU, and a pager whose caller has pinned nothing of it.
+    /// One fault of a warm 4 KiB page: a bare loop on the same CPU, and a pager without any pinned thread.
     fn one_fault(&self) {
         const PAGES: usize = 4096;
         let source: Arc<dyn PageSource> = Arc::new(VecSource::new(stamps(PAGES), PAGE));
@@ -77,7 +77,8 @@ impl Bench {
         row("one fault, p50 us; nothing bound, the pager spins", bare.p50, spin.p50);
     }
 
-    /// All pages in random order: chunks of 64 KiB against the usual handler of single pages. Thousand pages a second.
+    /// All pages in random order: chunks of 64 KiB compared to the usual handler of single pages, in thousand pages per
+    /// second.
     fn random_order(&self) {
         let pages = self.mib * 256;
         let source: Arc<dyn PageSource> = Arc::new(VecSource::new(stamps(pages), 16 * PAGE));
@@ -100,7 +101,7 @@ impl Bench {
         row(&what, 1e3 / bare.mean, 1e3 / ours.mean);
     }
 
-    /// The p99 of faults, without population (first column) and while it runs flat out.
+    /// The p99 of faults, without population (first column) and with it at full speed.
     fn beside_population(&self) {
         let pages = self.mib.min(256) * 256;
         let source: Arc<dyn PageSource> = Arc::new(VecSource::new(stamps(pages), 16 * PAGE));
@@ -109,7 +110,7 @@ impl Bench {
             let builder = Pager::builder(source.clone()).region(memory.whole());
             let pager = builder.populate(populate).start().expect("it starts");
             let mut times = Vec::new();
-            // A guest that computes 200 us between two faults; only touches that faulted count.
+            // A guest that computes for 200 us between two faults. Only touches that faulted count.
             for page in shuffled(pages / 16, 5).into_iter().take(2000) {
                 let begin = Instant::now();
                 while begin.elapsed().as_micros() < 200 {
@@ -130,7 +131,7 @@ impl Bench {
         row("a fault, p99 us: without, with population flat out", off.p99, full.p99);
     }
 
-    /// Pages a second of all threads together, against one thread.
+    /// Pages per second of all threads together, compared to one thread.
     fn threads(&self, slices: usize) {
         const PAGES: usize = 8192;
         let source: Arc<dyn PageSource> = Arc::new(VecSource::new(stamps(PAGES), PAGE));
@@ -156,7 +157,7 @@ impl Bench {
         }
     }
 
-    /// Runs each contender once a round, in a fresh thread (so that none inherits an affinity).
+    /// Runs each contender once in each round, in a new thread, so that none inherits an affinity.
     fn alternate<const N: usize>(
         &self,
         contenders: [&(dyn Fn() -> Vec<f64> + Sync); N],
@@ -219,19 +220,19 @@ fn touch_all(memory: &Memory, order: &[usize]) {
     }
 }
 
-/// Microseconds a page.
+/// Microseconds per page.
 fn whole(work: impl FnOnce(), pages: usize) -> Vec<f64> {
     let begin = Instant::now();
     work();
     vec![begin.elapsed().as_nanos() as f64 / 1e3 / pages as f64]
 }
 
-/// `read` and `UFFDIO_COPY` of one page that is at hand, in its thread, and nothing else.
+/// `read` and `UFFDIO_COPY` of one page that is already in memory, in its own thread, and nothing else.
 #[derive(Clone, Copy, PartialEq)]
 enum Style {
-    /// When there is nothing to read: the fastest there is.
+    /// `poll` only if there is nothing to read, which is the fastest way.
     PollsIfEmpty,
-    /// Before each read, as the example of userfaultfd(2) does, and page servers do.
+    /// `poll` before each read, as in the example of userfaultfd(2) and in other page servers.
     PollsAlways,
 }
 

@@ -1,4 +1,4 @@
-//! Pages a plain process' memory from a `Vec<u8>`: `cargo run -p pager --example vec`.
+//! Pages memory of this process from a `Vec<u8>`: `cargo run -p pager --example vec`.
 #![allow(unsafe_code)]
 
 use pager::{Pager, Region, Stats, VecSource};
@@ -6,10 +6,10 @@ use pager::{Pager, Region, Stats, VecSource};
 const LEN: usize = 64 << 20;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    // The content: each byte says in which page it is. It comes in chunks of 64 KiB.
+    // The content: each byte is the number of its page. It is loaded in chunks of 64 KiB.
     let content: Vec<u8> = (0..LEN).map(|at| (at / 4096) as u8).collect();
     let source = std::sync::Arc::new(VecSource::new(content, 64 << 10));
-    // Memory in which nothing is yet.
+    // Empty memory.
     let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANON);
     // SAFETY: a new mapping at an address of the kernel's choice.
     let memory = unsafe { libc::mmap(std::ptr::null_mut(), LEN, prot, flags, -1, 0) };

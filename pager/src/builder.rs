@@ -1,4 +1,4 @@
-//! What a pager is told before it starts.
+//! The options of a pager.
 
 use std::fmt;
 use std::num::NonZeroU64;
@@ -7,17 +7,19 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::background::page_list::{PageList, Ready};
+use crate::background::populate::demand::OVERHEAD;
+use crate::background::populate::population::{Populate, Population};
+use crate::background::populate::progress::{LoadsAhead, OnComplete};
 use crate::failure::{Failure, FailurePolicy, OnFailure};
-use crate::handler::RetryPolicy;
-use crate::placement::Placement;
-use crate::populate::{LoadsAhead, OVERHEAD, OnComplete, Populate, Population};
-use crate::prefetch::{PageList, Ready};
-use crate::records::Records;
+use crate::install::records::Records;
 use crate::region::Region;
-use crate::source::PageSource;
+use crate::sched::placement::Placement;
+use crate::source::page_source::PageSource;
+use crate::source::retry::RetryPolicy;
 use crate::uffd::ForeignUffd;
 
-/// How a pager is to be: see [`Pager::builder`](crate::Pager::builder).
+/// The options of a pager: see [`Pager::builder`](crate::Pager::builder).
 #[must_use]
 pub struct PagerBuilder {
     pub(crate) source: Arc<dyn PageSource>,
@@ -36,7 +38,7 @@ pub struct PagerBuilder {
     pub(crate) on_complete: Option<OnComplete>,
     pub(crate) prefetch: Option<PageList>,
     pub(crate) prefetch_when: Option<Ready>,
-    pub(crate) one_by_one: bool,
+    pub(crate) fault_around_off: bool,
     pub(crate) elsewhere: Option<Arc<dyn LoadsAhead>>,
     pub(crate) fault_overhead: Duration,
 }
@@ -60,13 +62,13 @@ impl PagerBuilder {
             on_complete: None,
             prefetch: None,
             prefetch_when: None,
-            one_by_one: false,
+            fault_around_off: false,
             elsewhere: None,
             fault_overhead: OVERHEAD,
         }
     }
 
-    /// Adds a region. All regions have the same page size, and overlap neither in memory nor in the source.
+    /// Adds a region. All regions must have the same page size, and must not overlap in memory or in the source.
     pub fn region(mut self, region: Region) -> PagerBuilder {
         self.regions.push(region);
         self
@@ -78,34 +80,34 @@ impl PagerBuilder {
         self
     }
 
-    /// Cuts the memory into this many slices (1 unless told), each with a userfaultfd and a demand thread
-    /// of its own. One per vCPU is a good number. Slices are at least 2 MiB, so there may be fewer.
+    /// Cuts the memory into this many slices, each with its own userfaultfd and demand thread. The default is 1; one per
+    /// vCPU is a good number. Slices have at least 2 MiB, so that there may be fewer.
     pub fn slices(mut self, slices: usize) -> PagerBuilder {
         self.slices = slices.max(1);
         self
     }
 
-    /// Where the demand threads run; [`Placement::Follow`] unless told.
+    /// On which CPUs the demand threads run. The default is [`Placement::Follow`].
     pub fn placement(mut self, placement: Placement) -> PagerBuilder {
         self.placement = placement;
         self
     }
 
-    /// How loads that fail for a passing reason are tried again.
+    /// How often loads are retried after a transient error.
     pub fn retry(mut self, retry: RetryPolicy) -> PagerBuilder {
         self.retry = retry;
         self
     }
 
-    /// What is done with a page that cannot be had; [`FailurePolicy::Poison`] unless told.
+    /// What happens to a page that cannot be loaded. The default is [`FailurePolicy::Poison`].
     pub fn on_error(mut self, policy: FailurePolicy) -> PagerBuilder {
         self.on_error = policy;
         self
     }
 
-    /// Called with the first failure, once, on the thread that has it and before the page is poisoned.
-    /// It should note the failure and ask the guest to stop; it must not wait for that: the guest may
-    /// be waiting for this very page.
+    /// Called with the first failure, once, on the thread that has it, before the page is poisoned. The callback should
+    /// record the failure and ask the guest to stop. It must not wait for that, because the guest may be waiting for
+    /// this page.
     pub fn on_failure(
         mut self,
         callback: impl Fn(&Failure) + Send + Sync + 'static,
@@ -114,38 +116,40 @@ impl PagerBuilder {
         self
     }
 
-    /// When pages that no thread has touched are loaded in the background; [`Populate::Auto`] unless told.
+    /// When pages that no thread has touched are loaded in the background. The default is [`Populate::Auto`].
     pub fn populate(mut self, populate: Populate) -> PagerBuilder {
         self.populate = populate;
         self
     }
 
-    /// What a fault costs the thread that waits besides its answer, 8 us unless told: [`Populate::Auto`] counts it. Guests with
-    /// KVM's asynchronous page faults halt for milliseconds; from 8 ms on the first fault begins the loading.
+    /// What a fault costs the faulting thread besides its answer, for the measure of [`Populate::Auto`]. The default is
+    /// 8 us. Guests with asynchronous page faults of KVM halt for milliseconds. From 8 ms on, the first fault starts the
+    /// loading.
     pub fn fault_overhead(mut self, overhead: Duration) -> PagerBuilder {
         self.fault_overhead = overhead;
         self
     }
 
-    /// Bytes of memory that the population fills a second at most; no limit unless told.
+    /// The limit of the population, in bytes of memory per second. The default is no limit.
     pub fn populate_rate(mut self, bytes_per_second: Option<NonZeroU64>) -> PagerBuilder {
         self.populate_rate = bytes_per_second;
         self
     }
 
-    /// How many threads load in the background, each with a load of its own under way. Unless told, one for each CPU
-    /// that demand threads leave over, four at most and one at least; and on a host with a single CPU none for
-    /// [`Populate::Auto`], where they would only take turns with those that they load for.
+    /// The number of threads of the population, each with its own loads. The default is the number of CPUs less that of
+    /// demand threads, at least one and at most four. On a host with a single CPU the default for [`Populate::Auto`] is
+    /// none, because they would only take time from the threads that they load for.
     pub fn populate_threads(mut self, threads: usize) -> PagerBuilder {
         self.populate_threads = Some(threads.max(1));
         self
     }
 
-    /// Installs these pages (ranges of source offsets, in the order in which they will probably be needed) as soon as the
-    /// pager runs, on a thread of its own, which calls `list` for them. Faults are answered before; population comes after.
+    /// Installs a list of pages as soon as the pager runs, on a thread of its own. That thread calls `list`, which returns
+    /// ranges of source offsets in bytes, in the order in which the pages will probably be needed. Faults are answered
+    /// first. The population starts afterwards.
     ///
-    /// The list is a hint: pages that are not missing, or in no region, are passed over, and one that cannot be had is
-    /// left to whoever touches it. It leads to at most 16 times its bytes, and 64 MiB, being decoded.
+    /// The list is a hint: pages that are not missing, or are in no region, are skipped, and a page that cannot be loaded
+    /// is left to a fault. At most 16 times the listed bytes, plus 64 MiB, are decoded.
     pub fn prefetch(
         mut self,
         list: impl FnOnce() -> Vec<Range<u64>> + Send + 'static,
@@ -154,15 +158,15 @@ impl PagerBuilder {
         self
     }
 
-    /// Called on the thread that prefetches when its first pages are loaded, before any of them is installed: it may wait
-    /// until that disturbs nobody. It must not wait for ever: stopping the pager waits for it.
+    /// Called on the thread that prefetches when its first pages are loaded, before any of them is installed. It may wait
+    /// until installing disturbs no other work. It must not wait forever, because stopping the pager waits for it.
     pub fn prefetch_when(mut self, ready: impl FnOnce() + Send + 'static) -> PagerBuilder {
         self.prefetch_when = Some(Box::new(ready));
         self
     }
 
-    /// Called once, when the population has ended ([`Population::Complete`] or [`Population::Incomplete`]), on
-    /// its last thread. Not when the pager is stopped before.
+    /// Called once, when the population has ended ([`Population::Complete`] or [`Population::Incomplete`]), on its last
+    /// thread. It is not called if the pager is stopped before.
     pub fn on_complete(
         mut self,
         callback: impl Fn(Population) + Send + Sync + 'static,
@@ -171,35 +175,35 @@ impl PagerBuilder {
         self
     }
 
-    /// Serves the memory of another process, which has registered it with `uffd` and is known by a pidfd. All
-    /// regions are made by [`Region::foreign`]. There is one slice; the threads go on after that process has
+    /// Serves the memory of another process, which has registered it with `uffd`. `process` is a pidfd of that process. All
+    /// regions must be made by [`Region::foreign`]. There is one slice. The threads continue after that process has
     /// ended, until the pager is stopped.
     ///
-    /// What leaves faults unanswered, and with [`FailurePolicy::Kill`] every failure, ends that process by SIGKILL.
-    /// Poisoning needs no feature here: a process whose page cannot be poisoned is ended, too.
+    /// A failure that leaves faults unanswered ends that process by SIGKILL; with [`FailurePolicy::Kill`] every failure
+    /// does. Poisoning needs no feature here: a process whose page cannot be poisoned is killed, too.
     pub fn foreign(mut self, uffd: ForeignUffd, process: OwnedFd) -> PagerBuilder {
         self.foreign = Some((uffd, process));
         self
     }
 
-    /// The memory is a private mapping of a file into which the source puts the pages: it answers
+    /// The memory is a private mapping of a file. The source adds the pages to that file and returns
     /// [`Load::InFile`](crate::Load::InFile).
     ///
-    /// Giving pages back by `madvise` is a failure then: the file's content would come back. Map anonymous memory
-    /// over them.
+    /// Giving pages back by `madvise` is a failure then, because the content of the file would come back. Map anonymous
+    /// memory over them instead.
     pub fn backed(mut self) -> PagerBuilder {
         self.backed = true;
         self
     }
 
-    /// Of memory that is [`PagerBuilder::backed`]: what fills its file ahead while threads wait for pages.
+    /// For memory that is [`PagerBuilder::backed`]: fills its file ahead while threads wait for pages.
     #[cfg(feature = "serve")]
     pub(crate) fn loaded_ahead_by(mut self, elsewhere: Arc<dyn LoadsAhead>) -> PagerBuilder {
         self.elsewhere = Some(elsewhere);
         self
     }
 
-    /// Of a foreign process' memory: keeps account of the pages there, or goes on with what is found there.
+    /// For memory of another process: keeps the page states in `records`, or continues with the states found there.
     #[cfg(feature = "serve")]
     pub(crate) fn recorded(mut self, records: Records) -> PagerBuilder {
         self.records = Some(records);

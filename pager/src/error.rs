@@ -2,22 +2,22 @@
 
 use std::io;
 
-use crate::source::SourceError;
+use crate::source::error::SourceError;
 use crate::uffd::{Errno, OpenError};
 
 /// Why a pager does not start.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StartError {
-    /// There is nothing to page.
+    /// No region was given.
     #[error("no region was given")]
     NoRegion,
     /// Regions have different page sizes.
     #[error("regions have pages of {one} and of {other} bytes; one pager serves one page size")]
     PageSizes {
-        /// That of the first region.
+        /// The page size of the first region, in bytes.
         one: usize,
-        /// That of another.
+        /// The page size of another region, in bytes.
         other: usize,
     },
     /// Two regions overlap.
@@ -25,61 +25,61 @@ pub enum StartError {
     Overlap {
         /// `memory` or `the source`.
         space: &'static str,
-        /// Where the second one begins.
+        /// Where the second region begins.
         at: u64,
     },
-    /// A region wants more than the source has.
+    /// A region ends beyond the end of the source.
     #[error(
         "a region ends at source offset {end:#x}, the source at {source_bytes:#x}: is the source of another guest?"
     )]
     BeyondSource {
-        /// Where the region ends.
+        /// The source offset of the end of the region, in bytes.
         end: u64,
-        /// Length of the source.
+        /// The length of the source in bytes.
         source_bytes: u64,
     },
-    /// No userfaultfd, or a kernel too old.
+    /// No userfaultfd could be opened, or the kernel is too old.
     #[error(transparent)]
     Open(OpenError),
-    /// Regions of another process and its userfaultfd go together.
+    /// Regions of another process need its userfaultfd, and the reverse.
     #[error("regions of another process need its userfaultfd, and no others go with it")]
     Foreign,
     /// Memory that is backed by a file is populated by filling the file.
     #[error("memory that is a mapping of a file is not populated page by page")]
     PopulateBacked,
-    /// The policy is to poison, and the kernel can't.
+    /// The policy is to poison pages, and the kernel does not support that.
     #[error(
         "this kernel cannot poison pages (UFFD_FEATURE_POISON, Linux 6.6 or later): choose FailurePolicy::Kill to run without"
     )]
     PoisonUnavailable,
-    /// The kernel does not take the memory.
+    /// The kernel refuses to register the memory.
     #[error("UFFDIO_REGISTER of {len_bytes:#x} bytes at {host_addr:#x}")]
     Register {
-        /// First byte.
+        /// The address of the first byte.
         host_addr: u64,
-        /// Length.
+        /// The length in bytes.
         len_bytes: u64,
-        /// The answer.
+        /// The error of the system call.
         #[source]
         errno: Errno,
     },
-    /// The kept page states are of other memory.
+    /// The kept page states belong to other memory.
     #[error("states of {found} pages are kept, the memory has {pages}")]
     Records {
-        /// Pages of the regions.
+        /// The number of pages of the regions.
         pages: usize,
-        /// Pages of the states.
+        /// The number of pages of the states.
         found: usize,
     },
-    /// The source gives no reader.
+    /// The source returns no reader.
     #[error("the source cannot be read")]
     Source(#[source] SourceError),
-    /// Something else that the system refused.
+    /// Another system call failed.
     #[error("cannot have {what}")]
     System {
-        /// What was asked for.
+        /// What was requested.
         what: &'static str,
-        /// The answer.
+        /// The error of the system call.
         #[source]
         error: io::Error,
     },

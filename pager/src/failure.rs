@@ -1,4 +1,4 @@
-//! What happens when a page cannot be had: it never turns into zeros, and nobody waits for ever.
+//! What happens if a page cannot be loaded: it never becomes zeros, and no thread waits forever.
 #![allow(unsafe_code)]
 
 use std::fmt;
@@ -7,65 +7,65 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::OnceLock;
 
-use crate::source::SourceError;
+use crate::source::error::SourceError;
 use crate::uffd::Errno;
 
-/// What the pager does with a page that it cannot get.
+/// What the pager does with a page that it cannot load.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FailurePolicy {
-    /// Poison that page (`UFFDIO_POISON`, Linux 6.6): the thread that touches it gets SIGBUS, a system
-    /// call `EFAULT`. All else goes on; the callback is there to stop the guest.
+    /// Poison that page (`UFFDIO_POISON`, Linux 6.6): a thread that touches it gets SIGBUS, a system call `EFAULT`. The
+    /// service of other pages continues. The callback can stop the guest.
     #[default]
     Poison,
-    /// Write the failure to stderr and end this process with SIGKILL, at once. Of another process'
-    /// memory: call the callback, then end that process.
+    /// Write the failure to stderr and kill this process with SIGKILL, immediately. For memory of another process: call
+    /// the callback, then kill that process.
     Kill,
 }
 
-/// The first thing that went wrong.
+/// The first failure of a pager.
 #[derive(Debug, thiserror::Error)]
 #[error("{}", Self::headline(.source_offset, .host_addr, .thread))]
 pub struct Failure {
-    /// Where in the source the page is, when it was about one page.
+    /// The offset of the page in the source in bytes, if the failure affects one page.
     pub source_offset: Option<u64>,
-    /// Where in memory the page is, when it was about one page.
+    /// The address of the page in memory, if the failure affects one page.
     pub host_addr: Option<u64>,
-    /// Which of the pager's threads: 0 for `pager0`.
+    /// The number of the demand thread: 0 for `pager0`.
     pub thread: usize,
-    /// Why.
+    /// The cause.
     #[source]
     pub cause: FailureCause,
 }
 
-/// Why a page could not be had.
+/// Why a page could not be loaded.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum FailureCause {
-    /// The source says so, after all retries.
+    /// The source has failed, after all retries.
     #[error("the source failed")]
     Source(#[source] SourceError),
-    /// The source answered with something else than asked.
+    /// The source has returned something that the pager cannot use.
     #[error("the source's answer is unusable: {0}")]
     Answer(&'static str),
     /// The kernel refused to install the page.
     #[error("{ioctl} at {host_addr:#x}")]
     Install {
-        /// Which request.
+        /// The ioctl.
         ioctl: &'static str,
-        /// Of which address.
+        /// The address.
         host_addr: u64,
-        /// The answer.
+        /// The error of the ioctl.
         #[source]
         errno: Errno,
     },
-    /// Messages cannot be read any more.
+    /// The messages of the userfaultfd cannot be read any more.
     #[error("reading the userfaultfd's messages")]
     Messages(#[source] io::Error),
-    /// Paged memory was moved by `mremap` or an unknown event came.
+    /// Paged memory was moved by `mremap`, or an unknown event arrived.
     #[error("an event that cannot be served: {0}")]
     Event(String),
-    /// The thread panicked.
+    /// The demand thread has panicked.
     #[error("the pager's thread panicked: {0}")]
     Panic(String),
 }
@@ -98,10 +98,10 @@ impl Failure {
 /// Called with the first failure.
 pub(crate) type OnFailure = Box<dyn Fn(&Failure) + Send + Sync>;
 
-/// Takes failures from all threads, and keeps the first.
+/// Receives failures from all threads, and keeps the first.
 pub(crate) struct FailureReport {
     policy: FailurePolicy,
-    /// A pidfd of the process whose memory it is, if that is another one.
+    /// A pidfd of the process that owns the memory, if that is another process.
     foreign: Option<OwnedFd>,
     on_failure: Option<OnFailure>,
     first: OnceLock<Failure>,
@@ -120,13 +120,13 @@ impl FailureReport {
         self.first.get()
     }
 
-    /// Tells of the failure, if it is the first. Does not return under [`FailurePolicy::Kill`], if the
-    /// memory is this process'.
+    /// Reports the failure, if it is the first. With [`FailurePolicy::Kill`] and memory of this process, this does not
+    /// return.
     pub(crate) fn report(&self, failure: Failure) {
         if self.policy == FailurePolicy::Kill && self.foreign.is_none() {
             kill_this_process(&failure);
         }
-        // What is not about one page leaves faults unanswered: another process would wait for ever.
+        // These failures leave faults unanswered: another process would wait forever.
         let fatal = matches!(failure.cause, FailureCause::Messages(_) | FailureCause::Event(_));
         self.tell(failure);
         if self.policy == FailurePolicy::Kill || fatal {
@@ -134,15 +134,15 @@ impl FailureReport {
         }
     }
 
-    /// A page could not even be poisoned: whoever waits for it would wait for ever.
+    /// A page could not even be poisoned: threads of another process would wait forever.
     pub(crate) fn unpoisonable(&self) {
         self.kill_foreign();
     }
 
     fn kill_foreign(&self) {
         if let Some(process) = &self.foreign {
-            // SAFETY: pidfd_send_signal(2) takes a descriptor, a number, no siginfo and no flags. It fails
-            // for a process that is gone, and then all is well.
+            // SAFETY: pidfd_send_signal(2) takes a descriptor, a number, no siginfo and no flags. It fails for a process
+            // that is gone, which is no problem.
             unsafe {
                 libc::syscall(
                     libc::SYS_pidfd_send_signal,
@@ -161,7 +161,7 @@ impl FailureReport {
         if failure.is_none()
             && let Some(on_failure) = &self.on_failure
         {
-            // The caller's code: its panic must not end the thread that others wait for.
+            // The callback belongs to the caller. Its panic must not end this thread, whose answers others wait for.
             let _ = catch_unwind(AssertUnwindSafe(|| on_failure(first)));
         }
     }
@@ -178,14 +178,14 @@ impl fmt::Debug for FailureReport {
 
 fn kill_this_process(failure: &Failure) -> ! {
     let words = format!("fatal: {}; killing process {}\n", failure.chain(), std::process::id());
-    // Not `eprintln!`, which panics when nobody reads stderr any more, and then nothing is killed.
+    // Not `eprintln!`: it panics if stderr is closed, and then the process would not be killed.
     let _ = io::stderr().write_all(words.as_bytes());
     // SAFETY: getpid(2) takes nothing.
     let own_id = unsafe { libc::getpid() };
     // SAFETY: kill(2) takes plain numbers.
     unsafe { libc::kill(own_id, libc::SIGKILL) };
-    // A signal to oneself is delivered before kill(2) returns, unless this is the init of a namespace,
-    // which does not die of its own SIGKILL.
+    // A signal to the own process is delivered before kill(2) returns, except for the init process of a namespace: its own
+    // SIGKILL does not end it.
     std::process::abort()
 }
 

@@ -1,10 +1,10 @@
-//! How the regions are cut into slices, and the ways between addresses, offsets and page numbers.
+//! Cuts the regions into slices, and converts between addresses, source offsets and page numbers.
 
 use std::ops::Range;
 
 use crate::region::Region;
 
-/// Slices are cut at multiples of this (host address): one page table, one huge page.
+/// Slices are cut at addresses that are multiples of this: one page table, or one huge page.
 const CUT_BYTES: u64 = 2 << 20;
 
 /// A part of one region that belongs to one slice. Its pages have consecutive numbers.
@@ -14,16 +14,16 @@ pub(crate) struct Extent {
     pub(crate) source_offset: u64,
     pub(crate) first_page: u64,
     pub(crate) slice: usize,
-    /// Number of the region, by host address.
+    /// The number of the region, in the order of addresses.
     pub(crate) region: usize,
 }
 
-/// All extents. Every page has a number, 0 to `pages`, in the order of host addresses.
+/// All extents. The pages are numbered from 0 in the order of addresses.
 #[derive(Debug)]
 pub(crate) struct Layout {
-    /// By host address, so by slice and by page number as well.
+    /// Sorted by address, and so by slice and by page number, too.
     extents: Vec<Extent>,
-    /// Indexes of `extents`, by source offset.
+    /// Indexes of `extents`, sorted by source offset.
     by_source: Vec<usize>,
     /// For each slice, its part of `extents`.
     slices: Vec<Range<usize>>,
@@ -31,7 +31,7 @@ pub(crate) struct Layout {
     pages: u64,
 }
 
-/// A page in all three kinds of numbers.
+/// A page: its number, its address, and the index of its extent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Place {
     pub(crate) page: u64,
@@ -94,7 +94,7 @@ impl Layout {
         self.pages
     }
 
-    /// For each extent, by source offset: its first page, and its offsets in the source.
+    /// The first page and the source offsets of each extent, sorted by source offset.
     pub(crate) fn by_source(&self) -> impl Iterator<Item = (u64, Range<u64>)> {
         self.by_source.iter().map(|&index| {
             let extent = &self.extents[index];
@@ -115,7 +115,7 @@ impl Layout {
         &self.extents[index]
     }
 
-    /// The page that holds the address.
+    /// The page at the address.
     pub(crate) fn at_host(&self, host_addr: u64) -> Option<Place> {
         let index = self.extents.partition_point(|extent| extent.host.end <= host_addr);
         let extent = self.extents.get(index).filter(|extent| extent.host.start <= host_addr)?;
@@ -142,8 +142,8 @@ impl Layout {
         extent.source_offset + (place.host_addr - extent.host.start)
     }
 
-    /// The page whose content begins at `source_offset`; `None` when no region has it or the offset is
-    /// not that of a page. `hint` is an extent to try first.
+    /// The page whose content begins at `source_offset`. `None` if no region has it, or no page begins there. `hint` is the
+    /// extent to try first.
     pub(crate) fn at_source(&self, source_offset: u64, hint: usize) -> Option<Place> {
         let index = if self.extents[hint].offset_of(source_offset).is_some() {
             hint
@@ -161,7 +161,7 @@ impl Layout {
         })
     }
 
-    /// The parts of a range of addresses that are in a slice: first page and number of pages of each.
+    /// The page numbers of the parts of a range of addresses that are in a slice.
     pub(crate) fn pages_in(
         &self,
         slice: usize,
@@ -181,12 +181,12 @@ impl Layout {
 }
 
 impl Extent {
-    /// One past its last page.
+    /// The number of its last page plus one.
     pub(crate) fn end_page(&self, page_bytes: u64) -> u64 {
         self.first_page + (self.host.end - self.host.start) / page_bytes
     }
 
-    /// How far into the extent the offset is.
+    /// The distance of the source offset from the start of the extent.
     fn offset_of(&self, source_offset: u64) -> Option<u64> {
         let at = source_offset.checked_sub(self.source_offset)?;
         (at < self.host.end - self.host.start).then_some(at)

@@ -1,6 +1,6 @@
-//! Serves page faults: memory that is filled, page by page and on first touch, from any source of
-//! pages, through Linux userfaultfd. Made for virtual machines that start before their memory is there;
-//! good for any memory whose content is elsewhere and may never be asked for.
+//! Serves page faults through Linux userfaultfd: each page of the memory is loaded from a source when it is first touched.
+//! This is made for virtual machines that start before their memory is loaded. It works for any memory whose content is
+//! elsewhere and may never be needed.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -26,7 +26,7 @@
 //!
 //! // SAFETY: inside the mapping.
 //! let byte = unsafe { memory.cast::<u8>().add(200 * 4096).read_volatile() };
-//! assert_eq!(byte, 200); // The touch brought the page, and the 15 others of its chunk.
+//! assert_eq!(byte, 200); // The touch has loaded the page, and the 15 others of its chunk.
 //!
 //! let stats = pager.stop();
 //! assert_eq!((stats.faults, stats.pages.present, stats.pages.missing), (1, 16, 240));
@@ -35,112 +35,83 @@
 //! ```
 //!
 //! # What it does
-//! - A [`PageSource`] hands out bytes for an offset, one [`PageReader`] per thread. It may answer with more
-//!   than was asked, a whole decoded chunk, in any order: all of it that is missing is installed. Or with "zero".
-//! - A [`Region`] says which memory; there may be many. The memory is cut into slices, each with a
-//!   userfaultfd and a thread of its own.
-//! - A page that is present is never loaded again; a page that was given back (`MADV_DONTNEED`, a
-//!   balloon) reads as zero and never as what the source once had.
-//! - It fails closed. A page that cannot be had raises SIGBUS (or the process ends, see
-//!   [`FailurePolicy`]), and [`PagerBuilder::on_failure`] says why. No zeros in its place, no hang, also
-//!   when a source panics.
-//! - Starting costs the same for 64 MiB and 16 GiB. A fault takes no allocation, and no lock that slices share
-//!   (but for chunks that reach from one into the other).
-//! - Memory of another process that has sent its userfaultfd is served as well: [`PagerBuilder::foreign`].
-//! - Pages that will probably be needed are installed in front of who needs them: [`PagerBuilder::prefetch`].
-//! - While threads wait for pages a good part of the time, more is loaded in the background ([`Populate`]), behind all
-//!   faults. When all is there, neither the pager nor the source is needed any more.
-//! - Which pages are touched, one by one, can be recorded: [`Pager::recording`].
-//! - [`Stats`]: pages by state and by origin, and how long faults took; of each region: [`Pager::region_stats`].
+//! - A [`PageSource`] returns the bytes at an offset, through one [`PageReader`] for each thread. It may return a whole
+//!   decoded chunk, in any order; all missing pages of it are installed. Or it returns "zero".
+//! - A [`Region`] is a range of memory; there may be many. The memory is cut into slices, each with its own userfaultfd
+//!   and thread.
+//! - A page that is present is never loaded again. A page that was given back (`MADV_DONTNEED`, a balloon) reads as zero,
+//!   and never as the content of the source.
+//! - It fails closed. A page that cannot be loaded raises SIGBUS (or the process ends, see [`FailurePolicy`]), and
+//!   [`PagerBuilder::on_failure`] gets the reason. The page never reads as zeros and no thread hangs, even if a source
+//!   panics.
+//! - Starting costs the same for 64 MiB and 16 GiB. A fault allocates nothing, and takes no lock that slices share, except
+//!   for chunks that have pages of several slices.
+//! - Memory of another process that has sent its userfaultfd is served, too: [`PagerBuilder::foreign`].
+//! - Pages that will probably be needed are installed in advance: [`PagerBuilder::prefetch`].
+//! - While threads wait for pages a good part of the time, more pages are loaded in the background ([`Populate`]). Faults go
+//!   first. When all pages are loaded, neither the pager nor the source is needed any more.
+//! - It can be recorded which pages are touched: [`Pager::recording`].
+//! - [`Stats`]: pages by state and by origin, and how long faults took. For each region: [`Pager::region_stats`].
 //!
 //! # What it does not do
-//! - No writing back: what is written to the memory never reaches the source.
-//! - No minor faults, no write protection.
-//! - No memory of children: a forked child does not have it, and ends by SIGSEGV when it touches it.
-//! - No Windows, no macOS, no BSD: userfaultfd is Linux. Poisoning wants Linux 6.6.
-//! - Nothing after [`Pager::stop`]: pages that are missing then read as zero (which is right once the population is
-//!   complete).
+//! - It does not write back: the source is never changed.
+//! - It does not serve minor faults or write protection.
+//! - Forked children do not have the memory: touching it ends them by SIGSEGV.
+//! - It needs Linux, because only Linux has userfaultfd. Poisoning needs Linux 6.6.
+//! - After [`Pager::stop`], missing pages read as zero. That is right only if the population was complete.
 //!
 //! # Features
-//! - `snapfmt`, on by default: a source of the pages of a `.snap` file.
-//! - `serve`: a server for other processes, which speaks Firecracker's handshake, and memory that clones share.
-//! - `tracing`: spans `fault`, and within it `load` and `install`, of the level TRACE and with the page's `source_offset`.
+//! - `snapfmt`, on by default: a source with the pages of a `.snap` file.
+//! - `serve`: a server for other processes, with the handshake of Firecracker, and memory that clones share.
+//! - `tracing`: a span `fault`, with spans `load` and `install` inside, at level TRACE, with the `source_offset` of the page.
 //! - `vm-memory`: regions from a `GuestMemoryMmap` of the crate vm-memory, without `unsafe`.
 //!
-//! The protocol of a fault, the table of errnos and what exactly is promised: `docs/pager.md`.
+//! The protocol of a fault, the table of errnos and the exact promises: `docs/pager.md`.
 #![deny(missing_docs)]
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("pager serves page faults with userfaultfd, which only Linux has");
 
-mod answer;
+mod background;
 mod builder;
-mod deference;
 mod error;
 mod failure;
-mod filled_file;
-mod gate;
-mod handler;
-mod inbox;
+mod fault;
 mod install;
-#[cfg(feature = "serve")]
-pub mod keep;
-#[cfg(feature = "snapfmt")]
-mod large_pages;
-mod latency;
 mod layout;
-mod loading;
 mod mapping;
-#[cfg(test)]
-mod model;
-mod page_bytes;
-mod page_state;
 mod pager;
-mod placement;
-mod populate;
-mod prefetch;
-mod purpose;
 mod recording;
-mod records;
 mod region;
-mod register;
-mod run;
-mod sequence;
 #[cfg(feature = "serve")]
-pub mod serve;
-#[cfg(feature = "serve")]
-pub mod shared;
-#[cfg(feature = "snapfmt")]
-mod shared_pages;
-mod slice;
-#[cfg(feature = "snapfmt")]
-mod snapshot_sequence;
-#[cfg(feature = "snapfmt")]
-mod snapshot_source;
+mod remote;
+mod report;
+mod sched;
+mod shared_state;
 mod source;
 mod start;
 mod stats;
-mod task;
 mod traced;
 pub mod uffd;
-mod vec_source;
 
+pub use background::populate::population::{Populate, Population};
+pub use background::prefetch_progress::Prefetch;
 pub use builder::PagerBuilder;
 pub use error::StartError;
 pub use failure::{Failure, FailureCause, FailurePolicy};
-pub use handler::RetryPolicy;
-pub use latency::{Latency, LatencyStep, Times};
+pub use fault::latency::{Latency, LatencyStep, Times};
 pub use pager::Pager;
-pub use placement::Placement;
-pub use populate::{Populate, Population};
-pub use prefetch::Prefetch;
 pub use recording::Recording;
 pub use region::{Region, RegionError};
-pub use sequence::{PageSequence, Wanted};
+#[cfg(feature = "serve")]
+pub use remote::{keep, serve, shared};
+pub use sched::placement::Placement;
+pub use source::error::{SourceError, SourceErrorKind};
+pub use source::load::{Load, LoadCost, LoadedPage, LoadedPages, PageReader};
+pub use source::page_source::PageSource;
+pub use source::retry::RetryPolicy;
+pub use source::sequence::{PageSequence, Wanted};
 #[cfg(feature = "snapfmt")]
-pub use snapshot_source::SnapshotSource;
-pub use source::{
-    Load, LoadCost, LoadedPage, LoadedPages, PageReader, PageSource, SourceError, SourceErrorKind,
-};
+pub use source::snapshot_source::SnapshotSource;
+pub use source::vec_source::VecSource;
 pub use stats::{PageCounts, PagesByOrigin, RegionStats, Stats};
-pub use vec_source::VecSource;

@@ -1,10 +1,10 @@
-//! A mapping of this process, accessed by pointers and system calls and never by references.
+//! A mapping of this process. It is accessed by pointers and system calls, never by references.
 #![allow(unsafe_code)]
 
 use std::io;
 use std::ptr::{self, NonNull};
 
-/// Unmapped when it is dropped.
+/// A mapping. Dropping it unmaps the memory.
 #[derive(Debug)]
 pub(crate) struct Mapping {
     start: NonNull<u8>,
@@ -12,12 +12,18 @@ pub(crate) struct Mapping {
 }
 
 impl Mapping {
-    /// Zeros, mapped and not filled.
+    /// A private mapping of zeros.
+    ///
+    /// # Errors
+    /// As mmap(2).
     pub(crate) fn anonymous(len: usize) -> io::Result<Mapping> {
         Mapping::map(len, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)
     }
 
-    /// The first `len` bytes of a file, shared with all who map it.
+    /// A shared mapping of the first `len` bytes of a file.
+    ///
+    /// # Errors
+    /// As mmap(2).
     pub(crate) fn shared(file: std::os::fd::BorrowedFd<'_>, len: usize) -> io::Result<Mapping> {
         Mapping::map(len, libc::MAP_SHARED, std::os::fd::AsRawFd::as_raw_fd(&file))
     }
@@ -33,7 +39,7 @@ impl Mapping {
         Ok(Mapping { start, len })
     }
 
-    /// `len` bytes from `offset` on. They are mapped as long as this lives.
+    /// The address of `len` bytes at `offset`. They are mapped as long as this object lives.
     pub(crate) fn at(&self, offset: usize, len: usize) -> NonNull<u8> {
         assert!(offset <= self.len && len <= self.len - offset, "{offset} + {len} of {}", self.len);
         // SAFETY: inside the mapping.
@@ -43,12 +49,12 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the mapping made in `map`; nothing refers to it any more.
+        // SAFETY: `map` has made this mapping, and nothing refers to it any more.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
     }
 }
 
-// SAFETY: the mapping belongs to the process, not to a thread; who accesses it answers for how.
+// SAFETY: the mapping belongs to the process, not to a thread. Each access has its own proof.
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}

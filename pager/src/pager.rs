@@ -1,4 +1,4 @@
-//! A running pager, and its end.
+//! A running pager.
 
 use std::io;
 use std::ops::Range;
@@ -7,67 +7,69 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use crate::background::populate::population::Population;
+use crate::background::prefetch_progress::Prefetch;
 use crate::builder::PagerBuilder;
 use crate::failure::Failure;
-use crate::page_state::PageState;
-use crate::populate::Population;
-use crate::prefetch::Prefetch;
+use crate::fault::slice::Slice;
+use crate::install::page_state::PageState;
 use crate::recording::Recording;
-use crate::slice::{Shared, Slice};
-use crate::source::PageSource;
+use crate::shared_state::Shared;
+use crate::source::page_source::PageSource;
 use crate::stats::{RegionStats, Stats};
 
-/// A running fault service. See the crate's documentation for an example.
+/// A running pager. The documentation of the crate has an example.
 #[derive(Debug)]
 pub struct Pager {
     pub(crate) shared: Arc<Shared>,
     pub(crate) threads: Vec<JoinHandle<()>>,
-    /// That of the prefetch.
+    /// The thread of the prefetch.
     pub(crate) workers: Vec<JoinHandle<()>>,
-    /// Dropped to stop the threads: they poll the other end.
+    /// Dropping it stops the threads, which poll the other end.
     pub(crate) stop: Option<io::PipeWriter>,
 }
 
 impl Pager {
-    /// A pager that takes pages from `source`, to be given regions and started.
+    /// Options for a pager that loads pages from `source`.
     pub fn builder(source: Arc<dyn PageSource>) -> PagerBuilder {
         PagerBuilder::new(source)
     }
 
-    /// A pager that records which pages of the recording's memory are touched, to be started. It is
-    /// [`PagerBuilder::backed`], with what that means for memory that is given back, prefetch and population. Wants Linux 5.19.
+    /// Options for a pager that records which pages of the memory of `recording` are touched. It is
+    /// [`PagerBuilder::backed`], with the same limits for memory that is given back, prefetch and population. This
+    /// requires Linux 5.19.
     pub fn recording(recording: &Recording) -> PagerBuilder {
         let mut builder = Pager::builder(recording.source());
-        builder.one_by_one = true;
+        builder.fault_around_off = true;
         builder.regions(recording.regions().iter().cloned()).backed()
     }
 
-    /// What it has done so far.
+    /// The statistics so far.
     pub fn stats(&self) -> Stats {
         self.shared.stats()
     }
 
-    /// The same for each region, by address. Looks at the state of each page: a millisecond for each 4 GiB.
+    /// The statistics of each region, sorted by address. Reads the state of each page: 1 ms for each 4 GiB.
     pub fn region_stats(&self) -> Vec<RegionStats> {
         self.shared.region_stats()
     }
 
-    /// Page-fault messages answered so far: cheaper than [`Pager::stats`], for those who look often.
+    /// The number of page-fault messages answered so far. This is cheaper than [`Pager::stats`].
     pub fn faults(&self) -> u64 {
         self.shared.slices.iter().map(|slice| slice.counters.faults()).sum()
     }
 
-    /// The parts of the source, by offset and ascending, whose pages are not missing any more: they
-    /// were installed, removed or poisoned. All other memory was never touched and is as in the source.
+    /// The parts of the source, as ascending ranges of offsets in bytes, whose pages are not missing any more: they were
+    /// installed, removed or poisoned. All other memory was never touched and is as in the source.
     ///
-    /// It holds every page that a thread has got past before the call. While other threads go on
-    /// touching memory it is soon out of date. After a population that is [`Population::Complete`] it is all
-    /// of the source: nobody sees any more what is touched.
+    /// The result includes every page that a thread has accessed before the call. While other threads touch memory, it is
+    /// soon out of date. After the population is [`Population::Complete`], it is the whole source, because the pager does
+    /// not see any more which pages are touched.
     pub fn touched(&self) -> Vec<Range<u64>> {
         let Shared { layout, states, slices, .. } = &*self.shared;
-        // A page is usable a moment before its state says so. Both happen under the gate of its slice:
-        // once each gate was free, the states of all pages that were usable before are set.
-        slices.iter().for_each(|slice| drop(slice.gate.background()));
+        // A page is usable a moment before its state says so, while the slice lock is held. After each lock was taken
+        // once, the states of all pages that were usable before are set.
+        slices.iter().for_each(|slice| drop(slice.lock.for_background()));
         let mut touched: Vec<Range<u64>> = Vec::new();
         let released = slices.iter().any(Slice::is_released);
         for (first_page, source) in layout.by_source() {
@@ -85,19 +87,18 @@ impl Pager {
         touched
     }
 
-    /// How far the background population has come.
+    /// The progress of the background population.
     pub fn population(&self) -> Population {
         self.shared.population.state()
     }
 
-    /// Waits until the background population has ended, or for `timeout`, and answers how far it has come.
-    /// Once it is [`Population::Complete`] the pager may be stopped while the guest goes on, and the source is
-    /// not read any more.
+    /// Waits until the background population has ended, or for `timeout`. Returns its progress. After it is
+    /// [`Population::Complete`], the source is not read any more, and the pager may be stopped while the guest runs.
     pub fn wait_complete(&self, timeout: Duration) -> Population {
         self.shared.population.wait(timeout)
     }
 
-    /// Waits until the prefetch has ended, or for `timeout`, and answers how far it has come.
+    /// Waits until the prefetch has ended, or for `timeout`. Returns its progress.
     pub fn wait_prefetched(&self, timeout: Duration) -> Prefetch {
         self.shared.prefetch.wait(timeout)
     }
@@ -107,12 +108,12 @@ impl Pager {
         self.shared.failures.first()
     }
 
-    /// Ends the service and answers the final figures. The threads have ended when it returns; one that
-    /// is in the middle of loading a page ends after it.
+    /// Stops the pager and returns the final statistics. All threads have ended when this returns. A thread that is
+    /// loading a page ends after that.
     ///
-    /// **Call it only when nothing can touch a missing page any more**: vCPUs have ended, or
-    /// `stats().pages.missing` is 0, or the population is [`Population::Complete`]. It closes the userfaultfds, and from then on the kernel gives
-    /// ZEROS for pages that were never loaded. Dropping the pager is the same as stopping it.
+    /// **Call this only when nothing can touch a missing page any more**: the vCPUs have ended, or
+    /// `stats().pages.missing` is 0, or the population is [`Population::Complete`]. It closes the userfaultfds. From then
+    /// on, pages that were never loaded read as ZEROS. Dropping the pager is the same as stopping it.
     pub fn stop(mut self) -> Stats {
         self.end();
         self.shared.stats()
@@ -125,13 +126,13 @@ impl Pager {
 
     fn end(&mut self) {
         self.shared.stopping.store(true, Ordering::SeqCst);
-        // First: demand threads that stand back might be kept from ending.
-        self.shared.watch.stop(&self.shared.slices);
+        // First, because demand threads with lowered priority might not get CPU time to end.
+        self.shared.watchdog.stop(self.shared.slices.iter().map(|slice| &slice.priority));
         drop(self.stop.take());
         self.workers.iter().for_each(|worker| worker.thread().unpark());
         self.shared.population.stop();
         for thread in self.threads.drain(..).chain(self.workers.drain(..)) {
-            // Its panics are caught and reported inside.
+            // The thread catches and reports its panics.
             let _ = thread.join();
         }
     }

@@ -1,16 +1,16 @@
-//! Recording: which pages are touched, and how soon.
+//! Records which pages are touched, and when.
 //!
-//! A fault brings a whole chunk, so faults tell which chunks are touched; which of their pages, only the page tables
-//! do. Memory that is recorded is a private mapping of a file in memory (a memfd). What is loaded is put into that file ([`FilledFile`]) and not
-//! mapped: the thread that waits tries again and maps its page, and the other pages of the chunk are mapped by the kernel when they
-//! are touched, without asking anybody. So a page that was touched is one that is mapped, which
-//! `/proc/self/pagemap` tells of any number of pages at once, and touching costs what it costs without recording, but for a
-//! short fault in the kernel for each page. (A fault for each touched page, to the pager, costs ten times that.)
+//! A fault loads a whole chunk, so that faults tell which chunks are touched. Only the page tables tell which pages are. So
+//! recorded memory is a private mapping of a file in memory (memfd). Loaded pages are added to that file ([`FilledFile`])
+//! and not mapped. The faulting thread tries again and maps its page. The kernel maps the other pages of the chunk when
+//! they are touched, without the pager. So the mapped pages are the touched pages, and `/proc/self/pagemap` tells that for
+//! many pages in one read. Each touched page costs a short fault in the kernel. (A fault to the pager for each page costs
+//! ten times as much.)
 //!
-//! The kernel maps up to 16 pages around a read fault that it finds in the file. It does not where the memory is also registered for
-//! write protection, which is what [`Pager::recording`](crate::Pager::recording) does; no page is ever protected.
+//! At a read fault the kernel maps up to 16 pages around it that are in the file. It does not do that in memory that is
+//! registered for write protection. [`Pager::recording`](crate::Pager::recording) registers it so; no page is protected.
 //!
-//! Zero pages are filled in by the pager, 64 KiB at a time, and all of these count as touched.
+//! The pager fills in zero pages, 64 KiB together. All of these count as touched.
 
 use std::fs::File;
 use std::io;
@@ -18,23 +18,25 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::answer::ZERO_FILL_BYTES;
-use crate::filled_file::FilledFile;
+use crate::fault::resolver::ZERO_FILL_BYTES;
+use crate::install::filled_file::FilledFile;
+use crate::install::runs::Run;
 use crate::region::Region;
-use crate::run::Run;
-use crate::source::{Load, LoadedPage, LoadedPages, PageReader, PageSource, SourceError};
+use crate::source::error::SourceError;
+use crate::source::load::{Load, LoadedPage, LoadedPages, PageReader};
+use crate::source::page_source::PageSource;
 
 const PAGE_BYTES: u64 = 4096;
-/// Pages that are looked up in the page tables at once: 64 KiB of `pagemap`.
+/// The number of pages that are looked up in the page tables in one read: 64 KiB of `pagemap`.
 const PIECE_PAGES: usize = 8192;
-/// In `pagemap`: the page is mapped, or swapped out (Documentation/admin-guide/mm/pagemap.rst).
+/// The bits of `pagemap` for a page that is mapped or swapped out (Documentation/admin-guide/mm/pagemap.rst).
 const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
 
 /// A record of touched pages: see [`Pager::recording`](crate::Pager::recording).
 pub struct Recording {
     shared: Arc<Shared>,
     pagemap: File,
-    /// Which pages of the log were found touched, after how many marks.
+    /// Which pages of the log were found touched, and at which mark.
     marks: Mutex<Marks>,
 }
 
@@ -46,31 +48,31 @@ struct Shared {
     log: Mutex<Log>,
 }
 
-/// The pages that were loaded, by number, in the order of loading; of a chunk first the one that was asked for.
+/// The numbers of the loaded pages, in the order of loading. In each chunk, the requested page comes first.
 struct Log {
     pages: Vec<u32>,
-    /// A bit a page: it is in the log.
+    /// One bit for each page: whether it is in the log.
     known: Vec<u64>,
 }
 
 #[derive(Default)]
 struct Marks {
     count: u32,
-    /// How many pages of the log were looked at.
+    /// The number of pages of the log that were checked.
     known: usize,
-    /// Those of them that were not found yet, by region and number, each with its place in the log.
+    /// For each region, the checked pages that are not touched yet, sorted by number, with their index in the log.
     pending: Vec<Vec<(u32, usize)>>,
-    /// Those that were: by which mark, and their place in the log.
+    /// The touched pages: the mark that has found them, and their index in the log.
     found: Vec<(u32, usize)>,
 }
 
 impl Recording {
-    /// A record of what is touched of the memory of `regions`, each a private mapping of `file` in which the source offset is
-    /// the file's. The file is as long as the source, and nothing but holes.
+    /// A recording for the memory of `regions`. Each must be a private mapping of `file` at its source offset. The file must
+    /// be as long as the source, and have only holes.
     ///
     /// # Errors
-    /// When `/proc/self/pagemap` cannot be opened, the source has 16 TiB or more or no whole pages, or there is no userfaultfd for files in
-    /// memory.
+    /// If `/proc/self/pagemap` cannot be opened, the source has 16 TiB or more or is not whole pages, or no userfaultfd for
+    /// files in memory can be opened.
     pub fn new(
         source: Arc<dyn PageSource>,
         file: File,
@@ -81,7 +83,7 @@ impl Recording {
             return Err(io::Error::other("a source of 16 TiB or more"));
         }
         let file = FilledFile::new(file.as_fd(), source.len_bytes()).map_err(io::Error::other)?;
-        // Both are memory that the kernel provides when it is used: a fault allocates nothing.
+        // The kernel provides both buffers when they are written, so that a fault allocates nothing.
         let log = Log {
             pages: Vec::with_capacity(pages as usize),
             known: vec![0; pages.div_ceil(64) as usize],
@@ -93,7 +95,7 @@ impl Recording {
         })
     }
 
-    /// The source that the pager is to be given.
+    /// The source for the pager.
     pub(crate) fn source(&self) -> Arc<dyn PageSource> {
         Arc::new(RecordedSource(Arc::clone(&self.shared)))
     }
@@ -102,11 +104,11 @@ impl Recording {
         &self.shared.regions
     }
 
-    /// What was touched since the last mark, or the start, belongs together. Costs some microseconds for each 32 MiB
-    /// in which there are loaded pages that were not found touched yet, on the calling thread.
+    /// Sets a mark: finds the pages that were touched since the last mark or the start. This takes some microseconds for each
+    /// 32 MiB with loaded pages that are not touched yet.
     ///
     /// # Errors
-    /// When `/proc/self/pagemap` cannot be read. What is recorded is of no use then.
+    /// If `/proc/self/pagemap` cannot be read. Then the recording is unusable.
     pub fn mark(&self) -> io::Result<()> {
         let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
         let Marks { count, known, pending, found } = &mut *marks;
@@ -118,7 +120,7 @@ impl Recording {
             let end = first + region.len_bytes() / PAGE_BYTES;
             let of_region = loaded.iter().copied().zip(*known..);
             pending.extend(of_region.filter(|(page, _)| (first..end).contains(&u64::from(*page))));
-            // All but what is new is in order.
+            // Only the new pages are out of order.
             pending.sort();
             let piece_of = |page: u32| (u64::from(page) - first) / PIECE_PAGES as u64;
             let found_before = found.len();
@@ -135,7 +137,7 @@ impl Recording {
                     }
                 }
             }
-            // In the same order.
+            // Both lists have the same order.
             let mut now = found[found_before..].iter().map(|(_, at)| *at).peekable();
             pending.retain(|(_, at)| now.next_if_eq(at).is_none());
         }
@@ -144,8 +146,8 @@ impl Recording {
         Ok(())
     }
 
-    /// The pages that were found touched, by source offset, each with how many marks there were before the one that found it:
-    /// in the order of the marks, and of the same mark in the order in which they were loaded.
+    /// The touched pages: their source offsets in bytes, each with the number of marks before the one that has found it.
+    /// They are sorted by mark and, for the same mark, in the order of loading.
     pub fn touched(&self) -> Vec<(u64, u32)> {
         let marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
         let log = self.shared.log();
@@ -166,7 +168,7 @@ impl Shared {
         self.log.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes the zero pages that the pager fills in for a fault.
+    /// Records the zero pages that the pager fills in for a fault.
     fn zero(&self, asked: u64, range: &std::ops::Range<u64>) {
         let mut log = self.log();
         log.note(asked);
@@ -174,7 +176,7 @@ impl Shared {
             asked.checked_sub(region.source_offset()).is_some_and(|at| at < region.len_bytes())
         });
         let Some(region) = region else { return };
-        // The block is one of addresses.
+        // The block is aligned by address, not by source offset.
         let start = region.source_offset();
         let host_addr = region.host_addr() + (asked - start);
         let before = (host_addr % ZERO_FILL_BYTES).min(asked - start.max(range.start.min(asked)));
@@ -183,7 +185,7 @@ impl Shared {
         (asked - before..end).step_by(PAGE_BYTES as usize).for_each(|offset| log.note(offset));
     }
 
-    /// Puts into the file what is not there yet.
+    /// Adds pages that are not in the file, and records them.
     fn store(
         &self,
         asked: u64,

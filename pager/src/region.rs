@@ -1,4 +1,4 @@
-//! A region: a stretch of memory to be paged. Making one of this process' memory is the unsafe step.
+//! A region: a range of memory to be paged. Making one from memory of this process is the unsafe step.
 #![allow(unsafe_code)]
 
 use std::any::Any;
@@ -7,16 +7,17 @@ use std::sync::Arc;
 
 /// Memory to be filled from `source_offset..source_offset + len_bytes` of the source.
 ///
-/// Any kind that userfaultfd takes for missing faults: anonymous memory, memfd (shared or private), hugetlbfs.
+/// The memory may be of any kind that userfaultfd supports for missing faults: anonymous memory, memfd (shared or
+/// private), hugetlbfs.
 #[derive(Clone)]
 pub struct Region {
     host_addr: u64,
     len_bytes: u64,
     page_bytes: usize,
     source_offset: u64,
-    /// Whatever must live for the mapping to stay: dropped after the userfaultfd is closed.
+    /// The owner of the mapping. It is dropped after the userfaultfd is closed.
     owner: Option<Arc<dyn Any + Send + Sync>>,
-    /// It is memory of another process.
+    /// The memory belongs to another process.
     foreign: bool,
 }
 
@@ -27,50 +28,49 @@ pub enum RegionError {
     /// The page size is not a power of two of at least 4096.
     #[error("page size {page_bytes} is not a power of two of at least 4096")]
     PageSize {
-        /// As given.
+        /// The given value.
         page_bytes: usize,
     },
     /// An address, length or offset is not a multiple of the page size.
     #[error("{what} {value:#x} is not a multiple of the page size {page_bytes:#x}")]
     Misaligned {
-        /// Which of them.
+        /// Which value.
         what: &'static str,
-        /// As given.
+        /// The given value.
         value: u64,
-        /// As given.
+        /// The given value.
         page_bytes: usize,
     },
     /// The region is empty.
     #[error("the region at {host_addr:#x} is empty")]
     Empty {
-        /// As given.
+        /// The given value.
         host_addr: u64,
     },
     /// The addresses or the offsets wrap around.
     #[error("{what} {value:#x} + {len_bytes:#x} is beyond 64 bits")]
     Overflow {
-        /// Which of them.
+        /// Which value.
         what: &'static str,
-        /// As given.
+        /// The given value.
         value: u64,
-        /// As given.
+        /// The given value.
         len_bytes: u64,
     },
 }
 
 impl Region {
-    /// The `len_bytes` at `host_addr`, in pages of `page_bytes` (that of the mapping: 4096, or the huge
-    /// page size for hugetlbfs), with the content that the source has at `source_offset`.
+    /// The `len_bytes` bytes at `host_addr`, in pages of `page_bytes` bytes. That is the page size of the mapping: 4096, or
+    /// the huge page size for hugetlbfs. The content is that of the source at `source_offset`, in bytes.
     ///
     /// # Errors
-    /// [`RegionError`]: all four are whole pages, not empty, and don't wrap around.
+    /// [`RegionError`] if the region is empty, is not whole pages, or wraps around.
     ///
     /// # Safety
     /// From the start of the pager until it has stopped:
-    /// - the range is mapped in this process, readable and writable, and the caller may decide about
-    ///   its content;
-    /// - no Rust reference or slice points into it: access is by volatile or atomic operations on raw
-    ///   pointers, by system calls, or by a guest. (A page's content appears behind the compiler's back.)
+    /// - the range is mapped in this process, readable and writable, and the caller may decide about its content;
+    /// - no Rust reference or slice points into it. Access is by volatile or atomic operations on raw pointers, by system
+    ///   calls, or by a guest, because the content of a page appears without the knowledge of the compiler.
     pub unsafe fn new(
         host_addr: u64,
         len_bytes: u64,
@@ -80,8 +80,8 @@ impl Region {
         Region::checked(host_addr, len_bytes, page_bytes, source_offset, false)
     }
 
-    /// The same of another process: `host_addr` is an address there. For [`crate::PagerBuilder::foreign`];
-    /// safe, because a pager of this process' memory does not take it.
+    /// A region of another process, for [`crate::PagerBuilder::foreign`]. `host_addr` is an address in that process. This is
+    /// safe, because a pager for memory of this process does not accept it.
     ///
     /// # Errors
     /// As [`Region::new`].
@@ -122,21 +122,20 @@ impl Region {
         Ok(Region { host_addr, len_bytes, page_bytes, source_offset, owner: None, foreign })
     }
 
-    /// Keeps `owner` (of the mapping) alive until the pager has closed its userfaultfds.
+    /// Keeps the owner of the mapping alive until the pager has closed its userfaultfds.
     #[must_use]
     pub fn keeping(mut self, owner: Arc<dyn Any + Send + Sync>) -> Region {
         self.owner = Some(owner);
         self
     }
 
-    /// The regions of a guest memory, in pages of 4096 bytes; each keeps the memory alive.
-    /// `source_offset` says, for the guest physical address of each region's start, where in the source
-    /// its content begins.
+    /// The regions of a guest memory, in pages of 4096 bytes. Each keeps the memory alive. `source_offset` gets the guest
+    /// physical address of the start of each region, and returns the source offset of its content in bytes.
     ///
-    /// Safe, because vm-memory gives only volatile access to the memory that it maps.
+    /// This is safe, because vm-memory gives only volatile access to the memory that it maps.
     ///
     /// # Errors
-    /// [`RegionError`], for a region or an offset that is not whole pages.
+    /// [`RegionError`] if a region or an offset is not whole pages.
     #[cfg(feature = "vm-memory")]
     pub fn of_guest_memory<B>(
         memory: &Arc<vm_memory::GuestMemoryMmap<B>>,
@@ -151,8 +150,8 @@ impl Region {
             .iter()
             .map(|mapped| {
                 let offset = source_offset(mapped.start_addr());
-                // SAFETY: the mapping is this region's own and lives as long as `memory`, which the
-                // region keeps; vm-memory makes no reference into it, only volatile accesses.
+                // SAFETY: the mapping belongs to `mapped` and lives as long as `memory`, which the region keeps alive.
+                // vm-memory makes no reference into it, only volatile accesses.
                 let region =
                     unsafe { Region::new(mapped.as_ptr() as u64, mapped.len(), 4096, offset) }?;
                 Ok(region.keeping(Arc::clone(memory) as Arc<dyn Any + Send + Sync>))
@@ -160,27 +159,27 @@ impl Region {
             .collect()
     }
 
-    /// First byte, as an address of this process.
+    /// The address of the first byte, in the process that owns the memory.
     pub fn host_addr(&self) -> u64 {
         self.host_addr
     }
 
-    /// Length in bytes.
+    /// The length in bytes.
     pub fn len_bytes(&self) -> u64 {
         self.len_bytes
     }
 
-    /// Size of its pages in bytes.
+    /// The page size in bytes.
     pub fn page_bytes(&self) -> usize {
         self.page_bytes
     }
 
-    /// Whether it is memory of another process.
+    /// Whether the memory belongs to another process.
     pub fn is_foreign(&self) -> bool {
         self.foreign
     }
 
-    /// Where its content begins in the source.
+    /// The source offset of its content, in bytes.
     pub fn source_offset(&self) -> u64 {
         self.source_offset
     }

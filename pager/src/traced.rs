@@ -1,6 +1,6 @@
-//! Spans of the crate `tracing`, where the feature of that name is on; without it nothing is compiled in.
+//! Spans of the crate `tracing`. Without the feature of that name, no code is generated.
 
-/// Does the work within a span of that name, which knows the page's offset in the source.
+/// Does the work in a span of this name, with the source offset of the page.
 macro_rules! traced {
     ($name:literal, $source_offset:expr, $work:expr) => {{
         #[cfg(feature = "tracing")]

@@ -1,4 +1,4 @@
-//! Everything at once, at random: faults, writes, removals, population, errors of the source, stops and starts.
+//! Random combinations: faults, writes, removals, population, errors of the source, stops and starts.
 //! Every page that is read is checked by its content.
 //!
 //!     SNAP_CHAOS_SECONDS=600 SNAP_CHAOS_SEED=7 cargo test -p pager --release --test chaos -- --nocapture
@@ -19,7 +19,7 @@ use support::{
 
 const PAGES: usize = 1536;
 const THREADS: usize = 4;
-/// After so many pagers this process has all that it keeps, but for what its allocator may add.
+/// After this number of pagers, the memory of this process grows no more, except for its allocator.
 const WARM: u64 = 8;
 const KEPT_KIB: u64 = 4096;
 
@@ -27,7 +27,7 @@ fn open_files() -> usize {
     std::fs::read_dir("/proc/self/fd").expect("proc").count()
 }
 
-/// What a page of the source is: most are stamped, some zero, some lost.
+/// The kind of a page of the source: most are stamped, some are zero, some are lost.
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
     Stamped,
@@ -55,7 +55,7 @@ fn source(with_lost: bool, seed: u64) -> Arc<dyn pager::PageSource> {
             Kind::Lost => return Err(SourceError::permanent("injected")),
             Kind::Zero => answer.zero(offset..offset + PAGE as u64),
             Kind::Stamped => {
-                // Its block, and some from far away.
+                // The block of the page, and some pages from far away.
                 let block = page - page % 16;
                 let around =
                     (block..block + 16).chain((0..6).map(|i| (page * 7 + i * 211) % PAGES));
@@ -69,19 +69,19 @@ fn source(with_lost: bool, seed: u64) -> Arc<dyn pager::PageSource> {
     })
 }
 
-/// What a thread knows of a page that only it writes to or removes.
+/// What a thread expects of a page that only this thread writes to or removes.
 #[derive(Clone, Copy)]
 struct Known {
     word: u64,
     byte: u8,
 }
 
-/// Works on every `THREADS`th page until the deadline; answers how many pages it has checked.
+/// Works on every `THREADS`th page until the deadline. Returns how many pages it has checked.
 fn work(memory: &Memory, own: usize, with_lost: bool, seed: u64, until: Instant) -> u64 {
     let mut random = Random::new(seed);
     let mut known: Vec<Option<Known>> = vec![None; PAGES];
     let mut checked = 0;
-    // Calm ones leave the population something to do.
+    // A calm thread leaves pages for the population.
     let calm = seed.is_multiple_of(2);
     while Instant::now() < until {
         if calm {
@@ -119,7 +119,7 @@ fn work(memory: &Memory, own: usize, with_lost: bool, seed: u64, until: Instant)
             }
         }
     }
-    // At the end all that can be had, once more.
+    // At the end, all pages that can be loaded are checked once more.
     for page in (own..PAGES).step_by(THREADS) {
         let source = kind(page, with_lost);
         if source == Kind::Lost && known[page].is_none() {
@@ -154,7 +154,7 @@ fn chaos() {
         let placement = [Placement::Follow, Placement::None, Placement::Spin][random.below(3)];
         let retry =
             RetryPolicy { first_pause: Duration::from_micros(100), ..RetryPolicy::default() };
-        // In two regions, in the other order in the source when a coin says so.
+        // Two regions, at random in the other order in the source.
         let half = PAGES / 2;
         let pager = Pager::builder(source(with_lost, random.next() % 50))
             .region(memory.region(0, half, 0))

@@ -1,4 +1,4 @@
-//! Everything at once, at random, with processes: servers that are killed and come back, guests with memory of their own
+//! Random combinations with processes: servers that are killed and come back, guests with memory of their own
 //! and clones that share, which read, write, remove and are killed, errors of the source; and one keeper that outlives them all.
 //! Every page that is read is checked by its content.
 //!
@@ -21,10 +21,10 @@ use vmm::Vmm;
 
 const PAGES: usize = 1024;
 const GUESTS: usize = 4;
-/// Between two calm moments, of this process, which has the keeper.
+/// The allowed growth of this process, which has the keeper, between two calm moments.
 const KEPT_KIB: u64 = 4096;
 type Step = fn(&mut Chaos);
-/// What is done, each as often as it is named, once there are guests enough.
+/// The actions, each as often as it is listed, after there are enough guests.
 const STEPS: [(&str, Step); 10] = [
     ("the server is killed", Chaos::kill_server),
     ("the server is killed", Chaos::kill_server),
@@ -92,9 +92,9 @@ struct Chaos {
     server: Daemon,
     guests: Vec<Vmm>,
     counts: Counts,
-    /// Descriptors of a server without guests: before and after it has made a file to share.
+    /// The descriptors of a server without guests: before and after it has created a file to share.
     server_files: [usize; 2],
-    /// Descriptors and memory of this process in the first calm moment.
+    /// The descriptors and the memory of this process in the first calm moment.
     own: Option<(usize, u64)>,
     steps: Sender<&'static str>,
 }
@@ -119,7 +119,7 @@ impl Chaos {
         chaos.add_guest("share");
         drop(chaos.guests.pop());
         chaos.server.expect("Ended");
-        // The file, and a userfaultfd.
+        // The shared file, and its userfaultfd.
         chaos.server_files[1] = before + 2;
         chaos.until_nothing_is_left();
         chaos
@@ -193,7 +193,7 @@ impl Chaos {
         assert_eq!(self.next_server(), self.guests.len());
     }
 
-    /// Of a clone that is just asking: either the next server goes on with it, or it is told that nobody does.
+    /// For a clone in its handshake: either the next server takes it over, or it is told that no server does.
     fn kill_server_in_a_handshake(&mut self) {
         let mut guest = Vmm::start(&daemon::socket(self.folder.path()));
         guest.say(&format!("share {PAGES}"));
@@ -205,7 +205,7 @@ impl Chaos {
         }
     }
 
-    /// Kills the server, starts another one, and answers how many guests that one goes on with.
+    /// Kills the server and starts another one. Returns how many guests that one takes over.
     fn next_server(&mut self) -> usize {
         self.server.end();
         self.keeping.expect("Lost");
@@ -219,14 +219,14 @@ impl Chaos {
         guests
     }
 
-    /// Lets a guest look at all of its pages, and end.
+    /// Lets a guest check all of its pages, and end.
     fn check(&mut self, mut guest: Vmm) {
         let found = guest.ask("calm").expect("it lives");
         let checked = found.strip_prefix("ok ").and_then(|pages| pages.parse::<u64>().ok());
         self.counts.pages_checked += checked.expect(&found);
     }
 
-    /// No guests: nothing of them is left, in the server and in the keeper.
+    /// After all guests have ended, the server and the keeper hold nothing of them.
     fn calm(&mut self) {
         self.begin("a calm moment");
         for guest in std::mem::take(&mut self.guests) {
@@ -237,7 +237,7 @@ impl Chaos {
         self.counts.calm_moments += 1;
     }
 
-    /// Descriptors are closed a moment after the word.
+    /// Descriptors are closed a moment after the event.
     fn until_nothing_is_left(&mut self) {
         let (own_files, own_kib) =
             *self.own.get_or_insert_with(|| (files(std::process::id()), rss_kib()));

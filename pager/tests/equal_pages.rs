@@ -1,4 +1,4 @@
-//! Pages that are equal are stored once, and read once however many of them are touched.
+//! Equal pages are stored once, and read once, however many of them are touched.
 #![allow(missing_docs)]
 
 #[path = "support/snapshot.rs"]
@@ -9,7 +9,7 @@ use pager::{Load, PageReader, PageSource, SnapshotSource};
 use snapfmt::Codec;
 use support::PAGE;
 
-/// What a load brings: numbers of pages in order, and the bytes read for it.
+/// The result of a load: the numbers of its pages in order, and the bytes read.
 fn load(reader: &mut dyn PageReader, page: usize, content: &[u8]) -> (Vec<usize>, u64) {
     match reader.load((page * PAGE) as u64).expect("it can be had") {
         Load::Pages(loaded) => {
@@ -29,7 +29,7 @@ fn load(reader: &mut dyn PageReader, page: usize, content: &[u8]) -> (Vec<usize>
 
 #[test]
 fn the_chunk_of_equal_pages_is_read_once() {
-    // 16 pages of their own, and 48 that are equal to the fourth or the fifth.
+    // 16 different pages, and 48 that are equal to the fourth or the fifth of them.
     let page = |number: usize| vec![number as u8 + 1; PAGE];
     let content: Vec<u8> = (0..64)
         .flat_map(|number| page(if number < 16 { number } else { 3 + number % 2 }))
@@ -42,14 +42,14 @@ fn the_chunk_of_equal_pages_is_read_once() {
         let (pages, read) = load(&mut *reader, 20, &content);
         assert_eq!(pages, [&own[..], &[20]].concat());
         assert!(read > 0);
-        // That one is known now, wherever it is wanted; not yet the other.
+        // The first shared page is kept now. The other one is not yet.
         let even: Vec<usize> = (32..48).step_by(2).collect();
         assert_eq!(load(&mut *reader, 40, &content), (even, 0));
         let (pages, read) = load(&mut *reader, 41, &content);
         assert_eq!(pages, [&own[..], &[41]].concat());
         assert!(read > 0);
         assert_eq!(load(&mut *reader, 63, &content), ((48..64).collect(), 0));
-        // What has a place of its own is still loaded with its chunk.
+        // A page that is stored itself is still loaded with its chunk.
         assert_eq!(load(&mut *reader, 7, &content).0, own);
     }
 }

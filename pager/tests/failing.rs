@@ -1,4 +1,4 @@
-//! When a page cannot be had, the access fails: no zeros, no hang.
+//! If a page cannot be loaded, the access fails: no zeros, no hang.
 #![allow(missing_docs)]
 
 mod support;
@@ -41,7 +41,7 @@ fn a_page_that_cannot_be_read_is_an_error_and_the_others_are_served() {
     for page in [33, 35, 33] {
         let error = memory.read_by_syscall(page).expect_err("the page cannot be had");
         assert_eq!(error.raw_os_error(), Some(libc::EFAULT));
-        // The callback came before.
+        // The callback was called before.
         let expected = (Some(33 * PAGE as u64), Some("page 33: wrong checksum".to_owned()));
         assert_eq!(*failures.lock().expect("not poisoned"), [expected]);
     }
@@ -51,8 +51,8 @@ fn a_page_that_cannot_be_read_is_an_error_and_the_others_are_served() {
     assert_eq!(pager.stop().pages.poisoned, 2);
 }
 
-/// Two threads waited for one page that failed: the second one's message found the page poisoned
-/// already, and so it was booked as present, and as brought by somebody else.
+/// Two threads waited for one page that failed. The message of the second thread found the page already
+/// poisoned, and so it was recorded as present, and as installed by another thread.
 #[test]
 fn a_page_poisoned_for_two_stays_poisoned() {
     if !userfaultfd_works("a_page_poisoned_for_two_stays_poisoned") {
@@ -66,7 +66,7 @@ fn a_page_poisoned_for_two_stays_poisoned() {
         move |offset, answer| match offset as usize / PAGE {
             5 => Err(SourceError::permanent("lost")),
             page => {
-                // While page 1 is slow, both messages for page 5 come into line.
+                // While page 1 is slow, both messages for page 5 are queued.
                 if page == 1 {
                     page_1_asked.send(()).expect("the test waits for it");
                     waiting.iter().for_each(wait_until_asleep);
@@ -91,14 +91,14 @@ fn a_page_poisoned_for_two_stays_poisoned() {
     let touchers = [first, touch(5, Some(0)), touch(5, Some(1))];
     let read = touchers.map(|toucher| toucher.join().expect("it does not hang"));
     assert_eq!(read, [true, false, false]);
-    // Served in turn: when this page is there, both messages have been answered.
+    // Faults are answered in order: when this page is present, both messages are answered.
     assert_eq!(memory.read_u64(2 * PAGE), stamp(2));
     let stats = pager.stop();
     assert_eq!((stats.pages.present, stats.pages.poisoned), (2, 1));
     assert_eq!((stats.spurious_faults, stats.installed.existing), (1, 0));
 }
 
-/// Waits until the thread whose id comes to be in `tid` sleeps in the kernel.
+/// Waits until `tid` has the id of a thread, and that thread sleeps in the kernel.
 fn wait_until_asleep(tid: &AtomicI32) {
     let asleep = || {
         let stat =
@@ -123,10 +123,10 @@ fn answers_that_make_no_sense_are_failures() {
         match offset as usize / PAGE {
             1 => answer.push(2),        // Another page.
             3 => {}                     // None.
-            4 => answer.push_beyond(4), // Not in the buffer.
+            4 => answer.push_beyond(4), // Beyond the buffer.
             page => {
                 answer.push(page);
-                answer.push(1 << 40); // One that no region has: left out.
+                answer.push(1 << 40); // A page of no region is left out.
             }
         }
         Ok(())
@@ -172,7 +172,7 @@ fn transient_errors_are_tried_again_and_not_for_ever() {
     assert_eq!(pager.stop().source_retries, 7);
 }
 
-/// The thread that panics has a fault in its hands and others in line; later ones come as well.
+/// The thread panics while it answers a fault and others are queued. Later faults arrive, too.
 #[test]
 fn a_panic_fails_all_missing_pages_and_keeps_the_present_ones() {
     if !userfaultfd_works("a_panic_fails_all_missing_pages_and_keeps_the_present_ones") {
@@ -248,7 +248,7 @@ fn a_callback_that_panics_hurts_nobody() {
 #[test]
 fn a_source_without_readers_is_an_error_of_the_start() {
     let memory = Memory::map(8 * PAGE);
-    // Chunks of half a page.
+    // The chunks have half a page.
     let source = Arc::new(VecSource::new(stamped(8), PAGE / 2));
     match Pager::builder(source).region(memory.whole()).start() {
         Err(StartError::Source(error)) => assert!(error.to_string().contains("2048"), "{error}"),
@@ -277,8 +277,7 @@ fn under_kill_the_process_ends_with_a_word() {
     assert!(words.contains("source offset 0x3000") && words.contains("wrong checksum"), "{words}");
 }
 
-/// The last words went to a pipe that nobody read any more: printing them panicked, and the process stayed,
-/// with a guest that waited for ever.
+/// The message went to a closed pipe: printing it panicked, and the process stayed, with a guest that waited forever.
 #[test]
 fn under_kill_the_process_ends_also_when_nobody_listens() {
     let name = "under_kill_the_process_ends_also_when_nobody_listens";
@@ -286,7 +285,7 @@ fn under_kill_the_process_ends_also_when_nobody_listens() {
         return;
     }
     if std::env::var_os(CHILD).is_some() {
-        // By the time of the failure the parent has closed the other end.
+        // The parent has closed the other end before the failure.
         std::io::stdin().read_line(&mut String::new()).expect("stdin is closed, not broken");
         read_what_cannot_be_had_under_kill();
     }
@@ -327,13 +326,13 @@ fn read_what_cannot_be_had_under_kill() -> ! {
     unreachable!("the page was read: {byte}");
 }
 
-/// Stopping, also at once after starting, leaves no descriptor and no thread behind.
+/// Stopping, even immediately after starting, leaves no descriptor and no thread behind.
 #[test]
 fn a_thousand_starts_and_stops_leave_nothing_behind() {
     if !userfaultfd_works("a_thousand_starts_and_stops_leave_nothing_behind") {
         return;
     }
-    // Other tests of this file have descriptors and threads too: a child has its own.
+    // Other tests of this file have descriptors and threads, too. A child process has only its own.
     if std::env::var_os(CHILD).is_none() {
         let status = Command::new(std::env::current_exe().expect("it runs"))
             .args(["a_thousand_starts_and_stops_leave_nothing_behind", "--exact", "--nocapture"])
@@ -365,15 +364,15 @@ fn a_thousand_starts_and_stops_leave_nothing_behind() {
     assert_eq!((count("fd"), count("task")), before);
 }
 
-/// Messages can no longer be read: the kernel reports an error for a userfaultfd that is not non-blocking. Those who
-/// touched a missing page waited for ever.
+/// Messages can no longer be read: the kernel reports an error for a userfaultfd that is blocking. Threads that
+/// touched a missing page waited forever.
 #[test]
 fn when_messages_cannot_be_read_nobody_waits_for_ever() {
     let name = "when_messages_cannot_be_read_nobody_waits_for_ever";
     if !userfaultfd_works(name) {
         return;
     }
-    // Other tests of this file have userfaultfds too: a child has only its own.
+    // Other tests of this file have userfaultfds, too. A child process has only its own.
     if std::env::var_os(CHILD).is_none() {
         let child = Command::new(std::env::current_exe().expect("it runs"))
             .args([name, "--exact", "--nocapture"])
@@ -397,7 +396,7 @@ fn when_messages_cannot_be_read_nobody_waits_for_ever() {
     assert_eq!(pager.stop().pages.poisoned, 63);
 }
 
-/// Memory moved by `mremap` left its userfaultfd, and read as zeros.
+/// Memory that `mremap` had moved was not registered any more, and read as zeros.
 #[test]
 fn moved_memory_fails_and_does_not_read_as_zeros() {
     if !userfaultfd_works("moved_memory_fails_and_does_not_read_as_zeros") {
@@ -416,7 +415,7 @@ fn moved_memory_fails_and_does_not_read_as_zeros() {
     pager.stop();
 }
 
-/// A child saw zeros in place of what was missing.
+/// A forked child read zeros in place of missing pages.
 #[test]
 fn a_forked_child_has_no_paged_memory() {
     if !userfaultfd_works("a_forked_child_has_no_paged_memory") {

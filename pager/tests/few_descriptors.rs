@@ -1,5 +1,5 @@
-//! A server that has hardly a descriptor left: whatever the number, no guest of it hangs. A test on its own, since the limit is
-//! that of the whole process.
+//! A server with few descriptors left: with any number of them, none of its guests hangs. This is a test binary of its own,
+//! because the limit applies to the whole process.
 #![allow(missing_docs)]
 
 #[path = "support/serving.rs"]
@@ -25,7 +25,7 @@ fn vmm_process() {
     vmm::run();
 }
 
-/// Takes all descriptors of this process but so many.
+/// Takes all descriptors of this process except this number.
 fn all_but(left: usize) -> Vec<File> {
     let mut taken = Vec::new();
     while let Ok(file) = File::open("/dev/null") {
@@ -43,7 +43,7 @@ fn serve(on_error: FailurePolicy) -> Serving {
     Serving::start(Arc::new(VecSource::new(stamped(64), 16 * PAGE)), options)
 }
 
-/// What became of a client.
+/// What happened to a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
     Served,
@@ -52,7 +52,7 @@ enum Outcome {
     Told,
 }
 
-/// A guest with a thread that waits for a page, while the server has so many descriptors.
+/// A guest with a thread that waits for a page, while the server has this number of descriptors.
 fn guest(serving: &Serving, left: usize) -> Outcome {
     let mut vmm = Vmm::start(&serving.socket);
     vmm.ok("map 64");
@@ -80,7 +80,7 @@ fn guest(serving: &Serving, left: usize) -> Outcome {
     Outcome::Poisoned
 }
 
-/// A clone is told, or finds its connection closed. It is not killed.
+/// A clone gets an error, or finds its connection closed. It is not killed.
 fn clone(serving: &Serving, left: usize) -> Outcome {
     let mut vmm = Vmm::start(&serving.socket);
     let taken = all_but(left);
@@ -103,7 +103,7 @@ fn however_few_descriptors_are_left_no_guest_hangs() {
     if !userfaultfd_works("however_few_descriptors_are_left_no_guest_hangs") {
         return;
     }
-    // So that not many must be taken.
+    // With a lower limit, fewer descriptors must be taken.
     let limit = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: Some(128), ..limit }).expect("it is lowered");
     for policy in [FailurePolicy::Kill, FailurePolicy::Poison] {
@@ -118,7 +118,7 @@ fn however_few_descriptors_are_left_no_guest_hangs() {
         };
         let outcomes = with_more_and_more(guest);
         assert_eq!(outcomes[0], Outcome::Killed, "{outcomes:?}");
-        // By the policy, once there is enough to hold its userfaultfd.
+        // The policy decides, if there are enough descriptors to hold its userfaultfd.
         let poisons = policy == FailurePolicy::Poison;
         assert_eq!(outcomes.contains(&Outcome::Poisoned), poisons, "{outcomes:?}");
         let outcomes = with_more_and_more(clone);

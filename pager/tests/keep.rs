@@ -1,4 +1,4 @@
-//! Servers that are killed, a keeper that outlives them, and guests that never notice.
+//! Servers are killed, a keeper outlives them, and the guests do not notice.
 #![allow(missing_docs)]
 
 #[path = "support/daemon.rs"]
@@ -59,7 +59,7 @@ fn guests_go_on_when_their_server_is_killed_under_load() {
         vmm.ok(&format!("storm {seed}"));
     }
     for round in 0..8 {
-        // Any moment: early ones, when most pages are missing, and later ones.
+        // Early moments, when most pages are missing, and later ones.
         thread::sleep(Duration::from_micros(500 << round));
         server.kill();
         keeping.expect("Lost");
@@ -79,7 +79,7 @@ fn guests_go_on_when_their_server_is_killed_under_load() {
     assert_eq!(keeping.finish(), 0);
 }
 
-/// A clone, next to guests with memory of their own: what a dead server's file lacks the next one copies into the clone.
+/// A clone, next to guests with private memory: the next server copies missing pages into the memory of the clone.
 #[test]
 fn clones_go_on_when_their_server_is_killed_under_load() {
     if !userfaultfd_works("clones_go_on_when_their_server_is_killed_under_load") {
@@ -100,7 +100,7 @@ fn clones_go_on_when_their_server_is_killed_under_load() {
         server = Daemon::start(folder, PAGES, "lossy");
         let told = keeping.expect("TakenOver");
         assert!(told.contains(&format!("guests: {}", clones.len())), "{told}");
-        // New ones share among each other what the new server loads.
+        // New clones share the pages that the new server loads.
         let mut clone = clone_of(folder, &server);
         clone.ok(&format!("storm {} lossy", 10 + round));
         clones.push(clone);
@@ -109,7 +109,7 @@ fn clones_go_on_when_their_server_is_killed_under_load() {
         let found = clone.ask("calm").expect("it lives");
         assert!(found.starts_with("ok "), "{found}");
     }
-    // A clone has ended when it hangs up, whether there is a server then or not.
+    // A clone has ended when it hangs up, with or without a server.
     clones[0].ok("hang-up");
     server.expect("Ended");
     server.kill();
@@ -143,7 +143,7 @@ fn what_a_clone_lacks_fails_when_no_server_comes_back() {
     keeping.expect("GivenUp { guests: 2, killed: [] }");
     let told = one.ask("told").expect("it lives");
     assert!(told.contains("failure") && told.contains("the page server is gone"), "{told}");
-    // What one of them had touched both have.
+    // Both have the pages that one of them has touched.
     one.ok("check 0 8 1");
     other.ok("check 0 8 2");
     let server = Daemon::start(folder, PAGES, "poison");
@@ -175,7 +175,7 @@ fn a_guest_of_a_dead_server_is_forgotten_when_it_ends() {
     lives.ok(&format!("check 0 {PAGES} 1"));
     server.kill();
     keeping.expect("Lost");
-    // Without a keeper nobody can go on with it.
+    // Without a keeper no server can take it over.
     assert_eq!(keeping.finish(), 1);
     let status = lives.child.wait().expect("it ends");
     assert_eq!(status.signal(), Some(libc::SIGKILL));
@@ -194,13 +194,13 @@ fn what_a_guest_lacks_fails_when_no_server_comes_back() {
     vmm.ok("check 0 8 1");
     vmm.ok("remove 4 1");
     server.kill();
-    // It waits for its page, until the keeper has waited long enough.
+    // It waits for its page until the takeover timeout.
     let errno = format!("errno {}", libc::EFAULT);
     assert_eq!(vmm.ask("syscall 512").as_deref(), Some(&*errno));
     keeping.expect("GivenUp { guests: 1, killed: [] }");
     vmm.ok("check 0 4 1");
     assert_eq!(vmm.ask("read 4").as_deref(), Some("0"));
-    // One that comes late after all brings what has not failed yet.
+    // A late server loads the pages that have not failed yet.
     let server = Daemon::start(folder, PAGES, "poison");
     keeping.expect("TakenOver");
     vmm.ok("check 600 100 1");
@@ -229,7 +229,7 @@ fn with_the_policy_kill_a_guest_without_a_server_dies() {
     assert_eq!(keeping.finish(), 0);
 }
 
-/// A keeper that has too many guests lets go of a server that lives. It must not answer its guests' faults then, by errors.
+/// A keeper with too many guests closes the connection of a live server. It must not fail the pages of its guests then.
 #[test]
 fn a_server_with_too_many_guests_serves_on_without_its_keeper() {
     if !userfaultfd_works("a_server_with_too_many_guests_serves_on_without_its_keeper") {
@@ -242,7 +242,7 @@ fn a_server_with_too_many_guests_serves_on_without_its_keeper() {
     let mut vmms = [vmm_of(folder, &server), vmm_of(folder, &server)];
     let told = keeping.expect("Refused");
     assert!(told.contains("more guests than are kept"), "{told}");
-    // Longer than its patience.
+    // Longer than the takeover timeout.
     thread::sleep(Duration::from_millis(200));
     for vmm in &mut vmms {
         vmm.ok(&format!("check 0 {PAGES} 1"));

@@ -1,4 +1,4 @@
-//! `Populate::Auto`: who waits much gets its pages loaded ahead, who waits little does not.
+//! `Populate::Auto`: pages are loaded ahead for a guest that waits much, and not for one that waits little.
 #![allow(missing_docs)]
 
 mod support;
@@ -15,7 +15,7 @@ const PAGES: usize = 8192;
 /// A hang guard.
 const LONG: Duration = Duration::from_secs(60);
 
-/// Page by page, each after `slow`: the loading of all takes a while.
+/// Loads page by page, each after `slow`, so that loading all pages takes a while.
 fn auto(memory: &Memory, slow: Duration) -> PagerBuilder {
     let source = source_of(PAGES, move |offset, answer| {
         let began = Instant::now();
@@ -25,7 +25,7 @@ fn auto(memory: &Memory, slow: Duration) -> PagerBuilder {
         answer.push(offset as usize / PAGE);
         Ok(())
     });
-    // One, however many CPUs there are.
+    // One thread, for any number of CPUs.
     Pager::builder(source).region(memory.whole()).populate_threads(1)
 }
 
@@ -60,18 +60,18 @@ fn it_loads_while_threads_wait_stops_when_they_do_not_and_begins_again() {
     wait_until("it is quiet", || pager.population() == Population::Quiet);
     let stats = pager.stats();
     assert!(stats.pages.missing > PAGES as u64 / 4, "it stops long before the end: {stats:?}");
-    // Quiet is quiet: what is populated stays the same as long as no thread waits.
+    // The number of populated pages stays the same while no thread waits.
     thread::sleep(Duration::from_millis(50));
     assert_eq!(pager.stats().installed.populated, stats.installed.populated);
     touch_until(stats.installed.populated);
-    // And to the end.
+    // Then the loading continues to the end.
     for page in 0..PAGES {
         assert_eq!(memory.read_u64(page * PAGE), stamp(page), "page {page}");
     }
     assert!(pager.failure().is_none());
 }
 
-/// The end of it, as that of any population.
+/// The end is the same as for other modes of population.
 #[test]
 fn what_is_touched_all_over_is_complete_soon() {
     if !userfaultfd_works("what_is_touched_all_over_is_complete_soon") {
@@ -82,7 +82,7 @@ fn what_is_touched_all_over_is_complete_soon() {
     for page in shuffled(PAGES, 6) {
         assert_eq!(memory.read_u64(page * PAGE), stamp(page), "page {page}");
     }
-    // All pages are present: the loading ends by itself, unless it has become quiet just before.
+    // All pages are present: the loading ends, unless it has just become quiet.
     wait_until("it ends", || {
         matches!(pager.population(), Population::Complete | Population::Quiet)
     });
@@ -121,7 +121,7 @@ fn off_is_off() {
     assert_eq!(stats.faults, PAGES as u64);
 }
 
-/// Removals and lost pages under it: what is given back reads as zero, what is lost is an error of whoever touches it, and
+/// Removals and lost pages during the loading: a page that was given back reads as zero, a lost page is an error of the thread that touches it, and
 /// everything else is right.
 #[test]
 fn removals_and_errors_under_it() {
@@ -139,7 +139,7 @@ fn removals_and_errors_under_it() {
     });
     let pager = Pager::builder(source)
         .region(memory.whole())
-        // As if each fault halted the guest: it begins at once.
+        // As if each fault halted the guest: the loading starts immediately.
         .fault_overhead(Duration::from_millis(8))
         .populate_threads(2)
         .start()
@@ -161,7 +161,7 @@ fn removals_and_errors_under_it() {
     assert!(stats.installed.populated > 0, "{stats:?}");
 }
 
-/// Stopped in the middle, its threads end and nothing hangs.
+/// If the pager is stopped in the middle, the threads end and nothing hangs.
 #[test]
 fn a_stop_in_the_middle() {
     if !userfaultfd_works("a_stop_in_the_middle") {
@@ -181,8 +181,8 @@ fn a_stop_in_the_middle() {
     }
 }
 
-/// A fault on a page that a background thread is just loading waits for that: hardly any page is loaded twice, however
-/// closely the one follows the other.
+/// A fault on a page that a background thread is loading waits for that: few pages are loaded twice, even if the
+/// touching thread is always just behind the loader.
 #[test]
 fn what_is_being_loaded_is_not_loaded_again() {
     if !userfaultfd_works("what_is_being_loaded_is_not_loaded_again") {
@@ -207,7 +207,7 @@ fn what_is_being_loaded_is_not_loaded_again() {
         .populate_threads(1)
         .start()
         .expect("it starts");
-    // In the order in which it is loaded.
+    // In the order of the loading.
     for page in 0..PAGES {
         assert_eq!(memory.read_u64(page * PAGE), stamp(page), "page {page}");
     }
@@ -217,8 +217,8 @@ fn what_is_being_loaded_is_not_loaded_again() {
     assert!((chunks..=chunks + chunks / 10).contains(&loads), "{loads} loads of {chunks} chunks");
 }
 
-/// What the last loader passes over, because a fault is loading it, comes again before memory is let go: what is missing
-/// then would be zeros.
+/// The last loader skips pages because a fault is loading them. They are loaded before the memory is unregistered, because
+/// missing pages would then read as zeros.
 #[test]
 fn what_is_passed_over_at_the_end_is_loaded() {
     if !userfaultfd_works("what_is_passed_over_at_the_end_is_loaded") {
@@ -232,7 +232,7 @@ fn what_is_passed_over_at_the_end_is_loaded() {
     let source = source_of(PAGES, move |offset, answer| {
         let page = offset as usize / PAGE;
         if page == touched && fault.fetch_add(1, Ordering::SeqCst) == 0 {
-            // The fault's own load takes until hardly any page is left but those that were passed over.
+            // The load of the fault takes until few pages are left except the skipped ones.
             let enough = (PAGES - 100) as u64;
             wait_until("the others are loaded", || loads.load(Ordering::SeqCst) >= enough);
         }

@@ -1,4 +1,4 @@
-//! Memory of this process, paged from a source: what is read is what the source has.
+//! Memory of this process, paged from a source: each read returns the content of the source.
 #![allow(missing_docs)]
 
 mod support;
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use pager::{Pager, Placement, Populate, StartError, Stats, VecSource};
 use support::{Memory, PAGE, shuffled, source_of, stamp, stamped, userfaultfd_works};
 
-/// Reads all pages in a random order and checks each one's first, a middle and the last word.
+/// Reads all pages in a random order, and checks the first, a middle and the last word of each.
 fn check_all(memory: &Memory, pages: usize, page_of: impl Fn(usize) -> usize, seed: u64) {
     for page in shuffled(pages, seed) {
         for word in [0, 2040, PAGE - 8] {
@@ -36,7 +36,7 @@ fn regions_have_figures_of_their_own() {
     }
     let memory = Memory::map(2048 * PAGE);
     let source = Arc::new(VecSource::new(stamped(2048), 16 * PAGE));
-    // In the other order in the source; cut into slices within the second.
+    // The regions have the other order in the source. The second one is cut into slices.
     let pager = Pager::builder(source)
         .region(memory.region(0, 512, (1536 * PAGE) as u64))
         .region(memory.region(512, 1536, 0))
@@ -100,7 +100,7 @@ fn random_order_reads_what_the_source_has() {
             stats.times.service.p50_ns > 0
                 && stats.times.service.max_ns >= stats.times.service.p99_ns
         );
-        // Once loaded, pages stay without the pager.
+        // Loaded pages stay without the pager.
         check_all(&memory, 1024, |page| page, 2);
     }
 }
@@ -147,12 +147,12 @@ fn several_threads_slices_and_scattered_regions() {
         let stats = pager.stop();
         assert_sums_up(&stats);
         assert_eq!((stats.pages.present, stats.pages.missing), (PAGES as u64, 0));
-        // Between the regions nothing was paged.
+        // The memory between the regions is not paged.
         assert_eq!(memory.read(1005 * PAGE), 0);
     }
 }
 
-/// Chunks as a densely packed hot set has them: pages from all over, in any order.
+/// Chunks as in a packed hot set: pages from everywhere, in any order.
 #[test]
 fn scattered_chunks_reach_into_other_slices() {
     if !userfaultfd_works("scattered_chunks_reach_into_other_slices") {
@@ -191,7 +191,7 @@ fn writes_are_kept_when_the_chunk_around_them_arrives() {
     if !userfaultfd_works("writes_are_kept_when_the_chunk_around_them_arrives") {
         return;
     }
-    // Chunks overlap: each load brings the pages on both sides, written to already or not.
+    // Chunks overlap: each load has pages on both sides, which may already be written to.
     const PAGES: usize = 512;
     let memory = Arc::new(Memory::map(PAGES * PAGE));
     let source = source_of(PAGES, |offset, answer| {
@@ -270,7 +270,7 @@ fn huge_pages_are_paged_whole() {
     let memory = match Memory::map_with(2 * HUGE, flags) {
         Ok(memory) => memory,
         Err(error) => {
-            // Not a matter of the machine's devices: huge pages are reserved by its owner.
+            // This does not fail the test: the owner of the host reserves huge pages.
             eprintln!("SKIPPED huge_pages_are_paged_whole: hugetlbfs: {error}");
             return;
         }
@@ -319,7 +319,7 @@ fn what_cannot_be_paged_is_said_at_the_start() {
     drop(running);
 }
 
-/// 16 GiB start like 64 MiB: nothing is done, and no memory is touched, per page.
+/// 16 GiB start as fast as 64 MiB: no work is done, and no memory is touched, for each page.
 #[test]
 fn the_start_does_not_depend_on_the_size() {
     if !userfaultfd_works("the_start_does_not_depend_on_the_size") {
@@ -337,14 +337,14 @@ fn the_start_does_not_depend_on_the_size() {
         drop(pager);
         touched
     };
-    // Once for what only the first start does.
+    // The first start also does one-time work.
     touched_at_start(64 << 20);
     let (small, large) = (touched_at_start(64 << 20), touched_at_start(16 << 30));
     // 4 million pages have 4 MiB of states: 1024 pages.
     assert!(large < small + 64, "{small} pages touched for 64 MiB, {large} for 16 GiB");
 }
 
-/// How many pages the calling thread was the first to touch.
+/// The number of minor faults of the calling thread.
 fn minor_faults() -> u64 {
     let stat = std::fs::read_to_string("/proc/thread-self/stat").expect("it can be read");
     // "TID (NAME) STATE ..." of which minflt is the tenth: see proc_pid_stat(5).
@@ -396,7 +396,7 @@ fn what_was_touched_is_told_by_source_offset() {
         .start()
         .expect("it starts");
     assert!(pager.touched().is_empty());
-    // Pages of the source: 1024 and 1031 by the first region, 0 by the second; chunks of four.
+    // Pages of the source: 1024 and 1031 in the first region, 0 in the second one. Chunks have four pages.
     for page in [0, 7, 1024] {
         memory.read_u64(page * PAGE);
     }

@@ -1,4 +1,4 @@
-//! Background population: everything comes without being touched, and nobody who waits is in its way.
+//! Background population: all pages are loaded without being touched, and faults go first.
 #![allow(missing_docs)]
 
 mod support;
@@ -27,8 +27,8 @@ fn populating(
     Pager::builder(source).region(memory.whole()).populate(populate)
 }
 
-/// The file is cut to nothing and deleted once all is loaded: the guest goes on, also in what it never
-/// touched, in zero pages, and in what it gives back.
+/// After all pages are loaded, the file is truncated and deleted. The guest continues, also in pages that it never
+/// touched, in zero pages, and in pages that it gives back.
 #[test]
 fn after_completion_the_source_is_not_needed() {
     if !userfaultfd_works("after_completion_the_source_is_not_needed") {
@@ -87,21 +87,21 @@ fn after_completion_the_source_is_not_needed() {
             assert_eq!(memory.read_u64(page * PAGE), expected(page), "page {page}");
         }
         assert_eq!(memory.read(20 * PAGE + 8), 0x11);
-        // All of it, for nobody sees any more what is touched.
+        // All of it, because the pager does not see any more which pages are touched.
         assert_eq!(pager.touched(), [0..(PAGES * PAGE) as u64]);
         assert!(pager.failure().is_none());
         let stats = pager.stop();
         assert_eq!(stats.population, Population::Complete);
         assert!(stats.installed.populated >= (PAGES / 2 - 150 - 16) as u64, "{stats:?}");
         assert_eq!(*told.lock().expect("not poisoned"), [Population::Complete]);
-        // And without a pager.
+        // Without a pager, too.
         for page in shuffled(PAGES, 4) {
             assert_eq!(memory.read_u64(page * PAGE), expected(page), "page {page}");
         }
     }
 }
 
-/// Threads touch, write and give back while it runs.
+/// Threads touch, write and give back pages while it runs.
 #[test]
 fn population_beside_faults_and_removals() {
     if !userfaultfd_works("population_beside_faults_and_removals") {
@@ -143,14 +143,14 @@ fn population_beside_faults_and_removals() {
     }
 }
 
-/// A page that nobody has asked for fails nobody: it is left to whoever asks.
+/// A lost page that no thread touches is no failure: it is left to a fault.
 #[test]
 fn what_cannot_be_had_is_left_to_faults() {
     if !userfaultfd_works("what_cannot_be_had_is_left_to_faults") {
         return;
     }
     let memory = Memory::map(64 * PAGE);
-    // In sequence, and by itself.
+    // In a sequence, and as a single page.
     let panics = Arc::new(AtomicUsize::new(2));
     let source = source_of(64, move |offset, answer| match offset as usize / PAGE {
         30..32 => Err(SourceError::permanent("wrong checksum")),
@@ -201,7 +201,7 @@ fn a_rate_is_kept_and_a_stop_is_not_delayed_by_it() {
     }
     let memory = Memory::map(PAGES * PAGE);
     let source = Arc::new(VecSource::new(stamped(PAGES), 16 * PAGE));
-    // Two chunks a second, each a second's half; all of it would take a minute.
+    // The rate allows two chunks in a second. All of them would take a minute.
     let rate = NonZeroU64::new((32 * PAGE) as u64);
     let begin = Instant::now();
     let pager =

@@ -1,4 +1,4 @@
-//! Prefetch: what is listed comes without being touched; whatever the list says, no page is ever wrong.
+//! Prefetch: listed pages are loaded without being touched. With any list, no page is ever wrong.
 #![allow(missing_docs)]
 
 mod support;
@@ -50,7 +50,7 @@ fn listed_pages_come_without_being_touched_and_no_others() {
             .expect("it starts");
         assert_eq!(pager.wait_prefetched(LONG), Prefetch::Done);
         let stats = pager.stats();
-        // A zero page comes with all that its source says are zero.
+        // A zero page is filled with all pages that the source returns as zero.
         assert_eq!((stats.faults, stats.installed.prefetched), (0, 102 + 512), "{stats:?}");
         assert_eq!(
             pager.touched(),
@@ -66,7 +66,7 @@ fn listed_pages_come_without_being_touched_and_no_others() {
     }
 }
 
-/// Until it may, it has loaded and installed nothing: who is about to run is not disturbed.
+/// Before it may start, it loads and installs nothing, so that it does not disturb the guest.
 #[test]
 fn nothing_is_installed_before_it_may_be() {
     if !userfaultfd_works("nothing_is_installed_before_it_may_be") {
@@ -84,14 +84,14 @@ fn nothing_is_installed_before_it_may_be() {
         .expect("it starts");
     assert_eq!(pager.wait_prefetched(Duration::from_millis(50)), Prefetch::Running);
     assert_eq!(pager.stats().installed.prefetched, 0);
-    // Faults are answered meanwhile.
+    // Faults are answered before that, too.
     assert_eq!(memory.read_u64(9 * PAGE), stamp(9));
     drop(go);
     assert_eq!(pager.wait_prefetched(LONG), Prefetch::Done);
     assert_eq!(pager.stop().installed.prefetched, 60);
 }
 
-/// Offsets that no page has, pages twice, pages of no region, ranges without end: all of it is passed over.
+/// Offsets of no page, duplicate pages, pages of no region, ranges beyond the end: all of these are skipped.
 #[test]
 fn a_list_may_say_what_it_wants() {
     if !userfaultfd_works("a_list_may_say_what_it_wants") {
@@ -111,7 +111,7 @@ fn a_list_may_say_what_it_wants() {
         0..u64::MAX,
         pages(1000..2000),
     ];
-    // Half of the source is mapped, and in the middle of it.
+    // The middle half of the source is mapped.
     let pager = Pager::builder(source)
         .region(memory.region(0, 64, (1000 * PAGE) as u64))
         .prefetch(|| list)
@@ -125,7 +125,7 @@ fn a_list_may_say_what_it_wants() {
     assert_eq!((stats.faults, stats.installed.prefetched), (0, 64), "{stats:?}");
 }
 
-/// What cannot be had is left to who asks for it, who is told; the rest of the list still comes.
+/// A page that cannot be loaded fails the thread that touches it. The rest of the list is still installed.
 #[test]
 fn a_page_that_cannot_be_had_fails_nobody_before_it_is_touched() {
     if !userfaultfd_works("a_page_that_cannot_be_had_fails_nobody_before_it_is_touched") {
@@ -181,7 +181,7 @@ fn a_panic_of_the_source_or_of_the_list_ends_the_prefetch_alone() {
     }
 }
 
-/// A list whose pages each lead to far more bytes than a page costs a bounded number of them.
+/// If the listed pages require decoding many more bytes, their number is limited.
 #[test]
 fn decoding_in_vain_is_bounded() {
     if !userfaultfd_works("decoding_in_vain_is_bounded") {
@@ -193,7 +193,7 @@ fn decoding_in_vain_is_bounded() {
     let source = source_of(256, move |offset, answer| {
         counting.fetch_add(1, Ordering::Relaxed);
         answer.push(offset as usize / PAGE);
-        // 8 MiB that no page needs.
+        // 8 MiB of which no page is needed.
         for _ in 1..2048 {
             answer.push(1 << 30);
         }
@@ -205,12 +205,12 @@ fn decoding_in_vain_is_bounded() {
         .start()
         .expect("it starts");
     assert_eq!(pager.wait_prefetched(LONG), Prefetch::GivenUp);
-    // 16 MiB for the pages, and 64.
+    // The limit: 16 MiB for the pages, plus 64 MiB.
     assert!(loads.load(Ordering::Relaxed) <= 11, "{loads:?}");
     assert_eq!(memory.read_u64(200 * PAGE), stamp(200));
 }
 
-/// Threads touch, write and give back while it runs; then population brings the rest.
+/// Threads touch, write and give back pages while it runs. Then the population loads the rest.
 #[test]
 fn prefetch_beside_faults_and_removals_and_before_population() {
     if !userfaultfd_works("prefetch_beside_faults_and_removals_and_before_population") {
@@ -260,8 +260,8 @@ fn prefetch_beside_faults_and_removals_and_before_population() {
     }
 }
 
-/// Of a file with the set in front: the hot part is read once, in large reads, and nothing else. Equal pages that share
-/// a slot come with it. A damaged chunk is left to faults.
+/// In a file with the hot set in front, only the hot part is read, once, in large reads. Equal pages that share a slot are
+/// loaded with it. A damaged chunk is left to faults.
 #[test]
 fn the_hot_part_of_a_snapshot_is_read_in_sequence() {
     if !userfaultfd_works("the_hot_part_of_a_snapshot_is_read_in_sequence") {
@@ -270,7 +270,7 @@ fn the_hot_part_of_a_snapshot_is_read_in_sequence() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("hot.snap");
     let mut content = stamped(PAGES);
-    // Every eighth page is equal to all such, and one in 16 is zero.
+    // Every eighth page is the same, and one in 16 is zero.
     for (number, page) in content.chunks_mut(PAGE).enumerate() {
         match number % 16 {
             0 => page.fill(0),
@@ -330,7 +330,7 @@ fn the_hot_part_of_a_snapshot_is_read_in_sequence() {
     }
 }
 
-/// Somebody touches the listed pages in the order of the list, as fast as they come: the prefetch gets in front of it,
+/// A thread touches the listed pages in the order of the list, as fast as they come: the prefetch gets in front of it,
 /// and what it passes over for that comes at the end.
 #[test]
 fn who_catches_up_is_overtaken_and_nothing_is_left_out() {
@@ -342,7 +342,7 @@ fn who_catches_up_is_overtaken_and_nothing_is_left_out() {
     let source = Arc::new(VecSource::new(stamped(MANY), 16 * PAGE));
     let (first_touched, wait) = std::sync::mpsc::channel::<()>();
     let list = move || {
-        // It begins behind whoever touches.
+        // It starts behind the thread that touches.
         let _ = wait.recv();
         vec![pages(0..MANY)]
     };

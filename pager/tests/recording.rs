@@ -35,7 +35,7 @@ fn only_touched_pages_are_recorded_each_by_its_mark() {
     }
     let (memory, recording, pager) =
         start(Arc::new(VecSource::new(stamped(PAGES), CHUNK * PAGE)), 1);
-    // Reads and writes, of several pages of a chunk, of pages that came with others.
+    // Reads and writes, of several pages of a chunk, and of pages that were loaded with others.
     assert_eq!(memory.read_u64(200 * PAGE), stamp(200));
     memory.write(203 * PAGE + 9, 0x42);
     assert_eq!(memory.read_u64(202 * PAGE), stamp(202));
@@ -46,7 +46,7 @@ fn only_touched_pages_are_recorded_each_by_its_mark() {
     assert_eq!(memory.read(203 * PAGE + 9), 0x42);
     recording.mark().expect("pagemap can be read");
     assert_eq!(memory.read_u64(901 * PAGE), stamp(901));
-    // By marks, then in the order of loading, and within a chunk the page that was asked for, then ascending.
+    // Sorted by mark, then in the order of loading. In a chunk, the requested page comes first, the others ascend.
     let expected = [(200, 0), (202, 0), (203, 0), (17, 0), (16, 1), (900, 1)];
     assert_eq!(numbers(&recording.touched()), expected);
     recording.mark().expect("pagemap can be read");
@@ -86,14 +86,14 @@ fn any_pages_touched_by_several_threads_are_found_and_right() {
             }
         });
         recording.mark().expect("pagemap can be read");
-        // Of zeros, all that were filled in.
+        // All zero pages that were filled in count.
         let expected: BTreeSet<_> = touched
             .iter()
             .flat_map(|page| {
                 if *page < PAGES / 2 {
                     return *page..page + 1;
                 }
-                // Blocks are those of addresses.
+                // Blocks are aligned by address.
                 let shift = memory.addr() as usize / PAGE % 16;
                 let block = (page + shift - (page + shift) % 16).saturating_sub(shift);
                 block.max(PAGES / 2)..(page + shift - (page + shift) % 16 + 16 - shift).min(PAGES)
@@ -105,7 +105,7 @@ fn any_pages_touched_by_several_threads_are_found_and_right() {
     }
 }
 
-/// The page would come back from the file: it is refused, and nobody reads what was given away.
+/// The page would come back from the file: it is refused, and no thread reads the old content.
 #[test]
 fn giving_back_recorded_memory_fails_closed() {
     if !userfaultfd_works("giving_back_recorded_memory_fails_closed") {

@@ -26,7 +26,7 @@ fn vmm_process() {
 fn serving(on_error: FailurePolicy) -> Serving {
     let mut options = ServeOptions::default();
     options.on_error = on_error;
-    // For those that say too little.
+    // For clients that send too little.
     options.handshake_timeout = Duration::from_secs(1);
     Serving::start(Arc::new(VecSource::new(stamped(64), 16 * PAGE)), options)
 }
@@ -46,11 +46,11 @@ const REFUSED: [(&str, &str); 10] = [
     ("too-big", "longer than"),
 ];
 
-/// What it sends when there is nothing by which its pages could be poisoned.
+/// What a guest sends without a userfaultfd with which its pages could be poisoned.
 const WITHOUT_USERFAULTFD: [(&str, &str); 3] = [
     ("file", "no userfaultfd but \"/dev/null\""),
     ("no-descriptor", "0 descriptors"),
-    // More than the server looks at.
+    // More descriptors than the server receives.
     ("many", " descriptors; 1 expected"),
 ];
 
@@ -72,18 +72,18 @@ fn by_the_policy_poison_what_a_refused_guest_touches_fails() {
     for (form, why) in REFUSED {
         let mut vmm = Vmm::start(&serving.socket);
         vmm.ok("map 64");
-        // A thread that waits already; a message that is too long may not be taken to its end.
+        // One thread already waits. The server may not read a message that is too long to its end.
         let answer = vmm.ask(&format!("waiting 3 {form}"));
         let event = serving.next_event();
         assert!(event.contains(why) && event.contains("; Poisoned"), "{form}: {event}");
         let not_sent = answer.as_ref().is_some_and(|answer| answer.starts_with("not sent"));
         assert!(answer == efault() || form == "too-big" && not_sent, "{form}: {answer:?}");
-        // One that comes later, at another page; and the connection is closed.
+        // Another thread touches another page later. The connection is closed.
         assert_eq!(vmm.ask("syscall 40"), efault(), "{form}");
         if form != "left" {
             assert_eq!(vmm.ask("told").as_deref(), Some(""), "{form}");
         }
-        // A page that it gives back does not become one that waits, or one of zeros.
+        // An access to a page that it has given back neither hangs nor reads zeros.
         vmm.ok("remove 40 1");
         assert_eq!(vmm.ask("syscall 40"), efault(), "{form}");
         // A load instruction gets SIGBUS.
@@ -111,7 +111,7 @@ fn by_the_policy_kill_a_refused_guest_is_killed() {
     serving.finish();
 }
 
-/// There is no way to make its pages fail, and it would hang.
+/// Its pages cannot be made to fail, so that it would hang.
 #[test]
 fn a_refused_guest_without_a_userfaultfd_is_killed_by_either_policy() {
     if !userfaultfd_works("a_refused_guest_without_a_userfaultfd_is_killed_by_either_policy") {
@@ -129,7 +129,7 @@ fn a_refused_guest_without_a_userfaultfd_is_killed_by_either_policy() {
     serving.finish();
 }
 
-/// A program that only looks whether a server listens, or sends something else, has no memory that waits.
+/// A program that only checks whether a server listens, or sends something else, has no memory that needs pages.
 #[test]
 fn a_client_that_names_no_memory_is_left_alone() {
     if !userfaultfd_works("a_client_that_names_no_memory_is_left_alone") {
@@ -155,7 +155,7 @@ fn a_client_that_names_no_memory_is_left_alone() {
     }
 }
 
-/// A clone is told, and touches nothing.
+/// A clone gets an error, and touches nothing.
 #[test]
 fn a_refused_clone_is_told_why() {
     if !userfaultfd_works("a_refused_clone_is_told_why") {
@@ -168,7 +168,7 @@ fn a_refused_clone_is_told_why() {
         Some(SnapshotName { layers: vec!["test".into()], memory_bytes: 64 * PAGE as u64 });
     let serving = Serving::start(Arc::new(VecSource::new(stamped(64), 16 * PAGE)), options);
     let mut clone = Vmm::start(&serving.socket);
-    // Of another size.
+    // A snapshot of another size.
     let answer = clone.ask("share 32").expect("it lives");
     assert!(
         answer.contains("wants snapshot test (131072 bytes), here is test (262144 bytes)"),
@@ -186,8 +186,7 @@ fn a_refused_clone_is_told_why() {
     serving.finish();
 }
 
-/// The first guest is served, also later; those for which there is no room are killed, as there is nothing that would
-/// answer their faults.
+/// The first guest is served all the time. Guests above the limit are killed, because nothing would answer their faults.
 #[test]
 fn a_guest_too_many_is_killed() {
     if !userfaultfd_works("a_guest_too_many_is_killed") {
@@ -218,7 +217,7 @@ fn a_guest_too_many_is_killed() {
     serving.finish();
 }
 
-/// It closes its end at once, as there is nothing to be answered: it is served all the same.
+/// It closes its end immediately, because it expects no answer. It is served all the same.
 #[test]
 fn a_guest_that_closes_its_connection_at_once_is_served() {
     if !userfaultfd_works("a_guest_that_closes_its_connection_at_once_is_served") {
@@ -237,7 +236,7 @@ fn a_guest_that_closes_its_connection_at_once_is_served() {
     serving.finish();
 }
 
-/// A server that is told to end at once kills those too whose pages it poisons: they would hang without it.
+/// A server that has to end immediately also kills the clients whose pages it poisons: they would hang without it.
 #[test]
 fn refused_guests_are_killed_with_the_others() {
     if !userfaultfd_works("refused_guests_are_killed_with_the_others") {

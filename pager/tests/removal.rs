@@ -24,7 +24,7 @@ fn removed_pages_read_as_zero_whether_loaded_before_or_not() {
     for page in 4..12 {
         assert_eq!(memory.read_u64(page * PAGE), 0, "page {page}");
     }
-    // Again, after it was zero, and after it was written to.
+    // The same page again, after it was zero, and after it was written to.
     memory.write(5 * PAGE, 1);
     memory.remove(4, 4);
     (4..8).for_each(|page| assert_eq!(memory.read_u64(page * PAGE), 0));
@@ -37,8 +37,8 @@ fn removed_pages_read_as_zero_whether_loaded_before_or_not() {
     assert_eq!(stats.installed.demand, 9);
 }
 
-/// Threads that remove race with threads that touch, in chunks that reach over each other: the ioctls get
-/// `EAGAIN`, faults and REMOVEs come in any order. A page that a thread has removed, and that only this
+/// Threads that remove race with threads that touch, in overlapping chunks. The ioctls get `EAGAIN`, and faults
+/// and REMOVEs come in any order. A page that a thread has removed, and that only this
 /// thread removes or writes, is zero for it until it writes.
 #[test]
 fn a_storm_of_removals_never_brings_content_back() {
@@ -49,7 +49,7 @@ fn a_storm_of_removals_never_brings_content_back() {
     for slices in [1, 3] {
         let memory = Arc::new(Memory::map(PAGES * PAGE));
         let source = source_of(PAGES, |offset, answer| {
-            // The whole block of 16, and some from far away, into other slices.
+            // The whole block of 16 pages, and some far away, in other slices.
             let page = offset as usize / PAGE;
             let block = page - page % 16;
             answer.push(page);
@@ -64,12 +64,12 @@ fn a_storm_of_removals_never_brings_content_back() {
             .expect("it starts");
         let stop = Arc::new(AtomicBool::new(false));
         let removals = Arc::new(AtomicUsize::new(0));
-        // Each owns every third page.
+        // Each thread owns every third page.
         let owners: Vec<_> = (0..3)
             .map(|owner| {
                 let (memory, removals) = (Arc::clone(&memory), Arc::clone(&removals));
                 thread::spawn(move || {
-                    let mut expected: Vec<Option<u8>> = vec![None; PAGES]; // None: the source's.
+                    let mut expected: Vec<Option<u8>> = vec![None; PAGES]; // None: the content of the source.
                     let begin = Instant::now();
                     let mut round = 0;
                     while begin.elapsed() < Duration::from_millis(1500) {
@@ -105,7 +105,7 @@ fn a_storm_of_removals_never_brings_content_back() {
                 })
             })
             .collect();
-        // One more only looks: at a word that is either the source's or zero.
+        // Another thread only reads: each word is either that of the source or zero.
         let looker = {
             let (memory, stop) = (Arc::clone(&memory), Arc::clone(&stop));
             thread::spawn(move || {
@@ -124,7 +124,7 @@ fn a_storm_of_removals_never_brings_content_back() {
         }
         stop.store(true, Ordering::Relaxed);
         looker.join().expect("no foreign content was seen");
-        // Each owner has done one round at least.
+        // Each owner has completed at least one round.
         assert!(removals.load(Ordering::Relaxed) >= PAGES / 4 - 3);
         let stats = pager.stop();
         let pages = stats.pages;

@@ -27,7 +27,7 @@ fn vmm_process() {
 
 fn quick() -> ServeOptions {
     let mut options = ServeOptions::default();
-    // Also for the good ones, on a machine that has other things to do.
+    // Long enough for good clients on a busy host.
     options.handshake_timeout = Duration::from_secs(2);
     options
 }
@@ -81,7 +81,7 @@ fn nonsense_is_refused_by_name_next_to_a_good_client() {
         let mut vmm = Vmm::start(&serving.socket);
         vmm.ok("map 64");
         // The server may have closed the connection before all of a message was sent.
-        // And it may have killed a client that has sent it nothing to poison pages with.
+        // It may also have killed a client that has sent no userfaultfd.
         let answer = vmm.ask(&format!("body {form}"));
         let sent = |answer: &String| answer == "ok" || answer.starts_with("not sent");
         assert!(answer.as_ref().is_none_or(sent), "{form}: {answer:?}");
@@ -94,7 +94,7 @@ fn nonsense_is_refused_by_name_next_to_a_good_client() {
     quiet.ok("body new");
     serving.expect("removed pages must be told of");
     good.ok("check 0 64 9");
-    // What it touches fails, for as long as it lives.
+    // The pages that it touches fail, as long as it lives.
     drop(quiet);
     drop(good);
     serving.expect("ended");
@@ -141,7 +141,7 @@ fn huge_pages_are_served_whole() {
     serving.finish();
 }
 
-/// Closing the socket does not mean that the memory is not used any more.
+/// After closing the socket, a client may still use its memory.
 #[test]
 fn a_client_that_hangs_up_is_served_until_it_ends() {
     if !userfaultfd_works("a_client_that_hangs_up_is_served_until_it_ends") {
@@ -221,8 +221,7 @@ fn with_the_policy_kill_the_client_dies_and_the_server_does_not() {
     serving.finish();
 }
 
-/// VMMs are killed while they fault and remove with all they have; nothing of them is left, and another one never
-/// notices.
+/// VMMs are killed while they fault and remove. Nothing of them is left, and another VMM does not notice.
 #[test]
 fn vmms_killed_under_load_leave_nothing_behind() {
     if !userfaultfd_works("vmms_killed_under_load_leave_nothing_behind") {
@@ -274,7 +273,7 @@ fn a_guest_that_still_needs_pages_is_killed_when_asked() {
     serving.finish();
 }
 
-/// A client makes the file that both have a blocking one, while its faults are answered: the server does not wait there.
+/// A client makes the shared open file blocking while its faults are answered. The reads of the server do not wait.
 #[test]
 fn a_client_that_makes_reads_wait_holds_up_nobody() {
     if !userfaultfd_works("a_client_that_makes_reads_wait_holds_up_nobody") {
@@ -286,7 +285,7 @@ fn a_client_that_makes_reads_wait_holds_up_nobody() {
         let mut vmm = Vmm::start(&serving.socket);
         vmm.ok("map 4096");
         vmm.ok("body new");
-        // It is killed, or served to the end: as the moment has it.
+        // The client is killed, or served to the end: this depends on timing.
         let answer = vmm.ask("unruly 4096");
         assert!(answer.is_none() || answer.as_deref() == Some("ok"), "{answer:?}");
         drop(vmm);
@@ -310,7 +309,7 @@ fn shared_file(vmm: &Vmm) -> PathBuf {
     files.filter(shared).last().expect("it holds the file")
 }
 
-/// Half of the pages, in two ranges, and one range beyond all of them.
+/// Half of the pages in two ranges, and one range beyond the end.
 fn listing_half_of_64() -> ServeOptions {
     let mut options = ServeOptions::default();
     let page = PAGE as u64;
@@ -367,7 +366,7 @@ fn listed_pages_are_in_the_shared_file_before_a_clone_asks() {
     }
     let mut second = Vmm::start(&serving.socket);
     second.ok("share 64");
-    // A clone goes on a moment before it is among those that are counted.
+    // A clone runs a moment before it is counted.
     serving.expect("served");
     for clone in [&mut first, &mut second] {
         clone.ok("check 16 24 1");
@@ -380,7 +379,7 @@ fn listed_pages_are_in_the_shared_file_before_a_clone_asks() {
     serving.finish();
 }
 
-/// Somebody puts a page into the shared file: the clones that have it fail at their next missing page, and later ones get
+/// Another process adds a page to the shared file: the clones that have it fail at their next missing page, and later clones get
 /// another file.
 #[test]
 fn a_file_that_was_written_to_is_given_to_nobody_else() {
@@ -395,7 +394,7 @@ fn a_file_that_was_written_to_is_given_to_nobody_else() {
     first.ok("share 64");
     first.ok("check 0 16 1");
     let file = shared_file(&first);
-    // Without leave of the file's mode only root can.
+    // The mode of the file allows this only to root.
     let Ok(file) = std::fs::OpenOptions::new().read(true).write(true).open(file) else { return };
     let (at, page) = ((20 * PAGE) as u64, PAGE as u64);
     rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), at, page).expect("zeros");

@@ -14,7 +14,7 @@ use tracing::{Event, Metadata, Subscriber};
 
 type Seen = Arc<Mutex<Vec<(String, u64)>>>;
 
-/// Notes the name of each span, and its page.
+/// Records the name and the page of each span.
 struct Notes {
     seen: Seen,
     next_id: AtomicU64,

@@ -11,7 +11,7 @@ mod server;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use pager::serve::{BindError, LOCK_PATIENCE, Socket};
+use pager::serve::{BindError, LOCK_TIMEOUT, Socket};
 
 pub(crate) use routes::{Facts, PagerFigures};
 pub(crate) use server::Serving;
@@ -41,7 +41,7 @@ pub(crate) fn private_socket<T>(
 ) -> Result<T, BindError> {
     let named = path.to_owned();
     let locking = move || format!("the lock of the folder of {}", named.display());
-    let _locking = Wait::new(locking).at_most(LOCK_PATIENCE).begin();
+    let _locking = Wait::new(locking).at_most(LOCK_TIMEOUT).begin();
     let bound = bind()?;
     leftovers::name(path);
     Ok(bound)

@@ -38,7 +38,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let mut options = KeepOptions::default();
-    options.patience = args.patience;
+    options.takeover_timeout = args.patience;
     let quiet = session.quiet;
     let bind = || {
         Keeper::bind(&args.listen, options, move |event| {

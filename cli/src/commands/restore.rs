@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
-use pager::shared::PATIENCE;
+use pager::shared::ANSWER_TIMEOUT;
 use pager::{Placement, Populate};
 use rustix::process::{Signal, set_parent_process_death_signal};
 use snapfmt::WorkingSet;
@@ -207,7 +207,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         (Some(image), _) => (MemoryFrom::Image(image.clone()), "mmap"),
         (None, Some(socket)) => {
             // Not longer than the guest is to run.
-            let timeout = args.end.run_for.map_or(PATIENCE, |time| time.min(PATIENCE));
+            let timeout = args.end.run_for.map_or(ANSWER_TIMEOUT, |time| time.min(ANSWER_TIMEOUT));
             (MemoryFrom::Shared { socket: socket.clone(), timeout }, "shared")
         }
         (None, None) if args.record => (MemoryFrom::Recorded, LAZY),

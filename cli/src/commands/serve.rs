@@ -113,7 +113,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let socket = private_socket(&args.listen, || Socket::bind(&args.listen))?;
     let keeping = args.keep.clone().map(|keeper| {
         let keeper = move || format!("the keeper at {} to answer", keeper.display());
-        Wait::new(keeper).at_most(keep::PATIENCE).begin()
+        Wait::new(keeper).at_most(keep::ANSWER_TIMEOUT).begin()
     });
     let (file, quiet) = (args.input.file.display().to_string(), session.quiet);
     let source = Arc::new(SnapshotSource::new(Arc::clone(&snapshot)));

@@ -61,7 +61,7 @@ const _: () = {
     assert!(size_of::<uffdio_zeropage>() == 32);
     assert!(size_of::<uffdio_poison>() == 32);
 
-    // `message.rs` reads the fields at these places.
+    // `message.rs` reads the fields at these offsets.
     assert!(MESSAGE_BYTES == 32);
     assert!(offset_of!(uffd_msg, event) == 0);
     assert!(offset_of!(uffd_msg, arg) == 8);

@@ -1,12 +1,13 @@
-//! A userfaultfd that another process has made, for its own memory, and sent.
+//! A userfaultfd that another process has created for its own memory, and sent.
 
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use super::{Features, Uffd};
+use super::descriptor::Uffd;
+use super::features::Features;
 
-/// A userfaultfd of another process. Its ioctls fill that process' memory, never this one's.
+/// A userfaultfd of another process. Its ioctls fill the memory of that process, never that of this one.
 #[derive(Debug)]
 pub struct ForeignUffd(Uffd);
 
@@ -14,39 +15,39 @@ pub struct ForeignUffd(Uffd);
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ForeignUffdError {
-    /// It is something else.
+    /// The descriptor is not a userfaultfd.
     #[error("the descriptor is no userfaultfd but {found:?}")]
     NoUserfaultfd {
-        /// What `/proc/self/fd` says it is.
+        /// Its kind, from `/proc/self/fd`.
         found: String,
     },
-    /// Its `/proc/self/fdinfo` cannot be understood.
+    /// Its `/proc/self/fdinfo` could not be parsed.
     #[error("cannot read the userfaultfd's features in {info:?}")]
     Features {
-        /// What is there.
+        /// The content of that file.
         info: String,
     },
     /// A system call failed.
     #[error("cannot {what} of the received descriptor")]
     System {
-        /// Which.
+        /// The operation.
         what: &'static str,
-        /// The answer.
+        /// The error of the operation.
         #[source]
         error: io::Error,
     },
 }
 
 impl ForeignUffd {
-    /// Takes a received descriptor: checks that it is a userfaultfd, makes it non-blocking (its maker can undo that; reads
-    /// do not rely on it), and finds the features its maker has asked for. Needs `/proc`.
+    /// Checks that a received descriptor is a userfaultfd, makes it non-blocking (the other process can undo that; reads do
+    /// not rely on it), and reads the features that the other process has enabled. This needs `/proc`.
     ///
     /// # Errors
     /// [`ForeignUffdError`].
     ///
     /// # Safety
-    /// It was made by another process, so that its memory is not this process'. One that came over a socket
-    /// is such, if this process never gives away those that it makes itself.
+    /// Another process has created the userfaultfd, so that it serves no memory of this process. This holds for a
+    /// descriptor from a socket if this process never sends a userfaultfd that it has created itself.
     pub unsafe fn new(fd: OwnedFd) -> Result<ForeignUffd, ForeignUffdError> {
         let system = |what| move |error| ForeignUffdError::System { what, error };
         let number = fd.as_fd().as_raw_fd();
@@ -70,7 +71,7 @@ impl ForeignUffd {
         Ok(ForeignUffd(Uffd { file: fd.into(), features, shared: true }))
     }
 
-    /// The features that its maker has asked for.
+    /// The features that the other process has enabled.
     pub fn features(&self) -> Features {
         self.0.features()
     }
@@ -110,7 +111,7 @@ mod tests {
     #[test]
     fn something_else_is_refused() {
         let file = fs::File::open("/dev/null").expect("there is one");
-        // SAFETY: it serves no memory at all.
+        // SAFETY: the file serves no memory at all.
         match unsafe { ForeignUffd::new(file.into()) } {
             Err(ForeignUffdError::NoUserfaultfd { found }) => assert_eq!(found, "/dev/null"),
             other => panic!("{other:?}"),

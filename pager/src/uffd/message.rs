@@ -1,37 +1,37 @@
-//! Messages of a userfaultfd, parsed from the bytes that `read(2)` returned.
+//! Messages of a userfaultfd, parsed from the bytes that read(2) has returned.
 
 use std::os::fd::RawFd;
 
-use super::{Journal, abi};
+use super::abi;
 
 /// One event. Addresses are those of the process that owns the memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Message {
-    /// A thread touched a registered page and sleeps until the page is installed or woken.
+    /// A thread has touched a registered page, and sleeps until the page is installed or the thread is woken.
     Pagefault {
-        /// Address of the access: the exact one with `Features::EXACT_ADDRESS`, else that of its page.
+        /// Address of the access. Without `Features::EXACT_ADDRESS`, the address of its page.
         address: u64,
         /// What kind of access it was.
         kind: FaultKind,
         /// The faulting thread; 0 unless `Features::THREAD_ID` was granted.
         thread_id: u32,
     },
-    /// `madvise(MADV_DONTNEED | MADV_REMOVE)`: the pages of `start..end` are about to go.
+    /// `madvise(MADV_DONTNEED | MADV_REMOVE)`: the pages of `start..end` are about to be removed.
     Remove {
         /// First byte.
         start: u64,
         /// One past the last byte.
         end: u64,
     },
-    /// `munmap` (or a mapping placed over): `start..end` is no longer registered.
+    /// `munmap`, or a mapping placed over it: `start..end` is no longer registered.
     Unmap {
         /// First byte.
         start: u64,
         /// One past the last byte.
         end: u64,
     },
-    /// `mremap`: the registered pages moved.
+    /// `mremap`: the registered pages were moved.
     Remap {
         /// Old address.
         from: u64,
@@ -52,19 +52,19 @@ pub enum Message {
     },
 }
 
-/// What an access that faulted wanted.
+/// The kind of an access that faulted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FaultKind {
-    /// It was a write.
+    /// The access was a write.
     pub write: bool,
-    /// A write to a page that is write-protected by userfaultfd.
+    /// The access was a write to a page that is write-protected by userfaultfd.
     pub write_protected: bool,
     /// The page is in the page cache but not mapped.
     pub minor: bool,
 }
 
 impl Message {
-    /// Parses one message of `MESSAGE_BYTES` bytes; `None` when `bytes` has another length.
+    /// Parses one message of `MESSAGE_BYTES` bytes. `None` if `bytes` has another length.
     pub(crate) fn parse(bytes: &[u8]) -> Option<Message> {
         if bytes.len() != abi::MESSAGE_BYTES {
             return None;
@@ -93,62 +93,6 @@ impl Message {
             abi::UFFD_EVENT_FORK => Message::Fork { uffd: half(8)? as RawFd },
             _ => Message::Unknown { event },
         })
-    }
-}
-
-/// How many messages one `read(2)` takes at most.
-const BATCH_MESSAGES: usize = 64;
-pub(super) const BATCH_BYTES: usize = BATCH_MESSAGES * abi::MESSAGE_BYTES;
-
-/// A fixed buffer for a batch of messages: reading allocates nothing.
-#[derive(Debug)]
-pub struct MessageBatch {
-    bytes: [u8; BATCH_BYTES],
-    filled_bytes: usize,
-    /// Where the kernel puts the messages first, if what was read must survive this process.
-    pub(super) journal: Option<Journal>,
-}
-
-impl MessageBatch {
-    /// An empty batch.
-    pub fn new() -> MessageBatch {
-        MessageBatch { bytes: [0; BATCH_BYTES], filled_bytes: 0, journal: None }
-    }
-
-    /// One whose messages are in the journal until they are [`MessageBatch::applied`].
-    pub(crate) fn journaled(journal: Option<Journal>) -> MessageBatch {
-        MessageBatch { journal, ..MessageBatch::new() }
-    }
-
-    /// What the messages of the last read say is done.
-    pub(crate) fn applied(&self) {
-        if let Some(journal) = &self.journal {
-            journal.clear(self.filled_bytes);
-        }
-    }
-
-    /// The messages of the last read, in the kernel's order: page faults first, then other events.
-    pub fn messages(&self) -> impl Iterator<Item = Message> + '_ {
-        self.bytes[..self.filled_bytes].chunks_exact(abi::MESSAGE_BYTES).filter_map(Message::parse)
-    }
-
-    /// Whether the last read returned nothing.
-    pub fn is_empty(&self) -> bool {
-        self.filled_bytes == 0
-    }
-
-    pub(super) fn buffer(&mut self) -> &mut [u8; BATCH_BYTES] {
-        &mut self.bytes
-    }
-
-    pub(super) fn set_filled(&mut self, bytes: usize) {
-        self.filled_bytes = bytes.min(self.bytes.len());
-    }
-}
-
-impl Default for MessageBatch {
-    fn default() -> Self {
-        MessageBatch::new()
     }
 }
 

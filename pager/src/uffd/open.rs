@@ -4,72 +4,18 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
-use linux_raw_sys::general as kernel;
-
-use super::{Errno, Uffd, abi, ioctl};
+use super::abi;
+use super::descriptor::Uffd;
+use super::errno::{Errno, ioctl};
+use super::features::Features;
 
 const DEVICE: &str = "/dev/userfaultfd";
 
-/// A set of `UFFD_FEATURE_*` bits.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Features(pub(super) u64);
-
-impl Features {
-    /// No feature.
-    pub const NONE: Features = Features(0);
-    /// [`super::Message::Remove`] is sent.
-    pub const EVENT_REMOVE: Features = Features(kernel::UFFD_FEATURE_EVENT_REMOVE as u64);
-    /// [`super::Message::Unmap`] is sent.
-    pub const EVENT_UNMAP: Features = Features(kernel::UFFD_FEATURE_EVENT_UNMAP as u64);
-    /// [`super::Message::Fork`] is sent.
-    pub const EVENT_FORK: Features = Features(kernel::UFFD_FEATURE_EVENT_FORK as u64);
-    /// [`super::Message::Remap`] is sent.
-    pub const EVENT_REMAP: Features = Features(kernel::UFFD_FEATURE_EVENT_REMAP as u64);
-    /// Page faults name the faulting thread.
-    pub const THREAD_ID: Features = Features(kernel::UFFD_FEATURE_THREAD_ID as u64);
-    /// Page faults carry the exact address and not that of the page.
-    pub const EXACT_ADDRESS: Features = Features(kernel::UFFD_FEATURE_EXACT_ADDRESS as u64);
-    /// [`Uffd::poison`] works (Linux 6.6).
-    pub const POISON: Features = Features(kernel::UFFD_FEATURE_POISON as u64);
-    /// hugetlbfs memory may be registered.
-    pub const MISSING_HUGETLBFS: Features = Features(kernel::UFFD_FEATURE_MISSING_HUGETLBFS as u64);
-    /// Shared memory (memfd) may be registered.
-    pub const MISSING_SHMEM: Features = Features(kernel::UFFD_FEATURE_MISSING_SHMEM as u64);
-
-    /// Whether all of `other` is in this set.
-    pub const fn contains(self, other: Features) -> bool {
-        self.0 & other.0 == other.0
-    }
-
-    /// Both sets.
-    #[must_use]
-    pub const fn with(self, other: Features) -> Features {
-        Features(self.0 | other.0)
-    }
-
-    /// What is in both sets.
-    #[must_use]
-    pub const fn common(self, other: Features) -> Features {
-        Features(self.0 & other.0)
-    }
-
-    /// What is in this set and not in `other`.
-    #[must_use]
-    pub const fn without(self, other: Features) -> Features {
-        Features(self.0 & !other.0)
-    }
-
-    /// The kernel's bits.
-    pub const fn bits(self) -> u64 {
-        self.0
-    }
-}
-
-/// Why no userfaultfd could be had.
+/// Why no userfaultfd could be opened.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum OpenError {
-    /// Neither way of getting a userfaultfd is open to this process.
+    /// This process may use neither way of opening a userfaultfd.
     #[error(
         "no userfaultfd: {DEVICE}: {device}; userfaultfd(2): {syscall}. Any one of these helps: read \
          and write permission on {DEVICE} (chown, chmod or setfacl), the capability CAP_SYS_PTRACE, or \
@@ -77,23 +23,23 @@ pub enum OpenError {
          profile allow userfaultfd(2)"
     )]
     Unavailable {
-        /// What opening the device said.
+        /// The error of opening the device.
         device: io::Error,
-        /// What the system call said.
+        /// The error of the system call.
         syscall: Errno,
     },
-    /// This process, or the host, may not have more open files.
+    /// This process, or the host, has reached its limit of open files.
     #[error("no userfaultfd: {error}. Raise the limit: {}", limit_of_files(error))]
     Files {
-        /// Which of the two.
+        /// `EMFILE`: the process. `ENFILE`: the host.
         error: io::Error,
     },
-    /// The kernel is too old for what is needed.
+    /// The kernel lacks required features.
     #[error(
         "this kernel's userfaultfd lacks features {missing:#x} (it has {available:#x}); see UFFD_FEATURE_* in ioctl_userfaultfd(2)"
     )]
     Unsupported {
-        /// Bits asked for and not there.
+        /// Required bits that the kernel lacks.
         missing: u64,
         /// All bits of this kernel.
         available: u64,
@@ -101,12 +47,12 @@ pub enum OpenError {
     /// The handshake failed for another reason.
     #[error("UFFDIO_API: {errno}")]
     Handshake {
-        /// The kernel's answer.
+        /// The error of the kernel.
         errno: Errno,
     },
 }
 
-/// What to raise where no more files can be open.
+/// The limit to raise when no more files can be opened.
 fn limit_of_files(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::ENFILE) => "`sysctl fs.file-max`, that of the host",
@@ -115,17 +61,17 @@ fn limit_of_files(error: &io::Error) -> &'static str {
 }
 
 impl Uffd {
-    /// Opens a userfaultfd, by `/dev/userfaultfd` (its file permissions decide) or else by
-    /// `userfaultfd(2)`, and asks for all of `required` and what there is of `optional`.
+    /// Opens a userfaultfd by `/dev/userfaultfd` (its file permissions decide) or, if that fails, by userfaultfd(2). It
+    /// gets all features of `required`, and those of `optional` that the kernel has.
     ///
-    /// It serves faults of the kernel too (`UFFD_USER_MODE_ONLY` is not set): those of KVM are such.
+    /// It also serves faults of the kernel, such as those of KVM (`UFFD_USER_MODE_ONLY` is not set).
     ///
     /// # Errors
     /// [`OpenError`].
     pub fn open(required: Features, optional: Features) -> Result<Uffd, OpenError> {
         let file = open_file()?;
-        // A handshake can be done once per descriptor, and asking for too much spends it: so ask for
-        // all on the first, and only when that is refused look what there is, on a second.
+        // Each descriptor allows one handshake, even if that fails. So the first descriptor requests all features. If they
+        // are refused, a second one finds out which exist.
         let wanted = required.with(optional);
         match handshake(&file, wanted) {
             Ok(_) => {
@@ -149,7 +95,7 @@ impl Uffd {
     }
 }
 
-/// A userfaultfd on which nothing was asked yet.
+/// A userfaultfd before its handshake.
 fn open_file() -> Result<File, OpenError> {
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
     let device = match OpenOptions::new().read(true).write(true).open(DEVICE) {
@@ -159,7 +105,7 @@ fn open_file() -> Result<File, OpenError> {
                 libc::ioctl(device.as_fd().as_raw_fd(), abi::USERFAULTFD_IOC_NEW as _, flags)
             };
             if fd >= 0 {
-                // SAFETY: the kernel just made this descriptor, so nobody else owns it.
+                // SAFETY: the kernel has just created this descriptor, so that it has no other owner.
                 return Ok(File::from(unsafe { OwnedFd::from_raw_fd(fd) }));
             }
             io::Error::last_os_error()
@@ -170,7 +116,7 @@ fn open_file() -> Result<File, OpenError> {
     let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
     if fd < 0 {
         let syscall = Errno::last();
-        // Permissions are not the cause, whatever the other way says.
+        // With one of these errors, permissions are not the cause.
         if let Some(errno) = [device.raw_os_error(), Some(syscall.0)]
             .into_iter()
             .flatten()
@@ -180,11 +126,11 @@ fn open_file() -> Result<File, OpenError> {
         }
         return Err(OpenError::Unavailable { device, syscall });
     }
-    // SAFETY: the kernel just made this descriptor, so nobody else owns it.
+    // SAFETY: the kernel has just created this descriptor, so that it has no other owner.
     Ok(File::from(unsafe { OwnedFd::from_raw_fd(fd as i32) }))
 }
 
-/// `UFFDIO_API`: enables `features` and answers all that the kernel has.
+/// `UFFDIO_API`: enables `features`. Returns all features of the kernel.
 fn handshake(file: &File, features: Features) -> Result<Features, Errno> {
     let mut argument =
         abi::uffdio_api { api: u64::from(abi::UFFD_API), features: features.bits(), ioctls: 0 };
@@ -196,15 +142,6 @@ fn handshake(file: &File, features: Features) -> Result<Features, Errno> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sets_behave_as_sets() {
-        let both = Features::POISON.with(Features::THREAD_ID);
-        assert!(both.contains(Features::POISON) && both.contains(Features::NONE));
-        assert!(!Features::POISON.contains(both));
-        assert_eq!(both.without(Features::POISON), Features::THREAD_ID);
-        assert_eq!(both.common(Features::POISON), Features::POISON);
-    }
 
     #[test]
     fn the_message_says_what_to_do() {

@@ -1,4 +1,4 @@
-//! A page server in a process of its own, to be killed: the test's binary, started again. And a keeper, in this one.
+//! A page server in a process of its own, which can be killed: the test binary, started again. And a keeper in this process.
 #![allow(dead_code, missing_docs, unreachable_pub)]
 
 use std::io::{BufRead, BufReader, Write};
@@ -18,19 +18,19 @@ use pager::{FailurePolicy, SourceError};
 use super::support::{PAGE, is_lost, source_of};
 
 const SETTINGS: &str = "PAGER_TEST_DAEMON";
-/// Longer than anything here takes: a hang becomes a failure.
+/// Longer than any step takes, so that a hang becomes a failure.
 const HUNG: Duration = Duration::from_secs(60);
 
-/// A server, from the test's side.
+/// A server, as the test sees it.
 pub struct Daemon {
     pub child: Child,
     events: Receiver<String>,
-    /// What it has said before it listened.
+    /// The lines that it has printed before it listens.
     early: Vec<String>,
 }
 
 impl Daemon {
-    /// Starts one of `pages` stamped pages. With the policy `lossy` it poisons, some pages cannot be had, and some loads
+    /// Starts one of `pages` stamped pages. With the policy `lossy` it poisons, some pages cannot be loaded, and some loads
     /// fail once. The test binary must have a test `daemon_process` that calls [`run`].
     pub fn start(folder: &Path, pages: usize, policy: &str) -> Daemon {
         let settings = format!("{pages} {policy} {}", folder.display());
@@ -60,13 +60,13 @@ impl Daemon {
         }
     }
 
-    /// Waits until it serves on so many guests of a dead one.
+    /// Waits until it has taken over this number of guests of a dead server.
     pub fn takes_over(&self, guests: usize) {
         let early = self.early.iter().filter(|event| event.contains("taken over")).count();
         (early..guests).for_each(|_| drop(self.expect("taken over")));
     }
 
-    /// What it says next that has this in it.
+    /// The next line that contains this text.
     #[track_caller]
     pub fn expect(&self, what: &str) -> String {
         loop {
@@ -81,26 +81,26 @@ impl Daemon {
         drop(self);
     }
 
-    /// By SIGKILL.
+    /// Kills it by SIGKILL.
     pub fn end(&mut self) {
         self.child.kill().expect("it can be killed");
         self.child.wait().expect("it ends");
     }
 }
 
-/// A test that fails leaves no server behind.
+/// A test that fails leaves no server running.
 impl Drop for Daemon {
     fn drop(&mut self) {
         self.end();
     }
 }
 
-/// The name of the server's socket in the folder.
+/// The name of the socket of the server in the folder.
 pub fn socket(folder: &Path) -> PathBuf {
     folder.join("pages.sock")
 }
 
-/// The server's side. Does nothing where no settings were given.
+/// The process of the server. It does nothing without settings.
 pub fn run() {
     let Ok(settings) = std::env::var(SETTINGS) else {
         return;
@@ -109,7 +109,7 @@ pub fn run() {
     let mut word = || words.next().expect("three words");
     let (pages, policy, folder) =
         (word().parse().expect("a number"), word(), PathBuf::from(word()));
-    // A page comes with seven others of its block, and one from far away.
+    // A page is loaded with seven others of its block, and one from far away.
     let lossy = policy == "lossy";
     let loads = Arc::new(AtomicU64::new(0));
     let source = source_of(pages, move |offset, answer| {
@@ -141,9 +141,9 @@ pub fn run() {
         let text = format!("\ndaemon: {event:?}\n").replace("TakenOver", "taken over");
         let _ = std::io::stdout().write_all(text.as_bytes());
     };
-    // Before it says anything: tests count its descriptors.
+    // Before it prints anything, because tests count its descriptors.
     let (stop, _never) = std::io::pipe().expect("a pipe");
-    // Its socket is there before it takes guests over.
+    // Its socket exists before it takes over guests.
     let server = Server::bind(socket(&folder), source, options, told).expect("it binds");
     println!("\ndaemon: listens");
     server.run(stop.as_fd()).expect("it can poll");
@@ -157,15 +157,15 @@ pub struct Keeping {
 }
 
 impl Keeping {
-    pub fn start(folder: &Path, patience: Duration) -> Keeping {
-        Keeping::of(folder, patience, KeepOptions::default().guests)
+    pub fn start(folder: &Path, timeout: Duration) -> Keeping {
+        Keeping::of(folder, timeout, KeepOptions::default().guests)
     }
 
-    /// No more guests than these are kept.
-    pub fn of(folder: &Path, patience: Duration, guests: usize) -> Keeping {
+    /// With this limit of guests.
+    pub fn of(folder: &Path, timeout: Duration, guests: usize) -> Keeping {
         let (told, events) = channel();
         let mut options = KeepOptions::default();
-        (options.patience, options.guests) = (patience, guests);
+        (options.takeover_timeout, options.guests) = (timeout, guests);
         let keeper = Keeper::bind(folder.join("keep.sock"), options, move |event| {
             let _ = told.send(format!("{event:?}"));
         });
@@ -175,7 +175,7 @@ impl Keeping {
         Keeping { events, stop: Some(stop), thread: Some(thread) }
     }
 
-    /// What it says next that has this in it.
+    /// The next line that contains this text.
     #[track_caller]
     pub fn expect(&self, what: &str) -> String {
         loop {
@@ -186,7 +186,7 @@ impl Keeping {
         }
     }
 
-    /// Stops it; answers how many guests it had to end.
+    /// Stops it. Returns how many guests it has killed.
     pub fn finish(mut self) -> usize {
         drop(self.stop.take());
         self.thread.take().expect("once").join().expect("the keeper does not panic")

@@ -1,4 +1,4 @@
-//! Memory of the test's own process as the "guest", touched by volatile accesses only.
+//! Memory of the test process as the "guest", touched only by volatile accesses.
 #![allow(unsafe_code, dead_code, missing_docs, unreachable_pub)]
 
 use std::io::{self, Write};
@@ -60,8 +60,8 @@ impl Memory {
     /// `pages` pages from page `first`, with the source's content from `source_offset`.
     pub fn region(&self, first: usize, pages: usize, source_offset: u64) -> Region {
         assert!((first + pages) * PAGE <= self.len);
-        // SAFETY: mapped until `self` is dropped, which tests do after the pager has stopped; no
-        // references into it are made.
+        // SAFETY: mapped until `self` is dropped, which tests do after the pager has stopped. No references into it are
+        // made.
         unsafe {
             Region::new(
                 self.addr() + (first * PAGE) as u64,
@@ -101,7 +101,7 @@ impl Memory {
     /// `madvise(MADV_DONTNEED)`: the pages are given back.
     pub fn remove(&self, first: usize, pages: usize) {
         assert!((first + pages) * PAGE <= self.len);
-        // SAFETY: inside the mapping; nobody holds references into it.
+        // SAFETY: inside the mapping; no references into it exist.
         let result = unsafe {
             libc::madvise(self.at(first * PAGE).cast(), pages * PAGE, libc::MADV_DONTNEED)
         };
@@ -112,7 +112,7 @@ impl Memory {
     pub fn move_away(&mut self) {
         let to = Memory::map(self.len);
         let (flags, old) = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, self.start.as_ptr());
-        // SAFETY: the target is a mapping that is forgotten at once, and nothing refers to either.
+        // SAFETY: the target is a mapping that is forgotten immediately, and nothing refers to either.
         let moved =
             unsafe { libc::mremap(old.cast(), self.len, self.len, flags, to.start.as_ptr()) };
         assert_ne!(moved, libc::MAP_FAILED, "{}", io::Error::last_os_error());
@@ -120,14 +120,14 @@ impl Memory {
         std::mem::forget(to);
     }
 
-    /// Touches the page in a forked child: the signal that ended it, if one did.
+    /// Touches the page in a forked child. Returns the signal that has ended it, if one did.
     pub fn touch_in_a_child(&self, page: usize) -> Option<i32> {
         let address = self.at(page * PAGE);
         // SAFETY: the child only reads one byte and ends, neither of which takes a lock.
         let child = unsafe { libc::fork() };
         assert!(child >= 0, "{}", io::Error::last_os_error());
         if child == 0 {
-            // SAFETY: inside the mapping; where the child does not have that, it ends here.
+            // SAFETY: inside the mapping. If the child does not have it, the child ends here.
             unsafe { address.read_volatile() };
             // SAFETY: takes a number.
             unsafe { libc::_exit(0) };
@@ -138,8 +138,8 @@ impl Memory {
         libc::WIFSIGNALED(status).then(|| libc::WTERMSIG(status))
     }
 
-    /// Lets the kernel read one byte of the page: the byte, or the error where an access of our own would
-    /// end in SIGBUS.
+    /// Lets the kernel read one byte of the page. Returns the byte, or the error if an access by this process would
+    /// raise SIGBUS.
     pub fn read_by_syscall(&self, page: usize) -> io::Result<u8> {
         let (reader, writer) = io::pipe()?;
         let writer = OwnedFd::from(writer);
@@ -156,12 +156,12 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: the mapping made in `map_with`; nothing refers to it any more.
+        // SAFETY: `map_with` has made this mapping, and nothing refers to it any more.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
     }
 }
 
-/// Takes O_NONBLOCK from all userfaultfds of this process: from then on `poll` reports an error for them.
+/// Makes all userfaultfds of this process blocking. From then on `poll` reports an error for them.
 pub fn make_userfaultfds_blocking() {
     for entry in std::fs::read_dir("/proc/self/fd").expect("proc") {
         let path = entry.expect("proc").path();
@@ -174,7 +174,7 @@ pub fn make_userfaultfds_blocking() {
     }
 }
 
-/// Whether userfaultfd works here; if not says so, or fails where it must.
+/// Whether userfaultfd works here. If not, this prints that, or fails if `SNAP_REQUIRE_VM` is set.
 pub fn userfaultfd_works(test: &str) -> bool {
     match Uffd::open(Features::EVENT_REMOVE.with(Features::POISON), Features::NONE) {
         Ok(_) => true,
@@ -204,17 +204,17 @@ pub fn thread_id() -> i32 {
     unsafe { libc::gettid() }
 }
 
-/// What page `page` of every test's source begins with: never zero.
+/// The first word of page `page` in the source of every test. It is never zero.
 pub fn stamp(page: usize) -> u64 {
     0x5eed_0000_0000_0001 | (page as u64) << 8
 }
 
-/// Pages that cannot be had of a source that loses some.
+/// The pages that a lossy source cannot load.
 pub fn is_lost(page: usize) -> bool {
     page % 61 == 17
 }
 
-/// `pages` pages, each full of its stamp.
+/// `pages` pages, each filled with its stamp.
 pub fn stamped(pages: usize) -> Vec<u8> {
     (0..pages)
         .flat_map(|page| std::iter::repeat_n(stamp(page).to_ne_bytes(), PAGE / 8).flatten())
@@ -245,16 +245,16 @@ pub fn number_from_env(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }
 
-/// `SNAP_CHAOS_SEED`, or another one each time.
+/// `SNAP_CHAOS_SEED`, or a random one.
 pub fn chaos_seed() -> u64 {
     let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     number_from_env("SNAP_CHAOS_SEED").unwrap_or(clock.map_or(1, |since| since.as_nanos() as u64))
 }
 
-/// No step of chaos takes longer than some seconds.
+/// A step of the chaos tests takes at most some seconds.
 pub const HUNG: Duration = Duration::from_secs(60);
 
-/// Ends this process when it is told of no step for too long.
+/// Ends this process if no step is reported for too long.
 pub fn watchdog() -> Sender<&'static str> {
     let (steps, seen) = channel();
     std::thread::spawn(move || {
@@ -294,7 +294,7 @@ pub fn shuffled(n: usize, seed: u64) -> Vec<usize> {
     order
 }
 
-/// A source of stamped pages made of a function of the reader's.
+/// A source of stamped pages, which a function of its reader fills.
 pub struct FnSource<F> {
     pub len_bytes: u64,
     pub load: F,
@@ -312,7 +312,7 @@ where
     }
 }
 
-/// What the function fills: pages in the order in which they lie in the buffer.
+/// The pages that the function fills, in the order of the buffer.
 #[derive(Default)]
 pub struct Answer {
     bytes: Vec<u8>,
@@ -326,14 +326,14 @@ impl Answer {
         self.zero = Some(range);
     }
 
-    /// The stamped page with that number is next in the buffer.
+    /// Adds the stamped page with this number to the buffer.
     pub fn push(&mut self, page: usize) {
         let source_offset = (page * PAGE) as u64;
         self.pages.push(LoadedPage { source_offset, buffer_offset: self.bytes.len() });
         self.bytes.extend(std::iter::repeat_n(stamp(page).to_ne_bytes(), PAGE / 8).flatten());
     }
 
-    /// A page that lies nowhere.
+    /// Lists a page beyond the buffer.
     pub fn push_beyond(&mut self, page: usize) {
         let source_offset = (page * PAGE) as u64;
         self.pages.push(LoadedPage { source_offset, buffer_offset: self.bytes.len() + 1 });

@@ -1,4 +1,4 @@
-//! A server in the process of a test, and what it tells.
+//! A server in the process of a test, and its events.
 #![allow(dead_code, missing_docs, unreachable_pub)]
 
 use std::path::PathBuf;
@@ -13,7 +13,7 @@ use pager::{PageSource, Stats, VecSource};
 use super::support::{PAGE, stamped};
 use super::vmm::Vmm;
 
-/// Longer than anything here takes: a hang becomes a failure.
+/// Longer than any step takes, so that a hang becomes a failure.
 pub const HUNG: Duration = Duration::from_secs(60);
 
 pub struct Serving {

@@ -1,4 +1,4 @@
-//! A snapshot file of pages that can be compressed, and are not alike: each begins with its stamp.
+//! A snapshot file with different, compressible pages. Each begins with its stamp.
 #![allow(dead_code, missing_docs, unreachable_pub)]
 
 use std::ops::ControlFlow;
@@ -9,7 +9,7 @@ use snapfmt::{Codec, Contents, MemoryRegion, Snapshot, WriteOptions};
 
 use super::support::{PAGE, stamp};
 
-/// The pages: of eight words two are random, the others small numbers.
+/// The pages. Two of eight words are random, the others are small numbers.
 pub fn content(pages: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let mut word = |page: usize, at: usize| {

@@ -1,5 +1,5 @@
-//! A VMM for the tests of the server, in a process of its own: the test's binary, started again. It has anonymous
-//! memory and a userfaultfd, speaks Firecracker's handshake, and does what it is told on stdin.
+//! A VMM for the tests of the server, in a process of its own: the test binary, started again. It has anonymous memory
+//! and a userfaultfd, does the handshake of Firecracker, and executes commands from stdin.
 #![allow(unsafe_code, dead_code, missing_docs, unreachable_pub)]
 
 use std::fs::File;
@@ -25,7 +25,7 @@ const STORM_THREADS: usize = 4;
 
 const SOCKET: &str = "PAGER_TEST_VMM_SOCKET";
 
-/// A VMM's process, from the test's side.
+/// The process of a VMM, as the test sees it.
 pub struct Vmm {
     pub child: Child,
     stdin: ChildStdin,
@@ -56,9 +56,9 @@ impl Vmm {
         writeln!(self.stdin, "{command}").expect("it listens");
     }
 
-    /// Gives a command and waits for the answer; `None` when the process has ended.
+    /// Sends a command and waits for the answer. `None` if the process has ended.
     pub fn ask(&mut self, command: &str) -> Option<String> {
-        // One that is dead does not listen.
+        // A dead process does not read it.
         writeln!(self.stdin, "{command}").ok()?;
         self.answer()
     }
@@ -66,7 +66,7 @@ impl Vmm {
     pub fn answer(&mut self) -> Option<String> {
         let mut line = String::new();
         while self.stdout.read_line(&mut line).is_ok_and(|len| len > 0) {
-            // The harness talks, too.
+            // The test harness prints lines, too.
             if let Some(at) = line.find("vmm: ") {
                 return Some(line[at + 5..].trim_end().to_owned());
             }
@@ -93,7 +93,7 @@ impl Drop for Vmm {
     }
 }
 
-/// The VMM's side. Does nothing where no socket was given.
+/// The process of the VMM. It does nothing without a socket.
 pub fn run() {
     let Some(socket) = std::env::var_os(SOCKET) else {
         return;
@@ -105,11 +105,11 @@ pub fn run() {
         writeln!(out, "\nvmm: {answer}").expect("somebody listens");
         out.flush().expect("somebody listens");
     }
-    // Not the harness' way out: its memory may have pages that nobody brings.
+    // Not the exit of the test harness: its memory may have pages that are never loaded.
     std::process::exit(0);
 }
 
-/// Threads that work, each on pages of its own, until they are told to end.
+/// Threads that work, each on its own pages, until they have to end.
 struct Storm {
     until: Arc<AtomicBool>,
     threads: Vec<JoinHandle<Result<u64, String>>>,
@@ -122,7 +122,7 @@ struct State {
     uffd: Option<Uffd>,
     stream: Option<UnixStream>,
     storm: Option<Storm>,
-    /// Of a clone: what it maps.
+    /// The file that a clone maps.
     file: Option<File>,
 }
 
@@ -131,7 +131,7 @@ impl State {
         let words: Vec<&str> = line.split(' ').collect();
         let number = |at: usize| words[at].parse::<usize>().expect("a number");
         match words[0] {
-            // `map PAGES`: memory of its own, registered.
+            // `map PAGES`: private, registered memory.
             "map" => {
                 self.map(Memory::map(number(1) * PAGE), Features::EVENT_REMOVE);
                 "ok".into()
@@ -152,14 +152,14 @@ impl State {
                     Err(error) => format!("no huge pages: {error}"),
                 }
             }
-            // `share PAGES`: a clone's memory, a private mapping of the server's file.
+            // `share PAGES`: the memory of a clone, a private mapping of the file of the server.
             "share" => match self.share(number(1)) {
                 Ok(()) => "ok".into(),
                 Err(error) => format!("not shared: {error}"),
             },
             // `body FORM`: the handshake.
             "body" => self.handshake(words[1]),
-            // `waiting PAGE FORM`: the handshake, while a thread waits for that page; answers what came of the touch.
+            // `waiting PAGE FORM`: the handshake, while a thread waits for this page. The answer is the result of the touch.
             "waiting" => {
                 let memory = Arc::clone(self.memory.as_ref().expect("mapped before"));
                 let page = number(1);
@@ -188,16 +188,15 @@ impl State {
                 self.memory().remove(number(1), number(2));
                 "ok".into()
             }
-            // What the server says next; nothing when it has closed the connection.
+            // The next message of the server. Empty if it has closed the connection.
             "told" => {
                 let mut line = String::new();
                 let stream = self.stream.as_ref().expect("connected before");
-                // One that is closed with something unread is reset: it says nothing more either.
+                // A connection that is closed with unread bytes is reset.
                 let _ = BufReader::new(stream).read_line(&mut line);
                 line.trim_end().to_owned()
             }
-            // `unruly PAGES`: touches pages, and meanwhile makes the userfaultfd, which the server has too, one whose
-            // reads wait.
+            // `unruly PAGES`: touches pages, and makes the userfaultfd blocking, which the server has, too.
             "unruly" => {
                 use std::os::fd::AsRawFd;
                 let fd = self.uffd.as_ref().expect("mapped before").as_fd().as_raw_fd();
@@ -218,7 +217,7 @@ impl State {
                 self.stream = None;
                 "ok".into()
             }
-            // `check FIRST PAGES SEED`: each page holds its stamp.
+            // `check FIRST PAGES SEED`: each page has its stamp.
             "check" => {
                 let memory = self.memory();
                 for page in shuffled(number(2), number(3) as u64) {
@@ -230,8 +229,8 @@ impl State {
                 }
                 "ok".into()
             }
-            // `storm SEED [lossy]`: reads, writes and (where nothing is shared) removes with four threads, until `calm`,
-            // which answers what they found.
+            // `storm SEED [lossy]`: reads, writes and (without shared memory) removes with four threads, until `calm`, whose
+            // answer is their result.
             "storm" => {
                 let until = Arc::new(AtomicBool::new(false));
                 let start = |own| {
@@ -258,7 +257,7 @@ impl State {
                     Err(wrong) => wrong,
                 }
             }
-            // `churn SEED`: touches and removes for ever.
+            // `churn SEED`: touches and removes forever.
             "churn" => {
                 let memory = self.memory();
                 println!("\nvmm: churning");
@@ -284,7 +283,7 @@ impl State {
         (self.memory, self.uffd) = (Some(Arc::new(memory)), Some(uffd));
     }
 
-    /// The conversation of a clone. The server may die in the middle of it.
+    /// The handshake of a clone. The server may die in the middle of it.
     fn share(&mut self, pages: usize) -> std::io::Result<()> {
         let gone = || std::io::Error::other("the server is gone");
         let stream = UnixStream::connect(&self.socket)?;
@@ -376,7 +375,7 @@ impl State {
             "with-file" => send(&stream, bytes, &with_file),
             "noise" => send(&stream, b"hello", &[]),
             "figures" => send(&stream, b"{\"stats\":{}}\n", &[]),
-            // As programs do that want no answer.
+            // As programs do that expect no answer.
             "quick" => {
                 let sent = send(&stream, bytes, &one);
                 drop(stream);
@@ -405,7 +404,7 @@ impl State {
     }
 }
 
-/// What one thread of a storm does: works on every `STORM_THREADS`th page, and knows what each must hold.
+/// One thread of a storm. It works on every `STORM_THREADS`th page, and knows the right content of each.
 struct Weather {
     own: usize,
     seed: u64,
@@ -415,10 +414,10 @@ struct Weather {
 }
 
 impl Weather {
-    /// Answers how many pages were checked.
+    /// Returns how many pages were checked.
     fn rage(&self, memory: &Memory) -> Result<u64, String> {
         let pages = memory.len() / PAGE;
-        // Of a page that cannot be had: nothing, until it was removed.
+        // A page that cannot be loaded has no content, until it was removed.
         let first = |page| (!(self.lossy && is_lost(page))).then(|| stamp(page));
         let mut expected: Vec<Option<u64>> = (0..pages).map(first).collect();
         let mut checked = 0;
@@ -459,7 +458,7 @@ impl Weather {
                 (_, now) => check(page, now)?,
             }
         }
-        // All of them, also those that were never touched.
+        // All pages, including those that were never touched.
         (self.own..pages)
             .step_by(STORM_THREADS)
             .try_for_each(|page| check(page, expected[page]))?;
@@ -467,7 +466,7 @@ impl Weather {
     }
 }
 
-/// The line that says yes and the descriptor with it, or another line.
+/// The line of acceptance with its descriptor, or another line.
 fn receive_file(stream: &UnixStream) -> std::io::Result<(Option<File>, String)> {
     let mut bytes = [0; 256];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];

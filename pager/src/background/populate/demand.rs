@@ -1,0 +1,157 @@
+//! Measures how much threads wait for pages. This makes [`Populate::Auto`](crate::Populate::Auto) load ahead, or stop.
+//!
+//! The measure is the time from reading the message of a fault to its answer. Each demand thread adds the times of its
+//! faults to a leaky bucket. A guest that waits for a small share of the time never fills the bucket.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use super::plan::RecentFaults;
+
+/// This part of the passing time leaks. Loading ahead does not help a guest that waits less than an eighth of the time.
+const LEAK: u32 = 8;
+/// The level that starts the loading: 75 faults or more. An idle Linux guest has about 50 after its restore, 30 of them
+/// in a burst.
+const BEGIN: Duration = Duration::from_millis(8);
+/// The same level after the loading has started once: this guest touches much memory.
+const BEGIN_AGAIN: Duration = Duration::from_micros(500);
+/// The upper limit of what one fault counts. A single read of a slow disk does not tell how many will follow.
+const MOST_OF_A_FAULT: Duration = Duration::from_micros(100);
+/// The default of what a fault costs the faulting thread besides its answer: the message and the wake.
+pub(crate) const OVERHEAD: Duration = Duration::from_micros(8);
+
+/// The leaky bucket of one demand thread.
+#[derive(Debug)]
+pub(crate) struct WaitBucket {
+    overhead: Duration,
+    level: Duration,
+    at: Option<Instant>,
+    began_before: bool,
+}
+
+impl WaitBucket {
+    pub(crate) fn none(overhead: Duration) -> WaitBucket {
+        WaitBucket { overhead, level: Duration::ZERO, at: None, began_before: false }
+    }
+
+    /// Adds a fault that was answered at `now` after `service`. Returns whether loading ahead has to start.
+    pub(crate) fn add(&mut self, service: Duration, now: Instant) -> bool {
+        let passed = self.at.replace(now).map_or(Duration::ZERO, |at| now - at);
+        self.level = self.level.saturating_sub(passed / LEAK) + counted(service, self.overhead);
+        let full = self.level >= if self.began_before { BEGIN_AGAIN } else { BEGIN };
+        if full {
+            self.level = Duration::ZERO;
+            self.began_before = true;
+        }
+        full
+    }
+}
+
+/// What a fault counts if its answer took `service`.
+fn counted(service: Duration, overhead: Duration) -> Duration {
+    service.min(MOST_OF_A_FAULT) + overhead
+}
+
+/// What demand threads report to loaders.
+#[derive(Debug)]
+pub(crate) struct Demand {
+    waited_ns: AtomicU64,
+    overhead: Duration,
+    pub(crate) recent: RecentFaults,
+}
+
+impl Demand {
+    /// `overhead` is what a fault costs besides its answer.
+    pub(crate) fn new(overhead: Duration) -> Demand {
+        Demand { waited_ns: AtomicU64::new(0), overhead, recent: RecentFaults::default() }
+    }
+
+    /// Called by a demand thread: a thread has waited for `service` for this page.
+    pub(crate) fn add(&self, page: u64, service: Duration) {
+        self.recent.add(page);
+        let counted = counted(service, self.overhead).as_nanos() as u64;
+        self.waited_ns.fetch_add(counted, Ordering::Relaxed);
+    }
+
+    fn waited(&self) -> Duration {
+        Duration::from_nanos(self.waited_ns.load(Ordering::Relaxed))
+    }
+}
+
+/// The time between two checks of a loader whether threads still wait.
+const CHECK: Duration = Duration::from_millis(2);
+/// How long a loader continues after the last waiting. This doubles each time that the loading starts again, up to
+/// `LONGEST_LINGER`.
+const LINGER: Duration = Duration::from_millis(5);
+const LONGEST_LINGER: Duration = Duration::from_millis(80);
+/// Waiting for less than this part of the time does not count.
+const SHARE: u32 = 32;
+
+/// Tells a loader when threads have stopped waiting.
+pub(crate) struct QuietDetector {
+    at: Instant,
+    waited: Duration,
+    last: Instant,
+    linger: Duration,
+}
+
+impl QuietDetector {
+    pub(crate) fn new(demand: &Demand) -> QuietDetector {
+        let now = Instant::now();
+        QuietDetector { at: now, waited: demand.waited(), last: now, linger: LINGER }
+    }
+
+    /// Whether to continue loading.
+    pub(crate) fn is_waiting(&mut self, demand: &Demand) -> bool {
+        let now = Instant::now();
+        if now - self.at < CHECK {
+            return true;
+        }
+        let waited = demand.waited();
+        if (waited - self.waited) * SHARE >= now - self.at {
+            self.last = now;
+        }
+        (self.at, self.waited) = (now, waited);
+        now - self.last < self.linger
+    }
+
+    /// Called when threads wait again.
+    pub(crate) fn restart(&mut self, demand: &Demand) {
+        let linger = (self.linger * 2).min(LONGEST_LINGER);
+        *self = QuietDetector { linger, ..QuietDetector::new(demand) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Faults of 60 us, `apart` from each other: how many of them start the loading.
+    fn begins_after(apart: Duration, bucket: &mut WaitBucket) -> Option<u32> {
+        let mut now = bucket.at.unwrap_or_else(Instant::now);
+        (1..=20_000).find(|_| {
+            now += apart;
+            bucket.add(Duration::from_micros(60), now)
+        })
+    }
+
+    #[test]
+    fn a_guest_that_waits_most_of_the_time_starts_the_loading_soon() {
+        let mut bucket = WaitBucket::none(OVERHEAD);
+        let first = begins_after(Duration::from_micros(70), &mut bucket).expect("it begins");
+        assert!((120..200).contains(&first), "{first} faults");
+        let second = begins_after(Duration::from_micros(70), &mut bucket).expect("it begins again");
+        assert!((5..15).contains(&second), "{second} faults");
+    }
+
+    #[test]
+    fn a_guest_that_seldom_waits_does_not() {
+        assert_eq!(begins_after(Duration::from_millis(1), &mut WaitBucket::none(OVERHEAD)), None);
+    }
+
+    #[test]
+    fn one_slow_read_does_not() {
+        let mut bucket = WaitBucket::none(OVERHEAD);
+        assert!(!bucket.add(Duration::from_secs(1), Instant::now()));
+    }
+}

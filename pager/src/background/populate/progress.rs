@@ -1,0 +1,173 @@
+//! The state that the loaders of a pager share.
+
+use std::fmt;
+use std::num::NonZeroU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::demand::Demand;
+use super::plan::Plan;
+use super::population::{Populate, Population};
+use crate::sched::cpus::Cpus;
+use crate::source::page_source::PageSource;
+use crate::source::retry::RetryPolicy;
+
+/// Called when the population has ended.
+pub(crate) type OnComplete = Box<dyn Fn(Population) + Send + Sync>;
+
+/// The upper limit of loaders. More of them only wait for each other.
+const MOST_LOADERS: usize = 4;
+
+/// Loads ahead in place of the loaders of a pager whose memory is a mapping of a shared file.
+pub(crate) trait LoadsAhead: Send + Sync {
+    /// A thread has waited for `service` for the page at this source offset, in bytes.
+    fn waited(&self, source_offset: u64, service: Duration);
+    fn is_active(&self) -> bool;
+    /// Threads wait so much that loading ahead has to start.
+    fn begin(&self);
+}
+
+/// The options of background loading.
+pub(crate) struct Options {
+    pub(crate) mode: Populate,
+    pub(crate) bytes_per_second: Option<NonZeroU64>,
+    /// The number of loaders. `None`: by the number of CPUs.
+    pub(crate) loaders: Option<usize>,
+    pub(crate) on_complete: Option<OnComplete>,
+    /// What a fault costs the faulting thread besides its answer.
+    pub(crate) overhead: Duration,
+    pub(crate) source: Arc<dyn PageSource>,
+    pub(crate) retry: RetryPolicy,
+    /// The CPUs that the threads of the pager may use.
+    pub(crate) cpus: Option<Cpus>,
+    pub(crate) elsewhere: Option<Arc<dyn LoadsAhead>>,
+}
+
+/// The state that the loaders of a pager share.
+pub(crate) struct Progress {
+    pub(super) options: Options,
+    pub(super) loaders: usize,
+    /// Created by the first loader, because its cost depends on the size of the memory.
+    pub(super) plan: OnceLock<Plan>,
+    pub(super) demand: Demand,
+    pub(super) unloadable: AtomicU64,
+    /// A demand thread has waited for a page that a loader was loading: the guest has caught up with the loader.
+    pub(super) caught_up: AtomicBool,
+    /// Loaders are working.
+    pub(super) active: AtomicBool,
+    pub(super) state: Mutex<State>,
+    pub(super) changed: Condvar,
+    /// When the next byte may be loaded, under a rate limit.
+    pub(super) due: Mutex<Instant>,
+    pub(super) threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+pub(super) struct State {
+    pub(super) population: Population,
+    /// The number of loaders that have not ended.
+    pub(super) left: usize,
+}
+
+impl Progress {
+    /// The progress for memory in this number of slices. Creating it costs the same for any size of memory.
+    pub(crate) fn new(options: Options, slices: usize) -> Progress {
+        let cpus = options.cpus.as_ref().map_or(1, Cpus::count);
+        let by_cpus = match options.mode {
+            // On a single CPU a loader would only take time from the threads that it loads for.
+            Populate::Auto if cpus == 1 => 0,
+            _ => cpus.saturating_sub(slices).clamp(1, MOST_LOADERS),
+        };
+        let loaders = options.loaders.unwrap_or(by_cpus);
+        let population = match options.mode {
+            Populate::Off => Population::Off,
+            Populate::Auto if loaders == 0 => Population::Off,
+            Populate::Auto => Population::Quiet,
+            Populate::Idle | Populate::Full => Population::Running,
+        };
+        Progress {
+            loaders,
+            plan: OnceLock::new(),
+            demand: Demand::new(options.overhead),
+            unloadable: AtomicU64::new(0),
+            caught_up: AtomicBool::new(false),
+            active: AtomicBool::new(false),
+            state: Mutex::new(State { population, left: loaders }),
+            changed: Condvar::new(),
+            due: Mutex::new(Instant::now()),
+            threads: Mutex::new(Vec::new()),
+            options,
+        }
+    }
+
+    pub(crate) fn state(&self) -> Population {
+        self.lock().population
+    }
+
+    /// Whether loaders are working.
+    pub(crate) fn is_active(&self) -> bool {
+        self.active.load(Ordering::Relaxed)
+    }
+
+    /// Waits until the population has ended, or for `timeout`.
+    pub(crate) fn wait(&self, timeout: Duration) -> Population {
+        let in_progress = |state: &mut State| !state.population.has_ended();
+        let (state, _) = self
+            .changed
+            .wait_timeout_while(self.lock(), timeout, in_progress)
+            .unwrap_or_else(PoisonError::into_inner);
+        state.population
+    }
+
+    /// Called by a demand thread: a thread has waited for `service` for this page. Returns whether this can start the
+    /// loading.
+    pub(crate) fn waited(&self, page: u64, source_offset: u64, service: Duration) -> bool {
+        if let Some(elsewhere) = &self.options.elsewhere {
+            elsewhere.waited(source_offset, service);
+            return true;
+        }
+        let counts = self.options.mode == Populate::Auto && self.loaders > 0;
+        if counts {
+            self.demand.add(page, service);
+        }
+        counts
+    }
+
+    /// Whether pages are being loaded ahead.
+    pub(crate) fn loads_ahead(&self) -> bool {
+        match &self.options.elsewhere {
+            Some(elsewhere) => elsewhere.is_active(),
+            None => self.is_active(),
+        }
+    }
+
+    /// Called by a demand thread: it has waited for a page that a loader was loading.
+    pub(crate) fn catch_up(&self) {
+        self.caught_up.store(true, Ordering::Relaxed);
+    }
+
+    /// Ends the loaders. The pager is stopping.
+    pub(crate) fn stop(&self) {
+        let threads = std::mem::take(&mut *lock(&self.threads));
+        threads.iter().for_each(|loader| loader.thread().unpark());
+        for thread in threads {
+            // The thread catches its panics.
+            let _ = thread.join();
+        }
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+}
+
+impl fmt::Debug for Progress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Progress").field("mode", &self.options.mode).finish_non_exhaustive()
+    }
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,72 @@
+//! The messages of one slice. Events are applied when they are read; faults are queued.
+
+use std::collections::VecDeque;
+use std::io;
+use std::time::Instant;
+
+use crate::shared_state::Shared;
+use crate::uffd::{Journal, Message, MessageBatch};
+
+/// A thread waits for the page at `address`. `thread_id` is 0 if it is unknown.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Fault {
+    pub(crate) address: u64,
+    pub(crate) thread_id: u32,
+    pub(crate) read_at: Instant,
+}
+
+/// The messages that were read and not yet answered. They survive a panic of the handler, so that no fault is lost.
+#[derive(Debug)]
+pub(crate) struct Inbox {
+    batch: MessageBatch,
+    pub(crate) faults: VecDeque<Fault>,
+    /// An event that cannot be served.
+    pub(crate) unserved: Option<Message>,
+    /// The error of reading messages while a fault was being answered.
+    pub(crate) broken: Option<io::Error>,
+}
+
+impl Inbox {
+    /// With a journal, messages survive this process after they were read. `unserved` is an event that a process before
+    /// this one has read.
+    pub(crate) fn new(journal: Option<Journal>, unserved: Option<Message>) -> Inbox {
+        // Every thread waits for at most one page: there is room for more faulting threads than vCPUs.
+        Inbox {
+            batch: MessageBatch::journaled(journal),
+            faults: VecDeque::with_capacity(256),
+            unserved,
+            broken: None,
+        }
+    }
+
+    /// Reads one batch without waiting, and returns the number of its messages. The caller holds the slice lock.
+    ///
+    /// All events of a batch are applied before any of its faults is answered. The kernel returns faults first, so that
+    /// a fault may come before a REMOVE that happened earlier.
+    pub(crate) fn receive(&mut self, shared: &Shared, slice: usize) -> io::Result<usize> {
+        shared.slices[slice].filler.uffd.read(&mut self.batch)?;
+        let read_at = Instant::now();
+        let mut count = 0;
+        for message in self.batch.messages() {
+            count += 1;
+            match message {
+                Message::Pagefault { address, thread_id, .. } => {
+                    self.faults.push_back(Fault { address, thread_id, read_at });
+                }
+                // If the page is in the file, the kernel would map it again without a fault: content that the guest
+                // has given away would come back.
+                Message::Remove { .. } if shared.backed => self.unserved = Some(message),
+                // An unmapped page never faults again. In the state `Removed` it would read as zero.
+                Message::Remove { start, end } | Message::Unmap { start, end } => {
+                    shared.removed(slice, start..end);
+                }
+                // The pager does not enable these events: they come only from a userfaultfd of another process.
+                Message::Fork { .. } | Message::Remap { .. } | Message::Unknown { .. } => {
+                    self.unserved = Some(message);
+                }
+            }
+        }
+        self.batch.applied();
+        Ok(count)
+    }
+}

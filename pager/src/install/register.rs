@@ -1,0 +1,40 @@
+//! Registers the extents of a slice with its userfaultfd.
+#![allow(unsafe_code)]
+
+use crate::error::StartError;
+use crate::layout::Extent;
+use crate::uffd::Uffd;
+
+/// Registers the extents. Returns whether all of their memory supports `UFFDIO_ZEROPAGE`. With `fault_around_off` the
+/// kernel does not map pages of a file around a fault.
+pub(crate) fn all(
+    uffd: &Uffd,
+    extents: &[Extent],
+    fault_around_off: bool,
+) -> Result<bool, StartError> {
+    let mut zeropage = true;
+    for extent in extents {
+        let (host_addr, len_bytes) = (extent.host.start, extent.host.end - extent.host.start);
+        // SAFETY: an extent is part of a `Region`. Its maker has promised that the memory is mapped, theirs to decide
+        // about, and free of references until the pager has stopped. The pager stops before the userfaultfd is closed.
+        let registered = unsafe { uffd.register_with(host_addr, len_bytes, fault_around_off) }
+            .map_err(|errno| StartError::Register { host_addr, len_bytes, errno })?;
+        zeropage &= registered.zeropage;
+        advise(extent, libc::MADV_DONTFORK);
+    }
+    Ok(zeropage)
+}
+
+/// Lets forked children have the memory again after it is no longer paged.
+pub(crate) fn forget(extents: &[Extent]) {
+    extents.iter().for_each(|extent| advise(extent, libc::MADV_DOFORK));
+}
+
+/// A forked child has no userfaultfd: it would read zeros in place of missing pages. Without the memory it ends by
+/// SIGSEGV.
+fn advise(extent: &Extent, advice: i32) {
+    let len = (extent.host.end - extent.host.start) as usize;
+    // SAFETY: this advice changes neither content nor access in this process. If the memory is gone, or is used for
+    // something else by now, children get what the kernel gives by default.
+    unsafe { libc::madvise(extent.host.start as *mut libc::c_void, len, advice) };
+}

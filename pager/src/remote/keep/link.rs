@@ -1,0 +1,149 @@
+//! The connection of a server to its keeper.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags};
+
+use super::error::KeepError;
+use super::wire::{self, DESCRIPTORS, FromKeeper, ToKeeper, VERSION};
+use crate::failure::FailurePolicy;
+use crate::remote::serve::SnapshotName;
+use crate::remote::serve::wire::timespec;
+
+/// How long a server waits for each answer of its keeper, and for space in its queue.
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The connection to a keeper. It closes when this process ends for any reason. The keeper waits for that.
+#[derive(Debug)]
+pub(crate) struct Link {
+    socket: OwnedFd,
+    /// Held from a request to its answer.
+    turn: Mutex<()>,
+}
+
+/// What a keeper has held of a guest.
+pub(crate) struct Kept {
+    pub(crate) uffd: OwnedFd,
+    pub(crate) connection: OwnedFd,
+    pub(crate) process: OwnedFd,
+    pub(crate) handover: OwnedFd,
+    /// Its memory is a private mapping of the file of a dead server. It is told about failures. It has ended when it hangs
+    /// up.
+    pub(crate) shares: bool,
+}
+
+impl Link {
+    /// Connects to the keeper at `path`, and tells it which snapshot is served.
+    pub(crate) fn connect(
+        path: &Path,
+        snapshot: &SnapshotName,
+        on_error: FailurePolicy,
+    ) -> Result<Link, KeepError> {
+        let link = Link { socket: wire::connect(path, ANSWER_TIMEOUT)?, turn: Mutex::new(()) };
+        let (snapshot, on_error) = (snapshot.clone(), on_error.into());
+        match link.ask(&ToKeeper::Hello { version: VERSION, snapshot, on_error })? {
+            (FromKeeper::Welcome { version: VERSION }, _) => Ok(link),
+            (FromKeeper::Welcome { version }, _) => {
+                Err(KeepError::Version { found: version, wanted: VERSION })
+            }
+            (other, _) => Err(wire::unclear(format!("{other:?}"))),
+        }
+    }
+
+    /// Takes over the next guest of a dead server, under the number `id`.
+    pub(crate) fn take(&self, id: u64) -> Result<Option<Kept>, KeepError> {
+        let (answer, descriptors) = self.ask(&ToKeeper::Take { id })?;
+        match (answer, <[OwnedFd; DESCRIPTORS]>::try_from(descriptors)) {
+            (FromKeeper::Nobody {}, _) => Ok(None),
+            (FromKeeper::Guest { shares }, Ok([uffd, connection, process, handover])) => {
+                Ok(Some(Kept { uffd, connection, process, handover, shares }))
+            }
+            (other, _) => Err(wire::unclear(format!("{other:?}"))),
+        }
+    }
+
+    /// Sends the keeper a guest: userfaultfd, connection, process, handover state. If this process dies after that, the
+    /// message is still in the queue of the keeper.
+    pub(crate) fn keep(
+        &self,
+        id: u64,
+        descriptors: [BorrowedFd<'_>; DESCRIPTORS],
+        shares: bool,
+    ) -> Result<(), KeepError> {
+        self.send(&ToKeeper::Keep { id, shares }, &descriptors)
+    }
+
+    pub(crate) fn forget(&self, id: u64) {
+        // A keeper that is gone holds nothing.
+        let _ = self.send(&ToKeeper::Forget { id }, &[]);
+    }
+
+    /// Whether the keeper lives.
+    pub(crate) fn is_alive(&self) -> bool {
+        let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
+        // The keeper sends only answers. Anything readable now is the end of the connection.
+        matches!(rustix::event::poll(&mut fds, Some(&timespec(Duration::ZERO))), Ok(0))
+    }
+
+    fn ask(&self, request: &ToKeeper) -> Result<(FromKeeper, Vec<OwnedFd>), KeepError> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        self.send(request, &[])?;
+        let deadline = Instant::now() + ANSWER_TIMEOUT;
+        loop {
+            if let Some(answer) = wire::receive(&self.socket, RecvFlags::DONTWAIT)? {
+                return Ok(answer);
+            }
+            self.wait(PollFlags::IN, deadline)?;
+        }
+    }
+
+    /// Sends one packet. If the queue is full, this waits until the keeper has read from it.
+    fn send(&self, message: &ToKeeper, descriptors: &[BorrowedFd<'_>]) -> Result<(), KeepError> {
+        let deadline = Instant::now() + ANSWER_TIMEOUT;
+        loop {
+            match wire::send(&self.socket, message, descriptors, SendFlags::DONTWAIT) {
+                Err(KeepError::Full) => self.wait(PollFlags::OUT, deadline)?,
+                sent => return sent,
+            }
+        }
+    }
+
+    fn wait(&self, flags: PollFlags, deadline: Instant) -> Result<(), KeepError> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(KeepError::Silent { after: ANSWER_TIMEOUT });
+        }
+        let mut fds = [PollFd::new(&self.socket, flags)];
+        match rustix::event::poll(&mut fds, Some(&timespec(left))) {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(error) => Err(wire::system("wait for the keeper")(error)),
+        }
+    }
+}
+
+impl Kept {
+    /// Whether the guest has ended.
+    pub(super) fn has_ended(&self) -> bool {
+        let mut fds = self.end();
+        matches!(rustix::event::poll(&mut fds, Some(&timespec(Duration::ZERO))), Ok(1..))
+    }
+
+    /// The descriptors that become ready when the guest ends. Its messages are ignored.
+    pub(super) fn end(&self) -> Vec<PollFd<'_>> {
+        let mut fds = vec![PollFd::new(&self.process, PollFlags::IN)];
+        if self.shares {
+            fds.push(PollFd::new(&self.connection, PollFlags::empty()));
+        }
+        fds
+    }
+
+    /// The descriptors, in the order of the message.
+    pub(super) fn descriptors(&self) -> [BorrowedFd<'_>; DESCRIPTORS] {
+        [self.uffd.as_fd(), self.connection.as_fd(), self.process.as_fd(), self.handover.as_fd()]
+    }
+}

@@ -1,0 +1,213 @@
+//! The messages between a server and its keeper: one JSON object in each packet, with descriptors.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketType,
+};
+use rustix::process::Resource;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::error::KeepError;
+use crate::failure::FailurePolicy;
+use crate::remote::serve::SnapshotName;
+use crate::remote::serve::wire::connect_kind;
+
+/// The version of the messages and of the handover state. A keeper and a server need the same version.
+pub(super) const VERSION: u32 = 2;
+/// The limit of a packet.
+const PACKET_LIMIT_BYTES: usize = 64 << 10;
+/// Userfaultfd, connection, process (a pidfd), handover state.
+pub(super) const DESCRIPTORS: usize = 4;
+
+/// A message from a server.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum ToKeeper {
+    /// The first message. The answer is `Welcome`.
+    Hello { version: u32, snapshot: SnapshotName, on_error: OnError },
+    /// The server takes over a guest of a dead server, under this id. The answer is `Guest` or `Nobody`.
+    Take { id: u64 },
+    /// A guest, with its descriptors. There is no answer. If it `shares` memory, it has ended when it closes its connection.
+    Keep { id: u64, shares: bool },
+    /// The guest with this id has ended. There is no answer.
+    Forget { id: u64 },
+}
+
+/// An answer of the keeper.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum FromKeeper {
+    Welcome { version: u32 },
+    Guest { shares: bool },
+    Nobody {},
+}
+
+/// [`FailurePolicy`] in messages.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum OnError {
+    Poison,
+    Kill,
+}
+
+impl From<FailurePolicy> for OnError {
+    fn from(policy: FailurePolicy) -> OnError {
+        match policy {
+            FailurePolicy::Poison => OnError::Poison,
+            FailurePolicy::Kill => OnError::Kill,
+        }
+    }
+}
+
+impl From<OnError> for FailurePolicy {
+    fn from(policy: OnError) -> FailurePolicy {
+        match policy {
+            OnError::Poison => FailurePolicy::Poison,
+            OnError::Kill => FailurePolicy::Kill,
+        }
+    }
+}
+
+/// Connects to the keeper at `path`.
+pub(super) fn connect(path: &Path, timeout: Duration) -> Result<OwnedFd, KeepError> {
+    let socket = connect_kind(path, SocketType::SEQPACKET, timeout)
+        .map_err(|error| KeepError::System { what: "connect to the keeper", error })?;
+    trusted(&socket)?;
+    Ok(socket)
+}
+
+/// Checks that the other side runs as this user or as root, because each side relies on the other. Returns its process
+/// id.
+pub(super) fn trusted(socket: &OwnedFd) -> Result<i32, KeepError> {
+    let credentials = rustix::net::sockopt::socket_peercred(socket)
+        .map_err(system("see who is on the other side"))?;
+    match credentials.uid {
+        uid if uid == rustix::process::geteuid() || uid.is_root() => {
+            Ok(credentials.pid.as_raw_nonzero().get())
+        }
+        uid => Err(KeepError::User { uid: uid.as_raw() }),
+    }
+}
+
+/// Sends one packet. If the queue is full, this waits, or fails if `flags` say so.
+pub(super) fn send(
+    socket: &OwnedFd,
+    message: &impl Serialize,
+    descriptors: &[BorrowedFd<'_>],
+    flags: SendFlags,
+) -> Result<(), KeepError> {
+    let bytes = serde_json::to_vec(message).map_err(unclear)?;
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
+        return Err(unclear("too many descriptors"));
+    }
+    let flags = flags | SendFlags::NOSIGNAL;
+    loop {
+        match rustix::net::sendmsg(socket, &[IoSlice::new(&bytes)], &mut control, flags) {
+            Ok(_) => return Ok(()),
+            Err(Errno::INTR) => {}
+            Err(Errno::PIPE | Errno::CONNRESET) => return Err(KeepError::Gone),
+            Err(Errno::AGAIN) => return Err(KeepError::Full),
+            Err(error) => return Err(system("send")(error)),
+        }
+    }
+}
+
+/// Receives one packet. `None` if there is none and `flags` say not to wait.
+pub(super) fn receive<T: DeserializeOwned>(
+    socket: &OwnedFd,
+    flags: RecvFlags,
+) -> Result<Option<(T, Vec<OwnedFd>)>, KeepError> {
+    let mut bytes = vec![0; PACKET_LIMIT_BYTES];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = flags | RecvFlags::CMSG_CLOEXEC;
+    let received = loop {
+        let mut into = [IoSliceMut::new(&mut bytes)];
+        match rustix::net::recvmsg(socket, &mut into, &mut control, flags) {
+            Ok(received) => break received,
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => return Ok(None),
+            Err(Errno::CONNRESET) => return Err(KeepError::Gone),
+            Err(error) => return Err(system("receive")(error)),
+        }
+    };
+    let mut descriptors = Vec::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(received) = message {
+            descriptors.extend(received);
+        }
+    }
+    if received.bytes == 0 {
+        return Err(KeepError::Gone);
+    }
+    if received.flags.contains(ReturnFlags::TRUNC) {
+        return Err(unclear("a packet that is too long"));
+    }
+    if received.flags.contains(ReturnFlags::CTRUNC) {
+        // There was space for all expected descriptors, so that another reason has lost one.
+        return Err(match descriptors.len() {
+            DESCRIPTORS.. => unclear("a packet with too many descriptors"),
+            _ => KeepError::DescriptorLost {
+                limit: rustix::process::getrlimit(Resource::Nofile).current,
+            },
+        });
+    }
+    let message = serde_json::from_slice(&bytes[..received.bytes]).map_err(unclear)?;
+    Ok(Some((message, descriptors)))
+}
+
+pub(super) fn unclear(why: impl std::fmt::Display) -> KeepError {
+    KeepError::Message { why: why.to_string() }
+}
+
+pub(super) fn system(what: &'static str) -> impl Fn(Errno) -> KeepError {
+    move |error| KeepError::System { what, error: error.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use rustix::net::{AddressFamily, SocketFlags};
+
+    use super::*;
+
+    /// Lost descriptors are reported with the right reason.
+    #[test]
+    fn too_many_descriptors_are_told_as_that() {
+        let (family, kind) = (AddressFamily::UNIX, SocketType::SEQPACKET);
+        let pair = || rustix::net::socketpair(family, kind, SocketFlags::CLOEXEC, None);
+        let (one, other) = pair().expect("a pair of sockets");
+        let send_with = |count: usize| {
+            let descriptors = vec![one.as_fd(); count];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(16))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            assert!(control.push(SendAncillaryMessage::ScmRights(&descriptors)));
+            let bytes = serde_json::to_vec(&ToKeeper::Keep { id: 1, shares: false }).expect("JSON");
+            let sent = rustix::net::sendmsg(
+                &one,
+                &[IoSlice::new(&bytes)],
+                &mut control,
+                SendFlags::empty(),
+            );
+            sent.expect("it is sent");
+        };
+        send_with(DESCRIPTORS);
+        let (_, descriptors) =
+            receive::<ToKeeper>(&other, RecvFlags::empty()).expect("it is taken").expect("it came");
+        assert_eq!(descriptors.len(), DESCRIPTORS);
+        send_with(16);
+        let error = receive::<ToKeeper>(&other, RecvFlags::empty()).expect_err("too many");
+        assert!(error.to_string().contains("too many descriptors"), "{error}");
+    }
+}

@@ -1,0 +1,38 @@
+//! A client that is served.
+
+use std::sync::Arc;
+
+use super::metrics::Guest;
+use super::peer::Peer;
+use crate::pager::Pager;
+use crate::remote::keep::Link;
+
+/// A client that is served.
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub(crate) id: u64,
+    pub(crate) peer: Arc<Peer>,
+    pub(crate) pager: Pager,
+    /// The keeper holds the handover state of this client. This drops after the pager.
+    pub(crate) kept: Option<KeptGuest>,
+}
+
+impl Session {
+    pub(super) fn stats(&self) -> Guest {
+        let Session { peer, pager, .. } = self;
+        Guest { pid: peer.pid, stats: pager.stats(), regions: pager.region_stats() }
+    }
+}
+
+/// A guest that the keeper holds. Dropping this tells the keeper to forget it. A server that is killed drops nothing.
+#[derive(Debug)]
+pub(crate) struct KeptGuest {
+    pub(super) keeper: Arc<Link>,
+    pub(super) id: u64,
+}
+
+impl Drop for KeptGuest {
+    fn drop(&mut self) {
+        self.keeper.forget(self.id);
+    }
+}

@@ -1,0 +1,228 @@
+//! The listening socket of a server. Only the same user and root may connect. The name of a dead server is taken over,
+//! that of a live one is not.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FlockOperation, Mode};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+use super::error::BindError;
+use super::wire::RETRY;
+
+const BACKLOG: i32 = 1024;
+/// How long [`Socket::bind`] waits for the lock of the folder.
+pub const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A listening unix socket. Only this user and root can connect. Dropping it removes its name.
+#[derive(Debug)]
+pub struct Socket {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Device and inode of the name, so that only this name is removed.
+    identity: (u64, u64),
+}
+
+impl Socket {
+    /// Listens at `path`, with mode 0600. The name of a dead server is taken over.
+    ///
+    /// # Errors
+    /// [`BindError`] if the name belongs to a live server, is not a socket, or cannot be used.
+    pub fn bind(path: &Path) -> Result<Socket, BindError> {
+        Socket::bind_kind(path, SocketType::STREAM)
+    }
+
+    pub(crate) fn bind_kind(path: &Path, kind: SocketType) -> Result<Socket, BindError> {
+        let system = |what| move |error: Errno| BindError::System { what, error: error.into() };
+        let address =
+            SocketAddrUnix::new(path).map_err(|_| BindError::Name { path: path.to_owned() })?;
+        // Two servers that find the same dead name must not take it from each other. So a server holds the lock of the
+        // folder while it checks a name and takes it.
+        let folder = match path.parent() {
+            Some(folder) if folder != Path::new("") => folder,
+            _ => Path::new("."),
+        };
+        let folder = fs::File::open(folder)
+            .map_err(|error| BindError::System { what: "open the socket's folder", error })?;
+        lock(&folder, LOCK_TIMEOUT)?;
+
+        let socket = unix_socket(kind).map_err(system("make a socket"))?;
+        // The name gets the mode that the socket has at bind(2), less the umask (unix_bind_bsd in the kernel). So at no
+        // moment other users can connect.
+        rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)
+            .map_err(system("set the socket's mode"))?;
+        match rustix::net::bind(&socket, &address) {
+            Err(Errno::ADDRINUSE) => {
+                remove_if_dead(path, &address, kind)?;
+                rustix::net::bind(&socket, &address).map_err(system("bind the socket"))?;
+            }
+            bound => bound.map_err(system("bind the socket"))?,
+        }
+        rustix::net::listen(&socket, BACKLOG).map_err(system("listen"))?;
+        let named = fs::symlink_metadata(path)
+            .map_err(|error| BindError::System { what: "see the socket's name", error })?;
+        Ok(Socket {
+            listener: UnixListener::from(socket),
+            path: path.to_owned(),
+            identity: (named.dev(), named.ino()),
+        })
+    }
+
+    /// The next connection, if one is waiting. Its process may still belong to another user: see
+    /// [`check_user`](super::check_user).
+    ///
+    /// # Errors
+    /// As accept(2), except EAGAIN.
+    pub fn accept(&self) -> io::Result<Option<UnixStream>> {
+        match self.listener.accept() {
+            Ok((stream, _)) => Ok(Some(stream)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        if fs::symlink_metadata(&self.path)
+            .is_ok_and(|named| (named.dev(), named.ino()) == self.identity)
+        {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn lock(folder: &fs::File, timeout: Duration) -> Result<(), BindError> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        match rustix::fs::flock(folder, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(()),
+            Err(Errno::WOULDBLOCK) if Instant::now() < deadline => thread::sleep(RETRY),
+            Err(Errno::WOULDBLOCK) => return Err(BindError::Locked { after: timeout }),
+            Err(Errno::INTR) => {}
+            Err(error) => {
+                let what = "lock the socket's folder";
+                return Err(BindError::System { what, error: error.into() });
+            }
+        }
+    }
+}
+
+fn unix_socket(kind: SocketType) -> Result<OwnedFd, Errno> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None)
+}
+
+/// Removes the name if it is a socket at which no process listens.
+fn remove_if_dead(
+    path: &Path,
+    address: &SocketAddrUnix,
+    kind: SocketType,
+) -> Result<(), BindError> {
+    let system = |what| move |error| BindError::System { what, error };
+    let found = fs::symlink_metadata(path).map_err(system("see what has the socket's name"))?;
+    if !found.file_type().is_socket() {
+        return Err(BindError::NoSocket { path: path.to_owned() });
+    }
+    let probe = unix_socket(kind).map_err(|error| system("make a socket")(error.into()))?;
+    match rustix::net::connect(&probe, address) {
+        Err(Errno::CONNREFUSED) => fs::remove_file(path).map_err(system("remove the old socket")),
+        // EAGAIN: a process listens, and its queue is full.
+        Ok(()) | Err(Errno::AGAIN) => Err(BindError::Live { path: path.to_owned() }),
+        Err(error) => Err(system("connect to the old socket")(error.into())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn the_name_is_private_and_goes_with_the_server() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("s");
+        let socket = Socket::bind(&path).expect("it binds");
+        let mode = fs::symlink_metadata(&path).expect("it has a name").permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        assert!(socket.accept().expect("it listens").is_none());
+        drop(socket);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_live_server_keeps_its_name_and_a_dead_one_loses_it() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("s");
+        let first = Socket::bind(&path).expect("it binds");
+        assert!(matches!(Socket::bind(&path), Err(BindError::Live { .. })));
+        // The probe of the second one was a connection that said nothing.
+        assert!(first.accept().expect("it still listens").is_some());
+        drop(first);
+        drop(UnixListener::bind(&path).expect("it binds")); // Leaves its name behind.
+        assert!(path.exists());
+        let taken = Socket::bind(&path).expect("the dead name is taken over");
+        UnixStream::connect(&path).expect("the new one listens");
+        // A name that belongs to another server by now stays.
+        fs::remove_file(&path).expect("it is there");
+        let other = Socket::bind(&path).expect("it binds");
+        drop(taken);
+        assert!(path.exists());
+        drop(other);
+    }
+
+    #[test]
+    fn a_lock_is_not_waited_for_without_an_end() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let held = fs::File::open(folder.path()).expect("it opens");
+        rustix::fs::flock(&held, FlockOperation::LockExclusive).expect("nobody has it");
+        let other = fs::File::open(folder.path()).expect("it opens");
+        let after = Duration::from_millis(50);
+        assert!(matches!(lock(&other, after), Err(BindError::Locked { .. })));
+        drop(held);
+        lock(&other, after).expect("it is free");
+    }
+
+    #[test]
+    fn a_full_queue_is_not_waited_for_without_an_end() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("s");
+        let _listener = {
+            let socket = unix_socket(SocketType::STREAM).expect("a socket");
+            rustix::net::bind(&socket, &SocketAddrUnix::new(&path).expect("a name"))
+                .expect("it binds");
+            rustix::net::listen(&socket, 0).expect("it listens");
+            socket
+        };
+        let after = Duration::from_millis(50);
+        // A queue of length 0 takes one.
+        let _first = super::super::connect(&path, after).expect("there is room");
+        let error = super::super::connect(&path, after).expect_err("there is no room");
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
+    }
+
+    #[test]
+    fn a_file_is_never_removed() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("precious");
+        fs::write(&path, "data").expect("it can be written");
+        assert!(matches!(Socket::bind(&path), Err(BindError::NoSocket { .. })));
+        assert_eq!(fs::read(&path).expect("it is there"), b"data");
+        let long = folder.path().join("x".repeat(200));
+        assert!(matches!(Socket::bind(&long), Err(BindError::Name { .. })));
+    }
+}

@@ -1,0 +1,224 @@
+//! Messages with descriptors over a unix stream socket, with limits of size, descriptors and time.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+};
+use rustix::process::Resource;
+
+use super::error::RefuseError;
+use super::given::Given;
+
+/// The limit of a message. It is enough for some thousand regions.
+pub(crate) const MESSAGE_LIMIT_BYTES: usize = 1 << 20;
+/// The number of descriptors that are received with one part. The kernel closes any further ones.
+const DESCRIPTORS_RECEIVED: usize = 4;
+/// The pause between two attempts, where poll(2) cannot tell when the next one succeeds.
+pub(crate) const RETRY: Duration = Duration::from_millis(10);
+
+/// Receives messages from a connection.
+#[derive(Debug)]
+pub(crate) struct SocketReader<'a> {
+    stream: &'a UnixStream,
+    deadline: Instant,
+    allowed: Duration,
+    /// Received bytes that were not used yet.
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) descriptors: Vec<OwnedFd>,
+    /// A descriptor was sent and did not arrive.
+    pub(crate) lost: bool,
+}
+
+impl<'a> SocketReader<'a> {
+    /// A reader that receives until `allowed` has passed from now.
+    pub(crate) fn new(stream: &'a UnixStream, allowed: Duration) -> SocketReader<'a> {
+        let deadline = Instant::now() + allowed;
+        let (bytes, descriptors) = (Vec::new(), Vec::new());
+        SocketReader { stream, deadline, allowed, bytes, descriptors, lost: false }
+    }
+
+    /// Waits for more bytes or descriptors.
+    pub(crate) fn receive(&mut self) -> Result<(), RefuseError> {
+        loop {
+            self.wait()?;
+            let mut piece = [0; 16 << 10];
+            let mut space =
+                [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_RECEIVED))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let received = rustix::net::recvmsg(
+                self.stream,
+                &mut [IoSliceMut::new(&mut piece)],
+                &mut control,
+                RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT,
+            );
+            let received = match received {
+                Ok(received) => received,
+                Err(Errno::INTR | Errno::AGAIN) => continue,
+                Err(Errno::CONNRESET) => return Err(self.left()),
+                Err(error) => return Err(system("receive")(error)),
+            };
+            let before = self.descriptors.len();
+            for message in control.drain() {
+                if let RecvAncillaryMessage::ScmRights(descriptors) = message {
+                    self.descriptors.extend(descriptors);
+                }
+            }
+            let arrived = self.descriptors.len() - before;
+            self.lost |= received.flags.contains(ReturnFlags::CTRUNC);
+            let fits = self.bytes.len() + received.bytes <= MESSAGE_LIMIT_BYTES;
+            if fits {
+                self.bytes.extend_from_slice(&piece[..received.bytes]);
+            }
+            // There was space for more descriptors, so that another reason has lost one.
+            if self.lost && arrived < DESCRIPTORS_RECEIVED {
+                let limit = rustix::process::getrlimit(Resource::Nofile).current;
+                return Err(RefuseError::DescriptorLost { limit });
+            }
+            if self.descriptors.len() > 1 {
+                let found = self.descriptors.len();
+                return Err(RefuseError::Descriptors { found, expected: 1 });
+            }
+            if received.bytes == 0 {
+                return Err(self.left());
+            }
+            if !fits {
+                return Err(RefuseError::TooLong { limit_bytes: MESSAGE_LIMIT_BYTES });
+            }
+            return Ok(());
+        }
+    }
+
+    /// The next line, without the newline.
+    pub(crate) fn line(&mut self) -> Result<Vec<u8>, RefuseError> {
+        let mut searched = 0;
+        loop {
+            if let Some(at) = self.bytes[searched..].iter().position(|&byte| byte == b'\n') {
+                let rest = self.bytes.split_off(searched + at + 1);
+                let mut line = std::mem::replace(&mut self.bytes, rest);
+                line.pop();
+                return Ok(line);
+            }
+            searched = self.bytes.len();
+            self.receive()?;
+        }
+    }
+
+    /// The descriptor that has arrived with the message.
+    pub(crate) fn descriptor(&mut self) -> Result<OwnedFd, RefuseError> {
+        self.descriptors.pop().ok_or(RefuseError::Descriptors { found: 0, expected: 1 })
+    }
+
+    /// What the sender has sent so far.
+    pub(crate) fn into_given(self) -> Given {
+        let names_memory = self.bytes.first() == Some(&b'[');
+        Given { descriptors: self.descriptors, lost: self.lost, names_memory }
+    }
+
+    fn left(&self) -> RefuseError {
+        RefuseError::Left { bytes: self.bytes.len(), descriptors: self.descriptors.len() }
+    }
+
+    fn wait(&self) -> Result<(), RefuseError> {
+        loop {
+            let left = self.deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(RefuseError::TimedOut {
+                    after: self.allowed,
+                    bytes: self.bytes.len(),
+                    descriptors: self.descriptors.len(),
+                });
+            }
+            let mut fds = [PollFd::new(self.stream, PollFlags::IN)];
+            match rustix::event::poll(&mut fds, Some(&timespec(left))) {
+                Ok(0) | Err(Errno::INTR) => {}
+                Ok(_) => return Ok(()),
+                Err(error) => return Err(system("wait for the client")(error)),
+            }
+        }
+    }
+}
+
+/// Connects to the unix socket at `path`. If its queue of connections is full, because its process is busy or stopped,
+/// this tries again until `timeout` has passed.
+///
+/// # Errors
+/// As connect(2), and [`io::ErrorKind::TimedOut`] after `timeout`.
+pub fn connect(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
+    let stream = UnixStream::from(connect_kind(path, SocketType::STREAM, timeout)?);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
+}
+
+/// As [`connect`]. The socket is non-blocking.
+pub(crate) fn connect_kind(
+    path: &Path,
+    kind: SocketType,
+    timeout: Duration,
+) -> io::Result<OwnedFd> {
+    let deadline = Instant::now() + timeout;
+    let address = SocketAddrUnix::new(path)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None)?;
+    loop {
+        match rustix::net::connect(&socket, &address) {
+            Ok(()) => return Ok(socket),
+            // The queue is full. poll(2) does not tell when that changes.
+            Err(Errno::AGAIN) if Instant::now() < deadline => thread::sleep(RETRY),
+            Err(Errno::AGAIN) => return Err(timed_out(timeout)),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// The error of a connection that was not accepted.
+fn timed_out(timeout: Duration) -> io::Error {
+    let what = format!("no connection was accepted within {timeout:?}: its process may be stopped");
+    io::Error::new(io::ErrorKind::TimedOut, what)
+}
+
+/// Sends a line, and a descriptor with it. This does not wait: if the receiver does not read, it fails.
+///
+/// # Errors
+/// As sendmsg(2).
+pub(crate) fn send_line(
+    stream: &UnixStream,
+    line: &str,
+    descriptor: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
+    let bytes = format!("{line}\n").into_bytes();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let descriptors = descriptor.as_slice();
+    if descriptor.is_some() {
+        control.push(SendAncillaryMessage::ScmRights(descriptors));
+    }
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    let mut sent =
+        rustix::net::sendmsg(stream.as_fd(), &[IoSlice::new(&bytes)], &mut control, flags)?;
+    while sent < bytes.len() {
+        sent += rustix::net::send(stream.as_fd(), &bytes[sent..], flags)?;
+    }
+    Ok(())
+}
+
+pub(crate) fn timespec(duration: Duration) -> Timespec {
+    Timespec {
+        tv_sec: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: duration.subsec_nanos().into(),
+    }
+}
+
+fn system(what: &'static str) -> impl Fn(Errno) -> RefuseError {
+    move |error| RefuseError::System { what, error: error.into() }
+}

@@ -1,0 +1,17 @@
+//! On which CPU and with which priority a thread of the pager runs.
+//!
+//! | module | content |
+//! |---|---|
+//! | `placement` | decides on which CPU a demand thread runs |
+//! | `priority` | lowers the priority of a demand thread that shares the CPU of the faulting thread |
+//! | `watchdog`, `watchdog_thread` | raises that priority when a fault waits too long |
+//! | `avoid_demand_cpus` | keeps background threads off the CPUs of demand threads |
+//! | `cpus`, `task` | sets of CPUs; what `/proc` says about a thread |
+
+pub(crate) mod avoid_demand_cpus;
+pub(crate) mod cpus;
+pub(crate) mod placement;
+pub(crate) mod priority;
+pub(crate) mod task;
+pub(crate) mod watchdog;
+pub(crate) mod watchdog_thread;

@@ -1,0 +1,123 @@
+//! Builds large pages (hugetlbfs) from a source of small ones.
+
+use crate::source::error::SourceError;
+use crate::source::load::{Load, LoadCost, LoadedPage, LoadedPages, PageReader};
+
+/// A reader with large pages. It builds each of them from many loads of a reader with small pages.
+pub(crate) struct LargePages {
+    small: Box<dyn PageReader>,
+    small_bytes: usize,
+    page: Vec<u8>,
+    /// Which small pages are loaded.
+    filled: Vec<bool>,
+    listed: [LoadedPage; 1],
+}
+
+/// The largest page size of any architecture.
+const LARGEST_BYTES: usize = 1 << 30;
+
+impl LargePages {
+    pub(crate) fn of(
+        small: Box<dyn PageReader>,
+        small_bytes: usize,
+        large_bytes: usize,
+    ) -> Result<LargePages, SourceError> {
+        if !large_bytes.is_multiple_of(small_bytes) || large_bytes > LARGEST_BYTES {
+            let message = format!("no pages of {large_bytes} bytes from pages of {small_bytes}");
+            return Err(SourceError::permanent(message));
+        }
+        Ok(LargePages {
+            small,
+            small_bytes,
+            page: vec![0; large_bytes],
+            filled: vec![false; large_bytes / small_bytes],
+            listed: [LoadedPage { source_offset: 0, buffer_offset: 0 }],
+        })
+    }
+}
+
+impl PageReader for LargePages {
+    fn load(&mut self, source_offset: u64) -> Result<Load<'_>, SourceError> {
+        let LargePages { small, small_bytes, page, filled, listed } = self;
+        let small_bytes = *small_bytes;
+        let range = source_offset..source_offset.saturating_add(page.len() as u64);
+        page.fill(0);
+        filled.fill(false);
+        let (mut cost, mut zero) = (LoadCost::default(), true);
+        while let Some(next) = filled.iter().position(|filled| !filled) {
+            match small.load(range.start + (next * small_bytes) as u64)? {
+                Load::Zero { range: zeros } => {
+                    let end = zeros.end.clamp(range.start, range.end) - range.start;
+                    // At least the requested page, whatever the range is.
+                    let end = (end as usize / small_bytes).max(next + 1);
+                    filled[next..end].fill(true);
+                }
+                Load::Pages(loaded) => {
+                    zero = false;
+                    cost += loaded.cost;
+                    for one in loaded.pages.iter().filter(|one| range.contains(&one.source_offset))
+                    {
+                        let at = (one.source_offset - range.start) as usize;
+                        let from = one.buffer_offset;
+                        let bytes = from
+                            .checked_add(small_bytes)
+                            .and_then(|end| loaded.bytes.get(from..end))
+                            .ok_or_else(|| SourceError::permanent("a page beyond its buffer"))?;
+                        page[at..at + small_bytes].copy_from_slice(bytes);
+                        filled[at / small_bytes] = true;
+                    }
+                    if !filled[next] {
+                        return Err(SourceError::permanent("the asked page is not in the answer"));
+                    }
+                }
+                Load::InFile { .. } => {
+                    return Err(SourceError::permanent("pages in a file have their own size"));
+                }
+            }
+        }
+        if zero {
+            return Ok(Load::Zero { range });
+        }
+        listed[0].source_offset = source_offset;
+        Ok(Load::Pages(LoadedPages { bytes: page, pages: listed, cost }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{PageSource, VecSource};
+
+    #[test]
+    fn a_large_page_is_put_together_of_small_ones() {
+        let mut bytes = vec![0; 3 << 20];
+        bytes[(2 << 20) - 1] = 7;
+        let source = VecSource::new(bytes, 64 << 10);
+        let small = source.reader(4096).expect("it has such pages");
+        let mut large = LargePages::of(small, 4096, 1 << 20).expect("a multiple");
+        assert!(matches!(large.load(0), Ok(Load::Zero { range }) if range == (0..1 << 20)));
+        match large.load(1 << 20).expect("it loads") {
+            Load::Pages(loaded) => {
+                let last = (1 << 20) - 1;
+                assert_eq!(
+                    (loaded.bytes.len(), loaded.bytes[last], loaded.bytes[last - 1]),
+                    (1 << 20, 7, 0)
+                );
+                assert_eq!(loaded.pages, [LoadedPage { source_offset: 1 << 20, buffer_offset: 0 }]);
+                assert_eq!(loaded.cost.bytes_read, 64 << 10);
+            }
+            other => panic!("{other:?}"),
+        }
+        assert!(matches!(large.load(2 << 20), Ok(Load::Zero { .. })));
+        assert!(large.load(3 << 20).is_err());
+    }
+
+    #[test]
+    fn odd_and_giant_pages_are_refused() {
+        let source = VecSource::new(vec![0; 4096], 4096);
+        for size in [6000, 1 << 40] {
+            let small = source.reader(4096).expect("it has such pages");
+            assert!(LargePages::of(small, 4096, size).is_err());
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! The pages of a `.snap` file as a source.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use snapfmt::layout::PAGE_BYTES;
+use snapfmt::{ChunkBuffer, PageEntry, PageIndex, ReadAt, Snapshot};
+
+use crate::source::error::SourceError;
+use crate::source::large_pages::LargePages;
+use crate::source::load::{Load, LoadCost, LoadedPage, LoadedPages, PageReader};
+use crate::source::page_source::PageSource;
+use crate::source::sequence::{PageByPage, PageSequence};
+use crate::source::shared_pages::SharedPages;
+use crate::source::snapshot_page::{loaded, source_error};
+use crate::source::snapshot_sequence::SnapshotSequence;
+
+/// The memory of a snapshot as a source. It loads whole chunks, and verifies them.
+///
+/// Source offsets are those of the memory map of the snapshot, in bytes. Its pages have 4 KiB. Larger ones are built from
+/// these.
+pub struct SnapshotSource<R: ReadAt> {
+    snapshot: Arc<Snapshot<R>>,
+    /// Shared pages that sequences have found. Each sequence loads one part of the memory, but equal pages are everywhere.
+    shared: Arc<Mutex<SharedPages>>,
+}
+
+impl<R: ReadAt> SnapshotSource<R> {
+    /// A source with the pages of the snapshot.
+    pub fn new(snapshot: Arc<Snapshot<R>>) -> Self {
+        Self { snapshot, shared: Arc::default() }
+    }
+}
+
+impl<R: ReadAt + 'static> PageSource for SnapshotSource<R> {
+    fn reader(&self, page_bytes: usize) -> Result<Box<dyn PageReader>, SourceError> {
+        if page_bytes != PAGE_BYTES {
+            let small = self.reader(PAGE_BYTES)?;
+            return Ok(Box::new(LargePages::of(small, PAGE_BYTES, page_bytes)?));
+        }
+        let most = self.snapshot.header().chunk_pages as usize;
+        Ok(Box::new(SnapshotReader {
+            snapshot: Arc::clone(&self.snapshot),
+            buffer: ChunkBuffer::new(),
+            shared: SharedPages::default(),
+            pages: Vec::with_capacity(most + 1),
+        }))
+    }
+
+    fn len_bytes(&self) -> u64 {
+        self.snapshot.header().memory_bytes
+    }
+
+    fn sequence(
+        &self,
+        page_bytes: usize,
+        pages: Vec<Range<u64>>,
+    ) -> Result<Box<dyn PageSequence>, SourceError> {
+        if page_bytes != PAGE_BYTES {
+            let reader = self.reader(page_bytes)?;
+            return Ok(Box::new(PageByPage::new(reader, page_bytes, pages)));
+        }
+        let shared = Arc::clone(&self.shared);
+        Ok(Box::new(SnapshotSequence::new(Arc::clone(&self.snapshot), shared, pages)))
+    }
+}
+
+/// A fault on a page whose shared page is kept also loads such pages in the aligned 64 KiB around it.
+const AROUND_PAGES: u32 = 16;
+
+struct SnapshotReader<R: ReadAt> {
+    snapshot: Arc<Snapshot<R>>,
+    buffer: ChunkBuffer,
+    shared: SharedPages,
+    pages: Vec<LoadedPage>,
+}
+
+impl<R: ReadAt> PageReader for SnapshotReader<R> {
+    fn load(&mut self, source_offset: u64) -> Result<Load<'_>, SourceError> {
+        let page = PageIndex::containing(source_offset)
+            .ok_or_else(|| SourceError::permanent("offset above 16 TiB"))?;
+        let failed = |error| source_error(page, error);
+        let (extent, slot) = match self.snapshot.entry(page).map_err(failed)? {
+            PageEntry::Data { chunk, slot } => (chunk, slot),
+            PageEntry::Zero => {
+                let range = self.snapshot.zero_run(page).map_err(failed)?;
+                return Ok(Load::Zero { range });
+            }
+            PageEntry::Parent => {
+                return Err(SourceError::permanent("the page is in a parent snapshot"));
+            }
+        };
+        if let Some(buffer_offset) = self.shared.find(extent, slot) {
+            self.pages.clear();
+            self.pages.push(LoadedPage { source_offset: page.source_offset(), buffer_offset });
+            self.kept_around(page);
+            return Ok(Load::Pages(LoadedPages {
+                bytes: self.shared.bytes(),
+                pages: &self.pages,
+                cost: LoadCost::default(),
+            }));
+        }
+        let start = Instant::now();
+        self.snapshot.fetch_chunk(extent, &mut self.buffer).map_err(failed)?;
+        let fetched = Instant::now();
+        let chunk = self.snapshot.decode_chunk(extent, &mut self.buffer).map_err(failed)?;
+        let decode_ns = fetched.elapsed().as_nanos() as u64;
+
+        // The entry of the faulting page was checked above. Other pages that the chunk lists are loaded only if their index
+        // entries point to this chunk: the list alone proves nothing.
+        self.snapshot.slot_of(page, slot, &chunk).map_err(failed)?;
+        self.pages.clear();
+        for (number, listed) in chunk.pages().iter().enumerate() {
+            let here = PageEntry::Data { chunk: extent, slot: number as u16 };
+            if *listed != page && self.snapshot.entry(*listed).is_ok_and(|entry| entry == here) {
+                self.pages.push(loaded(*listed, number as u16));
+            } else if *listed == page && number as u16 == slot {
+                self.pages.push(loaded(page, slot));
+            }
+        }
+        if chunk.pages().get(usize::from(slot)) != Some(&page) {
+            // The page shares the slot of an equal page.
+            self.pages.push(loaded(page, slot));
+            let at = usize::from(slot) * PAGE_BYTES;
+            if let Some(bytes) = chunk.bytes().get(at..at + PAGE_BYTES) {
+                self.shared.keep(extent, slot, bytes);
+            }
+        }
+        Ok(Load::Pages(LoadedPages {
+            bytes: chunk.bytes(),
+            pages: &self.pages,
+            cost: LoadCost {
+                read_ns: (fetched - start).as_nanos() as u64,
+                decode_ns,
+                bytes_read: extent.len_bytes().into(),
+            },
+        }))
+    }
+}
+
+impl<R: ReadAt> SnapshotReader<R> {
+    /// Adds the other pages of the aligned block whose shared pages are kept.
+    fn kept_around(&mut self, page: PageIndex) {
+        let block = page.0 - page.0 % AROUND_PAGES;
+        for other in (block..block.saturating_add(AROUND_PAGES)).map(PageIndex) {
+            if other != page
+                && let Ok(PageEntry::Data { chunk, slot }) = self.snapshot.entry(other)
+                && let Some(buffer_offset) = self.shared.find(chunk, slot)
+            {
+                self.pages.push(LoadedPage { source_offset: other.source_offset(), buffer_offset });
+            }
+        }
+    }
+}
