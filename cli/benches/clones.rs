@@ -1,6 +1,6 @@
 //! What clones of one guest cost that share its memory, in memory: fifty that stand still. And a hundred that run.
 //!
-//!     cargo bench -p snap --bench clones
+//!     cargo bench -p snapvm-cli --bench clones
 //!
 //! Idle clones are processes of `snap restore --lazy --share` of a guest of 1 GiB. Each has run for at least one beat, so that it has
 //! touched its memory and written to it, and is then paused by its control socket. What one costs is its PSS (from

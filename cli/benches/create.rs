@@ -1,6 +1,6 @@
 //! What `snap create` costs: against the codec alone, and for guests of different sizes.
 //!
-//!     cargo bench -p snap --bench create
+//!     cargo bench -p snapvm-cli --bench create
 //!
 //! "Codec alone" compresses the same non-zero pages, gathered in memory in chunks of the same size,
 //! with as many threads, into buffers that are thrown away. "Write" is `snapfmt::write_snapshot`

@@ -1,7 +1,7 @@
 //! What a lazy restore costs until the guest's first instruction: against the bare KVM calls, and
 //! for guests of different sizes.
 //!
-//!     cargo bench -p snap --bench restore
+//!     cargo bench -p snapvm-cli --bench restore
 //!
 //! Three sides restore the same demo guest and run it to its first exit, the first byte of its next
 //! line. The bare side makes the same KVM calls in the same order on one thread, with nothing else
@@ -10,7 +10,7 @@
 //! faults. Then `snap restore --lazy` itself, by its own report. Best and median of the rounds,
 //! sides taking turns; the best tells most on a machine that does other things too.
 //!
-//!     SNAP_BENCH_KERNEL=vmlinux SNAP_BENCH_INITRD=initrd.cpio cargo bench -p snap --bench restore
+//!     SNAP_BENCH_KERNEL=vmlinux SNAP_BENCH_INITRD=initrd.cpio cargo bench -p snapvm-cli --bench restore
 //!
 //! measures `snap restore --lazy` alone, of this Linux guest, stored when its console shows READY.
 //! `SNAP_BENCH_CMDLINE` is its command line, `SNAP_BENCH_SIZES` the sizes of its memory, `64M,1G` if that is not set.

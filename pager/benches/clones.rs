@@ -1,6 +1,6 @@
 //! The cost of pages for the first clone of a snapshot, and for the others.
 //!
-//!     cargo bench -p pager --features serve,vm-memory --bench clones
+//!     cargo bench -p snapvm-pager --features serve,vm-memory --bench clones
 //!
 //! Each clone is a process. It requests the shared file from the server, maps it, and touches all of it once in random
 //! order. A round has a new server with an empty file, and fifty clones, one after the other. All of them live until the

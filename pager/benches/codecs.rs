@@ -1,7 +1,7 @@
 //! Touches a whole region in random order, from a snapshot in chunks of 64 KiB, compared to only decoding and only
 //! installing.
 //!
-//!     cargo bench -p pager --bench codecs
+//!     cargo bench -p snapvm-pager --bench codecs
 //!
 //! - *decode*: the function of the codec on the payload of each chunk, which is already in memory. No checksum, no index.
 //! - *load*: the work of a reader of the pager for each chunk (pread, checksum, decode, index), without a pager.

@@ -1,7 +1,7 @@
 //! The cost of a fault: this crate compared to a bare loop, in one run.
 //!
-//!     cargo bench -p pager --bench fault              # a table
-//!     cargo bench -p pager --bench fault -- --json    # the same as JSON
+//!     cargo bench -p snapvm-pager --bench fault              # a table
+//!     cargo bench -p snapvm-pager --bench fault -- --json    # the same as JSON
 //!
 //! Both serve the same pages from the same warm file. The bare loop is `poll`, `read`, `pread` and
 //! `UFFDIO_COPY` of one page, and nothing else. Rounds of the two alternate. A result is the median over

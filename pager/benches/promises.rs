@@ -1,6 +1,6 @@
 //! The promises of the pager about its speed, each compared to a bare loop in the same run.
 //!
-//!     cargo bench -p pager --bench promises
+//!     cargo bench -p snapvm-pager --bench promises
 //!
 //! Rounds alternate. A result is the median over the rounds.
 #![allow(unsafe_code)]

@@ -1,4 +1,4 @@
-//! Pages memory of this process from a `Vec<u8>`: `cargo run -p pager --example vec`.
+//! Pages memory of this process from a `Vec<u8>`: `cargo run -p snapvm-pager --example vec`.
 #![allow(unsafe_code)]
 
 use pager::{Pager, Region, Stats, VecSource};

@@ -1,7 +1,7 @@
 //! Random combinations: faults, writes, removals, population, errors of the source, stops and starts.
 //! Every page that is read is checked by its content.
 //!
-//!     SNAP_CHAOS_SECONDS=600 SNAP_CHAOS_SEED=7 cargo test -p pager --release --test chaos -- --nocapture
+//!     SNAP_CHAOS_SECONDS=600 SNAP_CHAOS_SEED=7 cargo test -p snapvm-pager --release --test chaos -- --nocapture
 #![allow(missing_docs)]
 
 mod support;

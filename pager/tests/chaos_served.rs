@@ -2,7 +2,7 @@
 //! and clones that share, which read, write, remove and are killed, errors of the source; and one keeper that outlives them all.
 //! Every page that is read is checked by its content.
 //!
-//!     SNAP_CHAOS_SECONDS=600 SNAP_CHAOS_SEED=7 cargo test -p pager --release --features serve --test chaos_served -- --nocapture
+//!     SNAP_CHAOS_SECONDS=600 SNAP_CHAOS_SEED=7 cargo test -p snapvm-pager --release --features serve --test chaos_served -- --nocapture
 #![allow(missing_docs)]
 
 #[path = "support/daemon.rs"]

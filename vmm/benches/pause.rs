@@ -1,6 +1,6 @@
 //! How long it takes to pause all vCPUs of a running guest, and to resume them.
 //!
-//!     cargo bench -p vmm --bench pause
+//!     cargo bench -p snapvm-vmm --bench pause
 //!
 //! Guests of two vCPUs, each of which runs in its own loop: computing, writing to its serial port, or asleep in HLT;
 //! and the demo guest, which works in user mode and has one. The guest runs for two milliseconds between pauses.

@@ -1,6 +1,6 @@
 //! Boots a Linux kernel and prints its console until the guest stops.
 //!
-//!     cargo run -p vmm --example boot_linux -- vmlinux "console=ttyS0 reboot=k panic=-1"
+//!     cargo run -p snapvm-vmm --example boot_linux -- vmlinux "console=ttyS0 reboot=k panic=-1"
 
 use std::{error::Error, io::Write, sync::Arc};
 

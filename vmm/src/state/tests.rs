@@ -73,7 +73,7 @@ fn decode(bytes: &[u8]) -> Result<VmState, StateError> {
     VmState::decode(STATE_KIND, STATE_VERSION, bytes)
 }
 
-/// Writes the golden file of a NEW version: `cargo test -p vmm state::tests -- --ignored`.
+/// Writes the golden file of a NEW version: `cargo test -p snapvm-vmm state::tests -- --ignored`.
 /// The file of a version that was released never changes.
 #[test]
 #[ignore = "writes the golden file"]

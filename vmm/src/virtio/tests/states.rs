@@ -56,7 +56,7 @@ fn the_encodings_are_frozen() {
     }
 }
 
-/// For a new kind of device: `cargo test -p vmm --lib write_golden -- --ignored`. What is there stays as it is.
+/// For a new kind of device: `cargo test -p snapvm-vmm --lib write_golden -- --ignored`. What is there stays as it is.
 #[test]
 #[ignore = "writes the golden files that are missing"]
 fn write_golden_states() {
