@@ -50,7 +50,7 @@ use session::Session;
 
 /// Stores a running KVM guest in one file and brings it back in milliseconds.
 #[derive(Parser)]
-#[command(version, about, after_help = exit::HELP, max_term_width = 100)]
+#[command(name = "snap", version, about, after_help = exit::HELP, max_term_width = 100)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

@@ -85,7 +85,7 @@ impl Observer for Told {
             Step::BuildMachine { file } => {
                 // Memory is loaded.
                 *self.loading() = None;
-                let what = format!("the first pages of {} that the machine needs", file.display());
+                let what = format!("KVM, and the pages of {} that it needs", file.display());
                 (what, None)
             }
             _ => return Box::new(()),

@@ -24,7 +24,7 @@ use crate::pager_args::{OnError, PrefetchArg};
 use crate::restored_run::{EAGER, LAZY, Restore};
 use crate::session::Session;
 use crate::usage::Measure;
-use crate::waits::Wait;
+use crate::waits::{self, Wait};
 use crate::working_set_file::Output;
 use crate::{restoring, size};
 
@@ -194,7 +194,7 @@ impl From<ClockArg> for vmm::Clock {
     }
 }
 
-#[derive(Clone, Copy, ValueEnum)]
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum ReportForm {
     Text,
     Json,
@@ -202,6 +202,11 @@ enum ReportForm {
 }
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
+    let form = if args.json { ReportForm::Json } else { args.report };
+    if form == ReportForm::Json {
+        // Stderr is for the program that reads the report.
+        waits::be_quiet();
+    }
     let (out, hold) = GuestOutput::new().context("cannot use stdout")?;
     let (memory, mode) = match (&args.image, &args.share) {
         (Some(image), _) => (MemoryFrom::Image(image.clone()), "mmap"),
@@ -252,7 +257,6 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         with_parent.context("cannot be tied to the process that measures")?;
     }
     let (report, outcome) = restore.run(out, session, session.started)?;
-    let form = if args.json { ReportForm::Json } else { args.report };
     let told = match form {
         ReportForm::Json => serde_json::to_string_pretty(&report)? + "\n",
         ReportForm::Text if !session.quiet => report.to_string(),
