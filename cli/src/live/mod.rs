@@ -152,7 +152,7 @@ impl Live<'_> {
                     Some(stop) => break (End::Stopped(stop), Ok(guest)),
                     None => Next::Go(guest),
                 },
-                Ok(Event::Command(command, answer)) => self.obey(guest, command, &answer)?,
+                Ok(Event::Command(command, answer)) => self.handle(guest, command, &answer)?,
                 // It cannot be disconnected: a sender is here.
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
                     break (End::TimeIsUp, Ok(guest));
@@ -208,7 +208,7 @@ impl Live<'_> {
         }
     }
 
-    fn obey(&self, guest: Guest, command: Command, answer: &Sender<Answer>) -> Result<Next> {
+    fn handle(&self, guest: Guest, command: Command, answer: &Sender<Answer>) -> Result<Next> {
         // Who does not listen to the answer has what was asked for all the same.
         let tell = |what| drop(answer.send(what));
         let was_running = matches!(guest, Guest::Running(_));

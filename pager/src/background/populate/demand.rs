@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use super::plan::RecentFaults;
 
-/// This part of the passing time leaks. Loading ahead does not help a guest that waits less than an eighth of the time.
+/// This part of the time in which no fault is answered leaks. Loading ahead does not help a guest that waits less than an
+/// eighth of the time.
 const LEAK: u32 = 8;
 /// The level that starts the loading: 75 faults or more. An idle Linux guest has about 50 after its restore, 30 of them
 /// in a burst.
@@ -37,7 +38,10 @@ impl WaitBucket {
     /// Adds a fault that was answered at `now` after `service`. Returns whether loading ahead has to start.
     pub(crate) fn add(&mut self, service: Duration, now: Instant) -> bool {
         let passed = self.at.replace(now).map_or(Duration::ZERO, |at| now - at);
-        self.level = self.level.saturating_sub(passed / LEAK) + counted(service, self.overhead);
+        // Not while it waits: faults that take a millisecond would leak more than they count.
+        let idle = passed.saturating_sub(service);
+        let counted = service.min(MOST_OF_A_FAULT) + self.overhead;
+        self.level = self.level.saturating_sub(idle / LEAK) + counted;
         let full = self.level >= if self.began_before { BEGIN_AGAIN } else { BEGIN };
         if full {
             self.level = Duration::ZERO;
@@ -45,11 +49,6 @@ impl WaitBucket {
         }
         full
     }
-}
-
-/// What a fault counts if its answer took `service`.
-fn counted(service: Duration, overhead: Duration) -> Duration {
-    service.min(MOST_OF_A_FAULT) + overhead
 }
 
 /// What demand threads report to loaders.
@@ -69,8 +68,8 @@ impl Demand {
     /// Called by a demand thread: a thread has waited for `service` for this page.
     pub(crate) fn add(&self, page: u64, service: Duration) {
         self.recent.add(page);
-        let counted = counted(service, self.overhead).as_nanos() as u64;
-        self.waited_ns.fetch_add(counted, Ordering::Relaxed);
+        let waited = service + self.overhead;
+        self.waited_ns.fetch_add(waited.as_nanos() as u64, Ordering::Relaxed);
     }
 
     fn waited(&self) -> Duration {
@@ -147,6 +146,24 @@ mod tests {
     #[test]
     fn a_guest_that_seldom_waits_does_not() {
         assert_eq!(begins_after(Duration::from_millis(1), &mut WaitBucket::none(OVERHEAD)), None);
+    }
+
+    #[test]
+    fn a_guest_whose_pages_come_slowly_waits_too() {
+        let (mut bucket, mut now, slow) =
+            (WaitBucket::none(OVERHEAD), Instant::now(), Duration::from_millis(10));
+        let first = (1..=1000).find(|_| {
+            now += slow + Duration::from_micros(20);
+            bucket.add(slow, now)
+        });
+        assert!(first.is_some_and(|first| (70..100).contains(&first)), "{first:?} faults");
+        let demand = Demand::new(OVERHEAD);
+        let mut quiet = QuietDetector::new(&demand);
+        for _ in 0..20 {
+            std::thread::sleep(CHECK);
+            demand.add(1, CHECK);
+            assert!(quiet.is_waiting(&demand));
+        }
     }
 
     #[test]
