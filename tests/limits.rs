@@ -309,7 +309,7 @@ fn a_guest_that_may_have_no_more_threads() {
     }
     let (api, out) = (sample.folder.path().join("api.sock"), sample.folder.path().join("out.snap"));
     let (api, out) = (api.to_str().expect("text"), out.to_str().expect("text"));
-    let (mut not_begun, mut not_stored, mut stored) = (0, 0, 0);
+    let (mut not_begun, mut stored) = (0, 0);
     for processes in 1..12 {
         let ran = run(as_other(processes, &[&beat[..], &["--api", api]].concat()));
         if ran.code != Some(0) {
@@ -329,17 +329,14 @@ fn a_guest_that_may_have_no_more_threads() {
                 snap(["verify", out]).ok();
                 std::fs::remove_file(out).expect("it is there");
             }
-            _ => {
-                not_stored += 1;
-                ran.failed(1, &["RLIMIT_NPROC"]);
-            }
+            // Only where a thread has ended since the start and another took its place: a store needs one.
+            _ => drop(ran.failed(1, &["RLIMIT_NPROC"])),
         }
         guest.beats(2);
         guest.interrupt();
         assert_eq!(sample.names(), ["guest.snap"]);
     }
-    let counts = [not_begun, not_stored, stored];
-    assert!(counts.iter().all(|count| *count > 0), "{counts:?}");
+    assert!(not_begun > 0 && stored > 0, "{not_begun} not begun, {stored} stored");
 }
 
 /// A cgroup of its own for a test, removed when it is dropped.

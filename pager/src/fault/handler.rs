@@ -179,15 +179,16 @@ impl Handler {
             failed_loads: 0,
             has_waited: false,
         };
-        if self.answer(&mut attempt)? == Outcome::Abandoned {
-            return Ok(());
-        }
+        // Each fault that is counted is timed, also one that the end of the pager, or of the population, has answered.
+        let outcome = self.answer(&mut attempt)?;
         let Attempt { mut times, installed_at, .. } = attempt;
         self.last_now = installed_at.unwrap_or_else(Instant::now);
         times.service_ns = nanoseconds(fault.read_at, self.last_now);
         let region = self.shared.layout.extent(place.extent).region;
         self.shared.slices[self.slice].recorder.record(region, times);
-        self.waited(place, times.service_ns);
+        if outcome == Outcome::Answered {
+            self.waited(place, times.service_ns);
+        }
         Ok(())
     }
 
