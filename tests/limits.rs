@@ -177,7 +177,8 @@ fn address_space_that_runs_out_while_a_guest_is_stored() {
         let mut guest = Guest::start(words, &sample);
         let before = sample.names();
         let mut stored = 0;
-        for room_mib in [0, 1, 2, 3, 4, 6, 8, 12, 20, 40, 80] {
+        // Beside what a store needs, the allocator may reserve 64 or 128 MiB for a thread.
+        for room_mib in [0, 1, 2, 3, 4, 6, 8, 12, 20, 40, 80, 160, 320] {
             let bytes = guest.uses(of) + room_mib * MIB;
             guest.limit(limit, &format!("{bytes}:"));
             let ran = guest.store();
@@ -194,7 +195,7 @@ fn address_space_that_runs_out_while_a_guest_is_stored() {
         guest.limit(limit, "unlimited:");
         guest.check_stored();
         guest.end();
-        assert!((1..11).contains(&stored), "{stored} were stored");
+        assert!((1..13).contains(&stored), "{stored} were stored");
     }
 }
 
@@ -311,8 +312,9 @@ fn a_guest_that_may_have_no_more_threads() {
     let (api, out) = (api.to_str().expect("text"), out.to_str().expect("text"));
     let (mut not_begun, mut stored) = (0, 0);
     for processes in 1..12 {
-        let ran = run(as_other(processes, &[&beat[..], &["--api", api]].concat()));
-        if ran.code != Some(0) {
+        let mut guest = Talking::start(as_other(processes, &["restore", file, "--api", api]));
+        if !guest.beats_or_ends() {
+            let ran = guest.end();
             // 5: KVM itself gets no thread.
             let code = if ran.stderr.contains("KVM_RUN") { 5 } else { 1 };
             ran.failed(code, &["snap: ", "RLIMIT_NPROC"]);
@@ -320,8 +322,6 @@ fn a_guest_that_may_have_no_more_threads() {
             assert_eq!(sample.names(), ["guest.snap"]);
             continue;
         }
-        let mut guest = Talking::start(as_other(processes, &["restore", file, "--api", api]));
-        guest.beats(1);
         let ran = snap(["create", out, "--vm", api]);
         match ran.code {
             Some(0) => {

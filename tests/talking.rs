@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
 use crate::support::{Ran, SNAP, end_of, signal};
@@ -63,6 +63,19 @@ impl Talking {
             if line.starts_with("beat ") {
                 assert!(line.ends_with(" ok"), "{line}");
                 seen += 1;
+            }
+        }
+    }
+
+    /// Waits for a beat of its guest: `false` if it ends before.
+    #[track_caller]
+    pub(crate) fn beats_or_ends(&mut self) -> bool {
+        loop {
+            match self.lines.recv_timeout(LONG) {
+                Ok(line) if line.starts_with("beat ") => return true,
+                Ok(_) => {}
+                Err(RecvTimeoutError::Disconnected) => return false,
+                Err(RecvTimeoutError::Timeout) => panic!("it hangs: {}", self.said),
             }
         }
     }

@@ -14,7 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use pager::serve::{Prefetched, ServeOptions, SnapshotName};
-use pager::{FailurePolicy, PageSource, SourceError, VecSource};
+use pager::{FailurePolicy, PageSource, Populate, SourceError, VecSource};
 use serving::{HUNG, Serving};
 use support::{PAGE, source_of, stamped, userfaultfd_works};
 use vmm::Vmm;
@@ -227,7 +227,10 @@ fn vmms_killed_under_load_leave_nothing_behind() {
     if !userfaultfd_works("vmms_killed_under_load_leave_nothing_behind") {
         return;
     }
-    let serving = Serving::stamped(512);
+    let mut options = ServeOptions::default();
+    // Memory that is loaded ahead faults no more.
+    options.populate = Populate::Off;
+    let serving = Serving::start(Arc::new(VecSource::new(stamped(512), 16 * PAGE)), options);
     let mut good = Vmm::start(&serving.socket);
     good.ok("map 512");
     good.ok("body new");
