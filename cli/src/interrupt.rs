@@ -1,6 +1,6 @@
 //! Ctrl-C, SIGTERM, SIGHUP: the first asks everything to come to a clean end, the second ends at once.
 //!
-//! One thread hears them, and looks after what the command waits for: see [`waits`](crate::waits).
+//! One thread hears them, and looks after what the command waits for: see [`waits`].
 
 use std::io::{self, PipeWriter};
 use std::os::fd::OwnedFd;
