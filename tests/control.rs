@@ -442,3 +442,22 @@ fn a_client_that_leaves_has_no_file() {
     assert_eq!(names(folder.path()), ["api"]);
     vm.interrupt();
 }
+
+/// What it has not written is in the image alone.
+#[test]
+fn a_guest_that_runs_from_a_raw_image_is_stored_whole() {
+    needs_vm!();
+    let sample = Sample::small();
+    let folder = folder();
+    let (image, stored) = (folder.path().join("memory.raw"), folder.path().join("now.snap"));
+    let file = sample.file.to_str().expect("a plain name");
+    let raw = image.to_str().expect("a plain name");
+    snap(["export", file, "--format", "raw", "-o", raw]).ok();
+    let mut vm = Vm::start(folder.path(), &["restore", file, "--image", raw]);
+    vm.beats(1);
+    vm.create(&stored, &[]).ok();
+    vm.beats(1);
+    vm.interrupt();
+    let report = restore(&stored, &["--beats", "2"]).ok().report();
+    assert_eq!((&report["beats"], &report["bad_beats"]), (&json!(2), &json!(0)));
+}
