@@ -457,7 +457,18 @@ fn a_guest_that_runs_from_a_raw_image_is_stored_whole() {
     vm.beats(1);
     vm.create(&stored, &[]).ok();
     vm.beats(1);
-    vm.interrupt();
+    std::fs::File::options()
+        .write(true)
+        .open(&image)
+        .expect("it opens")
+        .set_len(64 << 20)
+        .expect("touched");
+    let mixed = folder.path().join("mixed.snap");
+    vm.create(&mixed, &[]).failed(1, &["memory.raw", "was changed after it was opened"]);
+    assert!(!mixed.exists());
+    // The run fails, too.
+    signal(vm.child.as_ref().expect("it runs").id(), "INT");
+    vm.end().failed(1, &["may have run from two images"]);
     let report = restore(&stored, &["--beats", "2"]).ok().report();
     assert_eq!((&report["beats"], &report["bad_beats"]), (&json!(2), &json!(0)));
 }

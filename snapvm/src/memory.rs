@@ -105,12 +105,12 @@ impl VmMemory {
         }
     }
 
-    /// Whether pages come when they are touched, from a pager or a page server: touching one may wait.
+    /// Whether pages come when they are touched: from a pager, a page server or a raw image. Touching one may wait.
     #[must_use]
     pub fn is_served(&self) -> bool {
         match self.restored().map(|restored| &restored.service) {
-            Some(Service::Lazy { .. } | Service::Recorded { .. } | Service::Shared(_)) => true,
-            Some(Service::Loaded { .. } | Service::Image { .. }) | None => false,
+            Some(Service::Loaded { .. }) | None => false,
+            Some(_) => true,
         }
     }
 

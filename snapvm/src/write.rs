@@ -13,11 +13,12 @@ use snapfmt::{
 };
 
 use crate::error::SnapshotError;
-use crate::guest_memory::GuestBytes;
+use crate::guest_memory::{ArrivingBytes, GuestBytes};
 use crate::memory::{Origin, Restored, Service, VmMemory};
 use crate::metadata::GuestMetadata;
 use crate::pagemap::private_pages;
 use crate::room;
+use crate::stable_file::StableFile;
 use crate::vm::Vm;
 
 impl Vm {
@@ -61,9 +62,13 @@ impl Vm {
                 write(&Overlay { mapped, own: &own, rest }, &data, guest)
             }
             // Through the mapping: missing pages arrive, and damaged ones are errors.
-            Service::Shared(_) | Service::Recorded { .. } | Service::Image { .. } => {
+            Service::Shared(_) | Service::Recorded { .. } => {
                 let data: Vec<_> = with_rest();
                 write(&memory.reader(), &data, guest)
+            }
+            Service::Image { image, .. } => {
+                let data: Vec<_> = with_rest();
+                write(&ImageBytes { memory: memory.reader(), image }, &data, guest)
             }
         }
     }
@@ -106,6 +111,7 @@ impl VmMemory {
         if let Some(failure) = self.failure() {
             return Err(SnapshotError::Failed(failure));
         }
+        self.check_image()?;
         refuse_as_output(out, &restored.snapshot)
     }
 
@@ -196,6 +202,23 @@ impl ReadAt for Overlay<'_> {
 
     fn len_bytes(&self) -> io::Result<u64> {
         self.mapped.len_bytes()
+    }
+}
+
+/// Memory of which pages may come from a raw image, which has to stay as it was when it was mapped.
+struct ImageBytes<'a> {
+    memory: ArrivingBytes<'a>,
+    image: &'a StableFile,
+}
+
+impl ReadAt for ImageBytes<'_> {
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.memory.read_exact_at(buf, offset)?;
+        self.image.check_unchanged()
+    }
+
+    fn len_bytes(&self) -> io::Result<u64> {
+        self.memory.len_bytes()
     }
 }
 

@@ -23,7 +23,7 @@ use crate::waits::{Wait, Waiting};
 use remote::Event;
 pub(crate) use remote::{Answer, Command, Events, Refused, Remote, State, StoreRequest, remote};
 
-/// When a run ends that nobody interrupts.
+/// When a run ends that is not interrupted.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub(crate) struct EndArgs {
     /// End after this many lines that begin with `beat`.
@@ -50,10 +50,10 @@ impl EndArgs {
 const ENDING: Duration = Duration::from_secs(30);
 
 /// Waits for something that comes with the guest's end, unless a page of it never comes. A guest whose memory is all there
-/// waits for the kernel alone, which may be slow on a busy host, and is not given up.
+/// waits for the kernel alone, which may be slow on a busy host: that has no limit.
 pub(crate) fn ending(what: &'static str, memory: &VmMemory) -> Waiting {
     if !memory.is_served() {
-        return Wait::new(move || what.into()).outlasts().begin();
+        return Wait::new(move || what.into()).hears().begin();
     }
     let late = format!(
         "the guest is at its end, and {what} took longer than {}: a page that it waits for does not come",
@@ -123,7 +123,7 @@ impl Live<'_> {
         let (events, hold) = (self.events.sender.clone(), self.hold.cloned());
         vm.handle().on_stop(move || {
             hold.iter().for_each(Hold::hold);
-            // Nobody listens any more: the guest is on its way out.
+            // The receiver is gone when the run has ended.
             let _ = events.send(Event::Stopped);
         });
         let mut guest = match self.begins_paused {
@@ -321,7 +321,7 @@ impl Ended {
             End::TimeIsUp => "time is up".into(),
             End::Stored => "stored and stopped".into(),
             End::Stopped(Stop::ConsolePause) if seen.output_error().is_some() => {
-                "nobody takes the output any more".into()
+                "the reader of the output is gone".into()
             }
             End::Stopped(Stop::ConsolePause) if seen.beats().1 > 0 => {
                 "done, with wrong pages".into()
