@@ -1,4 +1,4 @@
-//! The pages of a snapshot, of which it is told when one does not come: its disk may be slow.
+//! A page source that tells the user when a page takes long: the disk may be slow.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -33,7 +33,7 @@ impl PageSource for AwaitedSource {
         self.source.len_bytes()
     }
 
-    /// Nobody waits for what is loaded beforehand.
+    /// No thread waits for what is loaded ahead: this is not told.
     fn sequence(
         &self,
         page_bytes: usize,

@@ -1,6 +1,5 @@
 //! Exit codes, and how an error is told.
 
-use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::Error;
@@ -8,7 +7,7 @@ use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 use snapfmt::ReadError;
 
-use crate::size;
+use crate::{size, stderr};
 
 /// The exit codes, for `snap --help`.
 pub(crate) const HELP: &str = "\
@@ -69,8 +68,7 @@ pub(crate) fn report(error: &Error) -> ExitCode {
         INTERRUPTED => "snap: interrupted\n".into(),
         _ => format!("snap: {}\n", told(error)),
     };
-    // A closed stderr is nobody to complain to; the exit code still tells.
-    let _ = std::io::stderr().write_all(text.as_bytes());
+    stderr::print(&text);
     ExitCode::from(code)
 }
 

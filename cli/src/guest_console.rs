@@ -169,7 +169,7 @@ impl<W: Write + Send> Console for GuestConsole<W> {
             }
         }
         self.rest.extend(bytes);
-        // Nobody reads any more (a closed pipe): nothing to go on for.
+        // The reader is gone (a closed pipe): the run has no purpose any more.
         if let Err(error) = self.hand_on() {
             self.rest.clear();
             self.seen.0.output_error.get_or_init(|| error);

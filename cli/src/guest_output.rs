@@ -39,7 +39,7 @@ impl Hold {
     }
 
     pub(crate) fn release(&self) {
-        // It fails where the counter is 0: nobody holds.
+        // It fails where the counter is 0: the output is not held.
         let _ = rustix::io::read(&*self.0, &mut [0; 8]);
     }
 }
@@ -61,7 +61,7 @@ impl Write for GuestOutput {
                 return Err(ErrorKind::WouldBlock.into());
             }
             if ready {
-                // Also when nobody can read any more: then this says so.
+                // Also when the reader is gone: then this is the error.
                 match rustix::io::write(&self.stdout, &bytes[..bytes.len().min(PIECE_BYTES)]) {
                     Err(Errno::INTR | Errno::AGAIN) => {}
                     written => return Ok(written?),

@@ -1,4 +1,4 @@
-//! Ctrl-C, SIGTERM, SIGHUP: the first asks everything to come to a clean end, the second ends at once.
+//! Ctrl-C, SIGTERM, SIGHUP: the first asks for a clean end, the second ends the process immediately.
 //!
 //! One thread hears them, and looks after what the command waits for: see [`waits`].
 
@@ -78,11 +78,12 @@ impl Interrupt {
     pub(crate) fn install() -> Result<Self> {
         let mut heard = vec![SIGINT, SIGTERM, SIGXCPU];
         // `nohup` means it.
-        if !is_ignored(SIGHUP).context("cannot look at signals")? {
+        // Where there is no /proc, it is taken as not ignored.
+        if !is_ignored(SIGHUP).unwrap_or(false) {
             heard.push(SIGHUP);
         }
-        // By one thread only. Another one may be in the middle of a system call that a signal does not end, a read from
-        // a slow disk: nobody would hear a signal that it was given.
+        // One thread alone takes them. A signal that another thread gets during a read from a slow disk is handled only
+        // when the read is over.
         block(&UNHEARD)?;
         block(&heard)?;
         let taken = || {
@@ -138,7 +139,7 @@ impl Interrupt {
         }
     }
 
-    /// Hears signals that have come at once.
+    /// Handles signals that have arrived together.
     fn hear(&self, signals: &[i32]) {
         let again = |signal: &i32| matches!(*signal, SIGINT | SIGTERM);
         if signals.is_empty() {
@@ -155,10 +156,10 @@ impl Interrupt {
         } else if signals.iter().any(again) {
             self.end_at_once(exit::INTERRUPTED);
         }
-        // SIGHUP comes from the shell and from the kernel, SIGXCPU every second: that is no impatience.
+        // SIGHUP is sent by the shell and by the kernel, and SIGXCPU comes every second: repeats of them mean nothing.
     }
 
-    /// Ends the process without a look back, but for what it would leave behind.
+    /// Ends the process immediately, after removing its sockets and hidden files.
     fn end_at_once(&self, code: u8) -> ! {
         if let Some(serving) = &*self.server() {
             let _ = serving.server.as_ref().map(ServerHandle::kill_guests);

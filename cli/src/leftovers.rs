@@ -1,4 +1,4 @@
-//! What a command has made and would leave behind where its process ends at once, without a look back.
+//! Files that a command has made, to be removed where its process ends without dropping its values.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -48,7 +48,7 @@ pub(crate) fn remove() {
 
 fn remove_all() {
     for leftover in LEFTOVERS.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
-        // At the end of the process, and nobody left to tell.
+        // The process is ending: there is no way left to report an error.
         let _ = match leftover {
             Leftover::Name(path, known) if identity(&path) == Some(known) => {
                 std::fs::remove_file(path)

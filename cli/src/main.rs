@@ -37,7 +37,6 @@ mod usage;
 mod waits;
 mod working_set_file;
 
-use std::io::Write;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -86,8 +85,7 @@ fn command_line() -> Result<Cli> {
         .and_then(|matches| Cli::from_arg_matches(&matches).map_err(|e| e.format(&mut command)));
     parsed.or_else(|error| {
         if let Some(place) = expanded.and_then(|expanded| expanded.place_of(&error)) {
-            // A closed stderr is nobody to complain to; the exit code still tells.
-            let _ = writeln!(std::io::stderr(), "snap: {place}:");
+            stderr::print(&format!("snap: {place}:\n"));
         }
         error.exit()
     })

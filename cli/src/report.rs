@@ -75,7 +75,7 @@ impl fmt::Display for RestoreReport {
                     "  pages              {} on demand, {} with them, {} zero; {} never loaded",
                     pages.demand, pages.fault_around, pages.zero, stats.pages.missing
                 )?,
-                // The kernel maps pages out of the file, and tells nobody how many.
+                // The kernel maps pages out of the file, and does not tell how many.
                 loads => writeln!(
                     f,
                     "  pages              of {loads} loads, mapped by the kernel when they are touched; {} zero",

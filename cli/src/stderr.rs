@@ -1,17 +1,23 @@
-//! A word on stderr that waits for nobody.
+//! Lines on stderr.
 
 use std::io::Write;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 
-/// Says a line, unless whoever reads stderr takes nothing at the moment: what says it has more to do than to wait.
+/// Prints a line without waiting: the line is dropped where the reader of stderr takes nothing at the moment. For threads that have
+/// more to do.
 pub(crate) fn say(line: &str) {
     let mut stderr = std::io::stderr();
     let mut fds = [PollFd::new(&stderr, PollFlags::OUT)];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    // A pipe that is ready takes PIPE_BUF bytes at once, which no line has.
+    // A pipe that is ready takes PIPE_BUF bytes in one piece, and no line has more.
     if rustix::event::poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0) {
-        // A closed stderr is nobody to complain to.
+        // There is no reader to tell of a closed stderr.
         let _ = stderr.write_all(line.as_bytes());
     }
+}
+
+/// Prints text, and waits for the reader. A closed stderr is no error: the exit code still tells.
+pub(crate) fn print(text: &str) {
+    let _ = std::io::stderr().write_all(text.as_bytes());
 }

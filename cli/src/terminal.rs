@@ -84,7 +84,7 @@ pub(crate) fn restore() {
         && let Some(before) = saved.take()
         && is_ours()
     {
-        // At the end of the process, and nobody left to tell.
+        // The process is ending: there is no way left to report an error.
         let _ = rustix::termios::tcsetattr(io::stdin(), OptionalActions::Now, &before);
     }
 }

@@ -1,4 +1,4 @@
-//! What the command waits for: told on stderr after a second, and left when the user interrupts.
+//! What the command waits for: told on stderr after a second, and ended when the user interrupts.
 //!
 //! A thread that begins what may wait for something else (another program, a slow disk, a lock) begins a [`Wait`]
 //! before. That costs no system call. The thread that hears signals looks at all waits when one of them has
@@ -32,17 +32,17 @@ pub(crate) struct Wait {
 /// What an interrupt does to a wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Interrupted {
-    /// The process ends at once. Nothing is lost with what is waited for.
+    /// The process ends immediately. Nothing is lost with what is waited for.
     Ends,
-    /// Whoever waits has heard of it, and comes to an end. If not, so does the process.
+    /// The waiting thread sees it and returns. If it does not within [`ENDED_AFTER`], the process ends.
     IsHeard,
     /// Nothing: it has to come to its end.
     Waits,
 }
 
 impl Wait {
-    /// Waits for what `what` says, which is asked when it is told. An interrupt ends the process at once; what it would
-    /// leave behind is known to [`leftovers`](crate::leftovers).
+    /// Waits for what `what` says, which is asked when it is told. An interrupt ends the process
+    /// immediately; [`leftovers`](crate::leftovers) removes its files.
     pub(crate) fn new(what: impl Fn() -> String + Send + 'static) -> Self {
         Self { what: Some(Box::new(what)), ..Self::untold() }
     }
@@ -52,7 +52,7 @@ impl Wait {
         Self { what: None, limit: None, fails: None, interrupted: Interrupted::Ends }
     }
 
-    /// It is given up after so long, by whoever waits.
+    /// The waiting thread gives it up after so long.
     pub(crate) fn at_most(self, limit: Duration) -> Self {
         Self { limit: Some(limit), ..self }
     }
@@ -62,7 +62,7 @@ impl Wait {
         Self { limit: Some(limit), fails: Some(message), ..self }
     }
 
-    /// Whoever waits hears of an interrupt.
+    /// The waiting thread sees an interrupt itself.
     pub(crate) fn hears(self) -> Self {
         Self { interrupted: Interrupted::IsHeard, ..self }
     }
@@ -146,7 +146,7 @@ pub(crate) fn be_quiet() {
 pub(crate) fn wake_by(waker: Arc<UnixStream>) {
     let mut waits = lock();
     waits.waker = Some(waker);
-    // Whatever begins within the first second is seen at its end: nobody needs to be woken.
+    // A wait that begins within the first second is seen at the end of that second, without a wake-up.
     waits.looks_at = Some(Instant::now() + TOLD_AFTER);
 }
 
@@ -171,7 +171,7 @@ pub(crate) struct Look {
     pub(crate) next: Option<Duration>,
 }
 
-/// Why the process ends at once.
+/// Why the process ends immediately.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum End {
     Interrupted,

@@ -47,7 +47,7 @@ pub(crate) fn private_socket<T>(
     Ok(bound)
 }
 
-/// A control socket that nobody answers at yet: clients wait.
+/// A control socket without a server yet: clients wait.
 pub(crate) struct Api(Socket);
 
 impl Api {

@@ -63,7 +63,7 @@ impl Drop for Serving {
     fn drop(&mut self) {
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
-            // It does not panic; if it did, nobody is left who could be told.
+            // A panic in it has been printed already.
             let _ = thread.join();
         }
     }

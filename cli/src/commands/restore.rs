@@ -1,6 +1,5 @@
 //! `snap restore`: bring a guest back, with all its memory at once or page by page.
 
-use std::io::Write;
 use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -26,7 +25,7 @@ use crate::session::Session;
 use crate::usage::Measure;
 use crate::waits::{self, Wait};
 use crate::working_set_file::Output;
-use crate::{restoring, size};
+use crate::{restoring, size, stderr};
 
 /// Bring a guest back and run it.
 ///
@@ -262,8 +261,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         ReportForm::Text if !session.quiet => report.to_string(),
         ReportForm::Text | ReportForm::None => String::new(),
     };
-    // A closed stderr is nobody to complain to.
-    let _ = std::io::stderr().write_all(told.as_bytes());
+    stderr::print(&told);
     let ended_well = outcome.as_ref().map_or_else(|error| error.is::<Interrupted>(), |()| true);
     if let (Some((output, snapshot)), Some(touched), true) = (&output, &report.touched, ended_well)
     {

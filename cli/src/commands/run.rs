@@ -1,7 +1,5 @@
 //! `snap run`: boot a guest and run it.
 
-use std::io::Write;
-
 use anyhow::{Context, Result};
 
 use crate::api::{ApiArgs, Facts};
@@ -11,6 +9,7 @@ use crate::guest_console::GuestConsole;
 use crate::guest_output::GuestOutput;
 use crate::live::{self, EndArgs, Live};
 use crate::session::Session;
+use crate::stderr;
 use crate::terminal::Keyboard;
 
 /// Boot a guest and run it.
@@ -70,8 +69,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             ended.at.saturating_duration_since(session.started).as_millis() as u64,
         ));
         let line = format!("snap run: {} after {ran}\n", ended.describe(&seen, session));
-        // A closed stderr is nobody to complain to.
-        let _ = std::io::stderr().write_all(line.as_bytes());
+        stderr::print(&line);
     }
     outcome
 }

@@ -1,6 +1,5 @@
 //! `snap serve`: bring memory to guests of other programs.
 
-use std::io::Write;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
@@ -24,7 +23,7 @@ use crate::foreign::firecracker::VMSTATE;
 use crate::input::{Input, reading};
 use crate::pager_args::{OnError, PrefetchArg};
 use crate::session::Session;
-use crate::stderr::say;
+use crate::stderr::{self, say};
 use crate::waits::Wait;
 use crate::{metrics, size};
 
@@ -139,7 +138,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         let figures =
             metrics.map_or(String::new(), |at| format!(", figures at http://{at}/metrics"));
         let line = format!("serving {memory} of {file} at {socket}{figures}\n");
-        let _ = std::io::stderr().write_all(line.as_bytes());
+        stderr::print(&line);
     }
     server.run(stopped.as_fd()).context("cannot serve")?;
     match session.interrupt.requested() {
@@ -168,7 +167,7 @@ fn prefetched(which: PrefetchArg, snapshot: &Arc<Snapshot>) -> Option<Prefetched
     };
     let mut pages = hot.unwrap_or_else(|error| {
         let line = format!("snap: the working set is not used: {}\n", with_causes(&error));
-        let _ = std::io::stderr().write_all(line.as_bytes());
+        stderr::print(&line);
         Vec::new()
     });
     if which == PrefetchArg::All {

@@ -45,7 +45,7 @@ impl Staging {
         remove_abandoned(parent(out), name);
         let folder = out.with_file_name(temporary_name(name, std::process::id()));
         let failed = || format!("cannot create {}", out.display());
-        // Guest memory holds secrets: nobody but the owner reads it.
+        // Guest memory holds secrets: only the owner may read it.
         DirBuilder::new().mode(0o700).create(&folder).with_context(failed)?;
         leftovers::folder(&folder);
         let lock = File::open(&folder).and_then(|lock| {

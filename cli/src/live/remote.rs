@@ -34,7 +34,7 @@ pub(crate) struct StoreRequest {
     /// End the guest after it; otherwise it does what it did before.
     pub(crate) stop: bool,
     pub(crate) options: WriteOptions,
-    /// Set when nobody waits for the file any more.
+    /// Set when the client is gone.
     pub(crate) cancelled: Arc<AtomicBool>,
 }
 
