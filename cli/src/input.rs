@@ -1,8 +1,5 @@
 //! Snapshots that are read, and outputs that must not be one of them.
 
-use std::fmt::Display;
-use std::fs::Metadata;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
@@ -52,25 +49,6 @@ pub(crate) fn refuse_as_output<'a>(
     snapshots: impl IntoIterator<Item = &'a Snapshot>,
 ) -> Result<()> {
     snapshots.into_iter().try_for_each(|snapshot| Ok(snapvm::refuse_as_output(out, snapshot)?))
-}
-
-/// Refuses an output that is this input.
-pub(crate) fn refuse_same(out: &Path, input: &Metadata) -> Result<()> {
-    match out.metadata() {
-        Ok(there) => refuse_same_file(&out.display(), &there, input),
-        Err(_) => Ok(()),
-    }
-}
-
-pub(crate) fn refuse_same_file(
-    out: &dyn Display,
-    there: &Metadata,
-    input: &Metadata,
-) -> Result<()> {
-    if (input.dev(), input.ino()) == (there.dev(), there.ino()) {
-        bail!("{out} is read, itself or as a parent; choose another output");
-    }
-    Ok(())
 }
 
 /// A snapshot to be read.

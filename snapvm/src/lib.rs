@@ -63,4 +63,4 @@ pub use restore::{MemoryFrom, RestoreConfig, RestoredVm, snapshot_name};
 pub use stable_file::StableFile;
 pub use vm::{RunningVm, Vm};
 pub use working_set::{Prefetch, working_set_pages};
-pub use write::{path_of_parent, refuse_as_output};
+pub use write::{path_of_parent, refuse_as_output, refuse_same};

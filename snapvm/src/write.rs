@@ -1,6 +1,6 @@
 //! A VM becomes a file: all of it, or what has changed since the snapshot it was restored from.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
@@ -134,14 +134,23 @@ fn guest_of(snapshot: &Snapshot) -> Result<Value, SnapshotError> {
 /// # Errors
 /// [`SnapshotError::OutputIsInput`]; [`SnapshotError::Look`].
 pub fn refuse_as_output(out: &Path, snapshot: &Snapshot) -> Result<(), SnapshotError> {
-    let Ok(there) = out.metadata() else { return Ok(()) };
     for file in snapshot.storages() {
-        let file = file.metadata().map_err(SnapshotError::Look)?;
-        if (file.dev(), file.ino()) == (there.dev(), there.ino()) {
-            return Err(SnapshotError::OutputIsInput { out: out.to_owned() });
-        }
+        refuse_same(out, &file.metadata().map_err(SnapshotError::Look)?)?;
     }
     Ok(())
+}
+
+/// Refuses an output that is this input.
+///
+/// # Errors
+/// [`SnapshotError::OutputIsInput`]
+pub fn refuse_same(out: &Path, input: &Metadata) -> Result<(), SnapshotError> {
+    match out.metadata() {
+        Ok(there) if (there.dev(), there.ino()) == (input.dev(), input.ino()) => {
+            Err(SnapshotError::OutputIsInput { out: out.to_owned() })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The path of a parent as its layer names it: without a folder where both are in the same, else absolute.

@@ -18,7 +18,7 @@ use crate::exit::BadInput;
 use crate::foreign::firecracker::{self, Arch, VMSTATE};
 use crate::foreign::memory_file::{Layout, MemoryFile};
 use crate::foreign::{self, cloud_hypervisor};
-use crate::input::{reading, refuse_existing, refuse_same};
+use crate::input::{reading, refuse_existing};
 use crate::progress::Bar;
 use crate::session::Session;
 use crate::size;
@@ -104,7 +104,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         None if folder => Imported::cloud_hypervisor(&args.input, session.quiet)?,
         None => Imported::raw(args)?,
     };
-    refuse_same(&args.out, &imported.memory.metadata()?)?;
+    snapvm::refuse_same(&args.out, &imported.memory.metadata()?)?;
     let header = imported.store(args, session)?;
     let written = Written::new(&args.out, &header, started);
     let summary = Summary { written, source: imported.kind };

@@ -59,13 +59,15 @@ pub(crate) enum Fill<'a> {
 /// Keeps the page states during an install: it decides which pages are wanted, and records what happened to them.
 pub(crate) trait InstallObserver {
     /// Whether the page shall be filled now.
-    fn wants(&self, page: u64) -> bool;
+    fn wants(&self, _page: u64) -> bool {
+        true
+    }
     /// The pages were filled.
-    fn filled(&mut self, first_page: u64, pages: usize);
+    fn filled(&mut self, _first_page: u64, _pages: usize) {}
     /// The page was already in memory.
-    fn existing(&mut self, page: u64);
+    fn existing(&mut self, _page: u64) {}
     /// The page is not mapped any more.
-    fn gone(&mut self, page: u64);
+    fn gone(&mut self, _page: u64) {}
     /// The memory map is changing: reads and applies the queued events, so that the change can end.
     fn drain_events(&mut self) -> Drained;
 }

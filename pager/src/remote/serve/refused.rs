@@ -140,13 +140,6 @@ impl<'a> Touched<'a> {
 }
 
 impl InstallObserver for Touched<'_> {
-    fn wants(&self, _page: u64) -> bool {
-        true
-    }
-    fn filled(&mut self, _first_page: u64, _pages: usize) {}
-    fn existing(&mut self, _page: u64) {}
-    fn gone(&mut self, _page: u64) {}
-
     fn drain_events(&mut self) -> Drained {
         match self.read() {
             Ok(()) => {

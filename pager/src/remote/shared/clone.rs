@@ -222,13 +222,6 @@ impl Link {
 struct Poisoning<'a>(&'a Link);
 
 impl InstallObserver for Poisoning<'_> {
-    fn wants(&self, _page: u64) -> bool {
-        true
-    }
-    fn filled(&mut self, _first_page: u64, _pages: usize) {}
-    fn existing(&mut self, _page: u64) {}
-    fn gone(&mut self, _page: u64) {}
-
     /// The server does not read the events any more, so that this process has to.
     fn drain_events(&mut self) -> Drained {
         if self.0.stopping.load(Ordering::SeqCst) {
