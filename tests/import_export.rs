@@ -655,3 +655,14 @@ fn a_guest_of_ours_is_exported_and_imported_again() {
     // Memory alone is no guest.
     snap(["restore", &again]).failed(1, &["again.snap", "no state of a KVM guest"]);
 }
+
+#[test]
+fn the_document_names_the_same_tags() {
+    use snapvm::interchange::{CONFIG, STATE, VMSTATE};
+    let text = include_str!("../docs/interchange.md");
+    for kept in [VMSTATE, CONFIG, STATE] {
+        let letters = kept.tag().to_le_bytes().escape_ascii().to_string();
+        let line = format!("`{letters}` ({:#010x})", kept.tag());
+        assert!(text.contains(&line), "{line}");
+    }
+}

@@ -6,6 +6,8 @@ use anyhow::Error;
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 use snapfmt::ReadError;
+use snapvm::OutputError;
+use snapvm::interchange::ImportError;
 
 use crate::{size, stderr};
 
@@ -39,21 +41,6 @@ pub(crate) struct GuestStopped(pub(crate) String);
 pub(crate) struct ChildFailed {
     pub(crate) message: String,
     pub(crate) code: Option<u8>,
-}
-
-/// A file of another program that is damaged, or is something else.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub(crate) struct BadInput(String);
-
-impl BadInput {
-    /// Says of an error that the file's bytes are its cause, unless it is one of reading them.
-    pub(crate) fn of(error: Error) -> Error {
-        match error.chain().any(|cause| cause.is::<std::io::Error>()) {
-            true => error,
-            false => Self(format!("{error:#}")).into(),
-        }
-    }
 }
 
 /// The command line is wrong, or the file of options that it names; with all causes.
@@ -110,6 +97,12 @@ pub(crate) fn told(error: &Error) -> String {
                                RLIMIT_NPROC, RLIMIT_AS (`ulimit -u`, `ulimit -v`), a cgroup's \
                                pids.max"
             .into(),
+        _ if error
+            .chain()
+            .any(|cause| matches!(cause.downcast_ref(), Some(OutputError::Exists { .. }))) =>
+        {
+            "; give --force to replace it".into()
+        }
         _ => about_files(error).into(),
     };
     format!("{error:#}{advice}")
@@ -156,7 +149,9 @@ fn code(error: &Error) -> u8 {
             Some(ReadError::Cancelled) => return INTERRUPTED,
             Some(_) => code = BAD_FILE,
         }
-        if cause.is::<vmm::state::StateError>() || cause.is::<BadInput>() {
+        if cause.is::<vmm::state::StateError>()
+            || cause.downcast_ref().is_some_and(ImportError::is_bad_file)
+        {
             code = BAD_FILE;
         }
         if matches!(cause.downcast_ref(), Some(snapfmt::WriteError::Cancelled)) {

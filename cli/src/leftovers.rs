@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use snapvm::{OutputError, OutputShape, StagedOutput};
+
 static LEFTOVERS: Mutex<Vec<Leftover>> = Mutex::new(Vec::new());
 
 enum Leftover {
@@ -23,6 +25,17 @@ pub(crate) fn name(path: &Path) {
 /// The folder at `path`, with all that is in it, is this command's.
 pub(crate) fn folder(path: &Path) {
     add(Leftover::Folder(path.to_owned()));
+}
+
+/// An output whose staging folder is this command's.
+pub(crate) fn staged_output(
+    out: &Path,
+    shape: OutputShape,
+    replace: bool,
+) -> Result<StagedOutput, OutputError> {
+    let staged = StagedOutput::new(out, shape, replace)?;
+    folder(staged.staging_folder());
+    Ok(staged)
 }
 
 fn add(leftover: Leftover) {

@@ -9,7 +9,6 @@ mod config;
 mod descriptors;
 mod devices;
 mod exit;
-mod foreign;
 mod guest;
 mod guest_console;
 mod guest_output;

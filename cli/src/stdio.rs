@@ -182,27 +182,9 @@ impl Stdout {
         &self.file
     }
 
-    pub(crate) fn write_zeros(&mut self, mut len: u64) -> Result<()> {
-        while len > 0 {
-            let now = len.min(ZEROS.len() as u64);
-            self.write_all(&ZEROS[..now as usize])?;
-            len -= now;
-        }
-        Ok(())
-    }
-
-    pub(crate) fn write_all(&mut self, mut bytes: &[u8]) -> Result<()> {
-        while !bytes.is_empty() {
-            let (now, later) = bytes.split_at(bytes.len().min(PIECE_BYTES - self.piece.len()));
-            self.piece.extend_from_slice(now);
-            bytes = later;
-            if self.piece.len() == PIECE_BYTES {
-                let empty = receive(&self.written, READER).context(NOT_ALL)?.context(NOT_ALL)?;
-                // A thread that is gone has said why, and that is received next.
-                let _ = self.full.send(std::mem::replace(&mut self.piece, empty));
-            }
-        }
-        Ok(())
+    /// A buffer that is written.
+    fn empty(&self) -> io::Result<Vec<u8>> {
+        receive(&self.written, READER).unwrap_or_else(|| Err(ErrorKind::BrokenPipe.into()))
     }
 
     /// Waits until all is written.
@@ -217,7 +199,34 @@ impl Stdout {
     }
 }
 
-const NOT_ALL: &str = "cannot write all of it to stdout";
+impl Write for Stdout {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.write_all(bytes)?;
+        Ok(bytes.len())
+    }
+
+    fn write_all(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            let (now, later) = bytes.split_at(bytes.len().min(PIECE_BYTES - self.piece.len()));
+            self.piece.extend_from_slice(now);
+            bytes = later;
+            if self.piece.len() == PIECE_BYTES {
+                let empty = self.empty()?;
+                // A thread that has ended has sent its error, which is received next.
+                let _ = self.full.send(std::mem::replace(&mut self.piece, empty));
+            }
+        }
+        Ok(())
+    }
+
+    /// Only [`Stdout::finish`] waits until all is written.
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What has failed, for the errors of [`Stdout`].
+pub(crate) const NOT_ALL: &str = "cannot write all of it to stdout";
 
 /// What a thread that waits for another program has done next; `None` when nothing comes any more.
 fn receive<T>(from: &Receiver<T>, what: &'static str) -> Option<T> {

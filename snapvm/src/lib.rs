@@ -6,6 +6,7 @@
 //! - [`RestoreConfig`] restores a guest from a snapshot: lazily, eagerly, or sharing memory with others;
 //! - [`BootConfig`] boots a fresh one;
 //! - [`Vm::snapshot`] and [`Vm::snapshot_layer`] write a paused VM to a file;
+//! - [`interchange`] imports and exports memory images, Firecracker's and Cloud Hypervisor's snapshots, ELF cores;
 //! - [`record`] finds the pages that a guest touches first, for a working set.
 //!
 //! ```no_run
@@ -36,6 +37,7 @@ mod boot;
 mod devices;
 mod error;
 mod guest_memory;
+pub mod interchange;
 mod memory;
 mod memory_map;
 mod metadata;
@@ -46,6 +48,7 @@ mod restore;
 /// Whether there is address space for what comes next.
 pub mod room;
 mod stable_file;
+mod staged_output;
 mod vm;
 mod working_set;
 mod write;
@@ -61,6 +64,7 @@ pub use observer::{Observer, Silent, Step};
 pub use recording::{FirstOutput, Pace, RecordError, Touched, record};
 pub use restore::{MemoryFrom, RestoreConfig, RestoredVm, snapshot_name};
 pub use stable_file::StableFile;
+pub use staged_output::{OutputError, OutputShape, StagedOutput};
 pub use vm::{RunningVm, Vm};
 pub use working_set::{Prefetch, working_set_pages};
 pub use write::{path_of_parent, refuse_as_output, refuse_same};

@@ -1,23 +1,16 @@
 //! `snap import`: store a memory image, or a snapshot of another virtual machine monitor.
 
-use std::fs::File;
-use std::io::Read;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Instant;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use serde::Serialize;
-use serde_json::{Value, json};
-use snapfmt::layout::{MAGIC, PAGE_BYTES};
-use snapfmt::{Contents, Header, Metadata, StateBlob, write_snapshot};
+use snapvm::interchange::{Import, ImportError, MemoryImage, VMSTATE};
 
 use super::cat::parse_address;
 use super::summary::Written;
-use crate::exit::BadInput;
-use crate::foreign::firecracker::{self, Arch, VMSTATE};
-use crate::foreign::memory_file::{Layout, MemoryFile};
-use crate::foreign::{self, cloud_hypervisor};
 use crate::input::{reading, refuse_existing};
 use crate::progress::Bar;
 use crate::session::Session;
@@ -26,10 +19,10 @@ use crate::stdio;
 use crate::stdout::print_line;
 use crate::storage::Storage;
 
-/// Store a memory image, or a snapshot of Firecracker or Cloud Hypervisor, in one file.
+/// Import a memory image, or a snapshot of Firecracker or Cloud Hypervisor, into one file.
 ///
-/// Memory is compressed page by page and zeros are not stored; the other program's state is kept
-/// as it is. `snap export` gives every byte back.
+/// Memory is compressed and zeros are not stored; the other program's state is kept
+/// unchanged. `snap export` writes every byte of it out again.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -53,7 +46,7 @@ pub(crate) struct Args {
     vmstate: Option<PathBuf>,
 
     /// Where a part of MEMORY lies in the guest, in the order of the file; once for each part.
-    /// Unless told, memory starts at 0 without gaps, or where Firecracker puts it.
+    /// The default: memory starts at 0 without gaps, or where Firecracker puts it.
     #[arg(long = "region", value_name = "GPA:SIZE")]
     regions: Vec<Region>,
 
@@ -67,7 +60,7 @@ pub(crate) struct Args {
 
 /// A guest-physical range as the user gives it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Region(std::ops::Range<u64>);
+struct Region(Range<u64>);
 
 impl FromStr for Region {
     type Err = anyhow::Error;
@@ -80,7 +73,7 @@ impl FromStr for Region {
     }
 }
 
-/// What was stored.
+/// The summary of an import.
 #[derive(Serialize)]
 struct Summary<'a> {
     #[serde(flatten)]
@@ -97,17 +90,23 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let folder = !stdio::is_meant(&args.input) && args.input.is_dir();
     let imported = match &args.vmstate {
         Some(_) if folder => bail!("--vmstate goes with a memory file, not with a folder"),
-        Some(vmstate) => Imported::firecracker(args, vmstate)?,
+        Some(vmstate) => firecracker(args, vmstate)?,
         None if folder && !args.regions.is_empty() => {
             bail!("--region goes with a memory file; a folder says itself where memory lies")
         }
-        None if folder => Imported::cloud_hypervisor(&args.input, session.quiet)?,
-        None => Imported::raw(args)?,
+        None if folder => cloud_hypervisor(&args.input, session.quiet)?,
+        None => {
+            let image = memory_image(args)?;
+            in_regions(args, |ranges| Import::raw(image, ranges))?
+        }
     };
-    snapvm::refuse_same(&args.out, &imported.memory.metadata()?)?;
-    let header = imported.store(args, session)?;
+    let memory = imported.memory_metadata().context("cannot look at the memory file")?;
+    snapvm::refuse_same(&args.out, &memory)?;
+    let options = args.storage.options()?;
+    let bar = Bar::new("importing", session.quiet, &session.interrupt);
+    let header = imported.write(&args.out, &options, &|progress| bar.update(progress))?;
     let written = Written::new(&args.out, &header, started);
-    let summary = Summary { written, source: imported.kind };
+    let summary = Summary { written, source: imported.kind() };
     if args.json {
         print_line(serde_json::to_string_pretty(&summary)?)?;
     } else if !session.quiet {
@@ -125,165 +124,62 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     Ok(())
 }
 
-/// What another program's files hold.
-struct Imported {
-    kind: &'static str,
-    memory: MemoryFile,
-    states: Vec<StateBlob>,
-    /// For the metadata.
-    source: Value,
+fn firecracker(args: &Args, vmstate: &Path) -> Result<Import> {
+    let state = {
+        let _reading = reading(vmstate);
+        VMSTATE.read(vmstate)?
+    };
+    let image = memory_image(args)?;
+    let imported = in_regions(args, |ranges| Import::firecracker(image, state, ranges));
+    imported.map_err(|error| match error.downcast_ref() {
+        Some(ImportError::NoVmstate) => error.context(format!("{} (--region)", vmstate.display())),
+        _ => error,
+    })
 }
 
-impl Imported {
-    fn raw(args: &Args) -> Result<Self> {
-        let (file, len, path) = memory(args)?;
-        let layout = layout(path, &args.regions, || vec![0..len])?;
-        let memory = MemoryFile::new(file, path, layout)?;
-        Ok(Self { kind: "raw", memory, states: Vec::new(), source: json!({ "kind": "raw" }) })
+fn cloud_hypervisor(folder: &Path, quiet: bool) -> Result<Import> {
+    let imported = {
+        let _reading = reading(folder);
+        Import::cloud_hypervisor(folder)?
+    };
+    if !quiet {
+        report_other_files(folder)?;
     }
-
-    fn firecracker(args: &Args, vmstate: &Path) -> Result<Self> {
-        let state = VMSTATE.read(vmstate)?;
-        let (file, len, path) = memory(args)?;
-        let regions = &args.regions;
-        let arch = Arch::of_vmstate(&state.bytes);
-        if regions.is_empty() {
-            if !len.is_multiple_of(firecracker::MEMORY_UNIT) {
-                return Err(BadInput::of(anyhow!(
-                    "{}: {len} bytes are not whole MiB, as a Firecracker guest's memory is; \
-                     the file was cut short or is something else",
-                    path.display()
-                )));
-            }
-            if arch.is_none() {
-                return Err(BadInput::of(anyhow!(
-                    "{} does not start like a vmstate of Firecracker; if it is one, say with \
-                     --region where memory lies",
-                    vmstate.display()
-                )));
-            }
-        }
-        let layout = layout(path, regions, || arch.map_or(vec![], |arch| arch.ranges(len)))?;
-        let memory = MemoryFile::new(file, path, layout)?;
-        let source = json!({ "kind": "firecracker", "arch": arch.map(Arch::name) });
-        Ok(Self { kind: "firecracker", memory, states: vec![state], source })
-    }
-
-    fn cloud_hypervisor(folder: &Path, quiet: bool) -> Result<Self> {
-        use cloud_hypervisor::{CONFIG, MEMORY, STATE};
-        let state_path = folder.join(STATE.name);
-        let not_one = || format!("{} is no snapshot folder of Cloud Hypervisor", folder.display());
-        let state = STATE.read(&state_path).with_context(not_one)?;
-        let config = CONFIG.read(&folder.join(CONFIG.name)).with_context(not_one)?;
-        let layout = cloud_hypervisor::ranges(&state.bytes)
-            .and_then(|ranges| Layout::new(&ranges))
-            .with_context(|| state_path.display().to_string())
-            .map_err(BadInput::of)?;
-        let path = folder.join(MEMORY);
-        let (file, _) = open_memory(&path).with_context(not_one)?;
-        let memory = MemoryFile::new(file, &path, layout).map_err(BadInput::of)?;
-        if !quiet {
-            tell_of_others(folder, &[CONFIG.name, STATE.name, MEMORY])?;
-        }
-        let source = json!({ "kind": "cloud-hypervisor" });
-        Ok(Self { kind: "cloud-hypervisor", memory, states: vec![config, state], source })
-    }
-
-    fn store(&self, args: &Args, session: &Session) -> Result<Header> {
-        let options = args.storage.options()?;
-        let bar = Bar::new("importing", session.quiet, &session.interrupt);
-        let data = self
-            .memory
-            .data()
-            .with_context(|| format!("cannot find the data in {}", args.input.display()))?;
-        let mut other = serde_json::Map::new();
-        other.insert("source".into(), self.source.clone());
-        let contents = Contents::new(self.memory.regions(), &self.memory, &data)
-            .states(&self.states)
-            .metadata(
-                Metadata::default()
-                    .tool("snap")
-                    .tool_version(env!("CARGO_PKG_VERSION"))
-                    .other(other),
-            );
-        let written = write_snapshot(&args.out, contents, &options, &|p| bar.update(p));
-        // An error of the memory does not say which file it is.
-        let (header, _) = written.with_context(|| format!("import of {}", args.input.display()))?;
-        Ok(header)
-    }
+    Ok(imported)
 }
 
-/// The file of memory that is given, or stdin; its length, and what it is called.
-fn memory(args: &Args) -> Result<(File, u64, &Path)> {
+/// Imports with the user's regions, if there are some.
+fn in_regions(
+    args: &Args,
+    import: impl FnOnce(Option<&[Range<u64>]>) -> Result<Import, ImportError>,
+) -> Result<Import> {
+    let ranges: Vec<_> = args.regions.iter().map(|region| region.0.clone()).collect();
+    let ranges = (!ranges.is_empty()).then_some(&ranges[..]);
+    import(ranges).map_err(|error| match error {
+        ImportError::Ranges(_) => anyhow::Error::new(error).context("--region"),
+        error => error.into(),
+    })
+}
+
+/// The memory image: a file, or stdin.
+fn memory_image(args: &Args) -> Result<MemoryImage> {
     if !stdio::is_meant(&args.input) {
-        let (file, len) = open_memory(&args.input)?;
-        return Ok((file, len, &args.input));
+        let _reading = reading(&args.input);
+        return Ok(MemoryImage::open(&args.input)?);
     }
     let path = Path::new("stdin");
     let folder = args.out.parent().filter(|folder| *folder != Path::new(""));
     let folder = folder.unwrap_or(Path::new("."));
-    let file = stdio::stdin(folder, |start| check_start(path, start))?;
-    let len = check_length(path, &file)?;
-    Ok((file, len, path))
+    let file = stdio::stdin(folder, |start| Ok(MemoryImage::check_start(path, start)?))?;
+    Ok(MemoryImage::from_file(file, path)?)
 }
 
-/// Opens a file of memory and gives its length; refuses what is surely none, before it is stored
-/// as if it were.
-fn open_memory(path: &Path) -> Result<(File, u64)> {
-    let _reading = reading(path);
-    let file = foreign::state::open(path)?;
-    let mut start = Vec::new();
-    (&file).take(8).read_to_end(&mut start).with_context(|| path.display().to_string())?;
-    check_start(path, &start)?;
-    let len = check_length(path, &file)?;
-    Ok((file, len))
-}
-
-/// Refuses a file that begins as others than memory do.
-fn check_start(path: &Path, start: &[u8]) -> Result<()> {
-    let named = path.display();
-    let problem = if start == MAGIC {
-        anyhow!("{named} is a snapshot already")
-    } else if start.starts_with(b"\x7fELF") {
-        anyhow!("{named} is an ELF file, not a flat image of memory")
-    } else {
-        return Ok(());
-    };
-    Err(BadInput::of(problem))
-}
-
-fn check_length(path: &Path, file: &File) -> Result<u64> {
-    let named = || path.display().to_string();
-    let len = file.metadata().with_context(named)?.len();
-    let problem = if len == 0 {
-        anyhow!("{} is empty", named())
-    } else if !len.is_multiple_of(PAGE_BYTES as u64) {
-        anyhow!("{}: {len} bytes are not whole pages of {PAGE_BYTES} bytes", named())
-    } else {
-        return Ok(len);
-    };
-    Err(BadInput::of(problem))
-}
-
-/// The layout that the user gives, or else the program's own.
-fn layout(
-    path: &Path,
-    given: &[Region],
-    own: impl FnOnce() -> Vec<std::ops::Range<u64>>,
-) -> Result<Layout> {
-    if given.is_empty() {
-        return Layout::new(&own()).with_context(|| path.display().to_string());
-    }
-    let ranges: Vec<_> = given.iter().map(|region| region.0.clone()).collect();
-    Layout::new(&ranges).context("--region")
-}
-
-/// Files in the folder that do not belong to the snapshot are not stored, which is worth a line.
-fn tell_of_others(folder: &Path, known: &[&str]) -> Result<()> {
+/// Reports each file in the folder that does not belong to the snapshot: it is not imported.
+fn report_other_files(folder: &Path) -> Result<()> {
     let named = || folder.display().to_string();
     for entry in std::fs::read_dir(folder).with_context(named)? {
         let name = entry.with_context(named)?.file_name();
-        if !known.iter().any(|ours| name == *ours) {
+        if !Import::cloud_hypervisor_files().iter().any(|ours| name == *ours) {
             eprintln!("snap: {} is not stored", folder.join(name).display());
         }
     }

@@ -8,12 +8,13 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use snapfmt::layout::{INCOMPAT_BOUND, INCOMPAT_LAYERED, PAGE_BYTES};
 use snapfmt::{Header, Metadata, Phase, Snapshot, WorkingSet};
+use snapvm::OutputShape;
 
 use super::map::Picture;
 use super::summary::{Pages, ratio};
 use crate::exit::WrongOptions;
-use crate::foreign::staging::{Shape, Staging};
 use crate::input::{Input, reading, refuse_as_output};
+use crate::leftovers::staged_output;
 use crate::size;
 use crate::stdout::{print_line, print_text, to_stdout};
 
@@ -88,12 +89,12 @@ fn draw(snapshot: &Snapshot, file: &Path, path: &Path, force: bool) -> Result<()
             _ => bail!("{}: the picture's name ends in .svg or .png", path.display()),
         };
         refuse_as_output(path, [snapshot])?;
-        let staging = Staging::new(path, Shape::File, force)?;
+        let staging = staged_output(path, OutputShape::File, force)?;
         let picture = Picture::new(snapshot, file_rows)?;
         let bytes = if png { picture.as_png()? } else { picture.as_svg().into_bytes() };
         let written = staging.file()?.write_all(&bytes);
         written.with_context(|| format!("cannot write {}", path.display()))?;
-        return staging.publish();
+        return Ok(staging.publish()?);
     }
     let set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
     let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");

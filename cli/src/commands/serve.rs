@@ -12,14 +12,13 @@ use clap::ValueEnum;
 use pager::serve::{Consequence, KeepAt, Prefetched, ServeEvent, ServeOptions, Server, Socket};
 use pager::{Populate, SnapshotSource, keep};
 use snapfmt::Snapshot;
+use snapvm::interchange::has_async_page_faults;
 use snapvm::{snapshot_name, with_causes, working_set_pages};
 
 use crate::api::private_socket;
 use crate::awaited_source::AwaitedSource;
 use crate::descriptors::allow_many_descriptors;
 use crate::exit::Interrupted;
-use crate::foreign::async_pf;
-use crate::foreign::firecracker::VMSTATE;
 use crate::input::{Input, reading};
 use crate::pager_args::{OnError, PrefetchArg};
 use crate::session::Session;
@@ -153,11 +152,6 @@ const ADVICE: &str = "\
 this guest has KVM's asynchronous page faults switched on: each page that it waits for may cost it milliseconds, so all \
 is loaded from its first fault on. Boot it with `no-kvmapf`, or load a vmstate of `snap export --format firecracker \
 --no-async-pf` (docs/serving.md)\n";
-
-/// Whether the snapshot was imported from a guest with these.
-fn has_async_page_faults(snapshot: &Snapshot) -> Result<bool> {
-    Ok(snapshot.state(VMSTATE.tag)?.is_some_and(|state| async_pf::is_on(&state.bytes)))
-}
 
 /// The pages to load before they are asked for, if any. A working set that is damaged is told, once, and not used.
 fn prefetched(which: PrefetchArg, snapshot: &Arc<Snapshot>) -> Option<Prefetched> {

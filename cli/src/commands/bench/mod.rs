@@ -18,6 +18,7 @@ mod table;
 use std::io::Write;
 
 use anyhow::{Context, Result, bail};
+use snapvm::OutputShape;
 
 pub(crate) use self::args::Args;
 use self::child::Snap;
@@ -26,7 +27,7 @@ use self::report::{footer, headline, host_line, to_json};
 use self::run::{Outcome, Plan};
 use self::steps::Steps;
 use self::subject::Subject;
-use crate::foreign::staging::{Shape, Staging};
+use crate::leftovers::staged_output;
 use crate::session::Session;
 use crate::stdout::{print_line, print_text};
 
@@ -37,7 +38,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         }
     }
     // Before the runs: it may be refused.
-    let page = args.html.as_deref().map(|out| Staging::new(out, Shape::File, args.force));
+    let page = args.html.as_deref().map(|out| staged_output(out, OutputShape::File, args.force));
     let page = page.transpose()?;
     let snap = Snap::new(session)?;
     let steps = Steps::new(args, session.quiet);

@@ -5,6 +5,7 @@ use std::io::Write as _;
 
 use anyhow::{Context, Result};
 use serde_json::json;
+use snapvm::StagedOutput;
 
 use super::args::Args;
 use super::child::Snap;
@@ -15,10 +16,14 @@ use super::report::{headline, host_line, to_json};
 use super::run::Plan;
 use super::steps::Steps;
 use super::subject::Subject;
-use crate::foreign::staging::Staging;
 use crate::stdout::{print_line, print_text};
 
-pub(super) fn run(args: &Args, snap: &Snap<'_>, page: Option<Staging>, steps: Steps) -> Result<()> {
+pub(super) fn run(
+    args: &Args,
+    snap: &Snap<'_>,
+    page: Option<StagedOutput>,
+    steps: Steps,
+) -> Result<()> {
     let (mut points, mut all_json, mut head) = (Vec::new(), Vec::new(), String::new());
     for &percent in &args.sweep {
         let say = |what: &str| steps.say(&format!("{percent} %: {what}"));

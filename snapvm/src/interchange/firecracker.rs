@@ -6,24 +6,25 @@
 
 use std::ops::Range;
 
-use super::state::ForeignState;
+use super::foreign_file::ForeignFile;
 
-pub(crate) const VMSTATE: ForeignState = ForeignState {
-    name: "vmstate",
-    tag: u32::from_le_bytes(*b"FCvs"),
-    what: "Firecracker vmstate",
-};
+/// The vmstate file of a Firecracker snapshot.
+pub const VMSTATE: ForeignFile =
+    ForeignFile { name: "vmstate", tag: u32::from_le_bytes(*b"FCvs"), what: "Firecracker vmstate" };
 
 /// Name of the memory file in an exported folder.
-pub(crate) const MEMORY: &str = "memory";
+pub(super) const MEMORY: &str = "memory";
 
 /// Firecracker gives guests whole MiB.
-pub(crate) const MEMORY_UNIT: u64 = 1 << 20;
+pub(super) const MEMORY_UNIT: u64 = 1 << 20;
 
 /// Architecture of a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Arch {
+#[non_exhaustive]
+pub enum GuestArch {
+    /// x86-64.
     X86_64,
+    /// 64-bit Arm.
     Aarch64,
 }
 
@@ -36,9 +37,10 @@ const MAGIC_AARCH64: u64 = 0x0710_1984_aaaa;
 /// that Firecracker has used put a few bytes in front of it.
 const MAGIC_WITHIN: usize = 64;
 
-impl Arch {
+impl GuestArch {
     /// The architecture of a vmstate; `None` if it has no magic of Firecracker's.
-    pub(crate) fn of_vmstate(vmstate: &[u8]) -> Option<Self> {
+    #[must_use]
+    pub fn of_vmstate(vmstate: &[u8]) -> Option<Self> {
         let start = &vmstate[..vmstate.len().min(MAGIC_WITHIN)];
         start.windows(8).find_map(|window| {
             // Eight bytes: the window's length.
@@ -51,7 +53,9 @@ impl Arch {
         })
     }
 
-    pub(crate) fn name(self) -> &'static str {
+    /// Its name in metadata: `x86_64` or `aarch64`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
         match self {
             Self::X86_64 => "x86_64",
             Self::Aarch64 => "aarch64",
@@ -61,7 +65,7 @@ impl Arch {
     /// Where Firecracker puts this much memory: `arch_memory_regions` of its
     /// `src/vmm/src/arch/x86_64/mod.rs` and `aarch64/mod.rs`. The gaps are for devices; early
     /// releases had none at 256 GiB.
-    pub(crate) fn ranges(self, memory_bytes: u64) -> Vec<Range<u64>> {
+    pub(super) fn ranges(self, memory_bytes: u64) -> Vec<Range<u64>> {
         const GIB: u64 = 1 << 30;
         let usable: &[Range<u64>] = match self {
             Self::X86_64 => &[0..3 * GIB, 4 * GIB..256 * GIB, 512 * GIB..u64::MAX],
@@ -88,25 +92,25 @@ mod tests {
 
     #[test]
     fn memory_lies_around_the_gaps() {
-        let x86 = |bytes| Arch::X86_64.ranges(bytes);
+        let x86 = |bytes| GuestArch::X86_64.ranges(bytes);
         assert_eq!(x86(GIB), [0..GIB]);
         assert_eq!(x86(3 * GIB), [0..3 * GIB]);
         assert_eq!(x86(3 * GIB + 4096), [0..3 * GIB, 4 * GIB..4 * GIB + 4096]);
         assert_eq!(x86(256 * GIB), [0..3 * GIB, 4 * GIB..256 * GIB, 512 * GIB..513 * GIB]);
-        assert_eq!(Arch::Aarch64.ranges(GIB), [2 * GIB..3 * GIB]);
+        assert_eq!(GuestArch::Aarch64.ranges(GIB), [2 * GIB..3 * GIB]);
     }
 
     #[test]
     fn the_magic_tells_the_architecture() {
         let mut vmstate = 0x0710_1984_8664_0001_u64.to_le_bytes().to_vec();
         vmstate.extend([9; 100]);
-        assert_eq!(Arch::of_vmstate(&vmstate), Some(Arch::X86_64));
+        assert_eq!(GuestArch::of_vmstate(&vmstate), Some(GuestArch::X86_64));
         vmstate.splice(0..0, [8, 0]);
-        assert_eq!(Arch::of_vmstate(&vmstate), Some(Arch::X86_64));
+        assert_eq!(GuestArch::of_vmstate(&vmstate), Some(GuestArch::X86_64));
         let arm = 0x0710_1984_aaaa_0000_u64.to_le_bytes();
-        assert_eq!(Arch::of_vmstate(&arm), Some(Arch::Aarch64));
+        assert_eq!(GuestArch::of_vmstate(&arm), Some(GuestArch::Aarch64));
         for other in [&[][..], &[0; 7], &[0; 200]] {
-            assert_eq!(Arch::of_vmstate(other), None);
+            assert_eq!(GuestArch::of_vmstate(other), None);
         }
     }
 }

@@ -9,7 +9,7 @@
 use snapfmt::MemoryRegion;
 use snapfmt::layout::PAGE_BYTES;
 
-use super::firecracker::Arch;
+use super::firecracker::GuestArch;
 
 const HEADER_BYTES: usize = 64;
 const PROGRAM_HEADER_BYTES: usize = 56;
@@ -24,7 +24,7 @@ const SECTION_HEADER_BYTES: usize = 64;
 const PN_XNUM: u16 = 0xffff;
 
 /// The bytes in front of memory, which follows in source order: a multiple of 4096.
-pub(crate) fn headers(regions: &[MemoryRegion], arch: Arch) -> Vec<u8> {
+pub(super) fn headers(regions: &[MemoryRegion], arch: GuestArch) -> Vec<u8> {
     let count = regions.len() + 1;
     let sections_offset = HEADER_BYTES + count * PROGRAM_HEADER_BYTES;
     let counted = u16::try_from(count).ok().filter(|count| *count < PN_XNUM);
@@ -33,8 +33,8 @@ pub(crate) fn headers(regions: &[MemoryRegion], arch: Arch) -> Vec<u8> {
     let memory_offset = used.next_multiple_of(PAGE_BYTES);
     let mut bytes = Vec::with_capacity(memory_offset);
     let machine = match arch {
-        Arch::X86_64 => EM_X86_64,
-        Arch::Aarch64 => EM_AARCH64,
+        GuestArch::X86_64 => EM_X86_64,
+        GuestArch::Aarch64 => EM_AARCH64,
     };
     // e_ident: magic, 64 bits, little-endian, version 1, ABI and padding 0.
     bytes.extend_from_slice(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
@@ -88,7 +88,7 @@ mod tests {
             len: page,
             source_offset: number * page,
         };
-        headers(&(0..regions).map(region).collect::<Vec<_>>(), Arch::X86_64)
+        headers(&(0..regions).map(region).collect::<Vec<_>>(), GuestArch::X86_64)
     }
 
     fn u16_at(bytes: &[u8], at: usize) -> u16 {

@@ -7,11 +7,11 @@
 
 use std::ops::Range;
 
-use anyhow::{Result, bail};
 use crc::{CRC_64_REDIS, Crc};
+use snapfmt::{ReadError, Snapshot};
 
-use super::firecracker::Arch;
-use crate::exit::BadInput;
+use super::error::ExportError;
+use super::firecracker::{GuestArch, VMSTATE};
 
 const MSR_KVM_ASYNC_PF_EN: u32 = 0x4b56_4d02;
 /// Bit 0 of its value switches them on.
@@ -19,23 +19,27 @@ const ENABLED: u64 = 1;
 /// The vmstate ends with the CRC-64 of all before.
 const CRC_BYTES: usize = 8;
 
-/// Whether some vCPU of the vmstate has asynchronous page faults.
-pub(crate) fn is_on(vmstate: &[u8]) -> bool {
+/// Whether a snapshot holds a Firecracker vmstate with asynchronous page faults on in some vCPU.
+///
+/// # Errors
+/// [`ReadError`]: the vmstate cannot be read.
+pub fn has_async_page_faults(snapshot: &Snapshot) -> Result<bool, ReadError> {
+    Ok(snapshot.state(VMSTATE.tag())?.is_some_and(|vmstate| is_on(&vmstate.bytes)))
+}
+
+fn is_on(vmstate: &[u8]) -> bool {
     values(vmstate).into_iter().any(|value| read(vmstate, &value) & ENABLED != 0)
 }
 
 /// The vmstate with asynchronous page faults switched off, and its checksum renewed.
-pub(crate) fn switched_off(vmstate: &[u8]) -> Result<Vec<u8>> {
+pub(super) fn switched_off(vmstate: &[u8]) -> Result<Vec<u8>, ExportError> {
     let crc = Crc::<u64>::new(&CRC_64_REDIS);
-    let Some((body, found)) = vmstate.split_last_chunk::<CRC_BYTES>() else {
-        return Err(BadInput::of(anyhow::anyhow!("the vmstate has {} bytes", vmstate.len())));
-    };
-    if Arch::of_vmstate(vmstate) != Some(Arch::X86_64) || crc.checksum(body).to_le_bytes() != *found
+    let (body, found) =
+        vmstate.split_last_chunk::<CRC_BYTES>().ok_or(ExportError::AsyncPageFaults)?;
+    if GuestArch::of_vmstate(vmstate) != Some(GuestArch::X86_64)
+        || crc.checksum(body).to_le_bytes() != *found
     {
-        bail!(
-            "the vmstate is not one of Firecracker for x86_64 that ends with a right checksum: asynchronous page \
-             faults cannot be switched off in it; boot the guest with `no-kvmapf` instead"
-        );
+        return Err(ExportError::AsyncPageFaults);
     }
     let mut changed = body.to_vec();
     for value in values(body) {

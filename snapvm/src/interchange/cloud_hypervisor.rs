@@ -7,25 +7,29 @@
 //! `vm-migration/src/protocol.rs`). The order is not always that of the addresses.
 
 use std::ops::Range;
+use std::path::Path;
 
-use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
-use super::state::ForeignState;
+use super::error::{ImportError, LayoutError};
+use super::foreign_file::ForeignFile;
+use super::layout::ImageLayout;
 
-pub(crate) const CONFIG: ForeignState = ForeignState {
+/// `config.json` of a Cloud Hypervisor snapshot.
+pub const CONFIG: ForeignFile = ForeignFile {
     name: "config.json",
     tag: u32::from_le_bytes(*b"CHcf"),
     what: "Cloud Hypervisor config.json",
 };
 
-pub(crate) const STATE: ForeignState = ForeignState {
+/// `state.json` of a Cloud Hypervisor snapshot.
+pub const STATE: ForeignFile = ForeignFile {
     name: "state.json",
     tag: u32::from_le_bytes(*b"CHst"),
     what: "Cloud Hypervisor state.json",
 };
 
-pub(crate) const MEMORY: &str = "memory-ranges";
+pub(super) const MEMORY: &str = "memory-ranges";
 
 // Only what is needed of state.json; everything else in it is skipped.
 
@@ -67,29 +71,38 @@ struct Entry {
     length: u64,
 }
 
-/// The guest-physical ranges in `memory-ranges`, in the order of the file. Empty ones, which a table may have, have no bytes
-/// there and are left out.
-pub(crate) fn ranges(state_json: &[u8]) -> Result<Vec<Range<u64>>> {
+/// The layout of `memory-ranges`, from the `state.json` at `path`.
+pub(super) fn layout(path: &Path, state_json: &[u8]) -> Result<ImageLayout, ImportError> {
+    let ranges = ranges(path, state_json)?;
+    ImageLayout::new(&ranges).map_err(|error| ImportError::Layout { path: path.to_owned(), error })
+}
+
+/// The guest-physical ranges in `memory-ranges`, in the order of the file. The table may have empty ranges; they have no
+/// bytes in the file and are left out.
+fn ranges(path: &Path, state_json: &[u8]) -> Result<Vec<Range<u64>>, ImportError> {
+    let bad = |what| move |error| ImportError::StateJson { path: path.to_owned(), what, error };
     let state: State = serde_json::from_slice(state_json)
-        .context("no memory manager in it, in the shape that Cloud Hypervisor writes now")?;
+        .map_err(bad("no memory manager in it, in the shape that Cloud Hypervisor writes now"))?;
     let manager: MemoryManager =
         serde_json::from_str(&state.snapshots.memory_manager.snapshot_data.state)
-            .context("the memory manager's state has no memory ranges")?;
+            .map_err(bad("the memory manager's state has no memory ranges"))?;
     let mut entries = manager.memory_ranges.data;
     entries.retain(|entry| entry.length > 0);
     if entries.is_empty() {
-        bail!("its table of memory ranges is empty: guest memory was not stored with it");
+        return Err(ImportError::NoRanges { path: path.to_owned() });
     }
-    let to_range = |entry: &Entry| {
-        let end = entry.gpa.checked_add(entry.length).context("a memory range ends above 2^64")?;
-        Ok(entry.gpa..end)
-    };
-    entries.iter().map(to_range).collect()
+    let to_range = |entry: &Entry| Some(entry.gpa..entry.gpa.checked_add(entry.length)?);
+    let ranges: Option<Vec<_>> = entries.iter().map(to_range).collect();
+    ranges.ok_or_else(|| ImportError::Layout { path: path.to_owned(), error: LayoutError::TooLong })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn ranges(json: &[u8]) -> Result<Vec<Range<u64>>, ImportError> {
+        super::ranges(Path::new("state.json"), json)
+    }
 
     fn state(memory_manager: &str) -> Vec<u8> {
         let node = serde_json::json!({ "snapshot_data": { "state": memory_manager } });
@@ -105,14 +118,14 @@ mod tests {
     }
 
     #[test]
-    fn empty_ranges_are_passed_over() {
+    fn empty_ranges_are_left_out() {
         let table = r#"{"memory_ranges":{"data":[{"gpa":4096,"length":0},{"gpa":0,"length":4096},
             {"gpa":18446744073709551615,"length":0}]}}"#;
         assert_eq!(ranges(&state(table)).unwrap(), [0..4096]);
     }
 
     #[test]
-    fn what_is_no_state_is_refused() {
+    fn other_json_is_refused() {
         for bad in [
             &b""[..],
             b"{}",

@@ -1,0 +1,202 @@
+//! A snapshot becomes other programs' files.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::num::NonZeroUsize;
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use snapfmt::layout::PAGE_BYTES;
+use snapfmt::{ChunkBuffer, OnProgress, PageIndex, Progress, ReadError, Snapshot};
+
+use super::cloud_hypervisor::{self, CONFIG, STATE};
+use super::error::ExportError;
+use super::firecracker::{self, GuestArch, VMSTATE};
+use super::layout::ImageLayout;
+use super::{async_pf, elf};
+use crate::staged_output::{OutputShape, StagedOutput};
+
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+
+/// What a snapshot becomes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ExportFormat {
+    /// Guest memory, regions end to end.
+    Raw,
+    /// An ELF core with one segment a region, as QEMU's `dump-guest-memory` makes it.
+    Elf,
+    /// A folder with `memory` and `vmstate`.
+    Firecracker,
+    /// A folder with `config.json`, `state.json` and `memory-ranges`.
+    CloudHypervisor,
+}
+
+/// An export that the snapshot has everything for.
+pub struct Export<'a> {
+    snapshot: &'a Snapshot,
+    format: ExportFormat,
+    layout: ImageLayout,
+    /// What precedes memory in its file: the headers of an ELF core.
+    head: Vec<u8>,
+    /// The other files, by name.
+    files: Vec<(&'static str, Vec<u8>)>,
+}
+
+impl<'a> Export<'a> {
+    /// Reads what the format needs besides memory.
+    ///
+    /// # Errors
+    /// [`ExportError`]: the snapshot was not imported from this program's files, is damaged, or contradicts itself.
+    pub fn new(snapshot: &'a Snapshot, format: ExportFormat) -> Result<Self, ExportError> {
+        let mut head = Vec::new();
+        let mut files = Vec::new();
+        let layout = match format {
+            ExportFormat::Raw => ImageLayout::linear(snapshot.regions(), 0),
+            ExportFormat::Elf => {
+                head = elf::headers(snapshot.regions(), arch(snapshot)?);
+                ImageLayout::linear(snapshot.regions(), head.len() as u64)
+            }
+            ExportFormat::Firecracker => {
+                files.push((VMSTATE.name, VMSTATE.bytes_in(snapshot)?));
+                ImageLayout::linear(snapshot.regions(), 0)
+            }
+            ExportFormat::CloudHypervisor => {
+                let state = STATE.bytes_in(snapshot)?;
+                files.push((CONFIG.name, CONFIG.bytes_in(snapshot)?));
+                let layout = cloud_hypervisor::layout(Path::new(STATE.name), &state)
+                    .map_err(ExportError::State)?;
+                if layout.regions != snapshot.regions() {
+                    return Err(ExportError::MemoryMap { what: STATE.name });
+                }
+                files.push((STATE.name, state));
+                layout
+            }
+        };
+        Ok(Self { snapshot, format, layout, head, files })
+    }
+
+    /// Switches KVM's asynchronous page faults off in the vmstate; every other byte stays. A guest with them on waits
+    /// milliseconds for each page that is loaded lazily (Linux, Documentation/virt/kvm/x86/msr.rst,
+    /// `MSR_KVM_ASYNC_PF_EN`).
+    ///
+    /// # Errors
+    /// [`ExportError::NotFirecracker`]; [`ExportError::AsyncPageFaults`].
+    pub fn without_async_page_faults(mut self) -> Result<Self, ExportError> {
+        let vmstate = self.files.iter_mut().find(|(name, _)| *name == VMSTATE.name);
+        let (_, bytes) = vmstate.ok_or(ExportError::NotFirecracker)?;
+        *bytes = async_pf::switched_off(bytes)?;
+        Ok(self)
+    }
+
+    /// The shape of the output that [`Export::write`] fills.
+    #[must_use]
+    pub fn shape(&self) -> OutputShape {
+        match self.format {
+            ExportFormat::Raw | ExportFormat::Elf => OutputShape::File,
+            ExportFormat::Firecracker => OutputShape::Folder(&[firecracker::MEMORY, VMSTATE.name]),
+            ExportFormat::CloudHypervisor => {
+                OutputShape::Folder(&[CONFIG.name, STATE.name, cloud_hypervisor::MEMORY])
+            }
+        }
+    }
+
+    /// Writes the output, pages of zeros as holes. [`StagedOutput::publish`] gives it its name.
+    ///
+    /// `progress` is called on the writing threads; `Break` cancels.
+    ///
+    /// # Errors
+    /// [`ExportError::Output`]; [`ExportError::Write`]; [`ExportError::Read`].
+    pub fn write(&self, out: &StagedOutput, progress: OnProgress<'_>) -> Result<(), ExportError> {
+        for (name, bytes) in &self.files {
+            let mut file = out.file_named(name)?;
+            file.write_all(bytes).map_err(ExportError::write(out.path()))?;
+        }
+        let mut memory = match self.format {
+            ExportFormat::Raw | ExportFormat::Elf => out.file()?,
+            ExportFormat::Firecracker => out.file_named(firecracker::MEMORY)?,
+            ExportFormat::CloudHypervisor => out.file_named(cloud_hypervisor::MEMORY)?,
+        };
+        memory.write_all(&self.head).map_err(ExportError::write(out.path()))?;
+        self.write_memory(&memory, out.path(), progress)
+    }
+
+    /// Writes every page that is not zero to its place; the rest stays a hole.
+    fn write_memory(
+        &self,
+        file: &File,
+        out: &Path,
+        progress: OnProgress<'_>,
+    ) -> Result<(), ExportError> {
+        file.set_len(self.layout.file_bytes()).map_err(ExportError::write(out))?;
+        let threads = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        let failed = Mutex::new(None::<io::Error>);
+        let failure = || failed.lock().unwrap_or_else(PoisonError::into_inner);
+        let loaded = self.snapshot.load(
+            threads,
+            &|source_offset, bytes| {
+                if let Err(error) = self.layout.write(file, source_offset, bytes) {
+                    failure().get_or_insert(error);
+                }
+            },
+            &|at| match failure().is_some() {
+                true => ControlFlow::Break(()),
+                false => progress(at),
+            },
+        );
+        if let Some(error) = failure().take() {
+            return Err(ExportError::write(out)(error));
+        }
+        self.snapshot.release(&loaded?);
+        Ok(())
+    }
+
+    /// Writes the one file of the format, zeros too, from front to back.
+    ///
+    /// # Errors
+    /// [`ExportError::Stream`], with `InvalidInput` for a format of several files; [`ExportError::Read`].
+    pub fn stream(&self, out: &mut dyn Write, progress: OnProgress<'_>) -> Result<(), ExportError> {
+        if self.shape() != OutputShape::File {
+            return Err(ExportError::Stream(io::ErrorKind::InvalidInput.into()));
+        }
+        out.write_all(&self.head).map_err(ExportError::Stream)?;
+        let total_bytes = self.snapshot.header().memory_bytes;
+        let (mut buffer, mut done_bytes) = (ChunkBuffer::new(), 0);
+        for range in self.snapshot.populated() {
+            write_zeros(out, range.start - done_bytes)?;
+            for offset in range.clone().step_by(PAGE_BYTES) {
+                // `populated` ends with memory, and that is at most 2^32 pages: the number fits.
+                let page = PageIndex((offset / PAGE_BYTES as u64) as u32);
+                match self.snapshot.page(page, &mut buffer)? {
+                    Some(bytes) => out.write_all(bytes).map_err(ExportError::Stream)?,
+                    None => write_zeros(out, PAGE_BYTES as u64)?,
+                }
+            }
+            done_bytes = range.end;
+            if progress(Progress::new(done_bytes, total_bytes)).is_break() {
+                return Err(ReadError::Cancelled.into());
+            }
+        }
+        write_zeros(out, total_bytes - done_bytes)
+    }
+}
+
+fn write_zeros(out: &mut dyn Write, mut len: u64) -> Result<(), ExportError> {
+    while len > 0 {
+        let now = len.min(ZEROS.len() as u64);
+        out.write_all(&ZEROS[..now as usize]).map_err(ExportError::Stream)?;
+        len -= now;
+    }
+    Ok(())
+}
+
+/// The guest's architecture, as the import has recorded it; this project's own guests are x86-64.
+fn arch(snapshot: &Snapshot) -> Result<GuestArch, ReadError> {
+    let metadata = snapshot.metadata()?;
+    let recorded = metadata.other.get("source").and_then(|source| source.get("arch"));
+    Ok(match recorded.and_then(|arch| arch.as_str()) {
+        Some(name) if name == GuestArch::Aarch64.name() => GuestArch::Aarch64,
+        _ => GuestArch::X86_64,
+    })
+}

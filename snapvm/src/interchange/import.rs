@@ -1,0 +1,160 @@
+//! Other programs' files become a snapshot.
+
+use std::fs::Metadata as FileMetadata;
+use std::io;
+use std::ops::Range;
+use std::path::Path;
+
+use serde_json::json;
+use snapfmt::{
+    Contents, Header, Metadata, OnProgress, StateBlob, WriteError, WriteOptions, write_snapshot,
+};
+
+use super::cloud_hypervisor::{self, CONFIG, STATE};
+use super::error::ImportError;
+use super::firecracker::{self, GuestArch};
+use super::layout::ImageLayout;
+use super::memory_image::{LaidOutImage, MemoryImage};
+
+/// A memory image, or a snapshot of another program, that is ready to be written to a snapshot file.
+#[derive(Debug)]
+pub struct Import {
+    source: Source,
+    memory: LaidOutImage,
+    states: Vec<StateBlob>,
+}
+
+/// What it comes from, as the metadata has it.
+#[derive(Clone, Copy, Debug)]
+enum Source {
+    Raw,
+    Firecracker(Option<GuestArch>),
+    CloudHypervisor,
+}
+
+impl Import {
+    /// A flat image of memory. `ranges` are guest-physical, in the order of the file; `None`: memory starts at 0 without
+    /// gaps.
+    ///
+    /// # Errors
+    /// [`ImportError::Ranges`]
+    pub fn raw(image: MemoryImage, ranges: Option<&[Range<u64>]>) -> Result<Self, ImportError> {
+        let own = 0..image.len_bytes();
+        let memory = match ranges {
+            Some(ranges) => in_ranges(image, ranges)?,
+            None => in_ranges(image, std::slice::from_ref(&own))?,
+        };
+        Ok(Self { source: Source::Raw, memory, states: Vec::new() })
+    }
+
+    /// A memory file and the [`VMSTATE`](super::VMSTATE) of Firecracker. `ranges` as for [`Import::raw`]; `None`: where
+    /// Firecracker puts a memory of that size on the architecture of the vmstate.
+    ///
+    /// # Errors
+    /// [`ImportError::Ranges`]; without `ranges` also [`ImportError::NotMebibytes`], [`ImportError::NoVmstate`].
+    pub fn firecracker(
+        image: MemoryImage,
+        vmstate: StateBlob,
+        ranges: Option<&[Range<u64>]>,
+    ) -> Result<Self, ImportError> {
+        let arch = GuestArch::of_vmstate(&vmstate.bytes);
+        let memory = match (ranges, arch) {
+            (Some(ranges), _) => in_ranges(image, ranges)?,
+            (None, _) if !image.len_bytes().is_multiple_of(firecracker::MEMORY_UNIT) => {
+                let (path, len_bytes) = (image.path().to_owned(), image.len_bytes());
+                return Err(ImportError::NotMebibytes { path, len_bytes });
+            }
+            (None, None) => return Err(ImportError::NoVmstate),
+            (None, Some(arch)) => {
+                let ranges = arch.ranges(image.len_bytes());
+                in_ranges(image, &ranges)?
+            }
+        };
+        Ok(Self { source: Source::Firecracker(arch), memory, states: vec![vmstate] })
+    }
+
+    /// A folder of Cloud Hypervisor, with [`CONFIG`], [`STATE`] and `memory-ranges`.
+    ///
+    /// # Errors
+    /// [`ImportError`]; [`ImportError::NoCloudHypervisor`] names the file that is missing.
+    pub fn cloud_hypervisor(folder: &Path) -> Result<Self, ImportError> {
+        let in_folder = |error| ImportError::NoCloudHypervisor {
+            folder: folder.to_owned(),
+            error: Box::new(error),
+        };
+        let state_path = folder.join(STATE.name);
+        let state = STATE.read(&state_path).map_err(in_folder)?;
+        let config = CONFIG.read(&folder.join(CONFIG.name)).map_err(in_folder)?;
+        let layout = cloud_hypervisor::layout(&state_path, &state.bytes)?;
+        let image = MemoryImage::open(&folder.join(cloud_hypervisor::MEMORY)).map_err(in_folder)?;
+        let memory = image.laid_out(layout)?;
+        Ok(Self { source: Source::CloudHypervisor, memory, states: vec![config, state] })
+    }
+
+    /// What it is: `raw`, `firecracker` or `cloud-hypervisor`.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self.source {
+            Source::Raw => "raw",
+            Source::Firecracker(_) => "firecracker",
+            Source::CloudHypervisor => "cloud-hypervisor",
+        }
+    }
+
+    /// The memory file's length and identity, to compare an output with: see [`refuse_same`](crate::refuse_same).
+    ///
+    /// # Errors
+    /// As fstat(2).
+    pub fn memory_metadata(&self) -> io::Result<FileMetadata> {
+        self.memory.file.file().metadata()
+    }
+
+    /// The files of a Cloud Hypervisor folder that an import reads.
+    #[must_use]
+    pub fn cloud_hypervisor_files() -> [&'static str; 3] {
+        [CONFIG.name, STATE.name, cloud_hypervisor::MEMORY]
+    }
+
+    /// Writes the snapshot to a new file at `out`. Holes of the memory file are not read; pages of zeros take no room.
+    ///
+    /// `progress` is called on the writing threads; `Break` cancels, and leaves no file.
+    ///
+    /// # Errors
+    /// [`ImportError::Io`]; [`ImportError::Write`], also for a memory file that has changed since it was opened.
+    pub fn write(
+        &self,
+        out: &Path,
+        options: &WriteOptions,
+        progress: OnProgress<'_>,
+    ) -> Result<Header, ImportError> {
+        let path = &self.memory.path;
+        let data = self.memory.data().map_err(ImportError::io(path))?;
+        let mut source = json!({ "kind": self.kind() });
+        if let Source::Firecracker(arch) = self.source {
+            source["arch"] = json!(arch.map(GuestArch::name));
+        }
+        let mut other = serde_json::Map::new();
+        other.insert("source".into(), source);
+        let metadata =
+            Metadata::default().tool("snap").tool_version(env!("CARGO_PKG_VERSION")).other(other);
+        let contents = Contents::new(self.memory.regions(), &self.memory, &data)
+            .states(&self.states)
+            .metadata(metadata);
+        let failed = |error: WriteError| ImportError::Write { path: path.clone(), error };
+        Ok(write_snapshot(out, contents, options, progress).map_err(failed)?.0)
+    }
+}
+
+/// The image with the ranges that the caller gives.
+fn in_ranges(image: MemoryImage, ranges: &[Range<u64>]) -> Result<LaidOutImage, ImportError> {
+    let path = image.path().to_owned();
+    ImageLayout::new(ranges)
+        .map_err(|error| ImportError::Layout { path, error })
+        .and_then(|layout| image.laid_out(layout))
+        .map_err(|error| match error {
+            ImportError::Layout { .. } | ImportError::Length { .. } => {
+                ImportError::Ranges(Box::new(error))
+            }
+            error => error,
+        })
+}

@@ -1,0 +1,44 @@
+//! Memory images, and snapshots of other virtual machine monitors: into a snapshot file and out of it, bit for bit.
+//!
+//! [`Import`] reads a flat image of memory, a Firecracker pair or a Cloud Hypervisor folder. [`Export`] writes them, or an
+//! ELF core. The state of another program stays opaque: it is a state section with a tag of its own.
+//!
+//! ```no_run
+//! use snapvm::interchange::{Export, ExportFormat, Import, MemoryImage, VMSTATE};
+//! use snapvm::{StagedOutput, snapfmt::{Snapshot, WriteOptions}};
+//! # use std::{ops::ControlFlow, path::Path};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let go = |_| ControlFlow::Continue(());
+//! let vmstate = VMSTATE.read(Path::new("vm.state"))?;
+//! let import = Import::firecracker(MemoryImage::open(Path::new("mem.file"))?, vmstate, None)?;
+//! import.write(Path::new("guest.snap"), &WriteOptions::default(), &go)?;
+//!
+//! let snapshot = Snapshot::open("guest.snap")?;
+//! let export = Export::new(&snapshot, ExportFormat::Firecracker)?;
+//! let out = StagedOutput::new(Path::new("snapshot-dir"), export.shape(), false)?;
+//! export.write(&out, &go)?;
+//! out.publish()?;
+//! # Ok(())
+//! # }
+//! ```
+
+mod async_pf;
+mod cloud_hypervisor;
+mod elf;
+mod error;
+mod export;
+mod firecracker;
+mod foreign_file;
+mod import;
+mod layout;
+mod memory_image;
+
+pub use async_pf::has_async_page_faults;
+pub use cloud_hypervisor::{CONFIG, STATE};
+pub use error::{ExportError, ImportError, LayoutError, NotMemory};
+pub use export::{Export, ExportFormat};
+pub use firecracker::{GuestArch, VMSTATE};
+pub use foreign_file::ForeignFile;
+pub use import::Import;
+pub use memory_image::MemoryImage;
