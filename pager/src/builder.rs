@@ -17,7 +17,7 @@ use crate::region::Region;
 use crate::sched::placement::Placement;
 use crate::source::page_source::PageSource;
 use crate::source::retry::RetryPolicy;
-use crate::uffd::ForeignUffd;
+use crate::uffd::{ForeignUffd, Uffd};
 
 /// The options of a pager: see [`Pager::builder`](crate::Pager::builder).
 #[must_use]
@@ -30,6 +30,7 @@ pub struct PagerBuilder {
     pub(crate) on_error: FailurePolicy,
     pub(crate) on_failure: Option<OnFailure>,
     pub(crate) foreign: Option<(ForeignUffd, OwnedFd)>,
+    pub(crate) userfaultfd: Option<Uffd>,
     pub(crate) backed: bool,
     pub(crate) records: Option<Records>,
     pub(crate) populate: Populate,
@@ -54,6 +55,7 @@ impl PagerBuilder {
             on_error: FailurePolicy::default(),
             on_failure: None,
             foreign: None,
+            userfaultfd: None,
             backed: false,
             records: None,
             populate: Populate::default(),
@@ -172,6 +174,16 @@ impl PagerBuilder {
         callback: impl Fn(Population) + Send + Sync + 'static,
     ) -> PagerBuilder {
         self.on_complete = Some(Box::new(callback));
+        self
+    }
+
+    /// Uses this userfaultfd of this process, which serves no other memory, instead of opening one. There is one slice. It
+    /// needs the features [`Features::EVENT_REMOVE`](crate::uffd::Features::EVENT_REMOVE) and
+    /// [`Features::EVENT_REMAP`](crate::uffd::Features::EVENT_REMAP), for [`FailurePolicy::Poison`] also
+    /// [`Features::POISON`](crate::uffd::Features::POISON), and for [`Placement::Follow`]
+    /// [`Features::THREAD_ID`](crate::uffd::Features::THREAD_ID) has an effect.
+    pub fn userfaultfd(mut self, uffd: Uffd) -> PagerBuilder {
+        self.userfaultfd = Some(uffd);
         self
     }
 

@@ -50,13 +50,15 @@ impl PagerBuilder {
         let PagerBuilder { on_failure, foreign, backed, records, fault_around_off, .. } = self;
         let PagerBuilder { populate_rate, populate_threads, on_complete, prefetch, .. } = self;
         let PagerBuilder { prefetch_when, elsewhere, fault_overhead, populate, .. } = self;
+        let PagerBuilder { userfaultfd, .. } = self;
         let populate = mode(populate, backed, prefetch.is_some())?;
         check(&regions, source.len_bytes())?;
         if regions.iter().any(|region| region.is_foreign() != foreign.is_some()) {
             return Err(StartError::Foreign);
         }
-        // Memory of another process has one userfaultfd, and so one slice.
-        let layout = Layout::cut(&regions, if foreign.is_some() { 1 } else { slices });
+        // A given userfaultfd is the only one, and each slice has its own.
+        let given = foreign.is_some() || userfaultfd.is_some();
+        let layout = Layout::cut(&regions, if given { 1 } else { slices });
         let (stop_reader, stop) = io::pipe().map_err(system("a pipe"))?;
         let pages = layout.pages() as usize;
         let (states, journal, resumed) = match records {
@@ -71,7 +73,7 @@ impl PagerBuilder {
         }
         let (foreign, process) = foreign.unzip();
         let opening = Opening { on_error, placement, fault_around_off, regions: regions.len() };
-        let (readers, slices) = opening.slices(&layout, source.as_ref(), foreign)?;
+        let (readers, slices) = opening.slices(&layout, source.as_ref(), foreign, userfaultfd)?;
         let options = Options {
             mode: populate,
             bytes_per_second: populate_rate,
@@ -140,6 +142,7 @@ impl Opening {
         layout: &Layout,
         source: &dyn PageSource,
         foreign: Option<ForeignUffd>,
+        mut own: Option<Uffd>,
     ) -> Result<(Vec<Box<dyn PageReader>>, Vec<Slice>), StartError> {
         let page_bytes = layout.page_bytes() as usize;
         let zeros = || vec![0; page_bytes].into_boxed_slice();
@@ -161,7 +164,11 @@ impl Opening {
         }
         for index in slices.len()..layout.slices() {
             readers.push(source.reader(page_bytes).map_err(StartError::Source)?);
-            let uffd = Uffd::open(EVENTS, optional).map_err(StartError::Open)?;
+            let uffd = match own.take() {
+                Some(uffd) => uffd.with_required(EVENTS),
+                None => Uffd::open(EVENTS, optional),
+            };
+            let uffd = uffd.map_err(StartError::Open)?;
             let poisons = uffd.features().contains(Features::POISON);
             if self.on_error == FailurePolicy::Poison && !poisons {
                 return Err(StartError::PoisonUnavailable);

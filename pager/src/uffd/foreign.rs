@@ -1,4 +1,4 @@
-//! A userfaultfd that another process has created for its own memory, and sent.
+//! A userfaultfd that was not opened here: of this process, or of another one that has created it for its own memory.
 
 use std::fs;
 use std::io;
@@ -28,7 +28,7 @@ pub enum ForeignUffdError {
         info: String,
     },
     /// A system call failed.
-    #[error("cannot {what} of the received descriptor")]
+    #[error("cannot {what} the descriptor")]
     System {
         /// The operation.
         what: &'static str,
@@ -39,8 +39,8 @@ pub enum ForeignUffdError {
 }
 
 impl ForeignUffd {
-    /// Checks that a received descriptor is a userfaultfd, makes it non-blocking (the other process can undo that; reads do
-    /// not rely on it), and reads the features that the other process has enabled. This needs `/proc`.
+    /// Takes a received descriptor: see [`Uffd::from_fd`]. The other process can make it blocking again; reads do not rely
+    /// on that.
     ///
     /// # Errors
     /// [`ForeignUffdError`].
@@ -49,26 +49,7 @@ impl ForeignUffd {
     /// Another process has created the userfaultfd, so that it serves no memory of this process. This holds for a
     /// descriptor from a socket if this process never sends a userfaultfd that it has created itself.
     pub unsafe fn new(fd: OwnedFd) -> Result<ForeignUffd, ForeignUffdError> {
-        let system = |what| move |error| ForeignUffdError::System { what, error };
-        let number = fd.as_fd().as_raw_fd();
-        let target =
-            fs::read_link(format!("/proc/self/fd/{number}")).map_err(system("see the kind"))?;
-        if target.as_os_str() != "anon_inode:[userfaultfd]" {
-            return Err(ForeignUffdError::NoUserfaultfd { found: target.display().to_string() });
-        }
-        let info = fs::read_to_string(format!("/proc/self/fdinfo/{number}"))
-            .map_err(system("read the state"))?;
-        let Some(features) = features_in(&info) else {
-            return Err(ForeignUffdError::Features { info });
-        };
-        // SAFETY: F_GETFL takes nothing more.
-        let flags = unsafe { libc::fcntl(number, libc::F_GETFL) };
-        // SAFETY: F_SETFL takes flags.
-        if flags < 0 || unsafe { libc::fcntl(number, libc::F_SETFL, flags | libc::O_NONBLOCK) } < 0
-        {
-            return Err(system("set the flags")(io::Error::last_os_error()));
-        }
-        Ok(ForeignUffd(Uffd { file: fd.into(), features, shared: true }))
+        Uffd::adopt(fd, true).map(ForeignUffd)
     }
 
     /// The features that the other process has enabled.
@@ -83,6 +64,41 @@ impl ForeignUffd {
 
     pub(crate) fn into_uffd(self) -> Uffd {
         self.0
+    }
+}
+
+impl Uffd {
+    /// Takes a userfaultfd of this process after its handshake: checks that it is one, makes it non-blocking, and reads the
+    /// features that it has. This needs `/proc`.
+    ///
+    /// # Errors
+    /// [`ForeignUffdError`].
+    pub fn from_fd(fd: OwnedFd) -> Result<Uffd, ForeignUffdError> {
+        Uffd::adopt(fd, false)
+    }
+
+    /// `shared`: another process has the same open file.
+    fn adopt(fd: OwnedFd, shared: bool) -> Result<Uffd, ForeignUffdError> {
+        let system = |what| move |error| ForeignUffdError::System { what, error };
+        let number = fd.as_fd().as_raw_fd();
+        let target =
+            fs::read_link(format!("/proc/self/fd/{number}")).map_err(system("see the kind of"))?;
+        if target.as_os_str() != "anon_inode:[userfaultfd]" {
+            return Err(ForeignUffdError::NoUserfaultfd { found: target.display().to_string() });
+        }
+        let info = fs::read_to_string(format!("/proc/self/fdinfo/{number}"))
+            .map_err(system("read the state of"))?;
+        let Some(features) = features_in(&info) else {
+            return Err(ForeignUffdError::Features { info });
+        };
+        // SAFETY: F_GETFL takes nothing more.
+        let flags = unsafe { libc::fcntl(number, libc::F_GETFL) };
+        // SAFETY: F_SETFL takes flags.
+        if flags < 0 || unsafe { libc::fcntl(number, libc::F_SETFL, flags | libc::O_NONBLOCK) } < 0
+        {
+            return Err(system("set the flags of")(io::Error::last_os_error()));
+        }
+        Ok(Uffd { file: fd.into(), features, shared })
     }
 }
 

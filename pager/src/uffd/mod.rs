@@ -16,6 +16,8 @@ mod foreign;
 mod journal;
 mod message;
 mod open;
+#[cfg(feature = "userfaultfd")]
+mod userfaultfd;
 
 pub use batch::MessageBatch;
 pub use descriptor::{Registered, Uffd, Wait};

@@ -95,6 +95,19 @@ impl Uffd {
     }
 }
 
+impl Uffd {
+    /// Checks that an open userfaultfd has these features.
+    pub(crate) fn with_required(self, required: Features) -> Result<Uffd, OpenError> {
+        match self.features.contains(required) {
+            true => Ok(self),
+            false => Err(OpenError::Unsupported {
+                missing: required.without(self.features).bits(),
+                available: self.features.bits(),
+            }),
+        }
+    }
+}
+
 /// A userfaultfd before its handshake.
 fn open_file() -> Result<File, OpenError> {
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
