@@ -5,7 +5,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use pager::serve::ServerHandle;
+use pager::serve::{METRICS_CONTENT_TYPE, ServerHandle};
 
 /// No request that is meant for this is longer.
 const REQUEST_LIMIT_BYTES: usize = 8 << 10;
@@ -53,7 +53,7 @@ fn answer(mut stream: &TcpStream, server: &ServerHandle) -> std::io::Result<()> 
         false => ("404 Not Found", "the figures are at /metrics\n".into()),
     };
     let head = format!(
-        "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+        "HTTP/1.1 {status}\r\nContent-Type: {METRICS_CONTENT_TYPE}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
         body.len()
     );
     stream.write_all(head.as_bytes())?;
