@@ -13,6 +13,7 @@ mod foreign;
 mod guest;
 mod guest_console;
 mod guest_output;
+mod http;
 mod input;
 mod interrupt;
 mod leftovers;
