@@ -102,7 +102,7 @@ pub use failure::{Failure, FailureCause, FailurePolicy};
 pub use fault::latency::{Latency, LatencyStep, Times};
 pub use pager::Pager;
 pub use recording::Recording;
-pub use region::{Region, RegionError};
+pub use region::{PAGE_BYTES, Region, RegionError};
 #[cfg(feature = "serve")]
 pub use remote::{keep, serve, shared};
 pub use sched::placement::Placement;

@@ -26,7 +26,7 @@ use crate::source::error::SourceError;
 use crate::source::load::{Load, LoadedPage, LoadedPages, PageReader};
 use crate::source::page_source::PageSource;
 
-const PAGE_BYTES: u64 = 4096;
+const PAGE_BYTES: u64 = crate::region::PAGE_BYTES as u64;
 /// The number of pages that are looked up in the page tables in one read: 64 KiB of `pagemap`.
 const PIECE_PAGES: usize = 8192;
 /// The bits of `pagemap` for a page that is mapped or swapped out (Documentation/admin-guide/mm/pagemap.rst).

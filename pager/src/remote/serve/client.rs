@@ -21,7 +21,7 @@ use super::wire::{self, SocketReader};
 use crate::background::populate::population::Populate;
 use crate::install::records::Records;
 use crate::pager::Pager;
-use crate::region::Region;
+use crate::region::{PAGE_BYTES, Region};
 use crate::remote::keep::{HandoverState, KeepError, Kept, Record};
 use crate::remote::shared::{self, ImageLoader, SharedImage};
 use crate::source::page_source::PageSource;
@@ -212,7 +212,8 @@ fn keep(
     let kept = || -> Result<(Records, KeptGuest), KeepError> {
         let record = Record { pid: peer.pid, regions: regions.to_vec() };
         let pages = |region: &RegionMessage| {
-            region.size / region.page_size.or(region.page_size_kib).unwrap_or(4096).max(1)
+            region.size
+                / region.page_size.or(region.page_size_kib).unwrap_or(PAGE_BYTES as u64).max(1)
         };
         let pages = regions.iter().map(pages).fold(0, u64::saturating_add);
         let handover = HandoverState::create(record, pages)?;
