@@ -74,6 +74,7 @@ compile_error!("pager serves page faults with userfaultfd, which only Linux has"
 
 mod background;
 mod builder;
+mod causes;
 mod error;
 mod failure;
 mod fault;
@@ -97,6 +98,7 @@ pub mod uffd;
 pub use background::populate::population::{Populate, Population};
 pub use background::prefetch_progress::Prefetch;
 pub use builder::PagerBuilder;
+pub use causes::with_causes;
 pub use error::StartError;
 pub use failure::{Failure, FailureCause, FailurePolicy};
 pub use fault::latency::{Latency, LatencyStep, Times};
