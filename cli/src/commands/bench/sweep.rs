@@ -47,7 +47,7 @@ pub(super) fn run(args: &Args, snap: &Snap<'_>, page: Option<Staging>, steps: St
             host: &host_line(),
             footer: "",
         };
-        let text = html::sweep_page(&words, &points);
+        let text = html::sweep_page(&words, &points)?;
         page.file()?.write_all(text.as_bytes()).context("cannot write the page")?;
         page.publish()?;
     }
