@@ -214,8 +214,12 @@ fn the_page_is_whole_and_needs_nothing_else() {
     ] {
         assert!(page.contains(title), "{title}");
     }
-    // A curve of each mode in both plots of the course, and no number that is none.
-    assert_eq!(page.matches("class=\"curve").count(), 2 * 3);
+    // A curve of each mode, with a dot at its end, in both plots of the course, and no number that is none.
+    for colour in ["#5B7FB5", "#D9822B", "#C2485B"] {
+        let curves = |tag: &str| tag.starts_with("polyline") && tag.contains(colour);
+        assert_eq!(page.split('<').filter(|tag| curves(tag)).count(), 2, "{colour}");
+    }
+    assert_eq!(page.matches("<circle").count(), 2 * 3);
     assert!(!page.contains("NaN") && !page.contains("inf"), "{page}");
     assert_closed(&page);
 

@@ -13,7 +13,7 @@ use crate::support::{
     Ran, SNAP, Sample, end_of, names, needs_vm, run, signal, skip, snap, start, wait_for_handlers,
 };
 
-pub(crate) const PAGE: u64 = 4096;
+pub(crate) const PAGE: u64 = snapfmt::layout::PAGE_BYTES as u64;
 pub(crate) const MIB: u64 = 1 << 20;
 pub(crate) const GIB: u64 = 1 << 30;
 

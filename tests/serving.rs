@@ -256,19 +256,21 @@ fn figures_are_told_over_http() {
     let address = at.trim_end().strip_suffix("/metrics").expect("the path").to_owned();
     serving.restore(&sample.file, &["--beats", "2"]).ok();
     serving.says("ended after");
-    let ask = |path: &str| {
+    let ask = |request: &str| {
         let mut stream = std::net::TcpStream::connect(&address).expect("it listens");
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").expect("it is taken");
+        write!(stream, "{request} HTTP/1.1\r\nHost: x\r\n\r\n").expect("it is taken");
         let mut answer = String::new();
         stream.read_to_string(&mut answer).expect("an answer");
         answer
     };
-    let figures = ask("/metrics");
+    let figures = ask("GET /metrics");
     assert!(figures.starts_with("HTTP/1.1 200 OK\r\n"), "{figures}");
     assert!(figures.contains("\nsnap_guests 0\n"), "{figures}");
     assert!(figures.contains("\nsnap_guests_total 1\n"), "{figures}");
     assert!(!figures.contains("\nsnap_faults_total 0\n"), "{figures}");
-    assert!(ask("/").starts_with("HTTP/1.1 404"));
+    assert!(ask("GET /").starts_with("HTTP/1.1 404"));
+    assert!(ask("POST /metrics").starts_with("HTTP/1.1 405"));
+    assert!(ask("").starts_with("HTTP/1.1 400"));
     assert_eq!(serving.end("TERM"), Some(130));
 }
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
+use pager::with_causes;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -37,11 +38,6 @@ pub(crate) fn host_can_run(place: &str) -> bool {
 pub(crate) fn skip(test: &str, reason: &str) {
     let line = format!("SKIPPED {test}: {reason}\n");
     std::io::stderr().write_all(line.as_bytes()).expect("stderr is open");
-}
-
-fn with_causes(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |error| error.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 /// Skips the rest of a test where there is no KVM or no userfaultfd.

@@ -1,7 +1,8 @@
 //! `--config FILE.json`: options from a file, as if they stood on the command line before all others.
 //!
 //! The words are those of the command line by construction: each key must be an option of the command, and
-//! becomes one, `--key=value`. So what reads the command line checks it too.
+//! becomes one, `--key=value`. So what reads the command line checks it too. A struct with a field for each option would
+//! be a second list of them, and a map would take a key that is given twice for one.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -12,7 +13,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::error::{ContextKind, ContextValue};
 use clap::{Arg, ArgAction, Command};
-use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
+use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
@@ -59,11 +60,11 @@ pub(crate) fn expand(command: &mut Command, args: &[OsString]) -> Result<Option<
     let Some(file) = value_of(OPTION, rest) else { return Ok(None) };
     let file = PathBuf::from(file);
     let text = read(&file)?;
-    let entries: Entries<'_> = serde_json::from_str(&text)
+    let entries = entries(&text)
         .with_context(|| format!("{}: not a JSON object of options", file.display()))?;
     let mut words = Vec::new();
     let mut lines = Vec::new();
-    for (key, value) in entries.0 {
+    for (key, value) in entries {
         let line = line_of(&text, value);
         let said = || format!("{}, line {line}: {key:?}", file.display());
         ensure!(!lines.iter().any(|(known, _)| *known == key), "{}: given twice", said());
@@ -161,29 +162,24 @@ fn line_of(text: &str, value: &RawValue) -> usize {
     1 + text.as_bytes()[..offset.min(text.len())].iter().filter(|byte| **byte == b'\n').count()
 }
 
-/// A JSON object, as it stands there.
-struct Entries<'a>(Vec<(String, &'a RawValue)>);
+/// The entries of a JSON object, as they stand there.
+fn entries(text: &str) -> serde_json::Result<Vec<(String, &RawValue)>> {
+    struct Object;
+    impl<'de> Visitor<'de> for Object {
+        type Value = Vec<(String, &'de RawValue)>;
 
-impl<'de> Deserialize<'de> for Entries<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Object;
-        impl<'de> Visitor<'de> for Object {
-            type Value = Entries<'de>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let mut entries = Vec::new();
-                while let Some(entry) = map.next_entry()? {
-                    entries.push(entry);
-                }
-                Ok(Entries(entries))
-            }
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("an object")
         }
-        deserializer.deserialize_map(Object)
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            std::iter::from_fn(|| map.next_entry().transpose()).collect()
+        }
     }
+    let mut json = serde_json::Deserializer::from_str(text);
+    let entries = json.deserialize_map(Object)?;
+    json.end()?;
+    Ok(entries)
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ mod exit;
 mod guest;
 mod guest_console;
 mod guest_output;
+mod http;
 mod input;
 mod interrupt;
 mod leftovers;

@@ -1,16 +1,16 @@
 //! The figures of `snap serve` over HTTP: one path, one answer, one connection at a time.
 
-use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use pager::serve::ServerHandle;
+use pager::serve::{METRICS_CONTENT_TYPE, ServerHandle};
 
-/// No request that is meant for this is longer.
-const REQUEST_LIMIT_BYTES: usize = 8 << 10;
+use crate::http::{Connection, NoRequest, Patience, write_response};
+
 /// A connection that says or takes nothing for so long is dropped, and the next one has its turn.
-const PATIENCE: Duration = Duration::from_secs(1);
+const LIMIT: Duration = Duration::from_secs(1);
+const PATIENCE: Patience = Patience { idle: LIMIT, request: LIMIT };
 
 /// Answers `GET /metrics` at the address from now on, on a thread of its own. Answers the address: its port may have
 /// been 0.
@@ -23,10 +23,10 @@ pub(crate) fn serve(address: SocketAddr, server: ServerHandle) -> Result<SocketA
         .spawn(move || {
             loop {
                 match listener.accept() {
-                    // Who does not listen to the answer has not asked.
+                    // A client that does not take its answer costs only its own connection.
                     Ok((stream, _)) => drop(answer(&stream, &server)),
                     // Out of descriptors, say: later there may be some.
-                    Err(_) => std::thread::sleep(PATIENCE),
+                    Err(_) => std::thread::sleep(LIMIT),
                 }
             }
         })
@@ -35,29 +35,18 @@ pub(crate) fn serve(address: SocketAddr, server: ServerHandle) -> Result<SocketA
 }
 
 fn answer(mut stream: &TcpStream, server: &ServerHandle) -> std::io::Result<()> {
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
-    let mut request = Vec::new();
-    let mut piece = [0; 1024];
-    // Not longer than its time in all, however slowly it comes.
-    let deadline = std::time::Instant::now() + PATIENCE;
-    while !request.windows(4).any(|end| end == b"\r\n\r\n") {
-        let len = stream.read(&mut piece)?;
-        request.extend_from_slice(&piece[..len]);
-        if len == 0 || request.len() > REQUEST_LIMIT_BYTES || std::time::Instant::now() > deadline {
-            return Ok(());
-        }
-    }
-    let (status, body) = match request.starts_with(b"GET /metrics ") {
-        true => ("200 OK", server.metrics()),
-        false => ("404 Not Found", "the figures are at /metrics\n".into()),
+    stream.set_write_timeout(Some(LIMIT))?;
+    let text = |status, message: &str| (status, "text/plain", format!("{message}\n"));
+    let (status, content_type, body) = match Connection::new(stream).request(PATIENCE) {
+        Ok(request) => match (request.path.as_str(), request.method.as_str()) {
+            ("/metrics", "GET") => (200, METRICS_CONTENT_TYPE, server.metrics()),
+            ("/metrics", method) => text(405, &format!("{method} is not for /metrics: GET")),
+            _ => text(404, "the figures are at /metrics"),
+        },
+        Err(NoRequest::Refused(status, message)) => text(status, &message),
+        Err(NoRequest::Gone) => return Ok(()),
     };
-    let head = format!(
-        "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
-        body.len()
-    );
-    stream.write_all(head.as_bytes())?;
-    stream.write_all(body.as_bytes())
+    write_response(&mut stream, status, Some((content_type, &body)), false)
 }
 
 /// A port of this machine only, or a whole address.

@@ -7,6 +7,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::OnceLock;
 
+use crate::causes::with_causes;
 use crate::source::error::SourceError;
 use crate::uffd::Errno;
 
@@ -80,18 +81,6 @@ impl Failure {
             }
             _ => format!("pager{thread} cannot go on"),
         }
-    }
-
-    /// The failure with all its causes, in one line.
-    pub(crate) fn chain(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        while let Some(error) = cause {
-            text.push_str(": ");
-            text.push_str(&error.to_string());
-            cause = error.source();
-        }
-        text
     }
 }
 
@@ -177,7 +166,8 @@ impl fmt::Debug for FailureReport {
 }
 
 fn kill_this_process(failure: &Failure) -> ! {
-    let words = format!("fatal: {}; killing process {}\n", failure.chain(), std::process::id());
+    let words =
+        format!("fatal: {}; killing process {}\n", with_causes(failure), std::process::id());
     // Not `eprintln!`: it panics if stderr is closed, and then the process would not be killed.
     let _ = io::stderr().write_all(words.as_bytes());
     // SAFETY: getpid(2) takes nothing.
@@ -223,8 +213,8 @@ mod tests {
     }
 
     #[test]
-    fn the_chain_says_each_thing_once() {
-        let text = failure(0x1000).chain();
+    fn the_text_with_causes_says_each_thing_once() {
+        let text = with_causes(&failure(0x1000));
         assert_eq!(
             text,
             "pager1 cannot get the page at source offset 0x1000 (host address 0x7000): the source \

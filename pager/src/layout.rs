@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::region::Region;
+use crate::region::{PAGE_BYTES, Region};
 
 /// Slices are cut at addresses that are multiples of this: one page table, or one huge page.
 const CUT_BYTES: u64 = 2 << 20;
@@ -44,7 +44,7 @@ impl Layout {
     pub(crate) fn cut(regions: &[Region], slices: usize) -> Layout {
         let mut regions: Vec<&Region> = regions.iter().collect();
         regions.sort_by_key(|region| region.host_addr());
-        let page_bytes = regions.first().map_or(4096, |region| region.page_bytes() as u64);
+        let page_bytes = regions.first().map_or(PAGE_BYTES, |region| region.page_bytes()) as u64;
         let total: u64 = regions.iter().map(|region| region.len_bytes()).sum();
         let share = total.div_ceil(slices.max(1) as u64).max(CUT_BYTES);
 

@@ -74,12 +74,14 @@ compile_error!("pager serves page faults with userfaultfd, which only Linux has"
 
 mod background;
 mod builder;
+mod causes;
 mod error;
 mod failure;
 mod fault;
 mod install;
 mod layout;
 mod mapping;
+mod pagemap;
 mod pager;
 mod recording;
 mod region;
@@ -97,12 +99,14 @@ pub mod uffd;
 pub use background::populate::population::{Populate, Population};
 pub use background::prefetch_progress::Prefetch;
 pub use builder::PagerBuilder;
+pub use causes::with_causes;
 pub use error::StartError;
 pub use failure::{Failure, FailureCause, FailurePolicy};
 pub use fault::latency::{Latency, LatencyStep, Times};
+pub use pagemap::{PageTableEntry, Pagemap};
 pub use pager::Pager;
 pub use recording::Recording;
-pub use region::{Region, RegionError};
+pub use region::{PAGE_BYTES, Region, RegionError};
 #[cfg(feature = "serve")]
 pub use remote::{keep, serve, shared};
 pub use sched::placement::Placement;

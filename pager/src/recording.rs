@@ -15,27 +15,22 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::fault::resolver::ZERO_FILL_BYTES;
 use crate::install::filled_file::FilledFile;
 use crate::install::runs::Run;
+use crate::pagemap::{PageTableEntry, Pagemap};
 use crate::region::Region;
 use crate::source::error::SourceError;
 use crate::source::load::{Load, LoadedPage, LoadedPages, PageReader};
 use crate::source::page_source::PageSource;
 
-const PAGE_BYTES: u64 = 4096;
-/// The number of pages that are looked up in the page tables in one read: 64 KiB of `pagemap`.
-const PIECE_PAGES: usize = 8192;
-/// The bits of `pagemap` for a page that is mapped or swapped out (Documentation/admin-guide/mm/pagemap.rst).
-const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
+const PAGE_BYTES: u64 = crate::region::PAGE_BYTES as u64;
 
 /// A record of touched pages: see [`Pager::recording`](crate::Pager::recording).
 pub struct Recording {
     shared: Arc<Shared>,
-    pagemap: File,
     /// Which pages of the log were found touched, and at which mark.
     marks: Mutex<Marks>,
 }
@@ -55,8 +50,8 @@ struct Log {
     known: Vec<u64>,
 }
 
-#[derive(Default)]
 struct Marks {
+    pagemap: Pagemap,
     count: u32,
     /// The number of pages of the log that were checked.
     known: usize,
@@ -88,10 +83,16 @@ impl Recording {
             pages: Vec::with_capacity(pages as usize),
             known: vec![0; pages.div_ceil(64) as usize],
         };
+        let marks = Marks {
+            pagemap: Pagemap::open()?,
+            count: 0,
+            known: 0,
+            pending: vec![Vec::new(); regions.len()],
+            found: Vec::new(),
+        };
         Ok(Recording {
             shared: Arc::new(Shared { source, file, regions, log: Mutex::new(log) }),
-            pagemap: File::open("/proc/self/pagemap")?,
-            marks: Mutex::default(),
+            marks: Mutex::new(marks),
         })
     }
 
@@ -111,10 +112,8 @@ impl Recording {
     /// If `/proc/self/pagemap` cannot be read. Then the recording is unusable.
     pub fn mark(&self) -> io::Result<()> {
         let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
-        let Marks { count, known, pending, found } = &mut *marks;
-        pending.resize_with(self.shared.regions.len(), Vec::new);
+        let Marks { pagemap, count, known, pending, found } = &mut *marks;
         let loaded = self.shared.log().pages[*known..].to_vec();
-        let mut entries = vec![0; PIECE_PAGES * 8];
         for (region, pending) in self.shared.regions.iter().zip(pending) {
             let first = region.source_offset() / PAGE_BYTES;
             let end = first + region.len_bytes() / PAGE_BYTES;
@@ -122,19 +121,19 @@ impl Recording {
             pending.extend(of_region.filter(|(page, _)| (first..end).contains(&u64::from(*page))));
             // Only the new pages are out of order.
             pending.sort();
-            let piece_of = |page: u32| (u64::from(page) - first) / PIECE_PAGES as u64;
+            let read_of = |page: u32| (u64::from(page) - first) / Pagemap::MAX_PAGES as u64;
             let found_before = found.len();
-            for of_piece in pending.chunk_by(|a, b| piece_of(a.0) == piece_of(b.0)) {
-                let (from, to) = (of_piece[0].0, of_piece[of_piece.len() - 1].0);
-                let entries = &mut entries[..(to - from + 1) as usize * 8];
-                let host_page = region.host_addr() / PAGE_BYTES + (u64::from(from) - first);
-                self.pagemap.read_exact_at(entries, host_page * 8)?;
-                for (page, at) in of_piece {
-                    let mut entry = [0; 8];
-                    entry.copy_from_slice(&entries[(page - from) as usize * 8..][..8]);
-                    if u64::from_ne_bytes(entry) & PRESENT_OR_SWAPPED != 0 {
+            for of_read in pending.chunk_by(|a, b| read_of(a.0) == read_of(b.0)) {
+                let (from, to) = (of_read[0].0, of_read[of_read.len() - 1].0);
+                let host_addr = region.host_addr() + (u64::from(from) - first) * PAGE_BYTES;
+                let mut entries = pagemap.entries(host_addr, (to - from + 1) as usize)?;
+                let mut next = from;
+                for (page, at) in of_read {
+                    let entry = entries.nth((page - next) as usize);
+                    if entry.is_some_and(PageTableEntry::is_mapped) {
                         found.push((*count, *at));
                     }
+                    next = page + 1;
                 }
             }
             // Both lists have the same order.

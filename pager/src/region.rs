@@ -5,6 +5,9 @@ use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 
+/// The smallest size of a page, in bytes. Pages of other sizes (hugetlbfs) are a power of two larger.
+pub const PAGE_BYTES: usize = 4096;
+
 /// Memory to be filled from `source_offset..source_offset + len_bytes` of the source.
 ///
 /// The memory may be of any kind that userfaultfd supports for missing faults: anonymous memory, memfd (shared or
@@ -25,8 +28,8 @@ pub struct Region {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RegionError {
-    /// The page size is not a power of two of at least 4096.
-    #[error("page size {page_bytes} is not a power of two of at least 4096")]
+    /// The page size is not a power of two of at least [`PAGE_BYTES`].
+    #[error("page size {page_bytes} is not a power of two of at least {PAGE_BYTES}")]
     PageSize {
         /// The given value.
         page_bytes: usize,
@@ -101,7 +104,7 @@ impl Region {
         source_offset: u64,
         foreign: bool,
     ) -> Result<Region, RegionError> {
-        if page_bytes < 4096 || !page_bytes.is_power_of_two() {
+        if page_bytes < PAGE_BYTES || !page_bytes.is_power_of_two() {
             return Err(RegionError::PageSize { page_bytes });
         }
         if len_bytes == 0 {
@@ -152,8 +155,9 @@ impl Region {
                 let offset = source_offset(mapped.start_addr());
                 // SAFETY: the mapping belongs to `mapped` and lives as long as `memory`, which the region keeps alive.
                 // vm-memory makes no reference into it, only volatile accesses.
-                let region =
-                    unsafe { Region::new(mapped.as_ptr() as u64, mapped.len(), 4096, offset) }?;
+                let region = unsafe {
+                    Region::new(mapped.as_ptr() as u64, mapped.len(), PAGE_BYTES, offset)
+                }?;
                 Ok(region.keeping(Arc::clone(memory) as Arc<dyn Any + Send + Sync>))
             })
             .collect()

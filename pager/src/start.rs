@@ -27,7 +27,7 @@ use crate::install::records::{self, Records};
 use crate::install::register;
 use crate::layout::Layout;
 use crate::pager::Pager;
-use crate::region::Region;
+use crate::region::{PAGE_BYTES, Region};
 use crate::sched::cpus::{self, Cpus};
 use crate::sched::placement::{Follower, Placement};
 use crate::sched::watchdog::Watchdog;
@@ -158,7 +158,7 @@ impl Opening {
         if let Some(uffd) = foreign {
             readers.push(source.reader(page_bytes).map_err(StartError::Source)?);
             // Only hugetlbfs has other page sizes, and it has no zero page.
-            let zeros = (page_bytes > 4096).then(zeros);
+            let zeros = (page_bytes > PAGE_BYTES).then(zeros);
             let filler = Filler { uffd: uffd.into_uffd(), zeros };
             slices.push(Slice::new(filler, layout.pages(), self.regions));
         }

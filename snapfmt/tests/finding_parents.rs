@@ -6,12 +6,11 @@ use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use snapfmt::layout::PAGE_BYTES as PAGE;
 use snapfmt::{
     ChainError, Contents, MemoryRegion, Parent, Parents, ReadError, Snapshot, WriteOptions,
     write_layer, write_snapshot,
 };
-
-const PAGE: usize = 4096;
 
 fn go_on(_: snapfmt::Progress) -> ControlFlow<()> {
     ControlFlow::Continue(())

@@ -8,12 +8,12 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
+use snapfmt::layout::PAGE_BYTES as PAGE;
 use snapfmt::{
     ChainError, ChunkBuffer, Contents, Header, MemoryRegion, PageEntry, PageIndex, Parent, Parents,
     ReadError, SectionKind, Snapshot, WriteError, WriteOptions, write_layer, write_snapshot,
 };
 
-const PAGE: usize = 4096;
 const PAGES: usize = 1300;
 
 fn go_on(_: snapfmt::Progress) -> ControlFlow<()> {

@@ -13,14 +13,13 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use snapfmt::layout::{INCOMPAT_BOUND, INCOMPAT_LAYERED};
+use snapfmt::layout::{INCOMPAT_BOUND, INCOMPAT_LAYERED, PAGE_BYTES as PAGE};
 use snapfmt::{
     Changes, ChunkBuffer, Codec, Contents, MemoryRegion, Metadata, PageEntry, PageIndex, Parent,
     ReadAt, ReadError, Snapshot, Stamp, StateBlob, WorkingSet, WriteError, WriteOptions,
     copy_snapshot, write_layer, write_snapshot,
 };
 
-const PAGE: usize = 4096;
 const PAGES: usize = 600;
 
 fn go_on(_: snapfmt::Progress) -> ControlFlow<()> {

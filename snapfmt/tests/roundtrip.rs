@@ -6,12 +6,11 @@ use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
 
 use proptest::prelude::*;
+use snapfmt::layout::PAGE_BYTES as PAGE;
 use snapfmt::{
     ChunkBuffer, Codec, Contents, Existing, MemoryRegion, Metadata, PageEntry, PageIndex, Snapshot,
     StateBlob, WriteError, WriteOptions, write_snapshot,
 };
-
-const PAGE: usize = 4096;
 
 /// A page of one of the kinds that guests have.
 fn page(kind: u8, seed: u64) -> Vec<u8> {

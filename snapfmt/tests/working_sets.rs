@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
+use snapfmt::layout::PAGE_BYTES as PAGE;
 use snapfmt::{
     Changes, ChunkBuffer, Codec, Contents, Corruption, Existing, Header, HotPages, MemoryRegion,
     Metadata, PageEntry, PageIndex, Parent, Phase, Problem, ReadAt, ReadError, SectionKind,
@@ -16,7 +17,6 @@ use snapfmt::{
     write_snapshot, write_with_set,
 };
 
-const PAGE: usize = 4096;
 const PAGES: usize = 1300;
 
 fn go_on(_: snapfmt::Progress) -> ControlFlow<()> {

@@ -1,12 +1,11 @@
 //! What can go wrong, with the values that tell why.
 
 use std::error::Error as StdError;
-use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use pager::Failure;
 use pager::shared::ShareError;
+use pager::{Failure, with_causes};
 use snapfmt::{ReadError, WriteError};
 use vmm::state::StateError;
 
@@ -91,19 +90,6 @@ impl GuestFailure {
     pub(crate) fn of_pager(file: &Path, failure: &Failure) -> Self {
         Self::new(file, with_causes(failure))
     }
-}
-
-/// An error and all its causes, in one line.
-#[must_use]
-pub fn with_causes(error: &dyn StdError) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        // Writing to a String does not fail.
-        let _ = fmt::Write::write_fmt(&mut text, format_args!(": {error}"));
-        cause = error.source();
-    }
-    text
 }
 
 /// A guest that cannot be restored. Each variant names the file.

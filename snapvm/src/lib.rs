@@ -30,6 +30,7 @@
 //! Needs Linux on x86-64 with `/dev/kvm`; lazy restores need userfaultfd: see [`pager`].
 
 pub use pager;
+pub use pager::with_causes;
 pub use snapfmt;
 pub use vmm;
 
@@ -55,7 +56,7 @@ mod write;
 
 pub use boot::BootConfig;
 pub use devices::{DeviceConnections, DeviceError};
-pub use error::{BootError, GuestFailure, MemoryError, RestoreError, SnapshotError, with_causes};
+pub use error::{BootError, GuestFailure, MemoryError, RestoreError, SnapshotError};
 pub use guest_memory::ArrivingBytes;
 pub use memory::VmMemory;
 pub use memory_map::{gpa_ranges, to_ranges, to_regions};

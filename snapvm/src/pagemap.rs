@@ -1,23 +1,13 @@
-//! Which pages of guest memory are this process' own: /proc/self/pagemap.
+//! Which pages of guest memory are this process' own.
 
-use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 
+use pager::Pagemap;
 use snapfmt::MemoryRegion;
 use snapfmt::layout::PAGE_BYTES;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::error::MemoryError;
-
-/// Bits of an entry: Documentation/admin-guide/mm/pagemap.rst.
-const PRESENT: u64 = 1 << 63;
-const SWAPPED: u64 = 1 << 62;
-/// Of a file, or shared: nothing that this process has written into a private mapping.
-const OF_FILE: u64 = 1 << 61;
-const ENTRY_BYTES: usize = 8;
-/// Entries read at once: 64 KiB, for 32 MiB of memory.
-const ENTRIES: usize = 8192;
 
 /// The ranges of source offsets whose pages belong to this process alone, in memory or swapped out. All other pages of a
 /// private mapping have the content of what is mapped: zeros, or the pages of a file.
@@ -25,27 +15,22 @@ pub(crate) fn private_pages(
     memory: &GuestMemoryMmap,
     regions: &[MemoryRegion],
 ) -> Result<Vec<Range<u64>>, MemoryError> {
-    let pagemap = File::open("/proc/self/pagemap")
-        .map_err(MemoryError::system("cannot open /proc/self/pagemap"))?;
+    let mut pagemap =
+        Pagemap::open().map_err(MemoryError::system("cannot open /proc/self/pagemap"))?;
     let mut own: Vec<Range<u64>> = Vec::new();
-    let mut entries_bytes = vec![0; ENTRIES * ENTRY_BYTES];
     for region in regions {
         let mapped = memory
             .iter()
             .find(|mapped| mapped.start_addr().0 == region.gpa && mapped.len() == region.len);
         let mapped = mapped.ok_or(MemoryError::Layout)?;
-        let first = mapped.as_ptr() as u64 / PAGE_BYTES as u64;
-        let pages = region.len / PAGE_BYTES as u64;
-        for start in (0..pages).step_by(ENTRIES) {
-            let count = (pages - start).min(ENTRIES as u64);
-            let entries = &mut entries_bytes[..count as usize * ENTRY_BYTES];
-            pagemap
-                .read_exact_at(entries, (first + start) * ENTRY_BYTES as u64)
+        let (start, end) = (region.source_offset, region.source_offset + region.len);
+        for from in (start..end).step_by(Pagemap::MAX_PAGES * PAGE_BYTES) {
+            let pages = ((end - from) as usize / PAGE_BYTES).min(Pagemap::MAX_PAGES);
+            let entries = pagemap
+                .entries(mapped.as_ptr() as u64 + (from - start), pages)
                 .map_err(MemoryError::system("cannot read /proc/self/pagemap"))?;
-            for (entry, page) in entries.as_chunks::<ENTRY_BYTES>().0.iter().zip(start..) {
-                let entry = u64::from_ne_bytes(*entry);
-                if entry & (PRESENT | SWAPPED) != 0 && entry & OF_FILE == 0 {
-                    let at = region.source_offset + page * PAGE_BYTES as u64;
+            for (at, entry) in (from..).step_by(PAGE_BYTES).zip(entries) {
+                if entry.is_private() {
                     match own.last_mut() {
                         Some(last) if last.end == at => last.end += PAGE_BYTES as u64,
                         _ => own.push(at..at + PAGE_BYTES as u64),

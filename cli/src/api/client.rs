@@ -12,9 +12,9 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use snapfmt::Progress;
 
-use super::http::read_response;
 use super::routes::{CreateSnapshot, SnapshotType};
 use crate::exit::Interrupted;
+use crate::http::read_response;
 use crate::progress::Bar;
 use crate::session::Session;
 use crate::storage::Storage;

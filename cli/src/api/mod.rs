@@ -4,7 +4,7 @@
 //! the guest or another client.
 
 pub(crate) mod client;
-mod http;
+mod response;
 mod routes;
 mod server;
 

@@ -14,7 +14,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use snapfmt::{Codec, Existing, WriteOptions};
 
-use super::http::{Request, Response};
+use super::response::Response;
+use crate::http::Request;
 use crate::live::{Answer, Command, Refused, Remote, StoreRequest};
 
 /// What does not change about the guest, and its figures.

@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 use pager::serve::{Socket, check_user};
 use rustix::event::{PollFd, PollFlags};
 
-use super::http::{Connection, NoRequest, Patience, Response};
+use super::response::Response;
 use super::routes::Routes;
+use crate::http::{Connection, NoRequest, Patience};
 
 /// Connections at once. One more takes the place of the one that has been quiet for the longest.
 const CONNECTIONS: usize = 16;
@@ -172,7 +173,7 @@ fn serve(stream: &UnixStream, activity: &Activity, routes: &Routes) {
                 activity.set_busy(true);
                 (routes.answer(&request, stream), request.keep_alive)
             }
-            Err(NoRequest::Refused(response)) => (response, false),
+            Err(NoRequest::Refused(status, message)) => (Response::fault(status, message), false),
             Err(NoRequest::Gone) => return,
         };
         let written = response.write(&mut &*stream, keep_alive);

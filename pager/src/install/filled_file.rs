@@ -18,12 +18,10 @@ use crate::install::register;
 use crate::install::runs::{self, Placed, Run};
 use crate::layout::Layout;
 use crate::mapping::Mapping;
-use crate::region::Region;
+use crate::region::{PAGE_BYTES, Region};
 use crate::source::error::SourceError;
 use crate::source::load::LoadedPages;
 use crate::uffd::{Features, Uffd};
-
-pub(crate) const PAGE_BYTES: usize = 4096;
 
 /// Fills a file that begins with holes only, and to which no one else adds pages.
 pub(crate) struct FilledFile {

@@ -216,8 +216,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::region::PAGE_BYTES as PAGE;
 
-    const PAGE: usize = 4096;
     const BASE: u64 = 0x10_0000;
 
     /// A kernel that follows a script: each call takes the next result. After the last one, calls succeed.

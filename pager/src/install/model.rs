@@ -13,9 +13,9 @@ use std::collections::HashSet;
 use crate::install::kernel::{self, Drained, Fill, InstallObserver, PageOps, Target};
 use crate::install::page_state::PageState;
 use crate::install::reason::InstallReason;
+use crate::region::PAGE_BYTES as PAGE;
 use crate::uffd::Errno;
 
-const PAGE: usize = 4096;
 const ZERO: u8 = 0;
 const SOURCE: u8 = 7;
 const POISON: u8 = 0xff;

@@ -58,11 +58,11 @@ mod tests {
 
     use super::*;
     use crate::mapping::Mapping;
+    use crate::region::PAGE_BYTES as PAGE;
     use crate::remote::keep::{HandoverState, Record};
     use crate::uffd::{Features, ForeignUffd, MessageBatch, Uffd};
     use crate::{Pager, Region, StartError, VecSource};
 
-    const PAGE: usize = 4096;
     const PAGES: usize = 16;
 
     /// Guest memory of this process, served as if it belonged to another process.

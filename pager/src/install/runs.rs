@@ -62,8 +62,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    const PAGE: usize = 4096;
+    use crate::region::PAGE_BYTES as PAGE;
 
     fn placed(page: u64, buffer_slot: usize) -> Placed {
         // Two extents: the pages below 100, and those from 100 on, which are elsewhere in memory.

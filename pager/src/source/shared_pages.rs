@@ -6,7 +6,9 @@
 //! nothing else from it.
 
 use snapfmt::ChunkExtent;
-use snapfmt::layout::{CHUNK_ALIGN, PAGE_BYTES};
+use snapfmt::layout::CHUNK_ALIGN;
+
+use crate::region::PAGE_BYTES;
 
 /// 256 KiB for each reader. Each page has one possible place. The memory is allocated when the first page is kept.
 const PLACES: usize = 64;

@@ -1,10 +1,10 @@
 //! How a page of a `.snap` file, and an error in reading it, look to the pager.
 
-use snapfmt::layout::PAGE_BYTES;
 use snapfmt::{PageIndex, ReadError};
 
 use super::error::SourceError;
 use super::load::LoadedPage;
+use crate::region::PAGE_BYTES;
 
 /// The page in a decoded chunk, by its slot there.
 pub(crate) fn loaded(page: PageIndex, slot: u16) -> LoadedPage {

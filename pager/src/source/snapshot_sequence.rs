@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Instant;
 
-use snapfmt::layout::PAGE_BYTES;
 use snapfmt::{ChunkBuffer, ChunkExtent, PageEntry, PageIndex, ReadAt, Snapshot};
 
+use crate::region::PAGE_BYTES;
 use crate::source::error::SourceError;
 use crate::source::load::{Load, LoadCost, LoadedPage, LoadedPages};
 use crate::source::sequence::{PageSequence, Wanted};

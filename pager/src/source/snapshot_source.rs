@@ -4,9 +4,9 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use snapfmt::layout::PAGE_BYTES;
 use snapfmt::{ChunkBuffer, PageEntry, PageIndex, ReadAt, Snapshot};
 
+use crate::region::PAGE_BYTES;
 use crate::source::error::SourceError;
 use crate::source::large_pages::LargePages;
 use crate::source::load::{Load, LoadCost, LoadedPage, LoadedPages, PageReader};
@@ -15,6 +15,9 @@ use crate::source::sequence::{PageByPage, PageSequence};
 use crate::source::shared_pages::SharedPages;
 use crate::source::snapshot_page::{loaded, source_error};
 use crate::source::snapshot_sequence::SnapshotSequence;
+
+// The pages of a file are the smallest ones.
+const _: () = assert!(PAGE_BYTES == snapfmt::layout::PAGE_BYTES);
 
 /// The memory of a snapshot as a source. It loads whole chunks, and verifies them.
 ///

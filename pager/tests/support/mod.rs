@@ -7,10 +7,9 @@ use std::ptr::{self, NonNull};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
+pub use pager::PAGE_BYTES as PAGE;
 use pager::uffd::{Features, Uffd};
 use pager::{Load, LoadCost, LoadedPage, LoadedPages, PageReader, PageSource, Region, SourceError};
-
-pub const PAGE: usize = 4096;
 
 /// Anonymous memory, unmapped when dropped.
 #[derive(Debug)]

@@ -8,7 +8,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use pager::serve::{ServeEvent, ServeOptions, Server, ServerHandle};
-use pager::{PageSource, Stats, VecSource};
+use pager::{PageSource, Stats, VecSource, with_causes};
 
 use super::support::{PAGE, stamped};
 use super::vmm::Vmm;
@@ -34,11 +34,7 @@ impl Serving {
             let text = match event {
                 ServeEvent::Served { memory_bytes, .. } => format!("served {memory_bytes}"),
                 ServeEvent::Refused { error, consequence, .. } => {
-                    let first = std::error::Error::source(error);
-                    let causes = std::iter::successors(first, |cause| cause.source());
-                    let text =
-                        causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"));
-                    format!("refused: {text}; {consequence:?}")
+                    format!("refused: {}; {consequence:?}", with_causes(error))
                 }
                 ServeEvent::Failed { failure, .. } => format!("failed: {failure}"),
                 ServeEvent::Ended { .. } => "ended".into(),

@@ -59,7 +59,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     drop(steps);
     let ratios = Ratios::of(&outcome.all);
     if let Some(page) = page {
-        let text = html(args, &subject, &outcome, &ratios);
+        let text = html(args, &subject, &outcome, &ratios)?;
         let written = page.file()?.write_all(text.as_bytes());
         written.context("cannot write the page")?;
         page.publish()?;
@@ -77,7 +77,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     }
 }
 
-fn html(args: &Args, subject: &Subject, outcome: &Outcome, ratios: &Ratios) -> String {
+fn html(args: &Args, subject: &Subject, outcome: &Outcome, ratios: &Ratios) -> Result<String> {
     let words = html::Words {
         name: &args.target.display().to_string(),
         subject: &headline(args, subject, outcome),

@@ -52,7 +52,7 @@ pub(super) fn run(
             host: &host_line(),
             footer: "",
         };
-        let text = html::sweep_page(&words, &points);
+        let text = html::sweep_page(&words, &points)?;
         page.file()?.write_all(text.as_bytes()).context("cannot write the page")?;
         page.publish()?;
     }

@@ -9,6 +9,7 @@ use rustix::process::Signal;
 
 use super::handover_state::HandoverState;
 use super::link::Kept;
+use crate::causes::with_causes;
 use crate::failure::FailurePolicy;
 use crate::pager::Pager;
 use crate::remote::serve::SnapshotName;
@@ -70,7 +71,7 @@ impl Guest {
         if self.kept.shares {
             let told = UnixStream::from(duplicate(self.kept.connection.as_fd())?);
             builder = builder.backed().on_failure(move |failure| {
-                let _ = Answer::Failure(failure.chain()).send(&told, None);
+                let _ = Answer::Failure(with_causes(failure)).send(&told, None);
             });
         }
         builder.start().map_err(|error| text(&error))

@@ -9,7 +9,7 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 
-use super::error::{RefuseError, chain};
+use super::error::RefuseError;
 use super::event::{Consequence, ServeEvent};
 use super::given::Given;
 use super::handshake::{self, Answer, Hello, RegionMessage, Request, SnapshotName};
@@ -19,9 +19,10 @@ use super::session::{KeptGuest, Session};
 use super::state::{ServerState, SharedFile};
 use super::wire::{self, SocketReader};
 use crate::background::populate::population::Populate;
+use crate::causes::with_causes;
 use crate::install::records::Records;
 use crate::pager::Pager;
-use crate::region::Region;
+use crate::region::{PAGE_BYTES, Region};
 use crate::remote::keep::{HandoverState, KeepError, Kept, Record};
 use crate::remote::shared::{self, ImageLoader, SharedImage};
 use crate::source::page_source::PageSource;
@@ -84,7 +85,7 @@ fn attend_peer(
         Hello::Request(Request::Share(wanted)) => {
             if let Err(error) = share(server, stream, peer, reader, &wanted) {
                 // The clone does not touch its memory before it is accepted. It may be gone.
-                let _ = Answer::Refused(chain(&error)).send(stream, None);
+                let _ = Answer::Refused(with_causes(&error)).send(stream, None);
                 server.refuse(Some(peer.pid), &error, Consequence::Closed);
             }
             Ok(())
@@ -173,7 +174,7 @@ fn start(
         .on_error(server.options.on_error)
         .on_failure(move |failure| {
             if let Some(clone) = &clone {
-                let _ = Answer::Failure(failure.chain()).send(clone, None);
+                let _ = Answer::Failure(with_causes(failure)).send(clone, None);
             }
             (told.on_event)(ServeEvent::Failed { pid, failure });
         })
@@ -212,7 +213,8 @@ fn keep(
     let kept = || -> Result<(Records, KeptGuest), KeepError> {
         let record = Record { pid: peer.pid, regions: regions.to_vec() };
         let pages = |region: &RegionMessage| {
-            region.size / region.page_size.or(region.page_size_kib).unwrap_or(4096).max(1)
+            region.size
+                / region.page_size.or(region.page_size_kib).unwrap_or(PAGE_BYTES as u64).max(1)
         };
         let pages = regions.iter().map(pages).fold(0, u64::saturating_add);
         let handover = HandoverState::create(record, pages)?;

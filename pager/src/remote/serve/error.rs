@@ -194,9 +194,3 @@ pub enum RefuseError {
         error: io::Error,
     },
 }
-
-/// The error and all its causes, in one line.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |cause| cause.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
-}

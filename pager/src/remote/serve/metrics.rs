@@ -1,9 +1,17 @@
-//! Statistics in the text format of Prometheus.
+//! Statistics in the text format of Prometheus, by the encoder of the crate `prometheus`.
+//!
+//! The values are made for each answer: the pager keeps its own statistics, so nothing is registered. The crate
+//! `prometheus-client` has no summaries.
 
-use std::fmt::Write;
+use prometheus::TextEncoder;
+use prometheus::proto::MetricType::{COUNTER, GAUGE, SUMMARY};
+use prometheus::proto::{Counter, Gauge, LabelPair, Metric, MetricFamily, Quantile, Summary};
 
 use crate::fault::latency::{Latency, Times};
 use crate::stats::{PageCounts, RegionStats, Stats};
+
+/// The `Content-Type` of [`ServerHandle::metrics`](super::ServerHandle::metrics): the text format 0.0.4.
+pub const METRICS_CONTENT_TYPE: &str = prometheus::TEXT_FORMAT;
 
 /// The sums over all guests, including those that have ended.
 #[derive(Clone, Copy, Debug, Default)]
@@ -39,92 +47,124 @@ pub(super) struct Guest {
 }
 
 /// The text: totals, and the statistics of each guest that is served now. `totals` are those of guests that have ended.
+/// A name without values is left out.
 pub(super) fn text(mut totals: Totals, guests: &[Guest]) -> String {
     guests.iter().for_each(|guest| totals.add(&guest.stats));
-    let mut out = String::new();
-    let head = |out: &mut String, name: &str, kind: &str, help: &str| {
-        // Writing to a String does not fail.
-        let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}");
+    let mut families = Vec::new();
+    let mut add = |name: &str, kind, help: &str, metrics: Vec<Metric>| {
+        let mut family = MetricFamily::default();
+        family.set_name(name.into());
+        family.set_field_type(kind);
+        family.set_help(help.into());
+        family.set_metric(metrics);
+        families.push(family);
     };
-    for (name, kind, help, value) in [
-        ("snap_guests", "gauge", "Guests served now.", guests.len() as u64),
-        ("snap_guests_total", "counter", "Guests served so far.", totals.guests),
-        ("snap_faults_total", "counter", "Page faults answered.", totals.faults),
-        ("snap_read_bytes_total", "counter", "Bytes read from the snapshot.", totals.bytes_read),
-        ("snap_source_retries_total", "counter", "Loads tried again.", totals.source_retries),
+    add("snap_guests", GAUGE, "Guests served now.", vec![gauge(&[], guests.len() as u64)]);
+    for (name, help, value) in [
+        ("snap_guests_total", "Guests served so far.", totals.guests),
+        ("snap_faults_total", "Page faults answered.", totals.faults),
+        ("snap_read_bytes_total", "Bytes read from the snapshot.", totals.bytes_read),
+        ("snap_source_retries_total", "Loads tried again.", totals.source_retries),
     ] {
-        head(&mut out, name, kind, help);
-        let _ = writeln!(out, "{name} {value}");
+        add(name, COUNTER, help, vec![counter(&[], value)]);
     }
-    let name = "snap_pages_installed_total";
-    head(&mut out, name, "counter", "Pages brought, by why.");
-    for (origin, value) in ORIGINS.iter().zip(totals.installed) {
-        let _ = writeln!(out, "{name}{{origin=\"{origin}\"}} {value}");
-    }
-    let name = "snap_guest_pages";
-    head(&mut out, name, "gauge", "Pages of a guest, by what they are now.");
-    for Guest { pid, stats, .. } in guests {
-        pages(&mut out, name, &format!("pid=\"{pid}\""), &stats.pages);
-    }
-    let name = "snap_guest_fault_seconds";
-    head(&mut out, name, "summary", "Time of a guest's faults: all of it, and the steps of it.");
-    for Guest { pid, stats, .. } in guests {
-        times(&mut out, name, &format!("pid=\"{pid}\""), &stats.times);
-    }
-    let name = "snap_guest_region_pages";
-    head(&mut out, name, "gauge", "The same of a guest's regions, if it has several.");
-    for (labels, region) in several(guests) {
-        pages(&mut out, name, &labels, &region.pages);
-    }
-    let name = "snap_guest_region_fault_seconds";
-    head(&mut out, name, "summary", "The same of a guest's regions, if it has several.");
-    for (labels, region) in several(guests) {
-        region.times.iter().for_each(|of_region| times(&mut out, name, &labels, of_region));
-    }
-    out
+    let installed = ORIGINS.iter().zip(totals.installed);
+    let installed = installed.map(|(origin, count)| counter(&[label("origin", origin)], count));
+    add("snap_pages_installed_total", COUNTER, "Pages brought, by why.", installed.collect());
+
+    let of_guests: Vec<_> = guests.iter().map(|guest| ([pid(guest)], &guest.stats)).collect();
+    let metrics = of_guests.iter().flat_map(|(labels, stats)| pages(labels, &stats.pages));
+    let help = "Pages of a guest, by what they are now.";
+    add("snap_guest_pages", GAUGE, help, metrics.collect());
+    let metrics = of_guests.iter().flat_map(|(labels, stats)| times(labels, &stats.times));
+    let help = "Time of a guest's faults: all of it, and the steps of it.";
+    add("snap_guest_fault_seconds", SUMMARY, help, metrics.collect());
+
+    let of_regions: Vec<_> = several(guests).collect();
+    let help = "The same of a guest's regions, if it has several.";
+    let metrics = of_regions.iter().flat_map(|(labels, region, _)| pages(labels, &region.pages));
+    add("snap_guest_region_pages", GAUGE, help, metrics.collect());
+    let metrics =
+        of_regions.iter().flat_map(|(labels, _, region_times)| times(labels, region_times));
+    add("snap_guest_region_fault_seconds", SUMMARY, help, metrics.collect());
+
+    families.retain(|family| !family.get_metric().is_empty());
+    TextEncoder::new().encode_to_string(&families).expect("each family has a name and values")
 }
 
 /// The regions of guests that have more than one, and not so many that their statistics are joined.
-fn several(guests: &[Guest]) -> impl Iterator<Item = (String, &RegionStats)> {
+fn several(guests: &[Guest]) -> impl Iterator<Item = ([LabelPair; 2], &RegionStats, &Times)> {
     let guests = guests.iter().filter(|guest| guest.regions.len() > 1);
-    let all = guests.flat_map(|guest| {
-        guest.regions.iter().map(|region| {
-            let offset = region.source_offset;
-            (format!("pid=\"{}\",source_offset=\"{offset:#x}\"", guest.pid), region)
+    guests.flat_map(|guest| {
+        guest.regions.iter().filter_map(|region| {
+            let offset = label("source_offset", &format!("{:#x}", region.source_offset));
+            Some(([pid(guest), offset], region, region.times.as_ref()?))
         })
-    });
-    all.filter(|(_, region)| region.times.is_some())
+    })
 }
 
-fn pages(out: &mut String, name: &str, labels: &str, pages: &PageCounts) {
-    for (state, value) in [
+fn pages(labels: &[LabelPair], pages: &PageCounts) -> [Metric; 4] {
+    let states = [
         ("missing", pages.missing),
         ("present", pages.present),
         ("removed", pages.removed),
         ("poisoned", pages.poisoned),
-    ] {
-        let _ = writeln!(out, "{name}{{{labels},state=\"{state}\"}} {value}");
-    }
+    ];
+    states.map(|(state, count)| gauge(&[labels, &[label("state", state)]].concat(), count))
 }
 
-fn times(out: &mut String, name: &str, labels: &str, times: &Times) {
-    let steps: [(&str, &Latency); 5] = [
+fn times(labels: &[LabelPair], times: &Times) -> [Metric; 5] {
+    let steps = [
         ("service", &times.service),
         ("queue", &times.queue),
         ("read", &times.read),
         ("decode", &times.decode),
         ("install", &times.install),
     ];
-    for (step, latency) in steps {
-        let labels = format!("{labels},step=\"{step}\"");
-        for (quantile, ns) in [("0.5", latency.p50_ns), ("0.99", latency.p99_ns)] {
-            let seconds = ns as f64 / 1e9;
-            let _ = writeln!(out, "{name}{{{labels},quantile=\"{quantile}\"}} {seconds}");
-        }
-        let sum = latency.mean_ns * latency.count as f64 / 1e9;
-        let _ = writeln!(out, "{name}_sum{{{labels}}} {sum}");
-        let _ = writeln!(out, "{name}_count{{{labels}}} {}", latency.count);
-    }
+    steps.map(|(step, latency)| summary(&[labels, &[label("step", step)]].concat(), latency))
+}
+
+fn pid(guest: &Guest) -> LabelPair {
+    label("pid", &guest.pid.to_string())
+}
+
+fn label(name: &str, value: &str) -> LabelPair {
+    let mut label = LabelPair::default();
+    label.set_name(name.into());
+    label.set_value(value.into());
+    label
+}
+
+fn gauge(labels: &[LabelPair], value: u64) -> Metric {
+    let mut gauge = Gauge::default();
+    gauge.set_value(value as f64);
+    let mut metric = Metric::from_label(labels.into());
+    metric.set_gauge(gauge);
+    metric
+}
+
+fn counter(labels: &[LabelPair], value: u64) -> Metric {
+    let mut counter = Counter::default();
+    counter.set_value(value as f64);
+    let mut metric = Metric::from_label(labels.into());
+    metric.set_counter(counter);
+    metric
+}
+
+fn summary(labels: &[LabelPair], latency: &Latency) -> Metric {
+    let quantiles = [(0.5, latency.p50_ns), (0.99, latency.p99_ns)].map(|(of, ns)| {
+        let mut quantile = Quantile::default();
+        quantile.set_quantile(of);
+        quantile.set_value(ns as f64 / 1e9);
+        quantile
+    });
+    let mut summary = Summary::default();
+    summary.set_quantile(quantiles.into());
+    summary.set_sample_sum(latency.mean_ns * latency.count as f64 / 1e9);
+    summary.set_sample_count(latency.count);
+    let mut metric = Metric::from_label(labels.into());
+    metric.set_summary(summary);
+    metric
 }
 
 #[cfg(test)]

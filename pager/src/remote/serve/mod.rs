@@ -26,6 +26,7 @@ pub use event::{Consequence, OnEvent, ServeEvent};
 #[cfg(feature = "vm-memory")]
 pub(crate) use handshake::Answer;
 pub use handshake::SnapshotName;
+pub use metrics::METRICS_CONTENT_TYPE;
 pub use options::{KeepAt, Prefetched, ServeOptions};
 pub use peer::check_user;
 pub use server::{Server, ServerHandle};

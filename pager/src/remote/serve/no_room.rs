@@ -6,7 +6,7 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::error::{RefuseError, chain};
+use super::error::RefuseError;
 use super::event::{Consequence, ServeEvent};
 use super::handshake::{self, Answer, Hello};
 use super::peer::{self, Peer};
@@ -14,6 +14,7 @@ use super::socket::Socket;
 use super::spare::Spare;
 use super::state::ServerState;
 use super::wire::SocketReader;
+use crate::causes::with_causes;
 
 /// How long the server waits for the message of such a client.
 const HEAR_TIMEOUT: Duration = Duration::from_millis(100);
@@ -73,7 +74,7 @@ impl ServerState {
                 Ok(Hello::Fill { .. }) => true,
                 Ok(Hello::Request(_)) => {
                     // The clone is told the error. It may be gone.
-                    let _ = Answer::Refused(chain(error)).send(stream, None);
+                    let _ = Answer::Refused(with_causes(error)).send(stream, None);
                     false
                 }
                 Err(_) => reader.into_given().is_guest(),

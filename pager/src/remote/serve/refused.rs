@@ -17,10 +17,11 @@ use super::peer::Peer;
 use super::state::ServerState;
 use crate::failure::FailurePolicy;
 use crate::install::kernel::{self, Drained, Fill, Filler, InstallError, InstallObserver, Target};
+use crate::region::PAGE_BYTES;
 use crate::uffd::{Features, Message, MessageBatch};
 
 /// The page sizes that memory can have.
-const PAGE_SIZES: [usize; 3] = [4 << 10, 2 << 20, 1 << 30];
+const PAGE_SIZES: [usize; 3] = [PAGE_BYTES, 2 << 20, 1 << 30];
 
 /// Applies the policy to a client whose connection is already closed. If its pages are poisoned, this returns when its
 /// process has ended.

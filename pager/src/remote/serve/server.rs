@@ -146,7 +146,8 @@ impl ServerHandle {
         self.0.sessions().iter().map(|session| (session.peer.pid, session.pager.stats())).collect()
     }
 
-    /// The statistics of all clients, including those that have ended, in the text format of Prometheus.
+    /// The statistics of all clients, including those that have ended, in the text format of Prometheus
+    /// ([`METRICS_CONTENT_TYPE`](super::METRICS_CONTENT_TYPE)).
     pub fn metrics(&self) -> String {
         let (ended, sessions): (Totals, Vec<_>) = {
             let guests = self.0.guests();

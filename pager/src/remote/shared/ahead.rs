@@ -12,6 +12,7 @@ use crate::background::populate::plan::Plan;
 use crate::background::populate::progress::LoadsAhead;
 use crate::background::populate::start;
 use crate::install::runs::Run;
+use crate::region::PAGE_BYTES;
 use crate::sched::priority::make_normal;
 use crate::source::load::Load;
 
@@ -67,8 +68,7 @@ impl ImageLoader {
         while let Some(part) = plan.next(last, &self.demand.recent) {
             last = Some(part.number);
             // A part that cannot be loaded is left to faults. Zero pages stay holes.
-            let Ok(mut sequence) = source.sequence(SharedImage::PAGE_BYTES, vec![part.source])
-            else {
+            let Ok(mut sequence) = source.sequence(PAGE_BYTES, vec![part.source]) else {
                 continue;
             };
             loop {
@@ -105,7 +105,7 @@ impl ImageLoader {
 
 impl LoadsAhead for ImageLoader {
     fn waited(&self, source_offset: u64, service: Duration) {
-        self.demand.add(source_offset / SharedImage::PAGE_BYTES as u64, service);
+        self.demand.add(source_offset / PAGE_BYTES as u64, service);
     }
 
     fn is_active(&self) -> bool {

@@ -21,12 +21,12 @@ use vm_memory::{
 
 use super::image::SEALS;
 use crate::install::kernel::{self, Drained, Fill, Filler, InstallObserver, Target};
+use crate::region::PAGE_BYTES;
 use crate::remote::serve::handshake::{RegionMessage, Request};
 use crate::remote::serve::wire::{self, SocketReader};
 use crate::remote::serve::{Answer, RefuseError, SnapshotName};
 use crate::uffd::{Features, MessageBatch, OpenError, Uffd};
 
-const PAGE_BYTES: u64 = 4096;
 /// A timeout for [`SharedClone::start`]. A server answers immediately, unless the host is very busy.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -140,7 +140,7 @@ impl SharedClone {
                 base_host_virt_addr: host_addr,
                 size: len,
                 offset: *offset,
-                page_size: Some(PAGE_BYTES),
+                page_size: Some(PAGE_BYTES as u64),
                 page_size_kib: None,
             });
         }
@@ -208,9 +208,9 @@ impl Link {
         for region in self.memory.iter() {
             let target = Target {
                 first_page: 0,
-                pages: (region.len() / PAGE_BYTES) as usize,
+                pages: region.len() as usize / PAGE_BYTES,
                 host_addr: region.as_ptr() as u64,
-                page_bytes: PAGE_BYTES as usize,
+                page_bytes: PAGE_BYTES,
             };
             // If the kernel refuses this, threads keep waiting. They see no zeros.
             let _ = kernel::install(&self.filler, target, Fill::Poison, &mut Poisoning(self));

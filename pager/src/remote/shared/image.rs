@@ -12,9 +12,10 @@ use std::sync::Arc;
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 
 use crate::error::StartError;
-use crate::install::filled_file::{FilledFile, PAGE_BYTES};
+use crate::install::filled_file::FilledFile;
 use crate::install::runs::Run;
 use crate::layout::Layout;
+use crate::region::PAGE_BYTES;
 use crate::source::error::SourceError;
 use crate::source::load::{Load, LoadedPages, PageReader};
 use crate::source::page_source::PageSource;
@@ -32,8 +33,6 @@ pub(crate) struct SharedImage {
 }
 
 impl SharedImage {
-    pub(super) const PAGE_BYTES: usize = PAGE_BYTES;
-
     /// An empty file for all of `source`.
     pub(crate) fn new(source: Arc<dyn PageSource>) -> Result<SharedImage, StartError> {
         let system =

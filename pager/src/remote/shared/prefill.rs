@@ -6,6 +6,7 @@ use std::thread;
 
 use super::SharedImage;
 use crate::background::page_list::{self, PageList};
+use crate::region::PAGE_BYTES;
 use crate::source::load::Load;
 
 /// Adds the listed pages on a thread of its own, which ends when the file is gone. If the thread cannot be started, only
@@ -22,7 +23,7 @@ pub(crate) fn prefill(image: &Arc<SharedImage>, list: PageList) {
 fn fill(image: &Weak<SharedImage>, list: PageList) -> Option<()> {
     let source = Arc::clone(image.upgrade()?.source());
     let (ranges, mut budget) = page_list::within(list(), source.len_bytes());
-    let mut sequence = source.sequence(SharedImage::PAGE_BYTES, ranges).ok()?;
+    let mut sequence = source.sequence(PAGE_BYTES, ranges).ok()?;
     let mut runs = Vec::with_capacity(512);
     loop {
         let image = image.upgrade()?;

@@ -1,4 +1,7 @@
 //! The header of a packet (`struct virtio_vsock_hdr`, virtio 1.2, 5.10.6).
+//!
+//! The crate `virtio-vsock` is not used: its packets lie in at most two descriptors, each in one region of the memory, while a
+//! driver may cut a packet as it likes (2.7.4), and its header cannot be read without such a packet.
 
 /// Bytes of a header.
 pub(super) const HEADER_BYTES: usize = 44;

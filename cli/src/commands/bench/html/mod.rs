@@ -1,14 +1,19 @@
 //! The figures as one page that needs nothing else: plots as inline SVG, no scripts, no network.
 
+mod escape;
 mod plot;
 
 use std::fmt::Write as _;
 
-use self::plot::{Lying, Plot, Scale, escape, lying};
+use anyhow::Result;
+
+use self::escape::escape;
+use self::plot::{Axis, Lying, Scale, Shape, lying, plot};
 use super::figures::{FIGURES, Figure, Measured, Ratios};
 use super::mode::Mode;
 use super::table::RATIOS;
 use crate::size;
+use crate::usage::Sample;
 
 /// What the page says besides the figures.
 pub(super) struct Words<'a> {
@@ -27,29 +32,29 @@ pub(super) struct Point {
     pub(super) ratios: Ratios,
 }
 
-pub(super) fn page(words: &Words<'_>, all: &[Measured], ratios: &Ratios) -> String {
+pub(super) fn page(words: &Words<'_>, all: &[Measured], ratios: &Ratios) -> Result<String> {
     let figures = [
-        Some(until_done(all)),
-        Some(over_time(all, "Memory loaded over time", LOADED, |sample| sample.rss_bytes)),
-        Some(over_time(all, "Faults over time", FAULTS, |sample| sample.faults)),
-        latencies(all),
+        until_done(all)?,
+        memory_over_time(all)?,
+        faults_over_time(all)?,
+        latencies(all)?.unwrap_or_default(),
+        table(all, ratios),
     ];
-    let figures: String = figures.into_iter().flatten().collect();
-    framed(words, &(figures + &table(all, ratios)))
+    Ok(framed(words, &figures.concat()))
 }
 
 /// A page of several shares: the time until the work is done against them, and the figures of each.
-pub(super) fn sweep_page(words: &Words<'_>, points: &[Point]) -> String {
-    let mut content = over_shares(points);
+pub(super) fn sweep_page(words: &Words<'_>, points: &[Point]) -> Result<String> {
+    let mut content = over_shares(points)?;
     for Point { percent, all, ratios } in points {
         let _ = write!(
             content,
             "<h2>{percent} % touched</h2>\n{}{}",
-            until_done(all),
+            until_done(all)?,
             table(all, ratios)
         );
     }
-    framed(words, &content)
+    Ok(framed(words, &content))
 }
 
 fn framed(words: &Words<'_>, content: &str) -> String {
@@ -99,24 +104,25 @@ fn figure(title: &str, caption: &str, legend: &[Mode], svg: &str) -> String {
         }
         html += "</ul>\n";
     }
-    html + svg + "</figure>\n"
+    let _ =
+        writeln!(html, "<div role=\"img\" aria-label=\"{}\">{svg}</div></figure>", escape(title));
+    html
 }
 
 fn by_key(key: &str) -> Option<&'static Figure> {
     FIGURES.iter().find(|figure| figure.key == key)
 }
 
-fn until_done(all: &[Measured]) -> String {
+fn until_done(all: &[Measured]) -> Result<String> {
     let median = |measured: &Measured, key| by_key(key).and_then(|figure| measured.median(figure));
-    let bars: Vec<Lying<'_>> = all
+    let bars: Vec<Lying> = all
         .iter()
         .map(|measured| {
             let end = median(measured, "done_ms").unwrap_or(0.0);
             let middle = median(measured, "first_instruction_ms").unwrap_or(end).min(end);
             let spread = by_key("done_ms").and_then(|figure| measured.spread(figure));
             Lying {
-                class: class(measured.mode),
-                name: measured.mode.name(),
+                mode: measured.mode,
                 end,
                 middle,
                 spread: spread.unwrap_or(end..end),
@@ -127,28 +133,29 @@ fn until_done(all: &[Measured]) -> String {
     let caption = "Medians, from the start of the command. Pale: until the guest's first instruction; full: its work. \
                    The line spans the fastest and the slowest run.";
     let title = "Time until the work is done";
-    figure(title, caption, &[], &lying(title, &bars, &short_ms))
+    Ok(figure(title, caption, &[], &lying(&bars, &short_ms)?))
 }
 
 /// One line a mode.
-fn over_shares(points: &[Point]) -> String {
+fn over_shares(points: &[Point]) -> Result<String> {
     let done = |measured: &Measured| by_key("done_ms").and_then(|figure| measured.median(figure));
     let values = || points.iter().flat_map(|point| point.all.iter().filter_map(done));
-    let title = "Time until the work is done, against the share of memory that it touches";
-    let mut plot = Plot::new(
-        title,
-        (Scale::linear(100.0), "share of its memory that the guest touches, in percent", &count),
-        (Scale::linear(values().fold(0.0, f64::max)), &short_ms),
-    );
     let modes: Vec<Mode> =
         points.first().map_or(Vec::new(), |point| point.all.iter().map(|m| m.mode).collect());
-    for (index, mode) in modes.iter().enumerate() {
+    let curve = |(index, mode): (usize, &Mode)| {
         let at = |point: &Point| Some((f64::from(point.percent), done(point.all.get(index)?)?));
-        let line: Vec<_> = points.iter().filter_map(at).collect();
-        plot.curve(class(*mode), mode.name(), &line);
-    }
+        (*mode, Shape::Curve(points.iter().filter_map(at).collect()))
+    };
+    let curves: Vec<_> = modes.iter().enumerate().map(curve).collect();
+    let name = "share of its memory that the guest touches, in percent";
+    let svg = plot(
+        Axis { scale: Scale::linear(100.0), tick: &count, name },
+        Axis { scale: Scale::linear(values().fold(0.0, f64::max)), tick: &short_ms, name: "" },
+        &curves,
+    )?;
+    let title = "Time until the work is done, against the share of memory that it touches";
     let caption = "Medians, from the start of the command. The file holds the same for each share.";
-    figure(title, caption, &modes, &plot.finish())
+    Ok(figure(title, caption, &modes, &svg))
 }
 
 const LOADED: &str = "Memory of the process in one run that is not among the measured ones. It includes the program itself, \
@@ -156,42 +163,46 @@ const LOADED: &str = "Memory of the process in one run that is not among the mea
 const FAULTS: &str = "Page faults so far, in the same runs: with a pager those that it has served, otherwise those of the kernel. \
      A steep line is a guest that waits most of the time.";
 
+fn memory_over_time(all: &[Measured]) -> Result<String> {
+    let tick = |value: f64| size::human(value as u64);
+    let svg = over_time(all, Scale::bytes, &tick, |sample| sample.rss_bytes)?;
+    Ok(figure("Memory loaded over time", LOADED, &modes(all), &svg))
+}
+
+fn faults_over_time(all: &[Measured]) -> Result<String> {
+    let svg = over_time(all, Scale::linear, &count, |sample| sample.faults)?;
+    Ok(figure("Faults over time", FAULTS, &modes(all), &svg))
+}
+
+fn modes(all: &[Measured]) -> Vec<Mode> {
+    all.iter().map(|measured| measured.mode).collect()
+}
+
 fn over_time(
     all: &[Measured],
-    title: &str,
-    caption: &str,
-    value: fn(&crate::usage::Sample) -> u64,
-) -> String {
+    scale: fn(f64) -> Scale,
+    tick: &dyn Fn(f64) -> String,
+    value: fn(&Sample) -> u64,
+) -> Result<String> {
     let samples = || all.iter().flat_map(|measured| &measured.timeline);
     let first = samples().map(|sample| sample.ms).fold(f64::INFINITY, f64::min);
     let last = samples().map(|sample| sample.ms).fold(0.0, f64::max);
     let most = samples().map(value).max().unwrap_or(0) as f64;
-    let is_bytes = title.starts_with("Memory");
-    let y = if is_bytes { Scale::bytes(most) } else { Scale::linear(most) };
-    let tick = |value: f64| if is_bytes { size::human(value as u64) } else { count(value) };
-    let first = if first.is_finite() { first } else { 1.0 };
-    let mut plot = Plot::new(
-        title,
-        (
-            Scale::log(first.max(0.1)..last),
-            "time since the start of the command, logarithmic",
-            &short_ms,
-        ),
-        (y, &tick),
-    );
-    for measured in all {
-        let points: Vec<_> =
-            measured.timeline.iter().map(|sample| (sample.ms, value(sample) as f64)).collect();
-        let end = points.last().map_or((0.0, 0.0), |&point| point);
-        let name = format!("{}: {} after {}", measured.mode, tick(end.1), short_ms(end.0));
-        plot.curve(class(measured.mode), &name, &points);
-    }
-    let modes: Vec<_> = all.iter().map(|measured| measured.mode).collect();
-    figure(title, caption, &modes, &plot.finish())
+    let first = if first.is_finite() { first.max(0.1) } else { 1.0 };
+    let at = |sample: &Sample| (sample.ms.max(first), value(sample) as f64);
+    let curve = |measured: &Measured| {
+        (measured.mode, Shape::Curve(measured.timeline.iter().map(at).collect()))
+    };
+    let name = "time since the start of the command, logarithmic";
+    plot(
+        Axis { scale: Scale::log(first..last), tick: &short_ms, name },
+        Axis { scale: scale(most), tick, name: "" },
+        &all.iter().map(curve).collect::<Vec<_>>(),
+    )
 }
 
 /// How long the pager took for a fault, of the modes that have one.
-fn latencies(all: &[Measured]) -> Option<String> {
+fn latencies(all: &[Measured]) -> Result<Option<String>> {
     let shown: Vec<_> = all
         .iter()
         .map(|measured| (measured.mode, measured.fault_shares()))
@@ -202,35 +213,32 @@ fn latencies(all: &[Measured]) -> Option<String> {
     let last = steps().map(|step| step.0).fold(0.0, f64::max);
     let most = steps().map(|step| step.1).fold(0.0, f64::max);
     if !first.is_finite() {
-        return None;
+        return Ok(None);
     }
-    let (title, ratio) = ("How long a fault took", std::f64::consts::SQRT_2);
-    let mut plot = Plot::new(
-        title,
-        (
-            Scale::log(first / ratio..last),
-            "from the message to the last page installed, logarithmic",
-            &short_us,
-        ),
-        (Scale::linear(most * 100.0), &|percent| format!("{percent} %")),
-    );
-    for (number, (mode, shares)) in shown.iter().enumerate() {
-        let bar = |number: usize| 0.04 + 0.92 * number as f64 / shown.len() as f64;
-        for &(up_to_us, share) in shares {
-            let over = up_to_us / ratio..up_to_us;
-            let percent = share * 100.0;
-            let name = format!(
-                "{mode}: {percent:.1} % took {} to {}",
-                short_us(over.start),
-                short_us(over.end)
-            );
-            plot.bar(class(*mode), &name, over, bar(number)..bar(number + 1), percent);
-        }
-    }
+    // The bars of a step stand side by side.
+    let ratio = std::f64::consts::SQRT_2;
+    let of_step = |number: usize| ratio.powf(0.04 + 0.92 * number as f64 / shown.len() as f64);
+    let bars = shown.iter().enumerate().map(|(number, (mode, shares))| {
+        let bar = |&(up_to_us, share): &(f64, f64)| {
+            let from = up_to_us / ratio;
+            (from * of_step(number)..from * of_step(number + 1), share * 100.0)
+        };
+        (*mode, Shape::Bars(shares.iter().map(bar).collect()))
+    });
+    let name = "from the message to the last page installed, logarithmic";
+    let svg = plot(
+        Axis { scale: Scale::log(first / ratio..last), tick: &short_us, name },
+        Axis {
+            scale: Scale::linear(most * 100.0),
+            tick: &|percent| format!("{percent} %"),
+            name: "",
+        },
+        &bars.collect::<Vec<_>>(),
+    )?;
     let modes: Vec<_> = shown.iter().map(|(mode, _)| *mode).collect();
     let caption = "Of the faults that the pager has served in the measured runs: the share in each step. Each step ends at 1.4 times \
                    its beginning. What the kernel serves by itself (mmap, pages that are there) is not among them.";
-    Some(figure(title, caption, &modes, &plot.finish()))
+    Ok(Some(figure("How long a fault took", caption, &modes, &svg)))
 }
 
 fn table(all: &[Measured], ratios: &Ratios) -> String {

@@ -1,10 +1,11 @@
-//! As much of HTTP/1.1 as the control socket speaks (RFC 9112): requests and responses with a length.
+//! As much of HTTP/1.1 as the control socket and the figures of `snap serve` speak (RFC 9112): requests and responses with
+//! a length.
 
 use std::io::{self, Read, Write};
-use std::os::unix::net::UnixStream;
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
 /// Longest request line with all headers.
 const HEAD_BYTES: usize = 8 << 10;
@@ -14,85 +15,80 @@ const BODY_BYTES: usize = 64 << 10;
 
 /// A request as it came.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Request {
-    pub(super) method: String,
-    pub(super) path: String,
-    pub(super) body: Vec<u8>,
+pub(crate) struct Request {
+    pub(crate) method: String,
+    pub(crate) path: String,
+    pub(crate) body: Vec<u8>,
     /// Whether the client may send another one.
-    pub(super) keep_alive: bool,
+    pub(crate) keep_alive: bool,
 }
 
-/// An answer: a status and perhaps JSON.
-#[derive(Debug)]
-pub(super) struct Response {
-    pub(super) status: u16,
-    pub(super) body: Option<Value>,
-}
-
-impl Response {
-    pub(super) fn fault(status: u16, message: impl Into<String>) -> Self {
-        Self { status, body: Some(json!({ "fault_message": message.into() })) }
+/// Writes a response. The body has a content type.
+pub(crate) fn write_response(
+    out: &mut impl Write,
+    status: u16,
+    body: Option<(&str, &str)>,
+    keep_alive: bool,
+) -> io::Result<()> {
+    let reason = match status {
+        200 => "OK",
+        204 => "No Content",
+        400 => "Bad Request",
+        403 => "Forbidden",
+        404 => "Not Found",
+        405 => "Method Not Allowed",
+        408 => "Request Timeout",
+        409 => "Conflict",
+        413 => "Content Too Large",
+        431 => "Request Header Fields Too Large",
+        501 => "Not Implemented",
+        503 => "Service Unavailable",
+        _ => "Internal Server Error",
+    };
+    let mut response = format!("HTTP/1.1 {status} {reason}\r\n");
+    if let Some((content_type, body)) = body {
+        let len = body.len();
+        response += &format!("Content-Type: {content_type}\r\nContent-Length: {len}\r\n");
     }
-
-    pub(super) fn write(&self, out: &mut impl Write, keep_alive: bool) -> io::Result<()> {
-        let body = self.body.as_ref().map_or(String::new(), |body| format!("{body}\n"));
-        let reason = match self.status {
-            200 => "OK",
-            204 => "No Content",
-            400 => "Bad Request",
-            403 => "Forbidden",
-            404 => "Not Found",
-            405 => "Method Not Allowed",
-            408 => "Request Timeout",
-            409 => "Conflict",
-            413 => "Content Too Large",
-            431 => "Request Header Fields Too Large",
-            501 => "Not Implemented",
-            503 => "Service Unavailable",
-            _ => "Internal Server Error",
-        };
-        let mut head = format!("HTTP/1.1 {} {reason}\r\n", self.status);
-        // RFC 9110, 8.6: no length with 204.
-        if self.status != 204 {
-            head +=
-                &format!("Content-Type: application/json\r\nContent-Length: {}\r\n", body.len());
-        }
-        head += if keep_alive { "\r\n" } else { "Connection: close\r\n\r\n" };
-        out.write_all((head + &body).as_bytes())
-    }
+    response += if keep_alive { "\r\n" } else { "Connection: close\r\n\r\n" };
+    response += body.map_or("", |(_, body)| body);
+    out.write_all(response.as_bytes())
 }
 
 /// Why there is no request.
 #[derive(Debug)]
-pub(super) enum NoRequest {
+pub(crate) enum NoRequest {
     /// The client has gone, or said nothing for too long.
     Gone,
-    /// It is told why, and the connection ends.
-    Refused(Response),
+    /// The client gets this status and message, and the connection ends.
+    Refused(u16, String),
 }
 
 /// The bytes of a connection: what came too early waits here for the next request.
-pub(super) struct Connection<'a> {
-    stream: &'a UnixStream,
+pub(crate) struct Connection<'a, S> {
+    stream: &'a S,
     bytes: Vec<u8>,
 }
 
 /// Times that a client has.
 #[derive(Clone, Copy)]
-pub(super) struct Patience {
+pub(crate) struct Patience {
     /// Until it begins a request.
-    pub(super) idle: Duration,
+    pub(crate) idle: Duration,
     /// For all of a request, once it has begun.
-    pub(super) request: Duration,
+    pub(crate) request: Duration,
 }
 
-impl<'a> Connection<'a> {
-    pub(super) fn new(stream: &'a UnixStream) -> Self {
+impl<'a, S: AsFd> Connection<'a, S>
+where
+    &'a S: Read + Write,
+{
+    pub(crate) fn new(stream: &'a S) -> Self {
         Self { stream, bytes: Vec::new() }
     }
 
     /// The next request.
-    pub(super) fn request(&mut self, patience: Patience) -> Result<Request, NoRequest> {
+    pub(crate) fn request(&mut self, patience: Patience) -> Result<Request, NoRequest> {
         if self.bytes.is_empty() {
             self.read_more(Instant::now() + patience.idle).map_err(|_| NoRequest::Gone)?;
         }
@@ -107,7 +103,7 @@ impl<'a> Connection<'a> {
             self.read_more(deadline)?;
         };
         if head.expects_continue {
-            let written = (&mut &*self.stream).write_all(b"HTTP/1.1 100 Continue\r\n\r\n");
+            let written = { self.stream }.write_all(b"HTTP/1.1 100 Continue\r\n\r\n");
             written.map_err(|_| NoRequest::Gone)?;
         }
         let end = head_bytes + head.body_bytes;
@@ -126,9 +122,9 @@ impl<'a> Connection<'a> {
         if left.is_zero() {
             return Err(late());
         }
-        self.stream.set_read_timeout(Some(left)).map_err(|_| NoRequest::Gone)?;
+        set_socket_timeout(self.stream, Timeout::Recv, Some(left)).map_err(|_| NoRequest::Gone)?;
         let mut piece = [0; 4096];
-        match (&mut &*self.stream).read(&mut piece) {
+        match { self.stream }.read(&mut piece) {
             Ok(0) => Err(NoRequest::Gone),
             Ok(len) => {
                 self.bytes.extend_from_slice(&piece[..len]);
@@ -142,7 +138,7 @@ impl<'a> Connection<'a> {
 }
 
 fn refused(status: u16, message: &str) -> NoRequest {
-    NoRequest::Refused(Response::fault(status, message))
+    NoRequest::Refused(status, message.to_owned())
 }
 
 /// A request without its body.
@@ -208,7 +204,7 @@ impl Head {
 }
 
 /// Reads a response to its end: the status and the body.
-pub(super) fn read_response(stream: &mut impl Read) -> io::Result<(u16, Vec<u8>)> {
+pub(crate) fn read_response(stream: &mut impl Read) -> io::Result<(u16, Vec<u8>)> {
     let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what);
     let mut bytes = Vec::new();
     let limit = (HEAD_BYTES + BODY_BYTES) as u64;
@@ -231,6 +227,8 @@ pub(super) fn read_response(stream: &mut impl Read) -> io::Result<(u16, Vec<u8>)
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixStream;
+
     use super::*;
 
     const PATIENCE: Patience =
@@ -247,9 +245,7 @@ mod tests {
     #[track_caller]
     fn refusal(bytes: &[u8]) -> (u16, String) {
         match requests(bytes, 1).pop() {
-            Some(Err(NoRequest::Refused(response))) => {
-                (response.status, response.body.unwrap_or_default()["fault_message"].to_string())
-            }
+            Some(Err(NoRequest::Refused(status, message))) => (status, message),
             other => panic!("{other:?}"),
         }
     }
@@ -299,7 +295,7 @@ mod tests {
         let patience =
             Patience { idle: Duration::from_secs(60), request: Duration::from_millis(5) };
         match Connection::new(&server).request(patience) {
-            Err(NoRequest::Refused(response)) => assert_eq!(response.status, 408),
+            Err(NoRequest::Refused(status, _)) => assert_eq!(status, 408),
             other => panic!("{other:?}"),
         }
     }
@@ -307,8 +303,8 @@ mod tests {
     #[test]
     fn a_response_is_read_as_it_was_written() {
         let mut bytes = Vec::new();
-        Response::fault(409, "so").write(&mut bytes, false).unwrap();
+        write_response(&mut bytes, 409, Some(("text/plain", "so\n")), false).unwrap();
         let (status, body) = read_response(&mut bytes.as_slice()).unwrap();
-        assert_eq!((status, body.as_slice()), (409, &b"{\"fault_message\":\"so\"}\n"[..]));
+        assert_eq!((status, body.as_slice()), (409, &b"so\n"[..]));
     }
 }
