@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use pager::Pager;
-use snapvm::{Pace, RestoreConfig, VmMemory};
+use snapvm::{Pace, RestoreConfig, Vm, VmMemory};
+use vmm::PauseError;
 
 use crate::api::{Api, Facts, PagerFigures};
 use crate::exit::GuestStopped;
@@ -71,17 +72,7 @@ impl Restore {
         };
 
         let (remote, events) = live::remote();
-        let facts = Facts {
-            memory_bytes: memory.snapshot().map_or(0, |snapshot| snapshot.header().memory_bytes),
-            vcpus: vm.vcpu_count(),
-            restored_from: memory.file().map(Path::to_owned),
-            started,
-            pager: {
-                // The control socket keeps no memory.
-                let memory = Arc::downgrade(&memory);
-                Box::new(move || memory.upgrade()?.pager().map(PagerFigures::of))
-            },
-        };
+        let facts = facts(&memory, vm.vcpu_count(), started);
         let serving = self.api.map(|api| api.serve(remote, facts)).transpose()?;
         let hold = self.hold.as_ref();
         let (run_for, begins_paused) = (self.run_for, self.paused);
@@ -104,29 +95,13 @@ impl Restore {
         // The figures are those of the run: what comes after it, a hash say, is not the guest's.
         let stats = memory.pager().map(Pager::stats);
         drop((keyboard, serving));
-        let mut outcome = ended.outcome(&seen, session);
-        let mut memory_sha256 = None;
-        if self.hash && outcome.is_ok() {
-            match memory_hash::sha256(&memory) {
-                Ok(hash) => memory_sha256 = Some(hash),
-                Err(error) => outcome = Err(error),
-            }
-        }
-        // The kernel has read it, and checks nothing.
-        check_image(&memory).unwrap_or_else(|error| outcome = Err(error));
-        // What the pager could not do is the cause of whatever else went wrong.
-        check_memory(&memory).unwrap_or_else(|error| outcome = Err(error));
+        let (mut outcome, memory_sha256) =
+            checked(&memory, self.hash, ended.outcome(&seen, session));
         let stop = ended.describe(&seen, session);
         let Ended { at: end, first_entry, first_exit, paused, .. } = ended;
         let working_set_damage = memory.working_set_damage().map(str::to_owned);
-        let memory_bytes = memory.snapshot().map_or(0, |snapshot| snapshot.header().memory_bytes);
-        let ending = live::ending("the service of the guest's pages to end", &memory);
-        drop(paused);
-        // The control socket is gone: nothing else has the memory.
-        if let Some(Err(failure)) = Arc::into_inner(memory).map(VmMemory::end) {
-            outcome = Err(GuestStopped(failure.to_string()).into());
-        }
-        drop(ending);
+        let memory_bytes = bytes_of(&memory);
+        end_service(memory, paused).unwrap_or_else(|error| outcome = Err(error));
 
         let report = RestoreReport {
             mode: self.mode,
@@ -152,5 +127,48 @@ impl Restore {
             touched: touched.transpose()?,
         };
         Ok((report, outcome))
+    }
+}
+
+/// What the control socket says of the guest.
+fn facts(memory: &Arc<VmMemory>, vcpus: usize, started: Instant) -> Facts {
+    Facts {
+        memory_bytes: bytes_of(memory),
+        vcpus,
+        restored_from: memory.file().map(Path::to_owned),
+        started,
+        pager: {
+            // The control socket keeps no memory.
+            let memory = Arc::downgrade(memory);
+            Box::new(move || memory.upgrade()?.pager().map(PagerFigures::of))
+        },
+    }
+}
+
+fn bytes_of(memory: &VmMemory) -> u64 {
+    memory.snapshot().map_or(0, |snapshot| snapshot.header().memory_bytes)
+}
+
+/// The outcome of a run, with what is wrong with the memory afterwards; and the memory's hash, if it is wanted.
+fn checked(memory: &VmMemory, hash: bool, ran: Result<()>) -> (Result<()>, Option<String>) {
+    let hashed = ran.and_then(|()| hash.then(|| memory_hash::sha256(memory)).transpose());
+    let (mut outcome, memory_sha256) = match hashed {
+        Ok(memory_sha256) => (Ok(()), memory_sha256),
+        Err(error) => (Err(error), None),
+    };
+    // The kernel has read it, and checks nothing.
+    check_image(memory).unwrap_or_else(|error| outcome = Err(error));
+    // What the pager could not do is the cause of whatever else went wrong.
+    check_memory(memory).unwrap_or_else(|error| outcome = Err(error));
+    (outcome, memory_sha256)
+}
+
+/// Ends the service of the guest's pages, once the control socket is gone and nothing else has the memory.
+fn end_service(memory: Arc<VmMemory>, paused: Result<Vm, PauseError>) -> Result<()> {
+    let _ending = live::ending("the service of the guest's pages to end", &memory);
+    drop(paused);
+    match Arc::into_inner(memory).map(VmMemory::end) {
+        Some(Err(failure)) => Err(GuestStopped(failure.to_string()).into()),
+        _ => Ok(()),
     }
 }
