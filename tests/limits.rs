@@ -56,7 +56,7 @@ impl Guest {
         let status = std::fs::read_to_string(path).expect("it runs");
         let line = status.lines().find_map(|line| line.strip_prefix(what)?.strip_prefix(':'));
         let kib = line.and_then(|line| line.trim().strip_suffix(" kB"));
-        kib.expect("it is told").parse::<u64>().expect("a number") << 10
+        kib.expect("it is reported").parse::<u64>().expect("a number") << 10
     }
 
     fn store(&self) -> Ran {

@@ -34,7 +34,7 @@ impl Serving {
         command.arg("serve").arg(&sample.file).arg("--listen").arg(&socket).args(options);
         let mut server = start(command);
         let mut lines = BufReader::new(server.stderr.take().expect("a pipe")).lines();
-        let first = lines.next().expect("it says something").expect("text");
+        let first = lines.next().expect("it prints a line").expect("text");
         assert!(first.starts_with("serving "), "{first}");
         let (told, says) = channel();
         std::thread::spawn(move || {
@@ -205,7 +205,7 @@ fn a_clone_of_another_snapshot_is_refused() {
     let serving = Serving::start(&sample);
     serving
         .restore(&other.file, &["--beats", "1"])
-        .failed(1, &["the page server refuses: the client wants snapshot"]);
+        .failed(1, &["the page server refuses: the client requests snapshot"]);
     serving.restore(&sample.file, &["--beats", "1"]).ok();
     let nobody = other.folder.path().join("nobody");
     let share = ["--lazy", "--share", nobody.to_str().expect("text")];

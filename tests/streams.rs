@@ -172,7 +172,7 @@ fn piped(place: &Place, words: &[&str]) -> Child {
 fn says_and_ends_by_ctrl_c(mut child: Child, what: &str) {
     let mut line = String::new();
     let stderr = child.stderr.as_mut().expect("a pipe");
-    BufReader::new(stderr).read_line(&mut line).expect("it says something");
+    BufReader::new(stderr).read_line(&mut line).expect("it prints a line");
     assert_eq!(line, format!("snap: waiting for {what} (no time limit; Ctrl-C ends it)\n"));
     signal(child.id(), "INT");
     // Its stdout is not read: that would let it continue.

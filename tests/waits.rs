@@ -138,7 +138,7 @@ fn a_folder_that_another_process_has_locked() {
     let folder = sample.folder.path();
     let listen = folder.join("a.sock");
     let held = std::fs::File::open(folder).expect("it opens");
-    rustix::fs::flock(&held, FlockOperation::LockExclusive).expect("nobody has it");
+    rustix::fs::flock(&held, FlockOperation::LockExclusive).expect("it is free");
     let (at, api, file) = (("--listen", &*listen), ("--api", &*listen), ("", &*sample.file));
     for command in [
         words(&["serve"], &[at, file]),

@@ -192,7 +192,7 @@ fn a_damaged_set_is_told_and_the_guest_runs() {
     bytes[at] ^= 1;
     std::fs::write(&trained, bytes).expect("it can be written");
     let report = restore(&trained, &["--lazy", "--beats", "2"]).ok().report();
-    let damage = report["working_set_damage"].as_str().expect("it is told");
+    let damage = report["working_set_damage"].as_str().expect("it is reported");
     assert!(damage.contains("corrupt working set"), "{damage}");
     assert_eq!(report["pager"]["installed"]["prefetched"], 0);
     for command in ["verify", "info"] {

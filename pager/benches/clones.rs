@@ -131,7 +131,7 @@ impl Clone {
             .expect("it starts");
         let mut line = String::new();
         let stdout = child.stdout.take().expect("a pipe");
-        BufReader::new(stdout).read_line(&mut line).expect("it says something");
+        BufReader::new(stdout).read_line(&mut line).expect("it prints a line");
         (Clone(child), line.trim_end().parse().expect("a number"))
     }
 }

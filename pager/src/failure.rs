@@ -60,7 +60,7 @@ pub enum FailureCause {
         errno: Errno,
     },
     /// The messages of the userfaultfd cannot be read any more.
-    #[error("reading the userfaultfd's messages")]
+    #[error("reading the messages of the userfaultfd")]
     Messages(#[source] io::Error),
     /// Paged memory was moved by `mremap`, or an unknown event arrived.
     #[error("an event that cannot be served: {0}")]
@@ -75,10 +75,10 @@ impl Failure {
         match (source_offset, host_addr) {
             (Some(offset), Some(addr)) => {
                 format!(
-                    "pager{thread} cannot get the page at source offset {offset:#x} (host address {addr:#x})"
+                    "pager{thread} cannot load the page at source offset {offset:#x} (host address {addr:#x})"
                 )
             }
-            _ => format!("pager{thread} cannot go on"),
+            _ => format!("pager{thread} cannot continue"),
         }
     }
 
@@ -223,11 +223,11 @@ mod tests {
     }
 
     #[test]
-    fn the_chain_says_each_thing_once() {
+    fn the_chain_has_each_cause_once() {
         let text = failure(0x1000).chain();
         assert_eq!(
             text,
-            "pager1 cannot get the page at source offset 0x1000 (host address 0x7000): the source \
+            "pager1 cannot load the page at source offset 0x1000 (host address 0x7000): the source \
              failed: chunk 3: wrong checksum: Input/output error (os error 5)"
         );
     }

@@ -57,7 +57,7 @@ impl Layout {
                 if in_slice >= share {
                     (slice, in_slice) = (slice + 1, 0);
                 }
-                // Round the cut up, so that there are never more slices than asked for.
+                // Round the cut up, so that there are never more slices than requested.
                 let cut = start
                     .saturating_add(share - in_slice)
                     .checked_next_multiple_of(CUT_BYTES.max(page_bytes))

@@ -223,7 +223,7 @@ mod tests {
             let event = ServeEvent::Refused { pid, error: &RefuseError::NoRegion, consequence };
             told("a.snap", &event, true).unwrap_or_default()
         };
-        let why = "process 7 is not served: no region is named";
+        let why = "process 7 is not served: the message has no region";
         assert_eq!(says(Some(7), Consequence::Closed), format!("snap: {why}\n"));
         assert_eq!(says(Some(7), Consequence::Killed), format!("snap: {why}; it was killed\n"));
         let poisoned = "; what it lacks fails when it touches it";

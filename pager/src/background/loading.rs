@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_fault_is_loading_is_left_to_it() {
+    fn pages_that_a_fault_is_loading_are_skipped() {
         let loading = LoadingPages::none(10).expect("10 bytes can be mapped");
         let mark = loading.by_demand(3).expect("no other thread loads it");
         assert_eq!(loading.claim(3, BY_BACKGROUND), Err(BY_DEMAND));

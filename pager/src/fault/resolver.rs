@@ -214,7 +214,7 @@ impl Resolver {
         runs::coalesce(placed, page_bytes, asked_page, &mut self.runs);
         let held = self.runs.first().is_some_and(|run| run.holds(asked_page));
         if asked.is_some() && !held {
-            return Err(unusable("the asked page is not among the loaded ones"));
+            return Err(unusable("the requested page is not among the loaded ones"));
         }
         Ok(())
     }
@@ -239,7 +239,7 @@ fn zero_target(
     let extent = shared.layout.extent(fault.extent);
     let offset = shared.layout.source_offset(fault);
     if range.start > offset || range.end.saturating_sub(offset) < page_bytes {
-        return Err(unusable("the asked page is not in the range said to be zero"));
+        return Err(unusable("the requested page is not in the zero range"));
     }
     let block = ZERO_FILL_BYTES.max(page_bytes);
     let block_start = fault.host_addr - fault.host_addr % block;

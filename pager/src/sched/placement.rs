@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_that_is_gone_is_followed_no_further() {
+    fn a_thread_that_has_ended_is_not_followed() {
         let mut follower = Follower::new(Placement::Follow);
         follower.follow(fault_of(u32::MAX), Instant::now());
         assert_eq!((follower.placement, follower.bound_to), (Placement::Follow, None));

@@ -71,13 +71,13 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_that_runs_is_told_from_one_that_waits() {
+    fn running_and_waiting_threads_are_distinguished() {
         let own = open(own_id()).expect("there is /proc");
         assert_eq!(runs(&own), Some(true));
         let (id, ids) = std::sync::mpsc::channel();
         let (end, ends) = std::sync::mpsc::channel::<()>();
         let waiting = std::thread::spawn(move || {
-            id.send(own_id()).expect("somebody receives it");
+            id.send(own_id()).expect("the receiver exists");
             ends.recv()
         });
         let other = open(ids.recv().expect("it comes")).expect("there is /proc");

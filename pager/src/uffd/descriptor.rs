@@ -328,7 +328,7 @@ mod tests {
 
     /// The process that has sent a userfaultfd can make it blocking again.
     #[test]
-    fn a_foreign_one_is_read_without_waiting_whatever_its_owner_does() {
+    fn a_foreign_userfaultfd_is_read_without_waiting() {
         let Ok(uffd) = Uffd::open(Features::NONE, Features::NONE) else {
             assert!(std::env::var_os("SNAP_REQUIRE_VM").is_none(), "no userfaultfd");
             let line = b"SKIPPED a_foreign_one_is_read_without_waiting: no userfaultfd\n";

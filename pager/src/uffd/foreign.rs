@@ -16,7 +16,7 @@ pub struct ForeignUffd(Uffd);
 #[non_exhaustive]
 pub enum ForeignUffdError {
     /// The descriptor is not a userfaultfd.
-    #[error("the descriptor is no userfaultfd but {found:?}")]
+    #[error("the descriptor is not a userfaultfd but {found:?}")]
     NoUserfaultfd {
         /// Its kind, from `/proc/self/fd`.
         found: String,
@@ -52,7 +52,7 @@ impl ForeignUffd {
         let system = |what| move |error| ForeignUffdError::System { what, error };
         let number = fd.as_fd().as_raw_fd();
         let target =
-            fs::read_link(format!("/proc/self/fd/{number}")).map_err(system("see the kind"))?;
+            fs::read_link(format!("/proc/self/fd/{number}")).map_err(system("read the kind"))?;
         if target.as_os_str() != "anon_inode:[userfaultfd]" {
             return Err(ForeignUffdError::NoUserfaultfd { found: target.display().to_string() });
         }
@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn something_else_is_refused() {
+    fn other_descriptors_are_refused() {
         let file = fs::File::open("/dev/null").expect("there is one");
         // SAFETY: the file serves no memory at all.
         match unsafe { ForeignUffd::new(file.into()) } {

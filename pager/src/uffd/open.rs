@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn a_limit_of_files_is_not_told_as_a_permission() {
+    fn a_limit_of_files_is_not_reported_as_a_permission() {
         for (errno, advice) in [(libc::EMFILE, "ulimit -n"), (libc::ENFILE, "fs.file-max")] {
             let text = OpenError::Files { error: io::Error::from_raw_os_error(errno) }.to_string();
             assert!(text.contains(advice) && !text.contains("permission"), "{text}");

@@ -189,7 +189,7 @@ impl State {
                 "ok".into()
             }
             // The next message of the server. Empty if it has closed the connection.
-            "told" => {
+            "failure" => {
                 let mut line = String::new();
                 let stream = self.stream.as_ref().expect("connected before");
                 // A connection that is closed with unread bytes is reset.

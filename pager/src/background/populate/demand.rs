@@ -16,7 +16,7 @@ const LEAK: u32 = 8;
 const BEGIN: Duration = Duration::from_millis(8);
 /// The same level after the loading has started once: this guest touches much memory.
 const BEGIN_AGAIN: Duration = Duration::from_micros(500);
-/// The upper limit of what one fault counts. A single read of a slow disk does not tell how many will follow.
+/// The upper limit of what one fault counts. A single read of a slow disk does not show how many will follow.
 const MOST_OF_A_FAULT: Duration = Duration::from_micros(100);
 /// The default of what a fault costs the faulting thread besides its answer: the message and the wake.
 pub(crate) const OVERHEAD: Duration = Duration::from_micros(8);
@@ -86,7 +86,7 @@ const LONGEST_LINGER: Duration = Duration::from_millis(80);
 /// Waiting for less than this part of the time does not count.
 const SHARE: u32 = 32;
 
-/// Tells a loader when threads have stopped waiting.
+/// Notifies a loader when threads have stopped waiting.
 pub(crate) struct QuietDetector {
     at: Instant,
     waited: Duration,

@@ -68,9 +68,9 @@ impl Guest {
             .foreign(uffd, duplicate(self.kept.process.as_fd())?)
             .recorded(handover.records(true).map_err(|error| text(&error))?);
         if self.kept.shares {
-            let told = UnixStream::from(duplicate(self.kept.connection.as_fd())?);
+            let clone = UnixStream::from(duplicate(self.kept.connection.as_fd())?);
             builder = builder.backed().on_failure(move |failure| {
-                let _ = Answer::Failure(failure.chain()).send(&told, None);
+                let _ = Answer::Failure(failure.chain()).send(&clone, None);
             });
         }
         builder.start().map_err(|error| text(&error))

@@ -72,7 +72,7 @@ impl ServerState {
             let is_guest = match handshake::receive(&mut reader) {
                 Ok(Hello::Fill { .. }) => true,
                 Ok(Hello::Request(_)) => {
-                    // The clone is told the error. It may be gone.
+                    // The clone gets the error. It may have ended.
                     let _ = Answer::Refused(chain(error)).send(stream, None);
                     false
                 }

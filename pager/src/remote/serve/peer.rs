@@ -19,8 +19,9 @@ pub fn check_user(stream: &UnixStream) -> Result<(), RefuseError> {
 
 /// The process that has connected, if its user is allowed (unix(7), "SO_PEERCRED").
 pub(super) fn allowed(stream: &UnixStream) -> Result<Pid, RefuseError> {
-    let credentials = rustix::net::sockopt::socket_peercred(stream)
-        .map_err(|error| RefuseError::System { what: "see who connects", error: error.into() })?;
+    let credentials = rustix::net::sockopt::socket_peercred(stream).map_err(|error| {
+        RefuseError::System { what: "get the user of the client", error: error.into() }
+    })?;
     let uid = credentials.uid;
     if uid != rustix::process::geteuid() && !uid.is_root() {
         return Err(RefuseError::User { uid: uid.as_raw() });
@@ -79,7 +80,7 @@ impl Peer {
         };
         // A process that serves itself would fill memory that it uses itself.
         if pid == rustix::process::getpid() {
-            return Err(gone(io::Error::other("it is the server's own")));
+            return Err(gone(io::Error::other("it is the server itself")));
         }
         if let Some(process) = connected(stream).map_err(gone)? {
             return Ok(Peer { pid: pid.as_raw_nonzero().get(), process });
@@ -90,7 +91,7 @@ impl Peer {
         // connection is closed.
         let mut fds = [PollFd::new(stream, PollFlags::empty())];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        rustix::event::poll(&mut fds, Some(&now)).map_err(system("look at the connection"))?;
+        rustix::event::poll(&mut fds, Some(&now)).map_err(system("check the connection"))?;
         if fds[0].revents().contains(PollFlags::HUP) {
             return Err(RefuseError::Left { bytes: 0, descriptors: 0 });
         }

@@ -23,7 +23,7 @@ use super::given::Given;
 pub(crate) const MESSAGE_LIMIT_BYTES: usize = 1 << 20;
 /// The number of descriptors that are received with one part. The kernel closes any further ones.
 const DESCRIPTORS_RECEIVED: usize = 4;
-/// The pause between two attempts, where poll(2) cannot tell when the next one succeeds.
+/// The pause between two attempts, where poll(2) cannot report when the next one succeeds.
 pub(crate) const RETRY: Duration = Duration::from_millis(10);
 
 /// Receives messages from a connection.
@@ -172,7 +172,7 @@ pub(crate) fn connect_kind(
     loop {
         match rustix::net::connect(&socket, &address) {
             Ok(()) => return Ok(socket),
-            // The queue is full. poll(2) does not tell when that changes.
+            // The queue is full. poll(2) does not report when that changes.
             Err(Errno::AGAIN) if Instant::now() < deadline => thread::sleep(RETRY),
             Err(Errno::AGAIN) => return Err(timed_out(timeout)),
             Err(Errno::INTR) => {}
