@@ -148,7 +148,7 @@ fn a_parent_that_is_not_where_it_was_is_named_and_found_when_shown() {
     let elsewhere = tempfile::tempdir().expect("a temporary folder");
     let moved = elsewhere.path().join("a.snap");
     std::fs::rename(&a, &moved).expect("it can be moved");
-    let says = ["layer.snap", "parent", "a.snap", "say where it is"];
+    let says = ["layer.snap", "parent", "a.snap", "give its path"];
     for command in ["info", "verify", "restore"] {
         snap([command, &text(&layer)]).failed(3, &says);
     }
@@ -163,7 +163,7 @@ fn a_parent_that_is_not_where_it_was_is_named_and_found_when_shown() {
     assert!(run(by_id).ok().stdout.contains("renamed: ok"));
     let mut in_vain = Command::new(SNAP);
     in_vain.arg("verify").arg(&layer).env("SNAP_PATH", folder.path());
-    run(in_vain).failed(3, &["a.snap", "by its id, in the files of", "say where it is"]);
+    run(in_vain).failed(3, &["a.snap", "by its id, in the files of", "give its path"]);
     // Another snapshot in its place is not taken for it.
     std::fs::copy(&b, &a).expect("it can be copied");
     let says = ["layer.snap", "a.snap", "expected as the parent, found"];

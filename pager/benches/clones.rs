@@ -3,8 +3,8 @@
 //!     cargo bench -p snapvm-pager --features serve,vm-memory --bench clones
 //!
 //! Each clone is a process. It requests the shared file from the server, maps it, and touches all of it once in random
-//! order. A round has a new server with an empty file, and fifty clones, one after the other. All of them live until the
-//! end of the round. Results are medians over the rounds.
+//! order. A round has a new server with an empty file, and fifty clones, one after the other. All of them live until
+//! the end of the round. Results are medians over the rounds.
 #![allow(unsafe_code)]
 
 #[path = "../tests/support/snapshot.rs"]

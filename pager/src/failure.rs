@@ -141,8 +141,8 @@ impl FailureReport {
 
     fn kill_foreign(&self) {
         if let Some(process) = &self.foreign {
-            // SAFETY: pidfd_send_signal(2) takes a descriptor, a number, no siginfo and no flags. It fails for a process
-            // that is gone, which is no problem.
+            // SAFETY: pidfd_send_signal(2) takes a descriptor, a number, no siginfo and no flags. It fails for a
+            // process that is gone, which is no problem.
             unsafe {
                 libc::syscall(
                     libc::SYS_pidfd_send_signal,
@@ -184,8 +184,8 @@ fn kill_this_process(failure: &Failure) -> ! {
     let own_id = unsafe { libc::getpid() };
     // SAFETY: kill(2) takes plain numbers.
     unsafe { libc::kill(own_id, libc::SIGKILL) };
-    // A signal to the own process is delivered before kill(2) returns, except for the init process of a namespace: its own
-    // SIGKILL does not end it.
+    // A signal to the own process is delivered before kill(2) returns, except for the init process of a namespace: its
+    // own SIGKILL does not end it.
     std::process::abort()
 }
 

@@ -142,8 +142,8 @@ impl Layout {
         extent.source_offset + (place.host_addr - extent.host.start)
     }
 
-    /// The page whose content begins at `source_offset`. `None` if no region has it, or no page begins there. `hint` is the
-    /// extent to try first.
+    /// The page whose content begins at `source_offset`. `None` if no region has it, or no page begins there. `hint` is
+    /// the extent to try first.
     pub(crate) fn at_source(&self, source_offset: u64, hint: usize) -> Option<Place> {
         let index = if self.extents[hint].offset_of(source_offset).is_some() {
             hint

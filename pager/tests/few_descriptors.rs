@@ -1,5 +1,5 @@
-//! A server with few descriptors left: with any number of them, none of its guests hangs. This is a test binary of its own,
-//! because the limit applies to the whole process.
+//! A server with few descriptors left: with any number of them, none of its guests hangs. This is a test binary of its
+//! own, because the limit applies to the whole process.
 #![allow(missing_docs)]
 
 #[path = "support/serving.rs"]

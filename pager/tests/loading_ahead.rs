@@ -121,8 +121,8 @@ fn off_is_off() {
     assert_eq!(stats.faults, PAGES as u64);
 }
 
-/// Removals and lost pages during the loading: a page that was given back reads as zero, a lost page is an error of the thread that touches it, and
-/// everything else is right.
+/// Removals and lost pages during the loading: a page that was given back reads as zero, a lost page is an error of the
+/// thread that touches it, and everything else is right.
 #[test]
 fn removals_and_errors_under_it() {
     if !userfaultfd_works("removals_and_errors_under_it") {
@@ -217,8 +217,8 @@ fn pages_in_loading_are_not_loaded_again() {
     assert!((chunks..=chunks + chunks / 10).contains(&loads), "{loads} loads of {chunks} chunks");
 }
 
-/// The last loader skips pages because a fault is loading them. They are loaded before the memory is unregistered, because
-/// missing pages would then read as zeros.
+/// The last loader skips pages because a fault is loading them. They are loaded before the memory is unregistered,
+/// because missing pages would then read as zeros.
 #[test]
 fn pages_skipped_at_the_end_are_loaded() {
     if !userfaultfd_works("pages_skipped_at_the_end_are_loaded") {

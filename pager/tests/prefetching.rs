@@ -260,8 +260,8 @@ fn prefetch_beside_faults_and_removals_and_before_population() {
     }
 }
 
-/// In a file with the working set at the front, only that part is read, once, in large reads. Equal pages that share a slot are
-/// loaded with it. A damaged chunk is left to faults.
+/// In a file with the working set at the front, only that part is read, once, in large reads. Equal pages that share a
+/// slot are loaded with it. A damaged chunk is left to faults.
 #[test]
 fn the_working_set_of_a_snapshot_is_read_in_sequence() {
     if !userfaultfd_works("the_working_set_of_a_snapshot_is_read_in_sequence") {

@@ -171,7 +171,8 @@ fn a_refused_clone_gets_the_reason() {
     // A snapshot of another size.
     let answer = clone.ask("share 32").expect("it lives");
     assert!(
-        answer.contains("requests snapshot test (131072 bytes), this server has test (262144 bytes)"),
+        answer
+            .contains("requests snapshot test (131072 bytes), this server has test (262144 bytes)"),
         "{answer}"
     );
     serving.expect("; Closed");
@@ -186,7 +187,8 @@ fn a_refused_clone_gets_the_reason() {
     serving.finish();
 }
 
-/// The first guest is served all the time. Guests above the limit are killed, because nothing would answer their faults.
+/// The first guest is served all the time. Guests above the limit are killed, because nothing would answer their
+/// faults.
 #[test]
 fn a_guest_too_many_is_killed() {
     if !userfaultfd_works("a_guest_too_many_is_killed") {

@@ -382,8 +382,8 @@ fn listed_pages_are_in_the_shared_file_before_a_clone_touches_them() {
     serving.finish();
 }
 
-/// Another process adds a page to the shared file: the clones that have it fail at their next missing page, and later clones get
-/// another file.
+/// Another process adds a page to the shared file: the clones that have it fail at their next missing page, and later
+/// clones get another file.
 #[test]
 fn a_file_that_was_written_to_is_not_shared_again() {
     if !userfaultfd_works("a_file_that_was_written_to_is_not_shared_again") {

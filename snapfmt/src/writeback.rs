@@ -1,12 +1,11 @@
-//! Writing to the disk while there is still more to compress, so that little is left to wait for
-//! when the file is synced at its end.
+//! Writing to the disk while there is still more to compress, so that the sync at the end is short.
 
 use std::fs::File;
 use std::io;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
-/// Number of new bytes after which the kernel is asked to begin to write them.
+/// Number of new bytes after which the kernel starts to write them.
 const STEP_BYTES: u64 = 16 << 20;
 
 /// A thread that syncs a file now and then.
@@ -26,7 +25,7 @@ impl Writeback {
         Ok(Self { tell, thread, told_at: 0 })
     }
 
-    /// The file is this long by now.
+    /// The present length of the file.
     pub(crate) fn reached(&mut self, len: u64) {
         if len >= self.told_at + STEP_BYTES {
             self.told_at = len;

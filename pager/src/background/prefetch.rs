@@ -109,7 +109,8 @@ impl Prefetcher {
                     Err(ResolveError::ProcessGone) => return Err(Ended),
                 }
                 let caught_up = claim.end() || caught_up;
-                // Without this, a vCPU that was woken on this CPU would wait for the next tick, even if other CPUs are idle.
+                // Without this, a vCPU that was woken on this CPU would wait for the next tick, even if other CPUs are
+                // idle.
                 thread::yield_now();
                 if leads && caught_up {
                     sequence.skip(LEAD_PAGES);

@@ -15,10 +15,10 @@ use crate::source::load::{Load, LoadedPages};
 
 /// A fault on a zero page fills the zero pages of the aligned block of this size around it.
 ///
-/// A message costs 7 us and more. `UFFDIO_ZEROPAGE` costs 0.63 us for one page, 0.12 us a page for 16 pages, and 0.09 us
-/// a page for 512 pages (`benches/fault.rs`). With 16 pages the cost of the message is already spread well; more pages
-/// would fill page tables that the guest may never use. The pager does not copy zeros: a copy costs 1.1 us a page and
-/// memory for each, and saves 1 to 2 us only for pages that are written later.
+/// A message costs 7 us and more. `UFFDIO_ZEROPAGE` costs 0.63 us for one page, 0.12 us a page for 16 pages, and 0.09
+/// us a page for 512 pages (`benches/fault.rs`). With 16 pages the cost of the message is already spread well; more
+/// pages would fill page tables that the guest may never use. The pager does not copy zeros: a copy costs 1.1 us a page
+/// and memory for each, and saves 1 to 2 us only for pages that are written later.
 pub(crate) const ZERO_FILL_BYTES: u64 = 64 << 10;
 
 /// Prepares installs for one thread. It owns the buffers for that, so that a fault allocates nothing.

@@ -25,8 +25,8 @@ pub enum Placement {
     None,
     /// All on this CPU.
     Cpu(usize),
-    /// Each on the CPU of the faulting thread, which the pager looks up now and then. Measured: 10 us a fault instead of
-    /// 50 us. While only one thread faults and nothing else needs that CPU, the demand thread runs there under
+    /// Each on the CPU of the faulting thread, which the pager looks up now and then. Measured: 10 us a fault instead
+    /// of 50 us. While only one thread faults and nothing else needs that CPU, the demand thread runs there under
     /// `SCHED_IDLE`, so that the scheduler does not move the faulting thread. This needs CAP_SYS_NICE or an RLIMIT_NICE
     /// of 21. Without it, following pays only for faulting threads that are bound to CPUs. If following is not possible
     /// (no `/proc`, affinity cannot be set), this is the same as `None`.

@@ -32,7 +32,8 @@ fn with_field<T>(stat: &File, number: usize, parse: impl Fn(&[u8]) -> Option<T>)
     parse(field(&text[..len], number)?)
 }
 
-/// A field of `/proc/<pid>/stat` by its number in proc_pid_stat(5). The second, a name in parentheses, may hold anything.
+/// A field of `/proc/<pid>/stat` by its number in proc_pid_stat(5). The second, a name in parentheses, may hold
+/// anything.
 fn field(stat: &[u8], number: usize) -> Option<&[u8]> {
     let after_name = stat.iter().rposition(|&byte| byte == b')')? + 2;
     stat.get(after_name..)?.split(|&byte| byte == b' ').nth(number.checked_sub(3)?)

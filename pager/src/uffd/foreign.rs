@@ -39,8 +39,8 @@ pub enum ForeignUffdError {
 }
 
 impl ForeignUffd {
-    /// Checks that a received descriptor is a userfaultfd, makes it non-blocking (the other process can undo that; reads do
-    /// not rely on it), and reads the features that the other process has enabled. This needs `/proc`.
+    /// Checks that a received descriptor is a userfaultfd, makes it non-blocking (the other process can undo that;
+    /// reads do not rely on it), and reads the features that the other process has enabled. This needs `/proc`.
     ///
     /// # Errors
     /// [`ForeignUffdError`].

@@ -70,8 +70,8 @@ impl Uffd {
     /// [`OpenError`].
     pub fn open(required: Features, optional: Features) -> Result<Uffd, OpenError> {
         let file = open_file()?;
-        // Each descriptor allows one handshake, even if that fails. So the first descriptor requests all features. If they
-        // are refused, a second one finds out which exist.
+        // Each descriptor allows one handshake, even if that fails. So the first descriptor requests all features. If
+        // they are refused, a second one finds out which exist.
         let wanted = required.with(optional);
         match handshake(&file, wanted) {
             Ok(_) => {

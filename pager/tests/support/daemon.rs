@@ -1,4 +1,5 @@
-//! A page server in a process of its own, which can be killed: the test binary, started again. And a keeper in this process.
+//! A page server in a process of its own, which can be killed: the test binary, started again. And a keeper in this
+//! process.
 #![allow(dead_code, missing_docs, unreachable_pub)]
 
 use std::io::{BufRead, BufReader, Write};
@@ -30,8 +31,8 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts one of `pages` stamped pages. With the policy `lossy` it poisons, some pages cannot be loaded, and some loads
-    /// fail once. The test binary must have a test `daemon_process` that calls [`run`].
+    /// Starts one of `pages` stamped pages. With the policy `lossy` it poisons, some pages cannot be loaded, and some
+    /// loads fail once. The test binary must have a test `daemon_process` that calls [`run`].
     pub fn start(folder: &Path, pages: usize, policy: &str) -> Daemon {
         let settings = format!("{pages} {policy} {}", folder.display());
         let mut child = Command::new(std::env::current_exe().expect("this test"))

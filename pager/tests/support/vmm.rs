@@ -159,7 +159,8 @@ impl State {
             },
             // `body FORM`: the handshake.
             "body" => self.handshake(words[1]),
-            // `waiting PAGE FORM`: the handshake, while a thread waits for this page. The answer is the result of the touch.
+            // `waiting PAGE FORM`: the handshake, while a thread waits for this page. The answer is the result of the
+            // touch.
             "waiting" => {
                 let memory = Arc::clone(self.memory.as_ref().expect("mapped before"));
                 let page = number(1);
@@ -229,8 +230,8 @@ impl State {
                 }
                 "ok".into()
             }
-            // `storm SEED [lossy]`: reads, writes and (without shared memory) removes with four threads, until `calm`, whose
-            // answer is their result.
+            // `storm SEED [lossy]`: reads, writes and (without shared memory) removes with four threads, until `calm`,
+            // whose answer is their result.
             "storm" => {
                 let until = Arc::new(AtomicBool::new(false));
                 let start = |own| {

@@ -1,4 +1,4 @@
-//! Builds files that say whatever a test wants, with every checksum right, as a forger would.
+//! Builds files with any content that a test needs, with correct checksums, as an attacker would.
 //!
 //! Written from `docs/format.md`, not with the library's own writer or constants. The result may
 //! be sparse: it can claim terabytes and holds only the bytes that are not zero.
@@ -12,7 +12,7 @@ use snapfmt::ReadAt;
 #[derive(Clone, Copy)]
 pub(crate) struct Slot(pub(crate) u16);
 
-/// Where a chunk stands.
+/// Where a chunk is.
 #[derive(Clone, Copy)]
 pub(crate) struct Place {
     pub(crate) offset: u64,
@@ -26,13 +26,13 @@ impl Place {
     }
 }
 
-/// Whose the chunks are, where they say it. Not the file's own id.
+/// With BOUND, the id of the snapshot of the chunks. Not the file's own id.
 const CHUNKS_ID: [u8; 16] = [8; 16];
 
-/// A file in the making: its parts in the order of the methods.
+/// A file that is being built, part by part in the order of the methods.
 pub(crate) struct Forge {
     pub(crate) memory_bytes: u64,
-    /// Whether its chunks say whose they are; before the first of them.
+    /// Sets whether the file has BOUND. Call this before the first chunk.
     pub(crate) bound: bool,
     pub(crate) chunks: u64,
     pub(crate) stored_pages: u64,

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use super::plan::RecentFaults;
 
-/// This part of the time in which no fault is answered leaks. Loading ahead does not help a guest that waits less than an
-/// eighth of the time.
+/// This part of the time in which no fault is answered leaks. Loading ahead does not help a guest that waits less than
+/// an eighth of the time.
 const LEAK: u32 = 8;
 /// The level that starts the loading: 75 faults or more. An idle Linux guest has about 50 after its restore, 30 of them
 /// in a burst.

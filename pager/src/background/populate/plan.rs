@@ -1,5 +1,5 @@
-//! Decides which part of the source is loaded next: first where faults cluster, then the parts after that, then the rest
-//! in the order of the file.
+//! Decides which part of the source is loaded next: first where faults cluster, then the parts after that, then the
+//! rest in the order of the file.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};

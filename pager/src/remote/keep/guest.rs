@@ -36,8 +36,8 @@ pub(super) enum Served {
 }
 
 impl Guest {
-    /// From now on the missing pages of the guest fail by the policy, so that no thread waits forever. The guest keeps its
-    /// present pages.
+    /// From now on the missing pages of the guest fail by the policy, so that no thread waits forever. The guest keeps
+    /// its present pages.
     ///
     /// # Errors
     /// Why this is not possible. Then the process of the guest was killed.

@@ -35,7 +35,8 @@ pub(super) enum ToKeeper {
     Hello { version: u32, snapshot: SnapshotName, on_error: OnError },
     /// The server takes over a guest of a dead server, under this id. The answer is `Guest` or `Nobody`.
     Take { id: u64 },
-    /// A guest, with its descriptors. There is no answer. If it `shares` memory, it has ended when it closes its connection.
+    /// A guest, with its descriptors. There is no answer. If it `shares` memory, it has ended when it closes its
+    /// connection.
     Keep { id: u64, shares: bool },
     /// The guest with this id has ended. There is no answer.
     Forget { id: u64 },

@@ -282,8 +282,8 @@ fn resume_peer(
         attend_until(server, session, taken, |peer| until_its_process_ends(&stream, peer));
         return Ok(());
     }
-    // No process can write to the file of the dead server. The clone still maps its pages. Missing pages are copied into
-    // the private mapping of the clone.
+    // No process can write to the file of the dead server. The clone still maps its pages. Missing pages are copied
+    // into the private mapping of the clone.
     let failures = stream.try_clone().map_err(|error| system("duplicate a connection", error))?;
     let sharing = Sharing { source: Arc::clone(&server.source), failures, ahead: None };
     let session = start(server, Arc::clone(peer), uffd, regions, Some(sharing), kept)?;

@@ -48,9 +48,9 @@ impl ServerState {
         }
     }
 
-    /// Refuses a client for which no thread or no descriptor is left. To learn whether it is a guest, this waits for its
-    /// message for a short time, with the reserved descriptors. Its pages could not be poisoned later, so that a guest is
-    /// killed under either policy.
+    /// Refuses a client for which no thread or no descriptor is left. To learn whether it is a guest, this waits for
+    /// its message for a short time, with the reserved descriptors. Its pages could not be poisoned later, so that a
+    /// guest is killed under either policy.
     pub(super) fn refuse_without_room(
         self: &Arc<ServerState>,
         stream: &UnixStream,

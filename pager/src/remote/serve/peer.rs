@@ -34,7 +34,8 @@ pub(super) fn is_shortage(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
 }
 
-/// A pidfd of the process that has connected, even if it has closed its end since (SO_PEERPIDFD). `None` before Linux 6.5.
+/// A pidfd of the process that has connected, even if it has closed its end since (SO_PEERPIDFD). `None` before Linux
+/// 6.5.
 #[allow(unsafe_code)]
 fn connected(stream: &UnixStream) -> io::Result<Option<OwnedFd>> {
     // From the kernel's asm-generic/socket.h. The crate libc lacks it for some targets.
@@ -87,8 +88,8 @@ impl Peer {
         }
         let process = rustix::process::pidfd_open(pid, PidfdFlags::empty())
             .map_err(|error| gone(error.into()))?;
-        // If the process had ended before pidfd_open, its id could belong to another process now. But then its end of the
-        // connection is closed.
+        // If the process had ended before pidfd_open, its id could belong to another process now. But then its end of
+        // the connection is closed.
         let mut fds = [PollFd::new(stream, PollFlags::empty())];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         rustix::event::poll(&mut fds, Some(&now)).map_err(system("check the connection"))?;

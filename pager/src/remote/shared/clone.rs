@@ -97,13 +97,13 @@ struct Link {
 }
 
 impl SharedClone {
-    /// Requests the memory of the snapshot from the server at `path`, and maps it. Each of `ranges` has the guest physical
-    /// address, the length in bytes, and the offset in the snapshot in bytes.
+    /// Requests the memory of the snapshot from the server at `path`, and maps it. Each of `ranges` has the guest
+    /// physical address, the length in bytes, and the offset in the snapshot in bytes.
     ///
-    /// `on_failure` is called when the server cannot load a page, which is then poisoned, and when the server is gone. In
-    /// the second case all missing pages are poisoned, so that threads which touch them get an error. The callback should
-    /// record the failure and ask the guest to stop. This waits for the server at most `timeout`; [`ANSWER_TIMEOUT`] is
-    /// enough.
+    /// `on_failure` is called when the server cannot load a page, which is then poisoned, and when the server is gone.
+    /// In the second case all missing pages are poisoned, so that threads which touch them get an error. The callback
+    /// should record the failure and ask the guest to stop. This waits for the server at most `timeout`;
+    /// [`ANSWER_TIMEOUT`] is enough.
     ///
     /// # Errors
     /// [`ShareError`].
