@@ -111,7 +111,7 @@ fn with_few_descriptors_the_limit_is_named() {
             for right in ["Too many open files", "ulimit -n"] {
                 assert!(text.contains(right), "with {limit}: {text}");
             }
-            for wrong in ["hypervisor", "permission", "is not there", "CAP_SYS"] {
+            for wrong in ["hypervisor", "permission", "does not exist", "CAP_SYS"] {
                 assert!(!text.contains(wrong), "with {limit}: {text}");
             }
             told_of.push(ran.stderr);

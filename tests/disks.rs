@@ -116,7 +116,7 @@ fn a_disk_that_is_not_as_it_was_is_refused() {
     assert!(copied.expect("cp runs").success());
     let disk = OpenOptions::new().write(true).open(guest.path("disk")).expect("it is there");
     disk.write_all_at(b"other content", 4096).expect("it is written");
-    let changed = ["disk", "is not as it was when the guest was saved: its time of change"];
+    let changed = ["disk", "has changed since the guest was saved: its change time"];
     guest.is_refused(&[], &changed);
     guest.goes_on("guest.snap", &["--force-disks"]);
     guest.goes_on("guest.snap", &["--disk", copy.to_str().expect("a plain name")]);

@@ -77,7 +77,7 @@ fn a_guest_that_ends_says_how() {
         assert!(!out.exists());
     };
     ends(&kernel::power_off(), "the guest powered off");
-    ends(&kernel::out(0x602, 1), "the guest asked for a reset");
+    ends(&kernel::out(0x602, 1), "the guest requested a reset");
     // An undefined instruction without an interrupt table.
     ends(&[0x0f, 0x0b], "triple fault");
 }
@@ -117,9 +117,9 @@ fn a_guest_that_was_brought_back_says_how_it_ends() {
         }
     };
     ends(&kernel::power_off(), 0, "the guest powered off");
-    ends(&kernel::out(0x602, 1), 5, "the guest asked for a reset");
+    ends(&kernel::out(0x602, 1), 5, "the guest requested a reset");
     // The keyboard controller's way.
-    ends(&kernel::out(0x64, 0xfe), 5, "the guest asked for a reset");
+    ends(&kernel::out(0x64, 0xfe), 5, "the guest requested a reset");
     ends(&[0x0f, 0x0b], 5, "triple fault");
 }
 

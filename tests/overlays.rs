@@ -93,7 +93,7 @@ fn an_overlay_is_stored_with_the_guest_and_every_restore_has_its_own() {
     place.snap("verify FOLDER/a.snap").ok();
     // The image is what it must be, or the guest does not run.
     fs::write(place.0.path().join("disk.img"), [b'x'; 64 << 10]).expect("it is written");
-    place.snap("restore FOLDER/a.snap").failed(1, &["is not as it was when the guest was saved"]);
+    place.snap("restore FOLDER/a.snap").failed(1, &["has changed since the guest was saved"]);
     place
         .snap("restore FOLDER/a.snap --disk-overlay FOLDER/none --force-disks")
         .failed(1, &["cannot make the overlay of the disk", "No such file"]);
@@ -115,7 +115,7 @@ fn restores_share_a_disk_that_was_stored_without_an_overlay() {
     // Without an overlay the guest writes the image itself, so that there is no second time.
     assert_eq!(place.snap("restore FOLDER/a.snap").ok().stdout, "W\nd\nR\nR\nd\n");
     assert_eq!(place.image(), "dRR");
-    place.snap("restore FOLDER/a.snap").failed(1, &["is not as it was when the guest was saved"]);
+    place.snap("restore FOLDER/a.snap").failed(1, &["has changed since the guest was saved"]);
     // The program leaves nothing behind.
     let names = fs::read_dir(place.0.path()).expect("it is there").count();
     assert_eq!(names, 3, "{SNAP} left something");

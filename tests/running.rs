@@ -30,7 +30,7 @@ fn a_guest_prints_and_powers_off() {
 #[test]
 fn a_guest_that_breaks_off_ends_with_5() {
     needs_vm!();
-    run_kernel(&kernel::out(0x602, 1), &[]).failed(5, &["the guest asked for a reset"]);
+    run_kernel(&kernel::out(0x602, 1), &[]).failed(5, &["the guest requested a reset"]);
     // An undefined instruction without an interrupt table.
     run_kernel(&[0x0f, 0x0b], &[]).failed(5, &["triple fault"]);
 }

@@ -40,8 +40,8 @@ impl BootOptions {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Clock {
-    /// kvm-clock and time stamp counters advance by the host's time of day, as if the guest had slept.
-    /// States of version 1 do not say when they were saved, so their clocks are kept.
+    /// kvm-clock and time stamp counters advance by the host's time of day, as if the guest had slept. States of
+    /// version 1 do not have the time of their save, so their clocks are kept.
     #[default]
     Advance,
     /// They continue from the moment of the pause: for the guest no time has passed.
