@@ -128,7 +128,7 @@ fn a_snapshot_is_measured_until_its_work_is_done() {
     let forever = ["--until", "no guest prints this", "--timeout", "200ms"];
     bench(&forever).failed(1, &["mode lazy", "was not done after 200ms", "--timeout"]);
     bench(&["--for", "50ms"]).ok();
-    bench(&["--memory", "64M"]).failed(1, &["--memory and --touch are of `snap bench demo`"]);
+    bench(&["--memory", "64M"]).failed(1, &["--memory and --touch are only for `snap bench demo`"]);
     assert_eq!(sample.names(), ["guest.snap"]);
 }
 
@@ -139,7 +139,7 @@ fn bad_input_is_refused() {
         (&["--runs", "0"], 2, &["--runs", "0"]),
         (&["--touch", "0"], 2, &["--touch"]),
         (&["--until", "x", "--for", "1s"], 2, &["cannot be used with"]),
-        (&["--modes", "lazy,lazy"], 1, &["lazy is there twice"]),
+        (&["--modes", "lazy,lazy"], 1, &["lazy is given twice"]),
         (&["--touch", "40"], 1, &["a beat of the demo guest reads at most 21 %"]),
         (&["--memory", "3M"], 1, &["--memory"]),
         (&["--dir", "/no/such"], 1, &["/no/such"]),
@@ -159,7 +159,7 @@ fn a_guest_that_cannot_be_restored_has_its_own_error() {
     let path = |name: &str| folder.path().join(name).display().to_string();
     std::fs::write(path("memory"), vec![1; 1 << 20]).expect("it can be written");
     snap(["import", &*path("memory"), "-o", &*path("a.snap")]).ok();
-    snap(["bench", &*path("a.snap")]).failed(1, &["say when the guest's work is done"]);
+    snap(["bench", &*path("a.snap")]).failed(1, &["give the end of the guest's work"]);
     let ran = snap(["bench", &*path("a.snap"), "--for", "1s", "--modes", "lazy"]);
     ran.failed(1, &["mode lazy", "no state of a KVM guest"]);
 }

@@ -254,7 +254,7 @@ fn a_running_guest_is_snapshotted_and_continues() {
     let last = folder.path().join("last.snap");
     vm.create(&last, &["--stop"]).ok();
     let ended = vm.end().ok();
-    assert!(ended.stderr.contains("stored and stopped"), "{}", ended.stderr);
+    assert!(ended.stderr.contains("snapshotted and stopped"), "{}", ended.stderr);
     continues(&last);
     assert_eq!(names(folder.path()), ["last.snap", "now.snap"]);
 }
@@ -433,7 +433,7 @@ fn a_client_that_disconnects_gets_no_file() {
     }
     // Other clients get the error that it is busy, immediately.
     let (status, fault) = vm.ask("PATCH", "/vm", &json!({ "state": "Paused" }));
-    assert_eq!((status, &fault["fault_message"]), (409, &json!("the guest is being stored")));
+    assert_eq!((status, &fault["fault_message"]), (409, &json!("the guest is being snapshotted")));
     drop(client);
     while !vm.ask("GET", "/vm", &Value::Null).1["storing"].is_null() {
         thread::yield_now();

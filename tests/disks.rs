@@ -128,7 +128,7 @@ fn a_changed_disk_is_refused() {
     guest.is_refused(&[], &["has 524289 bytes, expected a multiple of 512"]);
 
     fs::remove_file(guest.path("disk")).expect("it is there");
-    guest.is_refused(&[], &["cannot open the disk", "No such file", "--disk says where it is now"]);
+    guest.is_refused(&[], &["cannot open the disk", "No such file", "--disk gives its new path"]);
     fs::create_dir(guest.path("disk")).expect("it is made");
     guest.is_refused(&[], &["disk"]);
     guest.is_refused(&["--disk", "a", "--disk", "b"], &["--disk is given 2 times"]);

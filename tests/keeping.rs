@@ -83,10 +83,10 @@ fn a_keeper_reports_servers_and_their_ends() {
     let server = Running::server(&sample);
     keeper.prints("connected");
     server.end("KILL");
-    keeper.prints("gone, 0 guests wait");
+    keeper.prints("has ended, 0 guests wait");
     let server = Running::server(&sample);
     assert_eq!(server.end("TERM"), Some(130));
-    keeper.prints("gone, 0 guests wait");
+    keeper.prints("has ended, 0 guests wait");
     assert_eq!(keeper.end("TERM"), Some(130));
     assert!(!socket.exists());
 }
@@ -139,9 +139,9 @@ fn clones_continue_when_their_server_is_killed() {
     }
     for _ in 0..5 {
         server.end("KILL");
-        keeper.prints("gone, 3 guests wait");
+        keeper.prints("has ended, 3 guests wait");
         server = Running::server(&sample);
-        keeper.prints("goes on with 3 guests");
+        keeper.prints("has taken over 3 guests");
     }
     clones.iter_mut().for_each(Clone::continues);
     for clone in clones {

@@ -63,7 +63,7 @@ fn files_that_do_not_fit_are_refused_with_their_size() {
     for none in ["/dev/null", "FOLDER"] {
         refused(&kernel, &["--initrd", none], &["is not a regular file"]);
     }
-    refused(&kernel, &["--when", "ready"], &["--when ready is of the demo guest"]);
+    refused(&kernel, &["--when", "ready"], &["--when ready is only for the demo guest"]);
 }
 
 #[test]

@@ -137,11 +137,11 @@ fn a_silent_guest_is_described_by_its_activity() {
     let last_line =
         |child| Ran::from(end_of(child)).failed(1, &["not ready after 3s", "--timeout"]).stderr;
     let text = last_line(halts);
-    assert!(text.contains("at last it stands still (no exits, 0 % of a CPU"), "{text}");
+    assert!(text.contains("at the end it is idle (no exits, 0 % of a CPU"), "{text}");
     let text = last_line(exits);
-    assert!(text.contains("at last it runs (") && text.contains(" exits/s, "), "{text}");
+    assert!(text.contains("at the end it runs (") && text.contains(" exits/s, "), "{text}");
     let text = last_line(spins);
-    assert!(text.contains("at last it runs (no exits, "), "{text}");
+    assert!(text.contains("at the end it runs (no exits, "), "{text}");
     let text = last_line(touches);
     assert!(text.contains(" of memory touched, ") && text.contains(" of it new"), "{text}");
 

@@ -59,7 +59,7 @@ fn invalid_vsocks_are_refused_before_the_guest_runs() {
         place.snap(&format!("create FOLDER/a.snap --kernel FOLDER/kernel --vsock {vsock}"))
     };
     create("3").failed(2, &["expected CID,SOCKET"]);
-    create("x,FOLDER/sock").failed(2, &["the context id is no number"]);
+    create("x,FOLDER/sock").failed(2, &["the context id is not a number"]);
     create("2,FOLDER/sock").failed(1, &["--vsock", "context id 2, expected 3 to 4294967294"]);
     create("3,FOLDER/none/sock").failed(1, &["cannot bind the socket", "No such file"]);
     let long = format!("3,FOLDER/{}", "x".repeat(120));

@@ -149,7 +149,9 @@ fn a_terminal_is_refused_as_a_stream() {
         ("import - -o b.snap", "stdin is a terminal"),
     ] {
         match script(args) {
-            Err(error) => return skip("a_terminal_is_refused_as_a_stream", &format!("script: {error}")),
+            Err(error) => {
+                return skip("a_terminal_is_refused_as_a_stream", &format!("script: {error}"));
+            }
             Ok(output) => {
                 let ran = Ran::from(output);
                 assert!(ran.stdout.contains(messages), "{}{}", ran.stdout, ran.stderr);

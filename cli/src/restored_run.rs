@@ -1,4 +1,4 @@
-//! One restore, from the file to the end of the guest's run, and what it cost.
+//! One restore, from the file to the end of the guest's run, and its costs.
 
 use std::io::Write;
 use std::path::Path;
@@ -27,20 +27,20 @@ pub(crate) struct Restore {
     pub(crate) config: RestoreConfig,
     /// For the report.
     pub(crate) mode: &'static str,
-    /// How often touched pages are looked at, where they are recorded.
+    /// How often touched pages are sampled, if they are recorded.
     pub(crate) pace: Pace,
     pub(crate) until: Until,
     pub(crate) run_for: Option<Duration>,
     /// Of its output: see [`Live::hold`].
     pub(crate) hold: Option<Hold>,
     pub(crate) hash: bool,
-    /// Whether stdin is the guest's.
+    /// Whether stdin is connected to the guest.
     pub(crate) keyboard: bool,
-    /// What of the process is looked at, if anything.
+    /// What is measured of the process, if anything.
     pub(crate) measure: Option<Measure>,
-    /// Where it can be controlled.
+    /// Its control socket.
     pub(crate) api: Option<Api>,
-    /// Whether it is to wait there for its resuming.
+    /// Whether it waits there until a client resumes it.
     pub(crate) paused: bool,
 }
 
@@ -49,8 +49,8 @@ pub(crate) const LAZY: &str = "lazy";
 pub(crate) const EAGER: &str = "eager";
 
 impl Restore {
-    /// Restores and runs; gives the report also for a guest that stopped by itself, whose error
-    /// is then the second value.
+    /// Restores and runs. Returns the report also for a guest that stopped by itself, whose error is then the second
+    /// value.
     pub(crate) fn run(
         self,
         out: impl Write + Send + 'static,
@@ -101,7 +101,7 @@ impl Restore {
         let ended = ended?;
         let process =
             before.map(|before| Usage::since(&before, memory.mapped(), timeline)).transpose()?;
-        // The figures are those of the run: what comes after it, a hash say, is not the guest's.
+        // The figures are those of the run. Later work, for example a hash, is not the guest's.
         let stats = memory.pager().map(Pager::stats);
         drop((keyboard, serving));
         let mut outcome = ended.outcome(&seen, session);
@@ -112,17 +112,17 @@ impl Restore {
                 Err(error) => outcome = Err(error),
             }
         }
-        // The kernel has read it, and checks nothing.
+        // The kernel has read it, without checks.
         check_image(&memory).unwrap_or_else(|error| outcome = Err(error));
-        // What the pager could not do is the cause of whatever else went wrong.
+        // A failure of the pager is the cause of any other error.
         check_memory(&memory).unwrap_or_else(|error| outcome = Err(error));
         let stop = ended.describe(&seen, session);
         let Ended { at: end, first_entry, first_exit, paused, .. } = ended;
         let working_set_damage = memory.working_set_damage().map(str::to_owned);
         let memory_bytes = memory.snapshot().map_or(0, |snapshot| snapshot.header().memory_bytes);
-        let ending = live::ending("the service of the guest's pages to end", &memory);
+        let ending = live::ending("the threads that serve the guest's pages to end", &memory);
         drop(paused);
-        // The control socket is gone: nothing else has the memory.
+        // The control socket is closed: nothing else holds the memory.
         if let Some(Err(failure)) = Arc::into_inner(memory).map(VmMemory::end) {
             outcome = Err(GuestStopped(failure.to_string()).into());
         }
@@ -142,7 +142,7 @@ impl Restore {
             bad_beats: seen.beats().1,
             bytes_read: match &stats {
                 Some(stats) => stats.bytes_read,
-                // In a clone, the server has read for all of them.
+                // For clones, the server has read the file.
                 None => restored.loaded_bytes,
             },
             memory_sha256,

@@ -1,4 +1,4 @@
-//! The figures as one page that needs nothing else: plots as inline SVG, no scripts, no network.
+//! The figures as one self-contained page: plots as inline SVG, no scripts, no network.
 
 mod plot;
 
@@ -10,24 +10,24 @@ use super::mode::Mode;
 use super::table::RATIOS;
 use crate::size;
 
-/// What the page says besides the figures.
-pub(super) struct Words<'a> {
+/// The texts of the page besides the figures.
+pub(super) struct Texts<'a> {
     pub(super) name: &'a str,
-    /// What was measured, and on what.
+    /// What was measured, and on which host.
     pub(super) subject: &'a str,
     pub(super) host: &'a str,
-    /// That the modes agree, if they do.
+    /// A sentence that the modes agree, if they do.
     pub(super) footer: &'a str,
 }
 
-/// What was measured where a guest touches this share of its memory, in percent.
+/// The results for a guest that touches this share of its memory, in percent.
 pub(super) struct Point {
     pub(super) percent: u8,
     pub(super) all: Vec<Measured>,
     pub(super) ratios: Ratios,
 }
 
-pub(super) fn page(words: &Words<'_>, all: &[Measured], ratios: &Ratios) -> String {
+pub(super) fn page(texts: &Texts<'_>, all: &[Measured], ratios: &Ratios) -> String {
     let figures = [
         Some(until_done(all)),
         Some(over_time(all, "Memory loaded over time", LOADED, |sample| sample.rss_bytes)),
@@ -35,11 +35,11 @@ pub(super) fn page(words: &Words<'_>, all: &[Measured], ratios: &Ratios) -> Stri
         latencies(all),
     ];
     let figures: String = figures.into_iter().flatten().collect();
-    framed(words, &(figures + &table(all, ratios)))
+    framed(texts, &(figures + &table(all, ratios)))
 }
 
 /// A page of several shares: the time until the work is done against them, and the figures of each.
-pub(super) fn sweep_page(words: &Words<'_>, points: &[Point]) -> String {
+pub(super) fn sweep_page(texts: &Texts<'_>, points: &[Point]) -> String {
     let mut content = over_shares(points);
     for Point { percent, all, ratios } in points {
         let _ = write!(
@@ -49,11 +49,11 @@ pub(super) fn sweep_page(words: &Words<'_>, points: &[Point]) -> String {
             table(all, ratios)
         );
     }
-    framed(words, &content)
+    framed(texts, &content)
 }
 
-fn framed(words: &Words<'_>, content: &str) -> String {
-    let Words { name, subject, host, footer } = words;
+fn framed(texts: &Texts<'_>, content: &str) -> String {
+    let Texts { name, subject, host, footer } = texts;
     let title = format!("snap bench: {name}");
     let mut html = format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
@@ -70,7 +70,7 @@ fn framed(words: &Words<'_>, content: &str) -> String {
     let footer = escape(footer.trim());
     let _ = write!(
         html,
-        "<section><p>{footer} What each figure is, and how it is measured: docs/benchmarks.md of the project.</p>\
+        "<section><p>{footer} docs/benchmarks.md of the project defines each figure and describes how it is measured.</p>\
          <p class=\"soft\">Made by snap {}.</p></section>\n</main>\n</body>\n</html>\n",
         env!("CARGO_PKG_VERSION")
     );
@@ -190,7 +190,7 @@ fn over_time(
     figure(title, caption, &modes, &plot.finish())
 }
 
-/// How long the pager took for a fault, of the modes that have one.
+/// The durations of the pager's faults, for the modes that have a pager.
 fn latencies(all: &[Measured]) -> Option<String> {
     let shown: Vec<_> = all
         .iter()
@@ -229,7 +229,7 @@ fn latencies(all: &[Measured]) -> Option<String> {
     }
     let modes: Vec<_> = shown.iter().map(|(mode, _)| *mode).collect();
     let caption = "Of the faults that the pager has served in the measured runs: the share in each step. Each step ends at 1.4 times \
-                   its beginning. What the kernel serves by itself (mmap, pages that are there) is not among them.";
+                   its beginning. Faults that the kernel serves itself (mmap, present pages) are not included.";
     Some(figure(title, caption, &modes, &plot.finish()))
 }
 

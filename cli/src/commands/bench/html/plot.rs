@@ -1,4 +1,4 @@
-//! Plots as SVG text: scales, a frame with its grid, and what is drawn in it. Colours come from the page's style sheet.
+//! Plots as SVG text: scales, a frame with its grid, and the data in it. Colours come from the page's style sheet.
 
 use std::fmt::Write as _;
 use std::ops::Range;
@@ -6,11 +6,11 @@ use std::ops::Range;
 /// Size of a plot in its own units; the page scales it.
 pub(super) const WIDTH: f64 = 1000.0;
 pub(super) const HEIGHT: f64 = 320.0;
-/// The part that data is drawn in.
+/// The part for the data.
 const INSIDE_X: Range<f64> = 64.0..970.0;
 const INSIDE_Y: Range<f64> = 14.0..272.0;
 
-/// From values to places, with the values that are written on the axis.
+/// Converts values to positions, and has the ticks of the axis.
 #[derive(Clone, Debug)]
 pub(super) struct Scale {
     from: f64,
@@ -62,7 +62,7 @@ impl Scale {
         Self { from, to, is_log: true, ticks }
     }
 
-    /// 0 at the beginning of the scale, 1 at its end; what lies outside is moved to the edge.
+    /// 0 at the beginning of the scale, 1 at its end; values outside are moved to the edge.
     fn place(&self, value: f64) -> f64 {
         let place = match self.is_log {
             true => (value.max(self.from) / self.from).ln() / (self.to / self.from).ln(),
@@ -72,7 +72,7 @@ impl Scale {
     }
 }
 
-/// A plot in the making.
+/// A plot that is being drawn.
 pub(super) struct Plot {
     svg: String,
     x: Scale,
@@ -80,7 +80,7 @@ pub(super) struct Plot {
 }
 
 impl Plot {
-    /// A frame with grid, ticks and the names of both axes. `title` is for those who cannot see it.
+    /// A frame with grid, ticks and the names of both axes. `title` is for screen readers.
     pub(super) fn new(
         title: &str,
         (x, x_name, x_tick): (Scale, &str, &dyn Fn(f64) -> String),
@@ -124,7 +124,7 @@ impl Plot {
         let mut last = None;
         for &(x, y) in points {
             let at = (self.x_of(x), self.y_of(y));
-            // Points that fall onto each other only make the page long.
+            // Points at the same position only make the page longer.
             if last.is_none_or(|(x, y): (f64, f64)| (x - at.0).abs() + (y - at.1).abs() >= 0.5) {
                 let verb = if last.is_none() { 'M' } else { 'L' };
                 let _ = write!(path, "{verb}{:.1} {:.1}", at.0, at.1);
@@ -140,7 +140,7 @@ impl Plot {
         }
     }
 
-    /// A bar from the bottom up to `y`, over a range of `x` of which it takes the given part.
+    /// A bar from the bottom up to `y`, over the given part of a range of `x`.
     pub(super) fn bar(
         &mut self,
         class: &str,
@@ -176,7 +176,7 @@ impl Plot {
     }
 }
 
-/// A bar that lies on its side: its name, its parts, and how far the runs were apart.
+/// A horizontal bar: its name, its parts, and the spread of the runs.
 pub(super) struct Lying<'a> {
     pub(super) class: &'a str,
     pub(super) name: &'a str,
@@ -187,7 +187,7 @@ pub(super) struct Lying<'a> {
     pub(super) label: String,
 }
 
-/// Bars that lie on their side, from 0 on.
+/// Horizontal bars, from 0 on.
 pub(super) fn lying(title: &str, bars: &[Lying<'_>], tick: &dyn Fn(f64) -> String) -> String {
     const ROW: f64 = 40.0;
     let inside = 84.0..830.0;
@@ -238,7 +238,7 @@ fn open(title: &str, height: f64) -> String {
     )
 }
 
-/// Text as it may stand in HTML and SVG, in quotes too.
+/// Text escaped for HTML and SVG, also in quotes.
 pub(super) fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for character in text.chars() {
@@ -248,7 +248,7 @@ pub(super) fn escape(text: &str) -> String {
             '>' => escaped.push_str("&gt;"),
             '"' => escaped.push_str("&quot;"),
             '\'' => escaped.push_str("&#39;"),
-            // A name of a file may hold anything.
+            // The name of a file may contain any character.
             control if control.is_control() => escaped.push('\u{fffd}'),
             other => escaped.push(other),
         }
