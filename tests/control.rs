@@ -344,7 +344,7 @@ fn a_waiting_clone_ends_with_its_server() {
     let (server, mut vm) = waiting_clone(folder.path(), &sample);
     signal(server.id(), "KILL");
     end_of(server);
-    vm.end().failed(5, &["guest stopped", "the page server is gone"]);
+    vm.end().failed(5, &["guest stopped", "the page server has ended"]);
 }
 
 /// A snapshot of a clone loads all of its pages. An unreadable one ends the snapshot, and the guest, with its cause.

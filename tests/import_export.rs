@@ -83,8 +83,8 @@ pub(crate) fn assert_same(one: &Path, other: &Path) {
     ranges.extend(data_ranges(&b, len));
     for range in ranges {
         for at in range.clone().step_by(MIB as usize) {
-            let piece = MIB.min(range.end - at) as usize;
-            let (mut x, mut y) = (vec![0; piece], vec![0; piece]);
+            let block = MIB.min(range.end - at) as usize;
+            let (mut x, mut y) = (vec![0; block], vec![0; block]);
             a.read_exact_at(&mut x, at).expect("it can be read");
             b.read_exact_at(&mut y, at).expect("it can be read");
             assert!(x == y, "{} and {} differ from {at:#x}", one.display(), other.display());
@@ -575,9 +575,9 @@ fn damage_is_found_while_exporting() {
 fn large(place: &Place) {
     let path = place.path("image");
     let file = File::create(&path).expect("it can be created");
-    let piece: Vec<u8> = (0..MIB / PAGE).flat_map(|page| noise(page + 1)).collect();
+    let block: Vec<u8> = (0..MIB / PAGE).flat_map(|page| noise(page + 1)).collect();
     for at in 0..512 {
-        file.write_all_at(&piece, at * MIB).expect("it can be written");
+        file.write_all_at(&block, at * MIB).expect("it can be written");
     }
     place.import(&path, &["--codec", "raw"]).ok();
 }

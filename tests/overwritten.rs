@@ -20,7 +20,7 @@ use crate::support::{SNAP, Sample, needs_vm, run, snap};
 const LONG: Duration = Duration::from_secs(60);
 
 /// The messages of a stopped guest, for any file.
-const SAYS: [&str; 3] =
+const MESSAGES: [&str; 3] =
     ["guest stopped", "was written to after it was opened", "renaming a new file"];
 
 /// Two snapshots of one guest, before its first beat and after its third, in files with the same layout.
@@ -104,7 +104,7 @@ fn stops(mut vm: Vm, what: &str, file: &str) {
     let _ = vm.ask("PATCH", "/vm", &json!({ "state": "Resumed" }));
     let ran = vm.end();
     assert!(!ran.stdout.contains("BAD"), "{what}: {}", ran.stdout);
-    ran.failed(5, &SAYS).failed(5, &[file]);
+    ran.failed(5, &MESSAGES).failed(5, &[file]);
 }
 
 /// Each codec, with and without BOUND.
@@ -223,7 +223,7 @@ fn stops_or_is_stopped(vm: &mut Vm) {
     let _ = vm.ask("PATCH", "/vm", &json!({ "state": "Resumed" }));
     let ran = vm.end();
     assert!(!ran.stdout.contains("BAD"), "{}", ran.stdout);
-    ran.failed(5, &SAYS);
+    ran.failed(5, &MESSAGES);
 }
 
 /// Memory that is a mapping of a raw image (a mode of `snap bench`): the guest is not stopped, but the run fails.

@@ -230,7 +230,7 @@ fn a_clone_whose_server_has_ended_stops_with_a_message() {
         beats.read_to_string(&mut rest).map(|_| rest)
     });
     serving.end("KILL");
-    Ran::from(end_of(clone)).failed(5, &["guest stopped", "the page server is gone"]);
+    Ran::from(end_of(clone)).failed(5, &["guest stopped", "the page server has ended"]);
     let rest = rest.join().expect("no panic").expect("text");
     assert!(!rest.contains("BAD"), "{rest}");
 }

@@ -128,7 +128,7 @@ impl FailureReport {
         }
         // These failures leave faults unanswered: another process would wait forever.
         let fatal = matches!(failure.cause, FailureCause::Messages(_) | FailureCause::Event(_));
-        self.tell(failure);
+        self.report_first(failure);
         if self.policy == FailurePolicy::Kill || fatal {
             self.kill_foreign();
         }
@@ -142,7 +142,7 @@ impl FailureReport {
     fn kill_foreign(&self) {
         if let Some(process) = &self.foreign {
             // SAFETY: pidfd_send_signal(2) takes a descriptor, a number, no siginfo and no flags. It fails for a
-            // process that is gone, which is no problem.
+            // process that has ended, which is no problem.
             unsafe {
                 libc::syscall(
                     libc::SYS_pidfd_send_signal,
@@ -155,7 +155,7 @@ impl FailureReport {
         }
     }
 
-    fn tell(&self, failure: Failure) {
+    fn report_first(&self, failure: Failure) {
         let mut failure = Some(failure);
         let first = self.first.get_or_init(|| failure.take().expect("taken only here"));
         if failure.is_none()

@@ -142,7 +142,7 @@ fn missing_pages_of_a_clone_fail_when_no_server_comes_back() {
     assert_eq!(one.ask("syscall 512").as_deref(), Some(&*errno));
     keeping.expect("GivenUp { guests: 2, killed: [] }");
     let event = one.ask("failure").expect("it lives");
-    assert!(event.contains("failure") && event.contains("the page server is gone"), "{event}");
+    assert!(event.contains("failure") && event.contains("the page server has ended"), "{event}");
     // Both have the pages that one of them has touched.
     one.ok("check 0 8 1");
     other.ok("check 0 8 2");

@@ -62,7 +62,7 @@ fn invalid_clients_are_refused_next_to_a_good_one() {
     good.ok("body new");
     serving.expect("served");
     let mut page = 0;
-    for (form, says) in [
+    for (form, why) in [
         ("silent", "no complete message within 2s (0 bytes, 0 descriptors)"),
         ("half-open", "no complete message within 2s (20 bytes, 1 descriptors)"),
         ("left", "has closed the connection"),
@@ -85,7 +85,7 @@ fn invalid_clients_are_refused_next_to_a_good_one() {
         let answer = vmm.ask(&format!("body {form}"));
         let sent = |answer: &String| answer == "ok" || answer.starts_with("not sent");
         assert!(answer.as_ref().is_none_or(sent), "{form}: {answer:?}");
-        serving.expect(says);
+        serving.expect(why);
         good.ok(&format!("check {page} 4 1"));
         page += 4;
     }

@@ -13,8 +13,8 @@ use std::ops::Range;
 use crate::layer::Layer;
 use crate::read_at::ReadAt;
 
-/// Bytes of chunks that are released together while others are read. The chunks of smaller files are released at
-/// the end, when the caller asks for it.
+/// Bytes of chunks that are released together while others are read. The chunks of smaller files are released at the
+/// end, when the caller requests it.
 const STEP_BYTES: u64 = 256 << 20;
 /// Files with less than this in their chunks stay: opening them reads ahead, and there is little to gain.
 const SMALL_BYTES: u64 = 4 << 20;

@@ -111,7 +111,7 @@ pub enum ReadError {
     /// The file was written to since it was opened: its bytes may belong to another snapshot now.
     #[error(
         "the file was written to after it was opened ({}), and may be another snapshot by now; start again from a file \
-         that stays as it is, and replace a snapshot by renaming a new file over it",
+         that does not change, and replace a snapshot by renaming a new file over it",
         change(opened, found)
     )]
     Changed {

@@ -34,7 +34,7 @@ impl Phase {
     pub const ALL: [Self; 4] =
         [Self::FirstOutput, Self::First100Ms, Self::FirstSecond, Self::Later];
 
-    /// Name as it is printed.
+    /// The printed name.
     pub fn name(self) -> &'static str {
         match self {
             Self::FirstOutput => "before the first output",

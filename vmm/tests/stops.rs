@@ -101,17 +101,17 @@ fn a_failure_stops_a_guest_permanently() {
         return;
     }
     let running = start(SLEEP, Lines::default());
-    running.handle().fail("page 7 is gone");
-    let failed = Stop::Failed { reason: "page 7 is gone".into() };
+    running.handle().fail("page 7 is unreadable");
+    let failed = Stop::Failed { reason: "page 7 is unreadable".into() };
     assert_eq!(stop_of(&running), failed);
     assert_eq!(
         running.pause().err().unwrap().to_string(),
-        "the guest cannot continue: page 7 is gone"
+        "the guest cannot continue: page 7 is unreadable"
     );
 
     // The same while it is paused, when no thread is there to be stopped.
     let mut paused = start(SLEEP, Lines::default()).pause().unwrap();
-    paused.handle().fail("page 7 is gone");
+    paused.handle().fail("page 7 is unreadable");
     assert!(matches!(paused.state(), Err(SaveError::Stopped { stop }) if stop == failed));
     assert_eq!(stop_of(&paused.resume().unwrap()), failed);
 }

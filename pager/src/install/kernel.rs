@@ -7,7 +7,7 @@
 //! | `EEXIST` | the first page is already present | it is left alone and recorded as existing; the threads that wait for it are woken (they may have faulted after the thread that filled it); the install continues behind it |
 //! | `EAGAIN` | an event (REMOVE, ...) is queued: the memory map is changing | the events are read and applied, then the pages that are *still* wanted are tried again |
 //! | `ENOENT` | the range is not inside one registered mapping | page by page; a single page with this result is unmapped: it is recorded as removed, and its waiting threads are woken |
-//! | `ESRCH` | the process that owned the memory is gone | an error: the service ends |
+//! | `ESRCH` | the process that owned the memory has ended | an error: the service ends |
 //! | `ENOMEM` | no page is free now (limit of a cgroup) | up to [`ENOMEM_TRIES`] retries, [`ENOMEM_PAUSE`] apart, then an error |
 //! | others (`EINVAL`, `EFAULT`) | a bug, or memory that is used wrongly | an error |
 //!

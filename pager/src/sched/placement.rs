@@ -130,7 +130,7 @@ impl Follower {
         }
         let own = &shared.slices[slice];
         self.follow(fault, now);
-        self.tell(own);
+        self.publish(own);
         match &self.allowed {
             Some(allowed) if self.bound_to.is_some() && self.in_a_row >= ALONE => {
                 self.timer.restart(shared, slice, allowed, now);
@@ -149,7 +149,7 @@ impl Follower {
         let now = Instant::now();
         if self.looked.is_none_or(|at| now - at >= LOOK_IF_LATE) {
             self.look_up(now);
-            self.tell(own);
+            self.publish(own);
         }
         if self.bound_to.is_none() {
             own.priority.raise_own();
@@ -171,7 +171,7 @@ impl Follower {
     }
 
     /// Publishes the CPU that this thread is bound to.
-    fn tell(&self, own: &Slice) {
+    fn publish(&self, own: &Slice) {
         let bound_to = self.bound_to.unwrap_or(NOWHERE);
         if own.bound_to.load(Ordering::Relaxed) != bound_to {
             own.bound_to.store(bound_to, Ordering::Relaxed);

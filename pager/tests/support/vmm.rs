@@ -100,10 +100,10 @@ pub fn run() {
     };
     let mut state = State { socket: socket.into(), ..State::default() };
     for line in std::io::stdin().lines() {
-        let answer = state.obey(&line.expect("text"));
+        let answer = state.handle(&line.expect("text"));
         let mut out = std::io::stdout();
-        writeln!(out, "\nvmm: {answer}").expect("somebody listens");
-        out.flush().expect("somebody listens");
+        writeln!(out, "\nvmm: {answer}").expect("the test reads it");
+        out.flush().expect("the test reads it");
     }
     // Not the exit of the test harness: its memory may have pages that are never loaded.
     std::process::exit(0);
@@ -127,7 +127,7 @@ struct State {
 }
 
 impl State {
-    fn obey(&mut self, line: &str) -> String {
+    fn handle(&mut self, line: &str) -> String {
         let words: Vec<&str> = line.split(' ').collect();
         let number = |at: usize| words[at].parse::<usize>().expect("a number");
         match words[0] {

@@ -50,7 +50,7 @@ impl Forge {
             stored_pages: 0,
             entries: BTreeMap::new(),
             table: Vec::new(),
-            file: Forged { pieces: Vec::new(), len: 4096 },
+            file: Forged { ranges: Vec::new(), len: 4096 },
         }
     }
 
@@ -170,7 +170,7 @@ impl Forge {
         header.resize(4092, 0);
         let header_crc = crc32fast::hash(&header);
         header.extend(header_crc.to_le_bytes());
-        self.file.pieces.insert(0, (0, header));
+        self.file.ranges.insert(0, (0, header));
         self.file
     }
 }
@@ -178,7 +178,7 @@ impl Forge {
 /// A forged file: zeros except some ranges.
 pub(crate) struct Forged {
     /// Offset and bytes, ascending.
-    pieces: Vec<(u64, Vec<u8>)>,
+    ranges: Vec<(u64, Vec<u8>)>,
     len: u64,
 }
 
@@ -186,7 +186,7 @@ impl Forged {
     fn append(&mut self, bytes: Vec<u8>) {
         let offset = self.len;
         self.len += bytes.len() as u64;
-        self.pieces.push((offset, bytes));
+        self.ranges.push((offset, bytes));
     }
 }
 
@@ -195,8 +195,8 @@ impl ReadAt for Forged {
         let end = offset.checked_add(buf.len() as u64).filter(|end| *end <= self.len);
         let end = end.ok_or(io::ErrorKind::UnexpectedEof)?;
         buf.fill(0);
-        let first = self.pieces.partition_point(|(at, bytes)| at + bytes.len() as u64 <= offset);
-        for (at, bytes) in self.pieces[first..].iter().take_while(|(at, _)| *at < end) {
+        let first = self.ranges.partition_point(|(at, bytes)| at + bytes.len() as u64 <= offset);
+        for (at, bytes) in self.ranges[first..].iter().take_while(|(at, _)| *at < end) {
             let (from, until) = (offset.max(*at), end.min(at + bytes.len() as u64));
             buf[(from - offset) as usize..(until - offset) as usize]
                 .copy_from_slice(&bytes[(from - at) as usize..(until - at) as usize]);

@@ -113,8 +113,8 @@ impl PausedVm {
     /// later.
     ///
     /// # Errors
-    /// [`RestoreError`] when the host cannot run guests, when memory is not laid out as the state says,
-    /// or when the host refuses a part of the state.
+    /// [`RestoreError`] when the host cannot run guests, when memory does not have the layout of the state, or when the
+    /// host refuses a part of the state.
     pub fn restore(
         memory: Arc<GuestMemoryMmap>,
         state: &VmState,

@@ -8,7 +8,7 @@ use std::ops::Range;
 pub struct BootOptions {
     /// Number of vCPUs. Programs and the demo guest use the first only.
     pub cpus: u8,
-    /// Whether the guest can ask for a snapshot of itself: a write to
+    /// Whether the guest can request a snapshot of itself: a write to
     /// [`SNAPSHOT_TRIGGER_PORT`](crate::SNAPSHOT_TRIGGER_PORT) stops it with
     /// [`Stop::SnapshotTrigger`](crate::Stop::SnapshotTrigger). Otherwise such writes do nothing.
     pub guest_snapshot_trigger: bool,

@@ -97,6 +97,6 @@ impl PageSource for NoServer {
 
 impl PageReader for NoServer {
     fn load(&mut self, _source_offset: u64) -> Result<crate::Load<'_>, SourceError> {
-        Err(SourceError::permanent("the page server is gone"))
+        Err(SourceError::permanent("the page server has ended"))
     }
 }

@@ -259,12 +259,12 @@ impl Keeper {
                     guest.served = Served::By { server: number, id };
                     guest.on_error = on_error;
                     let descriptors = guest.kept.descriptors();
-                    let words = FromKeeper::Guest { shares: guest.kept.shares };
-                    wire::send(&server.socket, &words, &descriptors, SendFlags::DONTWAIT)?;
+                    let answer = FromKeeper::Guest { shares: guest.kept.shares };
+                    wire::send(&server.socket, &answer, &descriptors, SendFlags::DONTWAIT)?;
                     server.taken += 1;
                 } else {
-                    let words = FromKeeper::Nobody {};
-                    wire::send(&server.socket, &words, &[], SendFlags::DONTWAIT)?;
+                    let answer = FromKeeper::Nobody {};
+                    wire::send(&server.socket, &answer, &[], SendFlags::DONTWAIT)?;
                     let (server, guests) = (server.pid, std::mem::take(&mut server.taken));
                     if guests > 0 {
                         (self.on_event)(KeepEvent::TakenOver { server, guests });

@@ -64,7 +64,7 @@ pub enum RefuseError {
         /// The id of that user.
         uid: u32,
     },
-    /// Its process is gone, or not visible here (another process namespace).
+    /// Its process has ended, or is not visible here (another process namespace).
     #[error("the client's process {pid} cannot be found")]
     Process {
         /// The process id.

@@ -51,13 +51,13 @@ impl<'a> SocketReader<'a> {
     pub(crate) fn receive(&mut self) -> Result<(), RefuseError> {
         loop {
             self.wait()?;
-            let mut piece = [0; 16 << 10];
+            let mut buffer = [0; 16 << 10];
             let mut space =
                 [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_RECEIVED))];
             let mut control = RecvAncillaryBuffer::new(&mut space);
             let received = rustix::net::recvmsg(
                 self.stream,
-                &mut [IoSliceMut::new(&mut piece)],
+                &mut [IoSliceMut::new(&mut buffer)],
                 &mut control,
                 RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT,
             );
@@ -77,7 +77,7 @@ impl<'a> SocketReader<'a> {
             self.lost |= received.flags.contains(ReturnFlags::CTRUNC);
             let fits = self.bytes.len() + received.bytes <= MESSAGE_LIMIT_BYTES;
             if fits {
-                self.bytes.extend_from_slice(&piece[..received.bytes]);
+                self.bytes.extend_from_slice(&buffer[..received.bytes]);
             }
             // There was space for more descriptors, so that another reason has lost one.
             if self.lost && arrived < DESCRIPTORS_RECEIVED {

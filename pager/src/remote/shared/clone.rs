@@ -100,9 +100,9 @@ impl SharedClone {
     /// Requests the memory of the snapshot from the server at `path`, and maps it. Each of `ranges` has the guest
     /// physical address, the length in bytes, and the offset in the snapshot in bytes.
     ///
-    /// `on_failure` is called when the server cannot load a page, which is then poisoned, and when the server is gone.
-    /// In the second case all missing pages are poisoned, so that threads which touch them get an error. The callback
-    /// should record the failure and ask the guest to stop. This waits for the server at most `timeout`;
+    /// `on_failure` is called when the server cannot load a page, which is then poisoned, and when the server has
+    /// ended. In the second case all missing pages are poisoned, so that threads which touch them get an error. The
+    /// callback should record the failure and ask the guest to stop. This waits for the server at most `timeout`;
     /// [`ANSWER_TIMEOUT`] is enough.
     ///
     /// # Errors
@@ -199,7 +199,7 @@ impl Link {
         }
         if !self.stopping.load(Ordering::SeqCst) {
             // The report comes first, so that its cause is known when an access fails.
-            let reason = || "the page server is gone".to_owned();
+            let reason = || "the page server has ended".to_owned();
             on_failure(self.failure.get_or_init(reason).clone());
             self.poison_all();
         }

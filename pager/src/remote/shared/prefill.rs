@@ -8,7 +8,7 @@ use super::SharedImage;
 use crate::background::page_list::{self, PageList};
 use crate::source::load::Load;
 
-/// Adds the listed pages on a thread of its own, which ends when the file is gone. If the thread cannot be started,
+/// Adds the listed pages on a separate thread, which ends when the file is closed. If the thread cannot be started,
 /// only faults load pages.
 pub(crate) fn prefill(image: &Arc<SharedImage>, list: PageList) {
     let image = Arc::downgrade(image);

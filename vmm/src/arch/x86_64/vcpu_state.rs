@@ -123,8 +123,8 @@ impl Vcpu {
         fd.set_regs(&state.regs.0).call("KVM_SET_REGS")?;
         // XCR0 before the XSAVE area: it decides which features KVM reads from the area.
         fd.set_xcrs(&state.xcrs.0).call("KVM_SET_XCRS")?;
-        // SAFETY: KVM reads more than the 4 KiB of the structure only when the process has asked for
-        // features beyond them with arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM), which this crate does not.
+        // SAFETY: KVM reads more than the 4 KiB of the structure only when the process has requested features beyond
+        // them with arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM), which this crate does not.
         unsafe { fd.set_xsave(&state.xsave.0) }.call("KVM_SET_XSAVE")?;
         fd.set_debug_regs(&state.debugregs.0).call("KVM_SET_DEBUGREGS")?;
         // After sregs (see there), before the MSRs: KVM drops the deadline timer's MSR unless the
