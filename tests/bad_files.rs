@@ -1,4 +1,4 @@
-//! Files that are no good: each is a message with file, place, expected and found, and exit code 3.
+//! Bad files: each gives a message with file, place, expected and found, and exit code 3.
 
 use std::path::{Path, PathBuf};
 
@@ -7,7 +7,7 @@ use snapfmt::{Contents, MemoryRegion, Snapshot, StateBlob, WriteOptions, write_s
 
 use crate::support::{Ran, snap};
 
-/// A folder with a well-made snapshot in it, made by the library: no guest, no KVM.
+/// A folder with a valid snapshot, written by the library: no guest, no KVM.
 fn sample() -> (tempfile::TempDir, PathBuf) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let file = folder.path().join("sample.snap");
@@ -24,16 +24,16 @@ fn sample() -> (tempfile::TempDir, PathBuf) {
 
 /// Every command that reads a file must refuse this one in the same way.
 #[track_caller]
-fn all_refuse(file: &Path, code: i32, says: &[&str]) {
+fn all_refuse(file: &Path, code: i32, messages: &[&str]) {
     let name = file.to_string_lossy();
     for command in [&["info"][..], &["verify"], &["restore"], &["restore", "--lazy"]] {
         let ran: Ran = snap(command.iter().copied().chain([&*name]));
         assert!(ran.stdout.is_empty(), "{}", ran.stdout);
-        ran.failed(code, says).failed(code, &[&*name]);
+        ran.failed(code, messages).failed(code, &[&*name]);
     }
 }
 
-/// Writes `bytes` after putting the header's checksum right.
+/// Writes `bytes` with a corrected checksum of the header.
 fn write_sealed(file: &Path, mut bytes: Vec<u8>) {
     let crc = crc32(&bytes[..HEADER_BYTES - 4]);
     bytes[HEADER_BYTES - 4..HEADER_BYTES].copy_from_slice(&crc.to_le_bytes());

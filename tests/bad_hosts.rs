@@ -1,4 +1,4 @@
-//! Hosts that do not let this user run guests or serve faults: which device, and what to do.
+//! Hosts on which this user may not run guests or serve faults: the message names the device, and what to do.
 
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
@@ -10,8 +10,7 @@ use crate::support::{SNAP, Sample, needs_vm, run, skip};
 /// A user that may open neither device.
 const NOBODY: u32 = 65534;
 
-/// A copy of the program, and of a snapshot, that everybody may read. `None` when this user
-/// cannot become another one.
+/// A copy of the program, and of a snapshot, that all users may read. `None` when this user cannot become another one.
 fn for_everybody(test: &str) -> Option<(Sample, PathBuf)> {
     let sample = Sample::small();
     let open = |path: &std::path::Path, mode| {
@@ -53,7 +52,7 @@ fn without_permission_for_userfaultfd() {
     let test = "without_permission_for_userfaultfd";
     let unprivileged = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd");
     if unprivileged.is_ok_and(|value| value.trim() != "0") {
-        return skip(test, "vm.unprivileged_userfaultfd lets everybody");
+        return skip(test, "vm.unprivileged_userfaultfd allows it to all users");
     }
     let Some((sample, program)) = for_everybody(test) else { return };
     let mut command = Command::new(&program);
@@ -65,7 +64,7 @@ fn without_permission_for_userfaultfd() {
 #[test]
 fn without_the_devices() {
     needs_vm!();
-    // A mount namespace in which /dev is empty but for what a process needs.
+    // A mount namespace in which /dev has only the files that every process needs.
     let sample = Sample::small();
     let script = "mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && \
         { \"$SNAP\" restore \"$FILE\"; echo code $? >&2; \"$SNAP\" restore --lazy \"$FILE\"; echo code $? >&2; }";
@@ -75,33 +74,32 @@ fn without_the_devices() {
     if !ran.stderr.contains("code") {
         return skip("without_the_devices", "this user may not mount a tmpfs");
     }
-    let said: Vec<_> = ran.stderr.split("code 4").collect();
-    assert_eq!(said.len(), 3, "{}", ran.stderr);
+    let printed: Vec<_> = ran.stderr.split("code 4").collect();
+    assert_eq!(printed.len(), 3, "{}", ran.stderr);
     for what in ["/dev/kvm", "No such file", "modprobe kvm"] {
-        assert!(said[0].contains(what), "{what} not in {}", said[0]);
+        assert!(printed[0].contains(what), "{what} not in {}", printed[0]);
     }
 }
 
-/// Whatever it is that cannot be opened any more, the message says that it is for the limit, not for a permission or
-/// for somebody else.
+/// For any file that cannot be opened any more, the message names the limit, and no permission or other program.
 #[test]
 fn with_few_descriptors_the_limit_is_named() {
     needs_vm!();
     let sample = Sample::small();
     let out = sample.folder.path().join("out.snap");
-    for (words, file) in [
+    for (args, file) in [
         (&["create", "--memory", "16M", "--work", "4M", "--force"][..], &out),
         (&["restore", "--lazy", "--beats", "1"], &sample.file),
         (&["restore", "--beats", "1"], &sample.file),
     ] {
-        let mut told_of = Vec::new();
+        let mut printed = Vec::new();
         // With fewer the program cannot be loaded.
         for limit in 5.. {
-            assert!(limit < 200, "it does not do with {limit} descriptors");
+            assert!(limit < 200, "it does not run with {limit} descriptors");
             let mut command = Command::new("sh");
             command.args(["-c", &format!("ulimit -n {limit}; exec \"$0\" \"$@\""), SNAP]);
             let ran = run({
-                command.args(words).arg(file);
+                command.args(args).arg(file);
                 command
             });
             if ran.code == Some(0) {
@@ -111,12 +109,12 @@ fn with_few_descriptors_the_limit_is_named() {
             for right in ["Too many open files", "ulimit -n"] {
                 assert!(text.contains(right), "with {limit}: {text}");
             }
-            for wrong in ["hypervisor", "permission", "is not there", "CAP_SYS"] {
+            for wrong in ["hypervisor", "permission", "does not exist", "CAP_SYS"] {
                 assert!(!text.contains(wrong), "with {limit}: {text}");
             }
-            told_of.push(ran.stderr);
+            printed.push(ran.stderr);
         }
-        let vm = told_of.iter().any(|text| text.contains("KVM_CREATE_VM failed"));
-        assert!(vm, "{words:?}: {told_of:?}");
+        let vm = printed.iter().any(|text| text.contains("KVM_CREATE_VM failed"));
+        assert!(vm, "{args:?}: {printed:?}");
     }
 }

@@ -1,5 +1,5 @@
-//! A guest that gives memory back, through the program: what the host forgets reads as zeros, and is left out of
-//! snapshots, also where the pager had it.
+//! A guest that gives memory back, through the program: the discarded pages read as zeros and are left out of
+//! snapshots, also if the pager had loaded them.
 
 use std::fs;
 
@@ -28,10 +28,10 @@ fn show() -> Vec<u8> {
     virtio_guest::show(FREE + FREE_BYTES / 2)
 }
 
-/// `snap` with these words; FOLDER stands for the folder.
-fn run(folder: &tempfile::TempDir, words: &str) -> Ran {
+/// `snap` with these arguments; FOLDER stands for the folder.
+fn run(folder: &tempfile::TempDir, args: &str) -> Ran {
     let path = folder.path().display().to_string();
-    snap(words.split(' ').map(|word| word.replace("FOLDER", &path)).collect::<Vec<_>>())
+    snap(args.split(' ').map(|arg| arg.replace("FOLDER", &path)).collect::<Vec<_>>())
 }
 
 fn folder_with(code: &[Vec<u8>]) -> tempfile::TempDir {
@@ -54,7 +54,7 @@ fn free_pages_of_a_fresh_guest_are_left_out() {
     let with = run(&folder_with(&[fill(), report(), request(), show(), end()]), create).ok();
     let folder = folder_with(&[fill(), request(), report(), show(), end()]);
     let without = run(&folder, create).ok();
-    // Three pages more are in use: the rings.
+    // Three more pages are in use: the rings.
     assert_eq!(nonzero_bytes(&without) - nonzero_bytes(&with), i64::from(FREE_BYTES) - 3 * 4096);
 }
 
@@ -69,7 +69,7 @@ fn free_pages_of_a_restored_guest_read_as_zeros_and_stay_so() {
         let ran = run(&folder, &format!("restore FOLDER/a.snap{mode}")).ok();
         assert_eq!(ran.stdout, "A\n0\n0\n", "{mode}");
     }
-    // A layer over the snapshot that has them: they are zeros in it, not what the parent has.
+    // A layer over the snapshot that has them: they are zeros in it, not the parent's pages.
     run(&folder, "create FOLDER/b.snap --from FOLDER/a.snap --when request").ok();
     for mode in ["", " --lazy"] {
         let ran = run(&folder, &format!("restore FOLDER/b.snap{mode}")).ok();
@@ -82,6 +82,6 @@ fn free_pages_of_a_restored_guest_read_as_zeros_and_stay_so() {
         let info: serde_json::Value = serde_json::from_str(&info.stdout).expect("JSON");
         info["pages"]["data"].as_i64().expect("a number")
     };
-    // But for the rings, which are new.
+    // Except the rings, which are new.
     assert_eq!(pages("a.snap") - pages("c.snap"), i64::from(FREE_BYTES / 4096) - 3);
 }

@@ -1,4 +1,4 @@
-//! `snap bench`: its table, its JSON, what it refuses, and that it leaves nothing behind.
+//! `snap bench`: its table, its JSON, its refusals, and that it leaves no files.
 
 use std::path::Path;
 use std::process::Command;
@@ -35,7 +35,7 @@ fn the_table_has_a_column_for_each_mode() {
 }
 
 #[test]
-fn json_tells_every_run_and_the_modes_agree() {
+fn json_has_every_run_and_the_modes_agree() {
     needs_vm!();
     let folder = tempfile::tempdir().expect("a temporary folder");
     let options = ["--runs", "3", "--modes", "eager,mmap,lazy,shared", "--json"];
@@ -58,7 +58,7 @@ fn json_tells_every_run_and_the_modes_agree() {
         assert!(mode["timeline"].as_array().is_some_and(|samples| samples.len() >= 2));
     }
     let median = |mode: usize, figure: &str| &modes[mode]["median"][figure];
-    // Each says what it did, and nothing of what it did not.
+    // Each has only the figures of its mode.
     assert!(median(0, "served_faults").is_null() && median(1, "served_faults").is_null());
     assert!(number(median(2, "served_faults")) > 0.0 && number(median(2, "fault_p50_us")) > 0.0);
     assert_eq!(median(0, "unloaded_bytes"), 0);
@@ -70,7 +70,7 @@ fn json_tells_every_run_and_the_modes_agree() {
 }
 
 #[test]
-fn hot_pages_are_loaded_in_front_of_the_guest() {
+fn the_working_set_is_loaded_ahead_of_the_guest() {
     needs_vm!();
     let folder = tempfile::tempdir().expect("a temporary folder");
     let options = ["--runs", "1", "--modes", "lazy,lazy+hot,lazy+other", "--json"];
@@ -79,19 +79,19 @@ fn hot_pages_are_loaded_in_front_of_the_guest() {
     let set = all["hot"]["working_set_bytes"].as_u64().expect("a working set");
     // Five percent of 16 MiB, and a little.
     assert!((600 << 10..2 << 20).contains(&set), "{set}");
-    // How far it comes before the guest has done its work, nobody knows.
+    // How much it loads before the guest has done its work depends on timing.
     assert!(mode(1)["prefetched_bytes"].as_u64() <= Some(2 * set), "{}", mode(1));
     assert!(mode(1)["prefetched_bytes"].is_u64(), "{}", mode(1));
-    assert!(mode(0)["prefetched_bytes"].is_null(), "of plain lazy nothing is");
+    assert!(mode(0)["prefetched_bytes"].is_null(), "plain lazy prefetches nothing");
     // The other set is as large, and does not help.
     assert!(all["other"]["working_set_bytes"].as_u64() > Some(set / 2));
     assert!(mode(2)["served_faults"].as_u64() > Some(0));
-    assert_eq!(all["memory_sha256"].as_str().map(str::len), Some(64), "right pages all the same");
+    assert_eq!(all["memory_sha256"].as_str().map(str::len), Some(64), "the pages are right anyway");
     assert!(names(folder.path()).is_empty());
 }
 
 #[test]
-fn cold_runs_read_from_storage_or_say_that_they_cannot() {
+fn cold_runs_read_from_storage_or_are_refused() {
     needs_vm!();
     let folder = tempfile::tempdir().expect("a temporary folder");
     let ran = run(bench(folder.path(), &["--runs", "1", "--cold", "--json"]));
@@ -125,26 +125,26 @@ fn a_snapshot_is_measured_until_its_work_is_done() {
     };
     let until = bench(&["--until", "beat 2 ok", "--json"]).ok().json();
     assert_eq!(until["work"]["until"], "beat 2 ok");
-    let forever = ["--until", "no guest says this", "--timeout", "200ms"];
+    let forever = ["--until", "no guest prints this", "--timeout", "200ms"];
     bench(&forever).failed(1, &["mode lazy", "was not done after 200ms", "--timeout"]);
     bench(&["--for", "50ms"]).ok();
-    bench(&["--memory", "64M"]).failed(1, &["--memory and --touch are of `snap bench demo`"]);
+    bench(&["--memory", "64M"]).failed(1, &["--memory and --touch are only for `snap bench demo`"]);
     assert_eq!(sample.names(), ["guest.snap"]);
 }
 
 #[test]
 fn bad_input_is_refused() {
-    for (options, code, says) in [
+    for (options, code, messages) in [
         (&["--modes", "eager,fast"][..], 2, &["fast", "possible values", "mmap"][..]),
         (&["--runs", "0"], 2, &["--runs", "0"]),
         (&["--touch", "0"], 2, &["--touch"]),
         (&["--until", "x", "--for", "1s"], 2, &["cannot be used with"]),
-        (&["--modes", "lazy,lazy"], 1, &["lazy is there twice"]),
+        (&["--modes", "lazy,lazy"], 1, &["lazy is given twice"]),
         (&["--touch", "40"], 1, &["a beat of the demo guest reads at most 21 %"]),
         (&["--memory", "3M"], 1, &["--memory"]),
         (&["--dir", "/no/such"], 1, &["/no/such"]),
     ] {
-        snap(["bench", "demo"].iter().chain(options)).failed(code, says);
+        snap(["bench", "demo"].iter().chain(options)).failed(code, messages);
     }
     snap(["bench", "/no/such.snap"]).failed(1, &["/no/such.snap"]);
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -154,22 +154,22 @@ fn bad_input_is_refused() {
 }
 
 #[test]
-fn a_guest_that_cannot_be_restored_is_its_own_error() {
+fn a_guest_that_cannot_be_restored_has_its_own_error() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = |name: &str| folder.path().join(name).display().to_string();
     std::fs::write(path("memory"), vec![1; 1 << 20]).expect("it can be written");
     snap(["import", &*path("memory"), "-o", &*path("a.snap")]).ok();
-    snap(["bench", &*path("a.snap")]).failed(1, &["say when the guest's work is done"]);
+    snap(["bench", &*path("a.snap")]).failed(1, &["give the end of the guest's work"]);
     let ran = snap(["bench", &*path("a.snap"), "--for", "1s", "--modes", "lazy"]);
     ran.failed(1, &["mode lazy", "no state of a KVM guest"]);
 }
 
 #[test]
-fn an_interrupt_ends_it_and_leaves_nothing() {
+fn an_interrupt_ends_it_and_leaves_no_files() {
     needs_vm!();
     let folder = tempfile::tempdir().expect("a temporary folder");
     for moment_ms in [0, 300, 1500] {
-        // It would go on for minutes.
+        // It would run for minutes.
         let mut command = bench(folder.path(), &["--runs", "1000"]);
         command.args(["--beats", "20", "--modes", "lazy,shared,mmap"]);
         let child = start(command);
@@ -183,7 +183,7 @@ fn an_interrupt_ends_it_and_leaves_nothing() {
 }
 
 #[test]
-fn the_page_is_whole_and_needs_nothing_else() {
+fn the_page_is_complete_and_loads_nothing() {
     needs_vm!();
     let folder = tempfile::tempdir().expect("a temporary folder");
     let out = folder.path().join("figures.html");
@@ -214,7 +214,7 @@ fn the_page_is_whole_and_needs_nothing_else() {
     ] {
         assert!(page.contains(title), "{title}");
     }
-    // A curve of each mode, with a dot at its end, in both plots of the course, and no number that is none.
+    // A curve of each mode, with a dot at its end, in both plots over time, and no NaN.
     for colour in ["#5B7FB5", "#D9822B", "#C2485B"] {
         let curves = |tag: &str| tag.starts_with("polyline") && tag.contains(colour);
         assert_eq!(page.split('<').filter(|tag| curves(tag)).count(), 2, "{colour}");

@@ -1,4 +1,4 @@
-//! Block devices as disks, through the program: loop devices stand for the volumes that users have.
+//! Block devices as disks, through the program. Loop devices stand for volumes.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -11,13 +11,13 @@ use crate::disks::{Guest, stop};
 use crate::overlays::Place;
 use crate::support::{Ran, SNAP, needs_vm, run, skip, snap};
 
-/// A loop device on a file, for as long as this lives.
+/// A loop device on a file, until this is dropped.
 struct Loop {
     device: PathBuf,
 }
 
 impl Loop {
-    /// `None`, and the test is skipped, where there are none.
+    /// `None`, and the test is skipped, if this host has none.
     fn on(image: &Path) -> Option<Loop> {
         let test = std::thread::current().name().unwrap_or("a test").to_owned();
         match Command::new("losetup").args(["--find", "--show"]).arg(image).output() {
@@ -64,7 +64,7 @@ impl Drop for Loop {
     }
 }
 
-/// A place whose guest has this as its disk, stored in a.snap.
+/// A place with a guest that has this as its disk, snapshotted in a.snap.
 fn stored(disk: &str) -> Place {
     let place = Place::new();
     create(&place, disk).ok();
@@ -82,11 +82,11 @@ fn image(folder: &Path, name: &str) -> PathBuf {
 }
 
 #[test]
-fn a_device_is_written_stored_and_known_again() {
+fn a_device_is_written_snapshotted_and_recognized() {
     needs_vm!();
     let folder = tempfile::tempdir().expect("a folder");
     let Some(device) = Loop::on(&image(folder.path(), "one")) else { return };
-    // By the name of a link, as of a volume: that is what the snapshot remembers.
+    // By the name of a link, as for a volume: the snapshot stores this name.
     let link = folder.path().join("volume");
     std::os::unix::fs::symlink(&device.device, &link).expect("a link");
     let place = stored(&link.display().to_string());
@@ -95,7 +95,7 @@ fn a_device_is_written_stored_and_known_again() {
     let about: Value = snap(["info", "--json", &file]).ok().json();
     assert_eq!(about["metadata"]["guest"]["devices"][0]["disk"], link.display().to_string());
 
-    // The time of its name in /dev says nothing: after a restart of the host it is another one.
+    // The time of its name in /dev is not used: after a restart of the host it is another one.
     let long_ago = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1);
     device.open().set_modified(long_ago).expect("the time is set");
     for mode in ["", " --lazy"] {
@@ -108,29 +108,29 @@ fn a_device_is_written_stored_and_known_again() {
     let mut bytes = vec![0; 64 << 10];
     device.open().read_exact_at(&mut bytes, 0).expect("it is read");
     fs::write(&copy, &bytes).expect("it is written");
-    // A file with the same bytes may have changed before they were copied: that is for the user to say.
-    let words = format!("restore FOLDER/a.snap --disk {}", copy.display());
-    let says = ["is a file, and was a block device when the guest was saved", "--force-disks"];
-    place.snap(&words).failed(1, &says);
+    // A file with the same bytes may have changed before they were copied: the user decides.
+    let args = format!("restore FOLDER/a.snap --disk {}", copy.display());
+    let messages = ["is a file, and was a block device when the guest was saved", "--force-disks"];
+    place.snap(&args).failed(1, &messages);
     let Some(other) = Loop::on(&copy) else { return };
     fs::remove_file(&link).expect("it is there");
     std::os::unix::fs::symlink(&other.device, &link).expect("a link");
     assert_eq!(place.snap("restore FOLDER/a.snap").ok().stdout, "W\nd\nR\nR\nd\n");
     assert_eq!((other.letters(), device.letters()), ("dRR".into(), "dWd".into()));
-    // That one has changed now: what is looked at is not as it was.
+    // That one has changed now: the sample differs.
     place.snap("restore FOLDER/a.snap").failed(1, &["its sample's CRC-32"]);
     place.snap("restore FOLDER/a.snap --force-disks").ok();
 }
 
 #[test]
-fn a_file_is_not_taken_for_the_device_that_it_was() {
+fn a_file_does_not_replace_a_device() {
     needs_vm!();
     let place = stored("FOLDER/disk.img,ro");
     let Some(device) = Loop::on(&place.0.path().join("disk.img")) else { return };
-    let words = format!("restore FOLDER/a.snap --disk {}", device.name());
-    let says = ["is a block device, and was a file when the guest was saved", "--force-disks"];
-    place.snap(&words).failed(1, &says);
-    place.snap(&format!("{words} --force-disks")).ok();
+    let args = format!("restore FOLDER/a.snap --disk {}", device.name());
+    let messages = ["is a block device, and was a file when the guest was saved", "--force-disks"];
+    place.snap(&args).failed(1, &messages);
+    place.snap(&format!("{args} --force-disks")).ok();
 }
 
 #[test]
@@ -138,14 +138,14 @@ fn readers_and_overlays_share_a_device() {
     needs_vm!();
     let folder = tempfile::tempdir().expect("a folder");
     let Some(device) = Loop::on(&image(folder.path(), "one")) else { return };
-    for words in [",overlay", ",ro"] {
+    for args in [",overlay", ",ro"] {
         let guest = Guest::new();
-        guest.stored_with(device.name() + words).ok();
+        guest.stored_with(device.name() + args).ok();
         let reader = guest.start("guest.snap");
-        guest.goes_on("guest.snap", &["--lazy"]);
+        guest.continues("guest.snap", &["--lazy"]);
         // But no other guest may write it meanwhile.
-        let says = ["is in use: one guest writes a disk, or many read it"];
-        Guest::new().stored_with(device.name()).failed(1, &says);
+        let messages = ["is in use: one guest writes a disk, or many read it"];
+        Guest::new().stored_with(device.name()).failed(1, &messages);
         stop(reader);
     }
     let place = stored(&format!("{},overlay", device.name()));
@@ -153,7 +153,7 @@ fn readers_and_overlays_share_a_device() {
     assert_eq!(device.letters(), "ddd");
 }
 
-/// A device that is written has one guest, and no file system of the host.
+/// A device that a guest writes has no other guest, and no file system of the host.
 #[test]
 fn a_device_that_is_in_use_is_refused() {
     needs_vm!();
@@ -167,7 +167,7 @@ fn a_device_that_is_in_use_is_refused() {
     let in_use = ["is in use: it is mounted, has a volume on it, or belongs to another guest"];
     guest.is_refused(&[], &in_use);
     stop(writer);
-    guest.goes_on("guest.snap", &[]);
+    guest.continues("guest.snap", &[]);
 
     let mut mkfs = Command::new("mkfs.ext4");
     mkfs.arg("-q").arg(&device.device);
@@ -177,7 +177,7 @@ fn a_device_that_is_in_use_is_refused() {
             "there is no mkfs.ext4 for the second part",
         );
     }
-    // In a namespace of its own, so that it is gone with its process.
+    // In a separate namespace, so that it ends with its process.
     let script = "mount \"$DEVICE\" /mnt || exit 77; \"$SNAP\" create \"$OUT\" --kernel \"$KERNEL\" \
                   --disk \"$DEVICE\"";
     let mut command = Command::new("unshare");

@@ -1,4 +1,4 @@
-//! What is said to those who give the wrong arguments, and to those who ask.
+//! The messages for wrong arguments, and the help texts.
 
 use crate::support::snap;
 
@@ -27,10 +27,10 @@ fn impossible_sizes_are_refused_before_anything_is_done() {
 }
 
 #[test]
-fn a_guest_that_is_brought_back_takes_no_words_of_a_fresh_one() {
-    for word in [["--memory", "64M"], ["--work", "8M"], ["--kernel", "vmlinux"]] {
+fn a_restored_guest_takes_no_options_of_a_fresh_one() {
+    for option in [["--memory", "64M"], ["--work", "8M"], ["--kernel", "vmlinux"]] {
         let args = ["create", "out.snap", "--from", "base.snap", "--when", "after:1s"];
-        snap(args.into_iter().chain(word)).failed(2, &["cannot be used with", word[0]]);
+        snap(args.into_iter().chain(option)).failed(2, &["cannot be used with", option[0]]);
     }
 }
 
@@ -46,7 +46,7 @@ fn a_level_without_zstd_is_refused() {
 }
 
 #[test]
-fn a_snapshot_that_is_not_there_is_named() {
+fn a_missing_snapshot_is_named() {
     for command in ["info", "verify", "restore"] {
         let stderr = snap([command, "/nonexistent/a.snap"]).failed(1, &["No such file"]).stderr;
         assert!(stderr.starts_with("snap: cannot open /nonexistent/a.snap: "), "{stderr}");
@@ -54,7 +54,7 @@ fn a_snapshot_that_is_not_there_is_named() {
 }
 
 #[test]
-fn a_folder_that_is_not_there_is_named() {
+fn a_missing_folder_is_named() {
     crate::support::needs_vm!();
     let out = "/nonexistent/a.snap";
     snap(["create", out, "--memory", "32M", "--work", "4M"])
@@ -76,14 +76,14 @@ fn commands() -> Vec<String> {
     let help = snap(["--help"]).ok().stdout;
     let list = help.lines().skip_while(|line| *line != "Commands:").skip(1);
     let list = list.take_while(|line| !line.is_empty());
-    // A description's further lines stand under it, far to the right.
+    // Further lines of a description are indented far to the right.
     let names = list.filter(|line| !line.starts_with("   "));
     let names = names.filter_map(|line| line.split_whitespace().next());
     names.filter(|name| *name != "help").map(str::to_owned).collect()
 }
 
 #[test]
-fn every_command_has_help_with_an_example_of_its_use() {
+fn every_command_has_help_with_an_example() {
     let commands = commands();
     for one in ["create", "restore", "info", "flatten", "import", "man"] {
         assert!(commands.iter().any(|name| name == one), "{one} is not in {commands:?}");
@@ -108,7 +108,7 @@ fn shells_complete_every_command() {
             assert!(script.contains(command), "{command} is not in the script for {shell}");
         }
     }
-    // A shell that is there takes the script as it is.
+    // An installed shell accepts the script.
     let script = snap(["completions", "bash"]).ok().stdout;
     let mut bash = std::process::Command::new("bash");
     bash.arg("-c").arg(format!("{script}\ncomplete -p snap"));
@@ -145,23 +145,25 @@ fn unknown_commands_and_missing_arguments_end_with_code_2() {
     }
 }
 
-/// The options in a command's short help, each with its letter, if it has one, and how it takes a value: `-o, --out <OUT>`.
+/// The options in a command's short help, each with its letter, if it has one, and how it takes a value: `-o, --out
+/// <OUT>`.
 fn options(command: &str) -> Vec<(String, Option<String>, &'static str)> {
     let help = snap([command, "-h"]).ok().stdout;
     let option = |line: &str| {
-        // Further lines of a text stand further to the right.
-        let words = line.strip_prefix("      ").or_else(|| line.strip_prefix("  "))?;
-        let (letter, words) = match words.split_once(", --") {
+        // Further lines of a text are indented further.
+        let option = line.strip_prefix("      ").or_else(|| line.strip_prefix("  "))?;
+        let (letter, option) = match option.split_once(", --") {
             Some((letter, rest)) if letter.len() == 2 => (Some(letter.to_owned()), rest),
-            _ => (None, words.strip_prefix("--")?),
+            _ => (None, option.strip_prefix("--")?),
         };
-        let end = words.find(|c: char| c != '-' && !c.is_ascii_lowercase()).unwrap_or(words.len());
-        let value = match &words[end..] {
+        let end =
+            option.find(|c: char| c != '-' && !c.is_ascii_lowercase()).unwrap_or(option.len());
+        let value = match &option[end..] {
             rest if rest.starts_with(" <") => "a value",
             rest if rest.starts_with('[') => "a value behind =, or none",
             _ => "no value",
         };
-        Some((words[..end].to_owned(), letter, value))
+        Some((option[..end].to_owned(), letter, value))
     };
     help.lines().filter_map(option).collect()
 }
@@ -177,7 +179,7 @@ fn an_option_is_the_same_in_every_command() {
             assert_eq!(*before, this, "--{name} of {first} and of {command}");
         }
     }
-    // Those that are in most commands, and what they mean there.
+    // Options that are in most commands, and their meaning.
     for (name, means) in [("force", "Replace "), ("json", "JSON"), ("force-cpu", "lacks features")]
     {
         let of = commands()
@@ -194,7 +196,7 @@ fn an_option_is_the_same_in_every_command() {
             assert!(about.contains(means), "--{name} of {command}: {about}");
         }
     }
-    // Whatever is written has a name that -o gives. (`bench` prints; its page is besides.)
+    // Every output has a name that -o gives. (`bench` prints; its page is an extra output.)
     for command in [
         "create", "restore", "info", "flatten", "rebase", "train", "optimize", "import", "export",
         "man",

@@ -1,4 +1,4 @@
-//! What a restored guest does is what the stored one would have done next.
+//! A restored guest continues exactly where the snapshotted one stopped.
 
 use crate::support::{Sample, needs_vm};
 
@@ -8,8 +8,8 @@ fn beats(output: &str) -> Vec<u64> {
     beats.map(|beat| beat.strip_suffix(" ok").expect(beat).parse().expect(beat)).collect()
 }
 
-fn goes_on_the_same_in_both_modes(memory: &str) {
-    // Stored in the middle of its work, not at its start.
+fn continues_equally_in_both_modes(memory: &str) {
+    // Snapshotted in the middle of its work, not at its start.
     let sample =
         Sample::create(&["--memory", memory, "--work", "16M", "--when", "output:beat 7 ok\n"]);
     let eager = sample.restore(&["--beats", "6", "--hash", "--memory", memory]).ok();
@@ -22,19 +22,19 @@ fn goes_on_the_same_in_both_modes(memory: &str) {
     let (eager, lazy) = (eager.report(), lazy.report());
     assert_eq!(eager["memory_sha256"].as_str().map(str::len), Some(64));
     assert_eq!(eager["memory_sha256"], lazy["memory_sha256"]);
-    // And one beat more is another memory: the hash does see what the guest does.
+    // One more beat gives other memory: the hash shows what the guest does.
     let more = sample.restore(&["--beats", "7", "--hash"]).ok().report();
     assert_ne!(more["memory_sha256"], eager["memory_sha256"]);
-    // Lazy really was: most pages never came, and those that did came on faults.
+    // It was really lazy: most pages were never loaded, and the others were loaded by faults.
     let pages = &lazy["pager"]["pages"];
     assert!(pages["missing"].as_u64() > pages["total"].as_u64().map(|total| total / 2), "{pages}");
     assert!(lazy["pager"]["faults"].as_u64() > Some(10));
     assert!(eager["pager"].is_null());
 }
 
-/// Memory that comes in the background is the memory of the guest, and is all there in the end.
+/// Memory that is loaded in the background is right, and complete in the end.
 #[test]
-fn a_guest_goes_on_the_same_while_its_memory_is_populated() {
+fn a_guest_continues_equally_while_its_memory_is_populated() {
     needs_vm!();
     let sample = Sample::create(&["--memory", "64M", "--work", "16M"]);
     let eager = sample.restore(&["--beats", "6", "--hash"]).ok().report();
@@ -54,15 +54,15 @@ fn a_guest_goes_on_the_same_while_its_memory_is_populated() {
 }
 
 #[test]
-fn a_64_mib_guest_goes_on_the_same_in_both_modes() {
+fn a_64_mib_guest_continues_equally_in_both_modes() {
     needs_vm!();
-    goes_on_the_same_in_both_modes("64M");
+    continues_equally_in_both_modes("64M");
 }
 
 #[test]
-fn a_4_gib_guest_goes_on_the_same_in_both_modes() {
+fn a_4_gib_guest_continues_equally_in_both_modes() {
     needs_vm!();
-    goes_on_the_same_in_both_modes("4G");
+    continues_equally_in_both_modes("4G");
 }
 
 #[test]
@@ -96,7 +96,7 @@ fn a_hundred_lazy_restores_in_a_row_are_all_right() {
 }
 
 #[test]
-fn a_run_ends_when_it_was_told_to() {
+fn a_run_ends_as_its_options_say() {
     needs_vm!();
     let sample = Sample::small();
     let until = sample.restore(&["--lazy", "--until", "beat 3"]).ok();

@@ -25,20 +25,20 @@ pub(crate) struct Vm {
 }
 
 impl Vm {
-    /// `snap WORDS --api FOLDER/api`; the guest runs when this returns.
+    /// `snap ARGS --api FOLDER/api`; the guest runs when this returns.
     #[track_caller]
-    pub(crate) fn start(folder: &Path, words: &[&str]) -> Vm {
-        let mut vm = Vm::start_paused(folder, words);
-        // The guest runs when it has said something.
+    pub(crate) fn start(folder: &Path, args: &[&str]) -> Vm {
+        let mut vm = Vm::start_paused(folder, args);
+        // The guest runs when it has printed something.
         vm.beats(1);
         vm
     }
 
-    /// As above, for a guest that says nothing yet.
-    pub(crate) fn start_paused(folder: &Path, words: &[&str]) -> Vm {
+    /// As above, for a guest that prints nothing yet.
+    pub(crate) fn start_paused(folder: &Path, args: &[&str]) -> Vm {
         let socket = folder.join("api");
         let mut command = Command::new(SNAP);
-        command.args(words).arg("--api").arg(&socket).stdin(Stdio::null());
+        command.args(args).arg("--api").arg(&socket).stdin(Stdio::null());
         let mut child =
             command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("snap starts");
         let lines = BufReader::new(child.stdout.take().expect("it is piped")).lines();
@@ -50,7 +50,7 @@ impl Vm {
         Vm::start(folder, &["run", "--memory", "64M", "--work", "8M"])
     }
 
-    /// Reads so many beats of the guest, all of which are ok.
+    /// Reads a number of beats of the guest, all of which are ok.
     #[track_caller]
     fn beats(&mut self, count: usize) {
         let mut seen = 0;
@@ -92,11 +92,11 @@ impl Vm {
 
     /// `snap create OUT --vm SOCKET`.
     fn create(&self, out: &Path, options: &[&str]) -> Ran {
-        let words = ["create".as_ref(), out.as_os_str(), "--vm".as_ref(), self.socket.as_os_str()];
-        snap(words.into_iter().chain(options.iter().map(std::ffi::OsStr::new)))
+        let args = ["create".as_ref(), out.as_os_str(), "--vm".as_ref(), self.socket.as_os_str()];
+        snap(args.into_iter().chain(options.iter().map(std::ffi::OsStr::new)))
     }
 
-    /// Waits for its end; what is left of its output is read too.
+    /// Waits for its end, and reads the rest of its output.
     pub(crate) fn end(&mut self) -> Ran {
         let child = self.child.take().expect("it ends once");
         let rest: Vec<_> = self.lines.by_ref().map_while(Result::ok).collect();
@@ -132,7 +132,7 @@ impl Drop for Vm {
     }
 }
 
-/// Connected to a socket, which is there and listens soon.
+/// Connects to a socket that will soon exist and listen.
 #[track_caller]
 fn connected(socket: &Path) -> UnixStream {
     let began = Instant::now();
@@ -157,9 +157,9 @@ fn folder() -> TempDir {
     tempfile::tempdir().expect("a folder")
 }
 
-/// It comes back and goes on, eagerly and lazily.
+/// Restores it eagerly and lazily; it continues.
 #[track_caller]
-fn goes_on(file: &Path) {
+fn continues(file: &Path) {
     for mode in [&["--lazy", "--beats", "2"][..], &["--beats", "2"]] {
         let report = restore(file, mode).ok().report();
         assert_eq!((&report["beats"], &report["bad_beats"]), (&json!(2), &json!(0)));
@@ -176,7 +176,7 @@ fn a_guest_is_paused_and_resumed() {
     let (status, state) = vm.ask("GET", "/", &Value::Null);
     assert_eq!((status, &state["state"]), (200, &json!("Running")), "{state}");
     assert_eq!((&state["app_name"], &state["memory_bytes"]), (&json!("snap"), &json!(64 << 20)));
-    // Twice the same is the same.
+    // The same request again has no effect.
     for _ in 0..2 {
         vm.set("Paused");
         assert_eq!(vm.state(), "Paused");
@@ -191,19 +191,19 @@ fn a_guest_is_paused_and_resumed() {
     vm.interrupt();
 }
 
-/// One that waits for its resuming finds its working set loaded, whatever else the machine does.
+/// A guest that waits to be resumed finds its working set loaded, under any load of the machine.
 #[test]
 fn a_guest_waits_while_its_working_set_is_loaded() {
     needs_vm!();
     let sample = Sample::create(&["--memory", "64M", "--work", "32M"]);
     let trained = sample.folder.path().join("trained.snap");
     let file = trained.to_str().expect("a plain name");
-    let words = ["train", sample.file.to_str().expect("a plain name"), "--beats", "1", "-o", file];
-    snap(words).ok();
+    let args = ["train", sample.file.to_str().expect("a plain name"), "--beats", "1", "-o", file];
+    snap(args).ok();
     let folder = folder();
     let faults = |prefetch: &str| {
-        let words = ["restore", "--lazy", file, "--prefetch", prefetch, "--paused", "--beats", "1"];
-        let mut vm = Vm::start_paused(folder.path(), &[&words[..], &["--report", "json"]].concat());
+        let args = ["restore", "--lazy", file, "--prefetch", prefetch, "--paused", "--beats", "1"];
+        let mut vm = Vm::start_paused(folder.path(), &[&args[..], &["--report", "json"]].concat());
         vm.wait_until_paused();
         let began = Instant::now();
         let pager = |vm: &Vm| vm.ask("GET", "/stats", &Value::Null).1["pager"].take();
@@ -223,7 +223,7 @@ fn a_guest_waits_while_its_working_set_is_loaded() {
     // A beat reads a quarter of the 8192 pages.
     assert!(with.1 > 1500, "{with:?}");
     assert!(with.0 * 20 <= without.0, "{with:?}, {without:?} without");
-    // One that nobody resumes can be interrupted.
+    // A guest that no client resumes can be interrupted.
     let vm = Vm::start_paused(folder.path(), &["restore", file, "--paused"]);
     vm.wait_until_paused();
     vm.interrupt();
@@ -231,7 +231,7 @@ fn a_guest_waits_while_its_working_set_is_loaded() {
 }
 
 #[test]
-fn a_running_guest_is_stored_and_goes_on() {
+fn a_running_guest_is_snapshotted_and_continues() {
     needs_vm!();
     let folder = folder();
     let mut vm = Vm::booted(folder.path());
@@ -240,13 +240,13 @@ fn a_running_guest_is_stored_and_goes_on() {
     assert_eq!(made["parent_id"], Value::Null);
     assert_eq!(vm.state(), "Running");
     vm.beats(2);
-    goes_on(&file);
+    continues(&file);
     // Again, to the same name.
     vm.create(&file, &[]).failed(1, &["now.snap exists; give --force"]);
     vm.set("Paused");
     vm.create(&file, &["--force"]).ok();
     assert_eq!(vm.state(), "Paused");
-    goes_on(&file);
+    continues(&file);
     let diff = folder.path().join("diff.snap");
     vm.create(&diff, &["--diff"]).failed(1, &["was not brought back from a snapshot"]);
     vm.set("Resumed");
@@ -254,22 +254,22 @@ fn a_running_guest_is_stored_and_goes_on() {
     let last = folder.path().join("last.snap");
     vm.create(&last, &["--stop"]).ok();
     let ended = vm.end().ok();
-    assert!(ended.stderr.contains("stored and stopped"), "{}", ended.stderr);
-    goes_on(&last);
+    assert!(ended.stderr.contains("snapshotted and stopped"), "{}", ended.stderr);
+    continues(&last);
     assert_eq!(names(folder.path()), ["last.snap", "now.snap"]);
 }
 
-/// A guest in each way in which one comes back, stored whole and as a layer at the same moment: both are the
-/// same, both go on, and so does the guest.
+/// A guest that was restored in each mode, snapshotted whole and as a layer at the same moment: both have the same
+/// memory, both continue, and so does the guest.
 #[test]
-fn a_restored_guest_is_stored_whole_and_as_a_layer() {
+fn a_restored_guest_is_snapshotted_whole_and_as_a_layer() {
     needs_vm!();
     let sample = Sample::small();
     let base = sample.file.to_str().expect("a plain name");
     for mode in [&["--lazy"][..], &["--lazy", "--populate", "full"], &[]] {
         let folder = folder();
-        let words: Vec<_> = ["restore", base].iter().chain(mode).copied().collect();
-        let mut vm = Vm::start(folder.path(), &words);
+        let args: Vec<_> = ["restore", base].iter().chain(mode).copied().collect();
+        let mut vm = Vm::start(folder.path(), &args);
         vm.set("Paused");
         let (whole, layer) = (folder.path().join("whole.snap"), folder.path().join("layer.snap"));
         vm.create(&whole, &[]).ok();
@@ -280,16 +280,16 @@ fn a_restored_guest_is_stored_whole_and_as_a_layer() {
         assert_eq!(diff["differing_pages"], 0, "{mode:?}: {diff}");
         vm.set("Resumed");
         vm.beats(2);
-        goes_on(&whole);
-        goes_on(&layer);
-        // What the guest lives on is not replaced.
+        continues(&whole);
+        continues(&layer);
+        // The file from which the guest runs is not replaced.
         vm.create(&sample.file, &["--force"]).failed(1, &["is read, itself or as a parent"]);
         vm.interrupt();
     }
 }
 
 #[test]
-fn a_clone_with_shared_pages_is_stored_too() {
+fn a_clone_with_shared_pages_is_snapshotted_too() {
     needs_vm!();
     let sample = Sample::small();
     let base = sample.file.to_str().expect("a plain name");
@@ -302,36 +302,36 @@ fn a_clone_with_shared_pages_is_stored_too() {
     let (whole, layer) = (folder.path().join("whole.snap"), folder.path().join("layer.snap"));
     vm.create(&whole, &[]).ok();
     vm.create(&layer, &["--diff"]).ok();
-    let words = ["diff".as_ref(), whole.as_os_str(), layer.as_os_str(), "--json".as_ref()];
-    let diff = snap(words).ok().json();
+    let args = ["diff".as_ref(), whole.as_os_str(), layer.as_os_str(), "--json".as_ref()];
+    let diff = snap(args).ok().json();
     assert_eq!(diff["differing_pages"], 0, "{diff}");
     vm.set("Resumed");
     vm.beats(2);
-    goes_on(&whole);
-    goes_on(&layer);
+    continues(&whole);
+    continues(&layer);
     vm.interrupt();
     signal(server.id(), "INT");
     end_of(server);
 }
 
-/// `snap serve` of a file, which somebody can connect to.
+/// `snap serve` of a file, ready for connections.
 fn serve(file: &str, socket: &Path) -> Child {
     let mut server = Command::new(SNAP);
     server.args(["serve", file, "--listen"]).arg(socket);
     let server = crate::support::start(server);
-    // A client that has left again.
+    // A client that has disconnected.
     drop(connected(socket));
     server
 }
 
-/// A server, and a clone of its guest that waits for its resuming.
+/// A server, and a clone of its guest that waits to be resumed.
 fn waiting_clone(folder: &Path, sample: &Sample) -> (Child, Vm) {
     let base = sample.file.to_str().expect("a plain name");
     let socket = folder.join("serve");
     let server = serve(base, &socket);
     let share = socket.to_str().expect("a plain name");
-    let words = ["restore", "--lazy", "--share", share, base, "--paused"];
-    let vm = Vm::start_paused(folder, &words);
+    let args = ["restore", "--lazy", "--share", share, base, "--paused"];
+    let vm = Vm::start_paused(folder, &args);
     vm.wait_until_paused();
     (server, vm)
 }
@@ -344,12 +344,12 @@ fn a_waiting_clone_ends_with_its_server() {
     let (server, mut vm) = waiting_clone(folder.path(), &sample);
     signal(server.id(), "KILL");
     end_of(server);
-    vm.end().failed(5, &["guest stopped", "the page server is gone"]);
+    vm.end().failed(5, &["guest stopped", "the page server has ended"]);
 }
 
-/// Storing a clone brings all of its pages. One that cannot be had ends the storing, and the guest, with its cause.
+/// A snapshot of a clone loads all of its pages. An unreadable one ends the snapshot, and the guest, with its cause.
 #[test]
-fn a_clone_with_a_damaged_page_is_not_stored() {
+fn a_clone_with_a_damaged_page_is_not_snapshotted() {
     needs_vm!();
     let sample = Sample::small();
     damage_later_half(&sample);
@@ -363,43 +363,43 @@ fn a_clone_with_a_damaged_page_is_not_stored() {
 }
 
 #[test]
-fn what_cannot_be_asked_is_told() {
+fn impossible_requests_are_refused() {
     needs_vm!();
     let folder = folder();
     let vm = Vm::booted(folder.path());
     let other = snap(["run".as_ref(), "--api".as_ref(), vm.socket.as_os_str()]);
     other.failed(1, &["cannot listen at", "a server is listening there"]);
-    let nobody = folder.path().join("nobody");
+    let missing = folder.path().join("missing");
     let out = folder.path().join("out.snap");
-    let words = ["create".as_ref(), out.as_os_str(), "--vm".as_ref(), nobody.as_os_str()];
-    snap(words).failed(1, &["cannot ask the guest at", "nobody", "No such file"]);
+    let args = ["create".as_ref(), out.as_os_str(), "--vm".as_ref(), missing.as_os_str()];
+    snap(args).failed(1, &["cannot ask the guest at", "missing", "No such file"]);
     let elsewhere = Path::new("/nonexistent/out.snap");
     vm.create(elsewhere, &[]).failed(1, &["cannot create /nonexistent/out.snap"]);
     vm.create(&out, &["--when", "after:1s"]).failed(2, &["cannot be used with"]);
-    for word in [["--memory", "64M"], ["--kernel", "k"], ["--from", "b"]] {
-        vm.create(&out, &word).failed(2, &["cannot be used with"]);
+    for arg in [["--memory", "64M"], ["--kernel", "k"], ["--from", "b"]] {
+        vm.create(&out, &arg).failed(2, &["cannot be used with"]);
     }
     assert_eq!(names(folder.path()), ["api"]);
     vm.interrupt();
 }
 
-/// Clients that say nothing, nonsense, or half of something, more of them than there are places.
+/// Clients that send nothing, garbage, or half of a request, more of them than the limit of connections.
 #[test]
-fn hostile_clients_hold_nobody_up() {
+fn hostile_clients_delay_no_others() {
     needs_vm!();
     let folder = folder();
     let mut vm = Vm::booted(folder.path());
     let mut half: Vec<UnixStream> = Vec::new();
     for n in 0..40 {
         let mut stream = vm.connect();
-        let said: &[u8] = match n % 4 {
+        let sent: &[u8] = match n % 4 {
             0 => b"",
             1 => b"PATCH /vm HTTP/1.1\r\nContent-Len",
             2 => b"PUT /snapshot/create HTTP/1.1\r\nContent-Length: 60000\r\n\r\n{",
             _ => &[0xff; 20000],
         };
-        // It may have been shown out already.
-        let _ = stream.write_all(said);
+        // It may have been disconnected already.
+        let _ = stream.write_all(sent);
         half.push(stream);
         if n % 10 == 9 {
             assert_eq!(vm.state(), "Running");
@@ -414,14 +414,14 @@ fn hostile_clients_hold_nobody_up() {
     vm.interrupt();
 }
 
-/// A client that leaves in the middle leaves no file, and the guest goes on.
+/// A client that disconnects in the middle leaves no file, and the guest continues.
 #[test]
-fn a_client_that_leaves_has_no_file() {
+fn a_client_that_disconnects_gets_no_file() {
     needs_vm!();
     let folder = folder();
     let mut vm = Vm::start(folder.path(), &["run", "--memory", "512M", "--work", "384M"]);
     let out = folder.path().join("out.snap");
-    // Long enough to be left: seconds, with this level.
+    // Long enough to be cancelled: seconds, with this level.
     let body = json!({ "snapshot_path": out, "codec": "zstd", "level": 19, "threads": 1 });
     let body = body.to_string();
     let mut client = vm.connect();
@@ -431,9 +431,9 @@ fn a_client_that_leaves_has_no_file() {
     while vm.ask("GET", "/vm", &Value::Null).1["storing"].is_null() {
         thread::yield_now();
     }
-    // Others are told that it is busy, at once.
+    // Other clients get the error that it is busy, immediately.
     let (status, fault) = vm.ask("PATCH", "/vm", &json!({ "state": "Paused" }));
-    assert_eq!((status, &fault["fault_message"]), (409, &json!("the guest is being stored")));
+    assert_eq!((status, &fault["fault_message"]), (409, &json!("the guest is being snapshotted")));
     drop(client);
     while !vm.ask("GET", "/vm", &Value::Null).1["storing"].is_null() {
         thread::yield_now();
@@ -443,9 +443,9 @@ fn a_client_that_leaves_has_no_file() {
     vm.interrupt();
 }
 
-/// What it has not written is in the image alone.
+/// Pages that it has not written are only in the image.
 #[test]
-fn a_guest_that_runs_from_a_raw_image_is_stored_whole() {
+fn a_guest_that_runs_from_a_raw_image_is_snapshotted_whole() {
     needs_vm!();
     let sample = Sample::small();
     let folder = folder();

@@ -14,8 +14,7 @@ use crate::support::{Ran, SNAP, end_of, names, needs_vm, signal, skip, snap};
 
 const DISK_BYTES: u64 = 1 << 20;
 
-/// A folder with a guest that has a disk: stored when it asks for it, then it prints its command line and
-/// stands still.
+/// A folder with a guest that has a disk. It is snapshotted at its request, then it prints its command line and halts.
 pub(crate) struct Guest {
     folder: TempDir,
 }
@@ -42,12 +41,12 @@ impl Guest {
         guest
     }
 
-    /// Stores it, with `--disk` and this.
+    /// Snapshots it, with `--disk` and this.
     #[track_caller]
     pub(crate) fn stored_with(&self, disk: impl AsRef<OsStr>) -> Ran {
         let (kernel, disk) = (self.path("kernel"), Path::new(&disk));
         let paths = [("--kernel", &*kernel), ("--disk", disk)];
-        self.snap("create", "guest.snap", &["--force", "--cmdline", "goes on"], &paths)
+        self.snap("create", "guest.snap", &["--force", "--cmdline", "continues here"], &paths)
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -55,33 +54,33 @@ impl Guest {
     }
 
     #[track_caller]
-    fn snap(&self, command: &str, file: &str, words: &[&str], paths: &[(&str, &Path)]) -> Ran {
+    fn snap(&self, command: &str, file: &str, args: &[&str], paths: &[(&str, &Path)]) -> Ran {
         let mut all = vec![command.into(), self.path(file).into_os_string()];
-        all.extend(words.iter().map(Into::into));
+        all.extend(args.iter().map(Into::into));
         for (option, path) in paths {
             all.extend([option.into(), path.as_os_str().to_owned()]);
         }
         snap(all)
     }
 
-    /// It prints its line, and then no more.
+    /// Restores it: it prints its line, and then no more.
     #[track_caller]
-    pub(crate) fn goes_on(&self, file: &str, words: &[&str]) {
-        let ran = self.snap("restore", file, &[words, &["--until", "\n"]].concat(), &[]).ok();
-        assert!(ran.stdout.starts_with("goes on"), "{}", ran.stdout);
+    pub(crate) fn continues(&self, file: &str, args: &[&str]) {
+        let ran = self.snap("restore", file, &[args, &["--until", "\n"]].concat(), &[]).ok();
+        assert!(ran.stdout.starts_with("continues"), "{}", ran.stdout);
     }
 
-    /// It does not run at all.
+    /// The restore is refused, and the guest does not run.
     #[track_caller]
-    pub(crate) fn is_refused(&self, words: &[&str], says: &[&str]) {
+    pub(crate) fn is_refused(&self, args: &[&str], messages: &[&str]) {
         for mode in [&["--lazy"][..], &[]] {
-            let ran = self.snap("restore", "guest.snap", &[mode, words].concat(), &[]);
+            let ran = self.snap("restore", "guest.snap", &[mode, args].concat(), &[]);
             assert_eq!(ran.stdout, "");
-            ran.failed(1, says);
+            ran.failed(1, messages);
         }
     }
 
-    /// A guest that has the disk for as long as this is not ended.
+    /// A guest that uses the disk until this is dropped.
     pub(crate) fn start(&self, file: &str) -> Child {
         let mut command = Command::new(SNAP);
         command.args(["restore", "--lazy"]).arg(self.path(file)).stdin(Stdio::null());
@@ -90,7 +89,7 @@ impl Guest {
         let mut line = String::new();
         let stdout = child.stdout.as_mut().expect("it is piped");
         BufReader::new(stdout).read_line(&mut line).expect("it can be read");
-        if !line.starts_with("goes on") {
+        if !line.starts_with("continues") {
             let _ = child.kill();
             panic!("{line:?}");
         }
@@ -104,22 +103,22 @@ pub(crate) fn stop(child: Child) {
 }
 
 #[test]
-fn a_disk_that_is_not_as_it_was_is_refused() {
+fn a_changed_disk_is_refused() {
     needs_vm!();
     let guest = Guest::create(false);
-    guest.goes_on("guest.snap", &["--lazy"]);
-    // The guest has written nothing: the disk is as it was.
-    guest.goes_on("guest.snap", &[]);
+    guest.continues("guest.snap", &["--lazy"]);
+    // The guest has written nothing: the disk is unchanged.
+    guest.continues("guest.snap", &[]);
 
     let copy = guest.path("copy");
     let copied = Command::new("cp").arg("-p").arg(guest.path("disk")).arg(&copy).status();
     assert!(copied.expect("cp runs").success());
     let disk = OpenOptions::new().write(true).open(guest.path("disk")).expect("it is there");
     disk.write_all_at(b"other content", 4096).expect("it is written");
-    let changed = ["disk", "is not as it was when the guest was saved: its time of change"];
+    let changed = ["disk", "has changed since the guest was saved: its change time"];
     guest.is_refused(&[], &changed);
-    guest.goes_on("guest.snap", &["--force-disks"]);
-    guest.goes_on("guest.snap", &["--disk", copy.to_str().expect("a plain name")]);
+    guest.continues("guest.snap", &["--force-disks"]);
+    guest.continues("guest.snap", &["--disk", copy.to_str().expect("a plain name")]);
 
     disk.set_len(DISK_BYTES / 2).expect("it shrinks");
     let shrunk = ["its length in bytes is 524288, expected 1048576"];
@@ -129,7 +128,7 @@ fn a_disk_that_is_not_as_it_was_is_refused() {
     guest.is_refused(&[], &["has 524289 bytes, expected a multiple of 512"]);
 
     fs::remove_file(guest.path("disk")).expect("it is there");
-    guest.is_refused(&[], &["cannot open the disk", "No such file", "--disk says where it is now"]);
+    guest.is_refused(&[], &["cannot open the disk", "No such file", "--disk gives its new path"]);
     fs::create_dir(guest.path("disk")).expect("it is made");
     guest.is_refused(&[], &["disk"]);
     guest.is_refused(&["--disk", "a", "--disk", "b"], &["--disk is given 2 times"]);
@@ -142,40 +141,40 @@ fn one_guest_writes_a_disk_or_many_read_it() {
     let first = guest.start("guest.snap");
     guest.is_refused(&[], &["disk", "is in use: one guest writes a disk"]);
     stop(first);
-    guest.goes_on("guest.snap", &[]);
+    guest.continues("guest.snap", &[]);
 
     let readers = Guest::create(true);
     let first = readers.start("guest.snap");
-    readers.goes_on("guest.snap", &["--lazy"]);
+    readers.continues("guest.snap", &["--lazy"]);
     stop(first);
 }
 
 #[test]
-fn a_layer_knows_the_disk_as_it_is_then() {
+fn a_layer_has_the_fingerprint_of_its_time() {
     needs_vm!();
     let guest = Guest::create(false);
     let base = guest.path("guest.snap");
-    let words = ["--when", "output:goes"];
-    guest.snap("create", "layer.snap", &words, &[("--from", &base)]).ok();
+    let args = ["--when", "output:continues"];
+    guest.snap("create", "layer.snap", &args, &[("--from", &base)]).ok();
     let ran = guest.snap("restore", "layer.snap", &["--until", "\n"], &[]).ok();
-    assert!(ran.stdout.starts_with(" on"), "{}", ran.stdout);
-    // Neither can be had while a guest has the disk, and nothing is left of what could not be made.
+    assert!(ran.stdout.starts_with(" here"), "{}", ran.stdout);
+    // Both are refused while a guest uses the disk, and no file is left.
     let first = guest.start("guest.snap");
     guest
-        .snap("create", "second.snap", &words, &[("--from", &base)])
+        .snap("create", "second.snap", &args, &[("--from", &base)])
         .failed(1, &["disk", "is in use"]);
     stop(first);
     assert_eq!(names(guest.folder.path()), ["disk", "guest.snap", "kernel", "layer.snap"]);
 }
 
 #[test]
-fn disks_that_are_none_are_refused_at_the_beginning() {
+fn invalid_disks_are_refused_at_the_start() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = |name: &str| folder.path().join(name);
     fs::write(path("kernel"), kernel::elf(&kernel::power_off(), true, 0)).expect("it is written");
     fs::write(path("odd"), [0; 513]).expect("it is written");
     fs::write(path("empty"), []).expect("it is written");
-    for (name, says) in [
+    for (name, messages) in [
         ("none", "No such file"),
         ("odd", "has 513 bytes, expected a multiple of 512"),
         ("empty", "has 0 bytes"),
@@ -183,12 +182,12 @@ fn disks_that_are_none_are_refused_at_the_beginning() {
     ] {
         let (out, kernel, disk) = (path("out.snap"), path("kernel"), path(name));
         let args = ["create".as_ref(), out.as_os_str(), "--kernel".as_ref(), kernel.as_os_str()];
-        snap(args.into_iter().chain(["--disk".as_ref(), disk.as_os_str()])).failed(1, &[says]);
+        snap(args.into_iter().chain(["--disk".as_ref(), disk.as_os_str()])).failed(1, &[messages]);
         assert!(!out.exists());
     }
 }
 
-/// What a guest would see as garbage is refused by its name; unless it is said to be meant.
+/// An image in another format, which a guest would see as garbage, is refused, except with `,raw`.
 #[test]
 fn images_of_other_formats_are_refused() {
     needs_vm!();
@@ -211,26 +210,26 @@ fn images_of_other_formats_are_refused() {
         ("xz", 0, b"\xfd7zXZ\0"),
     ] {
         let disk = write("disk", at, signature);
-        for words in ["", ",ro", ",overlay"] {
+        for args in ["", ",ro", ",overlay"] {
             let mut arg = disk.clone().into_os_string();
-            arg.push(words);
+            arg.push(args);
             let ran = guest.stored_with(&arg);
             ran.failed(1, &["the disk ", &format!("in the format {format}"), "qemu-img", ",raw"]);
             arg.push(",raw");
             guest.stored_with(&arg).ok();
         }
     }
-    // What is compressed mostly has no whole sectors: that is not what is wrong with it.
+    // Compressed files mostly have no whole sectors, but the message is about the format.
     fs::write(guest.path("odd"), b"\x1f\x8b\x08 and 13 more").expect("it is written");
     guest.stored_with(guest.path("odd")).failed(1, &["in the format gzip"]);
-    // A guest may write what it likes on its disk: it is brought back all the same.
+    // A guest may write any bytes on its disk: it is restored anyway.
     let disk = write("own", 0, b"a file system");
     guest.stored_with(&disk).ok();
     write("own", 0, b"QFI\xfb");
-    guest.goes_on("guest.snap", &["--force-disks"]);
+    guest.continues("guest.snap", &["--force-disks"]);
 }
 
-/// What qemu-img makes, where there is one.
+/// Images that qemu-img makes, if it is installed.
 #[test]
 fn images_of_qemu_are_refused() {
     let guest = Guest::new();

@@ -1,5 +1,5 @@
-//! Damage that shows only while the guest runs: it stops with a message, it never hangs, and it
-//! never sees zeros in the place of a page.
+//! Damage that is found only while the guest runs: the guest stops with a message, never hangs, and never sees zeros
+//! instead of a page.
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::Command;
@@ -40,24 +40,24 @@ fn a_flipped_chunk_is_found_when_it_is_faulted() {
     let sample = Sample::small();
     let chunks = chunks(&sample);
     let mut bytes = std::fs::read(&sample.file).expect("it can be read");
-    // All but the first chunks, which hold the guest's own code and tables: so it runs, and then
-    // meets one of the others.
+    // All except the first chunks, which hold the guest's own code and tables: so it runs, and then touches one of the
+    // others.
     for offset in &chunks[chunks.len() / 2..] {
         bytes[*offset as usize + 200] ^= 0x10;
     }
     std::fs::write(&sample.file, bytes).expect("it can be written");
-    let says = ["guest.snap", "corrupt chunks at offset", "checksum expected", "found"];
+    let messages = ["guest.snap", "corrupt chunks at offset", "checksum expected", "found"];
     let lazy = sample.restore(&["--lazy", "--beats", "3"]);
     assert!(!lazy.stdout.contains("BAD"), "{}", lazy.stdout);
-    lazy.failed(5, &says).failed(5, &["guest stopped"]);
-    // Eagerly it is found before the guest runs.
+    lazy.failed(5, &messages).failed(5, &["guest stopped"]);
+    // An eager restore finds it before the guest runs.
     let eager = sample.restore(&["--beats", "3"]);
     assert!(eager.stdout.is_empty(), "{}", eager.stdout);
-    eager.failed(3, &says);
+    eager.failed(3, &messages);
 }
 
 #[test]
-fn with_the_policy_kill_the_process_dies_with_a_message() {
+fn with_the_policy_kill_the_process_is_killed_with_a_message() {
     needs_vm!();
     let sample = Sample::small();
     let mut bytes = std::fs::read(&sample.file).expect("it can be read");
@@ -80,9 +80,9 @@ fn a_flipped_index_leaf_is_found_when_it_is_used() {
     let mut bytes = std::fs::read(&sample.file).expect("it can be read");
     bytes[(leaves.end() - 9) as usize] ^= 1;
     std::fs::write(&sample.file, bytes).expect("it can be written");
-    let says = ["corrupt index leaves at offset", "expected", "found"];
-    sample.restore(&["--lazy", "--beats", "3"]).failed(5, &says);
-    sample.restore(&["--beats", "3"]).failed(3, &says);
+    let messages = ["corrupt index leaves at offset", "expected", "found"];
+    sample.restore(&["--lazy", "--beats", "3"]).failed(5, &messages);
+    sample.restore(&["--beats", "3"]).failed(3, &messages);
 }
 
 #[test]
@@ -101,7 +101,7 @@ fn a_file_cut_short_under_a_running_guest_stops_it() {
     file.set_len(5000).expect("it can be cut");
     let mut stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
     let mut output = String::new();
-    // The guest may have had all it needs before the cut, then it beats for ever: seen, ended.
+    // The guest may have loaded all its pages before the cut. Then it beats forever, and is ended here.
     while stdout.read_line(&mut output).expect("output is text") > 0 {
         if output.lines().count() > 40 {
             crate::support::signal(child.id(), "INT");
@@ -129,7 +129,7 @@ fn threads(process: u32) -> Vec<String> {
 #[test]
 fn a_page_that_only_the_hash_reads_fails_it() {
     needs_vm!();
-    // One beat touches a quarter of the pages; the hash wants them all.
+    // One beat touches a quarter of the pages; the hash reads them all.
     let sample = Sample::create(&["--memory", "64M", "--work", "8M", "--chunk-pages", "1"]);
     let mut bytes = std::fs::read(&sample.file).expect("it can be read");
     let chunks = chunks(&sample);
@@ -140,8 +140,8 @@ fn a_page_that_only_the_hash_reads_fails_it() {
         std::fs::write(&sample.file, &bytes).expect("it can be written");
         bytes[at] ^= 0x10;
         if sample.restore(&["--lazy", "--beats", "1"]).code == Some(0) {
-            let says = ["corrupt chunks at offset", "checksum expected"];
-            sample.restore(&["--lazy", "--beats", "1", "--hash"]).failed(5, &says);
+            let messages = ["corrupt chunks at offset", "checksum expected"];
+            sample.restore(&["--lazy", "--beats", "1", "--hash"]).failed(5, &messages);
             found_by_the_hash = true;
             break;
         }
@@ -150,10 +150,10 @@ fn a_page_that_only_the_hash_reads_fails_it() {
 }
 
 #[test]
-fn a_snapshot_of_another_memory_size_is_not_taken_for_granted() {
+fn a_snapshot_of_another_memory_size_is_refused() {
     needs_vm!();
     let sample = Sample::create(&["--memory", "4G", "--work", "8M"]);
-    let says = ["--memory 3 GiB expected, found 4 GiB", "guest.snap"];
-    sample.restore(&["--memory", "3G", "--beats", "1"]).failed(1, &says);
-    sample.restore(&["--memory", "3G", "--lazy", "--beats", "1"]).failed(1, &says);
+    let messages = ["--memory 3 GiB expected, found 4 GiB", "guest.snap"];
+    sample.restore(&["--memory", "3G", "--beats", "1"]).failed(1, &messages);
+    sample.restore(&["--memory", "3G", "--lazy", "--beats", "1"]).failed(1, &messages);
 }

@@ -1,4 +1,4 @@
-//! A disk that does not answer: a file system of this test (FUSE) whose reads and writes never come to an end.
+//! A disk that does not answer: a file system of this test (FUSE) whose reads and writes never end.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
@@ -11,7 +11,7 @@ use tempfile::TempDir;
 
 use crate::support::skip;
 
-/// The file that is there.
+/// The existing file.
 const FILE: &str = "guest.snap";
 const ROOT_NODE: u64 = 1;
 const FILE_NODE: u64 = 2;
@@ -26,7 +26,7 @@ pub(crate) struct SlowDisk {
 
 struct Disk {
     content: Vec<u8>,
-    /// How many bytes are read before it hangs.
+    /// The number of bytes that are read before it hangs.
     readable: AtomicU64,
     /// Whether a folder `*.tmp` was made.
     has_folder: AtomicBool,
@@ -35,7 +35,7 @@ struct Disk {
 }
 
 impl SlowDisk {
-    /// With `file` in it, as `guest.snap`. `None`, and a word, where this user cannot mount one.
+    /// With `file` in it, as `guest.snap`. `None`, and a message, if this user cannot mount it.
     pub(crate) fn with(file: &Path, test: &str) -> Option<Self> {
         let content = std::fs::read(file).expect("it can be read");
         let folder = tempfile::tempdir().expect("a temporary folder");
@@ -69,7 +69,7 @@ impl SlowDisk {
         self.folder.path().join(FILE)
     }
 
-    /// Whether a command's hidden folder is there.
+    /// Whether a command's hidden folder exists.
     pub(crate) fn has_folder(&self) -> bool {
         self.disk.has_folder()
     }
@@ -83,7 +83,7 @@ impl SlowDisk {
         self.hang_after(0);
     }
 
-    /// So many bytes are read, and then nothing.
+    /// This many bytes are read, and then nothing.
     pub(crate) fn hang_after(&self, bytes: u64) {
         self.disk.readable.store(bytes, Ordering::SeqCst);
     }
@@ -104,7 +104,7 @@ impl Drop for SlowDisk {
     }
 }
 
-/// What is answered: data, an error, or nothing, ever.
+/// The answer: data, an error, or none.
 enum Answer {
     Data(Vec<u8>),
     Error(i32),
@@ -143,7 +143,7 @@ impl Disk {
             answer.extend((-error).to_le_bytes());
             answer.extend(unique.to_le_bytes());
             answer.extend(data);
-            // Who asked may be gone.
+            // The requesting process may have ended.
             let _ = fuse.write(&answer);
         }
     }

@@ -1,7 +1,7 @@
 //! Files of every released version of the format stay readable for ever.
 //!
-//! A new version of the format adds files to `tests/golden`; the ones that are there are never
-//! changed. `SNAP_MAKE_GOLDEN=FOLDER cargo test golden` writes those of the present version.
+//! A new version of the format adds files to `tests/golden`; existing ones are never changed. `SNAP_MAKE_GOLDEN=FOLDER
+//! cargo test golden` writes those of the present version.
 
 use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
@@ -21,7 +21,7 @@ const REGIONS: [MemoryRegion; 2] = [
     MemoryRegion { gpa: 1 << 32, len: 3 << 20, source_offset: 5 << 20 },
 ];
 
-/// The golden memory: most pages zero, the rest of all kinds.
+/// The golden memory: most pages are zero, the rest are of all kinds.
 fn page(number: u32) -> [u8; PAGE_BYTES] {
     let mut page = [0; PAGE_BYTES];
     let mut state = u64::from(number).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
@@ -43,7 +43,7 @@ fn memory() -> Vec<u8> {
     (0..2048).flat_map(page).collect()
 }
 
-/// The file with a working set, its pages in front. It can be read, and not be made any more: chunks say now whose they are.
+/// The file with a working set, its pages at the front. It is read, but not written any more: chunks have BOUND now.
 const HOT: &str = "v1-working-set.snap";
 
 /// A copy of a file, with its chunks and with a working set.
@@ -51,7 +51,7 @@ const COPY: &str = "v1-bound-copy.snap";
 
 const STATE: &[u8] = b"the state of a golden machine";
 
-/// The files that there must be: a missing one is an error, not a skip. These are from before chunks said whose they are.
+/// The required files: a missing one is an error, not a skip. These are from before BOUND.
 const OLD: [(&str, Codec); 4] = [
     ("v1-raw.snap", Codec::Raw),
     ("v1-lz4.snap", Codec::Lz4),
@@ -59,12 +59,12 @@ const OLD: [(&str, Codec); 4] = [
     (HOT, Codec::Lz4),
 ];
 
-/// And these are as they are written now.
+/// Files in the present format.
 const PRESENT: [(&str, Codec); 3] =
     [("v1-bound-raw.snap", Codec::Raw), ("v1-bound-zstd.snap", Codec::Zstd), (COPY, Codec::Zstd)];
 
 #[test]
-fn golden_files_read_as_they_always_did() {
+fn golden_files_read_without_a_change() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden");
     if let Some(new) = std::env::var_os("SNAP_MAKE_GOLDEN") {
         make(Path::new(&new));
@@ -105,7 +105,7 @@ fn working_set() -> WorkingSet {
 }
 
 #[test]
-fn the_golden_working_set_is_what_it_seems() {
+fn the_golden_working_set_has_the_expected_pages() {
     let run = |first, pages, phase, seen| HotRun { first: PageIndex(first), pages, phase, seen };
     let expected = [
         run(30, 40, Phase::FirstOutput, 2),

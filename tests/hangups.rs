@@ -1,4 +1,4 @@
-//! SIGHUP, of a terminal that is closed or a connection that is lost, is heard like SIGTERM.
+//! SIGHUP, after a closed terminal or a lost connection, is handled like SIGTERM.
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -7,18 +7,18 @@ use std::process::Command;
 use crate::support::{SNAP, Sample, names, needs_vm, signal, skip};
 use crate::talking::{Talking, state, wait_for, wait_until};
 
-/// A command that makes a socket, as far as that it can be hung up on.
-fn begun(words: &[&str], file: &Path, option: &str, socket: &Path) -> Talking {
-    let words = words.iter().map(|word| match *word {
+/// A command that creates a socket, when it is ready for a SIGHUP.
+fn begun(args: &[&str], file: &Path, option: &str, socket: &Path) -> Talking {
+    let args = args.iter().map(|arg| match *arg {
         "FILE" => file.as_os_str(),
-        word => OsStr::new(word),
+        arg => OsStr::new(arg),
     });
-    let talking = Talking::snap(words.chain([OsStr::new(option), socket.as_os_str()]));
+    let talking = Talking::snap(args.chain([OsStr::new(option), socket.as_os_str()]));
     wait_for(socket);
     talking
 }
 
-/// The commands that make a socket.
+/// The commands that create a socket.
 const COMMANDS: [(&[&str], &str); 6] = [
     (&["run", "--memory", "32M", "--work", "4M"], "--api"),
     (&["restore", "FILE"], "--api"),
@@ -30,67 +30,67 @@ const COMMANDS: [(&[&str], &str); 6] = [
 
 #[test]
 fn a_hangup_ends_each_command_cleanly() {
-    // Sockets stayed behind.
+    // Sockets were left.
     needs_vm!();
     let sample = Sample::small();
     let socket = sample.folder.path().join("a.sock");
-    for (words, option) in COMMANDS {
-        let talking = begun(words, &sample.file, option, &socket);
-        // The shell and the kernel both say it: the second is no impatience.
+    for (args, option) in COMMANDS {
+        let talking = begun(args, &sample.file, option, &socket);
+        // The shell and the kernel both send it: the second one does not end it immediately.
         talking.signal("HUP");
         talking.signal("HUP");
         talking.end().failed(130, &["interrupted"]);
-        assert_eq!(sample.names(), ["guest.snap"], "{words:?}");
+        assert_eq!(sample.names(), ["guest.snap"], "{args:?}");
     }
 }
 
 #[test]
-fn a_hangup_leaves_nothing_half_written() {
+fn a_hangup_leaves_no_half_written_file() {
     needs_vm!();
     let sample = Sample::create(&["--memory", "256M", "--work", "192M"]);
     let out = sample.folder.path().join("out");
     let (file, out) = (sample.file.to_str().expect("text"), out.to_str().expect("text"));
-    for words in [
+    for args in [
         &["create", out, "--memory", "256M", "--work", "192M", "--level", "19"][..],
         &["flatten", file, "-o", out, "--level", "19"],
         &["restore", "--lazy", "--record", file, "-o", out, "--until", "never"],
     ] {
-        let mut talking = Talking::snap(words);
-        let recorded = words[0] == "restore";
+        let mut talking = Talking::snap(args);
+        let recorded = args[0] == "restore";
         match recorded {
             true => talking.beats(1),
             false => hears_hangups(talking.id()),
         }
         talking.signal("HUP");
         talking.end().failed(130, &["interrupted"]);
-        // What was recorded is written all the same, as after Ctrl-C.
+        // The recording is written anyway, as after Ctrl-C.
         let expected = if recorded { &["guest.snap", "out"][..] } else { &["guest.snap"] };
-        assert_eq!(sample.names(), expected, "{words:?}");
+        assert_eq!(sample.names(), expected, "{args:?}");
     }
     let talking = Talking::snap(["export", file, "--format", "raw", "-o", &format!("{out}.raw")]);
     hears_hangups(talking.id());
     talking.signal("HUP");
-    // It may have been done by then.
+    // It may have ended by then.
     let code = talking.end().code;
     let expected = ["guest.snap", "out", "out.raw"];
     assert_eq!(sample.names(), expected[..if code == Some(0) { 3 } else { 2 }]);
 }
 
 #[test]
-fn a_command_that_is_to_outlive_its_terminal_does() {
+fn a_command_can_outlive_its_terminal() {
     needs_vm!();
     let sample = Sample::small();
     let socket = sample.folder.path().join("a.sock");
-    for (words, option) in COMMANDS {
+    for (args, option) in COMMANDS {
         let mut command = Command::new("nohup");
-        command.arg(SNAP).args(words.iter().map(|word| match *word {
+        command.arg(SNAP).args(args.iter().map(|arg| match *arg {
             "FILE" => sample.file.as_os_str(),
-            word => OsStr::new(word),
+            arg => OsStr::new(arg),
         }));
         command.arg(option).arg(&socket);
         let talking = Talking::start(command);
         wait_for(&socket);
-        assert!(has(talking.id(), "SigIgn", 1), "{words:?}: SIGHUP is not ignored any more");
+        assert!(has(talking.id(), "SigIgn", 1), "{args:?}: SIGHUP is not ignored any more");
         talking.signal("HUP");
         talking.interrupt();
     }
@@ -107,14 +107,14 @@ fn a_terminal_that_is_closed() {
         return skip("a_terminal_that_is_closed", "there is no program `script`");
     };
     wait_for(&socket);
-    // With its program the terminal is gone.
+    // The terminal closes with its program.
     terminal.signal("KILL");
-    wait_until("the socket stays behind", || names(folder) == ["guest.snap"]);
+    wait_until("the socket is left", || names(folder) == ["guest.snap"]);
 }
 
 #[test]
 fn a_guest_in_the_background_of_a_terminal_runs() {
-    // It was stopped by SIGTTOU, or SIGTTIN, when it looked for the keyboard, and its clients hung.
+    // It was stopped by SIGTTOU, or SIGTTIN, when it read the keyboard, and its clients hung.
     needs_vm!();
     let sample = Sample::small();
     let script = "set -m; stty tostop; \"$SNAP\" restore \"$FILE\" --api \"$SOCKET\" & \
@@ -127,7 +127,7 @@ fn a_guest_in_the_background_of_a_terminal_runs() {
     let read = || std::fs::read_to_string(&pid).ok()?.trim().parse::<u32>().ok();
     wait_until("nothing is started", || read().is_some());
     let id = read().expect("it was there");
-    // Its output comes through the terminal.
+    // Its output goes through the terminal.
     terminal.beats(3);
     assert_ne!(state(id), Some('T'), "it is stopped");
     signal(id, "INT");
@@ -135,7 +135,7 @@ fn a_guest_in_the_background_of_a_terminal_runs() {
     assert_eq!(sample.names(), ["guest.snap", "pid"]);
 }
 
-/// Runs a script in a terminal of its own.
+/// Runs a script in a separate terminal.
 fn in_terminal(script: &str, sample: &Sample) -> Option<Talking> {
     Command::new("script").arg("--version").output().ok()?;
     let mut command = Command::new("script");
@@ -148,7 +148,7 @@ fn in_terminal(script: &str, sample: &Sample) -> Option<Talking> {
 
 /// Waits until a process handles SIGHUP. Before that, the signal just kills it.
 fn hears_hangups(process: u32) {
-    wait_until("it hears no signals", || has(process, "SigCgt", 1));
+    wait_until("it handles no signals", || has(process, "SigCgt", 1));
 }
 
 /// Whether a signal is in a set of a process: see proc_pid_status(5).

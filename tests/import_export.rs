@@ -1,4 +1,4 @@
-//! Memory images and snapshots of other programs: in, looked at, and out again, bit for bit.
+//! Memory images and snapshots of other programs: imported, inspected, and exported again, bit for bit.
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
@@ -83,8 +83,8 @@ pub(crate) fn assert_same(one: &Path, other: &Path) {
     ranges.extend(data_ranges(&b, len));
     for range in ranges {
         for at in range.clone().step_by(MIB as usize) {
-            let piece = MIB.min(range.end - at) as usize;
-            let (mut x, mut y) = (vec![0; piece], vec![0; piece]);
+            let block = MIB.min(range.end - at) as usize;
+            let (mut x, mut y) = (vec![0; block], vec![0; block]);
             a.read_exact_at(&mut x, at).expect("it can be read");
             b.read_exact_at(&mut y, at).expect("it can be read");
             assert!(x == y, "{} and {} differ from {at:#x}", one.display(), other.display());
@@ -106,13 +106,13 @@ fn data_ranges(file: &File, len: u64) -> Vec<std::ops::Range<u64>> {
 fn vmstate(arch: u64) -> Vec<u8> {
     let mut bytes = (0x0710_1984_0000_0000 | arch << 16).to_le_bytes().to_vec();
     bytes.extend((0..50_000u32).flat_map(u32::to_le_bytes));
-    // The odd length shows whether padding comes along.
+    // The odd length shows whether padding is exported.
     bytes.push(7);
     bytes
 }
 
 #[test]
-fn a_raw_image_comes_back_bit_for_bit() {
+fn a_raw_image_is_exported_bit_for_bit() {
     let last = |len: u64| len - PAGE;
     for (len, pages) in [
         (PAGE, vec![0]),
@@ -149,7 +149,7 @@ fn holes_are_not_read() {
 }
 
 #[test]
-fn a_firecracker_pair_comes_back_bit_for_bit() {
+fn a_firecracker_pair_is_exported_bit_for_bit() {
     for (arch, gpa, len) in [(0x8664, 4 * GIB, 3 * GIB + MIB), (0xaaaa, 5 * GIB, 3 * GIB + MIB)] {
         let place = Place::new();
         let memory = place.image("mem", len, &[0, MIB, 3 * GIB - PAGE, 3 * GIB]);
@@ -164,7 +164,7 @@ fn a_firecracker_pair_comes_back_bit_for_bit() {
             let found = place.path(name).metadata().expect("it is there").permissions().mode();
             assert_eq!(found & 0o777, mode, "{name}");
         }
-        // What stands behind the first 3 GiB of the file is above the gap for devices.
+        // The memory behind the first 3 GiB of the file is above the gap for devices.
         let gpa = format!("{gpa:#x}");
         let raw = snap(["cat", &place.text("a.snap"), "--gpa", &gpa, "--len", "19", "--raw"]).ok();
         assert_eq!(raw.stdout, "page at 0xc0000000 ");
@@ -197,7 +197,7 @@ pub(crate) fn cloud_hypervisor(place: &Place, ranges: &[(u64, u64)]) -> PathBuf 
         },
         "snapshot_data": { "state": "{\"clock\":null}" },
     });
-    // Neither compact nor pretty: only the very bytes will do.
+    // Neither compact nor pretty JSON: the bytes must be the same.
     std::fs::write(folder.join("state.json"), format!("{state}  \n\n")).expect("it can be written");
     std::fs::write(folder.join("config.json"), b"{ \"cpus\" : 1 }").expect("it can be written");
     let len = ranges.iter().map(|range| range.1).sum();
@@ -206,7 +206,7 @@ pub(crate) fn cloud_hypervisor(place: &Place, ranges: &[(u64, u64)]) -> PathBuf 
 }
 
 #[test]
-fn a_cloud_hypervisor_folder_comes_back_bit_for_bit() {
+fn a_cloud_hypervisor_folder_is_exported_bit_for_bit() {
     for ranges in [
         &[(0, 64 * MIB)][..],
         &[(0, 3 * GIB), (4 * GIB, GIB)],
@@ -224,7 +224,7 @@ fn a_cloud_hypervisor_folder_comes_back_bit_for_bit() {
             assert_same(&folder.join(name), &place.path("out").join(name));
         }
         assert_eq!(names(&place.path("out")), ["config.json", "memory-ranges", "state.json"]);
-        // What stands at the start of the file is at the address that the table says.
+        // The start of the file is at the address in the table.
         let gpa = format!("{:#x}", ranges[0].0);
         let raw = snap(["cat", &place.text("a.snap"), "--gpa", &gpa, "--len", "12", "--raw"]).ok();
         assert_eq!(raw.stdout, "page at 0x0 ");
@@ -232,7 +232,7 @@ fn a_cloud_hypervisor_folder_comes_back_bit_for_bit() {
 }
 
 #[test]
-fn other_files_of_a_folder_are_told() {
+fn other_files_of_a_folder_are_listed() {
     let place = Place::new();
     let folder = cloud_hypervisor(&place, &[(0, 4 * MIB)]);
     std::fs::write(folder.join("notes.txt"), b"mine").expect("it can be written");
@@ -372,7 +372,7 @@ pub(crate) fn pages(file: &str) -> Vec<Value> {
     });
     for run in &runs {
         let count = run["pages"].as_u64().expect("a count") as usize;
-        assert_eq!(run["gpa"], expected.next().expect("memory goes on"));
+        assert_eq!(run["gpa"], expected.next().expect("more memory"));
         expected.by_ref().take(count - 1).for_each(drop);
     }
     assert_eq!(expected.next(), None);
@@ -389,7 +389,7 @@ fn pages_streams_the_whole_index() {
     let runs = pages(&file);
     let kinds: Vec<_> = runs.iter().map(|run| run["kind"].as_str().expect("a name")).collect();
     assert_eq!((kinds[0], kinds[kinds.len() - 1]), ("zero", "zero"));
-    // No run goes on across the gap between the regions.
+    // No run crosses the gap between the regions.
     assert!(runs.iter().any(|run| run["gpa"] == GIB), "{runs:?}");
     let data: Vec<_> = runs.iter().filter(|run| run["kind"] == "data").collect();
     assert!(data.iter().any(|run| run["codec"] == "zstd"), "{data:?}");
@@ -405,7 +405,7 @@ fn pages_streams_the_whole_index() {
 }
 
 #[test]
-fn layers_are_exported_whole_and_told_apart() {
+fn layers_are_exported_whole_and_distinguished() {
     let place = Place::new();
     let base = place.image("base", 8 * MIB, &[0, MIB, 3 * MIB]);
     place.import(&base, &[]).ok();
@@ -459,7 +459,7 @@ fn the_map_shows_where_data_is() {
 }
 
 #[test]
-fn what_cannot_be_imported_is_named_and_leaves_nothing() {
+fn invalid_imports_are_named_and_leave_no_files() {
     let place = Place::new();
     let odd = place.image("odd", 10_000, &[]);
     place.import(&odd, &[]).failed(3, &["odd", "10000 bytes", "4096"]);
@@ -468,13 +468,13 @@ fn what_cannot_be_imported_is_named_and_leaves_nothing() {
     place.import(&place.path("none"), &[]).failed(1, &["none", "No such file"]);
     place.import(Path::new("/dev/null"), &[]).failed(1, &["/dev/null", "not a regular file"]);
     let image = place.image("image", 4 * MIB, &[0]);
-    for (region, code, says) in [
+    for (region, code, messages) in [
         ("0:2M", 1, "expected 2097152"),
         ("0:8M", 1, "cut short"),
         ("0:100", 1, "not whole pages"),
         ("5", 2, "GPA:SIZE"),
     ] {
-        place.import(&image, &["--region", region]).failed(code, &[says]);
+        place.import(&image, &["--region", region]).failed(code, &[messages]);
     }
     let twice = ["--region", "0:2M", "--region", "1M:2M"];
     place.import(&image, &twice).failed(1, &["--region", "overlap", "0x100000"]);
@@ -496,7 +496,7 @@ fn what_cannot_be_imported_is_named_and_leaves_nothing() {
 
 #[test]
 fn a_damaged_cloud_hypervisor_folder_is_refused() {
-    for (name, contents, says) in [
+    for (name, contents, messages) in [
         ("state.json", None, &["ch/state.json", "No such file", "Cloud Hypervisor"][..]),
         ("config.json", None, &["ch/config.json", "No such file"]),
         ("memory-ranges", None, &["ch/memory-ranges", "No such file"]),
@@ -504,7 +504,7 @@ fn a_damaged_cloud_hypervisor_folder_is_refused() {
         ("memory-ranges", Some(&[7; 4096]), &["memory-ranges", "4096", "8388608", "cut short"]),
         ("memory-ranges", Some(&[7; 5000]), &["memory-ranges", "5000 bytes"]),
     ] {
-        // What is not there cannot be damaged.
+        // A missing file cannot be damaged.
         let code = if contents.is_some() { 3 } else { 1 };
         let place = Place::new();
         let folder = cloud_hypervisor(&place, &[(0, 8 * MIB)]);
@@ -513,13 +513,13 @@ fn a_damaged_cloud_hypervisor_folder_is_refused() {
             None => std::fs::remove_file(file).expect("it can be removed"),
             Some(bytes) => std::fs::write(file, bytes).expect("it can be written"),
         }
-        place.import(&folder, &[]).failed(code, says);
+        place.import(&folder, &[]).failed(code, messages);
         assert_eq!(names(place.0.path()), ["ch"]);
     }
 }
 
 #[test]
-fn what_cannot_be_exported_is_named_and_leaves_nothing() {
+fn invalid_exports_are_named_and_leave_no_files() {
     let place = Place::new();
     let image = place.image("image", 4 * MIB, &[0]);
     place.import(&image, &[]).ok();
@@ -564,8 +564,8 @@ fn damage_is_found_while_exporting() {
     let file = File::options().write(true).open(place.path("a.snap")).expect("it opens");
     file.write_all_at(&[0xff; 4], 4096 + 50).expect("it can be written");
     for format in ["raw", "elf"] {
-        let says = ["a.snap", "corrupt chunks at offset 4096", "expected", "found"];
-        place.export(format, "out").failed(3, &says);
+        let messages = ["a.snap", "corrupt chunks at offset 4096", "expected", "found"];
+        place.export(format, "out").failed(3, &messages);
     }
     snap(["cat", &place.text("a.snap"), "--gpa", "0"]).failed(3, &["a.snap", "corrupt chunks"]);
     assert_eq!(names(place.0.path()), ["a.snap", "image"]);
@@ -575,9 +575,9 @@ fn damage_is_found_while_exporting() {
 fn large(place: &Place) {
     let path = place.path("image");
     let file = File::create(&path).expect("it can be created");
-    let piece: Vec<u8> = (0..MIB / PAGE).flat_map(|page| noise(page + 1)).collect();
+    let block: Vec<u8> = (0..MIB / PAGE).flat_map(|page| noise(page + 1)).collect();
     for at in 0..512 {
-        file.write_all_at(&piece, at * MIB).expect("it can be written");
+        file.write_all_at(&block, at * MIB).expect("it can be written");
     }
     place.import(&path, &["--codec", "raw"]).ok();
 }
@@ -599,7 +599,7 @@ fn an_interrupted_export_leaves_nothing() {
         signal(child.id(), name);
         let ran = Ran::from(end_of(child));
         if ran.code == Some(0) {
-            // It was faster.
+            // It ended before the signal.
             assert_same(&place.path("image"), &place.path("out"));
             std::fs::remove_file(place.path("out")).expect("it can be removed");
             continue;
@@ -618,7 +618,7 @@ fn an_interrupted_export_leaves_nothing() {
 }
 
 #[test]
-fn a_disk_that_fills_up_during_an_export_is_named_and_keeps_nothing() {
+fn a_disk_that_fills_up_during_an_export_is_named_and_has_no_file() {
     let place = Place::new();
     large(&place);
     let disk = Place::new();
@@ -638,7 +638,7 @@ fn a_disk_that_fills_up_during_an_export_is_named_and_keeps_nothing() {
 }
 
 #[test]
-fn a_guest_of_ours_is_exported_and_imported_again() {
+fn a_snapshot_is_exported_and_imported_again() {
     needs_vm!();
     let sample = Sample::small();
     let file = sample.file.to_string_lossy().into_owned();

@@ -16,7 +16,7 @@ fn here(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests").join(name)
 }
 
-/// What the Python reader says of a file; `None` where there is no Python.
+/// The output of the Python reader for a file; `None` without Python.
 fn python_reads(file: &Path) -> Option<Ran> {
     if Command::new("python3").arg("--version").output().is_err() {
         skip("independent_reader", "python3 cannot be run");
@@ -89,7 +89,7 @@ fn python_checks_files_of_other_codecs() {
     }
 }
 
-/// Both notice damage, of whatever part: the text says which checksums there are and where.
+/// Both detect damage of any part: the text has all checksums and their places.
 #[test]
 fn python_and_snapfmt_refuse_the_same_files() {
     for name in ["golden/v1-raw.snap", "golden/v1-bound-raw.snap"] {
@@ -103,7 +103,7 @@ fn refuse_alike(good: &[u8]) {
     let sections: Vec<_> = snapshot.sections().iter().filter(|section| section.len > 0).collect();
     let table_end = good.len() as u64 - 1;
     let places = sections.iter().flat_map(|section| [section.offset, section.end() - 1]);
-    // The id of the chunks, or what is reserved in its place, among them.
+    // The id of the chunks, or the reserved bytes in its place, is among them.
     for place in places.chain([8, 16, 155, 200, 4095, table_end]) {
         let mut damaged = good.to_vec();
         damaged[place as usize] ^= 0x10;

@@ -1,4 +1,4 @@
-//! Ctrl-C, SIGKILL and a full disk: everything ends, and nothing is left behind.
+//! Ctrl-C, SIGKILL and a full disk: every command ends, and leaves no files.
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -31,8 +31,8 @@ fn ctrl_c_ends_a_run_cleanly() {
 
 #[test]
 fn a_signal_in_the_first_moments_is_not_lost() {
-    // A signal that came between the guest's making and its first instruction was once forgotten,
-    // and the guest then ran for ever.
+    // A signal between the creation of the guest and its first instruction was lost once, and the guest then ran
+    // forever.
     needs_vm!();
     let sample = Sample::small();
     for moment in 0..40 {
@@ -40,17 +40,17 @@ fn a_signal_in_the_first_moments_is_not_lost() {
         command.args(["restore", "--lazy"]).arg(&sample.file);
         let child = start(command);
         std::thread::sleep(Duration::from_micros(500 * moment));
-        // Not SIGINT: jobs in the background of a script are started with that one ignored, and
-        // `snap` takes it over only in its first millisecond.
+        // Not SIGINT: background jobs of a script are started with it ignored, and `snap` handles it only after its
+        // first millisecond.
         signal(child.id(), "TERM");
         let ended = end_of(child);
-        // Before the handlers are there, the signal itself ends the process.
+        // Before the handlers are installed, the signal itself ends the process.
         assert!(matches!(ended.status.code(), Some(130) | None), "{ended:?}");
     }
 }
 
 #[test]
-fn a_reader_who_has_seen_enough_ends_the_run_without_a_panic() {
+fn a_reader_that_closes_the_pipe_ends_the_run_without_a_panic() {
     needs_vm!();
     let sample = Sample::small();
     for args in ["restore --lazy \"$FILE\"", "info \"$FILE\"", "pages \"$FILE\""] {
@@ -88,14 +88,14 @@ fn ctrl_c_while_creating_leaves_nothing() {
     assert!(names(folder.path()).is_empty(), "{:?}", names(folder.path()));
 }
 
-/// How many moments to kill at: `SNAP_KILLS`, by default few.
+/// The number of kills: `SNAP_KILLS`, by default few.
 fn kills() -> u32 {
     let asked = std::env::var("SNAP_KILLS").ok().and_then(|kills| kills.parse().ok());
     asked.unwrap_or(30)
 }
 
-/// Runs a command that writes `out`, which is not there, and kills it at moments spread over the
-/// time that it takes. Each time `out` must be absent, or whole, and nothing else left behind.
+/// Runs a command that writes `out`, which does not exist, and kills it at moments spread over its duration. Each time
+/// `out` must be absent or whole, and no other file may be left.
 fn kill_at_many_moments(folder: &Path, out: &Path, command: impl Fn() -> Command) {
     let before = names(folder);
     let begun = Instant::now();
@@ -120,7 +120,7 @@ fn kill_at_many_moments(folder: &Path, out: &Path, command: impl Fn() -> Command
 }
 
 #[test]
-fn a_kill_while_creating_leaves_nothing_or_all() {
+fn a_kill_while_creating_leaves_no_file_or_a_whole_one() {
     needs_vm!();
     let folder = tempfile::tempdir().expect("a temporary folder");
     let out = folder.path().join("a.snap");
@@ -132,7 +132,7 @@ fn a_kill_while_creating_leaves_nothing_or_all() {
 }
 
 #[test]
-fn a_kill_while_flattening_leaves_nothing_or_all() {
+fn a_kill_while_flattening_leaves_no_file_or_a_whole_one() {
     needs_vm!();
     let sample = Sample::create(&["--memory", "64M", "--work", "32M"]);
     let out = sample.folder.path().join("flat.snap");
@@ -179,7 +179,7 @@ fn an_existing_file_is_kept_unless_forced() {
 }
 
 #[test]
-fn a_disk_that_fills_up_is_named_and_keeps_nothing() {
+fn a_disk_that_fills_up_is_named_and_has_no_file() {
     needs_vm!();
     let folder = tempfile::tempdir().expect("a temporary folder");
     let ran = on_small_disk(
@@ -190,7 +190,7 @@ fn a_disk_that_fills_up_is_named_and_keeps_nothing() {
     let Some(ran) = ran else { return };
     let listing = ran.stdout.clone();
     ran.failed(1, &["a.snap", "No space left on device", "write"]);
-    // Nothing but the folder's own inode.
+    // Only the folder's own inode.
     assert_eq!(listing.trim(), "1", "left behind: {listing}");
 }
 
@@ -206,6 +206,6 @@ fn on_small_disk(disk: &Path, script: &str) -> Option<Ran> {
     if unshare(mount).output().is_ok_and(|output| output.status.success()) {
         return Some(run(unshare(&format!("{mount} && {script}"))));
     }
-    skip("a_disk_that_fills_up_is_named_and_keeps_nothing", "this user may not mount a tmpfs");
+    skip("a_disk_that_fills_up_is_named_and_has_no_file", "this user may not mount a tmpfs");
     None
 }

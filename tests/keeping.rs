@@ -1,4 +1,4 @@
-//! `snap keep`: servers that die, and what goes on.
+//! `snap keep`: servers that die, and guests that continue.
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -8,30 +8,30 @@ use std::time::Duration;
 
 use crate::support::{Ran, SNAP, Sample, end_of, needs_vm, signal, snap, start};
 
-/// A command that goes on, and what it says on stderr.
+/// A running command, and its lines on stderr.
 struct Running {
     child: Child,
-    says: Receiver<String>,
+    lines: Receiver<String>,
 }
 
 impl Running {
     fn start(command: Command) -> Running {
         let mut child = start(command);
         let lines = BufReader::new(child.stderr.take().expect("a pipe")).lines();
-        let (told, says) = channel();
+        let (sender, received) = channel();
         std::thread::spawn(move || {
             for line in lines.map_while(Result::ok) {
-                let _ = told.send(line);
+                let _ = sender.send(line);
             }
         });
-        Running { child, says }
+        Running { child, lines: received }
     }
 
     fn keeper(folder: &Path, options: &[&str]) -> Running {
         let mut command = Command::new(SNAP);
         command.arg("keep").arg("--listen").arg(keeper_socket(folder)).args(options);
         let keeper = Running::start(command);
-        keeper.says("keeping at");
+        keeper.prints("keeping at");
         keeper
     }
 
@@ -41,15 +41,15 @@ impl Running {
         command.arg("serve").arg(&sample.file).arg("--listen").arg(folder.join("pages.sock"));
         command.arg("--keep").arg(keeper_socket(folder));
         let server = Running::start(command);
-        server.says("serving ");
+        server.prints("serving ");
         server
     }
 
-    /// What it says next that has this in it.
+    /// The next line with this text.
     #[track_caller]
-    fn says(&self, what: &str) -> String {
+    fn prints(&self, what: &str) -> String {
         loop {
-            let line = self.says.recv_timeout(Duration::from_secs(60)).expect("it says more");
+            let line = self.lines.recv_timeout(Duration::from_secs(60)).expect("another line");
             if line.contains(what) {
                 return line;
             }
@@ -68,7 +68,7 @@ fn keeper_socket(folder: &Path) -> PathBuf {
 }
 
 #[test]
-fn a_keeper_knows_when_servers_come_and_go() {
+fn a_keeper_reports_servers_and_their_ends() {
     needs_vm!();
     let sample = Sample::small();
     let folder = sample.folder.path();
@@ -81,17 +81,17 @@ fn a_keeper_knows_when_servers_come_and_go() {
     let keeper = Running::keeper(folder, &[]);
     snap(["keep", "--listen", keep]).failed(1, &["keep.sock: a server is listening there"]);
     let server = Running::server(&sample);
-    keeper.says("connected");
+    keeper.prints("connected");
     server.end("KILL");
-    keeper.says("gone, 0 guests wait");
+    keeper.prints("has ended, 0 guests wait");
     let server = Running::server(&sample);
     assert_eq!(server.end("TERM"), Some(130));
-    keeper.says("gone, 0 guests wait");
+    keeper.prints("has ended, 0 guests wait");
     assert_eq!(keeper.end("TERM"), Some(130));
     assert!(!socket.exists());
 }
 
-/// A guest that shares its memory, and what it says; each line is looked at.
+/// A guest that shares its memory, and its output; each line is checked.
 struct Clone {
     child: Child,
     beats: Receiver<String>,
@@ -103,30 +103,30 @@ impl Clone {
         command.arg("restore").arg(file).arg("--lazy").arg("--share").arg(socket);
         let mut child = start(command);
         let lines = BufReader::new(child.stdout.take().expect("a pipe")).lines();
-        let (told, beats) = channel();
+        let (sender, beats) = channel();
         std::thread::spawn(move || {
             for line in lines.map_while(Result::ok) {
-                let _ = told.send(line);
+                let _ = sender.send(line);
             }
         });
         Clone { child, beats }
     }
 
-    /// All that it has said is right, and it says more.
+    /// All its output is right, and more comes.
     #[track_caller]
-    fn beats_on(&mut self) {
+    fn continues(&mut self) {
         let before: Vec<_> = self.beats.try_iter().collect();
         let next = (0..2).map(|_| self.beats.recv_timeout(Duration::from_secs(60)));
         for line in before.into_iter().map(Ok).chain(next) {
-            let line = line.expect("it goes on");
+            let line = line.expect("another line");
             assert!(line.ends_with(" ok"), "{line}");
         }
     }
 }
 
-/// The server is killed again and again under guests that share its memory; they beat on, and never notice.
+/// The server is killed repeatedly under guests that share its memory; they continue, and do not notice.
 #[test]
-fn clones_beat_on_when_their_server_is_killed() {
+fn clones_continue_when_their_server_is_killed() {
     needs_vm!();
     let sample = Sample::small();
     let folder = sample.folder.path();
@@ -135,15 +135,15 @@ fn clones_beat_on_when_their_server_is_killed() {
     let mut clones: Vec<_> =
         (0..3).map(|_| Clone::start(&sample.file, &folder.join("pages.sock"))).collect();
     for _ in 0..3 {
-        server.says("are served");
+        server.prints("are served");
     }
     for _ in 0..5 {
         server.end("KILL");
-        keeper.says("gone, 3 guests wait");
+        keeper.prints("has ended, 3 guests wait");
         server = Running::server(&sample);
-        keeper.says("goes on with 3 guests");
+        keeper.prints("has taken over 3 guests");
     }
-    clones.iter_mut().for_each(Clone::beats_on);
+    clones.iter_mut().for_each(Clone::continues);
     for clone in clones {
         signal(clone.child.id(), "INT");
         Ran::from(end_of(clone.child)).failed(130, &["interrupted"]);

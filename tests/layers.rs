@@ -1,4 +1,4 @@
-//! Layers through the program: rebase, diff, flatten, and parents that are not where they were.
+//! Layers through the program: rebase, diff, flatten, and parents that were moved.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -43,7 +43,7 @@ fn text(path: &Path) -> String {
     path.to_string_lossy().into_owned()
 }
 
-/// Damage in a parent is found by whoever reads it, and told as the parent's.
+/// Damage in a parent is found by every command that reads it, and the message names the parent.
 #[test]
 fn a_damaged_parent_is_named_and_not_the_layer() {
     let (folder, a, b) = two();
@@ -53,17 +53,17 @@ fn a_damaged_parent_is_named_and_not_the_layer() {
     let verified = snap(["verify", &layer, "--json"]).ok().json();
     assert_eq!(verified["layers"].as_array().map(Vec::len), Some(2), "{verified}");
     let mut bytes = std::fs::read(&a).expect("it can be read");
-    // In the first chunk's payload: opening does not look at it.
+    // In the first chunk's payload, which opening does not read.
     bytes[4096 + 200] ^= 1;
     std::fs::write(&a, bytes).expect("it can be written");
-    let says = ["layer.snap: ", "a.snap: corrupt chunks at offset 4096"];
-    snap(["verify", &layer]).failed(3, &says);
+    let messages = ["layer.snap: ", "a.snap: corrupt chunks at offset 4096"];
+    snap(["verify", &layer]).failed(3, &messages);
     snap(["verify", &layer, "--this-file-only"]).ok();
     // Also where the pages go through another function of the program.
-    snap(["flatten", &layer, "-o", &out]).failed(3, &says);
-    snap(["export", &layer, "--format", "raw", "-o", &out]).failed(3, &says);
-    let says = ["a.snap: cannot read the parent: corrupt chunks at offset 4096"];
-    snap(["rebase", &text(&b), "--onto", &text(&a), "-o", &out]).failed(3, &says);
+    snap(["flatten", &layer, "-o", &out]).failed(3, &messages);
+    snap(["export", &layer, "--format", "raw", "-o", &out]).failed(3, &messages);
+    let messages = ["a.snap: cannot read the parent: corrupt chunks at offset 4096"];
+    snap(["rebase", &text(&b), "--onto", &text(&a), "-o", &out]).failed(3, &messages);
 }
 
 #[test]
@@ -101,12 +101,12 @@ fn rebase_diff_and_flatten_agree() {
     let info = snap(["info", &flat, "--json"]).ok().json();
     assert_eq!(info["parent_id"], serde_json::Value::Null);
     assert_eq!(info["metadata"]["tool"], "test");
-    // The inputs are as they were, and nothing else was left.
+    // The inputs are unchanged, and no other file is left.
     assert_eq!(names(folder.path()), ["a.snap", "b.snap", "flat.snap", "layer.snap"]);
 }
 
 #[test]
-fn a_guest_goes_on_through_layers_of_what_it_changed() {
+fn a_guest_continues_through_layers() {
     needs_vm!();
     let sample = Sample::create(&["--memory", "256M", "--work", "32M"]);
     let whole = snap(["info", "--json", &text(&sample.file)]).ok().json();
@@ -124,7 +124,7 @@ fn a_guest_goes_on_through_layers_of_what_it_changed() {
         assert!(stored > Some(50) && stored < all.map(|all| all / 10), "{stored:?} of {all:?}");
         before = layer;
     }
-    // The chain, and the same flattened, go on alike; so does the first file after nine beats.
+    // The chain, and the same flattened, continue equally; so does the first file after nine beats.
     let flat = sample.folder.path().join("flat.snap");
     snap(["flatten", &text(&before), "-o", &text(&flat)]).ok();
     let mut hashes = std::collections::BTreeSet::new();
@@ -136,53 +136,53 @@ fn a_guest_goes_on_through_layers_of_what_it_changed() {
         }
     }
     assert_eq!(hashes.len(), 1, "{hashes:?}");
-    let says = ["--when output:TEXT"];
-    snap(["create", "x.snap", "--from", &text(&flat)]).failed(1, &says);
+    let messages = ["--when output:TEXT"];
+    snap(["create", "x.snap", "--from", &text(&flat)]).failed(1, &messages);
 }
 
 #[test]
-fn a_parent_that_is_not_where_it_was_is_named_and_found_when_shown() {
+fn a_moved_parent_is_named_and_found_by_options() {
     let (folder, a, b) = two();
     let layer = folder.path().join("layer.snap");
     snap(["rebase", &text(&b), "--onto", &text(&a), "-o", &text(&layer)]).ok();
     let elsewhere = tempfile::tempdir().expect("a temporary folder");
     let moved = elsewhere.path().join("a.snap");
     std::fs::rename(&a, &moved).expect("it can be moved");
-    let says = ["layer.snap", "parent", "a.snap", "say where it is"];
+    let messages = ["layer.snap", "parent", "a.snap", "give its path"];
     for command in ["info", "verify", "restore"] {
-        snap([command, &text(&layer)]).failed(3, &says);
+        snap([command, &text(&layer)]).failed(3, &messages);
     }
     snap(["info", &text(&layer), "--parent", &text(&moved)]).ok();
     let mut with_path = Command::new(SNAP);
     with_path.arg("verify").arg(&layer).env("SNAP_PATH", elsewhere.path());
     run(with_path).ok();
-    // Under whatever name: it is known by its id.
+    // Under any name: it is found by its id.
     std::fs::rename(&moved, elsewhere.path().join("renamed")).expect("it can be renamed");
     let mut by_id = Command::new(SNAP);
     by_id.arg("verify").arg(&layer).env("SNAP_PATH", elsewhere.path());
     assert!(run(by_id).ok().stdout.contains("renamed: ok"));
     let mut in_vain = Command::new(SNAP);
     in_vain.arg("verify").arg(&layer).env("SNAP_PATH", folder.path());
-    run(in_vain).failed(3, &["a.snap", "by its id, in the files of", "say where it is"]);
-    // Another snapshot in its place is not taken for it.
+    run(in_vain).failed(3, &["a.snap", "by its id, in the files of", "give its path"]);
+    // Another snapshot in its place is not accepted.
     std::fs::copy(&b, &a).expect("it can be copied");
-    let says = ["layer.snap", "a.snap", "expected as the parent, found"];
-    snap(["info", &text(&layer)]).failed(3, &says);
+    let messages = ["layer.snap", "a.snap", "expected as the parent, found"];
+    snap(["info", &text(&layer)]).failed(3, &messages);
 }
 
 #[test]
-fn no_command_replaces_what_its_result_builds_on() {
+fn no_command_replaces_its_input() {
     let (folder, a, b) = two();
     let layer = text(&folder.path().join("layer.snap"));
     let (a, b) = (text(&a), text(&b));
     snap(["rebase", &b, "--onto", &a, "-o", &layer]).ok();
-    let says = ["choose another output"];
-    snap(["rebase", &layer, "--onto", &a, "-o", &a, "-f"]).failed(1, &says);
-    snap(["flatten", &layer, "-o", &a, "-f"]).failed(1, &says);
-    snap(["export", &a, "--format", "raw", "-o", &a, "-f"]).failed(1, &says);
+    let messages = ["choose another output"];
+    snap(["rebase", &layer, "--onto", &a, "-o", &a, "-f"]).failed(1, &messages);
+    snap(["flatten", &layer, "-o", &a, "-f"]).failed(1, &messages);
+    snap(["export", &a, "--format", "raw", "-o", &a, "-f"]).failed(1, &messages);
     let image = text(&folder.path().join("image"));
     std::fs::write(&image, vec![1; PAGE_BYTES]).expect("it can be written");
-    snap(["import", &image, "-o", &image, "-f"]).failed(1, &says);
+    snap(["import", &image, "-o", &image, "-f"]).failed(1, &messages);
     snap(["flatten", &layer, "-o", "/dev/null", "-f"]).failed(1, &["not a regular file"]);
     for file in [&a, &b, &layer] {
         snap(["verify", file]).ok();
@@ -201,9 +201,9 @@ fn an_existing_output_and_other_memory_are_refused() {
     assert_eq!(names(folder.path()), ["a.snap", "b.snap", "small.snap"]);
 }
 
-/// A picture in every form; the file that is drawn is not overwritten by it.
+/// A picture in every format; it does not overwrite the drawn file.
 #[test]
-fn a_picture_knows_duplicates_and_parents() {
+fn a_picture_shows_duplicates_and_parents() {
     let (folder, a, b) = two();
     let layer = text(&folder.path().join("layer.snap"));
     snap(["rebase", &text(&b), "--onto", &text(&a), "-o", &layer]).ok();

@@ -1,5 +1,5 @@
 //! Limits that jailers, service managers and shells set (setrlimit(2), cgroups), and signals of that kind: the guest
-//! lives, or the command ends with a message and a documented exit code, and nothing is left half written.
+//! keeps running, or the command ends with a message and a documented exit code, and no file is half written.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,14 +9,14 @@ use crate::talking::{Talking, wait_until};
 
 const MIB: u64 = 1 << 20;
 
-/// `snap` with these words, below limits that `ulimit` sets.
-fn limited(limits: &str, words: &[&str]) -> Ran {
+/// `snap` with these arguments, under limits that `ulimit` sets.
+fn limited(limits: &str, args: &[&str]) -> Ran {
     let mut command = Command::new("sh");
-    command.args(["-c", &format!("{limits}; exec \"$0\" \"$@\""), SNAP]).args(words);
+    command.args(["-c", &format!("{limits}; exec \"$0\" \"$@\""), SNAP]).args(args);
     run(command)
 }
 
-/// Guests that run with a control socket, in each of the ways.
+/// Guests that run with a control socket, in each mode.
 const GUESTS: [&[&str]; 3] = [
     &["run", "--memory", "64M", "--work", "8M"],
     &["restore", "FILE"],
@@ -31,18 +31,18 @@ struct Guest {
 
 impl Guest {
     /// It runs when this returns.
-    fn start(words: &[&str], sample: &Sample) -> Self {
+    fn start(args: &[&str], sample: &Sample) -> Self {
         let folder = sample.folder.path();
         let (api, out) = (folder.join("api.sock"), folder.join("out.snap"));
         let file = sample.file.to_str().expect("text");
-        let words = words.iter().map(|word| if *word == "FILE" { file } else { word });
-        let words = words.chain(["--api", api.to_str().expect("text")]);
-        let mut talking = Talking::snap(words);
+        let args = args.iter().map(|arg| if *arg == "FILE" { file } else { arg });
+        let args = args.chain(["--api", api.to_str().expect("text")]);
+        let mut talking = Talking::snap(args);
         talking.beats(1);
         Self { talking, api, out }
     }
 
-    /// Sets a limit from outside.
+    /// Sets a limit of the process from outside.
     fn limit(&self, what: &str, value: &str) {
         let mut command = Command::new("prlimit");
         command.arg("--pid").arg(self.talking.id().to_string());
@@ -56,7 +56,7 @@ impl Guest {
         let status = std::fs::read_to_string(path).expect("it runs");
         let line = status.lines().find_map(|line| line.strip_prefix(what)?.strip_prefix(':'));
         let kib = line.and_then(|line| line.trim().strip_suffix(" kB"));
-        kib.expect("it is told").parse::<u64>().expect("a number") << 10
+        kib.expect("it is reported").parse::<u64>().expect("a number") << 10
     }
 
     fn store(&self) -> Ran {
@@ -64,7 +64,7 @@ impl Guest {
         snap(["create", out, "--vm", api, "--threads", "2"])
     }
 
-    /// What was stored is whole, and the guest runs on from there.
+    /// The snapshot is complete, and its guest runs.
     #[track_caller]
     fn check_stored(&mut self) {
         self.store().ok();
@@ -81,8 +81,8 @@ impl Guest {
 }
 
 #[test]
-fn a_file_that_may_not_be_so_long_is_not_written_at_all() {
-    // SIGXFSZ ended the process, without a word.
+fn a_file_above_the_size_limit_is_not_written() {
+    // SIGXFSZ ended the process, without a message.
     needs_vm!();
     let sample = Sample::create(&["--memory", "64M", "--work", "16M"]);
     let out = sample.folder.path().join("out");
@@ -91,7 +91,7 @@ fn a_file_that_may_not_be_so_long_is_not_written_at_all() {
     snap(["train", file, "--beats", "1", "-o", &format!("{out}.trained")]).ok();
     let (raw, trained) = (format!("{out}.raw"), format!("{out}.trained"));
     let before = sample.names();
-    for words in [
+    for args in [
         &["create", out, "--memory", "64M", "--work", "16M"][..],
         &["create", out, "--from", file, "--when", "output:beat 2"],
         &["import", &raw, "-o", out],
@@ -104,14 +104,14 @@ fn a_file_that_may_not_be_so_long_is_not_written_at_all() {
         &["export", file, "--format", "elf", "-o", out],
         &["info", file, "--map=map.svg"],
     ] {
-        let words: Vec<_> =
-            words.iter().map(|word| word.replace("map.svg", &format!("{out}.svg"))).collect();
-        let words: Vec<_> = words.iter().map(String::as_str).collect();
+        let args: Vec<_> =
+            args.iter().map(|arg| arg.replace("map.svg", &format!("{out}.svg"))).collect();
+        let args: Vec<_> = args.iter().map(String::as_str).collect();
         // A picture is small.
-        let (blocks, limit) = if words[0] == "info" { (2, "1 KiB") } else { (128, "64 KiB") };
-        limited(&format!("ulimit -f {blocks}"), &words)
+        let (blocks, limit) = if args[0] == "info" { (2, "1 KiB") } else { (128, "64 KiB") };
+        limited(&format!("ulimit -f {blocks}"), &args)
             .failed(1, &["File too large", limit, "RLIMIT_FSIZE", "ulimit -f", "LimitFSIZE"]);
-        assert_eq!(sample.names(), before, "{words:?}");
+        assert_eq!(sample.names(), before, "{args:?}");
     }
     snap(["verify", &trained]).ok();
     // The guest's output in a file.
@@ -123,12 +123,12 @@ fn a_file_that_may_not_be_so_long_is_not_written_at_all() {
 }
 
 #[test]
-fn a_guest_that_may_not_be_stored_runs_on() {
-    // Guests were lost by it.
+fn a_guest_that_cannot_be_snapshotted_keeps_running() {
+    // This has ended guests.
     needs_vm!();
     let sample = Sample::create(&["--memory", "64M", "--work", "8M"]);
-    for words in GUESTS {
-        let mut guest = Guest::start(words, &sample);
+    for args in GUESTS {
+        let mut guest = Guest::start(args, &sample);
         let before = sample.names();
         guest.limit("fsize", "65536:");
         guest.store().failed(1, &["out.snap: File too large", "64 KiB", "RLIMIT_FSIZE"]);
@@ -142,11 +142,11 @@ fn a_guest_that_may_not_be_stored_runs_on() {
 }
 
 #[test]
-fn signals_that_mean_no_end_do_not_end_a_guest() {
+fn ignored_signals_do_not_end_a_guest() {
     needs_vm!();
     let sample = Sample::small();
-    for words in GUESTS {
-        let mut guest = Guest::start(words, &sample);
+    for args in GUESTS {
+        let mut guest = Guest::start(args, &sample);
         for name in ["XFSZ", "PIPE", "TTOU", "TTIN"] {
             guest.talking.signal(name);
             guest.talking.beats(2);
@@ -167,17 +167,17 @@ fn a_guest_whose_cpu_time_is_used_up_ends_cleanly() {
 }
 
 #[test]
-fn address_space_that_runs_out_while_a_guest_is_stored() {
+fn address_space_that_runs_out_during_a_snapshot() {
     // An allocation that failed ended the process.
     needs_vm!();
     let sample = Sample::small();
-    for (words, limit, of) in
+    for (args, limit, of) in
         [(GUESTS[0], "as", "VmSize"), (GUESTS[2], "as", "VmSize"), (GUESTS[1], "data", "VmData")]
     {
-        let mut guest = Guest::start(words, &sample);
+        let mut guest = Guest::start(args, &sample);
         let before = sample.names();
         let mut stored = 0;
-        // Beside what a store needs, the allocator may reserve 64 or 128 MiB for a thread.
+        // Besides the memory for a snapshot, the allocator may reserve 64 or 128 MiB for a thread.
         for room_mib in [0, 1, 2, 3, 4, 6, 8, 12, 20, 40, 80, 160, 320] {
             let bytes = guest.uses(of) + room_mib * MIB;
             guest.limit(limit, &format!("{bytes}:"));
@@ -200,7 +200,7 @@ fn address_space_that_runs_out_while_a_guest_is_stored() {
 }
 
 #[test]
-fn a_command_with_too_little_of_something_says_so() {
+fn a_command_below_a_limit_names_it() {
     needs_vm!();
     let sample = Sample::small();
     let folder = sample.folder.path();
@@ -211,14 +211,14 @@ fn a_command_with_too_little_of_something_says_so() {
     let create = ["create", out, "--memory", "64M", "--work", "4M"];
     let limits: Vec<_> = (5..24)
         .map(|files| format!("ulimit -n {files}"))
-        // In KiB. Below that there is no room for the program itself.
+        // In KiB. With less there is no room for the program itself.
         .chain([24, 40, 64, 80, 90, 96, 100, 104].map(|mib| format!("ulimit -v {}", mib << 10)))
         .chain([4, 8, 40, 64, 68, 70, 72].map(|mib| format!("ulimit -d {}", mib << 10)))
         .collect();
     let (mut done, mut refused) = (0, 0);
     for limit in &limits {
-        for words in [&lazy[..], &create] {
-            let ran = limited(limit, words);
+        for args in [&lazy[..], &create] {
+            let ran = limited(limit, args);
             match ran.code {
                 Some(0) => done += 1,
                 // Where the program itself, or its first thread, gets no memory.
@@ -230,31 +230,31 @@ fn a_command_with_too_little_of_something_says_so() {
                     refused += 1;
                 }
             }
-            if ran.code == Some(0) && words[0] == "create" {
+            if ran.code == Some(0) && args[0] == "create" {
                 snap(["verify", out]).ok();
                 std::fs::remove_file(out).expect("it is there");
             }
-            assert_eq!(sample.names(), ["guest.snap"], "{limit}, {words:?}");
+            assert_eq!(sample.names(), ["guest.snap"], "{limit}, {args:?}");
         }
     }
     assert!(done > 0 && refused > 20, "{done} done, {refused} refused");
-    // What `snap` does not need.
+    // Limits that do not affect `snap`.
     for limit in ["ulimit -l 0", "ulimit -f 0", "ulimit -c 0", "ulimit -n 64; ulimit -l 0"] {
         limited(limit, &["restore", "--lazy", file, "--beats", "1"]).ok();
     }
 }
 
 #[test]
-fn a_guest_that_may_open_no_more_files() {
+fn a_guest_without_free_descriptors() {
     needs_vm!();
     let sample = Sample::small();
-    for words in GUESTS {
-        let mut guest = Guest::start(words, &sample);
-        // What is open stays so; nothing more is.
+    for args in GUESTS {
+        let mut guest = Guest::start(args, &sample);
+        // Open files stay open; no others can be opened.
         guest.limit("nofile", "3:");
         let (out, api) = (guest.out.to_str().expect("text"), guest.api.to_str().expect("text"));
         let mut client = Talking::snap(["create", out, "--vm", api]);
-        client.says(&["waiting for the guest at", "api.sock to be stored"]);
+        client.prints(&["waiting for the guest at", "api.sock to be stored"]);
         guest.talking.beats(2);
         guest.limit("nofile", "1024:");
         client.end().ok();
@@ -278,8 +278,8 @@ fn open(process: u32, number: u32) -> bool {
 fn a_guest_that_may_lock_no_memory_and_queue_no_signals() {
     needs_vm!();
     let sample = Sample::small();
-    for words in GUESTS {
-        let mut guest = Guest::start(words, &sample);
+    for args in GUESTS {
+        let mut guest = Guest::start(args, &sample);
         guest.limit("memlock", "0:");
         guest.limit("sigpending", "0:");
         guest.check_stored();
@@ -292,13 +292,13 @@ fn a_guest_that_may_have_no_more_threads() {
     needs_vm!();
     let sample = Sample::small();
     let test = "a_guest_that_may_have_no_more_threads";
-    // RLIMIT_NPROC does not count for root, nor for whoever has its rights; /dev/kvm wants some. No other test is this
-    // user, whose processes are counted.
-    let as_other = |processes: u32, words: &[&str]| {
+    // RLIMIT_NPROC is not enforced for root, nor for users with its rights, some of which /dev/kvm needs. No other test
+    // runs as this user, whose processes are counted.
+    let as_other = |processes: u32, args: &[&str]| {
         let mut command = Command::new("setpriv");
         command.args(["--reuid=65533", "--clear-groups", "--inh-caps=-all,+dac_override"]);
         command.args(["--ambient-caps=+dac_override", "--bounding-set=-all,+dac_override"]);
-        command.arg("prlimit").arg(format!("--nproc={processes}")).arg(SNAP).args(words);
+        command.arg("prlimit").arg(format!("--nproc={processes}")).arg(SNAP).args(args);
         command
     };
     let file = sample.file.to_str().expect("text");
@@ -329,7 +329,7 @@ fn a_guest_that_may_have_no_more_threads() {
                 snap(["verify", out]).ok();
                 std::fs::remove_file(out).expect("it is there");
             }
-            // Only where a thread has ended since the start and another took its place: a store needs one.
+            // Only if a thread has ended since the start and another took its place: a snapshot needs one.
             _ => drop(ran.failed(1, &["RLIMIT_NPROC"])),
         }
         guest.beats(2);
@@ -339,11 +339,11 @@ fn a_guest_that_may_have_no_more_threads() {
     assert!(not_begun > 0 && stored > 0, "{not_begun} not begun, {stored} stored");
 }
 
-/// A cgroup of its own for a test, removed when it is dropped.
+/// A cgroup for one test, removed when it is dropped.
 struct Cgroup(PathBuf);
 
 impl Cgroup {
-    /// With this controller, wherever it is mounted. `None`, and a word, if that may not be had.
+    /// With this controller, wherever it is mounted. `None`, and a message, if that is not permitted.
     fn new(controller: &str, test: &str) -> Option<Self> {
         let name = format!("snap-test-{controller}-{}", std::process::id());
         for parent in [format!("/sys/fs/cgroup/{controller}"), "/sys/fs/cgroup".to_owned()] {
@@ -396,8 +396,8 @@ fn a_guest_in_a_cgroup_without_room_for_threads() {
     let sample = Sample::small();
     let test = "a_guest_in_a_cgroup_without_room_for_threads";
     let Some(group) = Cgroup::new("pids", test) else { return };
-    for words in GUESTS {
-        let mut guest = Guest::start(words, &sample);
+    for args in GUESTS {
+        let mut guest = Guest::start(args, &sample);
         group.take(guest.talking.id());
         group.limit("pids", "1");
         guest.store().failed(1, &["no thread", "pids.max"]);
@@ -415,29 +415,29 @@ fn a_guest_in_a_cgroup_with_little_memory() {
     let test = "a_guest_in_a_cgroup_with_little_memory";
     let Some(group) = Cgroup::new("memory", test) else { return };
     let before = sample.names();
-    // What the guest has touched, what a writer with two threads needs, and less than the file.
+    // Enough for the guest's touched memory and for a writer with two threads, but less than the file.
     group.limit("memory", &(180 * MIB).to_string());
     let join = format!("echo $$ > {}/cgroup.procs", group.0.display());
     let out = sample.folder.path().join("out.snap");
     let out = out.to_str().expect("text");
     let file = sample.file.to_str().expect("text");
-    for words in [
+    for args in [
         &["create", out, "--memory", "128M", "--work", "64M", "--threads", "2"][..],
         &["flatten", file, "-o", out, "--threads", "2"],
     ] {
-        limited(&join, words).ok();
+        limited(&join, args).ok();
         snap(["verify", out]).ok();
         std::fs::remove_file(out).expect("it is there");
     }
     limited(&join, &["restore", file, "--beats", "2"]).ok();
     limited(&join, &["restore", "--lazy", file, "--beats", "2"]).ok();
-    // Less than the guest itself takes: the kernel ends the process, and nothing is left behind.
+    // Less than the guest itself takes: the kernel kills the process, and no file is left.
     group.limit("memory", &(32 * MIB).to_string());
-    for words in [
+    for args in [
         &["create", out, "--memory", "128M", "--work", "64M"][..],
         &["restore", file, "--beats", "2"],
     ] {
-        let ran = limited(&join, words);
+        let ran = limited(&join, args);
         assert_eq!(ran.code, None, "{}", ran.stderr);
         assert_eq!(sample.names(), before);
     }

@@ -1,4 +1,4 @@
-//! Linux guests through the program: what is refused before a guest runs, and how one ends.
+//! Linux guests through the program: refusals before a guest runs, and how a guest ends.
 
 use std::fs;
 
@@ -12,9 +12,9 @@ fn folder_with(kernel: &[u8]) -> tempfile::TempDir {
     folder
 }
 
-/// `snap create` with this kernel is refused with these words, and leaves no file.
+/// `snap create` with this kernel is refused with these messages, and leaves no file.
 #[track_caller]
-fn refused(kernel: &[u8], args: &[&str], says: &[&str]) {
+fn refused(kernel: &[u8], args: &[&str], messages: &[&str]) {
     let folder = folder_with(kernel);
     let path = |name: &str| folder.path().join(name).display().to_string();
     fs::write(path("initrd"), vec![7; 8 << 20]).expect("it is written");
@@ -24,12 +24,12 @@ fn refused(kernel: &[u8], args: &[&str], says: &[&str]) {
             .into_iter()
             .chain(args),
     );
-    ran.failed(1, says);
+    ran.failed(1, messages);
     assert!(!folder.path().join("out.snap").exists());
 }
 
 #[test]
-fn kernels_that_are_none_are_named() {
+fn invalid_kernels_are_named() {
     refused(b"#!/bin/sh\n", &[], &["kernel: neither an ELF vmlinux nor a bzImage"]);
     refused(b"", &[], &["neither an ELF vmlinux nor a bzImage"]);
     let mut elf = kernel::elf(&kernel::power_off(), true, 0);
@@ -43,7 +43,7 @@ fn kernels_that_are_none_are_named() {
 }
 
 #[test]
-fn what_does_not_fit_is_refused_with_its_size() {
+fn files_that_do_not_fit_are_refused_with_their_size() {
     let kernel = kernel::elf(&kernel::power_off(), true, 100 << 20);
     refused(&kernel, &["--memory", "64M"], &["needs memory up to", "and the guest has 67108864"]);
     let kernel = kernel::elf(&kernel::power_off(), true, 0);
@@ -59,32 +59,32 @@ fn what_does_not_fit_is_refused_with_its_size() {
         &["of 8388608 bytes does not fit, room for", "give the guest more memory"],
     );
     refused(&kernel, &["--initrd", "FOLDERnone"], &["cannot open", "none"]);
-    // What has no length, as a pipe of the shell's `<(...)`, is not an initrd of no bytes.
+    // A file without a length, as a pipe of the shell's `<(...)`, is not an empty initrd.
     for none in ["/dev/null", "FOLDER"] {
         refused(&kernel, &["--initrd", none], &["is not a regular file"]);
     }
-    refused(&kernel, &["--when", "ready"], &["--when ready is of the demo guest"]);
+    refused(&kernel, &["--when", "ready"], &["--when ready is only for the demo guest"]);
 }
 
 #[test]
-fn a_guest_that_ends_says_how() {
+fn the_end_of_a_guest_has_its_message() {
     needs_vm!();
-    let ends = |code: &[u8], says: &str| {
+    let ends = |code: &[u8], message: &str| {
         let folder = folder_with(&kernel::elf(code, true, 0));
         let (kernel, out) = (folder.path().join("kernel"), folder.path().join("out.snap"));
-        let words = ["create".as_ref(), out.as_os_str(), "--kernel".as_ref(), kernel.as_os_str()];
-        snap(words).failed(5, &[says]);
+        let args = ["create".as_ref(), out.as_os_str(), "--kernel".as_ref(), kernel.as_os_str()];
+        snap(args).failed(5, &[message]);
         assert!(!out.exists());
     };
     ends(&kernel::power_off(), "the guest powered off");
-    ends(&kernel::out(0x602, 1), "the guest asked for a reset");
+    ends(&kernel::out(0x602, 1), "the guest requested a reset");
     // An undefined instruction without an interrupt table.
     ends(&[0x0f, 0x0b], "triple fault");
 }
 
-/// The guest asks to be stored, and goes on after it: prints its command line, and powers off.
+/// The guest requests a snapshot, and then continues: it prints its command line, and powers off.
 #[test]
-fn a_guest_is_stored_at_its_request_and_ends_well() {
+fn a_guest_is_snapshotted_at_its_request_and_powers_off() {
     needs_vm!();
     let request = &kernel::out(0x680, 1)[..7];
     let code = [request, kernel::PRINT_CMDLINE_PVH, &kernel::power_off()].concat();
@@ -93,37 +93,37 @@ fn a_guest_is_stored_at_its_request_and_ends_well() {
     let kernel = ["--kernel".as_ref(), kernel.as_os_str(), "--cmdline".as_ref(), "hello".as_ref()];
     snap(["create".as_ref(), out.as_os_str()].into_iter().chain(kernel)).ok();
     for mode in [&["--lazy"][..], &["--clock", "keep"]] {
-        let words = ["restore".as_ref(), out.as_os_str()];
-        let ran = snap(words.into_iter().chain(mode.iter().map(std::ffi::OsStr::new))).ok();
+        let args = ["restore".as_ref(), out.as_os_str()];
+        let ran = snap(args.into_iter().chain(mode.iter().map(std::ffi::OsStr::new))).ok();
         assert_eq!(ran.stdout, "hello\n");
         assert!(ran.stderr.contains("the guest powered off"), "{}", ran.stderr);
     }
 }
 
-/// What ends a guest that was brought back: each with its message, and the same code in both ways.
+/// The ends of a restored guest: each has its message, and the same code in both modes.
 #[test]
-fn a_guest_that_was_brought_back_says_how_it_ends() {
+fn the_end_of_a_restored_guest_has_its_message() {
     needs_vm!();
-    let ends = |code: &[u8], exit_code: i32, says: &str| {
+    let ends = |code: &[u8], exit_code: i32, message: &str| {
         let request = &kernel::out(0x680, 1)[..7];
         let folder = folder_with(&kernel::elf(&[request, code].concat(), true, 0));
         let (kernel, out) = (folder.path().join("kernel"), folder.path().join("out.snap"));
-        let words = ["create".as_ref(), out.as_os_str(), "--kernel".as_ref(), kernel.as_os_str()];
-        snap(words).ok();
+        let args = ["create".as_ref(), out.as_os_str(), "--kernel".as_ref(), kernel.as_os_str()];
+        snap(args).ok();
         for mode in [&["--report", "text"][..], &["--lazy"]] {
-            let words = ["restore".as_ref(), out.as_os_str()];
-            let ran = snap(words.into_iter().chain(mode.iter().map(std::ffi::OsStr::new)));
-            ran.failed(exit_code, &[says]);
+            let args = ["restore".as_ref(), out.as_os_str()];
+            let ran = snap(args.into_iter().chain(mode.iter().map(std::ffi::OsStr::new)));
+            ran.failed(exit_code, &[message]);
         }
     };
     ends(&kernel::power_off(), 0, "the guest powered off");
-    ends(&kernel::out(0x602, 1), 5, "the guest asked for a reset");
-    // The keyboard controller's way.
-    ends(&kernel::out(0x64, 0xfe), 5, "the guest asked for a reset");
+    ends(&kernel::out(0x602, 1), 5, "the guest requested a reset");
+    // By the keyboard controller.
+    ends(&kernel::out(0x64, 0xfe), 5, "the guest requested a reset");
     ends(&[0x0f, 0x0b], 5, "triple fault");
 }
 
-/// A snapshot of a CPU with a feature that no CPU has: refused with its name, and taken by force.
+/// A snapshot of a CPU with a feature that no CPU has is refused with the feature's name, and restored by force.
 #[test]
 fn a_snapshot_of_another_cpu_is_refused() {
     use snapfmt::{Contents, Snapshot, StateBlob, WriteOptions};
@@ -135,7 +135,7 @@ fn a_snapshot_of_another_cpu_is_refused() {
     let blob = snapshot.state(STATE_KIND).expect("it can be read").expect("it is there");
     let mut state = VmState::decode(STATE_KIND, blob.version, &blob.bytes).expect("it is whole");
     let leaf = state.vcpus_mut()[0].cpuid.iter_mut().find(|leaf| leaf.0.function == 7);
-    // AVX-512 for Xeon Phi (PF, ER), of which there is none in a machine of today.
+    // AVX-512 for Xeon Phi (PF, ER), which no present machine has.
     leaf.expect("every CPU has this leaf").0.ebx |= 1 << 26 | 1 << 27;
     let mut metadata = snapshot.metadata().expect("it can be read");
     metadata.other.remove("host_cpu");
@@ -150,9 +150,9 @@ fn a_snapshot_of_another_cpu_is_refused() {
     for mode in [&["--lazy", "--beats", "1"][..], &["--beats", "1"]] {
         let ran = restore(&file, mode);
         assert_eq!(ran.stdout, "");
-        let says = "other.snap: this host's CPU lacks what the guest was given";
+        let message = "other.snap: this host's CPU lacks what the guest was given";
         let features = "CPUID 0x7.0 Ebx bit 26, CPUID 0x7.0 Ebx bit 27";
-        ran.failed(1, &[&format!("{says}: {features}; --force-cpu")]);
+        ran.failed(1, &[&format!("{message}: {features}; --force-cpu")]);
         restore(&file, &[mode, &["--force-cpu"]].concat()).ok();
     }
 }

@@ -5,7 +5,7 @@ use snapfmt::{SectionKind, Snapshot};
 use crate::support::{Sample, needs_vm, snap};
 
 #[test]
-fn info_tells_what_is_in_the_file() {
+fn info_shows_the_content_of_the_file() {
     needs_vm!();
     let sample = Sample::create(&["--memory", "64M", "--work", "16M", "--codec", "lz4"]);
     let info = snap(["info", "--json", &sample.file.to_string_lossy()]).ok().json();
@@ -19,9 +19,9 @@ fn info_tells_what_is_in_the_file() {
     let pages = |kind: &str| info["pages"][kind].as_u64().expect(kind);
     assert_eq!(pages("total"), 64 << 8);
     assert_eq!(pages("total"), pages("zero") + pages("data"));
-    // An eighth of the working area is made of equal pages: one of them is stored.
+    // An eighth of the working area has equal pages: one of them is stored.
     assert!((400..600).contains(&pages("duplicate")), "{info}");
-    // An eighth of the working area is left zero; the guest's own tables are stored too.
+    // An eighth of the working area is zero; the guest's own tables are stored too.
     assert!((3500..4096).contains(&pages("data")), "{info}");
     let stored: u64 = ["raw", "lz4"]
         .iter()
@@ -40,7 +40,7 @@ fn info_tells_what_is_in_the_file() {
 }
 
 #[test]
-fn verify_notices_a_flip_in_every_section() {
+fn verify_detects_a_flip_in_every_section() {
     needs_vm!();
     let sample = Sample::small();
     let file = sample.file.to_string_lossy();
@@ -58,8 +58,8 @@ fn verify_notices_a_flip_in_every_section() {
         copy[at as usize] ^= 4;
         std::fs::write(&damaged, copy).expect("it can be written");
         let name = damaged.to_string_lossy();
-        let says: &[&str] = if at < 8 { &["not a snapshot"] } else { &["expected", "found"] };
-        snap(["verify", &name]).failed(3, says).failed(3, &["damaged.snap"]);
+        let messages: &[&str] = if at < 8 { &["not a snapshot"] } else { &["expected", "found"] };
+        snap(["verify", &name]).failed(3, messages).failed(3, &["damaged.snap"]);
     }
 }
 

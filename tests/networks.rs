@@ -6,7 +6,7 @@ use std::process::Command;
 use crate::kernel;
 use crate::support::{Ran, needs_vm, skip, snap};
 
-/// A folder with a guest that asks to be stored, and powers off when it is brought back.
+/// A folder with a guest that requests a snapshot, and powers off when it is restored.
 struct Place(tempfile::TempDir);
 
 impl Place {
@@ -18,10 +18,10 @@ impl Place {
         Self(folder)
     }
 
-    /// `snap` with these words; FOLDER stands for the place.
-    fn snap(&self, words: &str) -> Ran {
+    /// `snap` with these arguments; FOLDER stands for the place.
+    fn snap(&self, args: &str) -> Ran {
         let folder = self.0.path().display().to_string();
-        snap(words.split(' ').map(|word| word.replace("FOLDER", &folder)).collect::<Vec<_>>())
+        snap(args.split(' ').map(|arg| arg.replace("FOLDER", &folder)).collect::<Vec<_>>())
     }
 
     fn create(&self, device: &str) -> Ran {
@@ -29,7 +29,7 @@ impl Place {
     }
 }
 
-/// A tap of this host, gone when this is.
+/// A tap of this host, removed when this is dropped.
 struct HostTap(String);
 
 impl HostTap {
@@ -56,7 +56,7 @@ impl Drop for HostTap {
 }
 
 #[test]
-fn networks_that_cannot_be_are_refused_before_the_guest_runs() {
+fn invalid_networks_are_refused_before_the_guest_runs() {
     needs_vm!();
     let place = Place::new();
     place

@@ -1,4 +1,4 @@
-//! Disks that stay as they are (`--disk IMG,overlay`, `--disk-overlay`), through the program.
+//! Disks that are not changed (`--disk IMG,overlay`, `--disk-overlay`), through the program.
 
 use std::fs;
 
@@ -23,8 +23,8 @@ fn write(count: u8, sector: u32, letter: u8) -> Vec<u8> {
     [header, submit(0, count, &[(HEADER, 16, 0), (DATA, 512, 0), (STATUS, 1, WRITE)])].concat()
 }
 
-/// A folder with a disk of the letter `d`, and a guest that writes W to sector 1 and is stored; then it reads
-/// sectors 1 and 2, writes R to both, reads sector 2 and asks to be stored; then reads sectors 1 and 8.
+/// A folder with a disk of the letter `d`, and a guest that writes W to sector 1 and is snapshotted; then it reads
+/// sectors 1 and 2, writes R to both, reads sector 2 and requests a snapshot; then it reads sectors 1 and 8.
 pub(crate) struct Place(pub(crate) tempfile::TempDir);
 
 impl Place {
@@ -50,19 +50,19 @@ impl Place {
         Self(folder)
     }
 
-    fn words(&self, words: &str) -> Vec<String> {
+    fn args(&self, args: &str) -> Vec<String> {
         let folder = self.0.path().display().to_string();
-        words.split(' ').map(|word| word.replace("FOLDER", &folder)).collect()
+        args.split(' ').map(|arg| arg.replace("FOLDER", &folder)).collect()
     }
 
-    /// `snap` with these words; FOLDER stands for the place.
-    pub(crate) fn snap(&self, words: &str) -> Ran {
-        snap(self.words(words))
+    /// `snap` with these arguments; FOLDER stands for the place.
+    pub(crate) fn snap(&self, args: &str) -> Ran {
+        snap(self.args(args))
     }
 
     fn create(&self, disk: &str) {
-        let words = "create FOLDER/a.snap --kernel FOLDER/kernel --disk FOLDER/disk.img";
-        self.snap(&format!("{words}{disk}")).ok();
+        let args = "create FOLDER/a.snap --kernel FOLDER/kernel --disk FOLDER/disk.img";
+        self.snap(&format!("{args}{disk}")).ok();
     }
 
     /// The first letters of sectors 0 to 2 of the image itself.
@@ -73,7 +73,7 @@ impl Place {
 }
 
 #[test]
-fn an_overlay_is_stored_with_the_guest_and_every_restore_has_its_own() {
+fn an_overlay_is_in_the_snapshot_and_every_restore_has_its_own() {
     needs_vm!();
     let place = Place::new();
     place.create(",overlay");
@@ -83,7 +83,7 @@ fn an_overlay_is_stored_with_the_guest_and_every_restore_has_its_own() {
         assert_eq!(ran.stdout, "W\nd\nR\nR\nd\n", "{mode}");
     }
     assert_eq!(place.image(), "ddd");
-    // Stored again: with what it has written since, also in a file of its own.
+    // Snapshotted again, with its later writes, also in another file.
     place.snap("create FOLDER/b.snap --from FOLDER/a.snap --when request").ok();
     place.snap("flatten FOLDER/b.snap -o FOLDER/c.snap").ok();
     for file in ["b", "c"] {
@@ -91,9 +91,9 @@ fn an_overlay_is_stored_with_the_guest_and_every_restore_has_its_own() {
         assert_eq!(ran.stdout, "R\nd\n");
     }
     place.snap("verify FOLDER/a.snap").ok();
-    // The image is what it must be, or the guest does not run.
+    // With a changed image the guest does not run.
     fs::write(place.0.path().join("disk.img"), [b'x'; 64 << 10]).expect("it is written");
-    place.snap("restore FOLDER/a.snap").failed(1, &["is not as it was when the guest was saved"]);
+    place.snap("restore FOLDER/a.snap").failed(1, &["has changed since the guest was saved"]);
     place
         .snap("restore FOLDER/a.snap --disk-overlay FOLDER/none --force-disks")
         .failed(1, &["cannot make the overlay of the disk", "No such file"]);
@@ -102,7 +102,7 @@ fn an_overlay_is_stored_with_the_guest_and_every_restore_has_its_own() {
 }
 
 #[test]
-fn restores_share_a_disk_that_was_stored_without_an_overlay() {
+fn restores_share_a_disk_that_was_snapshotted_without_an_overlay() {
     needs_vm!();
     let place = Place::new();
     place.create("");
@@ -112,11 +112,11 @@ fn restores_share_a_disk_that_was_stored_without_an_overlay() {
         assert_eq!(ran.stdout, "W\nd\nR\nR\nd\n", "{mode}");
         assert_eq!(place.image(), "dWd");
     }
-    // Without an overlay the guest writes the image itself, so that there is no second time.
+    // Without an overlay the guest writes the image itself, so that it cannot be restored again.
     assert_eq!(place.snap("restore FOLDER/a.snap").ok().stdout, "W\nd\nR\nR\nd\n");
     assert_eq!(place.image(), "dRR");
-    place.snap("restore FOLDER/a.snap").failed(1, &["is not as it was when the guest was saved"]);
-    // The program leaves nothing behind.
+    place.snap("restore FOLDER/a.snap").failed(1, &["has changed since the guest was saved"]);
+    // The program leaves no files.
     let names = fs::read_dir(place.0.path()).expect("it is there").count();
     assert_eq!(names, 3, "{SNAP} left something");
 }

@@ -1,5 +1,5 @@
-//! Snapshots that another one of the same guest is written over (`cp`, `rsync --inplace`) while a guest runs from them: it has
-//! pages of one, and asks for more. It stops with a message, and sees no page of the other.
+//! Snapshots that are overwritten with another one of the same guest (`cp`, `rsync --inplace`) while a guest runs from
+//! them. The guest stops with a message at its next page, and sees no page of the other one.
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
@@ -19,18 +19,18 @@ use crate::support::{SNAP, Sample, needs_vm, run, snap};
 /// A hang guard.
 const LONG: Duration = Duration::from_secs(60);
 
-/// What a stopped guest says, whatever the file.
-const SAYS: [&str; 3] =
+/// The messages of a stopped guest, for any file.
+const MESSAGES: [&str; 3] =
     ["guest stopped", "was written to after it was opened", "renaming a new file"];
 
-/// Two snapshots of one guest, before its first beat and after its third, in files that are laid out alike.
+/// Two snapshots of one guest, before its first beat and after its third, in files with the same layout.
 struct Two {
     sample: Sample,
     later: PathBuf,
 }
 
 impl Two {
-    /// Stored in `codec`; `bound`: whether their chunks say whose they are, as they do since there is a feature bit for that.
+    /// Writes them in `codec`; `bound`: with the feature BOUND.
     #[track_caller]
     fn new(codec: &str, bound: bool) -> Two {
         // Small chunks and much work: a beat takes thousands of faults.
@@ -38,9 +38,9 @@ impl Two {
         let sample =
             Sample::create(&[&["--memory", "24M", "--work", "16M"], &storage[..]].concat());
         let [layer, later] = ["l.snap", "later.snap"].map(|name| sample.folder.path().join(name));
-        let mut words = vec!["create", text(&layer), "--from", text(&sample.file)];
-        words.extend(["--when", "output:beat 3 ok\n"]);
-        snap(words).ok();
+        let mut args = vec!["create", text(&layer), "--from", text(&sample.file)];
+        args.extend(["--when", "output:beat 3 ok\n"]);
+        snap(args).ok();
         snap([&["flatten", text(&layer), "-o", text(&later)], &storage[..]].concat()).ok();
         std::fs::remove_file(layer).expect("it was made above");
         if !bound {
@@ -71,7 +71,7 @@ fn text(path: &Path) -> &str {
     path.to_str().expect("a plain name")
 }
 
-/// Makes a file as it was written before chunks said whose they are.
+/// Makes a file without BOUND, as older versions wrote it.
 fn unbind(path: &Path) {
     let mut bytes = std::fs::read(path).expect("it can be read");
     bytes[16] &= !(INCOMPAT_BOUND as u8);
@@ -81,12 +81,12 @@ fn unbind(path: &Path) {
     snap(["verify", text(path)]).ok();
 }
 
-/// A guest that has had some of its pages by faults, and stands still now. It ends by itself after some beats, when all
-/// of its memory is hashed: so it asks for every page.
+/// A paused guest that has loaded some of its pages by faults. After some beats it ends and all of its memory is
+/// hashed, so every page is loaded.
 #[track_caller]
 fn half_way(folder: &Path, file: &Path) -> Vm {
-    let words = ["restore", text(file), "--lazy", "--prefetch", "off", "--beats", "4", "--hash"];
-    let vm = Vm::start_paused(folder, &words);
+    let args = ["restore", text(file), "--lazy", "--prefetch", "off", "--beats", "4", "--hash"];
+    let vm = Vm::start_paused(folder, &args);
     let began = Instant::now();
     let faults = || vm.ask("GET", "/stats", &Value::Null).1["pager"]["faults"].as_u64();
     while faults() < Some(100) {
@@ -97,21 +97,21 @@ fn half_way(folder: &Path, file: &Path) -> Vm {
     vm
 }
 
-/// It is stopped, says why and about which file, and has printed no beat that was not ok.
+/// The guest is stopped, the message has the reason and the file, and every printed beat is ok.
 #[track_caller]
 fn stops(mut vm: Vm, what: &str, file: &str) {
-    // One that has ended meanwhile does not answer.
+    // A guest that has ended meanwhile does not answer.
     let _ = vm.ask("PATCH", "/vm", &json!({ "state": "Resumed" }));
     let ran = vm.end();
     assert!(!ran.stdout.contains("BAD"), "{what}: {}", ran.stdout);
-    ran.failed(5, &SAYS).failed(5, &[file]);
+    ran.failed(5, &MESSAGES).failed(5, &[file]);
 }
 
-/// Each codec, and both forms of the file.
+/// Each codec, with and without BOUND.
 const FORMS: [(&str, bool); 4] = [("raw", true), ("raw", false), ("lz4", true), ("zstd", false)];
 
 #[test]
-fn a_guest_whose_snapshot_is_written_over_stops() {
+fn a_guest_whose_snapshot_is_overwritten_stops() {
     needs_vm!();
     for (codec, bound) in FORMS.into_iter().chain([("lz4", false), ("zstd", true)]) {
         let two = Two::new(codec, bound);
@@ -141,9 +141,9 @@ fn a_guest_whose_snapshot_is_copied_over_stops() {
     }
 }
 
-/// The guest that runs keeps the old file, which has no name any more; others get the new one.
+/// The running guest keeps the old file, which has no name any more; later guests get the new one.
 #[test]
-fn a_guest_whose_snapshot_is_replaced_by_renaming_runs_on() {
+fn a_guest_whose_snapshot_is_replaced_by_renaming_keeps_running() {
     needs_vm!();
     for bound in [true, false] {
         let two = Two::new("raw", bound);
@@ -156,24 +156,24 @@ fn a_guest_whose_snapshot_is_replaced_by_renaming_runs_on() {
 }
 
 #[test]
-fn a_guest_whose_snapshots_parent_is_written_over_stops() {
+fn a_guest_whose_parent_snapshot_is_overwritten_stops() {
     needs_vm!();
     for (codec, bound) in FORMS {
         let two = Two::new(codec, bound);
         let layer = two.folder().join("layer.snap");
-        let words = ["create", text(&layer), "--from", text(two.file())];
-        snap(words.into_iter().chain(["--when", "output:beat 1 ok\n"])).ok();
+        let args = ["create", text(&layer), "--from", text(two.file())];
+        snap(args.into_iter().chain(["--when", "output:beat 1 ok\n"])).ok();
         let vm = half_way(two.folder(), &layer);
         two.write_over();
-        // What is wrong is in the parent, and told as the parent's.
+        // The error is in the parent, and the message names the parent.
         stops(vm, &format!("{codec}, bound: {bound}"), "layer.snap: ");
         snap(["verify", text(&layer)]).failed(3, &["guest.snap", "as the parent, found"]);
     }
 }
 
-/// The server has the file, and the clone is told why it stops.
+/// The server has the file, and the clone gets the reason.
 #[test]
-fn a_clone_whose_served_snapshot_is_written_over_stops() {
+fn a_clone_whose_served_snapshot_is_overwritten_stops() {
     needs_vm!();
     for (codec, bound) in FORMS {
         let two = Two::new(codec, bound);
@@ -186,10 +186,10 @@ fn a_clone_whose_served_snapshot_is_written_over_stops() {
             assert!(began.elapsed() < LONG, "there is no server");
             thread::sleep(Duration::from_millis(1));
         }
-        // One beat is less than half of the pages; the hash wants all.
-        let words = ["restore", text(two.file()), "--lazy", "--share", text(&socket)];
-        let words = [&words[..], &["--beats", "200", "--hash"]].concat();
-        let vm = Vm::start(two.folder(), &words);
+        // One beat touches less than half of the pages; the hash reads all.
+        let args = ["restore", text(two.file()), "--lazy", "--share", text(&socket)];
+        let args = [&args[..], &["--beats", "200", "--hash"]].concat();
+        let vm = Vm::start(two.folder(), &args);
         vm.set("Paused");
         two.write_over();
         stops(vm, &format!("{codec}, bound: {bound}"), "guest.snap");
@@ -198,9 +198,9 @@ fn a_clone_whose_served_snapshot_is_written_over_stops() {
     }
 }
 
-/// What a guest has not touched is read from its snapshot when it is stored.
+/// Pages that a guest has not touched are read from its snapshot when it is snapshotted again.
 #[test]
-fn a_guest_whose_snapshot_is_written_over_is_not_stored() {
+fn a_guest_whose_snapshot_is_overwritten_is_not_snapshotted() {
     needs_vm!();
     for bound in [true, false] {
         let two = Two::new("raw", bound);
@@ -210,44 +210,44 @@ fn a_guest_whose_snapshot_is_written_over_is_not_stored() {
         let request = json!({ "snapshot_path": out });
         let (status, answer) = vm.ask("PUT", "/snapshot/create", &request);
         assert!(status >= 400, "{status} {answer}");
-        let message = answer["fault_message"].as_str().expect("it says why");
+        let message = answer["fault_message"].as_str().expect("it has a reason");
         assert!(message.contains("was written to after it was opened"), "{message}");
         assert!(!out.exists());
         stops_or_is_stopped(&mut vm);
     }
 }
 
-/// Nothing of it is left to a guest that could not be stored.
+/// A guest that could not be snapshotted leaves no file.
 #[track_caller]
 fn stops_or_is_stopped(vm: &mut Vm) {
     let _ = vm.ask("PATCH", "/vm", &json!({ "state": "Resumed" }));
     let ran = vm.end();
     assert!(!ran.stdout.contains("BAD"), "{}", ran.stdout);
-    ran.failed(5, &SAYS);
+    ran.failed(5, &MESSAGES);
 }
 
-/// Memory that is a mapping of a raw image (a mode of `snap bench`): nothing stops the guest, but the run does not count.
+/// Memory that is a mapping of a raw image (a mode of `snap bench`): the guest is not stopped, but the run fails.
 #[test]
 fn a_run_whose_raw_image_is_written_to_fails() {
     needs_vm!();
     let sample = Sample::small();
     let image = sample.folder.path().join("memory.raw");
     snap(["export", text(&sample.file), "--format", "raw", "-o", text(&image)]).ok();
-    let words = ["restore", text(&sample.file), "--image", text(&image), "--beats", "50"];
-    Vm::start(sample.folder.path(), &words).end().ok();
-    let mut vm = Vm::start(sample.folder.path(), &words);
+    let args = ["restore", text(&sample.file), "--image", text(&image), "--beats", "50"];
+    Vm::start(sample.folder.path(), &args).end().ok();
+    let mut vm = Vm::start(sample.folder.path(), &args);
     vm.set("Paused");
     let file = OpenOptions::new().write(true).open(&image).expect("it opens");
     file.write_all_at(&[0], 0).expect("it can be written");
     vm.set("Resumed");
-    let says =
+    let messages =
         ["the guest may have run from two images", "memory.raw", "changed after it was opened"];
-    vm.end().failed(1, &says);
+    vm.end().failed(1, &messages);
 }
 
-/// Otherwise the tests above would show that other places are noticed, and not other snapshots.
+/// Otherwise the tests above would only detect other places, and not other snapshots.
 #[test]
-fn the_two_snapshots_of_these_tests_are_laid_out_alike() {
+fn the_two_snapshots_of_these_tests_have_the_same_layout() {
     needs_vm!();
     for codec in ["raw", "lz4", "zstd"] {
         let two = Two::new(codec, true);
@@ -262,6 +262,6 @@ fn the_two_snapshots_of_these_tests_are_laid_out_alike() {
         })
         .expect("the index can be read");
         let least = if codec == "raw" { all / 2 } else { 1 };
-        assert!(same >= least, "{codec}: {same} of {all} pages stand at the same place");
+        assert!(same >= least, "{codec}: {same} of {all} pages are at the same place");
     }
 }

@@ -1,4 +1,4 @@
-//! What an eager restore leaves of its file in the page cache.
+//! How much of its file an eager restore leaves in the page cache.
 
 use std::fs::File;
 use std::path::Path;
@@ -18,14 +18,14 @@ fn drop_pages(path: &Path, all: bool) {
     file.release(0..end);
 }
 
-/// Whether the middle of the file is cached, as far as that is known. If it is not, it is read.
+/// Whether the middle of the file is cached, if that is known. If it is not, this reads it.
 fn is_cached(path: &Path) -> Option<bool> {
     let file = File::open(path).expect("it opens");
     file.is_cached(file.len_bytes().expect("a file") / 2)
 }
 
 #[test]
-fn a_file_that_was_not_cached_is_let_go_of_when_it_is_restored_once() {
+fn a_file_that_was_not_cached_is_released_after_one_restore() {
     needs_vm!();
     let options = ["--memory", "64M", "--work", "32M", "--codec", "raw"];
     let sample = Sample::create(&options);
@@ -38,15 +38,15 @@ fn a_file_that_was_not_cached_is_let_go_of_when_it_is_restored_once() {
     drop_pages(file, true);
     restore();
     assert_eq!(is_cached(file), Some(false), "after the first restore");
-    // The question has had a page read: without it, the second restore finds only the index of the first.
+    // The question has read a page. After dropping it, the second restore finds only the index of the first.
     drop_pages(file, false);
     restore();
     assert_eq!(is_cached(file), Some(true), "after the second restore");
     restore();
     assert_eq!(is_cached(file), Some(true), "after the third restore");
-    // Whatever reads all of it once.
+    // An export also reads all of it once.
     drop_pages(file, true);
-    let words = ["export".as_ref(), file.as_os_str(), "--format".as_ref(), "raw".as_ref()];
-    snap(words.into_iter().chain(["-o".as_ref(), raw.as_os_str()])).ok();
+    let args = ["export".as_ref(), file.as_os_str(), "--format".as_ref(), "raw".as_ref()];
+    snap(args.into_iter().chain(["-o".as_ref(), raw.as_os_str()])).ok();
     assert_eq!(is_cached(file), Some(false), "after an export");
 }

@@ -1,4 +1,4 @@
-//! `snap run`: guests that are booted and not stored.
+//! `snap run`: guests that are booted and not snapshotted.
 
 use std::fs;
 use std::process::Command;
@@ -12,8 +12,8 @@ fn run_kernel(code: &[u8], options: &[&str]) -> Ran {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("kernel");
     fs::write(&path, kernel::elf(code, true, 0)).expect("it is written");
-    let words = ["run".as_ref(), "--kernel".as_ref(), path.as_os_str()];
-    snap(words.into_iter().chain(options.iter().map(std::ffi::OsStr::new)))
+    let args = ["run".as_ref(), "--kernel".as_ref(), path.as_os_str()];
+    snap(args.into_iter().chain(options.iter().map(std::ffi::OsStr::new)))
 }
 
 #[test]
@@ -28,23 +28,23 @@ fn a_guest_prints_and_powers_off() {
 }
 
 #[test]
-fn a_guest_that_breaks_off_ends_with_5() {
+fn a_guest_that_crashes_ends_with_5() {
     needs_vm!();
-    run_kernel(&kernel::out(0x602, 1), &[]).failed(5, &["the guest asked for a reset"]);
+    run_kernel(&kernel::out(0x602, 1), &[]).failed(5, &["the guest requested a reset"]);
     // An undefined instruction without an interrupt table.
     run_kernel(&[0x0f, 0x0b], &[]).failed(5, &["triple fault"]);
 }
 
-/// HLT with interrupts off, where Linux ends after `halt`: nobody but the user knows that it is the end.
+/// HLT with interrupts off, where Linux ends after `halt`: only the user knows that this is the end.
 #[test]
-fn a_guest_that_halts_sleeps_on() {
+fn a_guest_that_halts_keeps_sleeping() {
     needs_vm!();
     let ran = run_kernel(&[0xfa, 0xf4], &["--for", "100ms"]).ok();
     assert!(ran.stderr.contains("snap run: time is up"), "{}", ran.stderr);
 }
 
 #[test]
-fn a_run_ends_when_it_was_told_to() {
+fn a_run_ends_as_its_options_say() {
     needs_vm!();
     let small = ["run", "--memory", "64M", "--work", "8M"];
     let ran = snap(small.into_iter().chain(["--until", "beat 3 ok"])).ok();
@@ -76,7 +76,7 @@ fn options_come_from_a_file_too() {
     let json = serde_json::json!({ "kernel": path("kernel"), "memory": "64M", "cmdline": "a" });
     fs::write(path("vm.json"), json.to_string()).expect("it is written");
     assert_eq!(snap(["run", "--config", &path("vm.json")]).ok().stdout, "a\n");
-    // The command line counts more.
+    // The command line has precedence.
     let ran = snap(["run", "--config", &path("vm.json"), "--cmdline", "b"]).ok();
     assert_eq!(ran.stdout, "b\n");
     let config = format!("--config={}", path("vm.json"));
@@ -85,13 +85,13 @@ fn options_come_from_a_file_too() {
 }
 
 #[test]
-fn a_file_of_options_that_is_wrong_says_where() {
+fn errors_in_a_file_of_options_have_their_line() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("vm.json");
     let file = file.to_str().expect("a plain name");
-    let wrong = |json: &str, code: i32, says: &[&str]| {
+    let wrong = |json: &str, code: i32, messages: &[&str]| {
         fs::write(file, json).expect("it is written");
-        snap(["run", "--config", file]).failed(code, says);
+        snap(["run", "--config", file]).failed(code, messages);
     };
     wrong("{\n\"memory\": \"lots\"}", 2, &["vm.json, line 2: \"memory\"", "'lots'"]);
     wrong("{\"cpus\": 0, \"kernel\": \"k\"}", 2, &["line 1: \"cpus\"", "'0'"]);
@@ -100,15 +100,15 @@ fn a_file_of_options_that_is_wrong_says_where() {
     wrong("{\"initrd\": \"x\"}", 2, &["--kernel"]);
     wrong("nonsense", 2, &["vm.json", "not a JSON object of options", "line 1 column"]);
     snap(["run", "--config", "/nonexistent.json"]).failed(2, &["cannot read /nonexistent.json"]);
-    // It also is the command line when it is in the way of another option.
+    // An option in the file conflicts with others as on the command line.
     fs::write(file, "{\"kernel\": \"k\"}").expect("it is written");
     let ran = snap(["run", "--config", file, "--work", "8M"]);
     ran.failed(2, &["line 1: \"kernel\"", "cannot be used with"]);
 }
 
-/// Guests that write nothing, and are waited for in vain: what each does tells the slow one from the dead one.
+/// Guests that write nothing until the timeout: their activity distinguishes a slow one from a dead one.
 #[test]
-fn a_silent_guest_is_told_by_what_it_does() {
+fn a_silent_guest_is_described_by_its_activity() {
     needs_vm!();
     let folder = tempfile::tempdir().expect("a folder");
     let begin = |name: &str, code: &[u8], timeout: &str| {
@@ -134,26 +134,26 @@ fn a_silent_guest_is_told_by_what_it_does() {
     let touches = begin("touches", &touch, "3s");
     let mut waits = begin("waits", &[0xe6, 0x80, 0xeb, 0xfc], "5m");
 
-    let told =
+    let last_line =
         |child| Ran::from(end_of(child)).failed(1, &["not ready after 3s", "--timeout"]).stderr;
-    let text = told(halts);
-    assert!(text.contains("at last it stands still (no exits, 0 % of a CPU"), "{text}");
-    let text = told(exits);
-    assert!(text.contains("at last it runs (") && text.contains(" exits/s, "), "{text}");
-    let text = told(spins);
-    assert!(text.contains("at last it runs (no exits, "), "{text}");
-    let text = told(touches);
+    let text = last_line(halts);
+    assert!(text.contains("at the end it is idle (no exits, 0 % of a CPU"), "{text}");
+    let text = last_line(exits);
+    assert!(text.contains("at the end it runs (") && text.contains(" exits/s, "), "{text}");
+    let text = last_line(spins);
+    assert!(text.contains("at the end it runs (no exits, "), "{text}");
+    let text = last_line(touches);
     assert!(text.contains(" of memory touched, ") && text.contains(" of it new"), "{text}");
 
-    // What is said while it is waited for.
+    // The messages during the wait.
     let mut line = String::new();
     let stderr = waits.stderr.as_mut().expect("a pipe");
     std::io::BufRead::read_line(&mut std::io::BufReader::new(stderr), &mut line).expect("text");
-    let said = [
+    let printed = [
         "waiting for the guest's output \"never\", at most 5m; it has written nothing; it runs (",
         " exits/s",
     ];
-    for what in said {
+    for what in printed {
         assert!(line.contains(what), "{what:?} is not in: {line}");
     }
     signal(waits.id(), "INT");

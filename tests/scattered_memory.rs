@@ -1,4 +1,4 @@
-//! Memory in very many pieces, as virtio-mem leaves it: all that looks at a memory map, with thousands of regions.
+//! Memory in very many regions, as with virtio-mem: all commands that use a memory map, with thousands of regions.
 
 use std::fs::File;
 
@@ -12,7 +12,7 @@ fn blocks(count: u64) -> Vec<(u64, u64)> {
 }
 
 #[test]
-fn thousands_of_blocks_come_back_bit_for_bit() {
+fn thousands_of_blocks_are_exported_bit_for_bit() {
     const BLOCKS: u64 = 3000;
     let place = Place::new();
     let folder = cloud_hypervisor(&place, &blocks(BLOCKS));
@@ -28,8 +28,8 @@ fn thousands_of_blocks_come_back_bit_for_bit() {
 
     // The last page of the file is that of the last block.
     let (last, gpa) = (BLOCKS * 2 * MIB - PAGE, (BLOCKS - 1) * 4 * MIB + 2 * MIB - PAGE);
-    let words = format!("{gpa:#x}");
-    let raw = snap(["cat", &file, "--gpa", &words, "--len", "32", "--raw"]).ok();
+    let args = format!("{gpa:#x}");
+    let raw = snap(["cat", &file, "--gpa", &args, "--len", "32", "--raw"]).ok();
     assert!(raw.stdout.starts_with(&format!("page at {last:#x} ")), "{}", raw.stdout);
     assert!(pages(&file).iter().any(|run| run["gpa"] == gpa && run["kind"] == "data"));
     place.export("elf", "core").ok();
@@ -39,9 +39,9 @@ fn thousands_of_blocks_come_back_bit_for_bit() {
     assert_eq!(loads.last().map(|load| load.1), Some((BLOCKS - 1) * 4 * MIB));
 }
 
-/// They are drawn and told in a screenful.
+/// They are drawn and listed in a short output.
 #[test]
-fn thousands_of_blocks_are_shown_in_short() {
+fn thousands_of_blocks_have_a_short_summary() {
     let place = Place::new();
     place.import(&cloud_hypervisor(&place, &blocks(2000)), &[]).ok();
     let file = place.text("a.snap");
@@ -61,12 +61,12 @@ fn thousands_of_blocks_are_shown_in_short() {
 }
 
 #[test]
-fn too_many_pieces_and_empty_ones_are_told_as_that() {
+fn too_many_and_empty_regions_are_refused() {
     let place = Place::new();
     let image = place.image("image", 1025 * PAGE, &[]);
     let regions: Vec<String> = (0..1025).map(|page| format!("{}:4K", 2 * page * PAGE)).collect();
-    let words: Vec<&str> = regions.iter().flat_map(|region| ["--region", region]).collect();
-    place.import(&image, &words).failed(1, &["memory regions is 1025, allowed are 1 to 1024"]);
+    let args: Vec<&str> = regions.iter().flat_map(|region| ["--region", region]).collect();
+    place.import(&image, &args).failed(1, &["memory regions is 1025, allowed are 1 to 1024"]);
     let empty = ["--region", "0:0", "--region", "0:4100K"];
     place.import(&image, &empty).failed(1, &["--region", "the memory range at 0x0 is empty"]);
 }

@@ -1,5 +1,5 @@
-//! `snap serve` from outside: its socket's life, and clones that share memory. Firecracker's handshake is tested
-//! with the library.
+//! `snap serve` through the program: its socket, and clones that share memory. Firecracker's handshake is tested with
+//! the library.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -15,12 +15,12 @@ use snapfmt::{PageEntry, PageIndex, Snapshot};
 use crate::failing_restores::damage_later_half;
 use crate::support::{Ran, SNAP, Sample, end_of, needs_vm, restore, signal, snap, start};
 
-/// A server that listens, and what it says from then on.
+/// A listening server, and its later lines on stderr.
 struct Serving {
     server: Child,
     socket: PathBuf,
     first: String,
-    says: Receiver<String>,
+    lines: Receiver<String>,
 }
 
 impl Serving {
@@ -34,15 +34,15 @@ impl Serving {
         command.arg("serve").arg(&sample.file).arg("--listen").arg(&socket).args(options);
         let mut server = start(command);
         let mut lines = BufReader::new(server.stderr.take().expect("a pipe")).lines();
-        let first = lines.next().expect("it says something").expect("text");
+        let first = lines.next().expect("it prints a line").expect("text");
         assert!(first.starts_with("serving "), "{first}");
-        let (told, says) = channel();
+        let (sender, received) = channel();
         std::thread::spawn(move || {
             for line in lines.map_while(Result::ok) {
-                let _ = told.send(line);
+                let _ = sender.send(line);
             }
         });
-        Serving { server, socket, first, says }
+        Serving { server, socket, first, lines: received }
     }
 
     /// Restores a guest that shares its pages by this server.
@@ -52,11 +52,11 @@ impl Serving {
         restore(file, &[&share, options].concat())
     }
 
-    /// What it says next that has this in it.
+    /// The next line with this text.
     #[track_caller]
-    fn says(&self, what: &str) -> String {
+    fn prints(&self, what: &str) -> String {
         loop {
-            let line = self.says.recv_timeout(Duration::from_secs(60)).expect("it says more");
+            let line = self.lines.recv_timeout(Duration::from_secs(60)).expect("another line");
             if line.contains(what) {
                 return line;
             }
@@ -71,7 +71,7 @@ impl Serving {
 }
 
 #[test]
-fn the_socket_is_private_held_and_given_up() {
+fn the_socket_is_private_kept_and_replaced() {
     needs_vm!();
     let sample = Sample::small();
     let serving = Serving::start(&sample);
@@ -89,7 +89,7 @@ fn the_socket_is_private_held_and_given_up() {
     assert_eq!(serving.end("TERM"), Some(130));
     assert!(!socket.exists());
 
-    // A server that was killed leaves its socket behind; the next one takes it.
+    // A server that was killed leaves its socket; the next one takes it over.
     Serving::start(&sample).end("KILL");
     assert!(socket.exists());
     assert_eq!(Serving::start(&sample).end("INT"), Some(130));
@@ -97,8 +97,8 @@ fn the_socket_is_private_held_and_given_up() {
 
 /// The number in "ended after N faults".
 fn faults(line: &str) -> u64 {
-    let mut words = line.split(' ').skip_while(|word| *word != "after");
-    words.nth(1).and_then(|number| number.parse().ok()).expect(line)
+    let mut fields = line.split(' ').skip_while(|field| *field != "after");
+    fields.nth(1).and_then(|number| number.parse().ok()).expect(line)
 }
 
 #[test]
@@ -111,9 +111,9 @@ fn clones_share_what_one_of_them_has_touched() {
     assert_eq!(first["mode"], "shared");
     assert_eq!((&first["beats"], &first["bad_beats"]), (&eager["beats"], &eager["bad_beats"]));
     assert_eq!(first["memory_sha256"], eager["memory_sha256"]);
-    let first_faults = faults(&serving.says("ended after"));
+    let first_faults = faults(&serving.prints("ended after"));
 
-    // All at once; each writes to its memory, and none sees that of another.
+    // All at the same time; each writes to its memory, and none sees that of another.
     let clones = std::env::var("SNAP_TEST_CLONES").map_or(4, |n| n.parse().expect("a number"));
     let each = |_| {
         let mut command = Command::new(SNAP);
@@ -128,14 +128,14 @@ fn clones_share_what_one_of_them_has_touched() {
         let report = Ran::from(end_of(clone)).ok().report();
         assert_eq!(report["bad_beats"], 0);
         assert_eq!(report["memory_sha256"], eager["memory_sha256"]);
-        // Zero pages are each clone's own; of the others there is no word.
-        let later_faults = faults(&serving.says("ended after"));
+        // Zero pages are each clone's own; the others need no message.
+        let later_faults = faults(&serving.prints("ended after"));
         assert!(later_faults < first_faults, "{later_faults} after {first_faults}");
     }
     assert_eq!(serving.end("TERM"), Some(130));
 }
 
-/// What a served file has in the memory that its clones share, in pages.
+/// The number of pages in the memory that clones share.
 fn shared_pages(serving: &Serving) -> u64 {
     let files = std::fs::read_dir(format!("/proc/{}/fd", serving.server.id())).expect("it lives");
     let files = files.map(|file| file.expect("proc").path());
@@ -146,7 +146,7 @@ fn shared_pages(serving: &Serving) -> u64 {
     file.map_or(0, |file| file.metadata().expect("it is open").blocks() * 512 / 4096)
 }
 
-/// A clone that asks, and then thinks better of it.
+/// A clone that sends its request and then disconnects.
 fn ask_and_leave(serving: &Serving, snapshot: &Snapshot) {
     let header = snapshot.header();
     let wanted = json!({"layers": [header.id.to_string()], "memory_bytes": header.memory_bytes});
@@ -157,9 +157,9 @@ fn ask_and_leave(serving: &Serving, snapshot: &Snapshot) {
     assert!(answer.contains("accepted"), "{answer}");
 }
 
-/// Pages of the working set come there with the first clone, before it asks for them.
+/// Pages of the working set are loaded with the first clone, before it touches them.
 #[test]
-fn the_working_set_is_there_for_clones_that_have_not_asked() {
+fn the_working_set_is_loaded_before_clones_touch_it() {
     needs_vm!();
     let sample = Sample::small();
     let (file, trained) = (&sample.file, sample.folder.path().join("trained.snap"));
@@ -190,11 +190,11 @@ fn the_working_set_is_there_for_clones_that_have_not_asked() {
         assert_eq!(shared_pages(&serving), pages, "{prefetch}");
         let report = serving.restore(&sample.file, &["--beats", "2"]).ok().report();
         assert_eq!((&report["beats"], &report["bad_beats"]), (&json!(2), &json!(0)));
-        first_clone_faults.push(faults(&serving.says("faults")));
+        first_clone_faults.push(faults(&serving.prints("faults")));
         assert_eq!(serving.end("TERM"), Some(130));
     }
     let [off, hot, all] = first_clone_faults[..] else { panic!("{first_clone_faults:?}") };
-    // What is left is zero pages, of which each clone has its own.
+    // The rest are zero pages, of which each clone has its own.
     assert!(hot < off / 4 && all < off / 4, "{off}, {hot} and {all} faults");
 }
 
@@ -205,16 +205,16 @@ fn a_clone_of_another_snapshot_is_refused() {
     let serving = Serving::start(&sample);
     serving
         .restore(&other.file, &["--beats", "1"])
-        .failed(1, &["the page server refuses: the client wants snapshot"]);
+        .failed(1, &["the page server refuses: the client requests snapshot"]);
     serving.restore(&sample.file, &["--beats", "1"]).ok();
-    let nobody = other.folder.path().join("nobody");
-    let share = ["--lazy", "--share", nobody.to_str().expect("text")];
+    let missing = other.folder.path().join("missing");
+    let share = ["--lazy", "--share", missing.to_str().expect("text")];
     restore(&sample.file, &share).failed(1, &["cannot share memory", "connect"]);
     serving.end("TERM");
 }
 
 #[test]
-fn a_clone_whose_server_is_gone_stops_and_says_so() {
+fn a_clone_whose_server_has_ended_stops_with_a_message() {
     needs_vm!();
     let sample = Sample::small();
     let serving = Serving::start(&sample);
@@ -230,7 +230,7 @@ fn a_clone_whose_server_is_gone_stops_and_says_so() {
         beats.read_to_string(&mut rest).map(|_| rest)
     });
     serving.end("KILL");
-    Ran::from(end_of(clone)).failed(5, &["guest stopped", "the page server is gone"]);
+    Ran::from(end_of(clone)).failed(5, &["guest stopped", "the page server has ended"]);
     let rest = rest.join().expect("no panic").expect("text");
     assert!(!rest.contains("BAD"), "{rest}");
 }
@@ -248,14 +248,14 @@ fn a_damaged_page_stops_the_clone_with_its_cause() {
 }
 
 #[test]
-fn figures_are_told_over_http() {
+fn figures_are_served_over_http() {
     needs_vm!();
     let sample = Sample::small();
     let serving = Serving::with(&sample, &["--metrics", "0"]);
-    let (_, at) = serving.first.split_once("http://").expect("it says where");
+    let (_, at) = serving.first.split_once("http://").expect("it has the address");
     let address = at.trim_end().strip_suffix("/metrics").expect("the path").to_owned();
     serving.restore(&sample.file, &["--beats", "2"]).ok();
-    serving.says("ended after");
+    serving.prints("ended after");
     let ask = |request: &str| {
         let mut stream = std::net::TcpStream::connect(&address).expect("it listens");
         write!(stream, "{request} HTTP/1.1\r\nHost: x\r\n\r\n").expect("it is taken");

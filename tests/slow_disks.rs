@@ -1,4 +1,4 @@
-//! A disk that does not answer keeps no command from saying so, nor from ending.
+//! If a disk does not answer, every command reports that, and can be interrupted.
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -27,7 +27,7 @@ fn each_command_that_reads_a_file() {
     let (layer, local) = (layer.to_str().expect("text"), sample.file.to_str().expect("text"));
     let socket = here.join("a.sock");
     let socket = socket.to_str().expect("text");
-    for words in [
+    for args in [
         &["info", file][..],
         &["info", file, "--map"],
         &["verify", file],
@@ -47,15 +47,15 @@ fn each_command_that_reads_a_file() {
         &["restore", "--lazy", file, "--api", socket],
         &["serve", file, "--listen", socket],
     ] {
-        let mut waiting = Talking::snap(words);
-        waiting.says(&["waiting for", "to be read", "no time limit; Ctrl-C ends it"]);
+        let mut waiting = Talking::snap(args);
+        waiting.prints(&["waiting for", "to be read", "no time limit; Ctrl-C ends it"]);
         waiting.interrupt();
-        assert_eq!(sample.names(), before, "{words:?}");
+        assert_eq!(sample.names(), before, "{args:?}");
     }
-    for words in [&["run", "--kernel", file][..], &["run", "--kernel", local, "--initrd", file]] {
-        let mut waiting = Talking::snap(words);
-        if words.len() == 3 {
-            waiting.says(&["waiting for the guest's kernel and disks to be read"]);
+    for args in [&["run", "--kernel", file][..], &["run", "--kernel", local, "--initrd", file]] {
+        let mut waiting = Talking::snap(args);
+        if args.len() == 3 {
+            waiting.prints(&["waiting for the guest's kernel and disks to be read"]);
             waiting.interrupt();
         }
     }
@@ -64,14 +64,14 @@ fn each_command_that_reads_a_file() {
 #[test]
 fn a_disk_that_stops_while_a_command_reads_it() {
     needs_vm!();
-    // Large enough that not all of it is read at once.
+    // Large enough that several reads are needed.
     let sample = Sample::create(&["--memory", "256M", "--work", "192M", "--codec", "raw"]);
     let test = "a_disk_that_stops_while_a_command_reads_it";
     let Some(disk) = SlowDisk::with(&sample.file, test) else { return };
     let other = Sample::create(&["--memory", "256M", "--work", "192M", "--codec", "raw"]);
     let (file, out) = (disk.file(), sample.folder.path().join("out"));
     let (file, out) = (file.to_str().expect("text"), out.to_str().expect("text"));
-    for (words, what) in [
+    for (args, what) in [
         (&["verify", file][..], "verifying is at"),
         (&["restore", file], "loading is at"),
         (&["export", file, "--format", "raw", "-o", out], "exporting is at"),
@@ -81,10 +81,10 @@ fn a_disk_that_stops_while_a_command_reads_it() {
         (&["restore", file, "--lazy"], "a page of"),
     ] {
         disk.hang_after(20 << 20);
-        let mut waiting = Talking::snap(words);
-        waiting.says(&["waiting for", what, "Ctrl-C ends it"]);
+        let mut waiting = Talking::snap(args);
+        waiting.prints(&["waiting for", what, "Ctrl-C ends it"]);
         waiting.interrupt();
-        assert_eq!(sample.names(), ["guest.snap"], "{words:?}");
+        assert_eq!(sample.names(), ["guest.snap"], "{args:?}");
         disk.answer();
     }
 }
@@ -97,20 +97,20 @@ fn a_guest_whose_file_does_not_answer_any_more() {
     let Some(disk) = SlowDisk::with(&sample.file, test) else { return };
     let (file, api) = (disk.file(), sample.folder.path().join("api.sock"));
     for end in [&["--for", "1500ms"][..], &[]] {
-        let words = ["restore", "--lazy", "--paused", "--api"].map(OsStr::new);
-        let words = words.into_iter().chain([api.as_os_str(), file.as_os_str()]);
-        let mut guest = Talking::snap(words.chain(end.iter().map(OsStr::new)));
-        guest.says(&["waiting for a client to resume the guest"]);
+        let args = ["restore", "--lazy", "--paused", "--api"].map(OsStr::new);
+        let args = args.into_iter().chain([api.as_os_str(), file.as_os_str()]);
+        let mut guest = Talking::snap(args.chain(end.iter().map(OsStr::new)));
+        guest.prints(&["waiting for a client to resume the guest"]);
         let unanswered = disk.unanswered();
         disk.hang();
         crate::waits::resume(&api);
-        wait_until("the guest wants no page", || disk.unanswered() > unanswered);
-        guest.says(&["waiting for a page of", "guest.snap to be read"]);
+        wait_until("the guest needs no page", || disk.unanswered() > unanswered);
+        guest.prints(&["waiting for a page of", "guest.snap to be read"]);
         if end.is_empty() {
             guest.signal("HUP");
         }
         if !end.is_empty() {
-            guest.says(&["waiting for", "a page that does not come may keep it"]);
+            guest.prints(&["waiting for", "a page that does not come may keep it"]);
         }
         let ran = guest.end();
         match end.is_empty() {
@@ -123,19 +123,19 @@ fn a_guest_whose_file_does_not_answer_any_more() {
 }
 
 #[test]
-fn a_disk_that_takes_nothing() {
+fn a_disk_that_does_not_write() {
     needs_vm!();
     let sample = Sample::small();
-    let test = "a_disk_that_takes_nothing";
+    let test = "a_disk_that_does_not_write";
     let Some(disk) = SlowDisk::with(&sample.file, test) else { return };
     let (out, api) = (disk.folder().join("out"), sample.folder.path().join("api.sock"));
     let (local, api) = (sample.file.to_str().expect("text"), api.to_str().expect("text"));
     let written = |out: &Path| {
         let out = out.to_str().expect("text").to_owned();
-        move |words: &[&str]| {
-            let words = words.iter().map(|word| word.replace("OUT", &out));
-            let mut waiting = Talking::snap(words);
-            waiting.says(&["waiting for the disk or the CPU", "is at", "Ctrl-C ends it"]);
+        move |args: &[&str]| {
+            let args = args.iter().map(|arg| arg.replace("OUT", &out));
+            let mut waiting = Talking::snap(args);
+            waiting.prints(&["waiting for the disk or the CPU", "is at", "Ctrl-C ends it"]);
             waiting.interrupt();
         }
     };
@@ -143,13 +143,13 @@ fn a_disk_that_takes_nothing() {
     interrupted(&["create", "OUT", "--memory", "32M", "--work", "4M"]);
     interrupted(&["flatten", local, "-o", "OUT"]);
     interrupted(&["export", local, "--format", "raw", "-o", "OUT"]);
-    assert!(!disk.has_folder(), "the hidden folder stays behind");
-    // The guest's process tells of it, and so does the client.
+    assert!(!disk.has_folder(), "the hidden folder is left");
+    // The guest's process reports it, and so does the client.
     let mut guest = Talking::snap(["restore", local, "--api", api]);
     guest.beats(1);
     let mut client = Talking::snap(["create", out.to_str().expect("text"), "--vm", api]);
-    client.says(&["waiting for the guest at", "to be stored"]);
-    guest.says(&["waiting for the disk or the CPU: storing is at"]);
+    client.prints(&["waiting for the guest at", "to be stored"]);
+    guest.prints(&["waiting for the disk or the CPU: storing is at"]);
     client.interrupt();
     guest.interrupt();
     assert_eq!(names(sample.folder.path()), ["guest.snap"]);

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use crate::kernel;
 use crate::support::{needs_vm, snap};
 
-/// A folder with a guest that asks to be stored, and powers off when it is brought back.
+/// A folder with a guest that requests a snapshot, and powers off when it is restored.
 struct Place(tempfile::TempDir);
 
 impl Place {
@@ -22,10 +22,10 @@ impl Place {
         self.0.path().join(name)
     }
 
-    /// `snap` with these words; FOLDER stands for the place.
-    fn snap(&self, words: &str) -> crate::support::Ran {
+    /// `snap` with these arguments; FOLDER stands for the place.
+    fn snap(&self, args: &str) -> crate::support::Ran {
         let folder = self.0.path().display().to_string();
-        snap(words.split(' ').map(|word| word.replace("FOLDER", &folder)).collect::<Vec<_>>())
+        snap(args.split(' ').map(|arg| arg.replace("FOLDER", &folder)).collect::<Vec<_>>())
     }
 }
 
@@ -35,13 +35,13 @@ fn a_vsock_stays_with_the_guest_and_can_be_moved() {
     let place = Place::new();
     let create = "create FOLDER/a.snap --kernel FOLDER/kernel --vsock";
     place.snap(&format!("{create} 3,FOLDER/sock")).ok();
-    assert!(!place.path("sock").exists(), "the socket's name stays behind");
+    assert!(!place.path("sock").exists(), "the socket's name is left");
     let info = place.snap("info FOLDER/a.snap --json").ok();
     assert!(info.stdout.contains("\"cid\": 3"), "{}", info.stdout);
 
     place.snap("restore FOLDER/a.snap").ok();
     place.snap("restore --lazy FOLDER/a.snap --vsock 4,FOLDER/other").ok();
-    // Somebody else's, or left behind: it is not taken away.
+    // A file of another program, or a left one, is not removed.
     fs::write(place.path("sock"), "mine").expect("it is written");
     place.snap("restore FOLDER/a.snap").failed(
         1,
@@ -52,14 +52,14 @@ fn a_vsock_stays_with_the_guest_and_can_be_moved() {
 }
 
 #[test]
-fn vsocks_that_cannot_be_are_refused_before_the_guest_runs() {
+fn invalid_vsocks_are_refused_before_the_guest_runs() {
     needs_vm!();
     let place = Place::new();
     let create = |vsock: &str| {
         place.snap(&format!("create FOLDER/a.snap --kernel FOLDER/kernel --vsock {vsock}"))
     };
     create("3").failed(2, &["expected CID,SOCKET"]);
-    create("x,FOLDER/sock").failed(2, &["the context id is no number"]);
+    create("x,FOLDER/sock").failed(2, &["the context id is not a number"]);
     create("2,FOLDER/sock").failed(1, &["--vsock", "context id 2, expected 3 to 4294967294"]);
     create("3,FOLDER/none/sock").failed(1, &["cannot bind the socket", "No such file"]);
     let long = format!("3,FOLDER/{}", "x".repeat(120));

@@ -1,4 +1,4 @@
-//! `snap import -` and `snap export -o -`: memory by pipes.
+//! `snap import -` and `snap export -o -`: memory through pipes.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -23,7 +23,7 @@ fn pages(place: &Place, file: &str) -> serde_json::Value {
 #[test]
 fn an_image_goes_through_pipes_bit_for_bit() {
     let place = Place::new();
-    // Zeros at both ends and in between; and the last piece is not a whole one.
+    // Zeros at both ends and in between; and the last block is not a whole one.
     let len = 3 * MIB + 5 * PAGE;
     let image = place.image("image", len, &[MIB - PAGE, MIB, 3 * MIB, 3 * MIB + PAGE]);
     place.import(&image, &[]).ok();
@@ -31,14 +31,14 @@ fn an_image_goes_through_pipes_bit_for_bit() {
     assert_eq!((&ran.json()["memory_bytes"], &ran.json()["source"]), (&len.into(), &"raw".into()));
     snap(["verify", &place.text("b.snap")]).ok();
     assert_eq!(pages(&place, "a.snap"), pages(&place, "b.snap"));
-    // Nothing but the bytes is on stdout, and by a pipe they are the same as in a file.
+    // Only the bytes are on stdout, and through a pipe they are the same as in a file.
     for format in ["raw", "elf"] {
         place.export(format, format).ok();
         let to = format!("$SNAP export b.snap --format {format} -o - ");
         shell(&place, &format!("{to} | cmp - {format} && {to} > out")).ok();
         assert_same(&place.path(format), &place.path("out"));
     }
-    // From one to the other.
+    // From one process to the other.
     let ran = shell(&place, "$SNAP export a.snap --format raw -o - | $SNAP import - -qo c.snap");
     assert_eq!((&*ran.stdout, &*ran.stderr), ("", ""));
     assert_eq!(pages(&place, "a.snap"), pages(&place, "c.snap"));
@@ -60,7 +60,7 @@ fn a_layer_and_scattered_memory_are_streamed_whole() {
     shell(&place, "$SNAP export whole.snap --format raw -o - | cmp - other").ok();
 }
 
-/// Zeros of a pipe cost nothing but their reading: no disk, and they are not stored.
+/// Zeros of a pipe are only read: they take no disk space, and are not stored.
 #[test]
 fn zeros_of_a_pipe_become_holes() {
     let place = Place::new();
@@ -83,7 +83,7 @@ fn zeros_of_a_pipe_become_holes() {
 }
 
 #[test]
-fn stdin_that_is_a_file_is_read_from_where_it_stands() {
+fn stdin_that_is_a_file_is_read_from_its_position() {
     let place = Place::new();
     place.image("image", 4 * MIB, &[0, PAGE, 2 * MIB]);
     shell(&place, "$SNAP import - -o a.snap < image").ok();
@@ -96,19 +96,19 @@ fn stdin_that_is_a_file_is_read_from_where_it_stands() {
 }
 
 #[test]
-fn what_cannot_be_a_stream_is_refused() {
+fn files_that_cannot_be_streams_are_refused() {
     let place = Place::new();
     place.image("image", 4 * MIB, &[0]);
     shell(&place, "$SNAP import image -o -").failed(1, &["./-", "stdout"]);
     place.import(&place.path("image"), &[]).ok();
-    for words in [
+    for args in [
         "flatten a.snap",
         "rebase a.snap --onto a.snap",
         "optimize a.snap",
         "train a.snap --beats 1",
         "create",
     ] {
-        let ran = shell(&place, &format!("$SNAP {words} -o -"));
+        let ran = shell(&place, &format!("$SNAP {args} -o -"));
         assert_eq!(ran.stdout, "");
         ran.failed(1, &["./-", "stdout"]);
     }
@@ -116,15 +116,15 @@ fn what_cannot_be_a_stream_is_refused() {
         let ran = shell(&place, &format!("$SNAP export a.snap --format {format} -o -"));
         ran.failed(1, &["a folder of files"]);
     }
-    let says = "stdout is read, itself or as a parent";
-    shell(&place, "$SNAP export a.snap --format raw -o - >> a.snap").failed(1, &[says]);
+    let messages = "stdout is read, itself or as a parent";
+    shell(&place, "$SNAP export a.snap --format raw -o - >> a.snap").failed(1, &[messages]);
     snap(["verify", &place.text("a.snap")]).ok();
     shell(&place, "$SNAP import - -o b.snap < /dev/null").failed(3, &["stdin is empty"]);
     shell(&place, "head -c 5000 image | $SNAP import - -o b.snap")
         .failed(3, &["5000 bytes", "stdin"]);
     shell(&place, "cat a.snap | $SNAP import - -o b.snap").failed(3, &["is a snapshot already"]);
     assert_eq!(crate::support::names(place.0.path()), ["a.snap", "image"]);
-    // A reader that wants no more has not got all.
+    // A reader that stops early has not got all bytes.
     let cut = "($SNAP export a.snap --format raw -o -; echo code $? >&2) | head -c 10 | wc -c";
     let ran = shell(&place, cut);
     assert_eq!(ran.stdout.trim(), "10");
@@ -133,26 +133,28 @@ fn what_cannot_be_a_stream_is_refused() {
 }
 
 #[test]
-fn a_terminal_is_no_stream_of_memory() {
+fn a_terminal_is_refused_as_a_stream() {
     let place = Place::new();
     place.image("image", MIB, &[0]);
     place.import(&place.path("image"), &[]).ok();
-    // `script` runs a command on a terminal of its own, and tells its exit code.
-    let script = |words: &str| {
+    // `script` runs a command on a separate terminal, and returns its exit code.
+    let script = |args: &str| {
         let mut command = Command::new("script");
-        command.args(["-qec", &format!("{SNAP} {words}"), "/dev/null"]);
+        command.args(["-qec", &format!("{SNAP} {args}"), "/dev/null"]);
         command.current_dir(place.0.path()).stdin(Stdio::null());
         command.output()
     };
-    for (words, says) in [
+    for (args, messages) in [
         ("export a.snap --format raw -o -", "stdout is a terminal"),
         ("import - -o b.snap", "stdin is a terminal"),
     ] {
-        match script(words) {
-            Err(error) => return skip("a_terminal_is_no_stream", &format!("script: {error}")),
+        match script(args) {
+            Err(error) => {
+                return skip("a_terminal_is_refused_as_a_stream", &format!("script: {error}"));
+            }
             Ok(output) => {
                 let ran = Ran::from(output);
-                assert!(ran.stdout.contains(says), "{}{}", ran.stdout, ran.stderr);
+                assert!(ran.stdout.contains(messages), "{}{}", ran.stdout, ran.stderr);
                 assert!(!ran.stdout.contains("page at"), "{}", ran.stdout);
                 assert_eq!(ran.code, Some(1));
             }
@@ -161,18 +163,18 @@ fn a_terminal_is_no_stream_of_memory() {
 }
 
 /// A process whose stdin or stdout is a pipe of this test.
-fn piped(place: &Place, words: &[&str]) -> Child {
+fn piped(place: &Place, args: &[&str]) -> Child {
     let mut command = Command::new(SNAP);
-    command.args(words).current_dir(place.0.path());
+    command.args(args).current_dir(place.0.path());
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command.spawn().expect("snap starts")
 }
 
 #[track_caller]
-fn says_and_ends_by_ctrl_c(mut child: Child, what: &str) {
+fn prints_and_ends_by_ctrl_c(mut child: Child, what: &str) {
     let mut line = String::new();
     let stderr = child.stderr.as_mut().expect("a pipe");
-    BufReader::new(stderr).read_line(&mut line).expect("it says something");
+    BufReader::new(stderr).read_line(&mut line).expect("it prints a line");
     assert_eq!(line, format!("snap: waiting for {what} (no time limit; Ctrl-C ends it)\n"));
     signal(child.id(), "INT");
     // Its stdout is not read: that would let it continue.
@@ -181,25 +183,25 @@ fn says_and_ends_by_ctrl_c(mut child: Child, what: &str) {
     drop(stdout);
 }
 
-/// No program writes, or none reads: it is told what is waited for, and Ctrl-C ends it.
+/// No program writes, or none reads: the wait is reported, and Ctrl-C ends it.
 #[test]
-fn a_stream_that_stands_still_is_told_and_interrupted() {
+fn a_stalled_stream_is_reported_and_interrupted() {
     let place = Place::new();
     place.image("image", 8 * MIB, &[0]);
     place.import(&place.path("image"), &[]).ok();
     let mut child = piped(&place, &["import", "-", "-o", "b.snap"]);
     let mut stdin = child.stdin.take().expect("a pipe");
     stdin.write_all(&[7; 5000]).expect("it is taken");
-    says_and_ends_by_ctrl_c(child, "data on stdin");
+    prints_and_ends_by_ctrl_c(child, "data on stdin");
     drop(stdin);
     let child = piped(&place, &["export", "a.snap", "--format", "raw", "-o", "-"]);
-    says_and_ends_by_ctrl_c(child, "stdout to be read");
+    prints_and_ends_by_ctrl_c(child, "stdout to be read");
     assert_eq!(crate::support::names(place.0.path()), ["a.snap", "image"]);
 }
 
-/// What is no memory is refused by its first bytes, however long the rest takes.
+/// A stream that is not memory is refused by its first bytes, however long the rest takes.
 #[test]
-fn a_stream_of_something_else_is_refused_at_its_beginning() {
+fn a_stream_of_another_format_is_refused_at_its_start() {
     let place = Place::new();
     let mut child = piped(&place, &["import", "-", "-o", "b.snap"]);
     let mut stdin = child.stdin.take().expect("a pipe");
@@ -209,9 +211,9 @@ fn a_stream_of_something_else_is_refused_at_its_beginning() {
     drop(stdin);
 }
 
-/// A Firecracker snapshot whose memory comes by a pipe.
+/// A Firecracker snapshot whose memory comes through a pipe.
 #[test]
-fn memory_of_a_firecracker_snapshot_may_come_by_a_pipe() {
+fn memory_of_a_firecracker_snapshot_may_come_through_a_pipe() {
     let place = Place::new();
     place.image("mem", 4 * MIB, &[0, 2 * MIB]);
     let mut state = 0x0710_1984_8664_0000_u64.to_le_bytes().to_vec();

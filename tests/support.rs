@@ -1,4 +1,4 @@
-//! Running `snap`, and knowing what this host can do.
+//! Runs `snap`, and checks what this host can do.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -15,9 +15,8 @@ const HUNG: Duration = Duration::from_secs(120);
 /// The binary under test.
 pub(crate) const SNAP: &str = env!("CARGO_BIN_EXE_snap");
 
-/// Whether this host can run guests and serve their faults. If not, says so on stderr, past the
-/// test harness that would swallow it, and the test is skipped; with `SNAP_REQUIRE_VM` set, a
-/// skip is a failure.
+/// Whether this host can run guests and serve their faults. If not, this prints so on stderr, not captured by the test
+/// harness, and the test is skipped; with `SNAP_REQUIRE_VM` set, a skip is a failure.
 pub(crate) fn host_can_run(place: &str) -> bool {
     // The test harness names its threads after their tests.
     let thread = std::thread::current();
@@ -34,7 +33,7 @@ pub(crate) fn host_can_run(place: &str) -> bool {
     }
 }
 
-/// Says that a test was skipped and why.
+/// Prints that a test was skipped and why.
 pub(crate) fn skip(test: &str, reason: &str) {
     let line = format!("SKIPPED {test}: {reason}\n");
     std::io::stderr().write_all(line.as_bytes()).expect("stderr is open");
@@ -72,11 +71,11 @@ impl Ran {
         self
     }
 
-    /// The command failed with this code and said all of this.
+    /// The command failed with this code and printed all of these messages.
     #[track_caller]
-    pub(crate) fn failed(self, code: i32, says: &[&str]) -> Self {
+    pub(crate) fn failed(self, code: i32, messages: &[&str]) -> Self {
         assert_eq!(self.code, Some(code), "{}{}", self.stdout, self.stderr);
-        for what in says {
+        for what in messages {
             assert!(self.stderr.contains(what), "{what:?} not in: {}", self.stderr);
         }
         self

@@ -1,4 +1,4 @@
-//! A command under way: what it says meanwhile, and how it ends.
+//! A running command: its messages, and its end.
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
@@ -18,7 +18,7 @@ pub(crate) struct Talking {
     errors: Receiver<String>,
     lines: Receiver<String>,
     /// What was read of its stderr.
-    said: String,
+    printed: String,
 }
 
 impl Talking {
@@ -27,38 +27,38 @@ impl Talking {
         let mut child = command.spawn().expect("it starts");
         let errors = lines_of(child.stderr.take().expect("it is piped"));
         let lines = lines_of(child.stdout.take().expect("it is piped"));
-        Self { child: Some(child), errors, lines, said: String::new() }
+        Self { child: Some(child), errors, lines, printed: String::new() }
     }
 
-    /// `snap` with these words.
-    pub(crate) fn snap<A: AsRef<std::ffi::OsStr>>(words: impl IntoIterator<Item = A>) -> Self {
+    /// `snap` with these arguments.
+    pub(crate) fn snap<A: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = A>) -> Self {
         let mut command = Command::new(SNAP);
-        command.args(words);
+        command.args(args);
         Self::start(command)
     }
 
-    /// Waits until it says a line on stderr that has all of this in it.
+    /// Waits for a line on stderr that has all of these texts.
     #[track_caller]
-    pub(crate) fn says(&mut self, what: &[&str]) -> String {
+    pub(crate) fn prints(&mut self, what: &[&str]) -> String {
         loop {
             let Ok(line) = self.errors.recv_timeout(LONG) else {
-                panic!("{what:?} is not said; only: {}", self.said);
+                panic!("{what:?} is not printed; only: {}", self.printed);
             };
-            self.said += &format!("{line}\n");
+            self.printed += &format!("{line}\n");
             if what.iter().all(|what| line.contains(what)) {
                 return line;
             }
         }
     }
 
-    /// Waits for so many beats of its guest, from now on.
+    /// Waits for this many beats of its guest, from now on.
     #[track_caller]
     pub(crate) fn beats(&mut self, count: usize) {
         while self.lines.try_recv().is_ok() {}
         let mut seen = 0;
         while seen < count {
             let Ok(line) = self.lines.recv_timeout(LONG) else {
-                panic!("the guest does not run: {}", self.said);
+                panic!("the guest does not run: {}", self.printed);
             };
             if line.starts_with("beat ") {
                 assert!(line.ends_with(" ok"), "{line}");
@@ -75,7 +75,7 @@ impl Talking {
                 Ok(line) if line.starts_with("beat ") => return true,
                 Ok(_) => {}
                 Err(RecvTimeoutError::Disconnected) => return false,
-                Err(RecvTimeoutError::Timeout) => panic!("it hangs: {}", self.said),
+                Err(RecvTimeoutError::Timeout) => panic!("it hangs: {}", self.printed),
             }
         }
     }
@@ -100,9 +100,9 @@ impl Talking {
     #[track_caller]
     pub(crate) fn end(mut self) -> Ran {
         let ended = end_of(self.child.take().expect("it runs"));
-        self.said.extend(self.errors.iter().map(|line| line + "\n"));
+        self.printed.extend(self.errors.iter().map(|line| line + "\n"));
         let stdout = self.lines.iter().map(|line| line + "\n").collect();
-        Ran { code: ended.status.code(), stdout, stderr: std::mem::take(&mut self.said) }
+        Ran { code: ended.status.code(), stdout, stderr: std::mem::take(&mut self.printed) }
     }
 
     /// Interrupts it, which ends it.
@@ -123,10 +123,10 @@ impl Drop for Talking {
 }
 
 fn lines_of(stream: impl Read + Send + 'static) -> Receiver<String> {
-    let (told, lines) = channel();
+    let (sender, lines) = channel();
     std::thread::spawn(move || {
         for line in BufReader::new(stream).lines().map_while(Result::ok) {
-            if told.send(line).is_err() {
+            if sender.send(line).is_err() {
                 break;
             }
         }
@@ -134,19 +134,19 @@ fn lines_of(stream: impl Read + Send + 'static) -> Receiver<String> {
     lines
 }
 
-/// What a process does: see proc_pid_stat(5).
+/// The state of a process: see proc_pid_stat(5).
 pub(crate) fn state(process: u32) -> Option<char> {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
     stat.rsplit_once(") ")?.1.chars().next()
 }
 
-/// Waits until there is something at `path`.
+/// Waits until `path` exists.
 #[track_caller]
 pub(crate) fn wait_for(path: &Path) {
-    wait_until(&format!("{} is not there", path.display()), || path.symlink_metadata().is_ok());
+    wait_until(&format!("{} does not exist", path.display()), || path.symlink_metadata().is_ok());
 }
 
-/// Waits until `is` says so.
+/// Waits until `is` returns true.
 #[track_caller]
 pub(crate) fn wait_until(or: &str, is: impl Fn() -> bool) {
     let begun = std::time::Instant::now();

@@ -1,4 +1,4 @@
-//! Pieces of tiny guests that drive one virtio device: code for 32-bit mode, without interrupts.
+//! Code of tiny guests that drive one virtio device, in 32-bit mode, without interrupts.
 
 /// Where the guest's rings are.
 const DESCRIPTORS: u32 = 0x30_0000;
@@ -39,8 +39,8 @@ pub(crate) fn start(features: u32, queue: u32) -> Vec<u8> {
     .concat()
 }
 
-/// The chain of these buffers (address, length, WRITE or 0), as request number `count`, from 1 on, of the queue;
-/// waits until it came back.
+/// The chain of these buffers (address, length, WRITE or 0), as request number `count`, from 1 on, of the queue; waits
+/// until it is returned.
 pub(crate) fn submit(queue: u32, count: u8, buffers: &[(u32, u32, u32)]) -> Vec<u8> {
     let mut code = Vec::new();
     for (index, &(gpa, len, flags)) in (0..).zip(buffers) {
@@ -64,12 +64,12 @@ pub(crate) fn submit(queue: u32, count: u8, buffers: &[(u32, u32, u32)]) -> Vec<
 /// rep stosd of a letter.
 pub(crate) fn fill(gpa: u32, len: u32, letter: u8) -> Vec<u8> {
     // mov edi, gpa; mov ecx, len / 4; mov eax, letters
-    let words = [(0xbf, gpa), (0xb9, len / 4), (0xb8, u32::from_le_bytes([letter; 4]))];
+    let args = [(0xbf, gpa), (0xb9, len / 4), (0xb8, u32::from_le_bytes([letter; 4]))];
     let load = |(register, value): (u8, u32)| [&[register][..], &value.to_le_bytes()].concat();
-    [words.map(load).concat(), vec![0xfc, 0xf3, 0xab]].concat()
+    [args.map(load).concat(), vec![0xfc, 0xf3, 0xab]].concat()
 }
 
-/// Prints the letter that is there, `0` for a zero, and a newline.
+/// Prints the letter at this address, `0` for a zero, and a newline.
 pub(crate) fn show(gpa: u32) -> Vec<u8> {
     [
         &[0xa0][..], // mov al, [gpa]
@@ -80,7 +80,7 @@ pub(crate) fn show(gpa: u32) -> Vec<u8> {
     .concat()
 }
 
-/// Asks to be stored.
+/// Requests a snapshot.
 pub(crate) fn request() -> Vec<u8> {
     crate::kernel::out(0x680, 1)[..7].to_vec()
 }

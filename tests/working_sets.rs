@@ -36,7 +36,7 @@ fn with_set(from: &Path, to: &Path, pages: impl Iterator<Item = u32>) {
 }
 
 #[test]
-fn a_trained_and_optimized_guest_finds_its_pages_there() {
+fn a_trained_and_optimized_guest_finds_its_pages_loaded() {
     needs_vm!();
     let sample = Sample::create(&["--memory", "128M", "--work", "32M"]);
     let before = std::fs::read(&sample.file).expect("it can be read");
@@ -75,10 +75,10 @@ fn a_trained_and_optimized_guest_finds_its_pages_there() {
     assert_eq!(lazy["pager"]["prefetch"], "off");
     for file in [&trained, &fast] {
         let report = run(file, &[]);
-        // How far it comes before the guest has done its work, nobody knows.
+        // How much it loads before the guest has done its work depends on timing.
         assert_ne!(report["pager"]["prefetch"], "off", "{report}");
         assert_eq!(report["memory_sha256"], lazy["memory_sha256"]);
-        // Both may ask for the same page at once: such a fault finds it there.
+        // Both may load the same page at the same time: such a fault finds it present.
         let faults = [&report, &lazy].map(|report| {
             number(report, &["pager", "faults"]) - number(report, &["pager", "spurious_faults"])
         });
@@ -92,7 +92,7 @@ fn a_trained_and_optimized_guest_finds_its_pages_there() {
     }
 }
 
-/// What is written from the optimized file is the same again, but for what is a file's own.
+/// Optimizing the optimized file gives the same bytes, except the fields that differ in each file.
 #[test]
 fn optimizing_twice_changes_nothing() {
     needs_vm!();
@@ -108,7 +108,7 @@ fn optimizing_twice_changes_nothing() {
         sections.map(|s| bytes[s.offset as usize..s.end() as usize].to_vec()).collect::<Vec<_>>()
     };
     assert!(sections("once") == sections("twice"));
-    // And the pages of the set are the first in the file.
+    // The pages of the set are the first in the file.
     let snapshot = Snapshot::open(path("twice")).expect("it opens");
     let set = snapshot.working_set().expect("it is good").expect("it is there");
     let first = set.pages().find_map(|(page, _)| match snapshot.entry(page).expect("it is good") {
@@ -119,7 +119,7 @@ fn optimizing_twice_changes_nothing() {
 }
 
 #[test]
-fn a_restore_that_records_runs_as_without_and_writes_a_copy() {
+fn a_recording_restore_runs_normally_and_writes_a_copy() {
     needs_vm!();
     let sample = Sample::small();
     let out = sample.folder.path().join("recorded.snap");
@@ -140,7 +140,7 @@ fn a_restore_that_records_runs_as_without_and_writes_a_copy() {
 }
 
 #[test]
-fn what_makes_no_sense_is_refused_before_anything_runs() {
+fn invalid_options_are_refused_before_a_guest_runs() {
     needs_vm!();
     let sample = Sample::small();
     let (file, out) = (text(&sample.file), text(&sample.folder.path().join("out.snap")));
@@ -153,9 +153,9 @@ fn what_makes_no_sense_is_refused_before_anything_runs() {
     assert_eq!(sample.names(), ["guest.snap"]);
 }
 
-/// Pages that the guest never touches, pages that are all of memory, a set of another guest: it runs, right.
+/// Sets with pages that the guest never touches, with all of memory, and of another guest: it runs correctly.
 #[test]
-fn wrong_sets_cost_something_and_break_nothing() {
+fn wrong_sets_cost_time_but_no_wrong_pages() {
     needs_vm!();
     let sample = Sample::small();
     let plain = sample.restore(&["--lazy", "--beats", "3", "--hash"]).ok().report();
@@ -179,9 +179,9 @@ fn wrong_sets_cost_something_and_break_nothing() {
     }
 }
 
-/// Damage of the set is told, and the guest runs without it.
+/// Damage of the set is reported, and the guest runs without it.
 #[test]
-fn a_damaged_set_is_told_and_the_guest_runs() {
+fn a_damaged_set_is_reported_and_the_guest_runs() {
     needs_vm!();
     let sample = Sample::small();
     let trained = trained(&sample);
@@ -192,7 +192,7 @@ fn a_damaged_set_is_told_and_the_guest_runs() {
     bytes[at] ^= 1;
     std::fs::write(&trained, bytes).expect("it can be written");
     let report = restore(&trained, &["--lazy", "--beats", "2"]).ok().report();
-    let damage = report["working_set_damage"].as_str().expect("it is told");
+    let damage = report["working_set_damage"].as_str().expect("it is reported");
     assert!(damage.contains("corrupt working set"), "{damage}");
     assert_eq!(report["pager"]["installed"]["prefetched"], 0);
     for command in ["verify", "info"] {

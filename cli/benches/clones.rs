@@ -1,11 +1,11 @@
-//! What clones of one guest cost that share its memory, in memory: fifty that stand still. And a hundred that run.
+//! The memory cost of clones that share the memory of one guest: fifty paused ones. And a hundred that run.
 //!
 //!     cargo bench -p snapvm-cli --bench clones
 //!
-//! Idle clones are processes of `snap restore --lazy --share` of a guest of 1 GiB. Each has run for at least one beat, so that it has
-//! touched its memory and written to it, and is then paused by its control socket. What one costs is its PSS (from
-//! `/proc/PID/smaps`) less that of the pages of the server's file, which are in memory once for all; and what the server has got
-//! larger by for it. The kernel's own memory (page tables, KVM) is in neither.
+//! Idle clones are processes of `snap restore --lazy --share` of a guest of 1 GiB. Each has run for at least one beat,
+//! so that it has touched its memory and written to it, and is then paused by its control socket. The cost of one is
+//! its PSS (from `/proc/PID/smaps`) without the pages of the server's file, which are in memory once for all, plus the
+//! growth of the server. The kernel's own memory (page tables, KVM) is not included.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use std::io::{BufRead, BufReader, Read, Write};
@@ -21,7 +21,7 @@ fn main() {
         println!("SKIPPED clones: {error}");
         return;
     }
-    // `cargo bench` passes `--bench`; `cargo test --benches` does not, and only wants it to run.
+    // `cargo bench` passes `--bench`; `cargo test --benches` does not, and only checks that it runs.
     let full = std::env::args().any(|arg| arg == "--bench");
     let (idle, running) = if full { (50, 100) } else { (2, 2) };
     let folder = tempfile::tempdir().unwrap();
@@ -36,12 +36,12 @@ fn idle_clones(count: usize, folder: &Path) {
         .map(|number| {
             let control = folder.join(format!("control-{number}"));
             let mut clone = serving.clone(&["--api", control.to_str().unwrap()]);
-            let mut said = BufReader::new(clone.stdout.take().unwrap());
+            let mut lines = BufReader::new(clone.stdout.take().unwrap());
             let mut line = String::new();
-            said.read_line(&mut line).unwrap();
+            lines.read_line(&mut line).unwrap();
             assert!(line.starts_with("beat ") && line.contains("ok"), "{line}");
             pause(&control);
-            (clone, said)
+            (clone, lines)
         })
         .collect();
     let each: Vec<Pss> = clones.iter().map(|(clone, _)| Pss::of(clone.id())).collect();
@@ -63,7 +63,7 @@ fn idle_clones(count: usize, folder: &Path) {
     }
 }
 
-/// All at once, each until its third beat.
+/// All at the same time, each until its third beat.
 fn running_clones(count: usize, folder: &Path) {
     let serving = Serving::start(folder, "running", &["--memory", "128M", "--work", "32M"]);
     let begin = Instant::now();
@@ -76,7 +76,9 @@ fn running_clones(count: usize, folder: &Path) {
         beats += text.lines().filter(|line| line.ends_with("ok")).count();
     }
     let seconds = begin.elapsed().as_secs_f64();
-    println!("{count} clones at once, three beats each: {beats} beats ok in {seconds:.1} s");
+    println!(
+        "{count} clones at the same time, three beats each: {beats} beats ok in {seconds:.1} s"
+    );
     assert_eq!(beats, 3 * count);
 }
 
@@ -99,11 +101,11 @@ impl Serving {
         let mut server = Command::new(SNAP);
         server.arg("serve").arg(&file).arg("--listen").arg(&socket).stderr(Stdio::piped());
         let mut server = server.spawn().unwrap();
-        let mut said = BufReader::new(server.stderr.take().unwrap());
+        let mut lines = BufReader::new(server.stderr.take().unwrap());
         let mut line = String::new();
-        said.read_line(&mut line).unwrap();
+        lines.read_line(&mut line).unwrap();
         assert!(line.starts_with("serving "), "{line}");
-        std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::sink()));
+        std::thread::spawn(move || std::io::copy(&mut lines, &mut std::io::sink()));
         Serving { server, socket, file }
     }
 
@@ -136,13 +138,13 @@ fn pause(control: &Path) {
     assert!(answer.starts_with("HTTP/1.1 20"), "{answer}");
 }
 
-/// The proportional set size of a process, and of what.
+/// The proportional set size of a process, by kind of mapping.
 #[derive(Default)]
 struct Pss {
     kib: u64,
     /// Pages of the server's file.
     shared_kib: u64,
-    /// What the guest has written: copies of such pages.
+    /// Pages that the guest has written: copies of those.
     guest_kib: u64,
     heap_kib: u64,
     files_kib: u64,
@@ -162,7 +164,7 @@ impl Pss {
                     pss.kib += of_mapping;
                 }
                 "Anonymous:" => match name {
-                    // What is anonymous there is nobody else's.
+                    // Anonymous pages there belong only to this process.
                     name if name.starts_with("/memfd:snapshot-pages") => {
                         pss.guest_kib += kib();
                         pss.shared_kib += of_mapping.saturating_sub(kib());

@@ -1,14 +1,14 @@
-//! What `snap create` costs: against the codec alone, and for guests of different sizes.
+//! The cost of `snap create`, compared to the codec alone, and for guests of different sizes.
 //!
 //!     cargo bench -p snapvm-cli --bench create
 //!
-//! "Codec alone" compresses the same non-zero pages, gathered in memory in chunks of the same size,
-//! with as many threads, into buffers that are thrown away. "Write" is `snapfmt::write_snapshot`
-//! of the guest's memory (the demo's, or the flat image named by `SNAP_BENCH_MEMORY`), read as `snap create` reads it, through the
-//! mapping of a memfd, into a file, synced and named; it is also shown without what the disk costs, into a file in memory (tmpfs, which takes
-//! new pages more slowly than ext4 does). Rounds of all sides take turns; medians, and of the percentages the
-//! medians over the rounds. The size is that of the whole file, against memory and against what the codec alone
-//! made of all pages that are not zero.
+//! "Codec alone" compresses the same non-zero pages, gathered in memory in chunks of the same size, with as many
+//! threads, into buffers that are thrown away. "Write" is `snapfmt::write_snapshot` of the guest's memory (the demo's,
+//! or the flat image named by `SNAP_BENCH_MEMORY`), read as `snap create` reads it, through the mapping of a memfd,
+//! into a file, synced and named; it is also shown without the cost of the disk, into a file in memory (tmpfs, which
+//! takes new pages more slowly than ext4 does). Rounds of all sides alternate. Results are medians; percentages are
+//! medians over the rounds. The size is that of the whole file, compared to memory and to the codec's output for all
+//! pages that are not zero.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use std::fs::File;
@@ -41,7 +41,7 @@ fn main() {
 }
 
 fn against_the_codec(folder: &Path) {
-    // That memory, back from a snapshot of it, in a file in memory.
+    // The same memory, read from a snapshot of it into a file in memory.
     let sample = folder.join("sample.snap");
     match std::env::var_os("SNAP_BENCH_MEMORY") {
         Some(image) => {
@@ -115,7 +115,7 @@ fn against_the_codec(folder: &Path) {
     }
 }
 
-/// A guest's memory as `snap create` has it.
+/// A guest's memory in the form that `snap create` uses.
 struct Mapped(GuestMemoryMmap);
 
 impl Mapped {
@@ -151,7 +151,7 @@ fn pages_of(memory: &Mapped, ranges: &[std::ops::Range<u64>]) -> Vec<u8> {
     pages
 }
 
-/// Gives also the bytes that all chunks were compressed to.
+/// Also returns the compressed size of all chunks.
 fn codec_alone(codec: Codec, pages: &[u8], threads: NonZeroUsize) -> (Duration, usize) {
     let chunks: Vec<_> = pages.chunks(CHUNK_PAGES * PAGE_BYTES).collect();
     let (next, total) = (AtomicUsize::new(0), AtomicUsize::new(0));
@@ -196,8 +196,8 @@ fn against_memory_size(folder: &Path) {
     println!("  16G takes {ratio:.2} x the time of 64M");
 }
 
-/// Runs `snap create`; gives the time of the whole process, and the most anonymous memory (the
-/// guest's is not: it is in a memfd) that it was seen to have, in KiB.
+/// Runs `snap create`. Returns the time of the whole process, and the peak of its anonymous memory in KiB (the guest's
+/// memory is in a memfd).
 fn snap_create(out: &Path, options: &[&str]) -> (Duration, u64) {
     let start = Instant::now();
     let mut child = Command::new(env!("CARGO_BIN_EXE_snap"))

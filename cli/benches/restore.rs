@@ -1,11 +1,12 @@
-//! What `snap restore --lazy` costs until the guest's first instruction, as it reports itself, for guests of different sizes.
+//! The cost of `snap restore --lazy` until the guest's first instruction, by its own report, for guests of different
+//! sizes.
 //!
 //!     cargo bench -p snapvm-cli --bench restore
 //!     SNAP_BENCH_KERNEL=vmlinux SNAP_BENCH_INITRD=initrd.cpio cargo bench -p snapvm-cli --bench restore
 //!
-//! The second measures this Linux guest, stored when its console shows READY. `SNAP_BENCH_CMDLINE` is its command line,
-//! `SNAP_BENCH_SIZES` the sizes of its memory, `64M,1G` if that is not set. The library is measured by
-//! `cargo bench -p snapvm --bench restore`, against the bare KVM calls.
+//! The second measures this Linux guest, snapshotted when its console shows READY. `SNAP_BENCH_CMDLINE` is its command
+//! line, `SNAP_BENCH_SIZES` the sizes of its memory, `64M,1G` if that is not set. `cargo bench -p snapvm --bench
+//! restore` measures the library, compared to the bare KVM calls.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use std::env;

@@ -1,4 +1,4 @@
-//! What a guest does that writes nothing: so that one that is slow can be told from one that is dead.
+//! The activity of a guest that writes nothing, which distinguishes a slow guest from a dead one.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -7,7 +7,7 @@ use vmm::{VcpuActivity, VmHandle};
 
 use crate::size;
 
-/// Looks at a running guest from time to time.
+/// Samples a running guest from time to time.
 pub(crate) struct Activity<'a> {
     guest: VmHandle,
     /// Bytes of guest memory that have been touched.
@@ -15,7 +15,7 @@ pub(crate) struct Activity<'a> {
     last: Look,
 }
 
-/// What can be counted at one moment.
+/// The counters at one moment.
 #[derive(Clone, Copy)]
 struct Look {
     at: Instant,
@@ -31,8 +31,8 @@ impl<'a> Activity<'a> {
         Self { guest, touched_bytes, last }
     }
 
-    /// What the guest has done since it was last looked at.
-    pub(crate) fn told(&mut self) -> String {
+    /// The guest's activity since the last sample.
+    pub(crate) fn describe(&mut self) -> String {
         let now = Look::at(&self.guest, self.touched_bytes);
         now.since(&std::mem::replace(&mut self.last, now))
     }
@@ -56,20 +56,20 @@ impl Look {
         let percent = cpu.map(|cpu| 100.0 * cpu.as_secs_f64() / passed);
         let new_bytes = self.touched_bytes.zip(before.touched_bytes);
         let new_bytes = new_bytes.map(|(now, then)| now.saturating_sub(then));
-        // A guest that sleeps until an interrupt comes looks the same; both do nothing.
+        // A guest that sleeps until an interrupt looks the same; both do nothing.
         let is_still = exits == 0 && percent.is_none_or(|p| p < 1.0) && new_bytes.unwrap_or(0) == 0;
-        let mut words = vec![match exits {
+        let mut parts = vec![match exits {
             0 => "no exits".into(),
             _ => format!("{:.0} exits/s", (exits as f64 / passed).ceil()),
         }];
-        words.extend(percent.map(|percent| format!("{percent:.0} % of a CPU")));
-        words.extend(self.touched_bytes.map(|all| {
+        parts.extend(percent.map(|percent| format!("{percent:.0} % of a CPU")));
+        parts.extend(self.touched_bytes.map(|all| {
             let new = new_bytes.filter(|bytes| *bytes > 0).map(size::human);
-            let new = new.map_or("nothing new".into(), |new| format!("{new} of it new"));
+            let new = new.map_or("none of it new".into(), |new| format!("{new} of it new"));
             format!("{} of memory touched, {new}", size::human(all))
         }));
-        let verdict = if is_still { "it stands still" } else { "it runs" };
-        format!("{verdict} ({})", words.join(", "))
+        let verdict = if is_still { "it is idle" } else { "it runs" };
+        format!("{verdict} ({})", parts.join(", "))
     }
 }
 
@@ -89,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_guest_that_runs_is_told_from_one_that_does_not() {
+    fn running_and_idle_guests_are_distinguished() {
         let at = Instant::now();
         let look = |seconds, exits, cpu_ms, mib: u64| Look {
             at: at + Duration::from_secs(seconds),
@@ -102,14 +102,14 @@ mod tests {
             look(10, 50_005, 9_800, 12).since(&first),
             "it runs (5000 exits/s, 97 % of a CPU, 12 MiB of memory touched, 4 MiB of it new)"
         );
-        // It computes, or it is in an endless loop: only the figures say so.
+        // It computes, or it is in an endless loop.
         assert_eq!(
             look(10, 5, 10_100, 8).since(&first),
-            "it runs (no exits, 100 % of a CPU, 8 MiB of memory touched, nothing new)"
+            "it runs (no exits, 100 % of a CPU, 8 MiB of memory touched, none of it new)"
         );
         assert_eq!(
             look(10, 5, 110, 8).since(&first),
-            "it stands still (no exits, 0 % of a CPU, 8 MiB of memory touched, nothing new)"
+            "it is idle (no exits, 0 % of a CPU, 8 MiB of memory touched, none of it new)"
         );
         let blind = Look { cpu: None, touched_bytes: None, ..look(10, 6, 0, 0) };
         assert_eq!(blind.since(&first), "it runs (1 exits/s)");

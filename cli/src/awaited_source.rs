@@ -1,4 +1,4 @@
-//! A page source that tells the user when a page takes long: the disk may be slow.
+//! A page source that reports when a page takes long, because the disk may be slow.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -8,14 +8,14 @@ use pager::{Load, PageReader, PageSequence, PageSource, SourceError};
 
 use crate::waits::{Often, Wait};
 
-/// As the source it wraps.
+/// The source that it wraps.
 pub(crate) struct AwaitedSource {
     source: Arc<dyn PageSource>,
     path: PathBuf,
 }
 
 impl AwaitedSource {
-    /// `path` is for people.
+    /// `path` is for messages.
     pub(crate) fn new(source: Arc<dyn PageSource>, path: &Path) -> Self {
         Self { source, path: path.to_owned() }
     }
@@ -33,7 +33,7 @@ impl PageSource for AwaitedSource {
         self.source.len_bytes()
     }
 
-    /// No thread waits for what is loaded ahead: this is not told.
+    /// No thread waits for pages that are loaded ahead, so this wait is not reported.
     fn sequence(
         &self,
         page_bytes: usize,

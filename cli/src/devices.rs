@@ -1,4 +1,4 @@
-//! The words that describe a guest's devices, and the devices made from them or from a snapshot.
+//! The options that describe a guest's devices, and the devices made from them or from a snapshot.
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -17,10 +17,10 @@ use crate::leftovers;
 /// Devices of a fresh guest.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub(crate) struct DeviceArgs {
-    /// Give the guest this raw image, or block device, as a disk, /dev/vda and so on in the order given; with `,ro`
-    /// only to read; with `,overlay` the image stays as it is, and what the guest writes is stored with it.
-    /// Of the image itself, path and fingerprint are stored, not its content. One that looks like qcow2, VMDK, VHD and the
-    /// like is refused, unless `,raw` says that the guest is to see it as it is.
+    /// Give the guest this raw image, or block device, as a disk, /dev/vda and so on in the order given. `,ro`: read
+    /// only. `,overlay`: the image is not changed, and the guest's writes are stored in the snapshot. A snapshot stores
+    /// path and fingerprint of the image, not its content. An image in another format, such as qcow2, VMDK or VHD, is
+    /// refused, unless `,raw` gives its bytes to the guest.
     #[arg(long = "disk", value_name = "IMG[,ro|,overlay][,raw]", requires = "kernel")]
     disks: Vec<DiskArg>,
 
@@ -33,14 +33,14 @@ pub(crate) struct DeviceArgs {
     #[arg(long, requires = "kernel")]
     rng: bool,
 
-    /// Give the guest sockets to the host (virtio-vsock): its context id, and a unix socket to make. Who connects
-    /// there and writes `CONNECT PORT` reaches the guest's port; the guest reaches port N of the host at
+    /// Give the guest sockets to the host (virtio-vsock): its context id, and a unix socket to create. A program that
+    /// connects there and writes `CONNECT PORT` reaches the guest's port; the guest reaches port N of the host at
     /// SOCKET_N.
     #[arg(long, value_name = "CID,SOCKET", requires = "kernel")]
     vsock: Option<VsockArg>,
 
-    /// Give the guest a network interface (virtio-net) whose other end is this tap of the host, with this
-    /// Ethernet address or one of its own. More than once for several.
+    /// Give the guest a network interface (virtio-net) whose other end is this tap of the host, with this Ethernet
+    /// address or a random one. More than once for several.
     #[arg(long = "net", value_name = "tap=NAME[,mac=MAC]", requires = "kernel")]
     nets: Vec<NetArg>,
 
@@ -49,26 +49,25 @@ pub(crate) struct DeviceArgs {
     balloon: bool,
 }
 
-/// Devices of a guest that is brought back.
+/// Devices of a restored guest.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub(crate) struct SavedDeviceArgs {
-    /// Where a disk of the guest is now. Once for each of its disks, in their order; without it they are
-    /// where they were.
+    /// The present path of a disk of the guest. Once for each of its disks, in their order; the default is the path in
+    /// the snapshot.
     #[arg(long = "disk", value_name = "IMG")]
     disks: Vec<PathBuf>,
 
-    /// Take disks whose content is not what it was when the guest was saved. The guest's file systems
-    /// may break.
+    /// Accept disks whose content has changed since the snapshot. The guest's file systems may break.
     #[arg(long)]
     force_disks: bool,
 
-    /// Leave the images of all disks as they are: what the guest writes from now on is kept in a file without a
-    /// name in this folder, or in memory, and goes with the guest. So one image does for many guests at a
-    /// time. Disks that were stored with an overlay have one in any case.
+    /// Do not change the images of all disks: the guest's writes go to a file without a name in this folder, or to
+    /// memory, and are deleted when the guest ends. So many guests can use one image. Disks that had an overlay at the
+    /// snapshot always have one.
     #[arg(long, value_name = "DIR|memory")]
     disk_overlay: Option<OverlayArg>,
 
-    /// Another context id and socket for the guest's vsock, as each of several clones needs.
+    /// Another context id and socket for the guest's vsock, which each of several clones needs.
     #[arg(long, value_name = "CID,SOCKET")]
     vsock: Option<VsockArg>,
 
@@ -122,7 +121,7 @@ impl FromStr for VsockArg {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let parsed = text.split_once(',').filter(|(_, path)| !path.is_empty());
         let (cid, path) = parsed.ok_or("expected CID,SOCKET")?;
-        let cid = cid.parse().map_err(|_| "the context id is no number")?;
+        let cid = cid.parse().map_err(|_| "the context id is not a number")?;
         Ok(Self { cid, path: path.into() })
     }
 }
@@ -133,7 +132,7 @@ impl VsockArg {
     }
 }
 
-/// Makes the socket, whose name goes with this process, however that ends.
+/// Creates the socket, whose name is removed when this process ends for any reason.
 fn bind_vsock(cid: u64, path: &Path) -> Result<Host, VsockError> {
     let host = VsockHost::bind(cid, path)?;
     leftovers::name(path);
@@ -145,7 +144,7 @@ fn bind_vsock(cid: u64, path: &Path) -> Result<Host, VsockError> {
 struct DiskArg {
     path: PathBuf,
     mode: DiskMode,
-    /// Whether it is raw whatever it looks like.
+    /// Whether its bytes are used in any format.
     raw: bool,
 }
 
@@ -171,7 +170,7 @@ impl FromStr for OverlayArg {
     }
 }
 
-/// The place that was given, or where temporary files are.
+/// The given place, or the folder for temporary files.
 fn overlay_place(given: Option<&OverlayArg>) -> OverlayPlace {
     match given {
         Some(OverlayArg(place)) => place.clone(),
@@ -238,13 +237,14 @@ impl DeviceArgs {
         }
         let event_loop = EventLoop::start().context("cannot start the devices' thread")?;
         let device = |host| {
-            let device = VirtioDevice::create(&event_loop, host).context("cannot make a device")?;
+            let device =
+                VirtioDevice::create(&event_loop, host).context("cannot create a device")?;
             Ok(Box::new(device) as Box<dyn MmioDevice>)
         };
         hosts.into_iter().map(device).collect()
     }
 
-    /// What the snapshot's metadata says of them.
+    /// Their description in the snapshot's metadata.
     pub(crate) fn metadata(&self) -> Vec<Value> {
         let disk = |disk: &DiskArg| {
             let read_only = disk.mode == DiskMode::ReadOnly;

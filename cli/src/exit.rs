@@ -1,4 +1,4 @@
-//! Exit codes, and how an error is told.
+//! Exit codes, and error messages.
 
 use std::process::ExitCode;
 
@@ -15,17 +15,17 @@ use crate::{size, stderr};
 pub(crate) const HELP: &str = "\
 Exit codes:
   0    done; also when a guest that is run or restored powers off
-  1    failed; the message says what and where
+  1    failed; the message says what failed and where
   2    the command line is wrong
   3    the file is not a snapshot, or not what import takes; it is damaged, needs a newer
        snap, lacks its parent, or was written to while it was read
   4    this host lacks something: KVM, userfaultfd, or the permission to use them
   5    the guest stopped by itself: triple fault, reset, unreadable memory, or
-       power off before it was stored
+       power off before it was snapshotted
   130  interrupted: Ctrl-C, SIGTERM, SIGHUP (a closed terminal), or no CPU time left
-  134  out of memory in the middle of something; the message says how much was asked for";
+  134  out of memory during an operation; the message has the requested size";
 
-/// Interrupted by Ctrl-C, SIGTERM or SIGHUP; nothing is left behind.
+/// Interrupted by Ctrl-C, SIGTERM or SIGHUP; no files are left.
 #[derive(Debug, thiserror::Error)]
 #[error("interrupted")]
 pub(crate) struct Interrupted;
@@ -48,18 +48,18 @@ pub(crate) struct ChildFailed {
 #[error("{0}")]
 pub(crate) struct WrongOptions(pub(crate) String);
 
-/// Prints an error with all its causes and gives the exit code for it.
+/// Prints an error with all its causes and returns the exit code for it.
 pub(crate) fn report(error: &Error) -> ExitCode {
     let code = code(error);
     let text = match code {
         INTERRUPTED => "snap: interrupted\n".into(),
-        _ => format!("snap: {}\n", told(error)),
+        _ => format!("snap: {}\n", describe(error)),
     };
     stderr::print(&text);
     ExitCode::from(code)
 }
 
-/// What to do about a limit of this process, of which the system only says that it is reached.
+/// The advice for a reached limit of this process, which is missing in the system's message.
 fn about_files(error: &Error) -> &'static str {
     const TOO_MANY_FILES: i32 = rustix::io::Errno::MFILE.raw_os_error();
     let reached = error.chain().any(|cause| {
@@ -68,15 +68,15 @@ fn about_files(error: &Error) -> &'static str {
         let pagers = cause.downcast_ref().map(|errno: &pager::uffd::Errno| errno.0);
         [io, ours, pagers].contains(&Some(TOO_MANY_FILES))
     });
-    // Some errors give the advice themselves.
+    // Some errors have the advice themselves.
     match reached && !format!("{error:#}").contains("ulimit -n") {
         true => "; raise the limit: `ulimit -n`, in systemd LimitNOFILE=",
         false => "",
     }
 }
 
-/// An error with all its causes, and what to do where a limit is one of them.
-pub(crate) fn told(error: &Error) -> String {
+/// An error with all its causes, and the advice if a limit is one of them.
+pub(crate) fn describe(error: &Error) -> String {
     let errno = |cause: &(dyn std::error::Error + 'static)| {
         let error = cause.downcast_ref::<std::io::Error>()?.raw_os_error()?;
         Some(Errno::from_raw_os_error(error))
@@ -128,7 +128,7 @@ fn code(error: &Error) -> u8 {
         if cause.is::<WrongOptions>() {
             return WRONG_OPTIONS;
         }
-        // What the guest met counts more than why.
+        // The error that the guest got has precedence over its cause.
         if cause.is::<GuestStopped>() {
             return GUEST;
         }

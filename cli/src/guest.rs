@@ -1,4 +1,4 @@
-//! The words that describe a fresh guest.
+//! The options that describe a fresh guest.
 
 use std::path::PathBuf;
 
@@ -14,7 +14,7 @@ use crate::session::Session;
 use crate::size;
 use crate::waits::Wait;
 
-/// The options of a fresh guest that need no other, for those that they conflict with.
+/// The options of a fresh guest that need no other one, for the options that conflict with them.
 pub(crate) const WORDS: [&str; 3] = ["memory", "work", "kernel"];
 
 /// A guest to boot: the demo guest, or Linux.
@@ -28,7 +28,7 @@ pub(crate) struct GuestArgs {
     #[arg(long, value_name = "SIZE", default_value = "32M", value_parser = size::parse, conflicts_with = "kernel")]
     pub(crate) work: u64,
 
-    /// How much of what it has filled the demo guest reads in each beat, in percent.
+    /// How much of the filled memory the demo guest reads in each beat, in percent.
     #[arg(long, value_name = "PERCENT", default_value_t = 25, conflicts_with = "kernel",
           value_parser = clap::value_parser!(u8).range(1..=100))]
     pub(crate) walk: u8,
@@ -97,12 +97,12 @@ impl GuestArgs {
         }
     }
 
-    /// At least as many pages as the percentage says.
+    /// The percentage in pages, rounded up.
     fn walked_of_256(&self) -> u32 {
         (u32::from(self.walk) * 256).div_ceil(100)
     }
 
-    /// What the snapshot's metadata says of the guest.
+    /// The description of the guest in the snapshot's metadata.
     pub(crate) fn metadata(&self) -> Value {
         match &self.kernel {
             None => json!({
@@ -122,8 +122,8 @@ impl GuestArgs {
     }
 }
 
-/// Boots the guest that `args` describe, which has not run yet; an interrupt pauses it. `trigger`: whether it stops when it asks
-/// to be stored.
+/// Boots the guest that `args` describe, which has not run yet; an interrupt pauses it. `trigger`: whether it stops
+/// when it requests a snapshot.
 pub(crate) fn boot(
     args: &GuestArgs,
     console: impl Console + 'static,

@@ -1,4 +1,4 @@
-//! The guest's serial output on its way to the user, and the moments at which it ends the run.
+//! Passes the guest's serial output to the user, and detects the output that ends the run.
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Write};
@@ -8,28 +8,28 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use snapvm::FirstOutput;
 use vmm::{Console, ConsoleFlow};
 
-/// What the console looks for in the guest's output to stop it, at exactly that byte.
+/// The output at which the console stops the guest, at exactly that byte.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Until {
-    /// So many whole lines that begin so.
+    /// This many whole lines with this beginning.
     pub(crate) lines: Option<(&'static str, u64)>,
     /// These bytes.
     pub(crate) pattern: Option<Vec<u8>>,
 }
 
-/// How the demo guest begins the line that says that it is ready to be stored.
+/// The beginning of the demo guest's line when it is ready to be snapshotted.
 pub(crate) const READY: &str = "ready ";
-/// How the demo guest begins the line after each round of its work.
+/// The beginning of the demo guest's line after each beat.
 pub(crate) const BEAT: &str = "beat ";
 
 impl Until {
-    /// So many whole lines that begin so.
+    /// This many whole lines with this beginning.
     pub(crate) fn lines(prefix: &'static str, count: u64) -> Self {
         Self { lines: Some((prefix, count)), pattern: None }
     }
 }
 
-/// What the console has seen, for those who wait outside.
+/// What the console has seen, for other threads.
 #[derive(Clone, Default)]
 pub(crate) struct Seen(Arc<SeenInner>);
 
@@ -56,18 +56,17 @@ impl Seen {
         (self.0.beats.load(Ordering::SeqCst), self.0.bad_beats.load(Ordering::SeqCst))
     }
 
-    /// Why the output could not be written in the end. A closed pipe, whose reader has seen
-    /// enough, is one of the reasons.
+    /// Why the output could not be written. A pipe that its reader has closed is one of the reasons.
     pub(crate) fn output_error(&self) -> Option<&io::Error> {
         self.0.output_error.get()
     }
 
-    /// Whether the console has asked for the end.
+    /// Whether the console has requested the end.
     pub(crate) fn is_done(&self) -> bool {
         self.0.done.load(Ordering::SeqCst)
     }
 
-    /// The last line with something in it, for a message.
+    /// The last line that is not empty, for a message.
     pub(crate) fn last_line(&self) -> String {
         match self.tail().lines().rev().map(str::trim).find(|line| !line.is_empty()) {
             None => "it has written nothing".into(),
@@ -82,20 +81,20 @@ impl Seen {
     }
 }
 
-/// A console that copies to `out` and watches what it copies.
+/// A console that copies to `out` and checks what it copies.
 pub(crate) struct GuestConsole<W> {
     out: W,
     until: Until,
     seen: Seen,
-    /// The line so far, as much of it as is ever looked at.
+    /// The beginning of the present line, as far as it is checked.
     line: Vec<u8>,
     /// The last bytes, one less than the pattern has.
     window: Vec<u8>,
-    /// What `out` has not taken yet, because the guest was to stop. A guest that goes on begins with it.
+    /// Output that `out` has not taken yet, because the guest was to stop. It comes first when the guest continues.
     rest: VecDeque<u8>,
 }
 
-/// A line is looked at only this far.
+/// Only this much of a line is checked.
 const LINE_BYTES: usize = 256;
 
 impl<W: Write + Send> GuestConsole<W> {
@@ -137,7 +136,7 @@ impl<W: Write + Send> GuestConsole<W> {
         flow
     }
 
-    /// Hands on what there is, as much of it as is taken: see `GuestOutput`.
+    /// Writes as much output as `out` takes: see `GuestOutput`.
     fn hand_on(&mut self) -> io::Result<()> {
         while !self.rest.is_empty() {
             let (first, _) = self.rest.as_slices();
@@ -163,13 +162,13 @@ impl<W: Write + Send> Console for GuestConsole<W> {
         drop(tail);
         let mut flow = ConsoleFlow::Continue;
         for byte in bytes {
-            // All of the bytes are the guest's doing already: none is left unwatched.
+            // The guest has already written all of these bytes, so all are checked.
             if self.watch(*byte) == ConsoleFlow::Pause {
                 flow = ConsoleFlow::Pause;
             }
         }
         self.rest.extend(bytes);
-        // The reader is gone (a closed pipe): the run has no purpose any more.
+        // The reader has closed the pipe: the run has no purpose any more.
         if let Err(error) = self.hand_on() {
             self.rest.clear();
             self.seen.0.output_error.get_or_init(|| error);
@@ -190,8 +189,8 @@ mod tests {
     fn beats_are_counted_by_lines_however_they_are_cut() {
         let until = Until::lines(BEAT, 2);
         let (mut console, seen) = GuestConsole::new(Vec::new(), until);
-        for piece in ["ready\nbe", "at 1 ok", "\n", "beat 2 BAD page=1"] {
-            assert_eq!(console.write(piece.as_bytes()), ConsoleFlow::Continue);
+        for part in ["ready\nbe", "at 1 ok", "\n", "beat 2 BAD page=1"] {
+            assert_eq!(console.write(part.as_bytes()), ConsoleFlow::Continue);
         }
         assert_eq!(console.write(b"\n"), ConsoleFlow::Pause);
         assert_eq!(seen.beats(), (2, 1));
@@ -210,12 +209,12 @@ mod tests {
 
     #[test]
     fn a_pattern_is_found_across_writes_and_overlaps() {
-        for pieces in [vec!["aab"], vec!["a", "a", "b"], vec!["xaaa", "b"]] {
+        for parts in [vec!["aab"], vec!["a", "a", "b"], vec!["xaaa", "b"]] {
             let until = Until { lines: None, pattern: Some(b"aab".to_vec()) };
             let (mut console, _) = GuestConsole::new(Vec::new(), until);
-            let (last, first) = pieces.split_last().unwrap();
-            for piece in first {
-                assert_eq!(console.write(piece.as_bytes()), ConsoleFlow::Continue);
+            let (last, first) = parts.split_last().unwrap();
+            for part in first {
+                assert_eq!(console.write(part.as_bytes()), ConsoleFlow::Continue);
             }
             assert_eq!(console.write(last.as_bytes()), ConsoleFlow::Pause);
         }

@@ -1,7 +1,6 @@
-//! The guest's output on stdout: it waits for whoever reads there, but not while the guest is to stand still.
-//!
-//! A reader may take nothing for as long as it likes: a pager, a terminal after Ctrl-S. The guest waits for it
-//! in the middle of an instruction, and could not be paused, stored or interrupted.
+//! The guest's output on stdout: it waits for the reader, but not while the guest is to be paused. A reader may stop
+//! reading for any time: a pager, a terminal after Ctrl-S. The guest waits for it in the middle of an instruction, and
+//! could not be paused, snapshotted or interrupted.
 
 use std::io::{self, ErrorKind, Stdout, Write};
 use std::os::fd::OwnedFd;
@@ -10,8 +9,8 @@ use std::sync::Arc;
 use rustix::event::{EventfdFlags, PollFd, PollFlags};
 use rustix::io::Errno;
 
-/// A pipe that is ready takes as much at once (pipe(7), PIPE_BUF).
-const PIECE_BYTES: usize = 4096;
+/// A pipe that is ready takes this many bytes without waiting (pipe(7), PIPE_BUF).
+const BLOCK_BYTES: usize = 4096;
 
 /// Stdout, unbuffered. Its writes end with `WouldBlock` when stdout takes nothing while it is held.
 pub(crate) struct GuestOutput {
@@ -34,12 +33,12 @@ impl GuestOutput {
 impl Hold {
     /// Ends a wait for stdout, and all that come until [`Hold::release`].
     pub(crate) fn hold(&self) {
-        // It fails where the counter is full, which holds too.
+        // It fails if the counter is full, which also holds the output.
         let _ = rustix::io::write(&*self.0, &1u64.to_ne_bytes());
     }
 
     pub(crate) fn release(&self) {
-        // It fails where the counter is 0: the output is not held.
+        // It fails if the counter is 0: the output is not held.
         let _ = rustix::io::read(&*self.0, &mut [0; 8]);
     }
 }
@@ -61,8 +60,8 @@ impl Write for GuestOutput {
                 return Err(ErrorKind::WouldBlock.into());
             }
             if ready {
-                // Also when the reader is gone: then this is the error.
-                match rustix::io::write(&self.stdout, &bytes[..bytes.len().min(PIECE_BYTES)]) {
+                // Also when the reader has closed it: then this returns the error.
+                match rustix::io::write(&self.stdout, &bytes[..bytes.len().min(BLOCK_BYTES)]) {
                     Err(Errno::INTR | Errno::AGAIN) => {}
                     written => return Ok(written?),
                 }

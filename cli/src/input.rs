@@ -8,7 +8,7 @@ use snapfmt::{Parents, ReadError, Snapshot};
 use crate::stdio;
 use crate::waits::{Wait, Waiting};
 
-/// Opens a snapshot, and of a layer its parents; the error names the file.
+/// Opens a snapshot, and the parents of a layer; the error names the file.
 pub(crate) fn open(path: &Path, parents: &[PathBuf]) -> Result<Snapshot> {
     let _opening = reading(path);
     let folders = std::env::var_os("SNAP_PATH").unwrap_or_default();
@@ -17,7 +17,7 @@ pub(crate) fn open(path: &Path, parents: &[PathBuf]) -> Result<Snapshot> {
         folders: std::env::split_paths(&folders).filter(|f| *f != Path::new("")).collect(),
     };
     Snapshot::open_with(path, &parents).map_err(|error| match error {
-        // Says itself which file.
+        // This error names the file itself.
         ReadError::Open { .. } => error.into(),
         _ => anyhow::Error::new(error).context(path.display().to_string()),
     })
@@ -29,7 +29,7 @@ pub(crate) fn reading(path: &Path) -> Waiting {
     Wait::new(move || format!("{} to be read", path.display())).begin()
 }
 
-/// Refuses an output of a snapshot that is there already, or is stdout, before anything is done that would be in vain.
+/// Refuses an output of a snapshot that exists already, or is stdout, before any useless work.
 pub(crate) fn refuse_existing(out: &Path, force: bool) -> Result<()> {
     if stdio::is_meant(out) {
         bail!(
@@ -58,8 +58,8 @@ pub(crate) struct Input {
     #[arg(value_name = "FILE")]
     pub(crate) file: PathBuf,
 
-    /// Of a layer: a file that may be its parent, or its parent's. Otherwise parents are looked
-    /// for where the layer says, and in the folders of $SNAP_PATH, by name and then by id.
+    /// For a layer: a file that may be its parent, or its parent's parent. By default parents are searched at the path
+    /// in the layer, and in the folders of $SNAP_PATH, by name and then by id.
     #[arg(long = "parent", value_name = "FILE")]
     pub(crate) parents: Vec<PathBuf>,
 }

@@ -1,6 +1,5 @@
-//! Ctrl-C, SIGTERM, SIGHUP: the first asks for a clean end, the second ends the process immediately.
-//!
-//! One thread hears them, and looks after what the command waits for: see [`waits`].
+//! Ctrl-C, SIGTERM, SIGHUP: the first requests a clean end, the second ends the process immediately. One thread handles
+//! them, and the waits of the command: see [`waits`].
 
 use std::io::{self, PipeWriter};
 use std::os::fd::OwnedFd;
@@ -23,7 +22,7 @@ use crate::stderr::say;
 use crate::waits::{self, End, Wait, Waiting};
 use crate::{exit, leftovers, terminal};
 
-/// Whether the user has interrupted; shared by all who must know.
+/// Whether the user has interrupted. All threads share it.
 #[derive(Clone, Default)]
 pub(crate) struct Interrupt(Arc<Shared>);
 
@@ -32,11 +31,11 @@ struct Shared {
     requested: AtomicBool,
     guest: Mutex<Option<VmHandle>>,
     server: Mutex<Option<Serving>>,
-    /// Processes of ours, for as long as somebody waits for them.
+    /// Child processes that are being waited for.
     children: Mutex<Vec<Weak<OwnedFd>>>,
 }
 
-/// A server, or a keeper, which has no handle; and what to drop to stop it.
+/// A server, or a keeper, which has no handle; dropping this stops it.
 struct Serving {
     server: Option<ServerHandle>,
     stop: Option<PipeWriter>,
@@ -44,14 +43,12 @@ struct Serving {
     draining: Option<Waiting>,
 }
 
-/// Signals that would end the process, or stop it, in the middle of a system call which fails without them: a write beyond
-/// the limit of a file's size (EFBIG), and the use of a terminal that another job has at the moment (EIO).
-///
-/// Blocked, which does the same as ignored. A process that is started from here inherits it: that is `snap` again, by
-/// `bench`.
+/// Signals that would end or stop the process during a system call that otherwise returns an error: a write beyond the
+/// limit of a file's size (EFBIG), and the use of a terminal that belongs to another job (EIO). They are blocked, which
+/// has the same effect as ignoring them. A child process inherits this: only `bench` starts one, another `snap`.
 const UNHEARD: [i32; 3] = [SIGXFSZ, SIGTTIN, SIGTTOU];
 
-/// Whether this process ignores a signal, as one that `nohup` has started does SIGHUP.
+/// Whether this process ignores a signal, for example SIGHUP under `nohup`.
 fn is_ignored(signal: i32) -> io::Result<bool> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
@@ -60,7 +57,7 @@ fn is_ignored(signal: i32) -> io::Result<bool> {
     Ok(mask >> (signal - 1) & 1 == 1)
 }
 
-/// Keeps signals from this thread and all that it starts.
+/// Blocks signals in this thread and in all threads that it starts.
 fn block(signals: &[i32]) -> Result<()> {
     for signal in signals {
         match block_signal(*signal) {
@@ -74,57 +71,56 @@ fn block(signals: &[i32]) -> Result<()> {
 type Signals = SignalDelivery<UnixStream, SignalOnly>;
 
 impl Interrupt {
-    /// Takes signals over for the rest of the process.
+    /// Installs the handling of signals for the rest of the process.
     pub(crate) fn install() -> Result<Self> {
-        let mut heard = vec![SIGINT, SIGTERM, SIGXCPU];
-        // `nohup` means it.
-        // Where there is no /proc, it is taken as not ignored.
+        let mut handled = vec![SIGINT, SIGTERM, SIGXCPU];
+        // Under `nohup` it stays ignored. Without /proc it counts as not ignored.
         if !is_ignored(SIGHUP).unwrap_or(false) {
-            heard.push(SIGHUP);
+            handled.push(SIGHUP);
         }
-        // One thread alone takes them. A signal that another thread gets during a read from a slow disk is handled only
-        // when the read is over.
+        // Only one thread handles them. A signal to a thread that reads from a slow disk would be handled only after
+        // the read.
         block(&UNHEARD)?;
-        block(&heard)?;
+        block(&handled)?;
         let taken = || {
             let (read, write) = UnixStream::pair()?;
             write.set_nonblocking(true)?;
             let write = Arc::new(write);
             waits::wake_by(Arc::clone(&write));
-            SignalDelivery::with_pipe(read, write, SignalOnly, &heard)
+            SignalDelivery::with_pipe(read, write, SignalOnly, &handled)
         };
         let signals = taken().context("cannot handle signals")?;
         let interrupt = Self::default();
-        let told = interrupt.clone();
-        let hear = move || {
-            for signal in heard {
-                // It was blocked: there is nothing that could fail.
+        let handler = interrupt.clone();
+        let handle = move || {
+            for signal in handled {
+                // It was blocked before, so this cannot fail.
                 let _ = unblock_signal(signal);
             }
-            told.listen(signals);
+            handler.listen(signals);
         };
         std::thread::Builder::new()
             .name("signals".into())
-            .spawn(hear)
+            .spawn(handle)
             .context("cannot start the thread that waits for signals")?;
         Ok(interrupt)
     }
 
     /// The body of the thread.
     fn listen(&self, mut signals: Signals) {
-        let mut next = Some(waits::TOLD_AFTER);
+        let mut next = Some(waits::REPORTED_AFTER);
         loop {
             let mut fds = [PollFd::new(signals.get_read(), PollFlags::IN)];
             let timeout = next.and_then(|next| Timespec::try_from(next).ok());
             if let Err(error) = rustix::event::poll(&mut fds, timeout.as_ref())
                 && error != rustix::io::Errno::INTR
             {
-                // Out of memory, say.
+                // For example, out of memory.
                 std::thread::sleep(Duration::from_millis(100));
             }
-            self.hear(&signals.pending().collect::<Vec<_>>());
+            self.handle(&signals.pending().collect::<Vec<_>>());
             let look = waits::look(self.has_children());
-            look.words.iter().for_each(|word| say(word));
+            look.lines.iter().for_each(|line| say(line));
             match look.end {
                 None => next = look.next,
                 Some(End::Interrupted) => {
@@ -140,7 +136,7 @@ impl Interrupt {
     }
 
     /// Handles signals that have arrived together.
-    fn hear(&self, signals: &[i32]) {
+    fn handle(&self, signals: &[i32]) {
         let again = |signal: &i32| matches!(*signal, SIGINT | SIGTERM);
         if signals.is_empty() {
             return;
@@ -156,7 +152,7 @@ impl Interrupt {
         } else if signals.iter().any(again) {
             self.end_at_once(exit::INTERRUPTED);
         }
-        // SIGHUP is sent by the shell and by the kernel, and SIGXCPU comes every second: repeats of them mean nothing.
+        // SIGHUP is sent by the shell and by the kernel, and SIGXCPU comes every second: repeats of them are ignored.
     }
 
     /// Ends the process immediately, after removing its sockets and hidden files.
@@ -173,18 +169,18 @@ impl Interrupt {
         self.0.requested.load(Ordering::SeqCst)
     }
 
-    /// Pauses this guest when an interrupt comes, or now if one has come.
+    /// Pauses this guest at an interrupt, or now if there was one.
     pub(crate) fn pauses(&self, guest: VmHandle) {
         if self.requested() {
             guest.request_pause();
         }
         *self.0.guest.lock().unwrap_or_else(PoisonError::into_inner) = Some(guest);
-        // One that came in between has not found the guest.
+        // An interrupt in between has not found the guest.
         self.pause_guest();
     }
 
-    /// The first interrupt drops `stop`; the second ends the guests that still need the server: they would wait without
-    /// an end.
+    /// The first interrupt drops `stop`; the second kills the guests that still need the server, because they would
+    /// wait forever.
     pub(crate) fn stops(&self, server: Option<ServerHandle>, stop: PipeWriter) {
         *self.server() = Some(Serving { server, stop: Some(stop), draining: None });
         if self.requested() {
@@ -192,8 +188,7 @@ impl Interrupt {
         }
     }
 
-    /// Passes an interrupt on to the process of this pidfd, or one that has come already, for as long as
-    /// the pidfd is there.
+    /// Passes an interrupt, or an earlier one, on to the process of this pidfd, until the pidfd is dropped.
     pub(crate) fn reaches(&self, process: &Arc<OwnedFd>) {
         let mut children = self.children();
         children.retain(|child| child.strong_count() > 0);
@@ -206,7 +201,7 @@ impl Interrupt {
 
     fn interrupt_children(&self) {
         for child in self.children().iter().filter_map(Weak::upgrade) {
-            // One that has ended already needs no telling.
+            // A process that has already ended needs no signal.
             let _ = pidfd_send_signal(&*child, Signal::INT);
         }
     }

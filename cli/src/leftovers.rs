@@ -1,4 +1,4 @@
-//! Files that a command has made, to be removed where its process ends without dropping its values.
+//! Files that a command has created, which are removed if its process ends without dropping its values.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -10,19 +10,19 @@ use snapvm::{OutputError, OutputShape, StagedOutput};
 static LEFTOVERS: Mutex<Vec<Leftover>> = Mutex::new(Vec::new());
 
 enum Leftover {
-    /// A name, with the device and number of what has it.
+    /// A name, with the device and inode of its file.
     Name(PathBuf, (u64, u64)),
     Folder(PathBuf),
 }
 
-/// The name `path` is this command's, as long as it names what it does now.
+/// Registers the name `path`, as long as it names the same file as now.
 pub(crate) fn name(path: &Path) {
     if let Some(identity) = identity(path) {
         add(Leftover::Name(path.to_owned(), identity));
     }
 }
 
-/// The folder at `path`, with all that is in it, is this command's.
+/// Registers the folder at `path`, with all its files.
 pub(crate) fn folder(path: &Path) {
     add(Leftover::Folder(path.to_owned()));
 }
@@ -42,10 +42,10 @@ fn add(leftover: Leftover) {
     LEFTOVERS.lock().unwrap_or_else(PoisonError::into_inner).push(leftover);
 }
 
-/// A disk that does not answer does not keep the process for longer.
+/// A disk that does not answer delays the end of the process no longer than this.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Removes what is still there, if that can be done soon.
+/// Removes the registered files that still exist, if that does not take long.
 pub(crate) fn remove() {
     let (done, ended) = std::sync::mpsc::channel();
     let removing = move || {
@@ -53,7 +53,7 @@ pub(crate) fn remove() {
         drop(done);
     };
     match std::thread::Builder::new().spawn(removing) {
-        // What is sent is its end.
+        // Dropping the sender signals its end.
         Ok(_thread) => drop::<Result<(), _>>(ended.recv_timeout(PATIENCE)),
         Err(_) => remove_all(),
     }
@@ -82,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_was_made_here_is_removed() {
+    fn only_registered_files_are_removed() {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
         for name in ["ours", "replaced", "other"] {

@@ -1,4 +1,4 @@
-//! The program `snap`: stores a running KVM guest in one file and brings it back.
+//! The program `snap`: snapshots a running KVM guest into one file and restores it.
 #![forbid(unsafe_code)]
 
 mod activity;
@@ -47,14 +47,14 @@ use commands::Command;
 use interrupt::Interrupt;
 use session::Session;
 
-/// Stores a running KVM guest in one file and brings it back in milliseconds.
+/// Snapshots a running KVM guest into one file and restores it in milliseconds.
 #[derive(Parser)]
 #[command(name = "snap", version, about, after_help = exit::HELP, max_term_width = 100)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
 
-    /// Say nothing but errors and what was asked for.
+    /// Print only errors and the requested output.
     #[arg(long, short, global = true)]
     quiet: bool,
 }
@@ -73,15 +73,15 @@ fn main() -> ExitCode {
     }
 }
 
-/// The command line, with what `--config` adds to it. One that is wrong ends the process, with exit code 2.
+/// The command line, with the options that `--config` adds. A wrong one ends the process, with exit code 2.
 fn command_line() -> Result<Cli> {
     let args: Vec<_> = std::env::args_os().collect();
     let mut command = Cli::command();
     let expanded = config::expand(&mut command, &args)
         .map_err(|error| exit::WrongOptions(format!("{error:#}")))?;
-    let words = expanded.as_ref().map_or(&args, |expanded| &expanded.args);
+    let used = expanded.as_ref().map_or(&args, |expanded| &expanded.args);
     let parsed = command
-        .try_get_matches_from_mut(words)
+        .try_get_matches_from_mut(used)
         .and_then(|matches| Cli::from_arg_matches(&matches).map_err(|e| e.format(&mut command)));
     parsed.or_else(|error| {
         if let Some(place) = expanded.and_then(|expanded| expanded.place_of(&error)) {

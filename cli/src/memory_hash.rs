@@ -1,4 +1,4 @@
-//! A hash of guest memory, to compare guests by.
+//! A hash of guest memory, to compare guests.
 
 use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};
@@ -8,20 +8,19 @@ use snapvm::VmMemory;
 
 use crate::waits::Wait;
 
-const PIECE_BYTES: usize = 256 << 10;
+const BLOCK_BYTES: usize = 256 << 10;
 const ZERO_PAGE: &[u8] = &[0; PAGE_BYTES];
 
-/// SHA-256 over the number and the bytes of every page that is not zero, in source order.
-///
-/// Pages that a lazy restore has not loaded are loaded by it.
+/// SHA-256 over the number and the bytes of every page that is not zero, in source order. It loads the pages that a
+/// lazy restore has not loaded.
 pub(crate) fn sha256(memory: &VmMemory) -> Result<String> {
     let arriving = memory.reader();
     let mut hasher = Sha256::new();
-    let mut piece = vec![0; PIECE_BYTES];
+    let mut block = vec![0; BLOCK_BYTES];
     let reading = Wait::new(|| "the guest's memory to be read, for its hash".into()).begin();
     for region in memory.regions() {
-        for offset in (0..region.len).step_by(PIECE_BYTES) {
-            let bytes = &mut piece[..(region.len - offset).min(PIECE_BYTES as u64) as usize];
+        for offset in (0..region.len).step_by(BLOCK_BYTES) {
+            let bytes = &mut block[..(region.len - offset).min(BLOCK_BYTES as u64) as usize];
             let source_offset = region.source_offset + offset;
             reading.moved();
             arriving.read_exact_at(bytes, source_offset).context("cannot hash memory")?;

@@ -1,4 +1,4 @@
-//! Times in milliseconds, as reports have them: to the microsecond.
+//! Times in milliseconds for reports, with a resolution of a microsecond.
 
 use std::time::{Duration, Instant};
 

@@ -6,9 +6,9 @@ use snapvm::Prefetch;
 
 #[derive(Clone, Copy, ValueEnum)]
 pub(crate) enum OnError {
-    /// Poison the page: the guest stops when it touches it, with a message.
+    /// Poison the page: the guest stops with a message when it touches it.
     Poison,
-    /// Kill the process whose memory it is at once.
+    /// Kill the process that owns the memory immediately.
     Kill,
 }
 
@@ -29,7 +29,7 @@ pub(crate) enum PrefetchArg {
     /// The pages of the file's working set, if it has one.
     #[default]
     Hot,
-    /// These, and then everything else: as with `--populate full`.
+    /// These, and then all other pages, as with `--populate full`.
     All,
 }
 

@@ -1,4 +1,4 @@
-//! A progress bar for what takes longer than a moment, on a terminal only.
+//! A progress bar for work that takes longer than a moment, only on a terminal.
 
 use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,12 +11,11 @@ use crate::interrupt::Interrupt;
 use crate::size;
 use crate::waits::{Wait, Waiting};
 
-/// A bar on stderr; hidden when stderr is no terminal, when asked to be quiet, and in the first
-/// moments of what may soon be over.
+/// A bar on stderr. It is hidden if stderr is not a terminal, with --quiet, and in the first moments of the work.
 pub(crate) struct Bar {
     bar: ProgressBar,
     interrupt: Interrupt,
-    /// Unless another process does them.
+    /// `None` if another process does the work.
     steps: Option<Steps>,
 }
 
@@ -27,7 +26,7 @@ impl Bar {
         bar
     }
 
-    /// Of what another process does.
+    /// For work that another process does.
     pub(crate) fn of_other(what: &'static str, quiet: bool, interrupt: &Interrupt) -> Self {
         let target = match quiet {
             true => ProgressDrawTarget::hidden(),
@@ -43,12 +42,12 @@ impl Bar {
         Self { bar, interrupt: interrupt.clone(), steps: None }
     }
 
-    /// Whether anybody sees it.
+    /// Whether it is visible.
     pub(crate) fn is_shown(&self) -> bool {
         !self.bar.is_hidden()
     }
 
-    /// Shows how far it is; cancels when the user has interrupted.
+    /// Shows the progress; cancels when the user has interrupted.
     pub(crate) fn update(&self, progress: Progress) -> ControlFlow<()> {
         self.steps.iter().for_each(|steps| steps.moved(progress));
         if self.bar.elapsed() > Duration::from_millis(300) {
@@ -62,24 +61,24 @@ impl Bar {
     }
 }
 
-/// Waits for each next step of long work, which a slow disk may keep from coming.
+/// Waits for each next step of long work, which a slow disk may delay.
 pub(crate) struct Steps {
     waiting: Waiting,
     at: Arc<Mutex<Progress>>,
 }
 
 impl Steps {
-    /// `what` is done from now on: "storing".
+    /// The work `what` starts now, for example "storing".
     pub(crate) fn begin(what: &'static str) -> Self {
         let at = Arc::new(Mutex::new(Progress::new(0, 0)));
-        let told = Arc::clone(&at);
+        let shared = Arc::clone(&at);
         let wait = Wait::new(move || {
             let Progress { done_bytes, total_bytes, .. } =
-                *told.lock().unwrap_or_else(PoisonError::into_inner);
+                *shared.lock().unwrap_or_else(PoisonError::into_inner);
             let (done, total) = (size::human(done_bytes), size::human(total_bytes));
             format!("the disk or the CPU: {what} is at {done} of {total}")
         });
-        // `moved` is followed by a look at the interrupt.
+        // The interrupt is checked after `moved`.
         Self { waiting: wait.hears().begin(), at }
     }
 

@@ -1,4 +1,4 @@
-//! What `snap restore` tells at its end.
+//! The report of `snap restore`.
 
 use std::fmt;
 
@@ -14,19 +14,19 @@ pub(crate) struct RestoreReport {
     /// `eager`, `lazy`, `shared` or `mmap`.
     pub(crate) mode: &'static str,
     pub(crate) memory_bytes: u64,
-    /// Until the file was open and checked as far as opening does.
+    /// Until the file was opened and checked.
     pub(crate) opened_ms: f64,
-    /// Until the guest's memory was mapped, and loaded (eager) or given to the pager (lazy).
+    /// Until the guest's memory was mapped, and loaded (eager) or registered with the pager (lazy).
     pub(crate) memory_ready_ms: f64,
     /// Until just before the vCPU entered the guest for the first time.
     pub(crate) first_instruction_ms: Option<f64>,
-    /// Until the guest left to user space for the first time: some instructions were surely run.
+    /// Until the guest's first exit to user space: some instructions have run by then.
     pub(crate) first_exit_ms: Option<f64>,
     /// Until the guest's first byte on its serial port.
     pub(crate) first_output_ms: Option<f64>,
-    /// Until the run was over.
+    /// Until the end of the run.
     pub(crate) end_ms: f64,
-    /// Why it was over.
+    /// Why it ended.
     pub(crate) stop: String,
     /// Beats of the demo guest in this run.
     pub(crate) beats: u64,
@@ -34,16 +34,16 @@ pub(crate) struct RestoreReport {
     pub(crate) bad_beats: u64,
     /// Bytes read from the chunks of the file.
     pub(crate) bytes_read: u64,
-    /// SHA-256 of guest memory at the end, where it was asked for.
+    /// SHA-256 of guest memory at the end, if it was requested.
     pub(crate) memory_sha256: Option<String>,
-    /// What the pager did, in a lazy restore, until the run was over.
+    /// The pager's statistics at the end of the run, in a lazy restore.
     pub(crate) pager: Option<pager::Stats>,
-    /// Why the file's working set could not be used; the guest has run without.
+    /// Why the file's working set could not be used; the guest has run without it.
     pub(crate) working_set_damage: Option<String>,
-    /// Which pages were touched, if that was recorded.
+    /// The touched pages, if they were recorded.
     #[serde(skip)]
     pub(crate) touched: Option<Touched>,
-    /// What the process has used until then, where that was asked for.
+    /// The resources that the process has used until then, if that was requested.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) process: Option<Usage>,
 }
@@ -75,7 +75,7 @@ impl fmt::Display for RestoreReport {
                     "  pages              {} on demand, {} with them, {} zero; {} never loaded",
                     pages.demand, pages.fault_around, pages.zero, stats.pages.missing
                 )?,
-                // The kernel maps pages out of the file, and does not tell how many.
+                // The kernel maps pages of the file, and their number is unknown.
                 loads => writeln!(
                     f,
                     "  pages              of {loads} loads, mapped by the kernel when they are touched; {} zero",
@@ -85,7 +85,7 @@ impl fmt::Display for RestoreReport {
             if stats.prefetch != pager::Prefetch::Off {
                 let state = match stats.prefetch {
                     _ if self.working_set_damage.is_some() => "the set is damaged",
-                    pager::Prefetch::Done => "all of the set is there",
+                    pager::Prefetch::Done => "all of the set is loaded",
                     pager::Prefetch::GivenUp => "given up",
                     _ => "not at its end",
                 };
@@ -94,8 +94,8 @@ impl fmt::Display for RestoreReport {
             if stats.population != pager::Population::Off {
                 let state = match stats.population {
                     pager::Population::Quiet => "the guest does not wait for pages".into(),
-                    pager::Population::Complete => "all is loaded".into(),
-                    pager::Population::Incomplete { pages } => format!("{pages} cannot be had"),
+                    pager::Population::Complete => "all pages are loaded".into(),
+                    pager::Population::Incomplete { pages } => format!("{pages} are unreadable"),
                     _ => "not at its end".to_owned(),
                 };
                 writeln!(f, "  populated          {} pages; {state}", pages.populated)?;

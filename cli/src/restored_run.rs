@@ -1,4 +1,4 @@
-//! One restore, from the file to the end of the guest's run, and what it cost.
+//! One restore, from the file to the end of the guest's run, and its costs.
 
 use std::io::Write;
 use std::path::Path;
@@ -28,20 +28,20 @@ pub(crate) struct Restore {
     pub(crate) config: RestoreConfig,
     /// For the report.
     pub(crate) mode: &'static str,
-    /// How often touched pages are looked at, where they are recorded.
+    /// How often touched pages are sampled, if they are recorded.
     pub(crate) pace: Pace,
     pub(crate) until: Until,
     pub(crate) run_for: Option<Duration>,
     /// Of its output: see [`Live::hold`].
     pub(crate) hold: Option<Hold>,
     pub(crate) hash: bool,
-    /// Whether stdin is the guest's.
+    /// Whether stdin is connected to the guest.
     pub(crate) keyboard: bool,
-    /// What of the process is looked at, if anything.
+    /// What is measured of the process, if anything.
     pub(crate) measure: Option<Measure>,
-    /// Where it can be controlled.
+    /// Its control socket.
     pub(crate) api: Option<Api>,
-    /// Whether it is to wait there for its resuming.
+    /// Whether it waits there until a client resumes it.
     pub(crate) paused: bool,
 }
 
@@ -50,8 +50,8 @@ pub(crate) const LAZY: &str = "lazy";
 pub(crate) const EAGER: &str = "eager";
 
 impl Restore {
-    /// Restores and runs; gives the report also for a guest that stopped by itself, whose error
-    /// is then the second value.
+    /// Restores and runs. Returns the report also for a guest that stopped by itself, whose error is then the second
+    /// value.
     pub(crate) fn run(
         self,
         out: impl Write + Send + 'static,
@@ -92,7 +92,7 @@ impl Restore {
         let ended = ended?;
         let process =
             before.map(|before| Usage::since(&before, memory.mapped(), timeline)).transpose()?;
-        // The figures are those of the run: what comes after it, a hash say, is not the guest's.
+        // The figures are those of the run. Later work, for example a hash, is not the guest's.
         let stats = memory.pager().map(Pager::stats);
         drop((keyboard, serving));
         let (mut outcome, memory_sha256) =
@@ -117,7 +117,7 @@ impl Restore {
             bad_beats: seen.beats().1,
             bytes_read: match &stats {
                 Some(stats) => stats.bytes_read,
-                // In a clone, the server has read for all of them.
+                // For clones, the server has read the file.
                 None => restored.loaded_bytes,
             },
             memory_sha256,
@@ -130,7 +130,7 @@ impl Restore {
     }
 }
 
-/// What the control socket says of the guest.
+/// The facts that the control socket reports about the guest.
 fn facts(memory: &Arc<VmMemory>, vcpus: usize, started: Instant) -> Facts {
     Facts {
         memory_bytes: bytes_of(memory),
@@ -156,16 +156,16 @@ fn checked(memory: &VmMemory, hash: bool, ran: Result<()>) -> (Result<()>, Optio
         Ok(memory_sha256) => (Ok(()), memory_sha256),
         Err(error) => (Err(error), None),
     };
-    // The kernel has read it, and checks nothing.
+    // The kernel has read it, without checks.
     check_image(memory).unwrap_or_else(|error| outcome = Err(error));
-    // What the pager could not do is the cause of whatever else went wrong.
+    // A failure of the pager is the cause of any other error.
     check_memory(memory).unwrap_or_else(|error| outcome = Err(error));
     (outcome, memory_sha256)
 }
 
 /// Ends the service of the guest's pages, once the control socket is gone and nothing else has the memory.
 fn end_service(memory: Arc<VmMemory>, paused: Result<Vm, PauseError>) -> Result<()> {
-    let _ending = live::ending("the service of the guest's pages to end", &memory);
+    let _ending = live::ending("the threads that serve the guest's pages to end", &memory);
     drop(paused);
     match Arc::into_inner(memory).map(VmMemory::end) {
         Some(Err(failure)) => Err(GuestStopped(failure.to_string()).into()),

@@ -1,4 +1,4 @@
-//! A restore as the command line tells it: waits, progress and messages around [`RestoreConfig`].
+//! A restore on the command line: waits, progress and messages around [`RestoreConfig`].
 
 use std::any::Any;
 use std::ops::ControlFlow;
@@ -19,7 +19,7 @@ use crate::session::Session;
 use crate::waits::Wait;
 use crate::{leftovers, size};
 
-/// A lazy restore of the snapshot at `file`, whose guest must have `memory_bytes` of memory if that is said.
+/// A lazy restore of the snapshot at `file`, whose guest must have `memory_bytes` of memory if that is given.
 pub(crate) fn config(
     file: &Path,
     parents: &[PathBuf],
@@ -32,14 +32,14 @@ pub(crate) fn config(
         && expected != found
     {
         bail!(
-            "{}: --memory {} expected, found {} in the snapshot; leave --memory out to take what is there",
+            "{}: --memory {} expected, found {} in the snapshot; leave --memory out to use that size",
             file.display(),
             size::human(expected),
             size::human(found)
         );
     }
     let path = file.to_owned();
-    let observer = Told {
+    let observer = Reporter {
         quiet: session.quiet,
         interrupt: session.interrupt.clone(),
         loading: Mutex::default(),
@@ -60,20 +60,20 @@ pub(crate) fn restore(
     Ok(restored)
 }
 
-/// Tells what a restore waits for, and how far an eager one is.
-struct Told {
+/// Reports the waits of a restore, and the progress of an eager one.
+struct Reporter {
     quiet: bool,
     interrupt: Interrupt,
     loading: Mutex<Option<Bar>>,
 }
 
-impl Told {
+impl Reporter {
     fn loading(&self) -> MutexGuard<'_, Option<Bar>> {
         self.loading.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Observer for Told {
+impl Observer for Reporter {
     fn step(&self, step: Step<'_>) -> Box<dyn Any> {
         let (what, limit) = match step {
             Step::ReadState { file } | Step::OpenImage { image: file } => {
@@ -113,7 +113,7 @@ fn restore_error(error: RestoreError) -> Error {
     match error {
         RestoreError::Open(error) => error.into(),
         RestoreError::Cpu { .. } => {
-            anyhow!("{error}; --force-cpu restores it all the same, and it may crash")
+            anyhow!("{error}; --force-cpu restores it anyway, but it may crash")
         }
         RestoreError::Device { file, error } => {
             device_error(error).context(file.display().to_string())
@@ -135,7 +135,7 @@ fn device_error(error: DeviceError) -> Error {
         }
         DeviceError::NoVsock => anyhow!("--vsock is given, and the guest has no vsock"),
         DeviceError::Disk(error) => Error::new(error).context(
-            "the guest's disk (--disk says where it is now, --force-disks takes it as it is)",
+            "the guest's disk (--disk gives its new path, --force-disks accepts its content)",
         ),
         DeviceError::Net { given: true, error } => Error::new(error).context("--net"),
         DeviceError::Net { given: false, error } => {
@@ -149,19 +149,19 @@ fn device_error(error: DeviceError) -> Error {
     }
 }
 
-/// Why a guest cannot be written, for people and for the exit code.
+/// Why a guest cannot be snapshotted, for the message and the exit code.
 pub(crate) fn snapshot_error(error: SnapshotError) -> Error {
     match error {
         SnapshotError::Failed(failure) => GuestStopped(failure.to_string()).into(),
         // The exit code depends on these.
         SnapshotError::Write(error) => error.into(),
         SnapshotError::Read(error) => error.into(),
-        SnapshotError::NoRoom { .. } => Error::new(error).context("--threads 1 takes less"),
+        SnapshotError::NoRoom { .. } => Error::new(error).context("--threads 1 needs less"),
         error => error.into(),
     }
 }
 
-/// What has failed, if something has, instead of any other error.
+/// The failure of the pager, if there is one, instead of any other error.
 pub(crate) fn check_memory(memory: &snapvm::VmMemory) -> Result<()> {
     match memory.failure() {
         Some(failure) => Err(GuestStopped(failure.to_string()).into()),
@@ -169,7 +169,7 @@ pub(crate) fn check_memory(memory: &snapvm::VmMemory) -> Result<()> {
     }
 }
 
-/// The guest's image has to be the one it was started from.
+/// The guest's image must be unchanged since its start.
 pub(crate) fn check_image(memory: &snapvm::VmMemory) -> Result<()> {
     memory.check_image().context("the guest may have run from two images")
 }

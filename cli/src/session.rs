@@ -1,10 +1,10 @@
-//! What every command is given.
+//! The parameters of every command.
 
 use std::time::Instant;
 
 use crate::interrupt::Interrupt;
 
-/// What every command is given.
+/// The parameters of every command.
 pub(crate) struct Session {
     pub(crate) quiet: bool,
     /// When the command began.

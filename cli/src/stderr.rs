@@ -4,20 +4,20 @@ use std::io::Write;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 
-/// Prints a line without waiting: the line is dropped where the reader of stderr takes nothing at the moment. For threads that have
-/// more to do.
+/// Prints a line without waiting: the line is dropped if the reader of stderr does not read at the moment. For threads
+/// that have other work.
 pub(crate) fn say(line: &str) {
     let mut stderr = std::io::stderr();
     let mut fds = [PollFd::new(&stderr, PollFlags::OUT)];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    // A pipe that is ready takes PIPE_BUF bytes in one piece, and no line has more.
+    // A pipe that is ready takes PIPE_BUF bytes without waiting, and no line has more.
     if rustix::event::poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0) {
-        // There is no reader to tell of a closed stderr.
+        // A closed stderr cannot be reported.
         let _ = stderr.write_all(line.as_bytes());
     }
 }
 
-/// Prints text, and waits for the reader. A closed stderr is no error: the exit code still tells.
+/// Prints text, and waits for the reader. A closed stderr is no error: the exit code has the result.
 pub(crate) fn print(text: &str) {
     let _ = std::io::stderr().write_all(text.as_bytes());
 }

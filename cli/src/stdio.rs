@@ -1,7 +1,5 @@
-//! Stdin and stdout as files that the user names `-`: bytes as they are, and waits that Ctrl-C ends.
-//!
-//! A thread reads or writes while the other one works. The program at the other end may make it wait for as long as it
-//! likes: see [`waits`](crate::waits).
+//! Stdin and stdout as files with the name `-`: raw bytes, and waits that Ctrl-C ends. A thread reads or writes while
+//! the other one works. The program at the other end may delay it for any time: see [`waits`](crate::waits).
 
 use std::fs::File;
 use std::io::{self, ErrorKind, IsTerminal, Read, Seek, Write};
@@ -16,10 +14,10 @@ use snapfmt::layout::PAGE_BYTES;
 
 use crate::waits::Wait;
 
-/// Moved at once.
-const PIECE_BYTES: usize = 1 << 20;
-/// So many of them are under way.
-const PIECES: usize = 3;
+/// The size of a block.
+const BLOCK_BYTES: usize = 1 << 20;
+/// The number of blocks that are being moved.
+const BLOCKS: usize = 3;
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 const DATA: &str = "data on stdin";
 const READER: &str = "stdout to be read";
@@ -29,9 +27,9 @@ pub(crate) fn is_meant(path: &Path) -> bool {
     path == Path::new("-")
 }
 
-/// All of stdin as a file that can be read anywhere. A regular file is taken as it is. What comes from a pipe is copied, zeros as
-/// holes, to a file without a name in `folder`. `check` sees the first bytes, 8 or all that there are, before the rest is
-/// waited for.
+/// All of stdin as a file that can be read at any offset. A regular file is used directly. The bytes of a pipe are
+/// copied, zeros as holes, to a file without a name in `folder`. `check` gets the first 8 bytes, or all of a shorter
+/// input, before the rest is read.
 pub(crate) fn stdin(folder: &Path, check: impl FnOnce(&[u8]) -> Result<()>) -> Result<File> {
     let stdin = io::stdin();
     if stdin.is_terminal() {
@@ -50,14 +48,14 @@ pub(crate) fn stdin(folder: &Path, check: impl FnOnce(&[u8]) -> Result<()>) -> R
     let failed = || format!("cannot copy stdin to {}", folder.display());
     let copy = tempfile::tempfile_in(folder).with_context(failed)?;
     let mut source = Source::new(stdin)?;
-    let mut piece = vec![0; PIECE_BYTES];
-    let (mut at, mut len) = (0, source.fill(&mut piece[..8])?);
-    check(&piece[..len])?;
+    let mut block = vec![0; BLOCK_BYTES];
+    let (mut at, mut len) = (0, source.fill(&mut block[..8])?);
+    check(&block[..len])?;
     loop {
-        len += source.fill(&mut piece[len..])?;
-        write_data(&copy, &piece[..len], at).with_context(failed)?;
+        len += source.fill(&mut block[len..])?;
+        write_data(&copy, &block[..len], at).with_context(failed)?;
         at += len as u64;
-        if len < PIECE_BYTES {
+        if len < BLOCK_BYTES {
             break;
         }
         len = 0;
@@ -85,20 +83,20 @@ fn write_data(file: &File, bytes: &[u8], at: u64) -> io::Result<()> {
 /// Stdin, read by a thread.
 struct Source {
     read: Receiver<io::Result<Vec<u8>>>,
-    /// What came and was not taken.
+    /// Received bytes that were not taken yet.
     rest: Vec<u8>,
 }
 
 impl Source {
     fn new(mut stdin: File) -> Result<Self> {
-        let (reader, read) = sync_channel(PIECES);
+        let (reader, read) = sync_channel(BLOCKS);
         let body = move || {
-            let mut piece = vec![0; PIECE_BYTES];
+            let mut block = vec![0; BLOCK_BYTES];
             loop {
-                let outcome = match stdin.read(&mut piece) {
-                    // The end: the other side sees that this one is gone.
+                let outcome = match stdin.read(&mut block) {
+                    // The end: the other side notices that the channel is closed.
                     Ok(0) => return,
-                    Ok(len) => Ok(piece[..len].to_vec()),
+                    Ok(len) => Ok(block[..len].to_vec()),
                     Err(error) if error.kind() == ErrorKind::Interrupted => continue,
                     Err(error) => Err(error),
                 };
@@ -115,7 +113,7 @@ impl Source {
         Ok(Self { read, rest: Vec::new() })
     }
 
-    /// Fills the buffer as far as there is something, and says how far.
+    /// Fills the buffer as far as bytes are available, and returns their number.
     fn fill(&mut self, buffer: &mut [u8]) -> Result<usize> {
         let mut len = 0;
         while len < buffer.len() {
@@ -137,14 +135,14 @@ impl Source {
 /// Stdout, written by a thread: bytes in their order.
 pub(crate) struct Stdout {
     file: File,
-    piece: Vec<u8>,
+    block: Vec<u8>,
     full: Sender<Vec<u8>>,
-    /// Pieces that were written come back.
+    /// Blocks that were written are returned for reuse.
     written: Receiver<io::Result<Vec<u8>>>,
 }
 
 impl Stdout {
-    /// Refuses a terminal, which would take the bytes for commands.
+    /// Refuses a terminal, which would interpret the bytes as commands.
     pub(crate) fn new() -> Result<Self> {
         let stdout = io::stdout();
         if stdout.is_terminal() {
@@ -154,16 +152,16 @@ impl Stdout {
         }
         let file = File::from(stdout.as_fd().try_clone_to_owned().context("cannot use stdout")?);
         let mut to = file.try_clone().context("cannot use stdout")?;
-        let (full, pieces) = channel::<Vec<u8>>();
+        let (full, blocks) = channel::<Vec<u8>>();
         let (writer, written) = channel();
-        for _ in 1..PIECES {
-            let _ = writer.send(Ok(Vec::with_capacity(PIECE_BYTES)));
+        for _ in 1..BLOCKS {
+            let _ = writer.send(Ok(Vec::with_capacity(BLOCK_BYTES)));
         }
         let body = move || {
-            for mut piece in pieces {
-                let outcome = to.write_all(&piece).map(|()| {
-                    piece.clear();
-                    piece
+            for mut block in blocks {
+                let outcome = to.write_all(&block).map(|()| {
+                    block.clear();
+                    block
                 });
                 let is_error = outcome.is_err();
                 if writer.send(outcome).is_err() || is_error {
@@ -175,7 +173,7 @@ impl Stdout {
             .name("stdout".into())
             .spawn(body)
             .context("cannot start the thread that writes stdout")?;
-        Ok(Self { file, piece: Vec::with_capacity(PIECE_BYTES), full, written })
+        Ok(Self { file, block: Vec::with_capacity(BLOCK_BYTES), full, written })
     }
 
     pub(crate) fn file(&self) -> &File {
@@ -189,10 +187,10 @@ impl Stdout {
 
     /// Waits until all is written.
     pub(crate) fn finish(self) -> Result<()> {
-        let Self { piece, full, written, .. } = self;
-        let _ = full.send(piece);
+        let Self { block, full, written, .. } = self;
+        let _ = full.send(block);
         drop(full);
-        for _ in 0..PIECES {
+        for _ in 0..BLOCKS {
             receive(&written, READER).context(NOT_ALL)?.context(NOT_ALL)?;
         }
         Ok(())
@@ -207,13 +205,13 @@ impl Write for Stdout {
 
     fn write_all(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
-            let (now, later) = bytes.split_at(bytes.len().min(PIECE_BYTES - self.piece.len()));
-            self.piece.extend_from_slice(now);
+            let (now, later) = bytes.split_at(bytes.len().min(BLOCK_BYTES - self.block.len()));
+            self.block.extend_from_slice(now);
             bytes = later;
-            if self.piece.len() == PIECE_BYTES {
+            if self.block.len() == BLOCK_BYTES {
                 let empty = self.empty()?;
                 // A thread that has ended has sent its error, which is received next.
-                let _ = self.full.send(std::mem::replace(&mut self.piece, empty));
+                let _ = self.full.send(std::mem::replace(&mut self.block, empty));
             }
         }
         Ok(())
@@ -228,7 +226,7 @@ impl Write for Stdout {
 /// What has failed, for the errors of [`Stdout`].
 pub(crate) const NOT_ALL: &str = "cannot write all of it to stdout";
 
-/// What a thread that waits for another program has done next; `None` when nothing comes any more.
+/// The next result of a thread that waits for another program; `None` after its end.
 fn receive<T>(from: &Receiver<T>, what: &'static str) -> Option<T> {
     let _waiting = Wait::new(move || what.into()).begin();
     from.recv().ok()
@@ -241,7 +239,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn zeros_become_holes_and_nothing_else_does() {
+    fn only_zeros_become_holes() {
         let folder = tempfile::tempdir().unwrap();
         let file = tempfile::tempfile_in(folder.path()).unwrap();
         let mut bytes = vec![0; 16 * PAGE_BYTES + 100];

@@ -1,4 +1,4 @@
-//! Printing, to a reader who may have seen enough, as `head` has.
+//! Printing to a reader that may close the pipe early, as `head` does.
 
 use std::fmt::Display;
 use std::io::{self, BufWriter, StdoutLock, Write};
@@ -7,13 +7,13 @@ use anyhow::Result;
 
 use crate::waits::Wait;
 
-/// Hands a buffered stdout to `write`. That the reader has seen enough, as `head` has, is no error.
+/// Passes a buffered stdout to `write`. A reader that closes the pipe early, as `head` does, is no error.
 pub(crate) fn to_stdout(write: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
     let mut stdout = BufWriter::with_capacity(64 << 10, Awaited(io::stdout().lock()));
     let written = write(&mut stdout).and_then(|()| Ok(stdout.flush()?));
     match written {
         Err(error) if is_closed(&error) => {
-            // What is still buffered would fail again when it is dropped.
+            // Bytes that are still buffered would fail again when it is dropped.
             let _ = stdout.into_parts();
             Ok(())
         }
@@ -21,18 +21,18 @@ pub(crate) fn to_stdout(write: impl FnOnce(&mut dyn Write) -> Result<()>) -> Res
     }
 }
 
-/// Stdout, whose reader may take nothing for as long as it likes: an interrupt ends that, and no word is said of it,
-/// which would appear in the middle of what the reader shows.
+/// Stdout, whose reader may stop reading for any time. An interrupt ends the wait. The wait is not reported, because
+/// the message would appear in the middle of the reader's output.
 struct Awaited(StdoutLock<'static>);
 
 impl Write for Awaited {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let _waiting = Wait::untold().begin();
+        let _waiting = Wait::unreported().begin();
         self.0.write(bytes)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        let _waiting = Wait::untold().begin();
+        let _waiting = Wait::unreported().begin();
         self.0.flush()
     }
 }
@@ -42,7 +42,7 @@ pub(crate) fn print_line(line: impl Display) -> Result<()> {
     to_stdout(|out| Ok(writeln!(out, "{line}")?))
 }
 
-/// Prints text that ends its own lines.
+/// Prints text that has its own newlines.
 pub(crate) fn print_text(text: impl Display) -> Result<()> {
     to_stdout(|out| Ok(write!(out, "{text}")?))
 }

@@ -12,7 +12,7 @@ pub(crate) struct Storage {
     #[arg(long, default_value = "zstd")]
     pub(crate) codec: Codec,
 
-    /// Level of zstd, from -7 (fast) to 22 (small); 1 unless told.
+    /// Level of zstd, from -7 (fast) to 22 (small); 1 by default.
     #[arg(long, allow_negative_numbers = true,
           value_parser = clap::value_parser!(i32).range(-7..=22))]
     pub(crate) level: Option<i32>,
@@ -22,11 +22,11 @@ pub(crate) struct Storage {
           value_parser = clap::value_parser!(u16).range(1..=512))]
     pub(crate) chunk_pages: u16,
 
-    /// Store every page, equal ones too.
+    /// Store every page, also equal ones.
     #[arg(long)]
     pub(crate) no_dedupe: bool,
 
-    /// Threads that compress; all CPUs unless told.
+    /// Threads that compress; as many as CPUs by default.
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<NonZeroUsize>,
 

@@ -1,4 +1,4 @@
-//! What the command line says of a new snapshot.
+//! The summary of a new snapshot.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -9,7 +9,7 @@ use snapfmt::layout::PAGE_BYTES;
 
 use crate::millis::ms;
 
-/// What was made.
+/// The new file.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Summary {
     pub(crate) file: PathBuf,
@@ -22,14 +22,14 @@ pub(crate) struct Summary {
     pub(crate) ratio: f64,
     /// The whole command.
     pub(crate) total_ms: f64,
-    /// Until the guest was ready to be stored, or brought back.
+    /// Until the guest was ready to be snapshotted, or restored.
     pub(crate) ready_ms: f64,
-    /// How long the guest stood still: reading its state and writing the file.
+    /// How long the guest was paused: reading its state and writing the file.
     pub(crate) pause_ms: f64,
 }
 
 impl Summary {
-    /// Of a file that is complete now.
+    /// The summary of a complete file.
     pub(crate) fn new(
         file: &Path,
         header: &Header,

@@ -1,4 +1,4 @@
-//! The keyboard as the guest's: each key at once and without echo, but Ctrl-C stays ours.
+//! Connects the keyboard to the guest: each key immediately and without echo, except Ctrl-C, which ends `snap`.
 
 use std::io::{self, ErrorKind, IsTerminal, Read};
 use std::sync::Mutex;
@@ -8,18 +8,19 @@ use rustix::process::getpgrp;
 use rustix::termios::{LocalModes, OptionalActions, SpecialCodeIndex, Termios};
 use vmm::VmHandle;
 
-/// How the terminal was before, while it is changed.
+/// The former settings of the terminal, while they are changed.
 static BEFORE: Mutex<Option<Termios>> = Mutex::new(None);
 
-/// Puts the terminal back when it is dropped.
+/// Restores the terminal when it is dropped.
 pub(crate) struct Keyboard(());
 
-/// While another job has the terminal, it is looked at so often whether this one has it again. Nothing tells.
+/// While another job has the terminal, this is the time between two checks whether this one has it again. There is no
+/// notification.
 const LOOK: Duration = Duration::from_secs(1);
 
 impl Keyboard {
-    /// Passes what is typed, or piped in, to the guest, until the process ends. A terminal that another job has is left
-    /// alone for as long as it does.
+    /// Passes typed or piped input to the guest, until the process ends. While another job has the terminal, it is left
+    /// alone.
     pub(crate) fn connect(guest: VmHandle) -> io::Result<Self> {
         let terminal = io::stdin().is_terminal();
         if terminal && is_ours() {
@@ -32,7 +33,7 @@ impl Keyboard {
                 match stdin.read(&mut bytes) {
                     Ok(0) => return,
                     Ok(len) => {
-                        // A guest that takes nothing for 64 KiB long loses the rest, like a UART.
+                        // A guest that does not read loses the input beyond 64 KiB, as with a UART.
                         let _taken = guest.send_input(&bytes[..len]);
                     }
                     Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -60,7 +61,7 @@ impl Drop for Keyboard {
     }
 }
 
-/// Whether this job has the terminal that stdin is. One without jobs is everybody's.
+/// Whether this job has the terminal on stdin. A terminal without job control belongs to all processes.
 fn is_ours() -> bool {
     rustix::termios::tcgetpgrp(io::stdin()).map_or(true, |group| group == getpgrp())
 }
@@ -78,7 +79,7 @@ fn raw() -> io::Result<()> {
     Ok(rustix::termios::tcsetattr(&stdin, OptionalActions::Now, &raw)?)
 }
 
-/// Puts the terminal back as it was, if it was changed and no other job has it.
+/// Restores the terminal, if it was changed and no other job has it.
 pub(crate) fn restore() {
     if let Ok(mut saved) = BEFORE.lock()
         && let Some(before) = saved.take()

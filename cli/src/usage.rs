@@ -1,4 +1,4 @@
-//! What this process has used while its guest ran, as the kernel tells it in /proc (proc(5)).
+//! The resources that this process has used while its guest ran, from /proc (proc(5)).
 
 use std::fs;
 use std::ops::Range;
@@ -14,16 +14,16 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::millis::ms;
 
-/// How closely a run is looked at.
+/// How closely a run is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Measure {
-    /// Before and after the run only: nothing disturbs it.
+    /// Only before and after the run, so that nothing disturbs it.
     Totals,
-    /// Also every millisecond, on a thread of its own.
+    /// Also every millisecond, on a separate thread.
     Timeline,
 }
 
-/// What a run has used.
+/// The resources that a run has used.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Usage {
     /// Page faults of the process that needed no storage, and those that did. KVM's on behalf of the guest
@@ -41,7 +41,7 @@ pub(crate) struct Usage {
     pub(crate) timeline: Vec<Sample>,
 }
 
-/// One look at a running guest.
+/// One sample of a running guest.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Sample {
     /// Since the start of the command.
@@ -70,7 +70,7 @@ impl Counters {
 }
 
 impl Usage {
-    /// What was used since `before`, by a guest with this memory.
+    /// The resources used since `before`, by a guest with this memory.
     pub(crate) fn since(
         before: &Counters,
         memory: &GuestMemoryMmap,
@@ -100,10 +100,10 @@ impl Usage {
 
 /// Between two samples, at first.
 const INTERVAL: Duration = Duration::from_millis(1);
-/// When there are so many samples, every second one goes, and the interval doubles.
+/// At this number of samples, every second one is dropped, and the interval doubles.
 const SAMPLES_MAX: usize = 2048;
 
-/// Whose faults a sample counts.
+/// Which faults a sample counts.
 #[derive(Clone, Copy)]
 pub(crate) enum Faults<'a> {
     /// There is no guest yet.
@@ -112,7 +112,7 @@ pub(crate) enum Faults<'a> {
     Kernel,
 }
 
-/// Does `work` and, with [`Measure::Timeline`], looks at the process meanwhile, on another thread.
+/// Does `work` and, with [`Measure::Timeline`], samples the process meanwhile, on another thread.
 pub(crate) fn sampled<T>(
     measure: Option<Measure>,
     started: Instant,
@@ -168,7 +168,7 @@ pub(crate) fn sampled<T>(
             Err(panic) => std::panic::resume_unwind(panic),
         };
         let mut samples = samples?;
-        // Those of this time only: the process has had others before.
+        // Only those of this run: the process may have had others before.
         if matches!(faults, Faults::Kernel) {
             let first = samples.first().map_or(0, |sample| sample.faults);
             samples.iter_mut().for_each(|sample| sample.faults -= first);
@@ -190,7 +190,7 @@ fn storage_bytes(io: &str) -> Option<u64> {
 struct Maps {
     rss_bytes: u64,
     pss_bytes: u64,
-    /// Resident bytes of the mappings in the ranges that were asked for.
+    /// Resident bytes of the mappings in the requested ranges.
     within_bytes: u64,
 }
 
@@ -200,8 +200,8 @@ impl Maps {
         let mut maps = Self::default();
         let mut is_within = false;
         for line in smaps.lines() {
-            let mut words = line.split_ascii_whitespace();
-            let (Some(first), second) = (words.next(), words.next()) else { continue };
+            let mut fields = line.split_ascii_whitespace();
+            let (Some(first), second) = (fields.next(), fields.next()) else { continue };
             let kib = || second.and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) * 1024;
             match first {
                 "Rss:" => {
@@ -227,7 +227,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mappings_are_summed_and_those_of_the_guest_apart() {
+    fn mappings_are_summed_and_those_of_the_guest_separately() {
         let smaps = "\
 7f0000000000-7f0000200000 rw-p 00000000 00:00 0
 Size:               2048 kB
@@ -246,7 +246,7 @@ Pss:                   4 kB
     }
 
     #[test]
-    fn this_process_can_be_looked_at() {
+    fn this_process_can_be_sampled() {
         let before = Counters::now().unwrap();
         use vm_memory::GuestAddress;
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 8 << 20)]).unwrap();

@@ -1,4 +1,4 @@
-//! A snapshot that is written again with another working set.
+//! Writes a copy of a snapshot with another working set.
 
 use std::path::{Path, PathBuf};
 
@@ -11,14 +11,14 @@ use crate::input::{refuse_as_output, refuse_existing};
 use crate::progress::Bar;
 use crate::session::Session;
 
-/// Where a recorded working set goes.
+/// The output of a recorded working set.
 pub(crate) struct Output<'a> {
     pub(crate) path: &'a Path,
     pub(crate) replace: bool,
 }
 
 impl Output<'_> {
-    /// Refuses, before any work, what could not be written after it.
+    /// Refuses, before any work, an output that could not be written afterwards.
     pub(crate) fn check(&self, snapshot: &Snapshot) -> Result<()> {
         refuse_as_output(self.path, [snapshot])?;
         refuse_existing(self.path, self.replace)

@@ -3,8 +3,8 @@
 //!     cargo bench -p snapvm-pager --features serve,vm-memory --bench clones
 //!
 //! Each clone is a process. It requests the shared file from the server, maps it, and touches all of it once in random
-//! order. A round has a new server with an empty file, and fifty clones, one after the other. All of them live until the
-//! end of the round. Results are medians over the rounds.
+//! order. A round has a new server with an empty file, and fifty clones, one after the other. All of them live until
+//! the end of the round. Results are medians over the rounds.
 #![allow(unsafe_code)]
 
 #[path = "../tests/support/snapshot.rs"]
@@ -131,7 +131,7 @@ impl Clone {
             .expect("it starts");
         let mut line = String::new();
         let stdout = child.stdout.take().expect("a pipe");
-        BufReader::new(stdout).read_line(&mut line).expect("it says something");
+        BufReader::new(stdout).read_line(&mut line).expect("it prints a line");
         (Clone(child), line.trim_end().parse().expect("a number"))
     }
 }

@@ -3,13 +3,14 @@
 //!
 //!     cargo bench -p snapvm-pager --bench codecs
 //!
-//! - *decode*: the function of the codec on the payload of each chunk, which is already in memory. No checksum, no index.
+//! - *decode*: the function of the codec on the payload of each chunk, which is already in memory. No checksum, no
+//!   index.
 //! - *load*: the work of a reader of the pager for each chunk (pread, checksum, decode, index), without a pager.
 //! - *install*: `UFFDIO_COPY` of 64 KiB for each chunk, with no thread waiting.
 //! - *pager*: the touches of a thread that is bound to a CPU, and of one that is not.
 //!
-//! Chunks are loaded in the order of the touches. Rounds of all variants alternate. Results are medians over the rounds,
-//! also of the ratios.
+//! Chunks are loaded in the order of the touches. Rounds of all variants alternate. Results are medians over the
+//! rounds, also of the ratios.
 #![allow(unsafe_code)]
 
 #[path = "../tests/support/snapshot.rs"]
@@ -77,8 +78,8 @@ impl Bench {
         let chunks = chunks(&snapshot, &order);
         let mut rounds: Vec<[f64; 5]> = Vec::new();
         for _ in 0..self.rounds {
-            // In new threads, so that none inherits a CPU. The second run counts: the first one after another variant is
-            // much slower.
+            // In new threads, so that none inherits a CPU. The second run counts: the first one after another variant
+            // is much slower.
             let alone = |work: &(dyn Fn() + Sync)| {
                 let twice = || [micros(work), micros(work)][1];
                 thread::scope(|scope| scope.spawn(twice).join().expect("it runs"))

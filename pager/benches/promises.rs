@@ -127,8 +127,8 @@ impl Bench {
             times
         };
         let [off, full] = self.alternate([&|| faults(Populate::Off), &|| faults(Populate::Full)]);
-        row("a fault, p50 us: without, with population flat out", off.p50, full.p50);
-        row("a fault, p99 us: without, with population flat out", off.p99, full.p99);
+        row("a fault, p50 us: without, with population at full speed", off.p50, full.p50);
+        row("a fault, p99 us: without, with population at full speed", off.p99, full.p99);
     }
 
     /// Pages per second of all threads together, compared to one thread.

@@ -24,6 +24,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         assert_eq!(byte, page as u8);
     }
     let Stats { faults, pages, .. } = pager.stop();
-    println!("{faults} faults brought {} of {} pages", pages.present, pages.total);
+    println!("{faults} faults loaded {} of {} pages", pages.present, pages.total);
     Ok(())
 }

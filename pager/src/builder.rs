@@ -82,8 +82,8 @@ impl PagerBuilder {
         self
     }
 
-    /// Cuts the memory into this many slices, each with its own userfaultfd and demand thread. The default is 1; one per
-    /// vCPU is a good number. Slices have at least 2 MiB, so that there may be fewer.
+    /// Cuts the memory into this many slices, each with its own userfaultfd and demand thread. The default is 1; one
+    /// per vCPU is a good number. Slices have at least 2 MiB, so that there may be fewer.
     pub fn slices(mut self, slices: usize) -> PagerBuilder {
         self.slices = slices.max(1);
         self
@@ -125,8 +125,8 @@ impl PagerBuilder {
     }
 
     /// What a fault costs the faulting thread besides its answer, for the measure of [`Populate::Auto`]. The default is
-    /// 8 us. Guests with asynchronous page faults of KVM halt for milliseconds. From 8 ms on, the first fault starts the
-    /// loading.
+    /// 8 us. Guests with asynchronous page faults of KVM halt for milliseconds. From 8 ms on, the first fault starts
+    /// the loading.
     pub fn fault_overhead(mut self, overhead: Duration) -> PagerBuilder {
         self.fault_overhead = overhead;
         self
@@ -146,12 +146,12 @@ impl PagerBuilder {
         self
     }
 
-    /// Installs a list of pages as soon as the pager runs, on a thread of its own. That thread calls `list`, which returns
-    /// ranges of source offsets in bytes, in the order in which the pages will probably be needed. Faults are answered
-    /// first. The population starts afterwards.
+    /// Installs a list of pages as soon as the pager runs, on a thread of its own. That thread calls `list`, which
+    /// returns ranges of source offsets in bytes, in the order in which the pages will probably be needed. Faults are
+    /// answered first. The population starts afterwards.
     ///
-    /// The list is a hint: pages that are not missing, or are in no region, are skipped, and a page that cannot be loaded
-    /// is left to a fault. At most 16 times the listed bytes, plus 64 MiB, are decoded.
+    /// The list is a hint: pages that are not missing, or are in no region, are skipped, and a page that cannot be
+    /// loaded is left to a fault. At most 16 times the listed bytes, plus 64 MiB, are decoded.
     pub fn prefetch(
         mut self,
         list: impl FnOnce() -> Vec<Range<u64>> + Send + 'static,
@@ -160,8 +160,8 @@ impl PagerBuilder {
         self
     }
 
-    /// Called on the thread that prefetches when its first pages are loaded, before any of them is installed. It may wait
-    /// until installing disturbs no other work. It must not wait forever, because stopping the pager waits for it.
+    /// Called on the thread that prefetches when its first pages are loaded, before any of them is installed. It may
+    /// wait until installing disturbs no other work. It must not wait forever, because stopping the pager waits for it.
     pub fn prefetch_when(mut self, ready: impl FnOnce() + Send + 'static) -> PagerBuilder {
         self.prefetch_when = Some(Box::new(ready));
         self

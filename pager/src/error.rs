@@ -30,7 +30,7 @@ pub enum StartError {
     },
     /// A region ends beyond the end of the source.
     #[error(
-        "a region ends at source offset {end:#x}, the source at {source_bytes:#x}: is the source of another guest?"
+        "a region ends at source offset {end:#x}, the source at {source_bytes:#x}: is this the source of another guest?"
     )]
     BeyondSource {
         /// The source offset of the end of the region, in bytes.
@@ -42,7 +42,9 @@ pub enum StartError {
     #[error(transparent)]
     Open(OpenError),
     /// Regions of another process need its userfaultfd, and the reverse.
-    #[error("regions of another process need its userfaultfd, and no others go with it")]
+    #[error(
+        "regions of another process need its userfaultfd, and a userfaultfd needs such regions"
+    )]
     Foreign,
     /// Memory that is backed by a file is populated by filling the file.
     #[error("memory that is a mapping of a file is not populated page by page")]

@@ -61,7 +61,7 @@ pub enum FailureCause {
         errno: Errno,
     },
     /// The messages of the userfaultfd cannot be read any more.
-    #[error("reading the userfaultfd's messages")]
+    #[error("reading the messages of the userfaultfd")]
     Messages(#[source] io::Error),
     /// Paged memory was moved by `mremap`, or an unknown event arrived.
     #[error("an event that cannot be served: {0}")]
@@ -76,10 +76,10 @@ impl Failure {
         match (source_offset, host_addr) {
             (Some(offset), Some(addr)) => {
                 format!(
-                    "pager{thread} cannot get the page at source offset {offset:#x} (host address {addr:#x})"
+                    "pager{thread} cannot load the page at source offset {offset:#x} (host address {addr:#x})"
                 )
             }
-            _ => format!("pager{thread} cannot go on"),
+            _ => format!("pager{thread} cannot continue"),
         }
     }
 }
@@ -117,7 +117,7 @@ impl FailureReport {
         }
         // These failures leave faults unanswered: another process would wait forever.
         let fatal = matches!(failure.cause, FailureCause::Messages(_) | FailureCause::Event(_));
-        self.tell(failure);
+        self.report_first(failure);
         if self.policy == FailurePolicy::Kill || fatal {
             self.kill_foreign();
         }
@@ -130,8 +130,8 @@ impl FailureReport {
 
     fn kill_foreign(&self) {
         if let Some(process) = &self.foreign {
-            // SAFETY: pidfd_send_signal(2) takes a descriptor, a number, no siginfo and no flags. It fails for a process
-            // that is gone, which is no problem.
+            // SAFETY: pidfd_send_signal(2) takes a descriptor, a number, no siginfo and no flags. It fails for a
+            // process that has ended, which is no problem.
             unsafe {
                 libc::syscall(
                     libc::SYS_pidfd_send_signal,
@@ -144,7 +144,7 @@ impl FailureReport {
         }
     }
 
-    fn tell(&self, failure: Failure) {
+    fn report_first(&self, failure: Failure) {
         let mut failure = Some(failure);
         let first = self.first.get_or_init(|| failure.take().expect("taken only here"));
         if failure.is_none()
@@ -174,8 +174,8 @@ fn kill_this_process(failure: &Failure) -> ! {
     let own_id = unsafe { libc::getpid() };
     // SAFETY: kill(2) takes plain numbers.
     unsafe { libc::kill(own_id, libc::SIGKILL) };
-    // A signal to the own process is delivered before kill(2) returns, except for the init process of a namespace: its own
-    // SIGKILL does not end it.
+    // A signal to the own process is delivered before kill(2) returns, except for the init process of a namespace: its
+    // own SIGKILL does not end it.
     std::process::abort()
 }
 
@@ -217,7 +217,7 @@ mod tests {
         let text = with_causes(&failure(0x1000));
         assert_eq!(
             text,
-            "pager1 cannot get the page at source offset 0x1000 (host address 0x7000): the source \
+            "pager1 cannot load the page at source offset 0x1000 (host address 0x7000): the source \
              failed: chunk 3: wrong checksum: Input/output error (os error 5)"
         );
     }

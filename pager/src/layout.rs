@@ -57,7 +57,7 @@ impl Layout {
                 if in_slice >= share {
                     (slice, in_slice) = (slice + 1, 0);
                 }
-                // Round the cut up, so that there are never more slices than asked for.
+                // Round the cut up, so that there are never more slices than requested.
                 let cut = start
                     .saturating_add(share - in_slice)
                     .checked_next_multiple_of(CUT_BYTES.max(page_bytes))
@@ -142,8 +142,8 @@ impl Layout {
         extent.source_offset + (place.host_addr - extent.host.start)
     }
 
-    /// The page whose content begins at `source_offset`. `None` if no region has it, or no page begins there. `hint` is the
-    /// extent to try first.
+    /// The page whose content begins at `source_offset`. `None` if no region has it, or no page begins there. `hint` is
+    /// the extent to try first.
     pub(crate) fn at_source(&self, source_offset: u64, hint: usize) -> Option<Place> {
         let index = if self.extents[hint].offset_of(source_offset).is_some() {
             hint

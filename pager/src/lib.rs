@@ -1,6 +1,6 @@
-//! Serves page faults through Linux userfaultfd: each page of the memory is loaded from a source when it is first touched.
-//! This is made for virtual machines that start before their memory is loaded. It works for any memory whose content is
-//! elsewhere and may never be needed.
+//! Serves page faults through Linux userfaultfd: each page of the memory is loaded from a source when it is first
+//! touched. This is made for virtual machines that start before their memory is loaded. It works for any memory whose
+//! content is elsewhere and may never be needed.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -39,17 +39,17 @@
 //!   decoded chunk, in any order; all missing pages of it are installed. Or it returns "zero".
 //! - A [`Region`] is a range of memory; there may be many. The memory is cut into slices, each with its own userfaultfd
 //!   and thread.
-//! - A page that is present is never loaded again. A page that was given back (`MADV_DONTNEED`, a balloon) reads as zero,
-//!   and never as the content of the source.
+//! - A page that is present is never loaded again. A page that was given back (`MADV_DONTNEED`, a balloon) reads as
+//!   zero, and never as the content of the source.
 //! - It fails closed. A page that cannot be loaded raises SIGBUS (or the process ends, see [`FailurePolicy`]), and
 //!   [`PagerBuilder::on_failure`] gets the reason. The page never reads as zeros and no thread hangs, even if a source
 //!   panics.
-//! - Starting costs the same for 64 MiB and 16 GiB. A fault allocates nothing, and takes no lock that slices share, except
-//!   for chunks that have pages of several slices.
+//! - Starting costs the same for 64 MiB and 16 GiB. A fault allocates nothing, and takes no lock that slices share,
+//!   except for chunks that have pages of several slices.
 //! - Memory of another process that has sent its userfaultfd is served, too: [`PagerBuilder::foreign`].
 //! - Pages that will probably be needed are installed in advance: [`PagerBuilder::prefetch`].
-//! - While threads wait for pages a good part of the time, more pages are loaded in the background ([`Populate`]). Faults go
-//!   first. When all pages are loaded, neither the pager nor the source is needed any more.
+//! - While threads wait for pages a good part of the time, more pages are loaded in the background ([`Populate`]).
+//!   Faults go first. When all pages are loaded, neither the pager nor the source is needed any more.
 //! - It can be recorded which pages are touched: [`Pager::recording`].
 //! - [`Stats`]: pages by state and by origin, and how long faults took. For each region: [`Pager::region_stats`].
 //!
@@ -63,7 +63,8 @@
 //! # Features
 //! - `snapfmt`, on by default: a source with the pages of a `.snap` file.
 //! - `serve`: a server for other processes, with the handshake of Firecracker, and memory that clones share.
-//! - `tracing`: a span `fault`, with spans `load` and `install` inside, at level TRACE, with the `source_offset` of the page.
+//! - `tracing`: a span `fault`, with spans `load` and `install` inside, at level TRACE, with the `source_offset` of the
+//!   page.
 //! - `vm-memory`: regions from a `GuestMemoryMmap` of the crate vm-memory, without `unsafe`.
 //!
 //! The protocol of a fault, the table of errnos and the exact promises: `docs/pager.md`.

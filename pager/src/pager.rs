@@ -59,12 +59,12 @@ impl Pager {
         self.shared.slices.iter().map(|slice| slice.counters.faults()).sum()
     }
 
-    /// The parts of the source, as ascending ranges of offsets in bytes, whose pages are not missing any more: they were
-    /// installed, removed or poisoned. All other memory was never touched and is as in the source.
+    /// The parts of the source, as ascending ranges of offsets in bytes, whose pages are not missing any more: they
+    /// were installed, removed or poisoned. All other memory was never touched and is as in the source.
     ///
-    /// The result includes every page that a thread has accessed before the call. While other threads touch memory, it is
-    /// soon out of date. After the population is [`Population::Complete`], it is the whole source, because the pager does
-    /// not see any more which pages are touched.
+    /// The result includes every page that a thread has accessed before the call. While other threads touch memory, it
+    /// is soon out of date. After the population is [`Population::Complete`], it is the whole source, because the pager
+    /// does not see any more which pages are touched.
     pub fn touched(&self) -> Vec<Range<u64>> {
         let Shared { layout, states, slices, .. } = &*self.shared;
         // A page is usable a moment before its state says so, while the slice lock is held. After each lock was taken
@@ -112,8 +112,8 @@ impl Pager {
     /// loading a page ends after that.
     ///
     /// **Call this only when nothing can touch a missing page any more**: the vCPUs have ended, or
-    /// `stats().pages.missing` is 0, or the population is [`Population::Complete`]. It closes the userfaultfds. From then
-    /// on, pages that were never loaded read as ZEROS. Dropping the pager is the same as stopping it.
+    /// `stats().pages.missing` is 0, or the population is [`Population::Complete`]. It closes the userfaultfds. From
+    /// then on, pages that were never loaded read as ZEROS. Dropping the pager is the same as stopping it.
     pub fn stop(mut self) -> Stats {
         self.end();
         self.shared.stats()

@@ -63,8 +63,8 @@ pub enum RegionError {
 }
 
 impl Region {
-    /// The `len_bytes` bytes at `host_addr`, in pages of `page_bytes` bytes. That is the page size of the mapping: 4096, or
-    /// the huge page size for hugetlbfs. The content is that of the source at `source_offset`, in bytes.
+    /// The `len_bytes` bytes at `host_addr`, in pages of `page_bytes` bytes. That is the page size of the mapping:
+    /// 4096, or the huge page size for hugetlbfs. The content is that of the source at `source_offset`, in bytes.
     ///
     /// # Errors
     /// [`RegionError`] if the region is empty, is not whole pages, or wraps around.
@@ -72,8 +72,8 @@ impl Region {
     /// # Safety
     /// From the start of the pager until it has stopped:
     /// - the range is mapped in this process, readable and writable, and the caller may decide about its content;
-    /// - no Rust reference or slice points into it. Access is by volatile or atomic operations on raw pointers, by system
-    ///   calls, or by a guest, because the content of a page appears without the knowledge of the compiler.
+    /// - no Rust reference or slice points into it. Access is by volatile or atomic operations on raw pointers, by
+    ///   system calls, or by a guest, because the content of a page appears without the knowledge of the compiler.
     pub unsafe fn new(
         host_addr: u64,
         len_bytes: u64,
@@ -83,8 +83,8 @@ impl Region {
         Region::checked(host_addr, len_bytes, page_bytes, source_offset, false)
     }
 
-    /// A region of another process, for [`crate::PagerBuilder::foreign`]. `host_addr` is an address in that process. This is
-    /// safe, because a pager for memory of this process does not accept it.
+    /// A region of another process, for [`crate::PagerBuilder::foreign`]. `host_addr` is an address in that process.
+    /// This is safe, because a pager for memory of this process does not accept it.
     ///
     /// # Errors
     /// As [`Region::new`].
@@ -132,8 +132,8 @@ impl Region {
         self
     }
 
-    /// The regions of a guest memory, in pages of 4096 bytes. Each keeps the memory alive. `source_offset` gets the guest
-    /// physical address of the start of each region, and returns the source offset of its content in bytes.
+    /// The regions of a guest memory, in pages of 4096 bytes. Each keeps the memory alive. `source_offset` gets the
+    /// guest physical address of the start of each region, and returns the source offset of its content in bytes.
     ///
     /// This is safe, because vm-memory gives only volatile access to the memory that it maps.
     ///

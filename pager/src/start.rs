@@ -37,7 +37,8 @@ use crate::source::page_source::PageSource;
 use crate::source::retry::RetryPolicy;
 use crate::uffd::{Features, ForeignUffd, Uffd};
 
-/// Pages that are given back, and memory that `mremap` moves. Without the second event, moved memory would read as zeros.
+/// Pages that are given back, and memory that `mremap` moves. Without the second event, moved memory would read as
+/// zeros.
 const EVENTS: Features = Features::EVENT_REMOVE.with(Features::EVENT_REMAP);
 
 impl PagerBuilder {

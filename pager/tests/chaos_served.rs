@@ -1,5 +1,5 @@
-//! Random combinations with processes: servers that are killed and come back, guests with memory of their own
-//! and clones that share, which read, write, remove and are killed, errors of the source; and one keeper that outlives them all.
+//! Random combinations with processes: servers that are killed and started again, guests with private memory and clones
+//! that share, which read, write, remove and are killed, errors of the source; and one keeper that outlives them all.
 //! Every page that is read is checked by its content.
 //!
 //!     SNAP_CHAOS_SECONDS=600 SNAP_CHAOS_SEED=7 cargo test -p snapvm-pager --release --features serve --test chaos_served -- --nocapture
@@ -71,7 +71,7 @@ fn chaos() {
     chaos.calm();
     eprintln!("chaos: {:?}", chaos.counts);
     drop(chaos.server);
-    assert_eq!(chaos.keeping.finish(), 0, "nobody is left");
+    assert_eq!(chaos.keeping.finish(), 0, "no guest is left");
 }
 
 #[derive(Debug, Default)]
@@ -193,7 +193,7 @@ impl Chaos {
         assert_eq!(self.next_server(), self.guests.len());
     }
 
-    /// For a clone in its handshake: either the next server takes it over, or it is told that no server does.
+    /// For a clone in its handshake: either the next server takes it over, or it gets the error that no server does.
     fn kill_server_in_a_handshake(&mut self) {
         let mut guest = Vmm::start(&daemon::socket(self.folder.path()));
         guest.say(&format!("share {PAGES}"));
@@ -210,8 +210,8 @@ impl Chaos {
         self.server.end();
         self.keeping.expect("Lost");
         self.server = Daemon::start(self.folder.path(), PAGES, "lossy");
-        let told = self.keeping.expect("TakenOver");
-        let guests = told.split_once("guests: ").and_then(|(_, rest)| rest.split_once(' '));
+        let event = self.keeping.expect("TakenOver");
+        let guests = event.split_once("guests: ").and_then(|(_, rest)| rest.split_once(' '));
         let guests = guests.and_then(|(number, _)| number.parse().ok()).expect("a number");
         self.server.takes_over(guests);
         self.counts.servers_killed += 1;

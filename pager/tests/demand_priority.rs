@@ -88,8 +88,8 @@ fn demand_threads_lower_and_raise_their_priority() {
     }
     touch_until(&memory, &mut next, libc::SCHED_IDLE);
 
-    // More computing threads than CPUs. Without the watchdog, each fault would wait for the CPU time that they leave: a few
-    // thousandths of a CPU.
+    // More computing threads than CPUs. Without the watchdog, each fault would wait for the CPU time that they leave: a
+    // few thousandths of a CPU.
     let busy = AtomicBool::new(true);
     thread::scope(|scope| {
         for _ in 0..2 * thread::available_parallelism().map_or(2, |cpus| cpus.get()) {

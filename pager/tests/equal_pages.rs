@@ -11,7 +11,7 @@ use support::PAGE;
 
 /// The result of a load: the numbers of its pages in order, and the bytes read.
 fn load(reader: &mut dyn PageReader, page: usize, content: &[u8]) -> (Vec<usize>, u64) {
-    match reader.load((page * PAGE) as u64).expect("it can be had") {
+    match reader.load((page * PAGE) as u64).expect("it is readable") {
         Load::Pages(loaded) => {
             let pages = loaded.pages.iter().map(|of| {
                 let number = of.source_offset as usize / PAGE;

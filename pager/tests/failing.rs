@@ -12,8 +12,8 @@ use pager::{FailureCause, FailurePolicy, Pager, RetryPolicy, SourceError, StartE
 use support::{Memory, PAGE, source_of, stamp, stamped, thread_id, userfaultfd_works};
 
 #[test]
-fn a_page_that_cannot_be_read_is_an_error_and_the_others_are_served() {
-    if !userfaultfd_works("a_page_that_cannot_be_read_is_an_error_and_the_others_are_served") {
+fn an_unreadable_page_is_an_error_and_the_others_are_served() {
+    if !userfaultfd_works("an_unreadable_page_is_an_error_and_the_others_are_served") {
         return;
     }
     let memory = Memory::map(64 * PAGE);
@@ -39,7 +39,7 @@ fn a_page_that_cannot_be_read_is_an_error_and_the_others_are_served() {
     assert_eq!(memory.read_by_syscall(29).expect("it is there"), stamp(29) as u8);
     assert!(pager.failure().is_none());
     for page in [33, 35, 33] {
-        let error = memory.read_by_syscall(page).expect_err("the page cannot be had");
+        let error = memory.read_by_syscall(page).expect_err("the page is unreadable");
         assert_eq!(error.raw_os_error(), Some(libc::EFAULT));
         // The callback was called before.
         let expected = (Some(33 * PAGE as u64), Some("page 33: wrong checksum".to_owned()));
@@ -87,7 +87,7 @@ fn a_page_poisoned_for_two_stays_poisoned() {
         })
     };
     let first = touch(1, None);
-    is_asked.recv().expect("page 1 is asked for");
+    is_asked.recv().expect("page 1 is requested");
     let touchers = [first, touch(5, Some(0)), touch(5, Some(1))];
     let read = touchers.map(|toucher| toucher.join().expect("it does not hang"));
     assert_eq!(read, [true, false, false]);
@@ -108,7 +108,7 @@ fn wait_until_asleep(tid: &AtomicI32) {
     };
     let begin = Instant::now();
     while !asleep() {
-        assert!(begin.elapsed() < Duration::from_secs(20), "the thread does not come to sleep");
+        assert!(begin.elapsed() < Duration::from_secs(20), "the thread does not sleep");
         std::thread::yield_now();
     }
 }
@@ -207,7 +207,7 @@ fn a_panic_fails_all_missing_pages_and_keeps_the_present_ones() {
     };
     let mut touchers = vec![touch(13, None), touch(13, None)];
     // 14 and 15 arrive while 13 is being loaded.
-    is_asked.recv().expect("page 13 is asked for");
+    is_asked.recv().expect("page 13 is requested");
     touchers.extend([touch(14, Some(0)), touch(15, Some(1))]);
     for toucher in touchers {
         let touched = toucher.join().expect("it does not hang");
@@ -223,8 +223,8 @@ fn a_panic_fails_all_missing_pages_and_keeps_the_present_ones() {
 }
 
 #[test]
-fn a_callback_that_panics_hurts_nobody() {
-    if !userfaultfd_works("a_callback_that_panics_hurts_nobody") {
+fn a_panic_of_the_callback_ends_no_thread() {
+    if !userfaultfd_works("a_panic_of_the_callback_ends_no_thread") {
         return;
     }
     let memory = Memory::map(8 * PAGE);
@@ -259,15 +259,15 @@ fn a_source_without_readers_is_an_error_of_the_start() {
 const CHILD: &str = "PAGER_TEST_KILLED_CHILD";
 
 #[test]
-fn under_kill_the_process_ends_with_a_word() {
-    if !userfaultfd_works("under_kill_the_process_ends_with_a_word") {
+fn under_kill_the_process_ends_with_a_message() {
+    if !userfaultfd_works("under_kill_the_process_ends_with_a_message") {
         return;
     }
     if std::env::var_os(CHILD).is_some() {
-        read_what_cannot_be_had_under_kill();
+        read_an_unreadable_page_under_kill();
     }
     let child = Command::new(std::env::current_exe().expect("it runs"))
-        .args(["under_kill_the_process_ends_with_a_word", "--exact", "--nocapture"])
+        .args(["under_kill_the_process_ends_with_a_message", "--exact", "--nocapture"])
         .env(CHILD, "1")
         .stdin(Stdio::null())
         .output()
@@ -279,15 +279,15 @@ fn under_kill_the_process_ends_with_a_word() {
 
 /// The message went to a closed pipe: printing it panicked, and the process stayed, with a guest that waited forever.
 #[test]
-fn under_kill_the_process_ends_also_when_nobody_listens() {
-    let name = "under_kill_the_process_ends_also_when_nobody_listens";
+fn under_kill_the_process_ends_with_a_closed_stderr() {
+    let name = "under_kill_the_process_ends_with_a_closed_stderr";
     if !userfaultfd_works(name) {
         return;
     }
     if std::env::var_os(CHILD).is_some() {
         // The parent has closed the other end before the failure.
         std::io::stdin().read_line(&mut String::new()).expect("stdin is closed, not broken");
-        read_what_cannot_be_had_under_kill();
+        read_an_unreadable_page_under_kill();
     }
     let mut child = Command::new(std::env::current_exe().expect("it runs"))
         .args([name, "--exact", "--nocapture"])
@@ -314,7 +314,7 @@ fn under_kill_the_process_ends_also_when_nobody_listens() {
     assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(libc::SIGKILL));
 }
 
-fn read_what_cannot_be_had_under_kill() -> ! {
+fn read_an_unreadable_page_under_kill() -> ! {
     let memory = Memory::map(8 * PAGE);
     let source = source_of(8, |_, _| Err(SourceError::permanent("wrong checksum")));
     let _pager = Pager::builder(source)
@@ -367,8 +367,8 @@ fn a_thousand_starts_and_stops_leave_nothing_behind() {
 /// Messages can no longer be read: the kernel reports an error for a userfaultfd that is blocking. Threads that
 /// touched a missing page waited forever.
 #[test]
-fn when_messages_cannot_be_read_nobody_waits_for_ever() {
-    let name = "when_messages_cannot_be_read_nobody_waits_for_ever";
+fn no_thread_waits_forever_when_messages_are_unreadable() {
+    let name = "no_thread_waits_forever_when_messages_are_unreadable";
     if !userfaultfd_works(name) {
         return;
     }
@@ -391,7 +391,7 @@ fn when_messages_cannot_be_read_nobody_waits_for_ever() {
     for page in [5, 6, 10] {
         assert!(memory.read_by_syscall(page).is_err(), "page {page}");
     }
-    assert!(matches!(pager.failure().expect("it is told").cause, FailureCause::Messages(_)));
+    assert!(matches!(pager.failure().expect("it is reported").cause, FailureCause::Messages(_)));
     assert_eq!(memory.read_u64(3 * PAGE), stamp(3));
     assert_eq!(pager.stop().pages.poisoned, 63);
 }
@@ -411,7 +411,7 @@ fn moved_memory_fails_and_does_not_read_as_zeros() {
         assert!(memory.read_by_syscall(page).is_err(), "page {page}");
     }
     assert_eq!(memory.read_u64(3 * PAGE), stamp(3));
-    assert!(matches!(pager.failure().expect("it is told").cause, FailureCause::Event(_)));
+    assert!(matches!(pager.failure().expect("it is reported").cause, FailureCause::Event(_)));
     pager.stop();
 }
 

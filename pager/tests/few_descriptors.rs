@@ -1,5 +1,5 @@
-//! A server with few descriptors left: with any number of them, none of its guests hangs. This is a test binary of its own,
-//! because the limit applies to the whole process.
+//! A server with few descriptors left: with any number of them, none of its guests hangs. This is a test binary of its
+//! own, because the limit applies to the whole process.
 #![allow(missing_docs)]
 
 #[path = "support/serving.rs"]
@@ -49,7 +49,7 @@ enum Outcome {
     Served,
     Killed,
     Poisoned,
-    Told,
+    Notified,
 }
 
 /// A guest with a thread that waits for a page, while the server has this number of descriptors.
@@ -95,7 +95,7 @@ fn clone(serving: &Serving, left: usize) -> Outcome {
     }
     assert!(answer.starts_with("not shared: "), "{left}: {answer}, {event}");
     assert!(event.contains("open files") && event.contains("; Closed"), "{left}: {event}");
-    Outcome::Told
+    Outcome::Notified
 }
 
 #[test]
@@ -122,7 +122,7 @@ fn however_few_descriptors_are_left_no_guest_hangs() {
         let poisons = policy == FailurePolicy::Poison;
         assert_eq!(outcomes.contains(&Outcome::Poisoned), poisons, "{outcomes:?}");
         let outcomes = with_more_and_more(clone);
-        assert_eq!(outcomes[0], Outcome::Told, "{outcomes:?}");
+        assert_eq!(outcomes[0], Outcome::Notified, "{outcomes:?}");
         serving.finish();
     }
 }

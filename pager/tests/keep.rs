@@ -46,8 +46,8 @@ fn clone_of(folder: &std::path::Path, daemon: &Daemon) -> Vmm {
 }
 
 #[test]
-fn guests_go_on_when_their_server_is_killed_under_load() {
-    if !userfaultfd_works("guests_go_on_when_their_server_is_killed_under_load") {
+fn guests_continue_when_their_server_is_killed_under_load() {
+    if !userfaultfd_works("guests_continue_when_their_server_is_killed_under_load") {
         return;
     }
     let folder = tempfile::tempdir().expect("a folder");
@@ -64,8 +64,8 @@ fn guests_go_on_when_their_server_is_killed_under_load() {
         server.kill();
         keeping.expect("Lost");
         server = Daemon::start(folder, PAGES, "poison");
-        let told = keeping.expect("TakenOver");
-        assert!(told.contains("guests: 3"), "{told}");
+        let event = keeping.expect("TakenOver");
+        assert!(event.contains("guests: 3"), "{event}");
     }
     for vmm in &mut vmms {
         let found = vmm.ask("calm").expect("it lives");
@@ -74,15 +74,15 @@ fn guests_go_on_when_their_server_is_killed_under_load() {
     drop(vmms);
     (0..3).for_each(|_| drop(server.expect("Ended")));
     server.kill();
-    let told = keeping.expect("Lost");
-    assert!(told.contains("guests: 0"), "{told}");
+    let event = keeping.expect("Lost");
+    assert!(event.contains("guests: 0"), "{event}");
     assert_eq!(keeping.finish(), 0);
 }
 
 /// A clone, next to guests with private memory: the next server copies missing pages into the memory of the clone.
 #[test]
-fn clones_go_on_when_their_server_is_killed_under_load() {
-    if !userfaultfd_works("clones_go_on_when_their_server_is_killed_under_load") {
+fn clones_continue_when_their_server_is_killed_under_load() {
+    if !userfaultfd_works("clones_continue_when_their_server_is_killed_under_load") {
         return;
     }
     let folder = tempfile::tempdir().expect("a folder");
@@ -98,8 +98,8 @@ fn clones_go_on_when_their_server_is_killed_under_load() {
         server.kill();
         keeping.expect("Lost");
         server = Daemon::start(folder, PAGES, "lossy");
-        let told = keeping.expect("TakenOver");
-        assert!(told.contains(&format!("guests: {}", clones.len())), "{told}");
+        let event = keeping.expect("TakenOver");
+        assert!(event.contains(&format!("guests: {}", clones.len())), "{event}");
         // New clones share the pages that the new server loads.
         let mut clone = clone_of(folder, &server);
         clone.ok(&format!("storm {} lossy", 10 + round));
@@ -117,8 +117,8 @@ fn clones_go_on_when_their_server_is_killed_under_load() {
     clones[1].ok("hang-up");
     let left = clones.len() - 2;
     let server = Daemon::start(folder, PAGES, "lossy");
-    let told = keeping.expect("TakenOver");
-    assert!(told.contains(&format!("guests: {left}")), "{told}");
+    let event = keeping.expect("TakenOver");
+    assert!(event.contains(&format!("guests: {left}")), "{event}");
     drop(clones);
     (0..left).for_each(|_| drop(server.expect("Ended")));
     server.kill();
@@ -127,8 +127,8 @@ fn clones_go_on_when_their_server_is_killed_under_load() {
 }
 
 #[test]
-fn what_a_clone_lacks_fails_when_no_server_comes_back() {
-    if !userfaultfd_works("what_a_clone_lacks_fails_when_no_server_comes_back") {
+fn missing_pages_of_a_clone_fail_when_no_server_comes_back() {
+    if !userfaultfd_works("missing_pages_of_a_clone_fail_when_no_server_comes_back") {
         return;
     }
     let folder = tempfile::tempdir().expect("a folder");
@@ -141,8 +141,8 @@ fn what_a_clone_lacks_fails_when_no_server_comes_back() {
     let errno = format!("errno {}", libc::EFAULT);
     assert_eq!(one.ask("syscall 512").as_deref(), Some(&*errno));
     keeping.expect("GivenUp { guests: 2, killed: [] }");
-    let told = one.ask("told").expect("it lives");
-    assert!(told.contains("failure") && told.contains("the page server is gone"), "{told}");
+    let event = one.ask("failure").expect("it lives");
+    assert!(event.contains("failure") && event.contains("the page server has ended"), "{event}");
     // Both have the pages that one of them has touched.
     one.ok("check 0 8 1");
     other.ok("check 0 8 2");
@@ -170,8 +170,8 @@ fn a_guest_of_a_dead_server_is_forgotten_when_it_ends() {
     keeping.expect("Lost");
     drop(dies);
     let server = Daemon::start(folder, PAGES, "poison");
-    let told = keeping.expect("TakenOver");
-    assert!(told.contains("guests: 1"), "{told}");
+    let event = keeping.expect("TakenOver");
+    assert!(event.contains("guests: 1"), "{event}");
     lives.ok(&format!("check 0 {PAGES} 1"));
     server.kill();
     keeping.expect("Lost");
@@ -182,8 +182,8 @@ fn a_guest_of_a_dead_server_is_forgotten_when_it_ends() {
 }
 
 #[test]
-fn what_a_guest_lacks_fails_when_no_server_comes_back() {
-    if !userfaultfd_works("what_a_guest_lacks_fails_when_no_server_comes_back") {
+fn missing_pages_of_a_guest_fail_when_no_server_comes_back() {
+    if !userfaultfd_works("missing_pages_of_a_guest_fail_when_no_server_comes_back") {
         return;
     }
     let folder = tempfile::tempdir().expect("a folder");
@@ -231,8 +231,8 @@ fn with_the_policy_kill_a_guest_without_a_server_dies() {
 
 /// A keeper with too many guests closes the connection of a live server. It must not fail the pages of its guests then.
 #[test]
-fn a_server_with_too_many_guests_serves_on_without_its_keeper() {
-    if !userfaultfd_works("a_server_with_too_many_guests_serves_on_without_its_keeper") {
+fn a_server_with_too_many_guests_continues_without_its_keeper() {
+    if !userfaultfd_works("a_server_with_too_many_guests_continues_without_its_keeper") {
         return;
     }
     let folder = tempfile::tempdir().expect("a folder");
@@ -240,8 +240,8 @@ fn a_server_with_too_many_guests_serves_on_without_its_keeper() {
     let keeping = Keeping::of(folder, Duration::from_millis(50), 1);
     let server = Daemon::start(folder, PAGES, "poison");
     let mut vmms = [vmm_of(folder, &server), vmm_of(folder, &server)];
-    let told = keeping.expect("Refused");
-    assert!(told.contains("more guests than are kept"), "{told}");
+    let event = keeping.expect("Refused");
+    assert!(event.contains("more guests than are kept"), "{event}");
     // Longer than the takeover timeout.
     thread::sleep(Duration::from_millis(200));
     for vmm in &mut vmms {

@@ -38,13 +38,13 @@ fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 #[test]
-fn it_loads_while_threads_wait_stops_when_they_do_not_and_begins_again() {
-    if !userfaultfd_works("it_loads_while_threads_wait_stops_when_they_do_not_and_begins_again") {
+fn loading_starts_stops_and_restarts_with_the_waiting() {
+    if !userfaultfd_works("loading_starts_stops_and_restarts_with_the_waiting") {
         return;
     }
     let memory = Memory::map(PAGES * PAGE);
     let pager = auto(&memory, Duration::from_micros(200)).start().expect("it starts");
-    assert_eq!(pager.population(), Population::Quiet, "what is not told otherwise is `Auto`");
+    assert_eq!(pager.population(), Population::Quiet, "the default is `Auto`");
     let order = shuffled(PAGES, 5);
     let mut touched = order.iter();
     let mut touch_until = |populated: u64| {
@@ -54,7 +54,7 @@ fn it_loads_while_threads_wait_stops_when_they_do_not_and_begins_again() {
                 return;
             }
         }
-        panic!("all was touched, and nothing loaded ahead");
+        panic!("all pages were touched, and none was loaded ahead");
     };
     touch_until(0);
     wait_until("it is quiet", || pager.population() == Population::Quiet);
@@ -73,8 +73,8 @@ fn it_loads_while_threads_wait_stops_when_they_do_not_and_begins_again() {
 
 /// The end is the same as for other modes of population.
 #[test]
-fn what_is_touched_all_over_is_complete_soon() {
-    if !userfaultfd_works("what_is_touched_all_over_is_complete_soon") {
+fn memory_that_is_touched_everywhere_is_complete_soon() {
+    if !userfaultfd_works("memory_that_is_touched_everywhere_is_complete_soon") {
         return;
     }
     let memory = Memory::map(PAGES * PAGE);
@@ -121,8 +121,8 @@ fn off_is_off() {
     assert_eq!(stats.faults, PAGES as u64);
 }
 
-/// Removals and lost pages during the loading: a page that was given back reads as zero, a lost page is an error of the thread that touches it, and
-/// everything else is right.
+/// Removals and lost pages during the loading: a page that was given back reads as zero, a lost page is an error of the
+/// thread that touches it, and everything else is right.
 #[test]
 fn removals_and_errors_under_it() {
     if !userfaultfd_works("removals_and_errors_under_it") {
@@ -184,8 +184,8 @@ fn a_stop_in_the_middle() {
 /// A fault on a page that a background thread is loading waits for that: few pages are loaded twice, even if the
 /// touching thread is always just behind the loader.
 #[test]
-fn what_is_being_loaded_is_not_loaded_again() {
-    if !userfaultfd_works("what_is_being_loaded_is_not_loaded_again") {
+fn pages_in_loading_are_not_loaded_again() {
+    if !userfaultfd_works("pages_in_loading_are_not_loaded_again") {
         return;
     }
     let memory = Memory::map(PAGES * PAGE);
@@ -217,11 +217,11 @@ fn what_is_being_loaded_is_not_loaded_again() {
     assert!((chunks..=chunks + chunks / 10).contains(&loads), "{loads} loads of {chunks} chunks");
 }
 
-/// The last loader skips pages because a fault is loading them. They are loaded before the memory is unregistered, because
-/// missing pages would then read as zeros.
+/// The last loader skips pages because a fault is loading them. They are loaded before the memory is unregistered,
+/// because missing pages would then read as zeros.
 #[test]
-fn what_is_passed_over_at_the_end_is_loaded() {
-    if !userfaultfd_works("what_is_passed_over_at_the_end_is_loaded") {
+fn pages_skipped_at_the_end_are_loaded() {
+    if !userfaultfd_works("pages_skipped_at_the_end_are_loaded") {
         return;
     }
     let memory = Memory::map(PAGES * PAGE);

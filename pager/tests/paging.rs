@@ -30,8 +30,8 @@ fn assert_sums_up(stats: &Stats) {
 }
 
 #[test]
-fn regions_have_figures_of_their_own() {
-    if !userfaultfd_works("regions_have_figures_of_their_own") {
+fn each_region_has_its_own_figures() {
+    if !userfaultfd_works("each_region_has_its_own_figures") {
         return;
     }
     let memory = Memory::map(2048 * PAGE);
@@ -75,8 +75,8 @@ fn regions_have_figures_of_their_own() {
 }
 
 #[test]
-fn random_order_reads_what_the_source_has() {
-    if !userfaultfd_works("random_order_reads_what_the_source_has") {
+fn reads_in_random_order_return_the_content_of_the_source() {
+    if !userfaultfd_works("reads_in_random_order_return_the_content_of_the_source") {
         return;
     }
     for (chunk_pages, placement) in
@@ -152,7 +152,7 @@ fn several_threads_slices_and_scattered_regions() {
     }
 }
 
-/// Chunks as in a packed hot set: pages from everywhere, in any order.
+/// Chunks as in a packed working set: pages from everywhere, in any order.
 #[test]
 fn scattered_chunks_reach_into_other_slices() {
     if !userfaultfd_works("scattered_chunks_reach_into_other_slices") {
@@ -219,8 +219,8 @@ fn writes_are_kept_when_the_chunk_around_them_arrives() {
 }
 
 #[test]
-fn pages_that_are_there_before_are_kept() {
-    if !userfaultfd_works("pages_that_are_there_before_are_kept") {
+fn present_pages_are_kept() {
+    if !userfaultfd_works("present_pages_are_kept") {
         return;
     }
     let memory = Memory::map(64 * PAGE);
@@ -291,8 +291,8 @@ fn huge_pages_are_paged_whole() {
 }
 
 #[test]
-fn what_cannot_be_paged_is_said_at_the_start() {
-    if !userfaultfd_works("what_cannot_be_paged_is_said_at_the_start") {
+fn unsuitable_memory_is_refused_at_the_start() {
+    if !userfaultfd_works("unsuitable_memory_is_refused_at_the_start") {
         return;
     }
     let memory = Memory::map(64 * PAGE);
@@ -382,8 +382,8 @@ fn guest_memory_is_paged_without_unsafe() {
 }
 
 #[test]
-fn what_was_touched_is_told_by_source_offset() {
-    if !userfaultfd_works("what_was_touched_is_told_by_source_offset") {
+fn touched_pages_are_reported_by_source_offset() {
+    if !userfaultfd_works("touched_pages_are_reported_by_source_offset") {
         return;
     }
     // Two regions, in another order in the source than in memory, in two slices.

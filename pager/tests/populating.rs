@@ -62,12 +62,12 @@ fn after_completion_the_source_is_not_needed() {
             Ok(())
         });
         let memory = Memory::map(PAGES * PAGE);
-        let told = Arc::new(Mutex::new(Vec::new()));
-        let telling = Arc::clone(&told);
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let called = Arc::clone(&seen);
         let pager = populating(source, &memory, mode)
             .slices(slices)
             .populate_threads(threads)
-            .on_complete(move |state| telling.lock().expect("not poisoned").push(state))
+            .on_complete(move |state| called.lock().expect("not poisoned").push(state))
             .start()
             .expect("it starts");
         memory.remove(7, 2);
@@ -93,7 +93,7 @@ fn after_completion_the_source_is_not_needed() {
         let stats = pager.stop();
         assert_eq!(stats.population, Population::Complete);
         assert!(stats.installed.populated >= (PAGES / 2 - 150 - 16) as u64, "{stats:?}");
-        assert_eq!(*told.lock().expect("not poisoned"), [Population::Complete]);
+        assert_eq!(*seen.lock().expect("not poisoned"), [Population::Complete]);
         // Without a pager, too.
         for page in shuffled(PAGES, 4) {
             assert_eq!(memory.read_u64(page * PAGE), expected(page), "page {page}");
@@ -145,8 +145,8 @@ fn population_beside_faults_and_removals() {
 
 /// A lost page that no thread touches is no failure: it is left to a fault.
 #[test]
-fn what_cannot_be_had_is_left_to_faults() {
-    if !userfaultfd_works("what_cannot_be_had_is_left_to_faults") {
+fn unreadable_pages_are_left_to_faults() {
+    if !userfaultfd_works("unreadable_pages_are_left_to_faults") {
         return;
     }
     let memory = Memory::map(64 * PAGE);
@@ -165,7 +165,7 @@ fn what_cannot_be_had_is_left_to_faults() {
     });
     let pager = populating(source, &memory, Populate::Full).start().expect("it starts");
     assert_eq!(pager.wait_complete(LONG), Population::Incomplete { pages: 3 });
-    assert!(pager.failure().is_none(), "nobody has asked for the page");
+    assert!(pager.failure().is_none(), "no thread has touched the page");
     for page in (0..64).filter(|page| !(30..32).contains(page)) {
         assert_eq!(memory.read_u64(page * PAGE), stamp(page));
     }
@@ -195,8 +195,8 @@ fn transient_errors_delay_it() {
 }
 
 #[test]
-fn a_rate_is_kept_and_a_stop_is_not_delayed_by_it() {
-    if !userfaultfd_works("a_rate_is_kept_and_a_stop_is_not_delayed_by_it") {
+fn a_rate_limit_holds_and_does_not_delay_a_stop() {
+    if !userfaultfd_works("a_rate_limit_holds_and_does_not_delay_a_stop") {
         return;
     }
     let memory = Memory::map(PAGES * PAGE);

@@ -68,8 +68,8 @@ fn listed_pages_come_without_being_touched_and_no_others() {
 
 /// Before it may start, it loads and installs nothing, so that it does not disturb the guest.
 #[test]
-fn nothing_is_installed_before_it_may_be() {
-    if !userfaultfd_works("nothing_is_installed_before_it_may_be") {
+fn nothing_is_installed_before_the_start_is_allowed() {
+    if !userfaultfd_works("nothing_is_installed_before_the_start_is_allowed") {
         return;
     }
     let memory = Memory::map(64 * PAGE);
@@ -93,8 +93,8 @@ fn nothing_is_installed_before_it_may_be() {
 
 /// Offsets of no page, duplicate pages, pages of no region, ranges beyond the end: all of these are skipped.
 #[test]
-fn a_list_may_say_what_it_wants() {
-    if !userfaultfd_works("a_list_may_say_what_it_wants") {
+fn a_list_may_have_any_content() {
+    if !userfaultfd_works("a_list_may_have_any_content") {
         return;
     }
     let memory = Memory::map(64 * PAGE);
@@ -127,8 +127,8 @@ fn a_list_may_say_what_it_wants() {
 
 /// A page that cannot be loaded fails the thread that touches it. The rest of the list is still installed.
 #[test]
-fn a_page_that_cannot_be_had_fails_nobody_before_it_is_touched() {
-    if !userfaultfd_works("a_page_that_cannot_be_had_fails_nobody_before_it_is_touched") {
+fn an_unreadable_page_fails_only_when_it_is_touched() {
+    if !userfaultfd_works("an_unreadable_page_fails_only_when_it_is_touched") {
         return;
     }
     let memory = Memory::map(64 * PAGE);
@@ -183,8 +183,8 @@ fn a_panic_of_the_source_or_of_the_list_ends_the_prefetch_alone() {
 
 /// If the listed pages require decoding many more bytes, their number is limited.
 #[test]
-fn decoding_in_vain_is_bounded() {
-    if !userfaultfd_works("decoding_in_vain_is_bounded") {
+fn useless_decoding_is_limited() {
+    if !userfaultfd_works("useless_decoding_is_limited") {
         return;
     }
     let memory = Memory::map(256 * PAGE);
@@ -260,11 +260,11 @@ fn prefetch_beside_faults_and_removals_and_before_population() {
     }
 }
 
-/// In a file with the hot set in front, only the hot part is read, once, in large reads. Equal pages that share a slot are
-/// loaded with it. A damaged chunk is left to faults.
+/// In a file with the working set at the front, only that part is read, once, in large reads. Equal pages that share a
+/// slot are loaded with it. A damaged chunk is left to faults.
 #[test]
-fn the_hot_part_of_a_snapshot_is_read_in_sequence() {
-    if !userfaultfd_works("the_hot_part_of_a_snapshot_is_read_in_sequence") {
+fn the_working_set_of_a_snapshot_is_read_in_sequence() {
+    if !userfaultfd_works("the_working_set_of_a_snapshot_is_read_in_sequence") {
         return;
     }
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -301,7 +301,7 @@ fn the_hot_part_of_a_snapshot_is_read_in_sequence() {
     for damaged in [false, true] {
         if damaged {
             let mut bytes = std::fs::read(&path).expect("it can be read");
-            // In the payload of the first chunk, which is hot.
+            // In the payload of the first chunk, which is in the working set.
             bytes[4096 + 200] ^= 1;
             std::fs::write(&path, bytes).expect("it can be written");
         }
@@ -330,11 +330,11 @@ fn the_hot_part_of_a_snapshot_is_read_in_sequence() {
     }
 }
 
-/// A thread touches the listed pages in the order of the list, as fast as they come: the prefetch gets in front of it,
-/// and what it passes over for that comes at the end.
+/// A thread touches the listed pages in the order of the list, as fast as they come: the prefetch gets ahead of it, and
+/// the pages that it skips for that come at the end.
 #[test]
-fn who_catches_up_is_overtaken_and_nothing_is_left_out() {
-    if !userfaultfd_works("who_catches_up_is_overtaken_and_nothing_is_left_out") {
+fn a_guest_that_catches_up_is_overtaken_and_no_page_is_skipped() {
+    if !userfaultfd_works("a_guest_that_catches_up_is_overtaken_and_no_page_is_skipped") {
         return;
     }
     const MANY: usize = 8192;

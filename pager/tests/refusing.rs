@@ -37,10 +37,10 @@ const REFUSED: [(&str, &str); 10] = [
     ("beyond", "a region ends at source offset 0x41000, the source at 0x40000"),
     ("overlapping", "two regions overlap"),
     ("odd", "is not a multiple of the page size"),
-    ("empty", "no region is named"),
-    ("garbage", "not understood"),
-    ("half-open", "nothing usable came within 1s"),
-    ("left", "has left"),
+    ("empty", "the message has no region"),
+    ("garbage", "cannot be parsed"),
+    ("half-open", "no complete message within 1s"),
+    ("left", "has closed the connection"),
     ("two", "2 descriptors; 1 expected"),
     ("with-file", "2 descriptors; 1 expected"),
     ("too-big", "longer than"),
@@ -48,7 +48,7 @@ const REFUSED: [(&str, &str); 10] = [
 
 /// What a guest sends without a userfaultfd with which its pages could be poisoned.
 const WITHOUT_USERFAULTFD: [(&str, &str); 3] = [
-    ("file", "no userfaultfd but \"/dev/null\""),
+    ("file", "not a userfaultfd but \"/dev/null\""),
     ("no-descriptor", "0 descriptors"),
     // More descriptors than the server receives.
     ("many", " descriptors; 1 expected"),
@@ -64,8 +64,8 @@ fn efault() -> Option<String> {
 }
 
 #[test]
-fn by_the_policy_poison_what_a_refused_guest_touches_fails() {
-    if !userfaultfd_works("by_the_policy_poison_what_a_refused_guest_touches_fails") {
+fn by_the_policy_poison_touches_of_a_refused_guest_fail() {
+    if !userfaultfd_works("by_the_policy_poison_touches_of_a_refused_guest_fail") {
         return;
     }
     let serving = serving(FailurePolicy::Poison);
@@ -81,7 +81,7 @@ fn by_the_policy_poison_what_a_refused_guest_touches_fails() {
         // Another thread touches another page later. The connection is closed.
         assert_eq!(vmm.ask("syscall 40"), efault(), "{form}");
         if form != "left" {
-            assert_eq!(vmm.ask("told").as_deref(), Some(""), "{form}");
+            assert_eq!(vmm.ask("failure").as_deref(), Some(""), "{form}");
         }
         // An access to a page that it has given back neither hangs nor reads zeros.
         vmm.ok("remove 40 1");
@@ -131,21 +131,21 @@ fn a_refused_guest_without_a_userfaultfd_is_killed_by_either_policy() {
 
 /// A program that only checks whether a server listens, or sends something else, has no memory that needs pages.
 #[test]
-fn a_client_that_names_no_memory_is_left_alone() {
-    if !userfaultfd_works("a_client_that_names_no_memory_is_left_alone") {
+fn a_client_without_memory_is_not_killed() {
+    if !userfaultfd_works("a_client_without_memory_is_not_killed") {
         return;
     }
     for policy in [FailurePolicy::Poison, FailurePolicy::Kill] {
         let serving = serving(policy);
         let mut vmm = Vmm::start(&serving.socket);
         vmm.ok("map 64");
-        for (form, why) in [("silent", "nothing usable came"), ("noise", "not understood")] {
+        for (form, why) in [("silent", "no complete message"), ("noise", "cannot be parsed")] {
             vmm.ok(&format!("body {form}"));
             let event = serving.next_event();
             assert!(event.contains(why) && event.contains("; Closed"), "{form}: {event}");
         }
         vmm.ok("body figures");
-        assert_eq!(vmm.ask("told").as_deref(), Some("[]"));
+        assert_eq!(vmm.ask("failure").as_deref(), Some("[]"));
         // It is one that can still be served.
         vmm.ok("body new");
         serving.expect("served");
@@ -157,8 +157,8 @@ fn a_client_that_names_no_memory_is_left_alone() {
 
 /// A clone gets an error, and touches nothing.
 #[test]
-fn a_refused_clone_is_told_why() {
-    if !userfaultfd_works("a_refused_clone_is_told_why") {
+fn a_refused_clone_gets_the_reason() {
+    if !userfaultfd_works("a_refused_clone_gets_the_reason") {
         return;
     }
     let mut options = ServeOptions::default();
@@ -171,7 +171,8 @@ fn a_refused_clone_is_told_why() {
     // A snapshot of another size.
     let answer = clone.ask("share 32").expect("it lives");
     assert!(
-        answer.contains("wants snapshot test (131072 bytes), here is test (262144 bytes)"),
+        answer
+            .contains("requests snapshot test (131072 bytes), this server has test (262144 bytes)"),
         "{answer}"
     );
     serving.expect("; Closed");
@@ -186,7 +187,8 @@ fn a_refused_clone_is_told_why() {
     serving.finish();
 }
 
-/// The first guest is served all the time. Guests above the limit are killed, because nothing would answer their faults.
+/// The first guest is served all the time. Guests above the limit are killed, because nothing would answer their
+/// faults.
 #[test]
 fn a_guest_too_many_is_killed() {
     if !userfaultfd_works("a_guest_too_many_is_killed") {
@@ -217,10 +219,10 @@ fn a_guest_too_many_is_killed() {
     serving.finish();
 }
 
-/// It closes its end immediately, because it expects no answer. It is served all the same.
+/// It closes its end immediately, because it expects no answer. It is served anyway.
 #[test]
-fn a_guest_that_closes_its_connection_at_once_is_served() {
-    if !userfaultfd_works("a_guest_that_closes_its_connection_at_once_is_served") {
+fn a_guest_that_closes_its_connection_immediately_is_served() {
+    if !userfaultfd_works("a_guest_that_closes_its_connection_immediately_is_served") {
         return;
     }
     let serving = serving(FailurePolicy::Poison);

@@ -51,8 +51,8 @@ fn every_form_of_the_handshake_is_served() {
 }
 
 #[test]
-fn nonsense_is_refused_by_name_next_to_a_good_client() {
-    if !userfaultfd_works("nonsense_is_refused_by_name_next_to_a_good_client") {
+fn invalid_clients_are_refused_next_to_a_good_one() {
+    if !userfaultfd_works("invalid_clients_are_refused_next_to_a_good_one") {
         return;
     }
     let source = Arc::new(VecSource::new(stamped(64), 16 * PAGE));
@@ -62,15 +62,15 @@ fn nonsense_is_refused_by_name_next_to_a_good_client() {
     good.ok("body new");
     serving.expect("served");
     let mut page = 0;
-    for (form, says) in [
-        ("silent", "nothing usable came within 2s (0 bytes, 0 descriptors)"),
-        ("half-open", "nothing usable came within 2s (20 bytes, 1 descriptors)"),
-        ("left", "has left"),
+    for (form, why) in [
+        ("silent", "no complete message within 2s (0 bytes, 0 descriptors)"),
+        ("half-open", "no complete message within 2s (20 bytes, 1 descriptors)"),
+        ("left", "has closed the connection"),
         ("no-descriptor", "bytes, 0 descriptors)"),
         ("two", "2 descriptors; 1 expected"),
-        ("file", "no userfaultfd but \"/dev/null\""),
-        ("garbage", "not understood: expected value"),
-        ("empty", "no region is named"),
+        ("file", "not a userfaultfd but \"/dev/null\""),
+        ("garbage", "cannot be parsed: expected value"),
+        ("empty", "the message has no region"),
         ("overlapping", "two regions overlap in memory"),
         ("beyond", "a region ends at source offset 0x41000, the source at 0x40000"),
         ("wrapping", "is beyond 64 bits"),
@@ -85,14 +85,14 @@ fn nonsense_is_refused_by_name_next_to_a_good_client() {
         let answer = vmm.ask(&format!("body {form}"));
         let sent = |answer: &String| answer == "ok" || answer.starts_with("not sent");
         assert!(answer.as_ref().is_none_or(sent), "{form}: {answer:?}");
-        serving.expect(says);
+        serving.expect(why);
         good.ok(&format!("check {page} 4 1"));
         page += 4;
     }
     let mut quiet = Vmm::start(&serving.socket);
     quiet.ok("map-quiet 64");
     quiet.ok("body new");
-    serving.expect("removed pages must be told of");
+    serving.expect("removed pages must be reported");
     good.ok("check 0 64 9");
     // The pages that it touches fail, as long as it lives.
     drop(quiet);
@@ -171,8 +171,8 @@ fn failing(bad: usize) -> Arc<dyn PageSource> {
 }
 
 #[test]
-fn a_page_that_cannot_be_had_is_poisoned_there_and_nowhere_else() {
-    if !userfaultfd_works("a_page_that_cannot_be_had_is_poisoned_there_and_nowhere_else") {
+fn an_unreadable_page_is_poisoned_only_for_its_client() {
+    if !userfaultfd_works("an_unreadable_page_is_poisoned_only_for_its_client") {
         return;
     }
     let serving = Serving::start(failing(7), ServeOptions::default());
@@ -184,7 +184,7 @@ fn a_page_that_cannot_be_had_is_poisoned_there_and_nowhere_else() {
     }
     let errno = format!("errno {}", libc::EFAULT);
     assert_eq!(vmms[0].ask("syscall 7"), Some(errno));
-    serving.expect("failed: pager0 cannot get the page at source offset 0x7000");
+    serving.expect("failed: pager0 cannot load the page at source offset 0x7000");
     for vmm in &mut vmms {
         vmm.ok("check 8 56 1");
     }
@@ -198,8 +198,8 @@ fn a_page_that_cannot_be_had_is_poisoned_there_and_nowhere_else() {
 }
 
 #[test]
-fn with_the_policy_kill_the_client_dies_and_the_server_does_not() {
-    if !userfaultfd_works("with_the_policy_kill_the_client_dies_and_the_server_does_not") {
+fn with_the_policy_kill_only_the_client_is_killed() {
+    if !userfaultfd_works("with_the_policy_kill_only_the_client_is_killed") {
         return;
     }
     let mut options = ServeOptions::default();
@@ -260,8 +260,8 @@ fn vmms_killed_under_load_leave_nothing_behind() {
 }
 
 #[test]
-fn a_guest_that_still_needs_pages_is_killed_when_asked() {
-    if !userfaultfd_works("a_guest_that_still_needs_pages_is_killed_when_asked") {
+fn a_guest_that_still_needs_pages_is_killed_on_request() {
+    if !userfaultfd_works("a_guest_that_still_needs_pages_is_killed_on_request") {
         return;
     }
     let serving = Serving::stamped(64);
@@ -278,8 +278,8 @@ fn a_guest_that_still_needs_pages_is_killed_when_asked() {
 
 /// A client makes the shared open file blocking while its faults are answered. The reads of the server do not wait.
 #[test]
-fn a_client_that_makes_reads_wait_holds_up_nobody() {
-    if !userfaultfd_works("a_client_that_makes_reads_wait_holds_up_nobody") {
+fn a_client_that_makes_reads_wait_delays_no_other() {
+    if !userfaultfd_works("a_client_that_makes_reads_wait_delays_no_other") {
         return;
     }
     for _ in 0..3 {
@@ -322,8 +322,8 @@ fn listing_half_of_64() -> ServeOptions {
 }
 
 #[test]
-fn listed_pages_are_there_before_a_guest_asks() {
-    if !userfaultfd_works("listed_pages_are_there_before_a_guest_asks") {
+fn listed_pages_are_present_before_a_guest_touches_them() {
+    if !userfaultfd_works("listed_pages_are_present_before_a_guest_touches_them") {
         return;
     }
     let source = Arc::new(VecSource::new(stamped(64), 4 * PAGE));
@@ -347,8 +347,8 @@ fn listed_pages_are_there_before_a_guest_asks() {
 }
 
 #[test]
-fn listed_pages_are_in_the_shared_file_before_a_clone_asks() {
-    if !userfaultfd_works("listed_pages_are_in_the_shared_file_before_a_clone_asks") {
+fn listed_pages_are_in_the_shared_file_before_a_clone_touches_them() {
+    if !userfaultfd_works("listed_pages_are_in_the_shared_file_before_a_clone_touches_them") {
         return;
     }
     let mut options = listing_half_of_64();
@@ -382,11 +382,11 @@ fn listed_pages_are_in_the_shared_file_before_a_clone_asks() {
     serving.finish();
 }
 
-/// Another process adds a page to the shared file: the clones that have it fail at their next missing page, and later clones get
-/// another file.
+/// Another process adds a page to the shared file: the clones that have it fail at their next missing page, and later
+/// clones get another file.
 #[test]
-fn a_file_that_was_written_to_is_given_to_nobody_else() {
-    if !userfaultfd_works("a_file_that_was_written_to_is_given_to_nobody_else") {
+fn a_file_that_was_written_to_is_not_shared_again() {
+    if !userfaultfd_works("a_file_that_was_written_to_is_not_shared_again") {
         return;
     }
     let mut options = ServeOptions::default();

@@ -1,10 +1,10 @@
-//! What reading costs: against pread and the codecs alone.
+//! The cost of reading, compared to pread and to the codecs alone.
 //!
 //!     cargo bench -p snapfmt --bench reading
 //!
-//! A guest's memory is made up: an eighth of its pages zero, half low in entropy, a quarter random,
-//! the rest in between. Everything is in the page cache. Sides take turns; medians, and of
-//! the ratios of pages and of `verify` the medians over the rounds.
+//! The guest's memory is synthetic: an eighth of its pages are zero, half have low entropy, a quarter are random, the
+//! rest are in between. Everything is in the page cache. The sides alternate. Results are medians; the ratios of pages
+//! and of `verify` are medians over the rounds.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 #[path = "../fuzz/harness/seal.rs"]
@@ -91,7 +91,7 @@ fn looking_up(folder: &Path) {
     println!("look-up       1 layer {one:?}, 8 layers {eight:?}: {:.2} x", ratio(eight, one));
 }
 
-/// One page at random: against pread alone of what the codec needs, and the codec's own decode.
+/// One page at random, compared to only pread and decode of its chunk.
 fn single_pages(folder: &Path) {
     let memory = memory();
     for (codec, chunk_pages) in
@@ -122,8 +122,8 @@ fn single_pages(folder: &Path) {
     }
 }
 
-/// One page at random of a file that is guarded by its times, because its chunks do not say whose they are, against the same
-/// of a file whose chunks do.
+/// One page at random of a file without BOUND, which is guarded by its times, compared to the same of a file with
+/// BOUND.
 fn guarded_pages(folder: &Path) {
     let (bound, guarded) = (folder.join("raw-1"), folder.join("guarded-1"));
     let mut bytes = std::fs::read(&bound).unwrap();
@@ -147,7 +147,7 @@ fn guarded_pages(folder: &Path) {
     let [bound, guarded] = times.each_mut().map(|times| median(times));
     let guard = guarded.saturating_sub(bound);
     println!(
-        "guard         {bound:?} without, {guarded:?} with a look at the file's times: {guard:?}"
+        "guard         {bound:?} without, {guarded:?} with a check of the file's times: {guard:?}"
     );
 }
 
@@ -217,7 +217,7 @@ fn verifying(folder: &Path) {
     }
 }
 
-/// What is in the file beside the payloads, against the bytes of the pages that are stored.
+/// The bytes of the file beside the payloads, compared to the bytes of the stored pages.
 fn overhead(folder: &Path) {
     for name in ["raw-16", "lz4-16", "zstd-16"] {
         let snapshot = Snapshot::open(folder.join(name)).unwrap();

@@ -13,30 +13,31 @@ use std::ops::Range;
 use crate::layer::Layer;
 use crate::read_at::ReadAt;
 
-/// Bytes of chunks that are released together while others are read. The chunks of smaller files are released at
-/// the end, when the caller asks for it.
+/// Bytes of chunks that are released together while others are read. The chunks of smaller files are released at the
+/// end, when the caller requests it.
 const STEP_BYTES: u64 = 256 << 20;
-/// Files with less than this in their chunks stay: opening them reads ahead, and there is little to win.
+/// Files with less than this in their chunks stay: opening them reads ahead, and there is little to gain.
 const SMALL_BYTES: u64 = 4 << 20;
-/// Places at which it is asked whether chunks are cached.
+/// The number of places at which the cache is probed for chunks.
 const PROBES: u64 = 8;
 
-/// The files of a snapshot that all of is read, once.
+/// The files of a snapshot that is read once as a whole.
 pub(crate) struct Behind<'a, R> {
     layers: Vec<Trail<'a, R>>,
     step_bytes: u64,
 }
 
-/// One of those that nothing was cached of.
+/// A file of which nothing was cached.
 struct Trail<'a, R> {
     number: u16,
     layer: &'a Layer<R>,
-    /// Chunks that are read and not let go of. Some behind it may be read once more: equal pages, and hot ones.
+    /// Chunks that were read and are not released yet. Some before them may be read again: equal pages, and pages of
+    /// the working set.
     read: Range<u64>,
 }
 
 impl<'a, R: ReadAt> Behind<'a, R> {
-    /// Looks which of the files are cached; before any of their leaves and chunks are read.
+    /// Checks which of the files are cached. Call this before any of their leaves and chunks are read.
     pub(crate) fn new(layers: &'a [Layer<R>]) -> Self {
         let cold = (0..).zip(layers).filter(|(_, layer)| nothing_cached(layer));
         let trail = |(number, layer): (u16, &'a Layer<R>)| {
@@ -85,7 +86,7 @@ mod tests {
     use super::*;
     use crate::{Codec, Contents, MemoryRegion, WriteOptions, write_snapshot};
 
-    /// A file in memory of which nothing is cached, but what was put into `cached`.
+    /// A file in memory of which only the offsets in `cached` count as cached.
     struct Cold {
         bytes: Vec<u8>,
         cached: Option<u64>,
@@ -123,13 +124,13 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_let_go_of_step_by_step_each_part_once() {
+    fn each_part_of_a_file_is_released_once() {
         let layers = [layer(|_| None)];
         let chunks = layers[0].index.chunks();
         let mut behind = Behind { step_bytes: 1 << 20, ..Behind::new(&layers) };
         let released = || std::mem::take(&mut *layers[0].storage.released.lock().unwrap());
         behind.reached(0, chunks.start + (1 << 20) - 64);
-        // Another file's, and one that is none.
+        // A layer without pages to release, and one that does not exist.
         behind.reached(1, chunks.end);
         assert_eq!(released(), []);
         behind.reached(0, chunks.start + (1 << 20) + 64);
@@ -142,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_anything_is_cached_of_stays() {
+    fn a_partly_cached_file_is_not_released() {
         let layers = [
             layer(|layer| layer.index.first_leaf_offset()),
             layer(|_| None),

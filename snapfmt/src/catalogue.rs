@@ -10,22 +10,22 @@ use crate::layout::HEADER_BYTES;
 use crate::parent::{ParentHint, open_file};
 use crate::read_at::ReadAt;
 
-/// Most files that are looked into, of all folders together; of each, the first 4 KiB are read.
+/// The limit of files that are read, of all folders together. Of each, the first 4 KiB are read.
 pub(crate) const MOST_FILES: usize = 4096;
-/// Most names that are read of one folder.
+/// The limit of names that are read of one folder.
 const MOST_NAMES: usize = 64 * MOST_FILES;
 
 /// What was found in the folders, which are not trusted: files with a correct header. The rest of a file may be
 /// damaged.
 pub(crate) struct Catalogue {
     snapshots: Vec<(PathBuf, Header)>,
-    /// Whether there are files that were not looked into.
+    /// Whether there are files that were not read.
     pub(crate) more: bool,
 }
 
 impl Catalogue {
-    /// Looks into the regular files of the folders, not of folders in them: in the order of the folders, files called `.snap` before
-    /// others, otherwise by name. What cannot be read is passed over, as by a shell that looks for a command.
+    /// Reads the headers of the regular files of the folders, not of folders in them: in the order of the folders,
+    /// files called `.snap` before others, otherwise by name. Unreadable files are skipped.
     pub(crate) fn read(folders: &[PathBuf]) -> Self {
         let mut catalogue = Self { snapshots: Vec::new(), more: false };
         let mut left = MOST_FILES;
@@ -50,10 +50,10 @@ impl Catalogue {
     }
 }
 
-/// The first `most` names in the order in which they are looked at, and whether there are more.
+/// The first `most` names in the order in which the files are read, and whether there are more.
 fn first_names(folder: &Path, most: usize) -> (Vec<OsString>, bool) {
     let mut more = false;
-    // The last one on top: it goes when there are too many.
+    // The last one is on top: it is removed when there are too many.
     let mut first = BinaryHeap::new();
     let entries = folder.read_dir().into_iter().flatten().flatten();
     for (count, entry) in entries.enumerate() {
@@ -61,7 +61,7 @@ fn first_names(folder: &Path, most: usize) -> (Vec<OsString>, bool) {
             more = true;
             break;
         }
-        // What is known not to be a file, and not to lead to one, need not be counted.
+        // An entry that is neither a file nor a link need not be counted.
         if entry.file_type().is_ok_and(|kind| !kind.is_file() && !kind.is_symlink()) {
             continue;
         }
@@ -93,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_come_in_a_stable_order_and_not_too_many() {
+    fn names_come_in_a_stable_order_and_their_number_is_limited() {
         let folder = tempfile::tempdir().unwrap();
         for name in ["b", "c.snap", "a.txt", "d.snap", "A", ".hidden.snap"] {
             std::fs::write(folder.path().join(name), b"").unwrap();

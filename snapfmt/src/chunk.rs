@@ -1,4 +1,4 @@
-//! A chunk: some pages of guest memory, stored as one unit, with the list of which pages they are.
+//! A chunk: some pages of guest memory, stored as one unit, with the list of their numbers.
 //!
 //! In the file: a 32-byte header, the page list (four bytes a page), the payload, zeros up to a
 //! multiple of 64 bytes.
@@ -46,7 +46,7 @@ pub(crate) fn encode(
     Ok(((out.len() - start) as u32, codec))
 }
 
-/// What the checksums of the chunks of a snapshot begin with.
+/// The start value of the checksums of the chunks of a snapshot.
 pub(crate) fn seed(chunks_id: Uuid) -> u32 {
     crc32fast::hash(chunks_id.as_bytes())
 }
@@ -80,7 +80,7 @@ pub struct ChunkHeader {
 }
 
 impl ChunkHeader {
-    /// Where the whole chunk stands, given the offset it was read at.
+    /// The place of the whole chunk, given the offset at which it was read.
     pub(crate) fn extent(&self, offset: u64) -> ChunkExtent {
         let len =
             CHUNK_HEADER_BYTES as u64 + 4 * u64::from(self.pages) + u64::from(self.payload_bytes);
@@ -88,7 +88,7 @@ impl ChunkHeader {
         ChunkExtent::new(offset, len.next_multiple_of(CHUNK_ALIGN as u64) as u32)
     }
 
-    /// Checks the header that stands at `offset` of the file.
+    /// Checks the header at `offset` of the file.
     pub(crate) fn decode(header: &[u8], offset: u64) -> Result<Self, Corruption> {
         let corrupt = |problem| corruption(offset, problem);
         let exact = |field, expected: u64, found: u64| match expected == found {
@@ -130,11 +130,11 @@ pub(crate) fn corruption(offset: u64, problem: Problem) -> Corruption {
 /// that reading a chunk allocates nothing once the buffers have grown.
 #[derive(Default)]
 pub struct ChunkBuffer {
-    /// The chunk as it is in the file; of chunks that were read ahead, all of them.
+    /// The chunk's bytes in the file; with chunks that were read ahead, all of them.
     pub(crate) stored: Vec<u8>,
     /// Where in `stored` the chunk is.
     at: usize,
-    /// Of which snapshot and layer `stored` is, and from which offset on, if it may have chunks read ahead.
+    /// The snapshot, the layer and the offset of `stored`, if it may have chunks that were read ahead.
     ahead: Option<(u64, u16, u64)>,
     decoded: Vec<u8>,
     list: Vec<PageIndex>,
@@ -151,7 +151,7 @@ impl ChunkBuffer {
         Self::default()
     }
 
-    /// Room for a chunk's stored bytes.
+    /// Space for a chunk's stored bytes.
     pub(crate) fn refill(&mut self, len: usize) -> &mut [u8] {
         self.header = None;
         self.holds = None;
@@ -160,7 +160,7 @@ impl ChunkBuffer {
         &mut self.stored
     }
 
-    /// Notes that `stored` is filled with a snapshot's bytes that begin with the chunk at `extent`.
+    /// Records that `stored` is filled with a snapshot's bytes that begin with the chunk at `extent`.
     pub(crate) fn filled_ahead(&mut self, snapshot: u64, extent: ChunkExtent) {
         self.ahead = Some((snapshot, extent.layer(), extent.offset()));
     }
@@ -179,7 +179,7 @@ impl ChunkBuffer {
         true
     }
 
-    /// Notes which chunk was decoded.
+    /// Records which chunk was decoded.
     pub(crate) fn hold(&mut self, snapshot: u64, extent: ChunkExtent) {
         self.holds = Some((snapshot, extent));
     }
@@ -201,7 +201,8 @@ impl ChunkBuffer {
         Ok(Chunk { extent, header, pages: &self.list, bytes })
     }
 
-    /// Checks and decodes what was read for the same `extent`, of a file whose checksums begin with `seed`.
+    /// Checks and decodes the bytes that were read for the same `extent`, from a file whose checksums begin with
+    /// `seed`.
     pub(crate) fn decode(
         &mut self,
         extent: ChunkExtent,
@@ -287,8 +288,8 @@ impl<'a> Chunk<'a> {
         self.header
     }
 
-    /// Which page each slot was stored for. Further pages with the same bytes may share a slot;
-    /// they are not listed here, the index knows them.
+    /// Which page each slot was stored for. Further pages with the same bytes may share a slot; only the index has
+    /// them.
     pub fn pages(&self) -> &'a [PageIndex] {
         self.pages
     }
@@ -326,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn every_codec_gives_the_pages_back() {
+    fn every_codec_returns_the_same_pages() {
         let raw: Vec<u8> = (0..3 * PAGE_BYTES).map(|at| (at / 100) as u8).collect();
         for codec in codecs() {
             let mut buffer = ChunkBuffer::new();
@@ -342,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn any_flipped_bit_is_noticed() {
+    fn any_flipped_bit_is_detected() {
         let raw: Vec<u8> = (0..PAGE_BYTES).map(|at| (at / 7) as u8).collect();
         for codec in codecs() {
             let mut buffer = ChunkBuffer::new();
@@ -355,9 +356,9 @@ mod tests {
         }
     }
 
-    /// Whatever is in it: with another seed a checksum is another one, by more than chance.
+    /// For any content: with another seed the checksum is always different.
     #[test]
-    fn a_chunk_of_another_snapshot_is_not_taken() {
+    fn a_chunk_of_another_snapshot_is_refused() {
         let raw: Vec<u8> = (0..PAGE_BYTES).map(|at| (at / 7) as u8).collect();
         for codec in codecs() {
             let (bytes, extent) = stored(codec, &raw);

@@ -12,7 +12,7 @@ use crate::error::WriteError;
 #[repr(u8)]
 #[non_exhaustive]
 pub enum Codec {
-    /// The pages as they are.
+    /// The pages, not compressed.
     Raw = 0,
     /// One lz4 block, without a frame.
     Lz4 = 1,
@@ -60,7 +60,7 @@ impl FromStr for Codec {
     }
 }
 
-/// Bytes that are appended to, in room that is cleared when it is made and not for each use.
+/// Bytes that are appended to, in space that is cleared when it is allocated and not for each use.
 #[derive(Default)]
 pub(crate) struct Appended {
     room: Vec<u8>,
@@ -72,7 +72,7 @@ impl Appended {
         self.len = 0;
     }
 
-    /// The next `most` bytes, whatever is in them; [`Appended::take`] makes the first of them part of the whole.
+    /// The next `most` bytes, with any content; [`Appended::take`] appends the first of them.
     fn free(&mut self, most: usize) -> &mut [u8] {
         let end = self.len + most;
         if self.room.len() < end {
@@ -191,7 +191,7 @@ pub(crate) enum DecodeError {
     /// The codec is not in this build.
     #[cfg_attr(feature = "zstd", expect(dead_code, reason = "only builds without a codec"))]
     NotBuilt,
-    /// The codec's context could not be made.
+    /// The codec's context could not be created.
     #[cfg_attr(not(feature = "zstd"), expect(dead_code, reason = "only zstd has a context"))]
     Context(io::Error),
 }

@@ -53,9 +53,9 @@ impl Changes {
 /// Bytes that are copied at a time.
 const BLOCK_BYTES: u64 = 1 << 20;
 
-/// Copies the file of a snapshot (of a chain the top one) to `path` with some changes. The copy has a new id. Chunks are
-/// copied without a check, so damage stays, and it stays detectable. The chunks keep the id of the snapshot that they
-/// were written for, and the header of the copy has that id too. Each chunk has the same offset in both files.
+/// Copies the file of a snapshot (of a chain the top one) to `path` with some changes. The copy has a new id. Chunks
+/// are copied without a check, so damage stays, and it stays detectable. The chunks keep the id of the snapshot that
+/// they were written for, and the header of the copy has that id too. Each chunk has the same offset in both files.
 ///
 /// # Errors
 /// [`WriteError`]; then nothing new is at `path`.
@@ -121,7 +121,7 @@ pub fn copy_snapshot<R: ReadAt>(
         let (what, max) = ("the number of sections", MAX_SECTIONS as u64);
         return Err(WriteError::Limit { what, min: 1, max, found });
     }
-    // What was not looked at is not noticed if it is of another file.
+    // The chunks were not checked, so that chunks of another file would not be detected.
     snapshot.layers[0].unchanged().map_err(WriteError::Original)?;
     let header = file.seal(header)?;
     output.publish()?;

@@ -34,8 +34,7 @@ impl PageIndex {
     }
 }
 
-/// Where a chunk stands: in which file of the snapshot, at which multiple
-/// of 64 bytes, and how long it is.
+/// The place of a chunk: the file of the snapshot, the multiple of 64 bytes, and the length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ChunkExtent {
     layer: u16,
@@ -170,7 +169,7 @@ mod tests {
         }
 
         #[test]
-        fn whatever_decodes_encodes_to_the_same_bits(raw: u64) {
+        fn decoded_entries_encode_to_the_same_bits(raw: u64) {
             if let Ok(entry) = PageEntry::decode(raw) {
                 prop_assert_eq!(entry.encode(), raw);
             }

@@ -1,4 +1,4 @@
-//! Errors of reading and writing, with the values that a person needs to find the place.
+//! Errors of reading and writing, with the values that are needed to find the place.
 
 use std::fmt;
 use std::io;
@@ -21,7 +21,7 @@ pub enum ReadError {
         /// The system's error.
         source: io::Error,
     },
-    /// What is wrong is in one of the parents and not in the file itself.
+    /// The error is in one of the parents and not in the file itself.
     #[error("parent {}", parent_name(path.as_deref(), id))]
     InParent {
         /// Which one: 1 the file's own parent, 2 the parent's, and so on.
@@ -30,7 +30,7 @@ pub enum ReadError {
         id: Uuid,
         /// Where it is, if it was opened by path.
         path: Option<PathBuf>,
-        /// What is wrong there.
+        /// The error there.
         source: Box<ReadError>,
     },
     /// The storage failed.
@@ -88,18 +88,18 @@ pub enum ReadError {
     /// The page is outside of the snapshot's memory.
     #[error("page {page} is outside the snapshot's {pages} pages")]
     NoSuchPage {
-        /// The page that was asked for.
+        /// The requested page.
         page: u64,
         /// How many the snapshot has.
         pages: u64,
     },
-    /// A chunk was asked for that is in none of the snapshot's files.
+    /// The requested chunk is in none of the snapshot's files.
     #[error("no layer {layer} in this snapshot")]
     NoSuchLayer {
         /// The layer that the extent names.
         layer: u16,
     },
-    /// A chunk buffer was to be decoded into which nothing was fetched.
+    /// A chunk was to be decoded from a buffer without a fetched chunk.
     #[error("nothing was fetched into the chunk buffer")]
     NothingFetched,
     /// No storage was given.
@@ -108,18 +108,18 @@ pub enum ReadError {
     /// The bytes of the file contradict themselves or their checksum.
     #[error(transparent)]
     Corrupt(#[from] Corruption),
-    /// The file was written to since it was opened: what is read of it now may be of another snapshot.
+    /// The file was written to since it was opened: its bytes may belong to another snapshot now.
     #[error(
         "the file was written to after it was opened ({}), and may be another snapshot by now; start again from a file \
-         that stays as it is, and replace a snapshot by renaming a new file over it",
+         that does not change, and replace a snapshot by renaming a new file over it",
         change(opened, found)
     )]
     Changed {
-        /// What the storage said when it was opened.
+        /// The stamp of the storage when it was opened.
         opened: Stamp,
         /// The value found now.
         found: Stamp,
-        /// What did not fit, if that is how it was noticed.
+        /// The mismatch, if the change was detected by one.
         source: Option<Box<ReadError>>,
     },
     /// The layers of the snapshot do not make a chain.
@@ -140,20 +140,20 @@ pub enum ChainError {
         /// The parent's id.
         id: Uuid,
     },
-    /// No file that might be the parent is there.
+    /// No file that might be the parent exists.
     #[error(
-        "parent {id} is not there; looked for at {}{}: say where it is",
+        "parent {id} is missing; searched at {}{}: give its path",
         listed(looked_at),
         searched_in(searched, *most)
     )]
     NotFound {
         /// The parent's id.
         id: Uuid,
-        /// Where it was looked for.
+        /// Where it was searched.
         looked_at: Vec<PathBuf>,
-        /// Folders in which it was looked for by its id.
+        /// Folders in which it was searched by its id.
         searched: Vec<PathBuf>,
-        /// How many files were looked into there, if there are more.
+        /// How many files were read there, if there are more.
         most: Option<usize>,
     },
     /// A file that should be the parent is not, or cannot be used.
@@ -161,7 +161,7 @@ pub enum ChainError {
     Parent {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Its error.
         source: Box<ReadError>,
     },
     /// A snapshot, but not the parent.
@@ -177,7 +177,7 @@ pub enum ChainError {
     ChangedParent {
         /// The parent's id.
         id: Uuid,
-        /// Checksum of the header when the layer was made.
+        /// Checksum of the header when the layer was written.
         expected: u32,
         /// Checksum of the header now.
         found: u32,
@@ -274,7 +274,7 @@ pub struct Corruption {
     pub part: Part,
     /// Offset of the damaged item in the file, in bytes.
     pub offset: u64,
-    /// What is wrong there.
+    /// The error there.
     pub problem: Problem,
 }
 
@@ -284,11 +284,11 @@ impl Corruption {
     }
 }
 
-/// What is wrong at one place of the file.
+/// The error at one place of the file.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Problem {
-    /// The checksum does not fit the bytes.
+    /// The checksum does not match the bytes.
     #[error("checksum expected {expected:#010x}, found {found:#010x}")]
     Checksum {
         /// The checksum stored in the file.
@@ -349,21 +349,21 @@ pub enum Problem {
         source_offset: u64,
     },
     /// A page entry has bits that no writer of this version produces.
-    #[error("page entry {raw:#018x} is of no known kind")]
+    #[error("page entry {raw:#018x} has an unknown kind")]
     Entry {
         /// The entry.
         raw: u64,
     },
     /// The index refers a page to a slot that was stored for another page with other bytes, or
     /// that the chunk does not have.
-    #[error("slot {slot} of the chunk expected to hold page {page}, which it does not")]
+    #[error("slot {slot} of the chunk does not hold page {page}")]
     Slot {
         /// The page.
         page: u32,
         /// The slot that its entry names.
         slot: u16,
     },
-    /// The metadata is not a JSON object of the right shape.
+    /// The metadata is not a JSON object with the expected fields.
     #[error("metadata is not valid JSON (line {line}, column {column})")]
     Json {
         /// Line, from 1.
@@ -373,27 +373,26 @@ pub enum Problem {
     },
 }
 
-/// Why a snapshot could not be written. Nothing is at the output path in this case, or what was
-/// there before.
+/// Why a snapshot could not be written. The output path is unchanged in this case.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum WriteError {
     /// The output exists and may not be replaced.
-    #[error("{path} exists; it is not replaced unless asked for")]
+    #[error("{path} exists and is not replaced")]
     Exists {
         /// The output path.
         path: PathBuf,
     },
-    /// What is at the output path is a folder, a link or a device.
+    /// The output path is a folder, a link or a device.
     #[error("{path} is not a regular file; it is not replaced")]
     NotAFile {
         /// The output path.
         path: PathBuf,
     },
-    /// The output could not be created, written, made durable or put in its place.
+    /// The output could not be created, written, synced or renamed.
     #[error("cannot {operation} {path}")]
     Output {
-        /// What was tried.
+        /// The operation.
         operation: &'static str,
         /// The output path.
         path: PathBuf,
@@ -410,12 +409,12 @@ pub enum WriteError {
         /// The memory's own error.
         source: io::Error,
     },
-    /// The memory to be stored is that of a snapshot, which could not be read.
+    /// The memory to be stored comes from a snapshot that could not be read.
     #[error("cannot read the memory at source offset {source_offset}")]
     Snapshot {
         /// Where in the source space, in bytes.
         source_offset: u64,
-        /// What is wrong with the snapshot.
+        /// The error of the snapshot.
         source: ReadError,
     },
     /// A value given by the caller is outside the format's limits.
@@ -437,7 +436,7 @@ pub enum WriteError {
         index: usize,
         /// Its guest-physical address.
         gpa: u64,
-        /// What is wrong with it.
+        /// Its error.
         problem: &'static str,
     },
     /// The parent of a layer could not be read.
@@ -469,7 +468,7 @@ pub enum WriteError {
 }
 
 impl WriteError {
-    /// An error of the memory to be stored: of a snapshot's memory the snapshot's own.
+    /// An error of the memory to be stored. For a snapshot's memory it is the snapshot's own error.
     pub(crate) fn memory(source_offset: u64, len: u64, source: io::Error) -> Self {
         match source.downcast::<ReadError>() {
             Ok(source) => Self::Snapshot { source_offset, source },

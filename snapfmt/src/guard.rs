@@ -1,5 +1,5 @@
-//! Whether a file is still the one that was opened: snapshots are replaced by renaming, but `cp`, `cat >` and
-//! `rsync --inplace` write over what a guest may be running from.
+//! Detects whether a file was overwritten since it was opened. `snap` replaces snapshots by renaming, but `cp`, `cat >`
+//! and `rsync --inplace` overwrite a file from which a guest may be running.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -8,7 +8,7 @@ use crate::header::Header;
 use crate::layout::{H_CRC, HEADER_BYTES, u32_at};
 use crate::read_at::ReadAt;
 
-/// What a storage knows of its content without reading it: another one after a write.
+/// A stamp of a storage's content, which is available without reading it and changes with a write.
 ///
 /// Times are nanoseconds since 1970, modulo 2^64.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,7 +17,7 @@ pub struct Stamp {
     pub len_bytes: u64,
     /// When it was last written to. Programs may set this back (`cp -p`, `rsync -t`).
     pub modified_ns: u64,
-    /// When it was last written to, or its name, mode, owner or times were changed; that cannot be set.
+    /// When it was last written to, or its name, mode, owner or times were changed. Programs cannot set this.
     pub changed_ns: u64,
 }
 
@@ -28,11 +28,11 @@ impl Stamp {
     }
 }
 
-/// Knows what the storage of a file was when it was opened.
+/// Keeps the stamp of a file from when it was opened.
 pub(crate) struct Guard {
     opened: Stamp,
     header_crc: u32,
-    /// The latest time of change at which the content was found to be as it was.
+    /// The latest change time at which the content was found unchanged.
     changed_ns: AtomicU64,
 }
 
@@ -43,8 +43,9 @@ impl Guard {
         Self { opened, header_crc: header.crc, changed_ns }
     }
 
-    /// An error if the storage was written to since it was opened. What was read before this call is then not to be used;
-    /// otherwise it is what was there at the opening: the kernel sets the times of a file before it writes to it.
+    /// An error if the storage was written to since it was opened; then bytes that were read before this call must not
+    /// be used. Otherwise they are the bytes of the opened file, because the kernel sets the times of a file before it
+    /// writes to it.
     pub(crate) fn check(&self, storage: &dyn ReadAt) -> Result<(), ReadError> {
         let failed = |source| ReadError::io(Part::Header, 0, HEADER_BYTES as u64, source);
         let Some(found) = storage.stamp().map_err(failed)? else { return Ok(()) };
@@ -52,8 +53,8 @@ impl Guard {
             if found.changed_ns == self.changed_ns.load(Ordering::Relaxed) {
                 return Ok(());
             }
-            // It was renamed, linked, unlinked, given another mode; or written to from its first byte to its last, after which
-            // the time of that was set back. Then it has another header.
+            // It was renamed, linked, unlinked or got another mode; or it was overwritten completely and its
+            // modification time was set back. In the second case it has another header.
             let mut header = [0; HEADER_BYTES];
             storage.read_exact_at(&mut header, 0).map_err(failed)?;
             let crc = crc32fast::hash(&header[..H_CRC]);

@@ -43,10 +43,11 @@ pub struct Header {
     pub parent_pages: u64,
     /// Number of chunks.
     pub chunks: u64,
-    /// When the snapshot was made, in milliseconds since 1970-01-01 UTC.
+    /// When the snapshot was created, in milliseconds since 1970-01-01 UTC.
     pub created_unix_ms: u64,
     /// The id of the snapshot that the chunks were written for; their checksums begin with it. It is this snapshot or,
-    /// in a copy, the snapshot that the chunks were copied from. `None` in older files, whose checksums begin with no id.
+    /// in a copy, the snapshot that the chunks were copied from. `None` in older files, whose checksums begin with no
+    /// id.
     pub chunks_id: Option<Uuid>,
     /// Checksum of the header itself.
     pub(crate) crc: u32,
@@ -200,7 +201,7 @@ fn checked_version(b: &[u8; HEADER_BYTES]) -> Result<(u32, u64), ReadError> {
     Ok((version, incompat))
 }
 
-/// Whether the bytes that the file's features leave unused are zero, as writers make them.
+/// Whether the bytes that the file's features do not use are zero, as writers make them.
 pub(crate) fn reserved_is_zero(b: &[u8; HEADER_BYTES]) -> bool {
     let start = if is_bound(b) { H_RESERVED } else { H_CHUNKS_ID };
     b[start..H_CRC].iter().all(|byte| *byte == 0)
@@ -261,7 +262,7 @@ mod tests {
 
     /// Without the feature, the id of the chunks has no meaning: its bytes are reserved.
     #[test]
-    fn the_id_of_the_chunks_goes_with_its_feature() {
+    fn the_id_of_the_chunks_needs_its_feature() {
         let stray = Header { incompat: 0, ..bound() };
         assert!(!reserved_is_zero(&stray.encode()));
         let decoded = Header::decode(&stray.encode(), stray.file_bytes).unwrap();
@@ -270,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn any_flipped_bit_is_noticed() {
+    fn any_flipped_bit_is_detected() {
         let bytes = header().encode();
         for bit in 0..HEADER_BYTES * 8 {
             let mut damaged = bytes.clone();

@@ -1,5 +1,5 @@
-//! Pages in front of the file, in the order in which a restored guest accesses them. So one sequential read
-//! loads what the guest needs.
+//! Pages at the front of the file, in the order in which a restored guest accesses them. So one sequential read loads
+//! what the guest needs.
 
 use std::collections::HashSet;
 
@@ -16,7 +16,7 @@ use crate::working_set::{Phase, WorkingSet};
 pub struct HotPages<'a> {
     /// The set, which becomes a section of the file.
     pub set: &'a WorkingSet,
-    /// The codec of the chunks in front, for the set's pages. With `None`, all pages are where they are without a set.
+    /// The codec of the chunks at the front, for the set's pages. With `None`, no page is moved to the front.
     pub front: Option<Codec>,
 }
 
@@ -35,14 +35,14 @@ impl<'a> HotPages<'a> {
     }
 }
 
-/// The pages in front, in their order.
+/// The pages at the front, in their order.
 pub(crate) struct Front {
     pub(crate) pages: Vec<PageIndex>,
     phases: Vec<Phase>,
     pub(crate) codec: Codec,
 }
 
-/// Pages in one task, about: enough work for a thread at a time.
+/// The approximate number of pages in one task: enough work for a thread at a time.
 const TASK_PAGES: usize = 256;
 
 /// Which pages of the set may hold data, each once.

@@ -17,7 +17,7 @@ use crate::section::{Section, SectionKind};
 
 /// Reader's side of one file's index.
 pub(crate) struct Index {
-    /// Number and checksum of the leaves there are, by ascending number.
+    /// Number and checksum of the existing leaves, by ascending number.
     leaves: Vec<(u32, u32)>,
     /// Offset of the first leaf in the file; the others follow in the order of the root.
     leaves_offset: u64,
@@ -71,17 +71,17 @@ impl Index {
         self.leaves.first().map(|_| self.leaf_offset(0))
     }
 
-    /// Numbers of the leaves there are, ascending.
+    /// Numbers of the existing leaves, ascending.
     pub(crate) fn leaf_numbers(&self) -> impl ExactSizeIterator<Item = u32> {
         self.leaves.iter().map(|(number, _)| *number)
     }
 
-    /// What an entry is in a leaf that is not there.
+    /// The entry of pages without a leaf.
     pub(crate) fn absent(&self) -> PageEntry {
         if self.layered { PageEntry::Parent } else { PageEntry::Zero }
     }
 
-    /// Reads and checks a leaf, all of its entries; `None` if it is not there.
+    /// Reads a leaf and checks all of its entries; `None` if it does not exist.
     pub(crate) fn leaf(
         &self,
         storage: &dyn ReadAt,
@@ -153,8 +153,8 @@ impl IndexBuilder {
         Self { numbers: Vec::new(), leaves: Vec::new(), absent }
     }
 
-    /// Adds the leaf that holds the given entries, unless they are all as in a leaf that is not
-    /// there. Leaf numbers must ascend.
+    /// Adds the leaf that holds the given entries, unless they are all equal to the entry of pages without a leaf. Leaf
+    /// numbers must ascend.
     pub(crate) fn push_leaf(
         &mut self,
         number: u32,

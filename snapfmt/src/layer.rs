@@ -1,4 +1,4 @@
-//! One file of a snapshot: opened, and checked as far as opening goes.
+//! One file of a snapshot, opened and checked as far as opening does.
 
 use std::path::PathBuf;
 use std::sync::OnceLock;
@@ -23,7 +23,7 @@ use crate::working_set::WorkingSet;
 /// One file of a chain.
 pub(crate) struct Layer<R> {
     pub(crate) storage: R,
-    /// The same for chunks in order, from the first time that they are read so.
+    /// A handle for reading chunks in order, from the first such read on.
     in_order: OnceLock<Option<Box<dyn ReadAt>>>,
     /// Where it is, if it was opened by path.
     pub(crate) path: Option<PathBuf>,
@@ -31,9 +31,9 @@ pub(crate) struct Layer<R> {
     pub(crate) sections: Vec<Section>,
     pub(crate) index: Index,
     pub(crate) regions: Vec<MemoryRegion>,
-    /// What the checksums of its chunks begin with.
+    /// The start value of the checksums of its chunks.
     pub(crate) chunk_seed: u32,
-    /// Where the storage knows of changes.
+    /// Detects changes, if the storage has a stamp.
     guard: Option<Guard>,
 }
 
@@ -55,7 +55,7 @@ impl<R: ReadAt> Layer<R> {
         let parts = Self::parts(&storage, file_bytes);
         let (header, sections, index, regions) = parts.map_err(|error| {
             match (stamp, storage.stamp()) {
-                // It was being written at that very moment.
+                // It was written to at that moment.
                 (Some(opened), Ok(Some(found))) if opened.before_a_write(&found) => {
                     ReadError::Changed { opened, found, source: Some(Box::new(error)) }
                 }
@@ -104,9 +104,9 @@ impl<R: ReadAt> Layer<R> {
         Ok((header, sections, index, regions))
     }
 
-    /// Reads bytes of chunks, from the storage itself or from [`Layer::in_order`]. The bytes belong to the file that was
-    /// opened: the checksum of a chunk is valid for this snapshot only. If the checksums begin with no id, the storage is
-    /// asked whether it was written to. It is asked after the read, because an earlier answer could miss a write.
+    /// Reads bytes of chunks, from the storage itself or from [`Layer::in_order`]. The bytes belong to the file that
+    /// was opened: the checksum of a chunk is valid for this snapshot only. If the checksums begin with no id, this
+    /// checks whether the storage was written to: after the read, because an earlier check could miss a write.
     pub(crate) fn read_chunks(
         &self,
         from: &(impl ReadAt + ?Sized),
@@ -122,7 +122,7 @@ impl<R: ReadAt> Layer<R> {
         Ok(())
     }
 
-    /// An error if the storage knows that it was written to since it was opened.
+    /// An error if the storage's stamp shows a write since it was opened.
     pub(crate) fn unchanged(&self) -> Result<(), ReadError> {
         self.guard.as_ref().map_or(Ok(()), |guard| guard.check(&self.storage))
     }
@@ -181,7 +181,7 @@ impl<R: ReadAt> Layer<R> {
         Ok(WorkingSet::parse(&bytes, section.offset, self.header.pages())?)
     }
 
-    /// What the file stores about its parent, if it is a layer.
+    /// The file's information about its parent, if it is a layer.
     pub(crate) fn parent_hint(&self) -> Result<Option<ParentHint>, ReadError> {
         if self.header.incompat & INCOMPAT_LAYERED == 0 {
             return Ok(None);
@@ -195,7 +195,7 @@ impl<R: ReadAt> Layer<R> {
 
 fn read_header(storage: &dyn ReadAt, file_bytes: u64) -> Result<Header, ReadError> {
     let mut bytes = Box::new([0; HEADER_BYTES]);
-    // If a file is too short for a header, check first whether it looks like a snapshot.
+    // If a file is too short for a header, check first whether it begins like a snapshot.
     let len = file_bytes.min(HEADER_BYTES as u64) as usize;
     storage
         .read_exact_at(&mut bytes[..len], 0)

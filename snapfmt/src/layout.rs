@@ -28,7 +28,7 @@ pub const ENTRY_BYTES: usize = 8;
 /// Bytes of one record of the index root.
 pub const ROOT_RECORD_BYTES: usize = 8;
 
-/// Bytes of the file header, which stands at offset 0.
+/// Bytes of the file header, which is at offset 0.
 pub const HEADER_BYTES: usize = 4096;
 
 /// Bytes of one record of the section table.
@@ -62,11 +62,11 @@ pub const MAX_CHUNK_OFFSET: u64 = 1 << 42;
 /// Most sections that a file may have.
 pub const MAX_SECTIONS: usize = 64;
 
-/// So many regions may be in any memory map; in those of large memory there may be more: see [`max_regions`].
+/// Every memory map may have this many regions. Those of large memory may have more: see [`max_regions`].
 pub const REGIONS_OF_ANY_MEMORY: usize = 1024;
 
-/// Large memory may have a region for each so many bytes: the length of the blocks in which hypervisors plug memory (virtio-mem). Every
-/// second block may be missing.
+/// Large memory may have a region for each block of this many bytes: the length of the blocks in which hypervisors plug
+/// memory (virtio-mem). Every second block may be missing.
 pub const BYTES_PER_REGION: u64 = 2 << 20;
 
 /// Most regions in the memory map of this much memory.
@@ -129,7 +129,7 @@ pub(crate) const H_STORED_PAGES: usize = 120;
 pub(crate) const H_PARENT_PAGES: usize = 128;
 pub(crate) const H_CHUNKS: usize = 136;
 pub(crate) const H_CREATED_UNIX_MS: usize = 144;
-/// Without [`INCOMPAT_BOUND`] reserved too.
+/// Also reserved without [`INCOMPAT_BOUND`].
 pub(crate) const H_CHUNKS_ID: usize = 152;
 pub(crate) const H_RESERVED: usize = 168;
 pub(crate) const H_CRC: usize = HEADER_BYTES - 4;

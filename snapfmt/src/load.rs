@@ -53,10 +53,9 @@ impl<R: ReadAt> Snapshot<R> {
         loaded.map(|()| Loaded { bytes_read, unneeded: behind.finish() })
     }
 
-    /// Lets go of what [`Snapshot::load`] has brought into the page cache: the chunks of files of which nothing was cached before. Their
-    /// index stays cached, and so a file that is loaded again soon stays as a whole.
-    ///
-    /// The memory is there without this: it may be done when that is in use. It takes 30 us for each MiB.
+    /// Releases what [`Snapshot::load`] has read into the page cache: the chunks of files of which nothing was cached
+    /// before. Their index stays cached, so that all of a file that is loaded again soon stays cached. The loaded
+    /// memory does not need this call, which may follow when the memory is already in use. It takes 30 us for each MiB.
     pub fn release(&self, loaded: &Loaded) {
         for number in &loaded.unneeded {
             if let Some(layer) = self.layers.get(usize::from(*number)) {

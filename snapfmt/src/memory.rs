@@ -1,5 +1,4 @@
-//! A snapshot's memory as plain bytes to read from: what flattening a chain, or exporting it,
-//! reads.
+//! A snapshot's memory as plain bytes, for flattening or exporting a chain.
 
 use std::io;
 use std::sync::{Mutex, PoisonError};
@@ -13,13 +12,12 @@ use crate::snapshot::Snapshot;
 /// The memory of a [`Snapshot`] by source offset, checked and decoded as it is read.
 pub struct SnapshotMemory<'a, R> {
     snapshot: &'a Snapshot<R>,
-    /// Buffers that no thread reads with at the moment.
+    /// Buffers that no thread uses at the moment.
     buffers: Mutex<Vec<ChunkBuffer>>,
 }
 
 impl<R: ReadAt> Snapshot<R> {
-    /// The snapshot's memory as plain bytes. Reading on from where the last read ended decodes
-    /// nothing twice.
+    /// The snapshot's memory as plain bytes. A read that continues where the last one ended decodes nothing twice.
     pub fn memory(&self) -> SnapshotMemory<'_, R> {
         SnapshotMemory { snapshot: self, buffers: Mutex::default() }
     }

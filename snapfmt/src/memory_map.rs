@@ -15,8 +15,8 @@ pub struct MemoryRegion {
     pub source_offset: u64,
 }
 
-/// Checks that the regions are whole pages, ascend without overlap and fill the source space.
-/// Returns the size of memory in bytes, or the first wrong region and what is wrong with it.
+/// Checks that the regions are whole pages, ascend without overlap and fill the source space. Returns the size of
+/// memory in bytes, or the first wrong region and its error.
 fn check(regions: &[MemoryRegion]) -> Result<u64, (usize, &'static str)> {
     let page = PAGE_BYTES as u64;
     let (mut gpa_free_from, mut memory_bytes) = (0, 0u64);
@@ -114,7 +114,7 @@ mod tests {
         assert_eq!(parse(&encode(&regions), 0, 4 << 30).unwrap(), regions);
     }
 
-    /// So many regions of this length, with gaps of the same length.
+    /// A number of regions of this length, with gaps of the same length.
     fn scattered(regions: u64, len: u64) -> Vec<MemoryRegion> {
         (0..regions).map(|number| region(2 * number * len, len, number * len)).collect()
     }

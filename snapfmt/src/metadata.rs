@@ -19,10 +19,10 @@ pub struct Metadata {
     /// Its version.
     #[serde(default)]
     pub tool_version: String,
-    /// What was stored by codec name; filled in by the writer.
+    /// The stored chunks by codec name; filled in by the writer.
     #[serde(default)]
     pub storage: BTreeMap<String, CodecUse>,
-    /// Everything else that the producer adds: host CPU, guest, devices.
+    /// All other information that the producer adds: host CPU, guest, devices.
     #[serde(flatten)]
     pub other: serde_json::Map<String, serde_json::Value>,
 }
@@ -102,8 +102,7 @@ pub(crate) fn parse(bytes: &[u8], offset: u64) -> Result<Metadata, Corruption> {
     })
 }
 
-/// At least as many as there are values in a JSON text: its commas, brackets and braces outside of
-/// strings, and one.
+/// An upper bound of the number of values in a JSON text: its commas, brackets and braces outside of strings, plus one.
 pub(crate) fn values(json: &[u8]) -> u64 {
     let (mut in_string, mut escaped, mut values) = (false, false, 1);
     for byte in json {

@@ -111,7 +111,7 @@ pub(crate) fn run<C, T: Default + Send, E: Send>(
     };
     std::thread::scope(|scope| {
         for _ in 1..threads {
-            // The work is done without it.
+            // The other threads do the work.
             let _ = std::thread::Builder::new().spawn_scoped(scope, guarded);
         }
         guarded();
@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn results_come_in_order_and_few_are_under_way() {
+    fn results_come_in_order_and_few_are_pending() {
         for count in 1..6 {
             let mut seen = Vec::new();
             let live = std::sync::atomic::AtomicUsize::new(0);
@@ -177,7 +177,7 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "scoped thread panicked")]
-    fn a_panic_is_passed_on_and_nobody_waits_for_ever() {
+    fn a_panic_is_propagated_and_no_thread_waits_forever() {
         let first = std::sync::atomic::AtomicBool::new(true);
         let _ = run(
             1000,

@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_there_until_it_is_published() {
+    fn nothing_is_visible_until_it_is_published() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("out");
         let mut output = Output::create(&path, Existing::Keep).unwrap();
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn an_existing_file_is_replaced_in_one_step_when_asked() {
+    fn an_existing_file_is_replaced_in_one_step_on_request() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("out");
         std::fs::write(&path, b"old").unwrap();
@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_killed_writer_left_is_removed_and_nothing_else() {
+    fn only_files_of_a_killed_writer_are_removed() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("out");
         for name in [".out.1.tmp", ".out.2.tmp", ".out.x.tmp", ".outer.1.tmp"] {

@@ -1,8 +1,8 @@
 //! From guest memory to chunks: finds the pages that have to be stored and compresses them, on all
 //! cores.
 //!
-//! One task is one leaf of the index, 2 MiB of memory, so a chunk never crosses a leaf. Pages in front
-//! ([`HotPages`](crate::HotPages)) are packed before, in their own order, and left out of their leaves.
+//! One task is one leaf of the index, 2 MiB of memory, so a chunk never crosses a leaf. Pages at the front
+//! ([`HotPages`](crate::HotPages)) are packed first, in their own order, and left out of their leaves.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -26,7 +26,7 @@ pub(crate) struct PackedLeaf {
     pub(crate) pages: Vec<PageIndex>,
     /// Pages that have the bytes of another one, which comes before them.
     pub(crate) duplicates: Vec<(PageIndex, PageIndex)>,
-    /// Pages that are zero and are not so in the parent.
+    /// Pages that are zero here but not in the parent.
     pub(crate) cleared: Vec<PageIndex>,
 }
 
@@ -104,19 +104,18 @@ impl LeafTasks {
 /// examined.
 const PIECE_BYTES: usize = 128 << 10;
 
-/// What one thread packs with.
+/// The working data of one thread.
 pub(crate) struct Packer<'a> {
     memory: &'a dyn ReadAt,
     compressor: Compressor,
     chunk_pages: usize,
-    /// What the checksums of chunks begin with.
+    /// The start value of the checksums of chunks.
     seed: u32,
     dedupe: Option<&'a Dedupe>,
     parent: Option<(&'a dyn ParentPages, ChunkBuffer)>,
     /// Pages that are stored already.
     skip: Option<&'a HashSet<PageIndex>>,
-    /// The leaf's pages that are to be stored, end to end, as far as `gathered`; behind them room
-    /// for the rest of the leaf.
+    /// The leaf's pages to be stored, end to end, up to `gathered`; behind them space for the rest of the leaf.
     raw: Vec<u8>,
     gathered: usize,
     /// With dedupe: a hash of each of them.
@@ -158,7 +157,7 @@ impl<'a> Packer<'a> {
     }
 
     /// Reads and packs the given pages, at most those of one leaf, in the given order. `turn` is the number of this
-    /// among all tasks.
+    /// task among all tasks.
     pub(crate) fn pack_pages(
         &mut self,
         turn: usize,
@@ -174,8 +173,8 @@ impl<'a> Packer<'a> {
         self.encode(ticket, packed)
     }
 
-    /// Reads one leaf's memory and packs what has to be stored. Returns the number of bytes read. `turn` is the number
-    /// of this task.
+    /// Reads one leaf's memory and packs the pages that have to be stored. Returns the number of bytes read. `turn` is
+    /// the number of this task.
     pub(crate) fn pack(
         &mut self,
         turn: usize,
@@ -206,7 +205,7 @@ impl<'a> Packer<'a> {
         self.hashes.clear();
     }
 
-    /// Makes chunks of what was gathered.
+    /// Makes chunks of the gathered pages.
     fn encode(
         &mut self,
         ticket: Option<Ticket<'_>>,
@@ -224,11 +223,11 @@ impl<'a> Packer<'a> {
         Ok(())
     }
 
-    /// Reads a range and gathers the pages that are not zero or, with a parent, not as there.
+    /// Reads a range and gathers the pages that are not zero or, with a parent, differ from it.
     fn gather(&mut self, range: Range<u64>, packed: &mut PackedLeaf) -> Result<(), WriteError> {
         for source_offset in range.clone().step_by(PIECE_BYTES) {
             let len = (range.end - source_offset).min(PIECE_BYTES as u64);
-            // Straight to where its pages are to be, for most of them are kept.
+            // Directly to the final place of its pages, because most of them are kept.
             let start = self.gathered;
             let part = &mut self.raw[start..start + len as usize];
             self.memory
@@ -269,14 +268,14 @@ impl<'a> Packer<'a> {
         Ok(())
     }
 
-    /// Takes pages out that have the bytes of an earlier one.
+    /// Removes pages that have the bytes of an earlier one.
     fn drop_duplicates(
         &mut self,
         ticket: Ticket<'_>,
         packed: &mut PackedLeaf,
     ) -> Result<(), WriteError> {
-        // Others wait for this turn: the pages are compared after it. Whatever that finds, the
-        // page that was remembered is one that is stored.
+        // Other threads wait for this turn, so the pages are compared after it. With any result, the remembered page is
+        // a stored one.
         self.candidates.clear();
         ticket.take(|remember| {
             let pages = packed.pages.iter().zip(&self.hashes);

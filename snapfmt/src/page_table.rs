@@ -13,26 +13,26 @@ use crate::layer::Layer;
 use crate::layout::{ENTRY_BYTES, LEAF_PAGES, u64_at};
 use crate::read_at::ReadAt;
 
-/// Leaves so close to each other are read together rather than apart.
+/// Leaves this close to each other are read together.
 const LEAF_GAP_BYTES: u64 = 64 << 10;
 
 /// The merged index of some layers, top first.
 pub(crate) struct PageTable {
-    /// Position in `leaves`, plus one, of each leaf from `first_leaf` to the last that there is;
-    /// 0 for a leaf that no layer has. The kernel provides this memory, as zeros, when it is accessed: so a
-    /// sparse guest uses little memory for it.
+    /// Position in `leaves`, plus one, of each leaf from `first_leaf` to the last existing one; 0 for a leaf that no
+    /// layer has. The kernel provides this memory, as zeros, when it is accessed: so a sparse guest uses little memory
+    /// for it.
     positions: Vec<u32>,
     first_leaf: u32,
     leaves: Vec<(u32, OnceLock<Box<Leaf>>)>,
     pages: u64,
-    /// What a page is that no layer speaks of.
+    /// The entry of a page that is in no layer.
     absent: PageEntry,
 }
 
 struct Leaf {
-    /// As in the file, each checked when the leaf was read.
+    /// The entries in the file, each checked when the leaf was read.
     entries: [u64; LEAF_PAGES],
-    /// Which layer each entry is of; `None`: all of the top one.
+    /// The layer of each entry; `None`: all are of the top layer.
     layers: Option<Box<[u16; LEAF_PAGES]>>,
 }
 
@@ -120,8 +120,8 @@ impl PageTable {
     ) -> Result<(), ReadError> {
         for position in positions {
             let (number, kept) = &self.leaves[position];
-            // Not kept, or a pass over all leaves would hold the whole index in memory: of a
-            // forged file, which may list leaves that are holes, more than its own size on disk.
+            // The leaf is not kept. Otherwise a pass over all leaves would hold the whole index in memory, which may be
+            // larger than a forged file on disk, whose leaves may be holes.
             let merged;
             let leaf = match kept.get() {
                 Some(leaf) => leaf,
@@ -159,7 +159,7 @@ impl PageTable {
             return Ok(leaf);
         }
         let merged = Box::new(merge(layers, *number)?);
-        // Two threads may both have merged it: the result is the same, the first to come is kept.
+        // Two threads may both have merged it: the result is the same, and the first one is kept.
         Ok(leaf.get_or_init(|| merged))
     }
 }
@@ -172,7 +172,7 @@ impl Leaf {
                 PageEntry::Data { chunk: chunk.in_layer(layer), slot }
             }
             Ok(entry) => entry,
-            // Checked when the leaf was read; and never a silent zero.
+            // Checked when the leaf was read. An error must not become a zero page.
             Err(_) => PageEntry::Parent,
         }
     }

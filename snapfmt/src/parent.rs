@@ -22,10 +22,10 @@ use crate::read_at::ReadAt;
 use crate::section::SectionKind;
 use crate::snapshot::Snapshot;
 
-/// Most layers in one chain: each is an open file, and a guard against parents without end.
+/// Most layers in one chain. Each is an open file, and a file may claim any number of parents.
 pub(crate) const MAX_LAYERS: usize = 256;
 
-/// What a layer stores about its parent.
+/// The information about its parent in a layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ParentHint {
@@ -109,13 +109,13 @@ impl<R: ReadAt> ParentPages for Snapshot<R> {
     }
 }
 
-/// Where to look for the parents of a layer, beside the place that the layer itself names.
+/// Where to search for the parents of a layer, besides the path in the layer itself.
 #[derive(Clone, Debug, Default)]
 pub struct Parents {
-    /// Files that may be parents, for any layer of the chain; the first one that fits is taken.
+    /// Files that may be parents, for any layer of the chain; the first matching one is used.
     pub files: Vec<PathBuf>,
-    /// Folders in which a parent is searched, first by the name that the layer stores. If there is no such parent, it is
-    /// searched by its id in the first 4 KiB of the folders' files, of 4096 files at most.
+    /// Folders in which a parent is searched, first by the name that the layer stores. If there is no such parent, it
+    /// is searched by its id in the first 4 KiB of the folders' files, of 4096 files at most.
     pub folders: Vec<PathBuf>,
 }
 
@@ -124,7 +124,7 @@ impl Parents {
     pub(crate) fn open_chain(&self, path: &Path) -> Result<Vec<Layer<File>>, ReadError> {
         let mut layers = vec![open(path)?];
         let mut child = path.to_owned();
-        // Read once for the whole chain, if a parent is not where it should be.
+        // Read once for the whole chain, if a parent is not at its path.
         let catalogue = OnceCell::new();
         loop {
             let number = layers.len() - 1;
@@ -145,8 +145,8 @@ impl Parents {
         Ok(layers)
     }
 
-    /// The first file, of those that are there, that is the parent. If none is: why the first one
-    /// that was there is not, or that there was none.
+    /// The first existing file that is the parent. If none is: the error of the first existing file, or that none
+    /// exists.
     fn find(
         &self,
         child: &Path,
@@ -158,7 +158,7 @@ impl Parents {
         let in_folders = self.folders.iter().map(|folder| folder.join(name));
         let places: Vec<_> = self.files.iter().cloned().chain([beside]).chain(in_folders).collect();
         let there = places.iter().map(PathBuf::as_path).filter(|place| place.is_file());
-        // Only looked for if it is at none of those places.
+        // Searched only if it is at none of those places.
         let by_id = std::iter::once_with(|| {
             let catalogue = catalogue.get_or_init(|| Catalogue::read(&self.folders));
             catalogue.find(hint).filter(|found| places.iter().all(|place| place != found))

@@ -29,8 +29,8 @@ pub trait ReadAt: Send + Sync {
     /// Whatever the storage reports.
     fn len_bytes(&self) -> io::Result<u64>;
 
-    /// A stamp that changes when the storage is written to, without reading the content. The default is `None`: there is
-    /// no such stamp.
+    /// A stamp that changes when the storage is written to, without reading the content. The default is `None`: there
+    /// is no such stamp.
     ///
     /// # Errors
     /// Whatever the storage reports.
@@ -41,8 +41,8 @@ pub trait ReadAt: Send + Sync {
     /// Announces that these bytes will be read soon, so that slow storage can begin. The default does nothing.
     fn expect(&self, _bytes: Range<u64>) {}
 
-    /// Whether the byte at `offset` can be read without waiting for slower storage below, such as a disk under the page cache. Asking
-    /// may make it so a little later. `None`, unless it is overridden, where that is not known.
+    /// Whether the byte at `offset` can be read without waiting for slower storage below, such as a disk under the page
+    /// cache. The question itself may start a read. `None` means unknown, and is the default.
     fn is_cached(&self, _offset: u64) -> Option<bool> {
         None
     }
@@ -82,7 +82,7 @@ impl ReadAt for File {
     fn expect(&self, bytes: Range<u64>) {
         let len = bytes.end.checked_sub(bytes.start).and_then(NonZeroU64::new);
         if let Some(len) = len {
-            // Where that is not possible, it takes its time.
+            // If that is not possible, reads only take longer.
             let _ = rustix::fs::fadvise(self, bytes.start, Some(len), Advice::WillNeed);
         }
     }
@@ -101,13 +101,13 @@ impl ReadAt for File {
     fn release(&self, bytes: Range<u64>) {
         let len = bytes.end.checked_sub(bytes.start).and_then(NonZeroU64::new);
         if let Some(len) = len {
-            // Where that is not possible, they stay.
+            // If that is not possible, the pages stay cached.
             let _ = rustix::fs::fadvise(self, bytes.start, Some(len), Advice::DontNeed);
         }
     }
 
-    /// The kernel keeps what was read last, and how far it reads ahead, for each open file (`struct file_ra_state`). Needs
-    /// `/proc`, and leave to open the file again.
+    /// The kernel keeps the position of the last read, and the length of its read-ahead, for each open file (`struct
+    /// file_ra_state`). This needs `/proc`, and the permission to open the file again.
     fn in_order(&self) -> Option<Box<dyn ReadAt>> {
         let again = File::open(format!("/proc/self/fd/{}", self.as_raw_fd())).ok()?;
         // Readers announce what they will read: see `expect`. The kernel's own read-ahead is up to 16 MiB, and other
@@ -209,7 +209,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_is_read_in_order_by_a_way_of_its_own() {
+    fn a_file_is_read_in_order_through_its_own_handle() {
         let mut file = tempfile::tempfile().expect("a file");
         file.write_all(b"0123456789").expect("it is written");
         let again = Arc::new(file).in_order().expect("there is /proc");

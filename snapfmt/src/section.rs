@@ -1,4 +1,4 @@
-//! The section table: what parts a file has, where they are and their checksums.
+//! The section table: the parts of a file, their places and their checksums.
 
 use std::fmt;
 
@@ -23,7 +23,7 @@ impl SectionKind {
     pub const MEMORY_MAP: Self = Self(4);
     /// State of the virtual machine, opaque to this crate.
     pub const STATE: Self = Self(5);
-    /// What the file is and where it comes from, as JSON.
+    /// A description of the file and its origin, as JSON.
     pub const METADATA: Self = Self(6);
     /// Which pages a restored guest touches, and how soon: a hint.
     pub const WORKING_SET: Self = Self(7);

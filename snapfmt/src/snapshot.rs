@@ -60,11 +60,11 @@ impl Snapshot<File> {
         Self::open_with(path, &Parents::default())
     }
 
-    /// Opens a snapshot file, and of a layer also its parents, looked for in more places.
+    /// Opens a snapshot file, and the parents of a layer, which are searched in more places.
     ///
     /// # Errors
-    /// [`ReadError::Io`] when a file cannot be opened or read, [`ReadError::Chain`] when a parent
-    /// is missing or is not the one, otherwise as [`Snapshot::new`].
+    /// [`ReadError::Io`] when a file cannot be opened or read, [`ReadError::Chain`] when a parent is missing or does
+    /// not match, otherwise as [`Snapshot::new`].
     pub fn open_with(path: impl AsRef<Path>, parents: &Parents) -> Result<Self, ReadError> {
         Self::of_layers(parents.open_chain(path.as_ref())?)
     }
@@ -74,13 +74,12 @@ impl<R: ReadAt> Snapshot<R> {
     /// Opens a snapshot in any storage.
     ///
     /// # Memory
-    /// Whatever a file claims, an open snapshot takes at most 4 bytes for each 2 MiB of the guest's
-    /// memory between the first and the last page that is stored (32 MiB for the 16 TiB that are
-    /// the most there can be; zeroed, so only touched where there are pages) and 64 bytes for each 2 MiB that its index lists, and 48 bytes for each region
-    /// of its memory map, of which there is at most one for each 2 MiB of memory, or 1024. A look-up keeps the leaf
-    /// it has used: 4 KiB, in a chain 5 KiB. Passes over all pages keep no leaves. A
-    /// [`ChunkBuffer`] grows to at most 7 MiB, [`Snapshot::state`] takes 64 MiB at most, and
-    /// [`Snapshot::metadata`] 16 MiB for the worst JSON.
+    /// For any claims in a file, an open snapshot takes at most 4 bytes for each 2 MiB of the guest's memory between
+    /// the first and the last page that is stored (32 MiB for the maximum of 16 TiB; zeroed, so only touched where
+    /// there are pages) and 64 bytes for each 2 MiB that its index lists, and 48 bytes for each region of its memory
+    /// map, of which there is at most one for each 2 MiB of memory, or 1024. A look-up keeps the leaf it has used: 4
+    /// KiB, in a chain 5 KiB. Passes over all pages keep no leaves. A [`ChunkBuffer`] grows to at most 7 MiB,
+    /// [`Snapshot::state`] takes 64 MiB at most, and [`Snapshot::metadata`] 16 MiB for the worst JSON.
     ///
     /// # Errors
     /// [`ReadError`], with section, offset, expected and found, when the storage fails, the bytes
@@ -142,7 +141,7 @@ impl<R: ReadAt> Snapshot<R> {
         self.layers.iter().map(|layer| &layer.header)
     }
 
-    /// What the file stores about its parent, if it is a layer.
+    /// The file's information about its parent, if it is a layer.
     ///
     /// # Errors
     /// [`ReadError`] when the section is damaged.
@@ -165,7 +164,7 @@ impl<R: ReadAt> Snapshot<R> {
         &self.top().storage
     }
 
-    /// Where the file, its parent, and so on are; `None` for what was not opened by path.
+    /// The paths of the file, its parent, and so on; `None` for storage that was not opened by path.
     pub fn paths(&self) -> impl ExactSizeIterator<Item = Option<&Path>> {
         self.layers.iter().map(|layer| layer.path.as_deref())
     }
@@ -258,8 +257,8 @@ impl<R: ReadAt> Snapshot<R> {
     /// two halves; the second is [`Snapshot::decode_chunk`].
     ///
     /// # Errors
-    /// [`ReadError::Io`] when the storage fails, [`ReadError::Changed`] when the file was written to since it was opened and
-    /// the checksums of its chunks do not begin with the id of their snapshot.
+    /// [`ReadError::Io`] when the storage fails, [`ReadError::Changed`] when the file was written to since it was
+    /// opened and the checksums of its chunks do not begin with the id of their snapshot.
     pub fn fetch_chunk(
         &self,
         extent: ChunkExtent,
@@ -273,7 +272,7 @@ impl<R: ReadAt> Snapshot<R> {
             .map_err(|error| layer.named(extent.layer().into(), error))
     }
 
-    /// As [`Snapshot::fetch_chunk`], for chunks that are needed one after the other. It also reads what follows the
+    /// As [`Snapshot::fetch_chunk`], for chunks that are needed one after the other. It also reads the bytes behind the
     /// chunk, up to the offset `until` of its file but at most [`READ_AHEAD_BYTES`], so that the following chunks are
     /// not read again. Returns the number of bytes that were read now.
     ///
@@ -304,9 +303,8 @@ impl<R: ReadAt> Snapshot<R> {
     /// read for the same `extent`.
     ///
     /// # Errors
-    /// [`ReadError::Corrupt`], of a layer's parent in [`ReadError::InParent`], when the chunk is
-    /// damaged, of another snapshot, or another one was fetched; [`ReadError::Changed`] when the storage was written to since it
-    /// was opened.
+    /// [`ReadError::Corrupt`], of a layer's parent in [`ReadError::InParent`], when the chunk is damaged, of another
+    /// snapshot, or not the fetched one; [`ReadError::Changed`] when the storage was written to since it was opened.
     pub fn decode_chunk<'b>(
         &self,
         extent: ChunkExtent,
@@ -357,7 +355,7 @@ impl<R: ReadAt> Snapshot<R> {
                 self.slot_of(page, slot, &chunk).map(Some)
             }
             PageEntry::Zero => Ok(None),
-            // `of_layers` has seen to it that the last layer is complete.
+            // `of_layers` has checked that the last layer is complete.
             PageEntry::Parent => Err(ChainError::ParentNeeded { id: self.header().id }.into()),
         }
     }

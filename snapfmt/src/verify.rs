@@ -22,7 +22,7 @@ const CHUNKS_PER_TASK: usize = 64;
 /// Called with the offset and the bytes of each block of a part of the file.
 type OnBlock<'a> = &'a mut dyn FnMut(u64, &[u8]) -> Result<(), ReadError>;
 
-/// What [`Snapshot::verify`] has looked at.
+/// What [`Snapshot::verify`] has checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Verified {
@@ -59,9 +59,9 @@ impl<R: ReadAt> Snapshot<R> {
         each.collect()
     }
 
-    /// Reads the whole file, but not its parents, and checks all there is to check, so that a flip of any byte is
-    /// noticed: all checksums, padding, that each chunk decodes, that each slot belongs to the
-    /// page that it was stored for, and that the counts in the header are right.
+    /// Reads the whole file, but not its parents, and checks everything in it, so that a flip of any byte is detected:
+    /// all checksums, padding, that each chunk decodes, that each slot belongs to the page that it was stored for, and
+    /// that the counts in the header are right.
     ///
     /// # Errors
     /// The first [`ReadError`] in file order.
@@ -104,13 +104,13 @@ fn verify<R: ReadAt>(
     expect("stored_pages", stored_pages, header.stored_pages)?;
     expect("data_pages", data_pages, header.data_pages)?;
     expect("parent_pages", parent_pages, header.parent_pages)?;
-    // It is not said to be good of a file that is another one by now.
+    // A file that was replaced meanwhile must not be reported as good.
     layer.unchanged()?;
     report(total_bytes)?;
     Ok(Verified { file_bytes: total_bytes, chunks: chunks.len() as u64, stored_pages, data_pages })
 }
 
-/// One file, looked at alone: its parents, if it has any, are verified on their own.
+/// Verifies one file alone: its parents, if it has any, are verified separately.
 struct Verifier<'a, R> {
     layer: &'a Layer<R>,
     table: PageTable,
@@ -154,8 +154,8 @@ impl<R: ReadAt> Verifier<'_, R> {
         let table = self.layer.header.table_offset;
         let section = section::only(&self.layer.sections, SectionKind::CHUNKS, table)?;
         let part = Part::Section(SectionKind::CHUNKS);
-        // Grows with the chunks that are found: neither the header's count nor the length of the
-        // section, which may be a hole of terabytes, is believed.
+        // Grows with the chunks that are found: neither the header's count nor the length of the section, which may be
+        // a hole of terabytes, is trusted.
         let mut chunks = Vec::new();
         let mut offset = section.offset;
         while offset < section.end() {
@@ -201,7 +201,7 @@ impl<R: ReadAt> Verifier<'_, R> {
             |buffer, task, result: &mut Option<Result<(u64, u64), ReadError>>| {
                 let first = task * CHUNKS_PER_TASK;
                 let batch = &chunks[first..(first + CHUNKS_PER_TASK).min(chunks.len())];
-                // An error is handed to the sink, which sees the first one in file order.
+                // An error is passed to the sink, which gets the first one in file order.
                 *result = Some(batch.iter().try_fold((0, 0), |(_, pages), (extent, _)| {
                     Ok((extent.end(), pages + self.chunk(*extent, buffer)?))
                 }));
@@ -259,7 +259,7 @@ impl<R: ReadAt> Verifier<'_, R> {
         Ok(())
     }
 
-    /// A working set lists no page twice: what opens the file only looks that it is bounded.
+    /// A working set lists no page twice. Opening the file only checks its limits.
     fn working_set(&self) -> Result<(), ReadError> {
         let Some(set) = self.layer.working_set()? else { return Ok(()) };
         let mut runs = set.runs().to_vec();

@@ -1,7 +1,7 @@
 //! The working set: which pages a restored guest touched, in what order and how soon.
 //!
-//! It is a hint. A wrong one costs time and never a wrong page, so it is bounded and checked for what its
-//! users rely on, and no more.
+//! It is a hint. A wrong one costs time and never a wrong page, so only its limits and the properties that its users
+//! rely on are checked.
 
 use std::collections::HashMap;
 
@@ -34,7 +34,7 @@ impl Phase {
     pub const ALL: [Self; 4] =
         [Self::FirstOutput, Self::First100Ms, Self::FirstSecond, Self::Later];
 
-    /// Name as it is printed.
+    /// The printed name.
     pub fn name(self) -> &'static str {
         match self {
             Self::FirstOutput => "before the first output",
@@ -84,7 +84,7 @@ impl WorkingSet {
                 let at = (*phase, place);
                 let known = pages.entry(*page).or_insert((at, 0));
                 known.0 = known.0.min(at);
-                // Twice in one restore counts once, if it counts at all.
+                // A page that is listed twice for one restore counts once.
                 if u32::from(known.1) < count {
                     known.1 = known.1.saturating_add(1);
                 }
@@ -111,7 +111,7 @@ impl WorkingSet {
         Self { restores: count, runs }
     }
 
-    /// How many restores were watched.
+    /// How many restores were recorded.
     pub fn restores(&self) -> u32 {
         self.restores
     }
@@ -129,12 +129,12 @@ impl WorkingSet {
         })
     }
 
-    /// How many pages it has.
+    /// The number of its pages.
     pub fn len(&self) -> u64 {
         self.runs.iter().map(|run| u64::from(run.pages)).sum()
     }
 
-    /// Whether no page is in it.
+    /// Whether it has no pages.
     pub fn is_empty(&self) -> bool {
         self.runs.is_empty()
     }
@@ -148,7 +148,7 @@ impl WorkingSet {
         pages
     }
 
-    /// Refuses a set that does not fit to memory of so many pages.
+    /// Refuses a set that does not fit memory of this many pages.
     pub(crate) fn check(&self, memory_pages: u64) -> Result<(), WriteError> {
         let beyond = self.runs.iter().map(|run| u64::from(run.first.0) + u64::from(run.pages));
         match beyond.max() {
@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_in_the_section_is_left_out() {
+    fn runs_that_do_not_fit_in_the_section_are_left_out() {
         let scattered: Vec<_> =
             (0..MAX_RECORDS as u32 + 5).map(|at| (PageIndex(2 * at), Phase::Later)).collect();
         let set = WorkingSet::join([&scattered[..]]);
@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_version_is_no_set_and_a_bad_one_is_named() {
+    fn an_unknown_version_is_ignored_and_a_bad_set_is_named() {
         let set = WorkingSet::join([&pages(&[(3, Phase::FirstSecond), (5, Phase::Later)])[..]]);
         let good = set.encode();
         let parse = |change: &dyn Fn(&mut Vec<u8>)| {
@@ -293,7 +293,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_was_joined_is_read_back(
+        fn a_joined_set_is_read_back(
             touched in prop::collection::vec((0u32..500, 0usize..4), 0..200),
         ) {
             let touched: Vec<_> =

@@ -1,52 +1,51 @@
-//! Writing to the disk while there is still more to compress, so that little is left to wait for
-//! when the file is synced at its end.
+//! Writing to the disk while there is still more to compress, so that the sync at the end is short.
 
 use std::fs::File;
 use std::io;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
-/// Number of new bytes after which the kernel is asked to begin to write them.
+/// Number of new bytes after which the kernel starts to write them.
 const STEP_BYTES: u64 = 16 << 20;
 
 /// A thread that syncs a file now and then.
 #[derive(Debug)]
 pub(crate) struct Writeback {
-    tell: SyncSender<()>,
+    requests: SyncSender<()>,
     thread: JoinHandle<io::Result<()>>,
-    told_at: u64,
+    requested_at: u64,
 }
 
 impl Writeback {
     pub(crate) fn start(file: &File) -> io::Result<Self> {
         let file = file.try_clone()?;
-        let (tell, told) = sync_channel(1);
-        let sync = move || sync_when(&told, &file);
+        let (requests, received) = sync_channel(1);
+        let sync = move || sync_when(&received, &file);
         let thread = std::thread::Builder::new().name("writeback".into()).spawn(sync)?;
-        Ok(Self { tell, thread, told_at: 0 })
+        Ok(Self { requests, thread, requested_at: 0 })
     }
 
-    /// The file is this long by now.
+    /// The present length of the file.
     pub(crate) fn reached(&mut self, len: u64) {
-        if len >= self.told_at + STEP_BYTES {
-            self.told_at = len;
+        if len >= self.requested_at + STEP_BYTES {
+            self.requested_at = len;
             // A thread that is busy or has failed needs no request.
-            let _ = self.tell.try_send(());
+            let _ = self.requests.try_send(());
         }
     }
 
     /// Waits for the thread. The kernel reports a failed write only once, to the first call that
     /// syncs. So an error of the thread is an error of the file.
     pub(crate) fn finish(self) -> io::Result<()> {
-        drop(self.tell);
+        drop(self.requests);
         self.thread
             .join()
             .unwrap_or_else(|_| Err(io::Error::other("the writeback thread panicked")))
     }
 }
 
-fn sync_when(told: &Receiver<()>, file: &File) -> io::Result<()> {
-    while told.recv().is_ok() {
+fn sync_when(received: &Receiver<()>, file: &File) -> io::Result<()> {
+    while received.recv().is_ok() {
         file.sync_data()?;
     }
     Ok(())

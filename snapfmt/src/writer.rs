@@ -32,15 +32,15 @@ use crate::read_at::ReadAt;
 use crate::section::{Section, SectionKind};
 use crate::snapshot::StateBlob;
 
-/// What goes into a snapshot.
+/// The content of a snapshot.
 #[non_exhaustive]
 pub struct Contents<'a> {
     /// The guest's memory regions, in source order.
     pub regions: &'a [MemoryRegion],
     /// The guest's memory, read by source offset. It must not change while it is written.
     pub memory: &'a dyn ReadAt,
-    /// The parts of memory that may be other than zero, as source offsets in bytes, in any order;
-    /// nothing else is read. For a memfd: what SEEK_DATA finds.
+    /// The parts of memory that may not be zero, as source offsets in bytes, in any order; no other memory is read. For
+    /// a memfd: the ranges that SEEK_DATA finds.
     pub data: &'a [Range<u64>],
     /// States of the virtual machine, opaque. Each has another tag.
     pub states: &'a [StateBlob],
@@ -150,18 +150,18 @@ impl WriteOptions {
     }
 }
 
-/// How much of a long operation is done.
+/// The progress of a long operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Progress {
     /// Bytes done.
     pub done_bytes: u64,
-    /// Bytes in all.
+    /// All bytes.
     pub total_bytes: u64,
 }
 
 impl Progress {
-    /// So many bytes of so many.
+    /// Bytes done, of all bytes.
     #[must_use]
     pub fn new(done_bytes: u64, total_bytes: u64) -> Self {
         Self { done_bytes, total_bytes }
@@ -207,7 +207,7 @@ pub fn write_layer(
     write(path.as_ref(), contents, Some(parent), None, options, progress)
 }
 
-/// Writes a snapshot, or with a parent a layer, with a working set. It may put the pages of the set in front: see
+/// Writes a snapshot, or with a parent a layer, with a working set. It may put the pages of the set at the front: see
 /// [`HotPages`].
 ///
 /// # Errors
@@ -316,7 +316,7 @@ fn check_limits(
     Ok(())
 }
 
-/// Appends to the output and keeps the books: sections, index, counts.
+/// Appends to the output and records sections, index and counts.
 pub(crate) struct FileBuilder<'a> {
     output: &'a mut Output,
     /// The id that the file gets.
@@ -328,7 +328,7 @@ pub(crate) struct FileBuilder<'a> {
     storage: StorageUse,
     data_pages: u64,
     cleared_pages: u64,
-    /// Entries of the pages in front, until their leaves are written.
+    /// Entries of the pages at the front, until their leaves are written.
     hot: BTreeMap<PageIndex, PageEntry>,
     working_set: Option<Vec<u8>>,
 }
@@ -553,6 +553,6 @@ pub(crate) fn encoded(metadata: &Metadata) -> Result<Vec<u8>, WriteError> {
 }
 
 fn unix_ms() -> u64 {
-    // A clock before 1970 is not worth an error here.
+    // A clock before 1970 is no error here.
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }

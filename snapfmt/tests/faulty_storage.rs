@@ -1,5 +1,5 @@
-//! Storage that fails: at every single read in turn, the answer is an error that names the part and
-//! the place, or the right bytes; and when the storage works again, so does the same snapshot.
+//! Storage that fails: at every single read in turn, the result is an error with the part and the place, or the right
+//! bytes. When the storage works again, so does the same snapshot.
 
 use std::io;
 use std::num::NonZeroUsize;
@@ -15,20 +15,20 @@ use snapfmt::{
 
 const EIO: i32 = 5;
 
-/// What goes wrong with one read.
+/// The fault of one read.
 #[derive(Clone, Copy, Debug)]
 enum Fault {
     /// The storage fails after it has written nonsense into half of the buffer.
     Eio,
     /// The storage ends early.
     Short,
-    /// It takes its time.
+    /// The read is slow.
     Slow,
-    /// One bit of what was read is wrong, this once; by its place in the buffer, in 64ths.
+    /// One bit of this read is wrong, at this place in the buffer, in 64ths.
     Flip(usize),
 }
 
-/// A file in memory, of which one read goes wrong.
+/// A file in memory, of which one read fails.
 struct Faulty {
     bytes: Vec<u8>,
     state: Mutex<State>,
@@ -36,11 +36,11 @@ struct Faulty {
 
 #[derive(Default)]
 struct State {
-    /// The fault, and how many reads it still waits for.
+    /// The fault, and the number of reads before it.
     armed: Option<(u32, Fault)>,
     /// Reads so far.
     reads: u32,
-    /// Offset and length of the read that went wrong.
+    /// Offset and length of the read that failed.
     struck: Option<(u64, u64)>,
 }
 
@@ -49,12 +49,12 @@ impl Faulty {
         Self { bytes: bytes.to_vec(), state: Mutex::default() }
     }
 
-    /// Lets the read after `reads` good ones go wrong, and the ones after it go well.
+    /// Makes the read after `reads` good ones fail. The ones after it succeed.
     fn arm(&self, reads: u32, fault: Fault) {
         *self.state.lock().unwrap() = State { armed: Some((reads, fault)), ..State::default() };
     }
 
-    /// Reads since the last time, and the one that went wrong.
+    /// Reads since the last call, and the one that failed.
     fn disarm(&self) -> (u32, Option<(u64, u64)>) {
         let state = std::mem::take(&mut *self.state.lock().unwrap());
         (state.reads, state.struck)
@@ -170,7 +170,7 @@ const OPERATIONS: [(&str, Operation); 6] = [
     ("load", |snapshot, memory| {
         let loaded = Mutex::new(0);
         let place = |offset: u64, bytes: &[u8]| {
-            // Also when the operation fails afterwards: what was handed out is right.
+            // Even if the operation fails afterwards, the bytes that were passed are right.
             assert!(memory[offset as usize..][..bytes.len()] == *bytes);
             *loaded.lock().unwrap() += bytes.len() / PAGE_BYTES;
         };
@@ -210,7 +210,7 @@ fn part_at(file: &[u8], offset: u64) -> Part {
     }
 }
 
-/// Whether the answer is one that a read which went wrong in this way may have.
+/// Whether the result is allowed after a read with this fault.
 #[track_caller]
 fn check(file: &[u8], fault: Fault, struck: (u64, u64), result: Result<(), ReadError>) {
     let expected_part = part_at(file, struck.0);
@@ -265,7 +265,7 @@ fn a_fault_at_any_read_while_opening_is_named() {
 }
 
 #[test]
-fn a_fault_at_any_read_of_any_operation_is_named_and_forgotten() {
+fn a_fault_at_any_read_of_any_operation_is_named_and_not_kept() {
     let memory = memory();
     for codec in codecs() {
         let file = file(codec, &memory);
@@ -282,7 +282,7 @@ fn a_fault_at_any_read_of_any_operation_is_named_and_forgotten() {
                     };
                     struck_reads += 1;
                     check(&file, fault, struck, result);
-                    // The fault is gone: nothing of it was kept.
+                    // The fault is over: nothing of it was kept.
                     operation(&snapshot, &memory)
                         .unwrap_or_else(|error| panic!("{codec} {name} again: {error:?}"));
                 }
@@ -292,7 +292,7 @@ fn a_fault_at_any_read_of_any_operation_is_named_and_forgotten() {
     }
 }
 
-/// A leaf is kept once it was read: a bad one must not be, neither as it is nor as zeros.
+/// A leaf is kept after it was read. A bad one must not be kept, neither unchanged nor as zeros.
 #[test]
 fn a_leaf_that_could_not_be_read_is_read_again() {
     let memory = memory();
@@ -308,10 +308,10 @@ fn a_leaf_that_could_not_be_read_is_read_again() {
     }
 }
 
-/// A buffer may remember the chunk that it holds: never one that could not be read, and it must
-/// not take a chunk for the one that it held before.
+/// A buffer may remember the chunk that it holds. It must not remember one that could not be read, nor mistake a chunk
+/// for the one that it held before.
 #[test]
-fn a_buffer_in_which_a_chunk_failed_is_good_again() {
+fn a_buffer_in_which_a_chunk_failed_is_usable_again() {
     let memory = memory();
     for codec in codecs() {
         let file = file(codec, &memory);
@@ -340,7 +340,7 @@ fn a_buffer_in_which_a_chunk_failed_is_good_again() {
     }
 }
 
-/// One thread's fault is not another's.
+/// A fault in one thread does not affect another one.
 #[test]
 fn only_the_reader_whose_read_failed_sees_an_error() {
     let memory = memory();

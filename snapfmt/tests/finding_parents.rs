@@ -1,4 +1,4 @@
-//! A parent that has another name now is found by its id in the folders that are searched, whatever else is in them.
+//! A renamed parent is found by its id in the folders that are searched, with any other files in them.
 
 use std::fs::File;
 use std::ops::ControlFlow;
@@ -85,12 +85,12 @@ fn parents_that_were_renamed_are_found_by_their_ids() {
     store(&chain.elsewhere("z"), 1, None);
     assert_eq!(chain.paths(), [chain.files[2].clone(), middle.clone(), base.clone()]);
 
-    // Where the layer says, or under its name, it is looked for first.
+    // The path in the layer, and its name, are tried first.
     std::fs::copy(&middle, chain.elsewhere("middle.snap")).unwrap();
     assert_eq!(chain.paths()[1], chain.elsewhere("middle.snap"));
     std::fs::copy(&middle, &chain.files[1]).unwrap();
     assert_eq!(chain.paths()[1], chain.files[1]);
-    // One in its place that is another one is passed over.
+    // Another snapshot at its path is skipped.
     store(&chain.files[0], 1, None);
     assert_eq!(chain.paths()[2], base);
 
@@ -103,7 +103,7 @@ fn parents_that_were_renamed_are_found_by_their_ids() {
 
 /// Only the folders that the user names are searched, and not those in them.
 #[test]
-fn a_parent_that_is_in_none_of_the_folders_is_not_found() {
+fn a_parent_outside_of_the_folders_is_not_found() {
     let chain = Chain::new();
     let deeper = chain.elsewhere("deeper");
     std::fs::create_dir(&deeper).unwrap();
@@ -112,14 +112,14 @@ fn a_parent_that_is_in_none_of_the_folders_is_not_found() {
     let text = not_found(chain.open());
     let folder = chain.elsewhere.path().display().to_string();
     assert!(text.contains("middle.snap") && text.contains("by its id, in the files of"), "{text}");
-    assert!(text.contains(&folder) && text.ends_with("say where it is"), "{text}");
+    assert!(text.contains(&folder) && text.ends_with("give its path"), "{text}");
     let text = not_found(Snapshot::open(&chain.files[2]));
     assert!(!text.contains("by its id"), "{text}");
 }
 
 /// The files in such a folder are not trusted. Opening them never blocks, and no other file is mistaken for the parent.
 #[test]
-fn other_things_in_a_folder_do_no_harm() {
+fn other_files_in_a_folder_do_no_harm() {
     let chain = Chain::new();
     let good = std::fs::read(&chain.files[1]).unwrap();
     std::fs::remove_file(&chain.files[1]).unwrap();
@@ -149,7 +149,7 @@ fn other_things_in_a_folder_do_no_harm() {
     let ReadError::Chain(ChainError::Parent { path, source }) = error else { panic!("{error:?}") };
     assert_eq!(path, chain.elsewhere("b1.snap"));
     assert!(matches!(*source, ReadError::Corrupt(_)), "{source:?}");
-    // And if there is a whole one behind it, that is the parent; also by a link.
+    // A complete one behind it is the parent, also through a link.
     let by_hash = chain.folder.path().join("by-hash");
     std::fs::write(&by_hash, &good).unwrap();
     symlink(&by_hash, chain.elsewhere("link")).unwrap();
@@ -157,7 +157,7 @@ fn other_things_in_a_folder_do_no_harm() {
 }
 
 #[test]
-fn only_so_many_files_are_looked_into() {
+fn the_number_of_files_read_is_limited() {
     let chain = Chain::new();
     for number in 0..4096 {
         std::fs::write(chain.elsewhere(&format!("{number:04}")), b"nothing").unwrap();
@@ -165,7 +165,7 @@ fn only_so_many_files_are_looked_into() {
     std::fs::rename(&chain.files[0], chain.elsewhere("x")).unwrap();
     let text = not_found(chain.open());
     assert!(text.contains("in the first 4096 files of"), "{text}");
-    // By its name it is found all the same, and so is one that is called a snapshot.
+    // It is found by its name, and so is one with the extension `.snap`.
     std::fs::rename(chain.elsewhere("x"), chain.elsewhere("x.snap")).unwrap();
     assert_eq!(chain.paths()[2], chain.elsewhere("x.snap"));
     std::fs::rename(chain.elsewhere("x.snap"), chain.elsewhere("base.snap")).unwrap();

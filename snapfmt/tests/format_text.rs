@@ -1,4 +1,4 @@
-//! What `docs/format.md` shows is what the library writes.
+//! `docs/format.md` agrees with what the library writes.
 
 use std::ops::ControlFlow;
 
@@ -35,7 +35,7 @@ fn the_worked_hexdump_is_a_real_file() {
             assert!(expected.is_none_or(|byte| byte == found), "{:#x}: {found:#x}", offset + at);
         }
     }
-    // "chunks_id to 0xa7, here the id at 0x28", and the body's checksum as the text says.
+    // "chunks_id to 0xa7, here the id at 0x28", and the body's checksum as in the text.
     assert_eq!(file[0x98..0xa8], file[0x28..0x38]);
     let body_crc = crc32fast::hash(&[&file[0x98..0xa8], &file[0x1020..0x2040]].concat());
     assert_eq!(file[0x100c..0x1010], body_crc.to_le_bytes());

@@ -1,7 +1,7 @@
 //! The fuzz targets on a stable compiler: every seed, and some thousand mutations of them.
 //!
-//! `SNAP_FUZZ_RUNS` sets another number of mutations. `docs/testing.md` says how to run the same
-//! targets under libFuzzer.
+//! `SNAP_FUZZ_RUNS` sets another number of mutations. `docs/testing.md` describes how to run the same targets under
+//! libFuzzer.
 #![cfg(feature = "zstd")]
 
 #[path = "../fuzz/harness/mod.rs"]
@@ -46,7 +46,7 @@ fn run(target: &str, default_runs: usize, body: fn(&[u8])) {
         let shown = OnPanic { target, number, input: &input };
         body(&input);
         drop(shown);
-        // A bounded pool in which mutations pile up: old ones make room, the seeds stay.
+        // A bounded pool of mutations: old ones are replaced, the seeds stay.
         if number >= seeds && input.len() < 1 << 16 {
             if inputs.len() < seeds + 256 {
                 inputs.push(input);
@@ -91,7 +91,7 @@ fn templates_and_forged_files_are_good_until_they_are_changed() {
         let mut sealed = template.to_vec();
         harness::seal::seal(&mut sealed, 0xff);
         assert!(sealed == template);
-        // And each kind of checksum is made right after a change under it.
+        // Each kind of checksum is corrected after a change under it.
         let parts = harness::seal::parts(template);
         for (part, which) in [(0, 16), (2, 17), (3, 2 | 4 | 8 | 16), (5, 4 | 8 | 16)] {
             let mut damaged = template.to_vec();
@@ -117,8 +117,8 @@ fn templates_and_forged_files_are_good_until_they_are_changed() {
     }
 }
 
-/// Writes the templates that are not there, in the present form. Those that are there stay: some are of a form that is
-/// read and not written any more. `cargo test -p snapfmt --test fuzz_corpus -- --ignored`.
+/// Writes the missing templates, in the present format. Existing ones stay: some have a format that is read and not
+/// written any more. `cargo test -p snapfmt --test fuzz_corpus -- --ignored`.
 #[test]
 #[ignore = "writes the templates"]
 fn write_templates() {

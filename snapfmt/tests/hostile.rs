@@ -1,4 +1,4 @@
-//! Damaged and hostile files: each is a typed error, never a panic, and nothing is believed.
+//! Damaged and hostile files: each is a typed error, never a panic, and no field is trusted.
 
 use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
@@ -34,7 +34,7 @@ fn codecs() -> impl Iterator<Item = Codec> {
     Codec::ALL.into_iter().filter(|codec| cfg!(feature = "zstd") || *codec != Codec::Zstd)
 }
 
-/// Uses a file in every way there is.
+/// Uses a file in every possible way.
 fn use_all(bytes: &[u8]) -> Result<(), ReadError> {
     let snapshot = Snapshot::new(bytes)?;
     snapshot.metadata()?;
@@ -50,13 +50,13 @@ fn use_all(bytes: &[u8]) -> Result<(), ReadError> {
 }
 
 #[test]
-fn a_flip_of_any_byte_is_noticed() {
+fn a_flip_of_any_byte_is_detected() {
     for codec in codecs() {
         let bytes = sample(codec);
         use_all(&bytes).unwrap();
         let mut damaged = bytes.clone();
-        // Every byte of a raw file would take long in a debug build; a prime step takes in every
-        // part, and the borders of the parts are all looked at.
+        // Every byte of a raw file would take long in a debug build; a prime step reaches every part, and all borders
+        // of parts are checked.
         let snapshot = Snapshot::new(&bytes[..]).unwrap();
         let borders = snapshot.sections().iter().flat_map(|s| [s.offset, s.end()]);
         let near_borders = borders.flat_map(|at| at.saturating_sub(40)..at + 40);
@@ -72,7 +72,7 @@ fn a_flip_of_any_byte_is_noticed() {
 }
 
 #[test]
-fn a_file_cut_anywhere_or_extended_is_refused_at_once() {
+fn a_file_cut_anywhere_or_extended_is_refused_when_opened() {
     let bytes = sample(Codec::Lz4);
     for len in (0..bytes.len()).step_by(7).chain(bytes.len() - 100..bytes.len()) {
         assert!(Snapshot::new(&bytes[..len]).is_err(), "{len}");
@@ -88,8 +88,7 @@ fn a_file_cut_anywhere_or_extended_is_refused_at_once() {
     assert!(matches!(Snapshot::new(&bytes[..100]), Err(ReadError::WrongLength { .. })));
 }
 
-/// Changes a file and puts every checksum of header and section table right again, as an
-/// attacker would.
+/// Changes a file and corrects every checksum of header and section table, as an attacker would.
 fn forge(bytes: &mut [u8], change: impl FnOnce(&mut [u8])) {
     change(bytes);
     let table = u64::from_le_bytes(bytes[96..104].try_into().unwrap()) as usize;
@@ -109,7 +108,7 @@ fn corruption(bytes: &[u8]) -> Corruption {
 }
 
 #[test]
-fn forged_lengths_and_offsets_are_named_and_nothing_is_allocated_for_them() {
+fn forged_lengths_and_offsets_are_named_without_allocation() {
     let bytes = sample(Codec::Lz4);
     let table = u64::from_le_bytes(bytes[96..104].try_into().unwrap()) as usize;
     let records = (bytes.len() - table) / SECTION_RECORD_BYTES;
@@ -146,7 +145,7 @@ fn overlapping_missing_and_doubled_sections_are_refused() {
         b.copy_within(record(0) + 16..record(0) + 24, record(1) + 16);
     });
     assert!(matches!(corruption(&forged).problem, Problem::Range { field: "section.offset", .. }));
-    // The index root is gone, or there twice.
+    // The index root is missing, or listed twice.
     for (number, kind, found) in [(2, 99u32, 0), (5, 3, 2)] {
         let mut forged = bytes.clone();
         forge(&mut forged, |b| b[record(number)..][..4].copy_from_slice(&kind.to_le_bytes()));
@@ -158,7 +157,7 @@ fn overlapping_missing_and_doubled_sections_are_refused() {
 }
 
 #[test]
-fn an_entry_that_points_outside_the_chunks_or_to_a_slot_that_is_not_there_is_refused() {
+fn an_entry_that_points_outside_the_chunks_or_to_no_slot_is_refused() {
     let bytes = sample(Codec::Lz4);
     let snapshot = Snapshot::new(&bytes[..]).unwrap();
     let section = |kind| *snapshot.sections().iter().find(|s| s.kind == kind).unwrap();
@@ -180,7 +179,7 @@ fn an_entry_that_points_outside_the_chunks_or_to_a_slot_that_is_not_there_is_ref
     };
     let at = leaves.offset as usize + 8;
     let entry = u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
-    // Beyond the file, inside the index, of an unknown kind, in a parent that is not there.
+    // Beyond the file, inside the index, of an unknown kind, in a missing parent.
     for bad in [entry | 1 << 63, (leaves.offset / 64) << 28 | 1, entry & !7 | 5, 2] {
         assert_eq!(forge_entry(bad).part, Part::Section(SectionKind::INDEX_LEAVES), "{bad:#x}");
     }

@@ -1,5 +1,5 @@
-//! Chains of layers: any history of a memory comes back from its layers, and a chain that is not
-//! one is refused by name.
+//! Chains of layers: any history of a memory is read back from its layers, and an invalid chain is refused with its
+//! reason.
 
 mod common;
 
@@ -67,7 +67,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
-    fn any_history_comes_back(history in prop::collection::vec(changes(), 1..6), dedupe: bool) {
+    fn any_history_is_read_back(history in prop::collection::vec(changes(), 1..6), dedupe: bool) {
         let folder = tempfile::tempdir().unwrap();
         let options = WriteOptions::default().dedupe(dedupe);
         let mut memory = vec![0; PAGES * PAGE];
@@ -79,7 +79,7 @@ proptest! {
             let path = folder.path().join(format!("{number}.snap"));
             let header = store(&path, &memory, before.as_ref().map(|b| &*b.0), &options);
             if let Some((_, before)) = &before {
-                // Nothing is in the layer that did not change.
+                // The layer has only changed pages.
                 let pages = memory.chunks(PAGE).zip(before.chunks(PAGE));
                 let changed = pages.filter(|(now, then)| now != then).count() as u64;
                 prop_assert_eq!(header.pages() - header.parent_pages, changed);
@@ -157,7 +157,7 @@ fn a_missing_parent_is_named_and_can_be_shown() {
     }
     let shown = Parents { files: vec![moved.clone()], folders: vec![] };
     assert_eq!(Snapshot::open_with(&top, &shown).unwrap().headers().len(), 2);
-    // In a folder, it is looked for under the name that the layer knows.
+    // In a folder, it is searched under the name in the layer.
     std::fs::rename(&moved, elsewhere.path().join("base.snap")).unwrap();
     let searched = Parents { files: vec![], folders: vec![elsewhere.path().to_owned()] };
     assert_eq!(Snapshot::open_with(&top, &searched).unwrap().headers().len(), 2);
@@ -182,7 +182,7 @@ fn another_snapshot_in_the_parents_place_is_refused() {
 fn a_parent_whose_header_has_changed_is_refused() {
     let (_folder, base, top) = pair();
     let mut bytes = std::fs::read(&base).unwrap();
-    // Another time of creation, checksum put right.
+    // Another time of creation, with a corrected checksum.
     bytes[144] ^= 1;
     let crc = crc32fast::hash(&bytes[..4092]);
     bytes[4092..4096].copy_from_slice(&crc.to_le_bytes());
@@ -204,7 +204,7 @@ fn a_damaged_parent_is_named() {
 
 /// An error names the damaged file, for a page and for the whole chain.
 #[test]
-fn damage_behind_the_header_of_a_parent_is_the_parents() {
+fn damage_behind_the_header_of_a_parent_names_the_parent() {
     let (_folder, base, top) = pair();
     let whole = std::fs::read(&base).unwrap();
     let snapshot = Snapshot::open(&base).unwrap();
@@ -233,7 +233,7 @@ fn damage_behind_the_header_of_a_parent_is_the_parents() {
 }
 
 #[test]
-fn verifying_a_chain_looks_at_each_file_and_its_progress_ascends() {
+fn verifying_a_chain_checks_each_file_and_its_progress_ascends() {
     let (_folder, _, top) = pair();
     let snapshot = Snapshot::open(&top).unwrap();
     let total: u64 = snapshot.headers().map(|header| header.file_bytes).sum();
@@ -268,13 +268,13 @@ fn a_snapshot_that_is_rewritten_and_cannot_be_read_is_a_typed_error() {
 }
 
 #[test]
-fn a_file_that_is_not_there_is_named() {
+fn a_missing_file_is_named() {
     let error = Snapshot::open("/nonexistent/x.snap").map(drop).unwrap_err();
     assert_eq!(error.to_string(), "cannot open /nonexistent/x.snap");
 }
 
 #[test]
-fn a_layer_that_names_itself_is_a_loop_and_not_an_endless_one() {
+fn a_layer_that_is_its_own_parent_is_refused() {
     let (_folder, _, top) = pair();
     let mut bytes = std::fs::read(&top).unwrap();
     bytes.copy_within(40..56, 56);

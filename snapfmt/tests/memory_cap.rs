@@ -1,5 +1,5 @@
-//! Forged files that claim a great deal: what they make the reader allocate stays below the caps
-//! that the documentation of `Snapshot::new` states.
+//! Forged files that claim large sizes: the reader allocates less than the limits in the documentation of
+//! `Snapshot::new`.
 #![allow(unsafe_code, reason = "a global allocator that counts")]
 
 #[path = "../fuzz/harness/forge.rs"]
@@ -24,7 +24,7 @@ const BYTES_PER_POSSIBLE_LEAF: usize = 4;
 const BYTES_PER_LISTED_LEAF: usize = 64;
 /// Reading a chunk: stored, decoded, page list.
 const CHUNK_CAP: usize = 7 * MIB;
-/// Metadata is at most 1 MiB of JSON, of which small objects unfold most, in 16384 values.
+/// Metadata is at most 1 MiB of JSON, of which small objects take the most memory, in 16384 values.
 const METADATA_CAP: usize = 16 * MIB;
 
 struct Counting;
@@ -62,7 +62,7 @@ fn alone() -> MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The most that was allocated at any moment of `work`, more than before it.
+/// The peak of the memory that `work` has allocated.
 fn peak<T>(work: impl FnOnce() -> T) -> (T, usize) {
     let before = LIVE.load(Relaxed);
     PEAK.store(before, Relaxed);
@@ -99,12 +99,11 @@ fn problem(result: Result<impl Sized, ReadError>) -> Problem {
     match result {
         Err(ReadError::Corrupt(corruption)) => corruption.problem,
         Err(other) => panic!("{other:?}"),
-        Ok(_) => panic!("a forged file was believed"),
+        Ok(_) => panic!("a forged file was accepted"),
     }
 }
 
-/// 16 TiB is the format's own limit, so this is a good file; and its last page has the greatest
-/// number there is.
+/// 16 TiB is the format's own limit, so this is a good file; its last page has the largest page number.
 #[test]
 fn sixteen_tebibytes_of_memory_with_two_pages_in_them() {
     let _alone = alone();
@@ -151,7 +150,7 @@ fn an_index_of_leaves_that_are_holes() {
 /// The count in the header and a section that is a hole of terabytes would make room for
 /// sixty-four thousand million chunks.
 #[test]
-fn a_count_of_chunks_that_is_not_true() {
+fn a_forged_count_of_chunks() {
     let _alone = alone();
     let mut forge = Forge::new(4096);
     let place = forge.chunk(0, 1, &[0], &[7; 4096], |_| ());
@@ -269,7 +268,7 @@ fn zstd_bomb(head: &[u8], blocks: usize) -> Vec<u8> {
 }
 
 #[test]
-fn payloads_that_decode_to_more_than_they_may() {
+fn payloads_that_decode_to_more_than_allowed() {
     let _alone = alone();
     #[allow(unused_mut, reason = "more with zstd")]
     let mut bombs =
@@ -279,11 +278,11 @@ fn payloads_that_decode_to_more_than_they_may() {
         // No length given, a window of 128 KiB; the same with one of 2 TiB.
         (2, 1, zstd_bomb(&[0x00, 0x38], 1000)),
         (2, 1, zstd_bomb(&[0x00, 0xf8], 1000)),
-        // It says that it is 16 EiB long.
+        // Its header claims 16 EiB.
         (2, 1, zstd_bomb(&[0xe0, 255, 255, 255, 255, 255, 255, 255, 255], 1000)),
-        // It says that it is 4096 bytes long, and is 64 GiB.
+        // Its header claims 4096 bytes, and it has 64 GiB.
         (2, 512, zstd_bomb(&[0x60, 0x00, 0x0f], (1 << 19) - 16)),
-        // It is as long as it may be, and 128 KiB longer.
+        // It is 128 KiB longer than allowed.
         (2, 512, zstd_bomb(&[0x00, 0x38], 17)),
     ]);
     let address_space = address_space_bytes();
@@ -295,7 +294,7 @@ fn payloads_that_decode_to_more_than_they_may() {
         });
         let problem = problem(read);
         assert!(matches!(problem, Problem::Undecodable { .. }), "{number}: {problem}");
-        assert_eq!(page, [0xa5; 4096], "nothing is handed out");
+        assert_eq!(page, [0xa5; 4096], "no bytes are returned");
         assert!(within(CHUNK_CAP, || load(&snapshot)).is_err());
     }
     // The C library's allocations are not counted above. They are below the least window of the

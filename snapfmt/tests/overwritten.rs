@@ -1,6 +1,5 @@
-//! A file that another snapshot of the same guest is written over while it is open: what is read after that is an error, and
-//! never a page of the other one. Snapshots whose chunks say whose they are, and those from before, which only their times
-//! tell from each other.
+//! Another snapshot of the same guest overwrites an open file: later reads are errors, and never return a page of the
+//! other one. This is tested with BOUND, and without it, where only the file's times show the change.
 
 #[path = "../fuzz/harness/seal.rs"]
 #[allow(dead_code, reason = "shared with the fuzz targets")]
@@ -26,8 +25,8 @@ fn go_on(_: snapfmt::Progress) -> ControlFlow<()> {
     ControlFlow::Continue(())
 }
 
-/// Memory of the same guest at two times: the same pages are in use, with other bytes. As compressible, so that chunks of any
-/// codec may have the same lengths and places.
+/// Memory of the same guest at two times: the same pages are in use, with other bytes. It is equally compressible, so
+/// that chunks of any codec may have the same lengths and places.
 fn memory(time: u8) -> Vec<u8> {
     let mut memory = vec![0; PAGES * PAGE];
     for (number, page) in memory.chunks_mut(PAGE).enumerate().filter(|(number, _)| number % 3 > 0) {
@@ -59,7 +58,7 @@ fn store(path: &Path, time: u8, codec: Codec, parent: Option<&Path>) {
     };
 }
 
-/// Makes a file as it was written before chunks said whose they are.
+/// Makes a file without BOUND, as older versions wrote it.
 fn unbind(path: &Path) {
     let mut bytes = std::fs::read(path).unwrap();
     bytes[16] &= !(INCOMPAT_BOUND as u8);
@@ -82,7 +81,7 @@ struct Pair {
     other: PathBuf,
 }
 
-/// Two snapshots of one guest, whose chunks stand at the same places.
+/// Two snapshots of one guest, whose chunks are at the same places.
 fn pair(codec: Codec, bound: bool) -> Pair {
     let folder = tempfile::tempdir().unwrap();
     let [path, other] = ["a.snap", "b.snap"].map(|name| folder.path().join(name));
@@ -96,13 +95,13 @@ fn pair(codec: Codec, bound: bool) -> Pair {
     let snapshots = [&path, &other].map(|path| Snapshot::open(path).unwrap());
     assert_eq!(snapshots[0].header().chunks_id.is_some(), bound);
     for page in (0..PAGES as u32).map(PageIndex) {
-        // What makes it dangerous: the index of one leads to good chunks of the other.
+        // This makes it dangerous: the index of one points to good chunks of the other.
         assert_eq!(snapshots[0].entry(page).unwrap(), snapshots[1].entry(page).unwrap());
     }
     Pair { _folder: folder, path, other }
 }
 
-/// Until what is written gets a later time than the file has: before Linux 6.13, times go by ticks.
+/// Waits until a write gets a later time than the file has: before Linux 6.13, times advance in ticks.
 fn wait_for_a_later_time(folder: &Path, path: &Path) {
     let changed = |path: &Path| File::open(path).unwrap().stamp().unwrap().unwrap().changed_ns;
     let (probe, then) = (folder.join("probe"), changed(path));
@@ -119,7 +118,7 @@ fn codecs() -> impl Iterator<Item = Codec> {
     Codec::ALL.into_iter().filter(|codec| cfg!(feature = "zstd") || *codec != Codec::Zstd)
 }
 
-/// All ways to read pages, each with an error now. What was handed out before it is of the memory that was opened.
+/// All ways to read pages, each with an error now. Bytes that were returned before it belong to the opened snapshot.
 #[track_caller]
 fn refused(snapshot: &Snapshot, memory: &[u8]) -> ReadError {
     let mut buffer = ChunkBuffer::new();
@@ -146,7 +145,7 @@ fn is_changed<T>(result: &Result<T, ReadError>) -> bool {
 }
 
 #[test]
-fn pages_of_a_snapshot_that_is_written_over_the_open_one_are_not_handed_out() {
+fn pages_of_an_overwriting_snapshot_are_not_returned() {
     for (codec, bound) in codecs().flat_map(|codec| [(codec, true), (codec, false)]) {
         let Pair { path, other, .. } = &pair(codec, bound);
         let snapshot = Snapshot::open(path).unwrap();
@@ -160,7 +159,7 @@ fn pages_of_a_snapshot_that_is_written_over_the_open_one_are_not_handed_out() {
         assert!(text.contains("was written to after it was opened"), "{codec}: {text}");
         assert!(text.contains("renaming a new file over it"), "{codec}: {text}");
         let ReadError::Changed { source, .. } = error else { unreachable!() };
-        // Bound ones are known by what they are, the others by their times alone.
+        // With BOUND the checksums show it, without it only the times do.
         assert_eq!(source.is_some(), bound, "{codec}: {source:?}");
         // Other parts were overwritten too, and their new content does not match what was opened.
         assert!(is_changed(&snapshot.state(1)), "{codec}");
@@ -170,7 +169,7 @@ fn pages_of_a_snapshot_that_is_written_over_the_open_one_are_not_handed_out() {
 
 /// `cp -p`, `rsync -t` and `tar` set the time of modification: here to the very same.
 #[test]
-fn a_time_that_was_set_back_hides_nothing() {
+fn a_time_that_was_set_back_hides_no_write() {
     for bound in [true, false] {
         let Pair { path, other, .. } = &pair(Codec::Raw, bound);
         let snapshot = Snapshot::open(path).unwrap();
@@ -206,12 +205,12 @@ fn a_file_that_is_renamed_linked_or_unlinked_is_the_same() {
             }
             snapshot.verify(NonZeroUsize::MIN, &go_on).expect(what);
         };
-        read_all("as it was");
+        read_all("unchanged");
         let stamp = || snapshot.storage().stamp().unwrap().unwrap();
         let opened = stamp();
         std::fs::set_permissions(path, PermissionsExt::from_mode(0o400)).unwrap();
-        assert_ne!(opened, stamp(), "the time of change tells of the mode");
-        read_all("of another mode");
+        assert_ne!(opened, stamp(), "the change time shows the mode");
+        read_all("with another mode");
         let link = folder.path().join("link");
         std::fs::hard_link(path, &link).unwrap();
         read_all("linked");
@@ -225,7 +224,7 @@ fn a_file_that_is_renamed_linked_or_unlinked_is_the_same() {
 
 /// An error in a parent names the parent; the layer above it has not changed.
 #[test]
-fn a_parent_that_is_written_over_is_named() {
+fn an_overwritten_parent_is_named() {
     for bound in [true, false] {
         let Pair { path, other, _folder: folder } = &pair(Codec::Raw, bound);
         let layer = folder.path().join("layer.snap");
@@ -240,14 +239,14 @@ fn a_parent_that_is_written_over_is_named() {
         };
         assert_eq!(named, path);
         assert!(matches!(**source, ReadError::Changed { .. }));
-        // A layer of the old snapshot does not take the new one for its parent either.
+        // A layer of the old snapshot does not accept the new one as its parent either.
         assert!(Snapshot::open(&layer).is_err());
     }
 }
 
-/// A file in which the chunks of another one stand when it is opened: nothing has changed since, and only chunks that say whose they are can tell.
+/// A file with the chunks of another one when it is opened: it does not change afterwards, so only BOUND detects this.
 #[test]
-fn a_file_that_was_mixed_before_it_was_opened_does_not_pass() {
+fn a_file_that_was_mixed_before_it_was_opened_is_refused() {
     for codec in codecs() {
         let Pair { path, other, .. } = &pair(codec, true);
         let chunks = {
@@ -265,9 +264,9 @@ fn a_file_that_was_mixed_before_it_was_opened_does_not_pass() {
     }
 }
 
-/// Not damage of the copy, which nothing would notice later: its chunks are not looked at.
+/// The copy would be damaged without a later error, because its chunks are not checked.
 #[test]
-fn a_snapshot_that_is_written_over_while_it_is_copied_has_no_copy() {
+fn a_snapshot_that_is_overwritten_while_it_is_copied_has_no_copy() {
     for bound in [true, false] {
         let Pair { path, other, _folder: folder } = &pair(Codec::Raw, bound);
         let snapshot = Snapshot::open(path).unwrap();
@@ -287,9 +286,9 @@ fn a_snapshot_that_is_written_over_while_it_is_copied_has_no_copy() {
     }
 }
 
-/// A copy has the chunks of its original, at the same places, and says so. One in the place of the other is as good.
+/// A copy has the chunks of its original, at the same places, with the same chunks_id. So one may replace the other.
 #[test]
-fn a_copy_in_the_place_of_its_original_has_the_same_pages() {
+fn a_copy_that_replaces_its_original_has_the_same_pages() {
     for bound in [true, false] {
         let Pair { path, _folder: folder, .. } = &pair(Codec::Lz4, bound);
         let snapshot = Snapshot::open(path).unwrap();
@@ -310,13 +309,13 @@ fn a_copy_in_the_place_of_its_original_has_the_same_pages() {
         let read = snapshot.page(PageIndex(1), &mut buffer);
         match bound {
             true => assert!(read.unwrap() == Some(&memory(1)[PAGE..2 * PAGE])),
-            // It says only that it was written to.
+            // The error reports only that it was written to.
             false => assert!(is_changed(&read)),
         }
     }
 }
 
-/// Storage that is written over at a read.
+/// Storage that is overwritten at a read.
 struct WrittenAt<'a> {
     file: File,
     reads: AtomicUsize,
@@ -344,7 +343,7 @@ impl ReadAt for WrittenAt<'_> {
 /// The file changes at any read, during or after the opening: either everything that was read is from one file, or an
 /// error reports the change.
 #[test]
-fn a_file_that_is_written_over_at_any_read_is_told_from_a_damaged_one() {
+fn an_overwritten_file_is_distinguished_from_a_damaged_one() {
     for bound in [true, false] {
         for reads in 0.. {
             let Pair { path, other, .. } = &pair(Codec::Raw, bound);
@@ -355,7 +354,7 @@ fn a_file_that_is_written_over_at_any_read_is_told_from_a_damaged_one() {
             let read = Snapshot::new(&storage).and_then(|snapshot| {
                 for page in [1, 2, 4].map(PageIndex) {
                     snapshot.read_page(page, &mut buffer, &mut bytes)?;
-                    // Written over before anything was read, it is the other one.
+                    // Overwritten before the first read, it is the other one.
                     let of = if snapshot.header().id == id { 1 } else { 2 };
                     assert!(memory(of)[page.source_offset() as usize..][..PAGE] == bytes);
                 }

@@ -1,4 +1,4 @@
-//! What loading all of a file leaves of it in the page cache, on the file system that temporary files are on.
+//! How much of a file stays in the page cache after all of it was loaded, on the file system of temporary files.
 
 use std::fs::File;
 use std::io::Write;
@@ -26,11 +26,11 @@ fn store(path: &Path) {
     write_snapshot(path, contents, &options, &go_on).unwrap();
 }
 
-/// How many of 100 pages of chunks, in even distances, are cached; `None` where that is not known. Those that are not are read because of
-/// the question.
+/// How many of 100 evenly spaced pages of chunks are cached; `None` if unknown. The question causes reads of the
+/// others.
 fn cached(path: &Path) -> Option<usize> {
     let file = File::open(path).unwrap();
-    // Otherwise what is around the page would be read too.
+    // Otherwise the pages around it would be read too.
     rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random).unwrap();
     let step = MEMORY_BYTES / 101;
     let answers = (1..=100).map(|number| file.is_cached(4096 + number * step));
@@ -44,7 +44,7 @@ fn load(path: &Path) {
     snapshot.release(&loaded);
 }
 
-/// Drops a file from the page cache. Answers whether that is possible here: not in tmpfs, where it is all there is.
+/// Drops a file from the page cache. Returns whether that is possible here: not in tmpfs, which has no other copy.
 fn drop_pages(path: &Path) -> bool {
     let file = File::open(path).unwrap();
     file.sync_all().unwrap();
@@ -57,7 +57,7 @@ fn drop_pages(path: &Path) -> bool {
 }
 
 #[test]
-fn the_first_loading_leaves_nothing_and_the_second_one_all() {
+fn the_first_load_leaves_nothing_cached_and_the_second_one_all() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("a.snap");
     store(&path);
@@ -69,17 +69,18 @@ fn the_first_loading_leaves_nothing_and_the_second_one_all() {
     load(&path);
     let left = cached(&path).unwrap();
     assert!(left < 10, "{left} of 100 pages are left after the first loading");
-    // `cached` has read the pages that it asked for. Without the index, nothing would show that the file was read recently.
+    // `cached` has read the pages that it probed. Without the index, nothing would show that the file was read
+    // recently.
     assert!(drop_chunks(&path));
     load(&path);
     let left = cached(&path).unwrap();
     assert!(left > 90, "{left} of 100 pages are left after the second loading");
-    // One that is cached stays so, however often it is loaded.
+    // A cached file stays cached, however often it is loaded.
     load(&path);
     assert!(cached(&path).unwrap() > 90);
 }
 
-/// Drops what the test itself has brought into the page cache. Answers whether the index is still there.
+/// Drops what the test itself has read into the page cache. Returns whether the index is still cached.
 fn drop_chunks(path: &Path) -> bool {
     let snapshot = Snapshot::open(path).unwrap();
     let of_kind = |kind| *snapshot.sections().iter().find(|s| s.kind == kind).unwrap();

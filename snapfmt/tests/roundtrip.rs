@@ -1,4 +1,4 @@
-//! What goes in comes out: any memory, any codec, any chunk size, any number of threads.
+//! The memory that is read equals the memory that was written, for any memory, codec, chunk size and number of threads.
 
 mod common;
 
@@ -115,7 +115,7 @@ proptest! {
         snapshot.load(threads, &place, &never_stop).unwrap();
         prop_assert!(loaded.into_inner().unwrap() == memory);
 
-        // The same bytes whatever the number of threads, but for the id and the time.
+        // The same bytes for any number of threads, except the id and the time.
         let again = directory.path().join("b.snap");
         let options = options.threads(NonZeroUsize::MIN);
         write_snapshot(&again, contents(), &options, &never_stop).unwrap();
@@ -187,7 +187,7 @@ fn a_cancelled_or_failing_write_leaves_nothing_behind() {
 }
 
 #[test]
-fn an_existing_file_is_kept_unless_asked() {
+fn an_existing_file_is_kept_by_default() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("a.snap");
     std::fs::write(&path, b"mine").unwrap();

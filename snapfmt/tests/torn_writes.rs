@@ -1,5 +1,5 @@
-//! What power loss leaves of a file that was not synced yet: blocks that never reached the disk
-//! read as zeros, and the end may be missing. Such a file must not pass for a whole one.
+//! A file after a power loss before its sync: blocks that were not written read as zeros, and the end may be missing.
+//! Such a file must not be accepted.
 //!
 //! (The writer gives a file its name only after fsync; this is the second line of defence, for
 //! disks and file systems that violate it, and for incomplete copies.)
@@ -54,7 +54,7 @@ fn verify(bytes: &[u8]) -> Result<Verified, ReadError> {
     Snapshot::new(bytes)?.verify(NonZeroUsize::MIN, &|_| ControlFlow::Continue(()))
 }
 
-/// Zeros in place of some blocks. The rest of the file is as it was.
+/// Zeros in place of some blocks. The rest of the file is unchanged.
 fn without(bytes: &[u8], blocks: impl IntoIterator<Item = usize>) -> Vec<u8> {
     let mut torn = bytes.to_vec();
     for block in blocks {
@@ -65,7 +65,7 @@ fn without(bytes: &[u8], blocks: impl IntoIterator<Item = usize>) -> Vec<u8> {
 }
 
 #[test]
-fn a_file_that_lacks_any_one_block_is_noticed() {
+fn a_file_that_lacks_any_one_block_is_detected() {
     for codec in codecs() {
         let whole = sample(codec);
         verify(whole).unwrap();
@@ -113,10 +113,9 @@ fn without_its_header_it_does_not_open() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
-    /// Any set of blocks missing, in any pattern, with or without the end: it is noticed, or
-    /// nothing was lost.
+    /// Any set of blocks missing, in any pattern, with or without the end: it is detected, or nothing was lost.
     #[test]
-    fn a_file_that_lacks_any_blocks_is_noticed(
+    fn a_file_that_lacks_any_blocks_is_detected(
         codec in prop::sample::select(codecs()),
         lost in prop::collection::vec(any::<prop::sample::Index>(), 1..40),
         end in prop::option::of(any::<prop::sample::Index>()),
@@ -130,10 +129,10 @@ proptest! {
         prop_assert!(torn == whole || verify(&torn).is_err());
     }
 
-    /// Blocks that still hold another snapshot's bytes, as after an overwrite in place that the
-    /// writer never does but a copy may: noticed, unless each of them happens to be the same.
+    /// Blocks that still hold another snapshot's bytes, as after an overwrite in place, which a copy may do but not the
+    /// writer. This is detected, unless the blocks are equal.
     #[test]
-    fn a_mixture_of_two_files_is_noticed(
+    fn a_mixture_of_two_files_is_detected(
         from in any::<prop::sample::Index>(),
         count in 1usize..16,
     ) {

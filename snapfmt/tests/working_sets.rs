@@ -1,4 +1,4 @@
-//! Files with a working set: what it says comes back, its pages stand in front, and no page ever changes for it.
+//! Files with a working set: the set is read back, its pages are at the front, and it changes no page.
 #![cfg(feature = "zstd")]
 
 mod common;
@@ -92,11 +92,11 @@ fn offset_of(snapshot: &Snapshot, page: u32) -> Option<u64> {
 }
 
 #[test]
-fn hot_pages_stand_in_front_by_phase_and_in_the_order_of_touching() {
+fn the_set_is_at_the_front_by_phase_and_in_the_order_of_touching() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("hot.snap");
     let memory = memory();
-    // Every sixth page, backwards; half of them early.
+    // Every sixth page, backwards; half of them in an early phase.
     let hot: Vec<u32> = (0..PAGES as u32).rev().filter(|page| page % 6 == 1).collect();
     let (late, early) = hot.split_at(hot.len() / 2);
     let pages: Vec<_> = early
@@ -110,7 +110,7 @@ fn hot_pages_stand_in_front_by_phase_and_in_the_order_of_touching() {
         store(&path, &memory, None, &HotPages::new(&set).front(front), &options);
         let snapshot = Snapshot::open(&path).unwrap();
         let cold = (0..PAGES as u32).filter(|page| page % 6 != 1);
-        // A cold page may share the slot of an equal hot one.
+        // A page outside of the set may share the slot of an equal page in it.
         let first_cold =
             cold.filter(|page| page % 5 != 4).filter_map(|page| offset_of(&snapshot, page)).min();
         let places = |pages: &[u32]| -> Vec<u64> {
@@ -118,7 +118,7 @@ fn hot_pages_stand_in_front_by_phase_and_in_the_order_of_touching() {
             stored.filter_map(|page| offset_of(&snapshot, *page)).collect()
         };
         let (early, late) = (places(early), places(late));
-        // But for the last few: within a chunk, pages ascend.
+        // Except the last few: within a chunk, pages ascend.
         let in_order = |places: &[u64]| places.windows(33).all(|of| of[0] <= of[32]);
         assert!(in_order(&early) && in_order(&late), "{front}");
         assert!(
@@ -149,14 +149,14 @@ fn the_same_input_gives_the_same_bytes_for_any_number_of_threads() {
     let (one, _) = stored("one", 1, &memory);
     let (four, _) = stored("four", 4, &memory);
     assert!(one == four);
-    // Written from itself it is the same again.
+    // Writing it again from itself gives the same file.
     let again = read_all(&Snapshot::open(folder.path().join("four")).unwrap());
     let (again, _) = stored("again", 2, &again);
     assert!(one == again);
 }
 
 #[test]
-fn a_layer_keeps_what_is_as_in_its_parent_there() {
+fn a_layer_leaves_unchanged_pages_in_its_parent() {
     let folder = tempfile::tempdir().unwrap();
     let (base, layer) = (folder.path().join("base.snap"), folder.path().join("layer.snap"));
     let mut memory = memory();
@@ -234,7 +234,7 @@ fn a_copy_has_the_same_memory_and_state_and_another_set() {
 
 /// Damage is an error when the set is read, and only then: pages are read without it.
 #[test]
-fn a_damaged_set_is_named_and_in_nobodys_way() {
+fn a_damaged_set_is_named_and_pages_are_read_without_it() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("hot.snap");
     let memory = memory();
@@ -278,7 +278,7 @@ proptest! {
     }
 }
 
-/// Chunks that follow each other come with one read, and are the same as one by one.
+/// Adjacent chunks are loaded with one read, and are the same as one by one.
 #[test]
 fn chunks_are_read_ahead() {
     let memory = memory();
@@ -300,7 +300,7 @@ fn chunks_are_read_ahead() {
     extents.dedup();
     let (mut ahead, mut single) = (ChunkBuffer::new(), ChunkBuffer::new());
     let mut reads = 0;
-    // Forwards once, then back to the first, which is not there any more, or still is.
+    // Forwards once, then back to the first, which may have been replaced.
     for extent in extents.iter().chain(&extents[..1]) {
         reads += u64::from(snapshot.fetch_chunk_ahead(*extent, u64::MAX, &mut ahead).unwrap() > 0);
         let chunk = snapshot.decode_chunk(*extent, &mut ahead).unwrap();
@@ -308,20 +308,20 @@ fn chunks_are_read_ahead() {
     }
     let bytes: u64 = extents.iter().map(|extent| u64::from(extent.len_bytes())).sum();
     assert!(reads <= bytes.div_ceil(snapfmt::READ_AHEAD_BYTES) + 2, "{reads} for {bytes}");
-    // Only as far as it is wanted.
+    // Only as far as requested.
     let first = extents[0];
     let mut buffer = ChunkBuffer::new();
     assert_eq!(
         snapshot.fetch_chunk_ahead(first, first.end(), &mut buffer).unwrap(),
         u64::from(first.len_bytes())
     );
-    // What was read ahead of one snapshot is not another's; and a chunk must be fetched to be decoded.
+    // Bytes that were read ahead from one snapshot are not used for another; and a chunk must be fetched to be decoded.
     let other = Snapshot::open(&path).unwrap();
     assert!(other.fetch_chunk_ahead(first, 0, &mut buffer).unwrap() > 0);
     assert!(other.decode_chunk(extents[1], &mut buffer).is_err());
 }
 
-/// Storage that notes which bytes are expected and read.
+/// Storage that records which bytes are announced and read.
 struct Noting {
     file: std::fs::File,
     expected: Mutex<Vec<Range<u64>>>,
@@ -344,9 +344,9 @@ impl ReadAt for Noting {
     }
 }
 
-/// The storage hears of what is about to be read of the index, once.
+/// Each part of the index is announced to the storage once before it is read.
 #[test]
-fn entries_that_are_expected_are_read_from_there() {
+fn announced_entries_are_read() {
     let memory = memory();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("plain.snap");

@@ -7,9 +7,9 @@ pub trait Console: Send {
     /// Takes the bytes of one exit of the guest, in order. They are never empty; with most guests it is one
     /// byte. A consumer that needs lines collects them itself, as `std::io::Stdout` does.
     ///
-    /// It is called on the vCPU's thread while the guest waits, so the guest does not run until it returns.
-    /// After [`ConsoleFlow::Pause`] the guest does not run either: its memory stays as it was when it wrote the
-    /// last of `bytes`.
+    /// It is called on the vCPU's thread while the guest waits, so the guest does not run until it returns. After
+    /// [`ConsoleFlow::Pause`] the guest does not run either: its memory does not change after it wrote the last of
+    /// `bytes`.
     ///
     /// A pause waits for this function too. A console that waits for its reader must stop waiting when
     /// [`VmHandle::on_stop`](crate::VmHandle::on_stop) calls its function.

@@ -16,8 +16,8 @@ pub enum Stop {
     ConsolePause,
     /// [`VmHandle::request_pause`] or [`RunningVm::pause`](crate::RunningVm::pause). The guest can continue.
     PauseRequested,
-    /// The guest asked for a snapshot of itself, by a write to
-    /// [`SNAPSHOT_TRIGGER_PORT`](crate::SNAPSHOT_TRIGGER_PORT). It can continue.
+    /// The guest requested a snapshot of itself, by a write to [`SNAPSHOT_TRIGGER_PORT`](crate::SNAPSHOT_TRIGGER_PORT).
+    /// It can continue.
     SnapshotTrigger,
     /// The guest turned its machine off, by ACPI.
     PowerOff,
@@ -25,7 +25,7 @@ pub enum Stop {
     Halt,
     /// The guest shut itself down, as a triple fault does.
     Shutdown,
-    /// The guest asked for a reset.
+    /// The guest requested a reset.
     Reset,
     /// A page of guest memory could not be read: the host raised SIGBUS, or KVM could not map the page.
     MemoryError {
@@ -49,10 +49,10 @@ pub enum Stop {
     },
     /// An exit or an error of KVM_RUN that no part of this guest should cause.
     UnexpectedExit {
-        /// What KVM said.
+        /// The exit or the error.
         exit: String,
     },
-    /// [`VmHandle::fail`]: something the guest depends on broke.
+    /// [`VmHandle::fail`]: something that the guest depends on has failed.
     Failed {
         /// The reason given.
         reason: String,
@@ -72,11 +72,11 @@ impl fmt::Display for Stop {
         match self {
             Stop::ConsolePause => write!(f, "the console paused the guest"),
             Stop::PauseRequested => write!(f, "a pause was requested"),
-            Stop::SnapshotTrigger => write!(f, "the guest asked to be stored"),
+            Stop::SnapshotTrigger => write!(f, "the guest requested a snapshot"),
             Stop::PowerOff => write!(f, "the guest powered off"),
             Stop::Halt => write!(f, "the guest halted"),
             Stop::Shutdown => write!(f, "the guest shut down (triple fault)"),
-            Stop::Reset => write!(f, "the guest asked for a reset"),
+            Stop::Reset => write!(f, "the guest requested a reset"),
             Stop::MemoryError { gpa, host_addr } => {
                 write!(f, "a page of guest memory could not be read")?;
                 if let Some(gpa) = gpa {
@@ -106,7 +106,7 @@ impl fmt::Display for Stop {
 /// What the vCPU threads share with the threads that stop them.
 #[derive(Default)]
 pub(crate) struct Control {
-    /// The hot path's view of `inner.stop`: checked before each KVM_RUN, without the lock.
+    /// A copy of `inner.stop` that is checked before each KVM_RUN, without the lock.
     stopping: AtomicBool,
     inner: Mutex<Inner>,
     stopped: Condvar,
@@ -265,9 +265,9 @@ impl VmHandle {
         self.control.stop(Stop::PauseRequested);
     }
 
-    /// Sets a function that is called whenever the guest has stopped or was asked to stop, until the guest is
-    /// dropped. If that was before this call, the function is called now. It runs on the thread that stops the
-    /// guest, and it must not block. It is meant for threads that wait for other things too:
+    /// Sets a function that is called whenever the guest has stopped or a stop was requested, until the guest is
+    /// dropped. If that was before this call, the function is called now. It runs on the thread that stops the guest,
+    /// and it must not block. It is meant for threads that wait for other things too:
     /// [`RunningVm::wait`](crate::RunningVm::wait) with a timeout of zero then returns the reason.
     ///
     /// Only the first call of this method has an effect.
@@ -320,15 +320,15 @@ mod tests {
     #[test]
     fn a_late_listener_is_called_for_an_earlier_stop() {
         let handle = VmHandle::new(Arc::default(), Weak::new());
-        let told = Arc::new(AtomicUsize::new(0));
-        let count = Arc::clone(&told);
+        let calls = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&calls);
         handle.fail("the pager has no page");
         handle.on_stop(move || {
             count.fetch_add(1, Ordering::SeqCst);
         });
-        assert_eq!(told.load(Ordering::SeqCst), 1);
+        assert_eq!(calls.load(Ordering::SeqCst), 1);
         handle.request_pause();
-        assert_eq!(told.load(Ordering::SeqCst), 2);
+        assert_eq!(calls.load(Ordering::SeqCst), 2);
         let reason = handle.control.reason().expect("it has stopped");
         assert_eq!(reason.to_string(), "the pager has no page");
     }

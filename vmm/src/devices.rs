@@ -73,7 +73,7 @@ pub trait MmioDevice: Send {
     /// Data of the device that is too large for its state, if there is any. A snapshot must contain both.
     ///
     /// # Errors
-    /// Why it cannot be stored.
+    /// Why it cannot be saved.
     fn content(&self) -> io::Result<Option<Vec<u8>>> {
         Ok(None)
     }

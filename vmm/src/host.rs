@@ -57,10 +57,10 @@ fn advice(error: &io::Error) -> &'static str {
             "no permission; add yourself to the group that owns it: usermod -aG kvm $USER, then log in again"
         }
         Some(libc::ENOENT | libc::ENXIO | libc::ENODEV) => {
-            "the device is not there; enable virtualization in the firmware (or nested virtualization in \
+            "the device does not exist; enable virtualization in the firmware (or nested virtualization in \
              the hypervisor) and load the module: modprobe kvm_intel or kvm_amd"
         }
-        errno => advice_on_limits(errno).unwrap_or("the system refused"),
+        errno => advice_on_limits(errno).unwrap_or("the system call failed"),
     }
 }
 
@@ -70,7 +70,9 @@ fn advice_on_vm(error: &io::Error) -> &'static str {
         Some(libc::EBUSY) => {
             "another hypervisor uses the CPU's virtualization (VirtualBox, VMware): end its guests"
         }
-        errno => advice_on_limits(errno).unwrap_or("the kernel's log may tell more (dmesg)"),
+        errno => {
+            advice_on_limits(errno).unwrap_or("the kernel's log may have more details (dmesg)")
+        }
     }
 }
 
@@ -181,14 +183,14 @@ mod tests {
 
     #[test]
     fn the_advice_depends_on_why_the_vm_is_refused() {
-        let told = |errno| {
+        let text_of = |errno| {
             ProbeError::CreateVm { source: io::Error::from_raw_os_error(errno) }.to_string()
         };
-        assert!(told(libc::EBUSY).contains("another hypervisor"));
+        assert!(text_of(libc::EBUSY).contains("another hypervisor"));
         for (errno, advice) in
             [(libc::EMFILE, "ulimit -n"), (libc::ENFILE, "fs.file-max"), (libc::EIO, "dmesg")]
         {
-            let text = told(errno);
+            let text = text_of(errno);
             assert!(text.contains(advice) && !text.contains("another hypervisor"), "{text}");
         }
     }

@@ -4,10 +4,9 @@
 //! KVM_RUN (the call returns EINTR because a signal is pending) and just before that (the call returns EINTR
 //! because of `immediate_exit`): KVM API documentation, "KVM_RUN".
 //!
-//! A guest access to a page that the host cannot supply (UFFDIO_POISON, a hardware memory error)
-//! makes the kernel send SIGBUS to the vCPU thread. A process-wide handler records the address when the
-//! thread is in KVM_RUN; in any other case it hands the signal to the handler that was there before, by
-//! default the one that ends the process.
+//! A guest access to a page that the host cannot supply (UFFDIO_POISON, a hardware memory error) makes the kernel send
+//! SIGBUS to the vCPU thread. A process-wide handler records the address when the thread is in KVM_RUN; in any other
+//! case it passes the signal to the previous handler, by default the one that ends the process.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -201,7 +200,7 @@ fn leave_kvm_run() {
     }
 }
 
-/// Does what would have happened without this crate's handler.
+/// Calls the previous handler, or restores the default action.
 fn hand_on_sigbus(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     let previous = PREVIOUS_SIGBUS.get();
     let handler = previous.map_or(libc::SIG_DFL, |action| action.sa_sigaction);
@@ -237,7 +236,7 @@ fn set_action(signal: libc::c_int, handler: usize, flags: libc::c_int) -> io::Re
 
 fn current_action(signal: libc::c_int) -> io::Result<libc::sigaction> {
     let mut action = MaybeUninit::<libc::sigaction>::uninit();
-    // SAFETY: a null new action only asks, and the old one has room.
+    // SAFETY: with a null new action the call only reads, and the old one is valid for writes.
     let result = unsafe { libc::sigaction(signal, ptr::null(), action.as_mut_ptr()) };
     if result != 0 {
         return Err(io::Error::last_os_error());

@@ -53,7 +53,7 @@ pub enum LayoutError {
     /// Guest memory comes in large pages.
     #[error("memory of {memory_bytes} bytes is not a multiple of {LARGE_PAGE_BYTES} bytes (2 MiB)")]
     Unaligned {
-        /// The size asked for.
+        /// The requested size.
         memory_bytes: u64,
     },
     /// Less than [`MEMORY_MIN_BYTES`].
@@ -61,7 +61,7 @@ pub enum LayoutError {
         "memory of {memory_bytes} bytes is below the minimum of {MEMORY_MIN_BYTES} bytes (4 MiB)"
     )]
     TooSmall {
-        /// The size asked for.
+        /// The requested size.
         memory_bytes: u64,
     },
     /// More than [`MEMORY_MAX_BYTES`].
@@ -69,7 +69,7 @@ pub enum LayoutError {
         "memory of {memory_bytes} bytes is above the maximum of {MEMORY_MAX_BYTES} bytes (1 TiB)"
     )]
     TooLarge {
-        /// The size asked for.
+        /// The requested size.
         memory_bytes: u64,
     },
 }
@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_that_meets_the_hole_goes_on_above_it() {
+    fn memory_that_meets_the_hole_continues_above_it() {
         let size = 3 * GIB + LARGE_PAGE_BYTES;
         assert_eq!(
             memory_layout(size).unwrap(),

@@ -56,7 +56,7 @@ enum SlotState {
 #[derive(Clone, Copy)]
 pub(crate) struct RegisteredMark(u64);
 
-/// What an MMIO exit means.
+/// The meaning of an MMIO exit.
 pub(crate) enum MmioAt {
     /// RAM whose slot was registered after the vCPU was entered.
     LateRam,

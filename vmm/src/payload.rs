@@ -1,4 +1,4 @@
-//! What a fresh guest runs.
+//! The program of a fresh guest.
 
 use std::ops::Range;
 
@@ -9,7 +9,7 @@ use crate::boot::{Board, LinuxConfig, LinuxError};
 use crate::demo::{DemoConfig, DemoError, DemoPlan};
 use crate::layout::{LARGE_PAGE_BYTES, MemoryRange};
 
-/// What a fresh guest runs.
+/// The program of a fresh guest.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Payload {
@@ -35,7 +35,7 @@ pub enum PayloadError {
     /// The demo's working area does not fit.
     #[error(transparent)]
     Demo(#[from] DemoError),
-    /// The kernel, or what goes with it, does not fit.
+    /// The kernel, or its initrd or command line, does not fit.
     #[error(transparent)]
     Linux(#[from] LinuxError),
     /// The program is too long.

@@ -1,4 +1,4 @@
-//! What a vCPU thread does: it runs the guest and handles its exits until the guest is stopped.
+//! The body of a vCPU thread: it runs the guest and handles its exits until the guest is stopped.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -27,7 +27,7 @@ const REFUSED: Duration = Duration::from_millis(10);
 /// KVM refuses a vCPU once when another vCPU has just started it.
 const REFUSALS_WITHOUT_PAUSE: u32 = 3;
 
-/// What all vCPU threads of a guest share.
+/// The state that all vCPU threads of a guest share.
 pub(crate) struct Shared {
     pub(crate) control: Arc<Control>,
     pub(crate) memory_slots: Arc<MemorySlots>,
@@ -201,7 +201,9 @@ fn mmio(shared: &Shared, mark: RegisteredMark, gpa: u64, access: Access<'_>) -> 
 }
 
 pub(crate) fn slot_refused(error: KvmError) -> Stop {
-    Stop::Failed { reason: format!("cannot give memory to the guest: {error}: {}", error.source) }
+    Stop::Failed {
+        reason: format!("cannot register memory for the guest: {error}: {}", error.source),
+    }
 }
 
 /// A SIGBUS during KVM_RUN, as the reason to stop.

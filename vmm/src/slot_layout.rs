@@ -20,7 +20,7 @@ pub(crate) struct Slot {
     pub(crate) host_addr: u64,
 }
 
-/// Divides the regions into slots. The second list says which of the slots hold the first ranges.
+/// Divides the regions into slots. The second list marks the slots that hold the first ranges.
 pub(crate) fn split(regions: &[Slot], first: &[Range<u64>]) -> (Vec<Slot>, Vec<bool>) {
     let total: u64 = regions.iter().map(|region| region.len).sum();
     let late_bytes =
@@ -83,7 +83,7 @@ fn join_smallest_gaps(by_region: &mut [Vec<Range<u64>>]) {
         .collect();
     gaps.sort_unstable();
     let mut excess = count.saturating_sub(FIRST_SLOTS_MAX).min(gaps.len());
-    // Every gap up to this length goes, as far as there is excess.
+    // Gaps up to this length are included, until the number is low enough.
     let Some(longest) = excess.checked_sub(1).map(|last| gaps[last]) else {
         return;
     };

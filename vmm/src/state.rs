@@ -1,9 +1,9 @@
 //! The state of a paused guest, without its memory, as data that can be stored.
 //!
-//! [`VmState`] is encoded by bincode with fixed-size little-endian integers. The encoding is frozen: stored
-//! states of every version up to [`STATE_VERSION`] stay readable. A change to any type in this module, or to a kernel structure
-//! in it, fails to compile (size asserts in `arch`) or fails the golden test. A change needs a new version next
-//! to the old one.
+//! [`VmState`] is encoded by bincode with fixed-size little-endian integers. The encoding is frozen: stored states of
+//! every version up to [`STATE_VERSION`] stay readable. A change to any type in this module, or to a kernel structure
+//! in it, fails to compile (size asserts in `arch`) or fails the golden test. A change needs a new version next to the
+//! old one.
 
 #[cfg(test)]
 mod tests;
@@ -123,7 +123,7 @@ pub enum StateError {
     Malformed {
         /// Length of the state in bytes.
         len: usize,
-        /// What the decoder found.
+        /// The error of the decoder.
         #[source]
         source: bincode::Error,
     },
@@ -153,8 +153,7 @@ pub enum StateError {
     },
 }
 
-/// Tag of the content that the device at this index has besides its state, among other kinds of state: "DEV" and
-/// the index as a digit.
+/// Tag of a device's content besides its state, among other kinds of state: "DEV" and the device's index as a digit.
 #[must_use]
 pub fn device_content_kind(place: usize) -> Option<u32> {
     let digit =

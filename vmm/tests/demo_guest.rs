@@ -1,4 +1,4 @@
-//! The demo guest boots, beats, and leaves in memory exactly what it should.
+//! The demo guest boots, beats, and leaves exactly the expected content in memory.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -69,8 +69,8 @@ fn beats_in_memory_of_any_size() {
 }
 
 #[test]
-fn notices_every_kind_of_damage() {
-    if !kvm_or_skip("notices_every_kind_of_damage") {
+fn detects_every_kind_of_damage() {
+    if !kvm_or_skip("detects_every_kind_of_damage") {
         return;
     }
     let memory_bytes = 64 * MIB;

@@ -1,7 +1,7 @@
 //! The fuzz target on a stable compiler: every seed, and some thousand mutations of them.
 //!
-//! `SNAP_FUZZ_RUNS` sets another number of mutations. `docs/testing.md` says how to run the same
-//! target under libFuzzer.
+//! `SNAP_FUZZ_RUNS` sets another number of mutations. `docs/testing.md` describes how to run the same target under
+//! libFuzzer.
 
 #[path = "../fuzz/harness/mod.rs"]
 mod harness;
@@ -28,7 +28,7 @@ fn mutations() {
     let runs = std::env::var("SNAP_FUZZ_RUNS").ok().and_then(|runs| runs.parse().ok());
     let config =
         Config { cases: runs.unwrap_or(4000), failure_persistence: None, ..Config::default() };
-    // From a fixed seed, so that a failure comes again.
+    // From a fixed seed, so that a failure is reproducible.
     let random = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
     let len = harness::TEMPLATE.len() as u16;
     // Half of the patches hit the counts and ranges at the beginning.

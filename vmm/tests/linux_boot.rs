@@ -44,8 +44,8 @@ fn boot(
 }
 
 #[test]
-fn both_protocols_hand_over_the_command_line() {
-    if !kvm_or_skip("both_protocols_hand_over_the_command_line") {
+fn both_protocols_pass_the_command_line() {
+    if !kvm_or_skip("both_protocols_pass_the_command_line") {
         return;
     }
     for (name, print, pvh) in
@@ -126,16 +126,16 @@ fn with_ioapic(state: &VmState, ioapic: kvm_bindings::kvm_ioapic_state) -> VmSta
 }
 
 #[test]
-fn the_guest_is_told_of_its_new_generation_id() {
+fn the_guest_is_notified_of_its_new_generation_id() {
     /// Offsets of the spurious vector and interrupt request registers in the LAPIC's page.
     const SPURIOUS: usize = 0xf0;
     const REQUESTS: usize = 0x200;
     const VECTOR: usize = 0x51;
-    if !kvm_or_skip("the_guest_is_told_of_its_new_generation_id") {
+    if !kvm_or_skip("the_guest_is_notified_of_its_new_generation_id") {
         return;
     }
     let file = kernel::elf(&[kernel::PRINT_CMDLINE_PVH, &[0xeb, 0xfe]].concat(), true, 0);
-    let kernel = TempFile::new("told", &file);
+    let kernel = TempFile::new("paused", &file);
     let memory = guest_memory(8 * MIB);
     let console = Lines::pausing_after(1);
     let vm = PausedVm::boot(Arc::clone(&memory), &linux(&kernel, "x"), console).unwrap();
@@ -158,12 +158,12 @@ fn the_guest_is_told_of_its_new_generation_id() {
 
 /// Otherwise the guest's watchdog reports the pause as a lockup of its CPU.
 #[test]
-fn the_guest_is_told_that_it_stood_still() {
+fn the_guest_is_notified_that_it_was_paused() {
     use vm_memory::{Bytes, GuestAddress};
     /// `pvclock_vcpu_time_info`: where its flags are, and the flag PVCLOCK_GUEST_STOPPED.
     const FLAGS: GuestAddress = GuestAddress(0x20_0000 + 29);
     const GUEST_STOPPED: u8 = 1 << 1;
-    if !kvm_or_skip("the_guest_is_told_that_it_stood_still") {
+    if !kvm_or_skip("the_guest_is_notified_that_it_was_paused") {
         return;
     }
     let clock_at_2_mib = [
@@ -178,20 +178,20 @@ fn the_guest_is_told_that_it_stood_still() {
     let file = kernel::elf(&[&clock_at_2_mib[..], &print_for_ever].concat(), true, 0);
     let kernel = TempFile::new("stood", &file);
     let memory = guest_memory(8 * MIB);
-    let told = || memory.read_obj::<u8>(FLAGS).unwrap() & GUEST_STOPPED != 0;
+    let flag_is_set = || memory.read_obj::<u8>(FLAGS).unwrap() & GUEST_STOPPED != 0;
     let console = Lines::pausing_after(1);
     let vm = PausedVm::boot(Arc::clone(&memory), &linux(&kernel, ""), console.clone()).unwrap();
     let mut vm = run_to_pause(vm);
-    assert!(!told());
+    assert!(!flag_is_set());
     let state = vm.state().unwrap();
     console.pause_after(1);
     run_to_pause(vm);
-    assert!(told());
+    assert!(flag_is_set());
 
     memory.write_obj(0u8, FLAGS).unwrap();
     let (console, options) = (Lines::pausing_after(1), RestoreOptions::default());
     run_to_pause(PausedVm::restore(Arc::clone(&memory), &state, console, &options).unwrap());
-    assert!(told());
+    assert!(flag_is_set());
 }
 
 #[test]

@@ -81,7 +81,7 @@ fn the_next_beat_follows_and_memory_is_the_same_each_time() {
         let all = RestoreOptions::default();
         let (once, late) = three_more_beats(&memory, memory_bytes, &state, &all);
         let (twice, _) = three_more_beats(&memory, memory_bytes, &state, &all);
-        assert_eq!(late, 0, "all memory was there from the start");
+        assert_eq!(late, 0, "all memory was registered from the start");
         assert!(once == twice, "memory differs between two runs");
         // The guest that was never restored.
         let (memory, _) = saved_guest(memory_bytes, 6);
@@ -90,8 +90,8 @@ fn the_next_beat_follows_and_memory_is_the_same_each_time() {
 }
 
 #[test]
-fn memory_that_is_registered_late_is_found() {
-    if !kvm_or_skip("memory_that_is_registered_late_is_found") {
+fn memory_that_is_registered_late_is_accessible() {
+    if !kvm_or_skip("memory_that_is_registered_late_is_accessible") {
         return;
     }
     let memory_bytes = 4 * GIB;
@@ -112,8 +112,8 @@ fn memory_that_is_registered_late_is_found() {
 }
 
 #[test]
-fn a_restored_guest_saves_the_state_it_was_given() {
-    if !kvm_or_skip("a_restored_guest_saves_the_state_it_was_given") {
+fn a_restored_guest_saves_the_same_state() {
+    if !kvm_or_skip("a_restored_guest_saves_the_same_state") {
         return;
     }
     let (memory, bytes) = saved_guest(64 * MIB, 3);
@@ -131,7 +131,7 @@ fn a_restored_guest_saves_the_state_it_was_given() {
     assert_eq!(old.tsc_khz, new.tsc_khz);
     assert_eq!(before.serial(), after.serial());
     assert_eq!(before.memory(), after.memory());
-    // Time stamps advance; every other register is as it was.
+    // Time stamps advance; every other register is unchanged.
     let fixed = |state: &vmm::state::VcpuState| -> Vec<(u32, u64)> {
         let counts = |index: u32| matches!(index, 0x10 | 0x3b | 0x6e0);
         state.msrs.iter().map(|m| (m.0.index, m.0.data)).filter(|m| !counts(m.0)).collect()

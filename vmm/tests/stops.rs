@@ -82,8 +82,8 @@ fn a_sleeping_and_a_spinning_guest_can_be_paused_again_and_again() {
 }
 
 #[test]
-fn the_ends_of_a_guest_are_told_apart() {
-    if !kvm_or_skip("the_ends_of_a_guest_are_told_apart") {
+fn the_ends_of_a_guest_are_distinguished() {
+    if !kvm_or_skip("the_ends_of_a_guest_are_distinguished") {
         return;
     }
     for (code, end) in [(TRIPLE_FAULT, Stop::Shutdown), (RESET, Stop::Reset)] {
@@ -96,29 +96,29 @@ fn the_ends_of_a_guest_are_told_apart() {
 }
 
 #[test]
-fn a_failure_stops_a_guest_for_good() {
-    if !kvm_or_skip("a_failure_stops_a_guest_for_good") {
+fn a_failure_stops_a_guest_permanently() {
+    if !kvm_or_skip("a_failure_stops_a_guest_permanently") {
         return;
     }
     let running = start(SLEEP, Lines::default());
-    running.handle().fail("page 7 is gone");
-    let failed = Stop::Failed { reason: "page 7 is gone".into() };
+    running.handle().fail("page 7 is unreadable");
+    let failed = Stop::Failed { reason: "page 7 is unreadable".into() };
     assert_eq!(stop_of(&running), failed);
     assert_eq!(
         running.pause().err().unwrap().to_string(),
-        "the guest cannot go on: page 7 is gone"
+        "the guest cannot continue: page 7 is unreadable"
     );
 
     // The same while it is paused, when no thread is there to be stopped.
     let mut paused = start(SLEEP, Lines::default()).pause().unwrap();
-    paused.handle().fail("page 7 is gone");
+    paused.handle().fail("page 7 is unreadable");
     assert!(matches!(paused.state(), Err(SaveError::Stopped { stop }) if stop == failed));
     assert_eq!(stop_of(&paused.resume().unwrap()), failed);
 }
 
 #[test]
-fn nothing_answers_where_no_device_is() {
-    if !kvm_or_skip("nothing_answers_where_no_device_is") {
+fn no_device_answers_at_unused_addresses() {
+    if !kvm_or_skip("no_device_answers_at_unused_addresses") {
         return;
     }
     let console = Lines::pausing_after(1);
@@ -189,12 +189,13 @@ fn a_console_that_panics_stops_the_guest() {
     if !kvm_or_skip("a_console_that_panics_stops_the_guest") {
         return;
     }
-    let running = start(READ_NOTHING, |_: &[u8]| -> ConsoleFlow { panic!("told to, by the test") });
+    let running =
+        start(READ_NOTHING, |_: &[u8]| -> ConsoleFlow { panic!("requested by the test") });
     assert!(matches!(stop_of(&running), Stop::Failed { .. }));
     assert!(running.pause().is_err());
 }
 
-/// A guest's exits are counted, and are so on after a pause; one that only computes has none.
+/// A guest's exits are counted, also after a pause; one that only computes has none.
 #[test]
 fn exits_of_a_vcpu_are_counted() {
     if !kvm_or_skip("exits_of_a_vcpu_are_counted") {

@@ -29,11 +29,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "ADDRESS", value_parser = parse_address)]
     gpa: u64,
 
-    /// How many bytes.
+    /// The number of bytes.
     #[arg(long, value_name = "BYTES", default_value = "256", value_parser = parse_address)]
     len: u64,
 
-    /// Write the bytes as they are.
+    /// Write the raw bytes.
     #[arg(long)]
     raw: bool,
 }
@@ -62,7 +62,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
                 let written = if args.raw { out.write_all(bytes) } else { dump.write(out, bytes) };
                 Ok(written?)
             })
-            // A reader that has gone away is not the snapshot's fault.
+            // A reader that has closed the pipe is not an error of the snapshot.
             .map_err(|error| match error.is::<snapfmt::ReadError>() {
                 true => error.context(named()),
                 false => error,
@@ -108,7 +108,7 @@ fn described(regions: &[MemoryRegion]) -> String {
     text.join(", ")
 }
 
-/// Hands out a source range, page by page.
+/// Visits a source range page by page.
 fn each_part(
     snapshot: &Snapshot,
     path: &Path,
@@ -133,9 +133,9 @@ fn each_part(
 /// Bytes in a line.
 const LINE: usize = 16;
 
-/// Writes lines as `hexdump -C` does: equal ones are told once, then `*`.
+/// Writes lines as `hexdump -C` does: equal ones are printed once, then `*`.
 struct HexDump {
-    /// Address of the line that is being gathered.
+    /// Address of the present line.
     gpa: u64,
     line: Vec<u8>,
     before: Vec<u8>,
@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_memory_is_named() {
+    fn addresses_outside_of_memory_are_named() {
         let region = |gpa, len, source_offset| MemoryRegion { gpa, len, source_offset };
         let regions = [region(0, 0x3000, 0), region(0x8000, 0x1000, 0x3000)];
         assert_eq!(source_ranges(&regions, 0x8010..0x8020).unwrap(), [0x3010..0x3020]);

@@ -1,5 +1,5 @@
-//! `snap completions` and `snap man`: what shells and `man` want to know, made from the definition
-//! of the command line.
+//! `snap completions` and `snap man`: completion scripts and manual pages, generated from the definition of the command
+//! line.
 
 use std::path::{Path, PathBuf};
 
@@ -47,20 +47,21 @@ pub(crate) fn completions(args: &CompletionsArgs, mut cli: Command) -> Result<()
 Examples:
   snap man ~/.local/share/man/man1 && man snap-create")]
 pub(crate) struct ManArgs {
-    /// The folder; it is made if it is not there. Pages of an older snap are replaced.
+    /// The folder, which is created if it is missing. Pages of an older snap are replaced.
     #[arg(value_name = "FOLDER", required_unless_present = "out", conflicts_with = "out")]
     folder: Option<PathBuf>,
 
-    /// The same, in the way of other commands.
+    /// The same, as in other commands.
     #[arg(short, long, value_name = "FOLDER")]
     out: Option<PathBuf>,
 }
 
 /// `cli`: the whole command line.
 pub(crate) fn man(args: &ManArgs, cli: Command) -> Result<()> {
-    // One of the two is there.
+    // One of the two is given.
     let folder = args.folder.as_deref().or(args.out.as_deref()).unwrap_or(Path::new("."));
-    std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    std::fs::create_dir_all(folder)
+        .with_context(|| format!("cannot create {}", folder.display()))?;
     clap_mangen::generate_to(cli, folder)
         .with_context(|| format!("cannot write manual pages into {}", folder.display()))
 }

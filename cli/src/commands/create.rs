@@ -1,4 +1,4 @@
-//! `snap create`: boot a guest, wait until it is ready, store it.
+//! `snap create`: boots a guest, waits until it is ready, and snapshots it.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -29,7 +29,7 @@ use crate::stdout::print_line;
 use crate::storage::Storage;
 use crate::summary::Summary;
 
-/// Boot a guest, wait until it is ready, and store it in one file.
+/// Boot a guest, wait until it is ready, and snapshot it into one file.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -46,7 +46,7 @@ pub(crate) struct Args {
     #[arg(value_name = "OUT.snap", required_unless_present = "out", conflicts_with = "out")]
     pub(crate) file: Option<PathBuf>,
 
-    /// The same, in the way of other commands.
+    /// The same, as in other commands.
     #[arg(short, long, value_name = "OUT.snap")]
     pub(crate) out: Option<PathBuf>,
 
@@ -56,30 +56,30 @@ pub(crate) struct Args {
     #[command(flatten)]
     pub(crate) config: ConfigArgs,
 
-    /// Bring this snapshot back, run it until --when, and store only what has changed since.
+    /// Restore this snapshot, run it until --when, and store only the pages that have changed.
     #[arg(long = "from", alias = "parent", value_name = "BASE.snap", conflicts_with_all = guest::WORDS)]
     pub(crate) parent: Option<PathBuf>,
 
-    /// Store the guest that runs with this control socket (`snap run --api`, `snap restore --api`). It stands still
-    /// meanwhile, and then goes on.
+    /// Snapshot the guest that runs with this control socket (`snap run --api`, `snap restore --api`). It is paused
+    /// meanwhile, and then continues.
     #[arg(long, value_name = "SOCKET", conflicts_with_all = guest::WORDS,
           conflicts_with_all = ["parent", "when", "timeout"])]
     pub(crate) vm: Option<PathBuf>,
 
-    /// With --vm: store only what has changed since the snapshot that the guest was restored from.
+    /// With --vm: store only the pages that have changed since the snapshot that the guest was restored from.
     #[arg(long, requires = "vm")]
     pub(crate) diff: bool,
 
-    /// With --vm: end the guest when it is stored.
+    /// With --vm: end the guest after the snapshot.
     #[arg(long, requires = "vm")]
     pub(crate) stop: bool,
 
     #[command(flatten)]
     pub(crate) storage: Storage,
 
-    /// When to store the guest: ready (the demo guest's default), output:TEXT (at the last byte of
-    /// this text), after:TIME (since its boot; with --from, since it was brought back), or
-    /// request (a Linux guest's default: it writes any byte to I/O port 0x680).
+    /// When to snapshot the guest: ready (the demo guest's default), output:TEXT (at the last byte of this text),
+    /// after:TIME (since its boot; with --from, since its restore), or request (a Linux guest's default: it writes any
+    /// byte to I/O port 0x680).
     #[arg(long, value_name = "TRIGGER")]
     pub(crate) when: Option<Trigger>,
 
@@ -92,16 +92,16 @@ pub(crate) struct Args {
     pub(crate) json: bool,
 }
 
-/// The moment at which a guest is stored.
+/// The moment at which a guest is snapshotted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Trigger {
     /// The demo guest has written its line `ready ...`.
     Ready,
     /// The guest has written this.
     Output(String),
-    /// So long after its boot.
+    /// This long after its boot.
     After(Duration),
-    /// The guest has asked for it.
+    /// The guest has requested it.
     Request,
 }
 
@@ -119,7 +119,7 @@ impl FromStr for Trigger {
     }
 }
 
-/// What is waited for.
+/// The awaited event.
 impl fmt::Display for Trigger {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -161,16 +161,16 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
 }
 
 impl Args {
-    /// The file to write: one of the two is there.
+    /// The file to write: one of the two is given.
     fn out(&self) -> &Path {
         self.file.as_deref().or(self.out.as_deref()).unwrap_or(Path::new(""))
     }
 }
 
-/// Makes the snapshot. Nothing is at the output path when it fails.
+/// Writes the snapshot. No file is at the output path if this fails.
 pub(crate) fn create(args: &Args, session: &Session) -> Result<Summary> {
     let started = Instant::now();
-    // Before the guest's boot, which would be in vain.
+    // Before the guest's boot, which would be useless.
     args.storage.options()?;
     refuse_existing(args.out(), args.storage.force)?;
     if let Some(socket) = &args.vm {
@@ -184,11 +184,11 @@ pub(crate) fn create(args: &Args, session: &Session) -> Result<Summary> {
     Ok(Summary::new(args.out(), &header, started, ready_at, paused_at))
 }
 
-/// Boots a guest and stores all of it. Gives also when it ran and when it was paused.
+/// Boots a guest and snapshots all of it. Also returns when it ran and when it was paused.
 fn create_whole(args: &Args, session: &Session) -> Result<(Header, Instant, Instant)> {
     let when = match &args.when {
         Some(Trigger::Ready) if args.guest.is_linux() => bail!(
-            "--when ready is of the demo guest: give --when output:TEXT, after:TIME or request"
+            "--when ready is only for the demo guest: give --when output:TEXT, after:TIME or request"
         ),
         Some(when) => when.clone(),
         None if args.guest.is_linux() => Trigger::Request,
@@ -204,12 +204,12 @@ fn create_whole(args: &Args, session: &Session) -> Result<(Header, Instant, Inst
     Ok((header, paused_at, paused_at))
 }
 
-/// Brings a guest back, lets it run, and stores what has changed. Pages that it never touched are
-/// not read: they are as in the parent.
+/// Restores a guest, lets it run, and stores what has changed. Pages that it never touched are not read: they are
+/// unchanged from the parent.
 fn create_layer(args: &Args, base: &Path, session: &Session) -> Result<(Header, Instant, Instant)> {
     let Some(when) = args.when.clone().filter(|when| *when != Trigger::Ready) else {
         bail!(
-            "a guest that is brought back was ready before: give --when output:TEXT, after:TIME or \
+            "a restored guest was ready before: give --when output:TEXT, after:TIME or \
              request"
         );
     };
@@ -223,23 +223,23 @@ fn create_layer(args: &Args, base: &Path, session: &Session) -> Result<(Header, 
     let memory_ready_at = restored.memory_ready_at;
     let memory = Arc::clone(restored.vm.memory());
     let ran = run_until_ready(restored.vm, args, &when, &seen, session);
-    // What the pager could not do is the cause of whatever else went wrong.
+    // A failure of the pager is the cause of any other error.
     restoring::check_memory(&memory)?;
     let (mut guest, paused_at) = ran?;
     let bar = Bar::new("storing", session.quiet, &session.interrupt);
     let options = args.storage.options()?;
     let written = guest.snapshot_layer(args.out(), &options, &|p| bar.update(p));
     let header = written.map_err(snapshot_error)?;
-    let _ending = live::ending("the service of the guest's pages to end", &memory);
+    let _ending = live::ending("the threads that serve the guest's pages to end", &memory);
     drop((guest, memory));
     Ok((header, memory_ready_at, paused_at))
 }
 
-/// When it is first told that the guest is not ready yet, and how often after that.
-const TELL_FIRST: Duration = Duration::from_secs(1);
-const TELL_EVERY: Duration = Duration::from_secs(10);
+/// When it is first reported that the guest is not ready yet, and how often after that.
+const FIRST_REPORT: Duration = Duration::from_secs(1);
+const REPORT_EVERY: Duration = Duration::from_secs(10);
 
-/// Runs a guest until it is to be stored; gives it, and when it stopped.
+/// Runs a guest until it is to be snapshotted. Returns it, and when it stopped.
 fn run_until_ready(
     guest: Vm,
     args: &Args,
@@ -250,7 +250,7 @@ fn run_until_ready(
     let memory = Arc::clone(guest.memory());
     let touched_bytes = || memory.touched_bytes();
     let running = guest.resume()?;
-    // Again: resuming has forgotten a pause that was asked for before.
+    // Again: resuming has cleared a pause that was requested before.
     session.interrupt.pauses(running.handle());
     let (limit, on_time) = match when {
         Trigger::After(time) => (*time, true),
@@ -258,20 +258,20 @@ fn run_until_ready(
     };
     let started = Instant::now();
     let mut activity = Activity::new(running.handle(), &touched_bytes);
-    let mut tell_after = TELL_FIRST;
+    let mut report_after = FIRST_REPORT;
     let stop = loop {
         let rest = limit.saturating_sub(started.elapsed());
-        let stop = running.wait(Some(rest.min(tell_after)));
-        if stop.is_some() || rest <= tell_after {
+        let stop = running.wait(Some(rest.min(report_after)));
+        if stop.is_some() || rest <= report_after {
             break stop;
         }
-        tell_after = TELL_EVERY;
+        report_after = REPORT_EVERY;
         if !session.quiet {
             let (waited, most) = (started.elapsed().as_secs(), humantime::format_duration(limit));
             say(&format!(
                 "snap create: {waited} s, waiting for {when}, at most {most}; {}; {}\n",
                 seen.last_line(),
-                activity.told()
+                activity.describe()
             ));
         }
     };
@@ -284,10 +284,10 @@ fn run_until_ready(
             return Err(GuestStopped(message).into());
         }
         None => bail!(
-            "the guest is not ready after {}: waited for {when}; at last {}; give more time with --timeout, or \
+            "the guest is not ready after {}: waited for {when}; at the end {}; give more time with --timeout, or \
              another --when\n{}",
             humantime::format_duration(args.timeout),
-            activity.told(),
+            activity.describe(),
             seen.tail()
         ),
     }

@@ -1,4 +1,4 @@
-//! `snap demo`: the whole story in a few seconds, checked.
+//! `snap demo`: a snapshot and its restores in a few seconds, checked.
 
 use std::time::Instant;
 
@@ -47,13 +47,13 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let file = directory.path().join("demo.snap");
     let say = |text: String| if session.quiet { Ok(()) } else { print_line(text) };
     say(format!(
-        "snap create: a guest with {} of memory fills {} and is stored ...",
+        "snap create: a guest with {} of memory fills {} and is snapshotted ...",
         size::human(args.memory),
         size::human(args.work)
     ))?;
     let created = create::create(&create_args(args, file.clone()), session)?;
     say(format!(
-        "  {} in {:.0} ms, of which the guest stood still {:.0} ms",
+        "  {} in {:.0} ms, the guest was paused for {:.0} ms of it",
         size::human(created.file_bytes),
         created.total_ms,
         created.pause_ms
@@ -79,7 +79,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     };
     say(format!("snap restore: all memory is read, then the guest runs {} beats ...", args.beats))?;
     let eager = restore(MemoryFrom::Eager, EAGER)?;
-    say("snap restore --lazy: the guest runs at once, its pages come when it touches them ..."
+    say("snap restore --lazy: the guest runs immediately, its pages are loaded when it touches them ..."
         .into())?;
     let lazy = restore(MemoryFrom::Lazy, LAZY)?;
 
@@ -92,7 +92,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             report.bad_beats
         );
     }
-    ensure!(eager.memory_sha256.is_some(), "no hash of the guest's memory was made");
+    ensure!(eager.memory_sha256.is_some(), "the guest's memory was not hashed");
     ensure!(
         eager.memory_sha256 == lazy.memory_sha256,
         "the memory of the two guests differs after {} beats",

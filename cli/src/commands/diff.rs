@@ -40,7 +40,7 @@ pub(crate) struct Args {
     json: bool,
 }
 
-/// A run of pages that differ: the first one, and how many.
+/// A run of pages that differ: the first one, and their number.
 struct Run {
     first: PageIndex,
     pages: u64,

@@ -1,4 +1,4 @@
-//! `snap info`: what is in a snapshot, without KVM.
+//! `snap info`: the content of a snapshot, without KVM.
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ use crate::leftovers::staged_output;
 use crate::size;
 use crate::stdout::{print_line, print_text, to_stdout};
 
-/// Show what is in a snapshot, without KVM.
+/// Show the content of a snapshot, without KVM.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -35,8 +35,8 @@ pub(crate) struct Args {
     #[arg(long)]
     json: bool,
 
-    /// Draw memory instead: what is zero, and how the rest is stored. On stdout, in colours if it
-    /// is a terminal and NO_COLOR is not set, or into a file (-o, or --map=FILE): SVG, or PNG without letters.
+    /// Draw memory instead: which parts are zero, and how the others are stored. On stdout, in colours if it is a
+    /// terminal and NO_COLOR is not set, or into a file (-o, or --map=FILE): SVG, or PNG without letters.
     #[arg(long, value_name = "FILE.svg|FILE.png", num_args = 0..=1, require_equals = true,
           default_missing_value = "-", conflicts_with = "json")]
     map: Option<PathBuf>,
@@ -165,8 +165,8 @@ fn as_json(snapshot: &Snapshot, metadata: &Metadata, set: Option<&WorkingSet>) -
     })
 }
 
-/// So many regions of memory have a line.
-const REGIONS_TOLD: usize = 16;
+/// This many regions of memory have a line.
+const REGIONS_LISTED: usize = 16;
 
 fn as_text(snapshot: &Snapshot, metadata: &Metadata, set: Option<&WorkingSet>) -> String {
     let header = snapshot.header();
@@ -183,19 +183,19 @@ fn as_text(snapshot: &Snapshot, metadata: &Metadata, set: Option<&WorkingSet>) -
         lines.push(format!("{name:<10} {}", one_line(value)));
     }
     let regions = snapshot.regions();
-    for (number, region) in regions.iter().take(REGIONS_TOLD).enumerate() {
+    for (number, region) in regions.iter().take(REGIONS_LISTED).enumerate() {
         let name = if number == 0 { "memory" } else { "" };
         let end = region.gpa.saturating_add(region.len);
         lines.push(format!("{name:<10} {:#x}..{end:#x}  {}", region.gpa, size::human(region.len)));
     }
-    if let more @ 1.. = regions.len().saturating_sub(REGIONS_TOLD) {
+    if let more @ 1.. = regions.len().saturating_sub(REGIONS_LISTED) {
         let all = size::human(header.memory_bytes);
         lines.push(format!("{:<10} and {more} regions more, {all} in all (--json has them)", ""));
     }
     let Pages { total, zero, data, stored, duplicate, parent } = Pages::of(header);
     lines.push(format!(
         "pages      {total} in all: {zero} zero, {data} data ({stored} stored, {duplicate} \
-         duplicate), {parent} as in the parent"
+         duplicate), {parent} unchanged from the parent"
     ));
     if let Some(set) = set {
         let phases = Phase::ALL.iter().zip(set.pages_by_phase()).filter(|(_, pages)| *pages > 0);

@@ -1,4 +1,4 @@
-//! `snap keep`: hold what page servers need to go on after their death.
+//! `snap keep`: holds the state that lets another page server take over guests.
 
 use std::io::Write;
 use std::os::fd::AsFd;
@@ -15,23 +15,22 @@ use crate::exit::Interrupted;
 use crate::session::Session;
 use crate::stderr::say;
 
-/// Keep guests alive whose page server dies, until another one goes on with them.
-///
-/// `snap serve --keep SOCKET` gives this process duplicates of what it has of its guests. When a server dies, however
-/// it does, its guests wait at their next missing page; the next `snap serve --keep SOCKET` of the same snapshot goes on
-/// with them, and they never notice. Ctrl-C: ends, and kills the guests that have no server.
+/// Keep guests alive whose page server dies, until another one takes them over. `snap serve --keep SOCKET` sends this
+/// process duplicates of the descriptors of its guests. When a server dies for any reason, its guests wait at their
+/// next missing page. The next `snap serve --keep SOCKET` of the same snapshot takes them over, and they do not notice.
+/// Ctrl-C: ends, and kills the guests that have no server.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
   snap keep --listen keep.sock &
   while ! snap serve demo.snap --listen pages.sock --keep keep.sock; do sleep 0.1; done")]
 pub(crate) struct Args {
-    /// The socket, for servers of this user only. One that a dead keeper has left is replaced.
+    /// The socket, for servers of this user only. A socket of a dead keeper is replaced.
     #[arg(long, value_name = "SOCKET")]
     listen: PathBuf,
 
-    /// How long guests wait for a server. After that their missing pages fail, by the --on-error of the
-    /// server that has died; a server that comes later brings those that have not failed yet.
+    /// How long guests wait for a server. After that their missing pages fail, by the --on-error of the dead server; a
+    /// later server loads those that have not failed yet.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
     patience: Duration,
 }
@@ -42,13 +41,13 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let quiet = session.quiet;
     let bind = || {
         Keeper::bind(&args.listen, options, move |event| {
-            // A reader of stderr that takes nothing is no reason to leave guests alone.
-            told(&event, quiet).iter().for_each(|line| say(line));
+            // If the reader of stderr does not read, guests are served anyway.
+            message(&event, quiet).iter().for_each(|line| say(line));
         })
     };
     let keeper = private_socket(&args.listen, bind)?;
     allow_many_descriptors();
-    let (stopped, stop) = std::io::pipe().context("cannot make a pipe")?;
+    let (stopped, stop) = std::io::pipe().context("cannot create a pipe")?;
     session.interrupt.stops(None, stop);
     if !quiet {
         let line = format!("keeping at {}\n", args.listen.display());
@@ -62,12 +61,12 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     Err(Interrupted.into())
 }
 
-/// What is said of an event: what is bad for guests also to those who want it quiet.
-fn told(event: &KeepEvent<'_>, quiet: bool) -> Option<String> {
+/// The message of an event. With --quiet only events that harm guests have one.
+fn message(event: &KeepEvent<'_>, quiet: bool) -> Option<String> {
     Some(match event {
         KeepEvent::GivenUp { guests, killed } => {
             let mut text =
-                format!("snap: no server has come back: {guests} guests lack their pages");
+                format!("snap: no server has taken over: missing pages of {guests} guests fail");
             killed.iter().for_each(|why| text = format!("{text}; one was killed: {why}"));
             text + "\n"
         }
@@ -78,10 +77,10 @@ fn told(event: &KeepEvent<'_>, quiet: bool) -> Option<String> {
         _ if quiet => return None,
         KeepEvent::Connected { server } => format!("server {server}: connected\n"),
         KeepEvent::Lost { server, guests } => {
-            format!("server {server}: gone, {guests} guests wait\n")
+            format!("server {server}: has ended, {guests} guests wait\n")
         }
         KeepEvent::TakenOver { server, guests } => {
-            format!("server {server}: goes on with {guests} guests\n")
+            format!("server {server}: has taken over {guests} guests\n")
         }
         _ => return None,
     })

@@ -1,4 +1,4 @@
-//! One file a command; each has its arguments and a function that does it.
+//! One file for each command, with its arguments and its function.
 
 mod bench;
 mod cat;
@@ -50,7 +50,7 @@ pub(crate) enum Command {
     Man(completions::ManArgs),
 }
 
-/// `cli` gives the whole command line, for those that describe it.
+/// `cli` returns the whole command line, for commands that describe it.
 pub(crate) fn run(
     command: Command,
     cli: impl FnOnce() -> clap::Command,

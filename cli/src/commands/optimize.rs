@@ -1,4 +1,4 @@
-//! `snap optimize`: the same guest in another file, with the pages of its working set in front.
+//! `snap optimize`: the same guest in another file, with the pages of its working set at the front.
 
 use std::path::{Path, PathBuf};
 
@@ -17,17 +17,16 @@ use crate::size;
 use crate::stdout::print_line;
 use crate::storage::Storage;
 
-/// Write a snapshot anew, with the pages of its working set in front.
-///
-/// They stand together in the order in which the guest touches them, in a fast codec, so that a lazy restore loads them with
-/// a few large reads. All other pages follow in the order of memory. Only the layout changes: memory, state and, of a
-/// layer, the parent are the same; pages that are in a parent stay there.
+/// Write a copy of a snapshot with the pages of its working set at the front. They are stored together in the order in
+/// which the guest touches them, in a fast codec, so that a lazy restore loads them with a few large reads. All other
+/// pages follow in the order of memory. Only the layout changes: memory, state and, for a layer, the parent are the
+/// same; pages that are in a parent stay there.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
   snap train guest.snap --until 'server ready' -o trained.snap
   snap optimize trained.snap -o fast.snap
-  snap info fast.snap --map                   hot pages have a colour of their own")]
+  snap info fast.snap --map                   pages of the working set have their own colour")]
 pub(crate) struct Args {
     #[command(flatten)]
     input: Input,
@@ -36,7 +35,7 @@ pub(crate) struct Args {
     #[arg(short, long, value_name = "OUT.snap")]
     out: PathBuf,
 
-    /// How the pages in front are stored: lz4, raw or zstd.
+    /// How the pages at the front are stored: lz4, raw or zstd.
     #[arg(long, value_name = "CODEC", default_value = "lz4")]
     hot_codec: Codec,
 
@@ -63,10 +62,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     refuse_as_output(&args.out, [&snapshot])?;
     let named = || args.input.file.display().to_string();
     let Some(set) = snapshot.working_set().with_context(named)? else {
-        bail!(
-            "{} does not say which pages are hot: make a copy that does with `snap train`",
-            named()
-        );
+        bail!("{} has no working set: make a copy with one by `snap train`", named());
     };
     let parent = open_parent(&snapshot, args)?;
     let parent_layer = match &parent {
@@ -95,7 +91,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     }
     if !session.quiet {
         print_line(format_args!(
-            "{}: {} hot pages ({}) in front, in {}; {} data pages in {}",
+            "{}: {} pages of the working set ({}) at the front, in {}; {} data pages in {}",
             args.out.display(),
             set.len(),
             size::human(set.len() * PAGE_BYTES as u64),
@@ -107,7 +103,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     Ok(())
 }
 
-/// Of a layer: the snapshot that it builds on, and where that is.
+/// For a layer: its parent, and the path of the parent.
 fn open_parent<'a>(snapshot: &'a Snapshot, args: &Args) -> Result<Option<(Snapshot, &'a Path)>> {
     match snapshot.paths().nth(1) {
         None => Ok(None),

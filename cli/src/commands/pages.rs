@@ -13,7 +13,7 @@ use crate::input::{Input, reading};
 use crate::session::Session;
 use crate::stdout::to_stdout;
 
-/// Print where every page is: one line for each run of pages that are stored alike.
+/// Print where every page is: one line for each run of pages that are stored in the same way.
 ///
 /// Pages of a run follow each other in guest memory and, if stored, in one chunk. Only the index
 /// and the chunks' headers are read.
@@ -68,10 +68,8 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     })
 }
 
-/// The codec of a chunk of the file itself (layer 0), from its header alone.
-///
-/// The header's checksum is not looked at: a damaged one may show a wrong codec here, and is
-/// refused by everything that reads the chunk.
+/// The codec of a chunk of the file itself (layer 0), from its header alone. The header's checksum is not checked: a
+/// damaged one may show a wrong codec here, and is refused by all commands that read the chunk.
 pub(crate) fn codec_of(snapshot: &Snapshot, chunk: ChunkExtent) -> Result<Codec> {
     let mut header = [0; CHUNK_HEADER_BYTES];
     let at = chunk.offset();
@@ -150,16 +148,16 @@ impl Place {
     }
 }
 
-/// Gathers pages, which come in ascending order without the zero ones, into runs.
+/// Joins pages, which come in ascending order without the zero ones, into runs.
 struct Runs<'a, E> {
     snapshot: &'a Snapshot,
     path: &'a Path,
     emit: E,
-    /// The run being gathered: first page, pages, place.
+    /// The present run: first page, pages, place.
     first: u64,
     pages: u64,
     place: Place,
-    /// Chunks come several pages in a row: the last one that was looked at.
+    /// The last chunk that was looked up: several pages in a row have the same one.
     seen: Option<(ChunkExtent, Codec)>,
     /// The regions that are not printed yet.
     regions: &'a [MemoryRegion],

@@ -1,4 +1,4 @@
-//! `snap restore`: bring a guest back, with all its memory at once or page by page.
+//! `snap restore`: restores a guest, with all its memory first or page by page.
 
 use std::num::NonZeroU64;
 use std::path::PathBuf;
@@ -27,14 +27,14 @@ use crate::waits::{self, Wait};
 use crate::working_set_file::Output;
 use crate::{restoring, size, stderr};
 
-/// Bring a guest back and run it.
+/// Restore a guest and run it.
 ///
 /// The guest's serial port is connected to stdin and stdout. Ctrl-C ends the run.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
   snap restore demo.snap --beats 3            read all memory, then run for three beats
-  snap restore --lazy demo.snap --for 2s      run at once, pages come when they are touched
+  snap restore --lazy demo.snap --for 2s      run immediately, load pages when they are touched
   snap restore --lazy demo.snap --until 'beat 7' --report json")]
 pub(crate) struct Args {
     #[command(flatten)]
@@ -43,7 +43,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     devices: SavedDeviceArgs,
 
-    /// Run at once; pages come from the file when the guest touches them.
+    /// Run immediately; pages are loaded from the file when the guest touches them.
     #[arg(long)]
     lazy: bool,
 
@@ -59,7 +59,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     api: ApiArgs,
 
-    /// With --api: do not run before a client resumes the guest. What is loaded in the background is loaded meanwhile.
+    /// With --api: do not run before a client resumes the guest. Background loading starts meanwhile.
     #[arg(long, requires = "api", conflicts_with = "record")]
     paused: bool,
 
@@ -67,13 +67,13 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     memory: Option<u64>,
 
-    /// With --lazy: what to do with a page that cannot be read or is damaged.
+    /// With --lazy: what to do about a page that cannot be read or is damaged.
     #[arg(long, value_name = "POLICY", default_value = "poison", requires = "lazy")]
     on_error: OnError,
 
-    /// With --lazy: load what the guest has not touched in the background. `auto`: while the guest waits for pages a good
-    /// part of its time; `idle`: only while it asks for none; `full`: from the start to the end. Pages that are asked for
-    /// go first. RATE bounds the bytes a second: `full,200M`.
+    /// With --lazy: load pages that the guest has not touched in the background. `auto`: while the guest waits for
+    /// pages a good part of its time; `idle`: only while it has no faults; `full`: from the start to the end. Faults go
+    /// first. RATE limits the bytes a second: `full,200M`.
     #[arg(
         long,
         value_name = "off|auto|idle|full[,RATE]",
@@ -82,8 +82,8 @@ pub(crate) struct Args {
     )]
     populate: Background,
 
-    /// With --lazy: load pages in front of the guest. `hot`: those of the file's working set (`snap train` makes one);
-    /// `all`: then everything else.
+    /// With --lazy: load pages ahead of the guest. `hot`: those of the file's working set (`snap train` records one);
+    /// `all`: then all other pages.
     #[arg(
         long,
         value_name = "off|hot|all",
@@ -93,8 +93,8 @@ pub(crate) struct Args {
     )]
     prefetch: PrefetchArg,
 
-    /// With --lazy: record which pages the guest touches, and store them as the working set of a copy of the file. Nothing is
-    /// loaded that is not asked for.
+    /// With --lazy: record which pages the guest touches, and store them as the working set of a copy of the file. No
+    /// page is loaded ahead.
     #[arg(long, requires_all = ["lazy", "out"], conflicts_with_all = ["prefetch", "populate"])]
     record: bool,
 
@@ -106,7 +106,7 @@ pub(crate) struct Args {
     #[arg(short, long, requires = "record")]
     force: bool,
 
-    /// With --lazy: where the threads run that answer faults.
+    /// With --lazy: on which CPUs the threads that answer faults run.
     #[arg(long, value_name = "PLACE", default_value = "follow", requires = "lazy")]
     placement: Place,
 
@@ -114,7 +114,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "CLOCK", default_value = "advance")]
     clock: ClockArg,
 
-    /// Restore although this host's CPU lacks features that the guest was given.
+    /// Restore even if this host's CPU lacks features of the guest's CPU.
     #[arg(long)]
     force_cpu: bool,
 
@@ -126,7 +126,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "IMAGE", hide = true, conflicts_with = "lazy")]
     image: Option<PathBuf>,
 
-    /// Report also what the process has used, and end with the process that started this one. For `snap bench`.
+    /// Also report the resources that the process has used, and end with the process that started this one. For `snap
+    /// bench`.
     #[arg(long, value_name = "WHAT", hide = true)]
     measure: Option<Measure>,
 
@@ -141,15 +142,15 @@ pub(crate) struct Args {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Place {
-    /// On the CPU of the vCPU that asks.
+    /// On the CPU of the vCPU that faults.
     Follow,
-    /// Not asleep: they look for faults all the time, for as long as faults come.
+    /// Awake: they poll for faults as long as faults come.
     Spin,
-    /// Wherever the scheduler puts them.
+    /// Where the scheduler puts them.
     None,
 }
 
-/// `off`, `auto`, `idle` or `full`, and how many bytes a second at most.
+/// `off`, `auto`, `idle` or `full`, and the limit of bytes a second.
 #[derive(Clone, Copy)]
 struct Background(Populate, Option<NonZeroU64>);
 
@@ -178,9 +179,9 @@ impl FromStr for Background {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum ClockArg {
-    /// Go on as if the guest had slept while it was stored.
+    /// Continue as if the guest had slept since the snapshot.
     Advance,
-    /// Go on as if no time had passed.
+    /// Continue as if no time had passed.
     Keep,
 }
 
@@ -210,7 +211,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let (memory, mode) = match (&args.image, &args.share) {
         (Some(image), _) => (MemoryFrom::Image(image.clone()), "mmap"),
         (None, Some(socket)) => {
-            // Not longer than the guest is to run.
+            // At most as long as the guest is to run.
             let timeout = args.end.run_for.map_or(ANSWER_TIMEOUT, |time| time.min(ANSWER_TIMEOUT));
             (MemoryFrom::Shared { socket: socket.clone(), timeout }, "shared")
         }
@@ -256,19 +257,19 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         with_parent.context("cannot be tied to the process that measures")?;
     }
     let (report, outcome) = restore.run(out, session, session.started)?;
-    let told = match form {
+    let text = match form {
         ReportForm::Json => serde_json::to_string_pretty(&report)? + "\n",
         ReportForm::Text if !session.quiet => report.to_string(),
         ReportForm::Text | ReportForm::None => String::new(),
     };
-    stderr::print(&told);
+    stderr::print(&text);
     let ended_well = outcome.as_ref().map_or_else(|error| error.is::<Interrupted>(), |()| true);
     if let (Some((output, snapshot)), Some(touched), true) = (&output, &report.touched, ended_well)
     {
-        // An interrupt has ended the run, and does not cancel what is written of it.
+        // An interrupt has ended the run, but does not cancel the recording's file.
         let session = Session { interrupt: Interrupt::default(), ..*session };
         let path = output.path.display().to_string();
-        let recorded = move || format!("what was recorded to be written to {path}");
+        let recorded = move || format!("the recording to be written to {path}");
         let _waiting = Wait::new(recorded).outlasts().begin();
         output.write(snapshot, WorkingSet::join([&touched[..]]), &session)?;
     }

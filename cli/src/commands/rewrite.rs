@@ -80,7 +80,7 @@ pub(crate) fn flatten(args: &FlattenArgs, session: &Session) -> Result<()> {
     let written = write_snapshot(&args.out, contents, &options, &|p| bar.update(p));
     let (header, _) = written.map_err(|error| named(error, &args.input.file, &args.input.file))?;
     drop(bar);
-    tell(&Written::new(&args.out, &header, session.started), args.json, session)
+    print(&Written::new(&args.out, &header, session.started), args.json, session)
 }
 
 pub(crate) fn rebase(args: &RebaseArgs, session: &Session) -> Result<()> {
@@ -90,7 +90,7 @@ pub(crate) fn rebase(args: &RebaseArgs, session: &Session) -> Result<()> {
     let onto = args.input.beside(&args.onto)?;
     refuse_as_output(&args.out, [&snapshot, &onto])?;
     let bar = Bar::new("rebasing", session.quiet, &session.interrupt);
-    // What is zero in both need not be looked at.
+    // Parts that are zero in both need no comparison.
     let data: Vec<_> = snapshot.populated().chain(onto.populated()).collect();
     let memory = snapshot.memory();
     let parts = Parts::of(&snapshot).with_context(|| args.input.file.display().to_string())?;
@@ -99,10 +99,10 @@ pub(crate) fn rebase(args: &RebaseArgs, session: &Session) -> Result<()> {
     let written = write_layer(&args.out, contents, &parent, &options, &|p| bar.update(p));
     let (header, _) = written.map_err(|error| named(error, &args.input.file, &args.onto))?;
     drop(bar);
-    tell(&Written::new(&args.out, &header, session.started), args.json, session)
+    print(&Written::new(&args.out, &header, session.started), args.json, session)
 }
 
-/// An error that says which of the two files that are read it is about.
+/// An error that names the file, one of the two inputs.
 fn named(error: WriteError, input: &Path, onto: &Path) -> anyhow::Error {
     let file = match error {
         WriteError::Snapshot { .. } => input,
@@ -112,7 +112,7 @@ fn named(error: WriteError, input: &Path, onto: &Path) -> anyhow::Error {
     anyhow::Error::new(error).context(file.display().to_string())
 }
 
-/// What goes over from the old file beside memory.
+/// The content that is copied from the old file besides memory.
 pub(super) struct Parts {
     states: Vec<StateBlob>,
     metadata: Metadata,
@@ -123,7 +123,7 @@ impl Parts {
         let tags = snapshot.sections().iter().filter(|section| section.kind == SectionKind::STATE);
         let states = tags.map(|section| {
             let state = snapshot.state(section.tag)?;
-            state.context("a state section was there and is not any more")
+            state.context("a state section has disappeared")
         });
         let mut metadata = snapshot.metadata()?;
         let ids = snapshot.headers().map(|header| header.id.to_string());
@@ -142,12 +142,12 @@ impl Parts {
     }
 }
 
-fn tell(written: &Written<'_>, json: bool, session: &Session) -> Result<()> {
+fn print(written: &Written<'_>, json: bool, session: &Session) -> Result<()> {
     if json {
         print_line(serde_json::to_string_pretty(written)?)?;
     } else if !session.quiet {
         print_line(format_args!(
-            "{}: {} data pages in {}, {} as in the parent",
+            "{}: {} data pages in {}, {} unchanged from the parent",
             written.file.display(),
             written.pages.data,
             size::human(written.file_bytes),

@@ -1,4 +1,4 @@
-//! `snap run`: boot a guest and run it.
+//! `snap run`: boots a guest and runs it.
 
 use anyhow::{Context, Result};
 

@@ -1,4 +1,4 @@
-//! `snap serve`: bring memory to guests of other programs.
+//! `snap serve`: serves memory to guests of other programs.
 
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
@@ -26,13 +26,11 @@ use crate::stderr::{self, say};
 use crate::waits::Wait;
 use crate::{metrics, size};
 
-/// Serve a snapshot's memory to guests of Firecracker, and to clones that share it.
-///
-/// Listens at a unix socket that only this user can connect to, and brings pages when a guest touches them, for any
-/// number of guests at once. Firecracker loads its snapshot with `mem_backend` of the type `Uffd` and this
-/// socket as `backend_path`. `snap restore --lazy --share SOCKET` makes clones that have the pages in common which they
-/// don't write to. Ctrl-C: no new guests, and ends when the last one has ended; again: kills those that still
-/// need pages, unless a keeper has them.
+/// Serve a snapshot's memory to guests of Firecracker, and to clones that share it. Listens at a unix socket that only
+/// this user can connect to, and loads pages when a guest touches them, for any number of guests. Firecracker loads its
+/// snapshot with `mem_backend` of the type `Uffd` and this socket as `backend_path`. `snap restore --lazy --share
+/// SOCKET` makes clones that share the pages that they do not write to. Ctrl-C: accepts no new guests, and ends when
+/// the last one has ended; again: kills guests that still need pages, unless a keeper has them.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -41,27 +39,28 @@ pub(crate) struct Args {
     #[command(flatten)]
     input: Input,
 
-    /// The socket. One that a dead server has left is replaced.
+    /// The socket. A socket of a dead server is replaced.
     #[arg(long, value_name = "SOCKET")]
     listen: PathBuf,
 
-    /// Give the `snap keep` at this socket what another server needs to go on with the guests if this one dies, and
-    /// go on with those of one that has died.
+    /// Send the `snap keep` at this socket the state that lets another server take over the guests if this one dies,
+    /// and take over those of a dead server.
     #[arg(long, value_name = "SOCKET")]
     keep: Option<PathBuf>,
 
-    /// Answer `GET /metrics` with figures for Prometheus here: a port of 127.0.0.1, or ADDRESS:PORT. Whoever
+    /// Answer `GET /metrics` with figures for Prometheus here: a port of 127.0.0.1, or ADDRESS:PORT. Every client that
     /// can connect can read them.
     #[arg(long, value_name = "PORT", value_parser = metrics::parse_address)]
     metrics: Option<SocketAddr>,
 
-    /// Load pages before guests ask for them. `hot`: those of the file's working set (`snap train` makes one), into the memory
-    /// that clones share when the first of them comes, and in front of each other guest; `all`: then everything else.
+    /// Load pages before guests touch them. `hot`: those of the file's working set (`snap train` records one), into the
+    /// memory that clones share when the first clone connects, and ahead of each other guest; `all`: then all other
+    /// pages.
     #[arg(long, value_name = "off|hot|all", default_value = "hot", hide_possible_values = true)]
     prefetch: PrefetchArg,
 
-    /// Load what guests have not touched in the background. `auto`: while they wait for pages a good part of their time;
-    /// `idle`: only while a guest asks for none; `full`: from the start to the end.
+    /// Load pages that guests have not touched in the background. `auto`: while they wait for pages a good part of
+    /// their time; `idle`: only while a guest has no faults; `full`: from the start to the end.
     #[arg(
         long,
         value_name = "off|auto|idle|full",
@@ -70,7 +69,7 @@ pub(crate) struct Args {
     )]
     populate: PopulateArg,
 
-    /// What to do with a page that cannot be read or is damaged.
+    /// What to do about a page that cannot be read or is damaged.
     #[arg(long, value_name = "POLICY", default_value = "poison")]
     on_error: OnError,
 }
@@ -123,13 +122,13 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         {
             say(ADVICE);
         }
-        // A reader of stderr that takes nothing is no reason to leave guests alone.
-        told(&file, &event, quiet).iter().for_each(|line| say(line));
+        // If the reader of stderr does not read, guests are served anyway.
+        message(&file, &event, quiet).iter().for_each(|line| say(line));
     })?;
     drop(keeping);
     allow_many_descriptors();
     let metrics = args.metrics.map(|at| metrics::serve(at, server.handle())).transpose()?;
-    let (stopped, stop) = std::io::pipe().context("cannot make a pipe")?;
+    let (stopped, stop) = std::io::pipe().context("cannot create a pipe")?;
     session.interrupt.stops(Some(server.handle()), stop);
     if !session.quiet {
         let (file, socket) = (args.input.file.display(), args.listen.display());
@@ -146,14 +145,14 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     }
 }
 
-/// What a fault costs a guest with KVM's asynchronous page faults: it halts, and is told late that the page is there.
+/// The cost of a fault for a guest with KVM's asynchronous page faults: it halts, and "page ready" comes late.
 const HALT: Duration = Duration::from_millis(8);
 const ADVICE: &str = "\
 this guest has KVM's asynchronous page faults switched on: each page that it waits for may cost it milliseconds, so all \
 is loaded from its first fault on. Boot it with `no-kvmapf`, or load a vmstate of `snap export --format firecracker \
 --no-async-pf` (docs/serving.md)\n";
 
-/// The pages to load before they are asked for, if any. A working set that is damaged is told, once, and not used.
+/// The pages to load before they are touched, if any. A damaged working set is reported once, and not used.
 fn prefetched(which: PrefetchArg, snapshot: &Arc<Snapshot>) -> Option<Prefetched> {
     let hot = match which {
         PrefetchArg::Off => return None,
@@ -170,23 +169,26 @@ fn prefetched(which: PrefetchArg, snapshot: &Arc<Snapshot>) -> Option<Prefetched
     (!pages.is_empty()).then(|| Prefetched::new(move || pages.clone()))
 }
 
-/// What is said of an event: failures also to those who want it quiet.
-fn told(file: &str, event: &ServeEvent<'_>, quiet: bool) -> Option<String> {
+/// The message of an event. With --quiet only failures have one.
+fn message(file: &str, event: &ServeEvent<'_>, quiet: bool) -> Option<String> {
     Some(match event {
         ServeEvent::Failed { pid, failure } => {
             format!("snap: {file}, for process {pid}: {}\n", with_causes(failure))
         }
         ServeEvent::Refused { pid, error, consequence } => {
-            let who = pid.map_or("a client".into(), |pid| format!("process {pid}"));
+            let client = pid.map_or("a client".into(), |pid| format!("process {pid}"));
             let then = match consequence {
-                Consequence::Poisoned => "; what it lacks fails when it touches it",
+                Consequence::Poisoned => "; its missing pages fail when it touches them",
                 Consequence::Killed => "; it was killed",
                 _ => "",
             };
-            format!("snap: {who} is not served: {}{then}\n", with_causes(error))
+            format!("snap: {client} is not served: {}{then}\n", with_causes(error))
         }
         ServeEvent::NotKept { pid, error } => {
-            format!("snap: process {pid} will not survive this server: {}\n", with_causes(error))
+            format!(
+                "snap: process {pid} would not survive the end of this server: {}\n",
+                with_causes(error)
+            )
         }
         ServeEvent::Accept { error } => format!("snap: cannot accept: {error}\n"),
         _ if quiet => return None,
@@ -194,7 +196,10 @@ fn told(file: &str, event: &ServeEvent<'_>, quiet: bool) -> Option<String> {
             format!("process {pid}: {} are served\n", size::human(*memory_bytes))
         }
         ServeEvent::TakenOver { pid, memory_bytes } => {
-            format!("process {pid}: {} are served on\n", size::human(*memory_bytes))
+            format!(
+                "process {pid}: {} are served, taken over from a dead server\n",
+                size::human(*memory_bytes)
+            )
         }
         ServeEvent::Ended { pid, stats } => {
             let loaded = stats.pages.total - stats.pages.missing;
@@ -212,16 +217,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_becomes_of_a_refused_guest_is_told_also_to_those_who_want_it_quiet() {
-        let says = |pid, consequence| {
+    fn the_consequence_of_a_refusal_is_reported_with_quiet_too() {
+        let printed = |pid, consequence| {
             let event = ServeEvent::Refused { pid, error: &RefuseError::NoRegion, consequence };
-            told("a.snap", &event, true).unwrap_or_default()
+            message("a.snap", &event, true).unwrap_or_default()
         };
-        let why = "process 7 is not served: no region is named";
-        assert_eq!(says(Some(7), Consequence::Closed), format!("snap: {why}\n"));
-        assert_eq!(says(Some(7), Consequence::Killed), format!("snap: {why}; it was killed\n"));
-        let poisoned = "; what it lacks fails when it touches it";
-        assert_eq!(says(Some(7), Consequence::Poisoned), format!("snap: {why}{poisoned}\n"));
-        assert!(says(None, Consequence::Closed).starts_with("snap: a client is not served"));
+        let why = "process 7 is not served: the message has no region";
+        assert_eq!(printed(Some(7), Consequence::Closed), format!("snap: {why}\n"));
+        assert_eq!(printed(Some(7), Consequence::Killed), format!("snap: {why}; it was killed\n"));
+        let poisoned = "; its missing pages fail when it touches them";
+        assert_eq!(printed(Some(7), Consequence::Poisoned), format!("snap: {why}{poisoned}\n"));
+        assert!(printed(None, Consequence::Closed).starts_with("snap: a client is not served"));
     }
 }

@@ -1,4 +1,4 @@
-//! What a command that writes a snapshot tells of it.
+//! The summary of a command that writes a snapshot.
 
 use std::path::Path;
 use std::time::Instant;
@@ -28,7 +28,7 @@ impl Pages {
             zero: header.zero_pages(),
             data: header.data_pages,
             stored: header.stored_pages,
-            // A file may claim anything.
+            // A file may have any values.
             duplicate: header.data_pages.saturating_sub(header.stored_pages),
             parent: header.parent_pages,
         }

@@ -1,4 +1,4 @@
-//! `snap train`: watch a guest several times, and store which pages it touches.
+//! `snap train`: records several restores, and stores which pages the guest touches.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -19,10 +19,9 @@ use crate::session::Session;
 use crate::stdout::print_line;
 use crate::working_set_file::Output;
 
-/// Bring a guest back several times, watch which pages it touches, and store that in a copy of the file.
-///
-/// A lazy restore of the copy loads these pages before they are asked for; `snap optimize` puts them together. The file itself is
-/// not changed. Disks of the guest that may be written are written by each run: give copies of them.
+/// Restore a guest several times, record which pages it touches, and store them as the working set of a copy of the
+/// file. A lazy restore of the copy loads these pages before they are touched; `snap optimize` puts them together. The
+/// file itself is not changed. Each run writes to the guest's writable disks: give it copies of them.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -37,7 +36,7 @@ pub(crate) struct Args {
     #[arg(short, long, value_name = "OUT.snap")]
     out: PathBuf,
 
-    /// How often the guest is brought back.
+    /// How often the guest is restored.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=1000))]
     runs: u16,
 
@@ -51,7 +50,7 @@ pub(crate) struct Args {
     #[arg(long, short)]
     force: bool,
 
-    /// Restore although this host's CPU lacks features that the guest was given.
+    /// Restore even if this host's CPU lacks features of the guest's CPU.
     #[arg(long)]
     force_cpu: bool,
 
@@ -60,7 +59,7 @@ pub(crate) struct Args {
     json: bool,
 }
 
-/// What was learnt.
+/// The result of the recording.
 #[derive(Serialize)]
 struct Summary {
     file: PathBuf,
@@ -78,7 +77,7 @@ struct Summary {
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     if args.end.beats.is_none() && args.end.until.is_none() && args.end.run_for.is_none() {
-        bail!("say when a run is over: --until TEXT, --for TIME or, of the demo guest, --beats N");
+        bail!("give the end of a run: --until TEXT, --for TIME or, of the demo guest, --beats N");
     }
     let output = Output { path: &args.out, replace: args.force };
     let snapshot = args.input.open()?;

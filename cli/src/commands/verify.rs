@@ -1,4 +1,4 @@
-//! `snap verify`: check every byte of a snapshot and of its parents.
+//! `snap verify`: checks every byte of a snapshot and of its parents.
 
 use std::num::NonZeroUsize;
 
@@ -21,7 +21,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     input: Input,
 
-    /// Of a layer's parents check only that they are the right ones.
+    /// Check only the identity of a layer's parents, not their content.
     #[arg(long)]
     this_file_only: bool,
 

@@ -1,4 +1,4 @@
-//! A guest that runs until something ends it, and how that counts.
+//! Runs a guest until an event ends it, and judges the result.
 
 mod remote;
 
@@ -23,7 +23,7 @@ use crate::waits::{Wait, Waiting};
 use remote::Event;
 pub(crate) use remote::{Answer, Command, Events, Refused, Remote, State, StoreRequest, remote};
 
-/// When a run ends that is not interrupted.
+/// When a run ends without an interrupt.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub(crate) struct EndArgs {
     /// End after this many lines that begin with `beat`.
@@ -46,11 +46,11 @@ impl EndArgs {
     }
 }
 
-/// What a guest that has come to its end is waited for, at most.
+/// The limit of the wait for a guest that has reached its end.
 const ENDING: Duration = Duration::from_secs(30);
 
-/// Waits for something that comes with the guest's end, unless a page of it never comes. A guest whose memory is all there
-/// waits for the kernel alone, which may be slow on a busy host: that has no limit.
+/// Waits for something at the guest's end, which never comes if one of its pages is not loaded. A guest with all memory
+/// loaded waits only for the kernel, which may be slow on a busy host: that wait has no limit.
 pub(crate) fn ending(what: &'static str, memory: &VmMemory) -> Waiting {
     if !memory.is_served() {
         return Wait::new(move || what.into()).hears().begin();
@@ -66,22 +66,22 @@ fn of_page(what: &str) -> String {
     format!("{what}; a page that does not come may keep it")
 }
 
-const STANDSTILL: &str = "the guest's vCPUs to stand still";
+const VCPUS_STOP: &str = "the guest's vCPUs to stop";
 
-/// Pauses a guest that is to go on. A vCPU that waits for a page stands still when it has come.
+/// Pauses a guest that is to continue. A vCPU that waits for a page stops when the page is loaded.
 pub(crate) fn pause(vm: RunningVm) -> Result<Vm, PauseError> {
-    let _waiting = Wait::new(|| of_page(STANDSTILL)).hears().begin();
+    let _waiting = Wait::new(|| of_page(VCPUS_STOP)).hears().begin();
     vm.pause()
 }
 
-/// A guest that is to run, and who decides about it.
+/// A guest that is to run, and the events that end it.
 pub(crate) struct Live<'a> {
     pub(crate) session: &'a Session,
     pub(crate) seen: &'a Seen,
-    /// Of its output, where somebody may keep it waiting.
+    /// Of its output, if a reader may delay it.
     pub(crate) hold: Option<&'a Hold>,
     pub(crate) run_for: Option<Duration>,
-    /// Whether it is not to run before a client resumes it.
+    /// Whether it waits until a client resumes it.
     pub(crate) begins_paused: bool,
     pub(crate) events: Events,
 }
@@ -100,7 +100,7 @@ pub(crate) struct Ended {
 pub(crate) enum End {
     Stopped(Stop),
     TimeIsUp,
-    /// A client has had it stored and stopped.
+    /// A client has requested a snapshot and its end.
     Stored,
 }
 
@@ -110,10 +110,10 @@ enum Guest {
     Paused(Vm),
 }
 
-/// What follows from an event.
+/// What follows after an event.
 enum Next {
     Go(Guest),
-    /// It has ended; or could not be paused, because it had.
+    /// It has ended, or could not be paused because it had.
     End(End, Result<Guest, PauseError>),
 }
 
@@ -123,7 +123,7 @@ impl Live<'_> {
         let (events, hold) = (self.events.sender.clone(), self.hold.cloned());
         vm.handle().on_stop(move || {
             hold.iter().for_each(Hold::hold);
-            // The receiver is gone when the run has ended.
+            // The receiver is dropped when the run has ended.
             let _ = events.send(Event::Stopped);
         });
         let mut guest = match self.begins_paused {
@@ -153,7 +153,7 @@ impl Live<'_> {
                     None => Next::Go(guest),
                 },
                 Ok(Event::Command(command, answer)) => self.handle(guest, command, &answer)?,
-                // It cannot be disconnected: a sender is here.
+                // It cannot be disconnected, because this thread has a sender.
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
                     break (End::TimeIsUp, Ok(guest));
                 }
@@ -171,7 +171,7 @@ impl Live<'_> {
             Guest::Paused(vm) => Ok(vm),
             Guest::Running(vm) => {
                 (first_entry, first_exit) = (vm.first_entry(), vm.first_exit());
-                let _ending = ending(STANDSTILL, vm.memory());
+                let _ending = ending(VCPUS_STOP, vm.memory());
                 vm.pause()
             }
         });
@@ -183,7 +183,7 @@ impl Live<'_> {
 
     fn stay_paused(&self, vm: Vm) -> Guest {
         self.events.status.set(State::Paused);
-        // An interrupt that came before anybody was to be told of it.
+        // An interrupt may have come before.
         self.session.interrupt.pauses(vm.handle());
         Guest::Paused(vm)
     }
@@ -192,12 +192,12 @@ impl Live<'_> {
         self.hold.into_iter().for_each(Hold::release);
         let running = vm.resume()?;
         self.events.status.set(State::Running);
-        // Again: resuming has forgotten a pause that was asked for before it.
+        // Again: resuming has cleared a pause that was requested before.
         self.session.interrupt.pauses(running.handle());
         Ok(Guest::Running(running))
     }
 
-    /// Why the guest is not to go on, if it is not.
+    /// Why the guest does not continue, if it does not.
     fn why_stopped(&self, guest: &Guest) -> Option<Stop> {
         match guest {
             Guest::Running(vm) => vm.wait(Some(Duration::ZERO)),
@@ -209,11 +209,11 @@ impl Live<'_> {
     }
 
     fn handle(&self, guest: Guest, command: Command, answer: &Sender<Answer>) -> Result<Next> {
-        // Who does not listen to the answer has what was asked for all the same.
-        let tell = |what| drop(answer.send(what));
+        // The command is done even if the client does not wait for the answer.
+        let reply = |what| drop(answer.send(what));
         let was_running = matches!(guest, Guest::Running(_));
         if let (Command::Resume, Guest::Running(_)) = (&command, &guest) {
-            tell(Ok(None));
+            reply(Ok(None));
             return Ok(Next::Go(guest));
         }
         let mut vm = match guest {
@@ -221,7 +221,7 @@ impl Live<'_> {
             Guest::Running(vm) => match pause(vm) {
                 Ok(vm) => vm,
                 Err(error) => {
-                    tell(Err(Refused::Failed(error.to_string())));
+                    reply(Err(Refused::Failed(error.to_string())));
                     return Ok(Next::End(End::Stopped(error.stop.clone()), Err(error)));
                 }
             },
@@ -237,21 +237,21 @@ impl Live<'_> {
                 self.events.status.storing(false);
                 let stop = stored.is_ok() && request.stop;
                 let done = stored.map(Some);
-                (done.map_err(|error| Refused::Failed(exit::told(&error))), was_running, stop)
+                (done.map_err(|error| Refused::Failed(exit::describe(&error))), was_running, stop)
             }
         };
         let next = if stop {
             Next::End(End::Stored, Ok(Guest::Paused(vm)))
         } else if self.seen.is_done() {
-            // The console has asked for the end in the moment of the pause.
+            // The console has requested the end at the moment of the pause.
             Next::End(End::Stopped(Stop::ConsolePause), Ok(Guest::Paused(vm)))
         } else if go_on {
             Next::Go(self.resume(vm)?)
         } else {
             Next::Go(Guest::Paused(vm))
         };
-        // At the end: whoever has the answer finds the guest as it says.
-        tell(done);
+        // At the end, so that the state of the guest agrees with the answer.
+        reply(done);
         Ok(next)
     }
 
@@ -278,10 +278,10 @@ impl Live<'_> {
 }
 
 impl Ended {
-    /// Whether the command has done what it was asked for.
+    /// Whether the command was successful.
     pub(crate) fn outcome(&self, seen: &Seen, session: &Session) -> Result<()> {
         match &self.paused {
-            // Off is how a guest ends well.
+            // A power off is a regular end.
             Err(error) if error.stop == Stop::PowerOff => {}
             Err(error) => return Err(GuestStopped(error.to_string()).into()),
             // While it was paused.
@@ -314,14 +314,14 @@ impl Ended {
         }
     }
 
-    /// Why it ended, for people.
+    /// Why it ended, as text.
     pub(crate) fn describe(&self, seen: &Seen, session: &Session) -> String {
         match &self.end {
             _ if session.interrupt.requested() => "interrupted".into(),
             End::TimeIsUp => "time is up".into(),
-            End::Stored => "stored and stopped".into(),
+            End::Stored => "snapshotted and stopped".into(),
             End::Stopped(Stop::ConsolePause) if seen.output_error().is_some() => {
-                "the reader of the output is gone".into()
+                "the reader of the output has closed it".into()
             }
             End::Stopped(Stop::ConsolePause) if seen.beats().1 > 0 => {
                 "done, with wrong pages".into()

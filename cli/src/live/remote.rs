@@ -1,4 +1,4 @@
-//! The other end of a guest that runs: what threads that serve its users may ask for.
+//! The handle of a running guest: the commands that threads of its clients may send.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -10,14 +10,14 @@ use snapfmt::{Progress, WriteOptions};
 
 use crate::summary::Summary;
 
-/// What wakes the thread that has the guest.
+/// An event for the thread that owns the guest.
 pub(super) enum Event {
-    /// The guest has stopped, or is told to.
+    /// The guest has stopped, or a stop was requested.
     Stopped,
     Command(Command, Sender<Answer>),
 }
 
-/// What the guest can be asked for.
+/// A command for the guest.
 #[derive(Debug)]
 pub(crate) enum Command {
     Pause,
@@ -25,26 +25,26 @@ pub(crate) enum Command {
     Store(StoreRequest),
 }
 
-/// To be stored, whatever it does at the moment.
+/// Snapshot it, in any state.
 #[derive(Debug)]
 pub(crate) struct StoreRequest {
     pub(crate) out: PathBuf,
-    /// Only what differs from the snapshot that the guest was brought back from.
+    /// Store only what differs from the snapshot that the guest was restored from.
     pub(crate) changes_only: bool,
-    /// End the guest after it; otherwise it does what it did before.
+    /// End the guest afterwards; otherwise it returns to its former state.
     pub(crate) stop: bool,
     pub(crate) options: WriteOptions,
-    /// Set when the client is gone.
+    /// Set when the client has disconnected.
     pub(crate) cancelled: Arc<AtomicBool>,
 }
 
-/// What came of a command.
+/// The result of a command.
 pub(crate) type Answer = Result<Option<Summary>, Refused>;
 
 /// A command that was not done.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Refused {
-    #[error("the guest is being stored")]
+    #[error("the guest is being snapshotted")]
     Busy,
     #[error("the guest has ended")]
     Ended,
@@ -53,7 +53,7 @@ pub(crate) enum Refused {
     Failed(String),
 }
 
-/// What the guest does.
+/// The state of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub(crate) enum State {
     #[serde(rename = "Not started")]
@@ -63,14 +63,14 @@ pub(crate) enum State {
     Ended,
 }
 
-/// How far the storing is.
+/// The progress of the snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Storing {
     pub(crate) done_bytes: u64,
     pub(crate) total_bytes: u64,
 }
 
-/// What the guest does, for all who ask.
+/// The state of the guest, for all threads.
 pub(super) struct Status {
     state: Mutex<State>,
     storing: AtomicBool,
@@ -98,14 +98,14 @@ impl Status {
     }
 }
 
-/// Asks the guest for things, from any thread. It outlives the guest, and then says so.
+/// Sends commands to the guest, from any thread. After the guest has ended it returns an error.
 #[derive(Clone)]
 pub(crate) struct Remote {
     events: Sender<Event>,
     status: Arc<Status>,
 }
 
-/// What comes from all [`Remote`]s, and from the guest itself.
+/// The events from all [`Remote`]s, and from the guest itself.
 pub(crate) struct Events {
     pub(super) received: Receiver<Event>,
     pub(super) sender: Sender<Event>,
@@ -130,7 +130,7 @@ impl Remote {
         *self.status.lock()
     }
 
-    /// How far it is, while the guest is being stored.
+    /// The progress, while the guest is being snapshotted.
     pub(crate) fn storing(&self) -> Option<Storing> {
         let status = &self.status;
         status.storing.load(Ordering::SeqCst).then(|| Storing {
@@ -139,7 +139,7 @@ impl Remote {
         })
     }
 
-    /// Hands a command over. Its answer comes when it is done; a closed channel means that the guest has ended.
+    /// Sends a command. Its answer comes when it is done; a closed channel means that the guest has ended.
     pub(crate) fn ask(&self, command: Command) -> Result<Receiver<Answer>, Refused> {
         if self.storing().is_some() {
             return Err(Refused::Busy);

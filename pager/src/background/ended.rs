@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::shared_state::Shared;
 
-/// The pager was stopped, or the process that owned the memory is gone.
+/// The pager was stopped, or the process that owned the memory has ended.
 pub(super) struct Ended;
 
 pub(super) fn stopped(shared: &Shared) -> Result<(), Ended> {

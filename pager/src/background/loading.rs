@@ -1,8 +1,8 @@
 //! Marks the pages that are being loaded, so that two threads do not decode the same chunk at the same time.
 //!
-//! The marks are only hints: the page states decide what is installed, and a wrong mark costs only time. A demand thread
-//! waits while a background thread loads its page, and does not load the page itself. A background thread skips the
-//! pages that a demand thread is loading.
+//! The marks are only hints: the page states decide what is installed, and a wrong mark costs only time. A demand
+//! thread waits while a background thread loads its page, and does not load the page itself. A background thread skips
+//! the pages that a demand thread is loading.
 
 use std::hint;
 use std::io;
@@ -40,8 +40,8 @@ impl LoadingPages {
     }
 
     /// Called by a demand thread: marks the page until the result is dropped, if no other thread has marked it. If a
-    /// background thread is loading the page, this waits for it and returns `None`. The page state then says whether the
-    /// page is installed.
+    /// background thread is loading the page, this waits for it and returns `None`. The page state then says whether
+    /// the page is installed.
     pub(crate) fn by_demand(&self, page: u64) -> Option<DemandMark<'_>> {
         match self.claim(page, BY_DEMAND) {
             Ok(()) => Some(DemandMark(Some((self, page)))),
@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_fault_is_loading_is_left_to_it() {
+    fn pages_that_a_fault_is_loading_are_skipped() {
         let loading = LoadingPages::none(10).expect("10 bytes can be mapped");
         let mark = loading.by_demand(3).expect("no other thread loads it");
         assert_eq!(loading.claim(3, BY_BACKGROUND), Err(BY_DEMAND));

@@ -1,9 +1,9 @@
 //! Prefetch: installs a list of pages, in the order in which the guest will probably need them, before it does.
 //!
-//! The list is a hint. A page that is not missing, or is in no region, is skipped, and the bytes that are decoded for the
-//! list are limited. A page that cannot be loaded is left to a fault, which may never come. Faults go first: they get the
-//! slice lock between two small steps, and this thread keeps off their CPUs. The thread does not wait until there are no
-//! faults, because its purpose is to be ahead of them.
+//! The list is a hint. A page that is not missing, or is in no region, is skipped, and the bytes that are decoded for
+//! the list are limited. A page that cannot be loaded is left to a fault, which may never come. Faults go first: they
+//! get the slice lock between two small steps, and this thread avoids their CPUs. The thread does not wait until there
+//! are no faults, because its purpose is to be ahead of them.
 
 use std::ops::Range;
 use std::panic::{self, AssertUnwindSafe};
@@ -27,10 +27,10 @@ use crate::source::sequence::Wanted;
 const STEP_BYTES: usize = 64 << 10;
 /// The same for zero pages, which cost a fraction of that.
 const ZERO_STEP_PAGES: u64 = 256;
-/// If a fault has brought a page that was just being loaded, the guest has caught up. Then this many pages are left to its
-/// faults, and loaded at the end, so that the prefetch is ahead again. The guest needs about four faults of one chunk each
-/// for them, and each costs several times what the load costs here: that is enough to stay ahead. With 512 pages, eighty
-/// faults were needed instead of ten.
+/// If a fault has installed a page that was just being loaded, the guest has caught up. Then this many pages are left
+/// to its faults, and loaded at the end, so that the prefetch is ahead again. The guest needs about four faults of one
+/// chunk each for them, and each costs several times what the load costs here: that is enough to stay ahead. With 512
+/// pages, eighty faults were needed instead of ten.
 const LEAD_PAGES: usize = 64;
 
 /// The thread that prefetches.
@@ -109,7 +109,8 @@ impl Prefetcher {
                     Err(ResolveError::ProcessGone) => return Err(Ended),
                 }
                 let caught_up = claim.end() || caught_up;
-                // Without this, a vCPU that was woken on this CPU would wait for the next tick, even if other CPUs are idle.
+                // Without this, a vCPU that was woken on this CPU would wait for the next tick, even if other CPUs are
+                // idle.
                 thread::yield_now();
                 if leads && caught_up {
                     sequence.skip(LEAD_PAGES);

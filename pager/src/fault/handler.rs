@@ -43,7 +43,7 @@ pub(crate) struct Handler {
 
 /// Why a handler leaves its loop.
 enum End {
-    /// The pager was stopped, or the process that owned the memory is gone.
+    /// The pager was stopped, or the process that owned the memory has ended.
     Clean,
     Failed(FailureCause),
 }

@@ -24,8 +24,8 @@ pub struct Latency {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct Times {
-    /// From reading the message to the start of its answer. Messages are read in batches and answered one after the other.
-    /// The time before the read is not known, because the messages of the kernel have no timestamp.
+    /// From reading the message to the start of its answer. Messages are read in batches and answered one after the
+    /// other. The time before the read is not known, because the messages of the kernel have no timestamp.
     pub queue: Latency,
     /// From reading the message until the faulting thread is woken and all loaded pages are installed.
     pub service: Latency,

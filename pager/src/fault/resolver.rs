@@ -15,10 +15,10 @@ use crate::source::load::{Load, LoadedPages};
 
 /// A fault on a zero page fills the zero pages of the aligned block of this size around it.
 ///
-/// A message costs 7 us and more. `UFFDIO_ZEROPAGE` costs 0.63 us for one page, 0.12 us a page for 16 pages, and 0.09 us
-/// a page for 512 pages (`benches/fault.rs`). With 16 pages the cost of the message is already spread well; more pages
-/// would fill page tables that the guest may never use. The pager does not copy zeros: a copy costs 1.1 us a page and
-/// memory for each, and saves 1 to 2 us only for pages that are written later.
+/// A message costs 7 us and more. `UFFDIO_ZEROPAGE` costs 0.63 us for one page, 0.12 us a page for 16 pages, and 0.09
+/// us a page for 512 pages (`benches/fault.rs`). With 16 pages the cost of the message is already spread well; more
+/// pages would fill page tables that the guest may never use. The pager does not copy zeros: a copy costs 1.1 us a page
+/// and memory for each, and saves 1 to 2 us only for pages that are written later.
 pub(crate) const ZERO_FILL_BYTES: u64 = 64 << 10;
 
 /// Prepares installs for one thread. It owns the buffers for that, so that a fault allocates nothing.
@@ -214,7 +214,7 @@ impl Resolver {
         runs::coalesce(placed, page_bytes, asked_page, &mut self.runs);
         let held = self.runs.first().is_some_and(|run| run.holds(asked_page));
         if asked.is_some() && !held {
-            return Err(unusable("the asked page is not among the loaded ones"));
+            return Err(unusable("the requested page is not among the loaded ones"));
         }
         Ok(())
     }
@@ -239,7 +239,7 @@ fn zero_target(
     let extent = shared.layout.extent(fault.extent);
     let offset = shared.layout.source_offset(fault);
     if range.start > offset || range.end.saturating_sub(offset) < page_bytes {
-        return Err(unusable("the asked page is not in the range said to be zero"));
+        return Err(unusable("the requested page is not in the zero range"));
     }
     let block = ZERO_FILL_BYTES.max(page_bytes);
     let block_start = fault.host_addr - fault.host_addr % block;

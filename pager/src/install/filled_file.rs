@@ -76,7 +76,7 @@ impl FilledFile {
     /// An error if another process has added pages to the file.
     pub(crate) fn whole(&self) -> Result<(), SourceError> {
         match self.tampered.load(Ordering::Relaxed) {
-            true => Err(SourceError::permanent("somebody has written to the shared memory")),
+            true => Err(SourceError::permanent("another process has written to the shared memory")),
             false => Ok(()),
         }
     }
@@ -128,7 +128,7 @@ impl FilledFile {
                     return Err(error.caused_by(errno));
                 }
                 Err(InstallError::ProcessGone) => {
-                    return Err(SourceError::permanent("the shared memory is gone"));
+                    return Err(SourceError::permanent("the shared memory was closed"));
                 }
             }
         }
@@ -138,7 +138,7 @@ impl FilledFile {
         self.whole()?;
         match asked.is_none_or(|offset| self.has(offset) == Some(true)) {
             true => Ok(()),
-            false => Err(SourceError::permanent("the asked page is not among the loaded ones")),
+            false => Err(SourceError::permanent("the requested page is not among the loaded ones")),
         }
     }
 }
@@ -193,7 +193,7 @@ mod tests {
 
     /// This holds for every setting of huge pages in files.
     #[test]
-    fn nothing_gets_in_but_what_is_filled() {
+    fn only_filled_pages_are_in_the_file() {
         let memfd = rustix::fs::memfd_create("filled", rustix::fs::MemfdFlags::CLOEXEC);
         let memfd = File::from(memfd.expect("a memfd"));
         memfd.set_len(8 << 20).expect("a sparse file");
@@ -201,7 +201,7 @@ mod tests {
             Ok(file) => file,
             Err(error) => {
                 assert!(std::env::var_os("SNAP_REQUIRE_VM").is_none(), "{error}");
-                let line = format!("SKIPPED nothing_gets_in_but_what_is_filled: {error}\n");
+                let line = format!("SKIPPED only_filled_pages_are_in_the_file: {error}\n");
                 return io::Write::write_all(&mut io::stderr(), line.as_bytes()).expect("stderr");
             }
         };

@@ -3,11 +3,11 @@
 //! | result of the ioctl | meaning | reaction |
 //! |---|---|---|
 //! | all bytes | installed, waiting threads woken | the pages are recorded as filled |
-//! | fewer bytes than asked (`EAGAIN` with a count) | the next page is present, or the memory map is changing | the pages are recorded, the rest is tried again |
+//! | fewer bytes than requested (`EAGAIN` with a count) | the next page is present, or the memory map is changing | the pages are recorded, the rest is tried again |
 //! | `EEXIST` | the first page is already present | it is left alone and recorded as existing; the threads that wait for it are woken (they may have faulted after the thread that filled it); the install continues behind it |
 //! | `EAGAIN` | an event (REMOVE, ...) is queued: the memory map is changing | the events are read and applied, then the pages that are *still* wanted are tried again |
-//! | `ENOENT` | the range is not inside one registered mapping | page by page; a single page with this result is unmapped: it is recorded as gone, and its waiting threads are woken |
-//! | `ESRCH` | the process that owned the memory is gone | an error: the service ends |
+//! | `ENOENT` | the range is not inside one registered mapping | page by page; a single page with this result is unmapped: it is recorded as removed, and its waiting threads are woken |
+//! | `ESRCH` | the process that owned the memory has ended | an error: the service ends |
 //! | `ENOMEM` | no page is free now (limit of a cgroup) | up to [`ENOMEM_TRIES`] retries, [`ENOMEM_PAUSE`] apart, then an error |
 //! | others (`EINVAL`, `EFAULT`) | a bug, or memory that is used wrongly | an error |
 //!
@@ -344,7 +344,7 @@ mod tests {
 
     /// A REMOVE is queued during an install: the removed page must not get the content of the source again.
     #[test]
-    fn what_was_removed_while_draining_is_not_installed() {
+    fn pages_removed_while_draining_are_not_installed() {
         let kernel = Kernel::with_results(&[Ok(1), Err(libc::EAGAIN), Err(libc::EAGAIN)]);
         let mut observer = TestObserver { removed_on_drain: vec![2], ..TestObserver::default() };
         run(&kernel, &mut observer).expect("all is well");
@@ -371,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn no_memory_is_tried_again_but_not_forever() {
+    fn enomem_is_retried_with_a_limit() {
         let mut observer = TestObserver::default();
         run(&Kernel::with_results(&[Err(libc::ENOMEM)]), &mut observer)
             .expect("the second try succeeds");

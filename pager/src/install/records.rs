@@ -88,13 +88,14 @@ mod tests {
     /// A server is killed after it has read a fault and a removal and before it has handled them, and after it has
     /// installed a page and before it has recorded that.
     #[test]
-    fn what_a_dead_server_has_read_is_not_lost() {
+    fn messages_that_a_dead_server_has_read_are_not_lost() {
         let guest = Arc::new(Guest(Mapping::anonymous(PAGES * PAGE).expect("memory")));
         let uffd = match Uffd::open(Features::EVENT_REMOVE, Features::NONE) {
             Ok(uffd) => uffd,
             Err(error) => {
                 assert!(std::env::var_os("SNAP_REQUIRE_VM").is_none(), "{error}");
-                let line = format!("SKIPPED what_a_dead_server_has_read_is_not_lost: {error}\n");
+                let line =
+                    format!("SKIPPED messages_that_a_dead_server_has_read_are_not_lost: {error}\n");
                 return std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes())
                     .expect("stderr");
             }
@@ -119,7 +120,7 @@ mod tests {
         assert!(matches!(read_one(), Message::Pagefault { .. }));
         let remove = thread::spawn(move || remover.remove(5));
         assert!(matches!(read_one(), Message::Remove { .. }));
-        remove.join().expect("the kernel lets it go on");
+        remove.join().expect("the kernel lets it continue");
         // SAFETY: the registered memory, on whose content nothing relies yet.
         unsafe { uffd.copy(guest.address(7), &[9; PAGE]) }.expect("it is installed");
         dead.states.set(1, PageState::Removed);

@@ -1,7 +1,7 @@
 //! The slice lock: a thread holds it while it reads the messages of a slice or installs pages in it.
 //!
-//! Reading a REMOVE lets the removing thread continue, and the pages vanish. A thread that has checked the state of such
-//! a page before, and installs it after, would bring back content that the guest has given away. So the lock makes a
+//! Reading a REMOVE lets the removing thread continue, and the pages vanish. A thread that has checked the state of
+//! such a page before, and installs it after, would restore content that the guest has given away. So the lock makes a
 //! read and its state changes one step, and a check and its install one step.
 //!
 //! The lock is held for about 20 us. A thread that finds it taken spins for about as long before it sleeps, because a

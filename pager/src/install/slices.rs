@@ -30,7 +30,8 @@ impl Shared {
         let _lock = own.lock.for_demand();
         if own.is_released() {
             // After a wake, the faulting thread finds the page or the kernel's zeros. It may have faulted just after
-            // the kernel woke the waiting threads and just before it unregistered the memory; then no one else wakes it.
+            // the kernel woke the waiting threads and just before it unregistered the memory; then no one else wakes
+            // it.
             kernel::wake(&own.filler, target.host_addr, target.pages * target.page_bytes)?;
             return Ok(true);
         }

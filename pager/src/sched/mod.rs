@@ -6,7 +6,7 @@
 //! | `priority` | lowers the priority of a demand thread that shares the CPU of the faulting thread |
 //! | `watchdog`, `watchdog_thread` | raises that priority when a fault waits too long |
 //! | `avoid_demand_cpus` | keeps background threads off the CPUs of demand threads |
-//! | `cpus`, `task` | sets of CPUs; what `/proc` says about a thread |
+//! | `cpus`, `task` | sets of CPUs; the content of `/proc` about a thread |
 
 pub(crate) mod avoid_demand_cpus;
 pub(crate) mod cpus;

@@ -25,8 +25,8 @@ pub enum Placement {
     None,
     /// All on this CPU.
     Cpu(usize),
-    /// Each on the CPU of the faulting thread, which the pager looks up now and then. Measured: 10 us a fault instead of
-    /// 50 us. While only one thread faults and nothing else needs that CPU, the demand thread runs there under
+    /// Each on the CPU of the faulting thread, which the pager looks up now and then. Measured: 10 us a fault instead
+    /// of 50 us. While only one thread faults and nothing else needs that CPU, the demand thread runs there under
     /// `SCHED_IDLE`, so that the scheduler does not move the faulting thread. This needs CAP_SYS_NICE or an RLIMIT_NICE
     /// of 21. Without it, following pays only for faulting threads that are bound to CPUs. If following is not possible
     /// (no `/proc`, affinity cannot be set), this is the same as `None`.
@@ -130,7 +130,7 @@ impl Follower {
         }
         let own = &shared.slices[slice];
         self.follow(fault, now);
-        self.tell(own);
+        self.publish(own);
         match &self.allowed {
             Some(allowed) if self.bound_to.is_some() && self.in_a_row >= ALONE => {
                 self.timer.restart(shared, slice, allowed, now);
@@ -149,7 +149,7 @@ impl Follower {
         let now = Instant::now();
         if self.looked.is_none_or(|at| now - at >= LOOK_IF_LATE) {
             self.look_up(now);
-            self.tell(own);
+            self.publish(own);
         }
         if self.bound_to.is_none() {
             own.priority.raise_own();
@@ -171,7 +171,7 @@ impl Follower {
     }
 
     /// Publishes the CPU that this thread is bound to.
-    fn tell(&self, own: &Slice) {
+    fn publish(&self, own: &Slice) {
         let bound_to = self.bound_to.unwrap_or(NOWHERE);
         if own.bound_to.load(Ordering::Relaxed) != bound_to {
             own.bound_to.store(bound_to, Ordering::Relaxed);
@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_that_is_gone_is_followed_no_further() {
+    fn a_thread_that_has_ended_is_not_followed() {
         let mut follower = Follower::new(Placement::Follow);
         follower.follow(fault_of(u32::MAX), Instant::now());
         assert_eq!((follower.placement, follower.bound_to), (Placement::Follow, None));

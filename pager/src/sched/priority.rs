@@ -1,4 +1,5 @@
-//! The priority of a demand thread that shares a CPU with the thread whose faults it answers: it runs under `SCHED_IDLE`.
+//! The priority of a demand thread that shares a CPU with the thread whose faults it answers: it runs under
+//! `SCHED_IDLE`.
 //!
 //! The scheduler wakes a thread on another CPU if one is idle and its own is not. While a fault is answered, the CPU of
 //! the faulting thread runs the demand thread. So an unbound faulting thread would change its CPU with each fault, and
@@ -22,8 +23,8 @@ use rustix::time::{
 use crate::sched::task;
 
 /// The first length of the watchdog timer. The length doubles each time that the timer is restarted, up to
-/// `LONGEST_TIMEOUT`. Setting a timer that expires before the next tick (4 ms, mostly) takes 11 us in a virtual machine,
-/// because its host has to set a timer, too. Setting a longer one takes 0.7 us.
+/// `LONGEST_TIMEOUT`. Setting a timer that expires before the next tick (4 ms, mostly) takes 11 us in a virtual
+/// machine, because its host has to set a timer, too. Setting a longer one takes 0.7 us.
 pub(super) const FIRST_TIMEOUT: Duration = Duration::from_millis(1);
 
 /// The scheduling priority of one demand thread.
@@ -100,8 +101,8 @@ impl DemandPriority {
         if level == NORMAL {
             return true;
         }
-        // The demand thread holds this lock only when it begins and ends, and may not get CPU time then. So the watchdog
-        // does not wait for the lock.
+        // The demand thread holds this lock only when it begins and ends, and may not get CPU time then. So the
+        // watchdog does not wait for the lock.
         let Some(thread) = self.try_thread() else { return false };
         if level == LOWERED && !self.change(LOWERED, RAISING) {
             return false;

@@ -32,7 +32,8 @@ fn with_field<T>(stat: &File, number: usize, parse: impl Fn(&[u8]) -> Option<T>)
     parse(field(&text[..len], number)?)
 }
 
-/// A field of `/proc/<pid>/stat` by its number in proc_pid_stat(5). The second, a name in parentheses, may hold anything.
+/// A field of `/proc/<pid>/stat` by its number in proc_pid_stat(5). The second, a name in parentheses, may hold
+/// anything.
 fn field(stat: &[u8], number: usize) -> Option<&[u8]> {
     let after_name = stat.iter().rposition(|&byte| byte == b')')? + 2;
     stat.get(after_name..)?.split(|&byte| byte == b' ').nth(number.checked_sub(3)?)
@@ -71,13 +72,13 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_that_runs_is_told_from_one_that_waits() {
+    fn running_and_waiting_threads_are_distinguished() {
         let own = open(own_id()).expect("there is /proc");
         assert_eq!(runs(&own), Some(true));
         let (id, ids) = std::sync::mpsc::channel();
         let (end, ends) = std::sync::mpsc::channel::<()>();
         let waiting = std::thread::spawn(move || {
-            id.send(own_id()).expect("somebody receives it");
+            id.send(own_id()).expect("the receiver exists");
             ends.recv()
         });
         let other = open(ids.recv().expect("it comes")).expect("there is /proc");

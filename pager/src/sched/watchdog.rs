@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use crate::sched::priority::{DemandPriority, lock};
 
-/// A thread that restores the normal priority of demand threads. It starts when a demand thread first wants to lower its
-/// priority.
+/// A thread that restores the normal priority of demand threads. It starts when a demand thread first wants to lower
+/// its priority.
 #[derive(Debug, Default)]
 pub(crate) struct Watchdog {
     pub(super) started: OnceLock<()>,

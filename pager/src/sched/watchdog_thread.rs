@@ -61,8 +61,8 @@ impl WatchdogTimer {
     }
 }
 
-/// Starts the watchdog, if that was not done. Returns whether it is ready. Without it no priority is lowered, which costs
-/// only speed.
+/// Starts the watchdog, if that was not done. Returns whether it is ready. Without it no priority is lowered, which
+/// costs only speed.
 fn start(shared: &Arc<Shared>, cpus: &Cpus) -> bool {
     shared.watchdog.started.get_or_init(|| {
         if shared.slices.iter().all(|slice| slice.priority.create_timer()) {

@@ -67,7 +67,9 @@ impl PageReader for LargePages {
                         filled[at / small_bytes] = true;
                     }
                     if !filled[next] {
-                        return Err(SourceError::permanent("the asked page is not in the answer"));
+                        return Err(SourceError::permanent(
+                            "the requested page is not in the answer",
+                        ));
                     }
                 }
                 Load::InFile { .. } => {

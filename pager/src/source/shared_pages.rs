@@ -1,9 +1,9 @@
 //! A cache of decoded pages that other pages are equal to.
 //!
-//! Loading a chunk installs all its pages, so that the chunk is seldom needed again. An exception are pages elsewhere that
-//! are equal to one of its pages, and therefore not stored themselves. Each of them would read and decode the whole chunk
-//! again. So the shared page is kept after the first of them was loaded. The chunk is not kept, because the others need
-//! nothing else from it.
+//! Loading a chunk installs all its pages, so that the chunk is seldom needed again. An exception are pages elsewhere
+//! that are equal to one of its pages, and therefore not stored themselves. Each of them would read and decode the
+//! whole chunk again. So the shared page is kept after the first of them was loaded. The chunk is not kept, because the
+//! others need nothing else from it.
 
 use snapfmt::ChunkExtent;
 use snapfmt::layout::CHUNK_ALIGN;

@@ -14,17 +14,17 @@ use crate::source::sequence::{PageSequence, Wanted};
 use crate::source::shared_pages::SharedPages;
 use crate::source::snapshot_page::{loaded, source_error};
 
-/// The number of pages that are looked up together, and then loaded in the order of the file. The first batch is small, so
-/// that its pages are loaded soon. The size doubles up to `BATCH`. Larger batches delay the next pages: all pages of a
-/// batch that share a slot are loaded with the first of them.
+/// The number of pages that are looked up together, and then loaded in the order of the file. The first batch is small,
+/// so that its pages are loaded soon. The size doubles up to `BATCH`. Larger batches delay the next pages: all pages of
+/// a batch that share a slot are loaded with the first of them.
 const FIRST_BATCH: usize = 256;
 const BATCH: usize = 512;
-/// The batch size if the pages are scattered, with fewer than `DENSE_PAGES` in a chunk. Then the order of the file matters
-/// more.
+/// The batch size if the pages are scattered, with fewer than `DENSE_PAGES` in a chunk. Then the order of the file
+/// matters more.
 const SCATTERED_BATCH: usize = 4096;
 const DENSE_PAGES: usize = 4;
-/// The number of look-ups between two yields of the CPU. A look-up that reads the index takes 10 us, and a demand thread
-/// may have been woken on this CPU.
+/// The number of look-ups between two yields of the CPU. A look-up that reads the index takes 10 us, and a demand
+/// thread may have been woken on this CPU.
 const LOOK_UPS: usize = 16;
 /// The limit of one read, so that its bytes stay in the cache of the core until they are decoded.
 const READ_BYTES: u64 = 256 << 10;

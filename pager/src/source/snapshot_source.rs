@@ -21,11 +21,12 @@ const _: () = assert!(PAGE_BYTES == snapfmt::layout::PAGE_BYTES);
 
 /// The memory of a snapshot as a source. It loads whole chunks, and verifies them.
 ///
-/// Source offsets are those of the memory map of the snapshot, in bytes. Its pages have 4 KiB. Larger ones are built from
-/// these.
+/// Source offsets are those of the memory map of the snapshot, in bytes. Its pages have 4 KiB. Larger ones are built
+/// from these.
 pub struct SnapshotSource<R: ReadAt> {
     snapshot: Arc<Snapshot<R>>,
-    /// Shared pages that sequences have found. Each sequence loads one part of the memory, but equal pages are everywhere.
+    /// Shared pages that sequences have found. Each sequence loads one part of the memory, but equal pages are
+    /// everywhere.
     shared: Arc<Mutex<SharedPages>>,
 }
 
@@ -110,8 +111,8 @@ impl<R: ReadAt> PageReader for SnapshotReader<R> {
         let chunk = self.snapshot.decode_chunk(extent, &mut self.buffer).map_err(failed)?;
         let decode_ns = fetched.elapsed().as_nanos() as u64;
 
-        // The entry of the faulting page was checked above. Other pages that the chunk lists are loaded only if their index
-        // entries point to this chunk: the list alone proves nothing.
+        // The entry of the faulting page was checked above. Other pages that the chunk lists are loaded only if their
+        // index entries point to this chunk: the list alone proves nothing.
         self.snapshot.slot_of(page, slot, &chunk).map_err(failed)?;
         self.pages.clear();
         for (number, listed) in chunk.pages().iter().enumerate() {

@@ -23,15 +23,15 @@ use crate::source::page_source::PageSource;
 #[derive(Clone, Debug)]
 pub struct VecSource {
     bytes: Arc<Vec<u8>>,
-    /// Which chunks are all zeros. This is computed in advance: reading a chunk that is not in the cache costs as much as the
-    /// rest of an answer.
+    /// Which chunks are all zeros. This is computed in advance: reading a chunk that is not in the cache costs as much
+    /// as the rest of an answer.
     zero: Arc<[bool]>,
     chunk_bytes: usize,
 }
 
 impl VecSource {
-    /// `bytes` in chunks of `chunk_bytes` bytes, a multiple of the page size of the paged memory. The last chunk is filled up
-    /// with zeros.
+    /// `bytes` in chunks of `chunk_bytes` bytes, a multiple of the page size of the paged memory. The last chunk is
+    /// filled up with zeros.
     pub fn new(mut bytes: Vec<u8>, chunk_bytes: usize) -> VecSource {
         let chunk_bytes = chunk_bytes.max(1);
         bytes.resize(bytes.len().next_multiple_of(chunk_bytes), 0);

@@ -43,12 +43,12 @@ impl Uffd {
         self.features
     }
 
-    /// Registers `len` bytes at `host_addr` for missing faults (`UFFDIO_REGISTER`). From now on, a thread that touches a
-    /// page which is not in memory waits for this userfaultfd.
+    /// Registers `len` bytes at `host_addr` for missing faults (`UFFDIO_REGISTER`). From now on, a thread that touches
+    /// a page which is not in memory waits for this userfaultfd.
     ///
     /// # Errors
-    /// `EBUSY`: registered with another userfaultfd. `EINVAL`: not mapped, misaligned, or memory of a kind that cannot be
-    /// registered (a file). `EPERM`: a mapping that may not be written.
+    /// `EBUSY`: registered with another userfaultfd. `EINVAL`: not mapped, misaligned, or memory of a kind that cannot
+    /// be registered (a file). `EPERM`: a mapping that may not be written.
     ///
     /// # Safety
     /// `host_addr..host_addr + len` is mapped memory of this process that the caller may decide about, and no Rust
@@ -122,8 +122,8 @@ impl Uffd {
             mode,
             copy: 0,
         };
-        // SAFETY: UFFDIO_COPY takes a `uffdio_copy`. It only reads `bytes`, and fills only pages that are not in memory and
-        // that the contract covers.
+        // SAFETY: UFFDIO_COPY takes a `uffdio_copy`. It only reads `bytes`, and fills only pages that are not in memory
+        // and that the contract covers.
         let outcome = unsafe { self.ioctl(abi::UFFDIO_COPY, &mut argument) };
         progress(outcome, argument.copy, bytes.len())
     }
@@ -172,8 +172,8 @@ impl Uffd {
     /// `EINVAL` if nothing is mapped, or the mapping is not the one that was registered.
     pub fn unregister(&self, host_addr: u64, len: u64) -> Result<(), Errno> {
         let mut argument = abi::uffdio_range { start: host_addr, len };
-        // SAFETY: UFFDIO_UNREGISTER takes a `uffdio_range`. It changes no content. Missing pages then read as zeros, as after
-        // closing the userfaultfd.
+        // SAFETY: UFFDIO_UNREGISTER takes a `uffdio_range`. It changes no content. Missing pages then read as zeros, as
+        // after closing the userfaultfd.
         unsafe { self.ioctl(abi::UFFDIO_UNREGISTER, &mut argument) }
     }
 
@@ -300,8 +300,8 @@ impl Uffd {
     /// # Safety
     /// `request` is a userfaultfd ioctl whose argument is a `T`, and its effect on memory is sound.
     unsafe fn ioctl<T>(&self, request: u32, argument: &mut T) -> Result<(), Errno> {
-        // SAFETY: the descriptor is open, and `argument` is valid for reads and writes of the type that `request` takes by
-        // the contract of this function.
+        // SAFETY: the descriptor is open, and `argument` is valid for reads and writes of the type that `request` takes
+        // by the contract of this function.
         unsafe { ioctl(self.file.as_fd(), request, argument) }
     }
 }
@@ -328,7 +328,7 @@ mod tests {
 
     /// The process that has sent a userfaultfd can make it blocking again.
     #[test]
-    fn a_foreign_one_is_read_without_waiting_whatever_its_owner_does() {
+    fn a_foreign_userfaultfd_is_read_without_waiting() {
         let Ok(uffd) = Uffd::open(Features::NONE, Features::NONE) else {
             assert!(std::env::var_os("SNAP_REQUIRE_VM").is_none(), "no userfaultfd");
             let line = b"SKIPPED a_foreign_one_is_read_without_waiting: no userfaultfd\n";

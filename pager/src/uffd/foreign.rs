@@ -16,7 +16,7 @@ pub struct ForeignUffd(Uffd);
 #[non_exhaustive]
 pub enum ForeignUffdError {
     /// The descriptor is not a userfaultfd.
-    #[error("the descriptor is no userfaultfd but {found:?}")]
+    #[error("the descriptor is not a userfaultfd but {found:?}")]
     NoUserfaultfd {
         /// Its kind, from `/proc/self/fd`.
         found: String,
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn something_else_is_refused() {
+    fn other_descriptors_are_refused() {
         let file = fs::File::open("/dev/null").expect("there is one");
         // SAFETY: the file serves no memory at all.
         match unsafe { ForeignUffd::new(file.into()) } {

@@ -1,9 +1,9 @@
 //! Messages that survive the process which has read them.
 //!
-//! After a REMOVE was read, the kernel lets the removing thread continue, and only the reading process knows the message.
-//! If that process is killed then, the pages would later get the content that the guest has given away. So read(2) itself
-//! writes into memory that another process keeps. A message stays there until its effect is in the page states, which
-//! that process keeps, too.
+//! After a REMOVE was read, the kernel lets the removing thread continue, and only the reading process knows the
+//! message. If that process is killed then, the pages would later get the content that the guest has given away. So
+//! read(2) itself writes into memory that another process keeps. A message stays there until its effect is in the page
+//! states, which that process keeps, too.
 #![allow(unsafe_code)]
 
 use std::sync::Arc;
@@ -40,8 +40,8 @@ impl Journal {
 
     /// Clears the messages in the first `bytes`.
     pub(crate) fn clear(&self, bytes: usize) {
-        // A process that is killed has executed all instructions before the last one: only the compiler could change the
-        // order.
+        // A process that is killed has executed all instructions before the last one: only the compiler could change
+        // the order.
         compiler_fence(Ordering::SeqCst);
         for at in (0..bytes.min(Journal::BYTES)).step_by(abi::MESSAGE_BYTES) {
             // SAFETY: inside the journal. The first byte is the number of the event, and 0 means no event.

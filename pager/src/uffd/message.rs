@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cut_message_is_none() {
+    fn a_short_message_is_not_parsed() {
         assert_eq!(Message::parse(&[abi::UFFD_EVENT_REMOVE as u8; 31]), None);
         assert_eq!(Message::parse(&[]), None);
     }

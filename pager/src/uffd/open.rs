@@ -70,8 +70,8 @@ impl Uffd {
     /// [`OpenError`].
     pub fn open(required: Features, optional: Features) -> Result<Uffd, OpenError> {
         let file = open_file()?;
-        // Each descriptor allows one handshake, even if that fails. So the first descriptor requests all features. If they
-        // are refused, a second one finds out which exist.
+        // Each descriptor allows one handshake, even if that fails. So the first descriptor requests all features. If
+        // they are refused, a second one finds out which exist.
         let wanted = required.with(optional);
         match handshake(&file, wanted) {
             Ok(_) => {
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn a_limit_of_files_is_not_told_as_a_permission() {
+    fn a_limit_of_files_is_not_reported_as_a_permission() {
         for (errno, advice) in [(libc::EMFILE, "ulimit -n"), (libc::ENFILE, "fs.file-max")] {
             let text = OpenError::Files { error: io::Error::from_raw_os_error(errno) }.to_string();
             assert!(text.contains(advice) && !text.contains("permission"), "{text}");

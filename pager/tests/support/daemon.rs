@@ -1,4 +1,5 @@
-//! A page server in a process of its own, which can be killed: the test binary, started again. And a keeper in this process.
+//! A page server in a process of its own, which can be killed: the test binary, started again. And a keeper in this
+//! process.
 #![allow(dead_code, missing_docs, unreachable_pub)]
 
 use std::io::{BufRead, BufReader, Write};
@@ -30,8 +31,8 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts one of `pages` stamped pages. With the policy `lossy` it poisons, some pages cannot be loaded, and some loads
-    /// fail once. The test binary must have a test `daemon_process` that calls [`run`].
+    /// Starts one of `pages` stamped pages. With the policy `lossy` it poisons, some pages cannot be loaded, and some
+    /// loads fail once. The test binary must have a test `daemon_process` that calls [`run`].
     pub fn start(folder: &Path, pages: usize, policy: &str) -> Daemon {
         let settings = format!("{pages} {policy} {}", folder.display());
         let mut child = Command::new(std::env::current_exe().expect("this test"))
@@ -43,11 +44,11 @@ impl Daemon {
             .spawn()
             .expect("it starts");
         let lines = BufReader::new(child.stdout.take().expect("a pipe")).lines();
-        let (told, events) = channel();
+        let (sender, events) = channel();
         thread::spawn(move || {
             for line in lines.map_while(Result::ok) {
                 if let Some((_, event)) = line.split_once("daemon: ") {
-                    let _ = told.send(event.to_owned());
+                    let _ = sender.send(event.to_owned());
                 }
             }
         });
@@ -70,7 +71,7 @@ impl Daemon {
     #[track_caller]
     pub fn expect(&self, what: &str) -> String {
         loop {
-            let event = self.events.recv_timeout(HUNG).expect("the server has said something");
+            let event = self.events.recv_timeout(HUNG).expect("the server has sent an event");
             if event.contains(what) {
                 return event;
             }
@@ -137,14 +138,14 @@ pub fn run() {
         "kill" => FailurePolicy::Kill,
         _ => FailurePolicy::Poison,
     };
-    let told = |event: ServeEvent<'_>| {
+    let print = |event: ServeEvent<'_>| {
         let text = format!("\ndaemon: {event:?}\n").replace("TakenOver", "taken over");
         let _ = std::io::stdout().write_all(text.as_bytes());
     };
     // Before it prints anything, because tests count its descriptors.
     let (stop, _never) = std::io::pipe().expect("a pipe");
     // Its socket exists before it takes over guests.
-    let server = Server::bind(socket(&folder), source, options, told).expect("it binds");
+    let server = Server::bind(socket(&folder), source, options, print).expect("it binds");
     println!("\ndaemon: listens");
     server.run(stop.as_fd()).expect("it can poll");
 }
@@ -163,11 +164,11 @@ impl Keeping {
 
     /// With this limit of guests.
     pub fn of(folder: &Path, timeout: Duration, guests: usize) -> Keeping {
-        let (told, events) = channel();
+        let (sender, events) = channel();
         let mut options = KeepOptions::default();
         (options.takeover_timeout, options.guests) = (timeout, guests);
         let keeper = Keeper::bind(folder.join("keep.sock"), options, move |event| {
-            let _ = told.send(format!("{event:?}"));
+            let _ = sender.send(format!("{event:?}"));
         });
         let keeper = keeper.expect("it binds");
         let (reader, stop) = std::io::pipe().expect("a pipe");
@@ -179,7 +180,7 @@ impl Keeping {
     #[track_caller]
     pub fn expect(&self, what: &str) -> String {
         loop {
-            let event = self.events.recv_timeout(HUNG).expect("the keeper has said something");
+            let event = self.events.recv_timeout(HUNG).expect("the keeper has sent an event");
             if event.contains(what) {
                 return event;
             }

@@ -29,7 +29,7 @@ impl Serving {
     pub fn start(source: Arc<dyn PageSource>, options: ServeOptions) -> Serving {
         let folder = tempfile::tempdir().expect("a folder");
         let socket = folder.path().join("pager.sock");
-        let (told, events) = channel();
+        let (sender, events) = channel();
         let on_event = move |event: ServeEvent<'_>| {
             let text = match event {
                 ServeEvent::Served { memory_bytes, .. } => format!("served {memory_bytes}"),
@@ -40,7 +40,7 @@ impl Serving {
                 ServeEvent::Ended { .. } => "ended".into(),
                 other => format!("{other:?}"),
             };
-            let _ = told.send(text);
+            let _ = sender.send(text);
         };
         let server = Server::bind(&socket, source, options, on_event).expect("it binds");
         let handle = server.handle();
@@ -64,7 +64,7 @@ impl Serving {
 
     #[track_caller]
     pub fn next_event(&self) -> String {
-        self.events.recv_timeout(HUNG).expect("the server has said something")
+        self.events.recv_timeout(HUNG).expect("the server has sent an event")
     }
 
     /// A page is usable a moment before it is counted.

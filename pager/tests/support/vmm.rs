@@ -100,10 +100,10 @@ pub fn run() {
     };
     let mut state = State { socket: socket.into(), ..State::default() };
     for line in std::io::stdin().lines() {
-        let answer = state.obey(&line.expect("text"));
+        let answer = state.handle(&line.expect("text"));
         let mut out = std::io::stdout();
-        writeln!(out, "\nvmm: {answer}").expect("somebody listens");
-        out.flush().expect("somebody listens");
+        writeln!(out, "\nvmm: {answer}").expect("the test reads it");
+        out.flush().expect("the test reads it");
     }
     // Not the exit of the test harness: its memory may have pages that are never loaded.
     std::process::exit(0);
@@ -127,7 +127,7 @@ struct State {
 }
 
 impl State {
-    fn obey(&mut self, line: &str) -> String {
+    fn handle(&mut self, line: &str) -> String {
         let words: Vec<&str> = line.split(' ').collect();
         let number = |at: usize| words[at].parse::<usize>().expect("a number");
         match words[0] {
@@ -159,7 +159,8 @@ impl State {
             },
             // `body FORM`: the handshake.
             "body" => self.handshake(words[1]),
-            // `waiting PAGE FORM`: the handshake, while a thread waits for this page. The answer is the result of the touch.
+            // `waiting PAGE FORM`: the handshake, while a thread waits for this page. The answer is the result of the
+            // touch.
             "waiting" => {
                 let memory = Arc::clone(self.memory.as_ref().expect("mapped before"));
                 let page = number(1);
@@ -189,7 +190,7 @@ impl State {
                 "ok".into()
             }
             // The next message of the server. Empty if it has closed the connection.
-            "told" => {
+            "failure" => {
                 let mut line = String::new();
                 let stream = self.stream.as_ref().expect("connected before");
                 // A connection that is closed with unread bytes is reset.
@@ -229,8 +230,8 @@ impl State {
                 }
                 "ok".into()
             }
-            // `storm SEED [lossy]`: reads, writes and (without shared memory) removes with four threads, until `calm`, whose
-            // answer is their result.
+            // `storm SEED [lossy]`: reads, writes and (without shared memory) removes with four threads, until `calm`,
+            // whose answer is their result.
             "storm" => {
                 let until = Arc::new(AtomicBool::new(false));
                 let start = |own| {

@@ -1,4 +1,4 @@
-//! One chunk, in a file that is right otherwise: straight to the decoders.
+//! One chunk in a file that is otherwise correct, to test the decoders.
 #![no_main]
 
 #[path = "../harness/mod.rs"]

@@ -1,4 +1,4 @@
-//! Uses a file in every way there is and compares the answers.
+//! Uses a file in every possible way and compares the results.
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
@@ -94,7 +94,7 @@ pub(crate) fn read_everything<R: ReadAt>(snapshot: &Snapshot<R>) -> Result<(), R
         let mut pages: Vec<_> =
             set.iter().flat_map(|set| set.pages()).map(|(page, _)| page).collect();
         pages.sort_unstable();
-        assert!(pages.windows(2).all(|pair| pair[0] != pair[1]), "a page twice in the set");
+        assert!(pages.windows(2).all(|pair| pair[0] != pair[1]), "a page is twice in the set");
     }
     verified.map(drop).and(read).and(metadata).and(states).and(set.map(drop))
 }

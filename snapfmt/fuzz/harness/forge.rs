@@ -1,4 +1,4 @@
-//! Builds files that say whatever a test wants, with every checksum right, as a forger would.
+//! Builds files with any content that a test needs, with correct checksums, as an attacker would.
 //!
 //! Written from `docs/format.md`, not with the library's own writer or constants. The result may
 //! be sparse: it can claim terabytes and holds only the bytes that are not zero.
@@ -12,7 +12,7 @@ use snapfmt::ReadAt;
 #[derive(Clone, Copy)]
 pub(crate) struct Slot(pub(crate) u16);
 
-/// Where a chunk stands.
+/// Where a chunk is.
 #[derive(Clone, Copy)]
 pub(crate) struct Place {
     pub(crate) offset: u64,
@@ -26,13 +26,13 @@ impl Place {
     }
 }
 
-/// Whose the chunks are, where they say it. Not the file's own id.
+/// With BOUND, the id of the snapshot of the chunks. Not the file's own id.
 const CHUNKS_ID: [u8; 16] = [8; 16];
 
-/// A file in the making: its parts in the order of the methods.
+/// A file that is being built, part by part in the order of the methods.
 pub(crate) struct Forge {
     pub(crate) memory_bytes: u64,
-    /// Whether its chunks say whose they are; before the first of them.
+    /// Sets whether the file has BOUND. Call this before the first chunk.
     pub(crate) bound: bool,
     pub(crate) chunks: u64,
     pub(crate) stored_pages: u64,
@@ -50,7 +50,7 @@ impl Forge {
             stored_pages: 0,
             entries: BTreeMap::new(),
             table: Vec::new(),
-            file: Forged { pieces: Vec::new(), len: 4096 },
+            file: Forged { ranges: Vec::new(), len: 4096 },
         }
     }
 
@@ -170,7 +170,7 @@ impl Forge {
         header.resize(4092, 0);
         let header_crc = crc32fast::hash(&header);
         header.extend(header_crc.to_le_bytes());
-        self.file.pieces.insert(0, (0, header));
+        self.file.ranges.insert(0, (0, header));
         self.file
     }
 }
@@ -178,7 +178,7 @@ impl Forge {
 /// A forged file: zeros except some ranges.
 pub(crate) struct Forged {
     /// Offset and bytes, ascending.
-    pieces: Vec<(u64, Vec<u8>)>,
+    ranges: Vec<(u64, Vec<u8>)>,
     len: u64,
 }
 
@@ -186,7 +186,7 @@ impl Forged {
     fn append(&mut self, bytes: Vec<u8>) {
         let offset = self.len;
         self.len += bytes.len() as u64;
-        self.pieces.push((offset, bytes));
+        self.ranges.push((offset, bytes));
     }
 }
 
@@ -195,8 +195,8 @@ impl ReadAt for Forged {
         let end = offset.checked_add(buf.len() as u64).filter(|end| *end <= self.len);
         let end = end.ok_or(io::ErrorKind::UnexpectedEof)?;
         buf.fill(0);
-        let first = self.pieces.partition_point(|(at, bytes)| at + bytes.len() as u64 <= offset);
-        for (at, bytes) in self.pieces[first..].iter().take_while(|(at, _)| *at < end) {
+        let first = self.ranges.partition_point(|(at, bytes)| at + bytes.len() as u64 <= offset);
+        for (at, bytes) in self.ranges[first..].iter().take_while(|(at, _)| *at < end) {
             let (from, until) = (offset.max(*at), end.min(at + bytes.len() as u64));
             buf[(from - offset) as usize..(until - offset) as usize]
                 .copy_from_slice(&bytes[(from - at) as usize..(until - at) as usize]);

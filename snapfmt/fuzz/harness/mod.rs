@@ -1,5 +1,5 @@
-//! What the fuzz targets do with an input. libFuzzer drives it on nightly; `tests/fuzz_corpus.rs`
-//! drives the same functions on stable, over the seeds and some thousand mutations of them.
+//! The functions of the fuzz targets. libFuzzer calls them on nightly; `tests/fuzz_corpus.rs` calls them on stable,
+//! with the seeds and some thousand mutations of them.
 #![allow(dead_code, reason = "each target and test uses a part of it")]
 
 pub(crate) mod exercise;
@@ -20,15 +20,15 @@ pub(crate) const TEMPLATES: [&[u8]; 3] = [
 pub(crate) const LAYER: &[u8] = include_bytes!("../templates/layer.snap");
 /// Its number among the templates.
 pub(crate) const LAYER_NUMBER: u8 = 3;
-/// The number of its parent, with the layer as it is on top.
+/// The number of its parent, with the unchanged layer on top.
 pub(crate) const PARENT_NUMBER: u8 = 5;
 
-/// A snapshot with a working set, whose pages stand in front.
+/// A snapshot with a working set, whose pages are at the front.
 pub(crate) const HOT: &[u8] = include_bytes!("../templates/hot.snap");
 /// Its number among the templates.
 pub(crate) const HOT_NUMBER: u8 = 4;
 
-/// A snapshot with the feature BOUND; the others are from before it.
+/// A snapshot with the feature BOUND; the others are older.
 pub(crate) const BOUND: &[u8] = include_bytes!("../templates/bound.snap");
 /// Its number among the templates.
 pub(crate) const BOUND_NUMBER: u8 = 6;
@@ -39,8 +39,7 @@ pub(crate) const AS_IS: u8 = 0xff;
 /// A patch with this as its part sets the length of the file.
 pub(crate) const SET_LENGTH: u8 = 0xff;
 
-/// Input: the template's number (1 byte), which checksums to make right again afterwards (1 byte,
-/// see [`seal`]), then patches.
+/// Input: the template's number (1 byte), which checksums to correct afterwards (1 byte, see [`seal`]), then patches.
 ///
 /// A patch is a part (1 byte: 0 the header, 1 the section table, then the sections), an offset in
 /// it (2 bytes), a length (1 byte, modulo 16, plus 1) and as many bytes. So the fuzzer's inputs
@@ -58,7 +57,7 @@ pub(crate) fn open_and_read(input: &[u8]) {
         number => patched(TEMPLATES[usize::from(number) % TEMPLATES.len()], patches),
     };
     seal::seal(&mut file, *seals);
-    // Any answer is right but a panic, or two answers that contradict each other.
+    // Any result is allowed except a panic, or two results that contradict each other.
     let chain = |layers: [&[u8]; 2]| {
         Snapshot::chain(layers).and_then(|snapshot| exercise::read_everything(&snapshot))
     };
@@ -91,8 +90,8 @@ fn patched(template: &[u8], mut patches: &[u8]) -> Vec<u8> {
     file
 }
 
-/// Input: codec, and 4 for a file with the feature BOUND (1 byte), pages (2 bytes), a difference to the right payload length (1 byte), the
-/// slot of the first page's entry (2 bytes), the last byte of the padding (1 byte), the payload.
+/// Input: codec, and 4 for a file with the feature BOUND (1 byte), pages (2 bytes), a difference to the right payload
+/// length (1 byte), the slot of the first page's entry (2 bytes), the last byte of the padding (1 byte), the payload.
 pub(crate) fn chunk(input: &[u8]) {
     let [codec, a, b, difference, c, d, padding, payload @ ..] = input else {
         return;

@@ -24,7 +24,7 @@ impl Random {
         }
     }
 
-    /// Changes an input in one to four places: bits, bytes, runs put in, taken out or copied.
+    /// Changes an input in one to four places: bits, bytes, and runs that are inserted, removed or copied.
     pub(crate) fn mutate(&mut self, input: &mut Vec<u8>) {
         for _ in 0..self.below(4) + 1 {
             let at = self.below(input.len() + 1);

@@ -1,4 +1,4 @@
-//! Makes the checksums of a damaged file right again, so that a fuzzer gets past them.
+//! Corrects the checksums of a damaged file, so that a fuzzer gets past them.
 
 /// Which checksums: a bit each.
 pub(crate) const CHUNKS: u8 = 1;
@@ -93,7 +93,7 @@ fn number(bytes: &[u8], at: usize, len: usize) -> Option<u64> {
     Some(bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte)))
 }
 
-/// What the checksums of chunks' bodies begin with: of a file with the feature BOUND, the CRC of its chunks_id.
+/// The start value of the checksums of chunks' bodies: in a file with the feature BOUND, the CRC of its chunks_id.
 fn seed(file: &[u8]) -> u32 {
     let bound = number(file, 16, 8).is_some_and(|incompat| incompat & 2 != 0);
     file.get(152..168).filter(|_| bound).map_or(0, crc32fast::hash)

@@ -1,8 +1,9 @@
-//! What several tests do with the bytes of a file.
+//! Functions of several tests for the bytes of a file.
 
 use snapfmt::{PageEntry, Snapshot};
 
-/// With zeros for what is a file's own: its id, its time, the checksum over them, and those of chunks, which begin with its id.
+/// The bytes with zeros in the fields that differ in each file: its id, its time, their checksum, and the checksums of
+/// chunks, which begin with its id.
 pub(crate) fn without_id(mut bytes: Vec<u8>) -> Vec<u8> {
     let mut chunks = Vec::new();
     let snapshot = Snapshot::new(&bytes[..]).unwrap();

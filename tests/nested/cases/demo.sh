@@ -1,5 +1,5 @@
 # shellcheck shell=sh
-# The built-in guest, eagerly and lazily: what `snap` promises holds with hardware paging too.
+# The built-in guest, eagerly and lazily: with hardware paging.
 step demo snap demo
 figures demo .
 step create snap create demo.snap --memory 64M --work 16M

@@ -1,5 +1,5 @@
 # shellcheck shell=sh
-# The commands of docs/guests.md: the distribution's bzImage and an initrd of busybox come to READY; the shell
+# The commands of docs/guests.md: the distribution's bzImage and an initrd of busybox boot to READY; the shell
 # takes keyboard input after the restore.
 cp -r /manual/root /manual/initrd.cpio .
 step create sh -c "$(sed -n 1p /manual/commands.snap) --timeout 280s"

@@ -1,14 +1,14 @@
-// The program of the nested lane's guest: fills memory, writes a file, says READY, then checks all of it
-// again and again, one line each time:
+// The program of the nested lane's guest: fills memory, writes a file, prints READY, then checks all of it
+// repeatedly, with one line each time:
 //
 //     tick N ok date=SECONDS random=HEX boot=UUID cpus=ANSWERED/ONLINE raw=WORD old=STATE ready=SECONDS
 //
-// or `tick N BAD WHAT`. A line that it reads on the console comes back as `heard LINE`.
+// or `tick N BAD WHAT`. It answers a line from the console with `heard LINE`.
 //
 // With /disk, a file system on a disk: its file is read from the disk each time, not from memory. With /dev/vdb:
-// WORD is what stands at the disk's beginning now, read around all caches, and `guest wrote this` is written behind
+// WORD is the present beginning of the disk, read around all caches, and `guest wrote this` is written behind
 // it. With virtio-rng: it gives bytes. With /dev/vsock: port 1000 sends back what it gets, port 2000 of the host
-// is told `from the guest` each time, and STATE is what has become of a connection to port 2001 from before READY.
+// gets `from the guest` each time, and STATE is the state of a connection to port 2001 from before READY.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -70,7 +70,7 @@ static unsigned long disk_reads(void) {
     return strtoul(text, NULL, 10);
 }
 
-// A file that nothing in memory knows any more: the disk must have been read.
+// A file that is not cached any more: it must be read from the disk.
 static const char *disk_is_good(const char *path) {
     int fd = open("/proc/sys/vm/drop_caches", O_WRONLY);
     if (fd < 0 || write(fd, "3", 1) != 1) die("drop_caches");
@@ -172,7 +172,7 @@ int main(void) {
     setvbuf(stdout, NULL, _IOLBF, 0);
     struct stat found;
     int disk = stat("/disk", &found) == 0, raw = stat("/dev/vdb", &found) == 0;
-    // /dev/hwrng is there without a device too; then nothing is behind it.
+    // /dev/hwrng exists without a device too; then it has no source.
     char source[64] = "none";
     if (stat("/dev/hwrng", &found) == 0) read_text("/sys/class/misc/hw_random/rng_current", source, sizeof source);
     int rng = strncmp(source, "virtio", 6) == 0, vsock = stat("/dev/vsock", &found) == 0;

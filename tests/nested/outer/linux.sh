@@ -1,7 +1,7 @@
 #!/bin/sh
-# linux CPUS [devices|busy]: a stock Debian kernel is created, stored at its line READY, restored eagerly and twice
+# linux CPUS [devices|busy]: a stock Debian kernel is booted, snapshotted at its line READY, restored eagerly and twice
 # lazily. With `devices` it has a disk with a file system, a raw disk, a source of random numbers and a vsock. With
-# `busy` it never sleeps, and is stored for longer than its kernel lets a CPU be stuck. For the cases, with the
+# `busy` it never sleeps, and is a file for longer than its watchdog allows a CPU to be stuck. For the cases, with the
 # functions of steps.sh.
 
 # ticks NAME: the guest's own checks from READY on, all ok.
@@ -13,14 +13,14 @@ ticks() {
 # word KEY NAME: the value of KEY= in the first tick of a run.
 word() { grep -m 1 '^tick' "$2.out" | tr ' ' '\n' | tr -d '\r' | sed -n "s/^$1=//p"; }
 
-# on_time NAME RESTORED_AT: from its line READY to its ticks the guest's date has gone on as this kernel's has. The
+# on_time NAME RESTORED_AT: from its line READY to its ticks the guest's date has advanced as this kernel's has. The
 # bounds are moments that were before and after. (A guest that starves while it boots loses time: that is not the
 # restore's.)
 on_time() {
     dates=$(grep '^tick .* date=' "$1.out" | tr ' ' '\n' | sed -n 's/^date=//p')
     first=$(($(echo "$dates" | head -n 1) - $(word ready "$1")))
     last=$(($(echo "$dates" | tail -n 1) - $(word ready "$1")))
-    holds "$1" "its date has gone on" test "$first" -ge $(($2 - created_at - 1)) \
+    holds "$1" "its date has advanced" test "$first" -ge $(($2 - created_at - 1)) \
         -a "$last" -le $(($(date +%s) - creating_at + 1))
 }
 
@@ -39,13 +39,13 @@ linux() {
         busy) busy=' busy=1' ;;
     esac
     if [ -n "$devices" ]; then
-        # The disk with the file system has an overlay, so that all guests start with it as it was then.
+        # The disk with the file system has an overlay, so that all guests start with its content of that time.
         truncate -s 16M disk.img
         mke2fs -F disk.img >/dev/null 2>&1 || fail create "no file system on the disk"
         raw_disk raw.img before
         cksum disk.img >disk.sum
         given='--disk disk.img,overlay --disk raw.img --rng --vsock 3,guest.sock'
-        # Somebody whom the guest is connected to when it is stored.
+        # A host process with a connection of the guest at the snapshot.
         vsock answer guest.sock_2001 >old.out 2>&1 &
     fi
     creating_at=$(date +%s)
@@ -69,7 +69,7 @@ linux() {
             asking=$!
             vsock answer ${socket}_2000 >"$run.told" 2>&1 &
         fi
-        # 20 s are a lockup for its watchdog, unless it knows that it stood still.
+        # 20 s are a lockup for its watchdog, unless it knows that it was paused.
         if [ "$run" = clone ] && [ -n "$busy" ]; then sleep 25; fi
         restored_at=$(date +%s)
         step "$run" sh -c "echo hello | snap restore $lazily guest.snap $moved --until 'tick 12 '"

@@ -3,8 +3,8 @@
 case=$1
 now() { awk '{ printf "%d\n", $1 * 1000 }' /proc/uptime; }
 
-# step NAME COMMAND...: runs a command with its output in /tmp/CASE/NAME.{out,err}, and says how it went
-# and how long it took. STEP_S is a guard against hanging.
+# step NAME COMMAND...: runs a command with its output in /tmp/CASE/NAME.{out,err}, and prints its result
+# and its duration. STEP_S is a guard against hanging.
 step() {
     name=$1
     shift
@@ -19,7 +19,7 @@ step() {
 # figures NAME PATTERN: shows the lines of a step's output that match.
 figures() { cat "$dir/$1.out" "$dir/$1.err" | grep -E "$2" | sed "s/^/nested: $case: $1:   /"; }
 
-# holds NAME WHAT COMMAND...: a check of what a step gave.
+# holds NAME WHAT COMMAND...: a check of the output of a step.
 holds() {
     name=$1
     what=$2

@@ -1,9 +1,9 @@
 // The host's end of a guest's vsock, for the cases:
 //
-//     vsock ask SOCKET PORT TEXT    connects to the guest's port, says TEXT, prints what comes back
+//     vsock ask SOCKET PORT TEXT    connects to the guest's port, sends TEXT, prints the answer
 //     vsock answer SOCKET           waits at a socket for one connection, prints its first line; stays until it ends
 //
-// Exits with 0 if that went well. It tries again while the guest is not there yet; SECONDS guard it.
+// Exits with 0 on success. It tries again while the guest does not listen yet, for SECONDS at most.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

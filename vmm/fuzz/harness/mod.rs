@@ -1,15 +1,14 @@
-//! What the fuzz target does with an input. libFuzzer drives it on nightly; `tests/fuzz_corpus.rs`
-//! drives the same function on stable.
+//! The function of the fuzz target. libFuzzer calls it on nightly; `tests/fuzz_corpus.rs` calls it on stable.
 
 use vmm::VmState;
 use vmm::state::{STATE_KIND, STATE_VERSION};
 
-/// A state as it was once written; inputs are patches of it.
+/// A released state; inputs are patches of it.
 pub(crate) const TEMPLATE: &[u8] = include_bytes!("../../tests/golden/vm-state-v2.bin");
 
-/// Input: a new length (2 bytes, 0 for the template's own), then patches of the template: an
-/// offset (2 bytes), a length (1 byte, modulo 16, plus 1) and as many bytes. So inputs are a few
-/// bytes long, where the state is 15 KB of which most are register contents that may be anything.
+/// Input: a new length (2 bytes, 0 for the template's own), then patches of the template: an offset (2 bytes), a length
+/// (1 byte, modulo 16, plus 1) and as many bytes. So inputs are a few bytes long, although the state has 15 KB, mostly
+/// register contents with any value.
 pub(crate) fn state_decode(input: &[u8]) {
     let [a, b, patches @ ..] = input else {
         return;
@@ -19,7 +18,7 @@ pub(crate) fn state_decode(input: &[u8]) {
     if len != 0 {
         state.resize(len, 0);
     }
-    // What decodes encodes to the same bytes: nothing is guessed, dropped or read twice.
+    // A decoded state encodes to the same bytes: nothing is guessed, dropped or read twice.
     if let Ok(decoded) = VmState::decode(STATE_KIND, STATE_VERSION, &state) {
         assert!(decoded.encode() == state, "decoding and encoding changed the state");
     }

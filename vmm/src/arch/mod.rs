@@ -22,12 +22,12 @@
 //! | `create_irqchip` | creates the devices that KVM emulates in the kernel |
 //! | `IrqchipState::{save, restore}` | reads and sets their state |
 //! | `Vcpu::{boot, restore, save}` | a fresh vCPU, a vCPU of a saved state, and the state of a paused vCPU |
-//! | `Vcpu::notify_of_pause` | tells the guest that it has not run for a while |
+//! | `Vcpu::notify_of_pause` | notifies the guest that it has not run for a while |
 //! | `VcpuError` | why a vCPU cannot be restored |
 //! | `pages_shared_with_kvm` | the guest memory that KVM itself accesses while a vCPU is restored |
 //! | `instruction_pointer` | the address of the next instruction of a vCPU, for error messages |
 //! | `IoPorts` | the devices at I/O ports: serial port, real-time clock, power and reset registers |
-//! | `SNAPSHOT_TRIGGER_PORT` | the port by which a guest asks for a snapshot |
+//! | `SNAPSHOT_TRIGGER_PORT` | the port by which a guest requests a snapshot |
 //! | **host** | |
 //! | `HostCpu` | the identity of the host's CPU |
 //! | `missing_features` | the CPU features that a saved vCPU uses and the host does not have |

@@ -50,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn devices_stand_before_the_words_for_init() {
+    fn devices_come_before_the_arguments_of_init() {
         assert_eq!(with_devices("quiet", 0), "quiet");
         assert_eq!(
             with_devices("quiet -- single", 2),
@@ -59,7 +59,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_named() {
+    fn a_command_line_that_does_not_fit_is_named() {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap();
         let board = Board { cpus: 1, devices: 0 };
         let error = write("0123456789", board, 9, &memory).unwrap_err();

@@ -16,7 +16,7 @@ pub enum LinuxError {
     Open {
         /// The file.
         path: PathBuf,
-        /// What open(2) said.
+        /// The error of open(2).
         #[source]
         source: io::Error,
     },
@@ -31,7 +31,7 @@ pub enum LinuxError {
     Kernel {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Its error.
         #[source]
         source: KernelError,
     },
@@ -67,7 +67,7 @@ pub enum LinuxError {
     InitrdRead {
         /// The file.
         path: PathBuf,
-        /// What went wrong.
+        /// The error.
         #[source]
         source: GuestMemoryError,
     },

@@ -33,7 +33,7 @@ pub struct LinuxConfig {
     pub cmdline: String,
 }
 
-/// What the tables and the command line describe of the machine.
+/// The parts of the machine that the tables and the command line describe.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Board {
     pub(crate) cpus: u8,

@@ -1,4 +1,4 @@
-//! What the pages of the demo guest's working area hold, at which beat.
+//! The content of the pages of the demo guest's working area, by beat.
 //!
 //! The guest's machine code computes the same contents. Tests use this module to compare the guest's memory
 //! with what it should contain.
@@ -28,7 +28,7 @@ const _: () = assert!(TEXT_WORDS.len() == 16 * 8);
 /// 64-bit words of a page.
 const PAGE_WORDS: u64 = 512;
 
-/// What a page of the working area holds.
+/// The content of a page of the working area.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum PageClass {
     /// Never written: zeros. One page in eight.
@@ -55,7 +55,7 @@ pub fn page_class(page: u64) -> PageClass {
 /// How many of 256 pages that are not zero each beat reads by default: a quarter.
 pub const WALKED_OF_256: u32 = 64;
 
-/// Whether each beat of a guest that walks so many of 256 pages reads this one.
+/// Whether each beat of a guest that walks this many of 256 pages reads this one.
 #[must_use]
 pub fn in_working_set(page: u64, walked_of_256: u32) -> bool {
     let hash = page_hash(page);

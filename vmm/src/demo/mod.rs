@@ -37,7 +37,7 @@ use crate::layout::{LARGE_PAGE_BYTES, MemoryRange};
 
 /// The working area is a multiple of this: each of its halves is made of large pages.
 pub const WORK_ALIGN_BYTES: u64 = 2 * LARGE_PAGE_BYTES;
-/// Largest working area: what the page tables have room for.
+/// The largest working area that the page tables can map.
 pub const WORK_MAX_BYTES: u64 = (MAPPED_GIB_MAX - 1) << 30;
 
 /// Guest virtual address of the working area.
@@ -45,7 +45,7 @@ pub(crate) const WORK_VIRT: u64 = 1 << 30;
 /// A prime above any number of pages: as the step of a walk it reaches each of them once.
 const STRIDE: u64 = 2_654_435_761;
 
-/// What the demo guest does.
+/// The configuration of the demo guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DemoConfig {
@@ -79,13 +79,13 @@ pub enum DemoError {
         "working area of {work_bytes} bytes is not a positive multiple of {WORK_ALIGN_BYTES} bytes (4 MiB)"
     )]
     Unaligned {
-        /// The size asked for.
+        /// The requested size.
         work_bytes: u64,
     },
     /// Not a number of pages of 256.
     #[error("a beat cannot read {walked_of_256} of 256 pages: give 1 to 256")]
     Walk {
-        /// The number asked for.
+        /// The requested number.
         walked_of_256: u32,
     },
     /// Memory has no room for it.
@@ -94,7 +94,7 @@ pub enum DemoError {
          has room for {max_bytes}"
     )]
     TooLarge {
-        /// The size asked for.
+        /// The requested size.
         work_bytes: u64,
         /// Size of guest memory.
         memory_bytes: u64,
@@ -205,12 +205,12 @@ mod tests {
     const GIB: u64 = 1 << 30;
 
     #[test]
-    fn the_code_fits_where_it_is_put() {
+    fn the_code_fits_at_its_place() {
         assert!((256..=PROGRAM_MAX_BYTES).contains(&demo_guest_code().len()));
     }
 
     #[test]
-    fn halves_lie_at_both_ends_of_memory() {
+    fn halves_are_at_both_ends_of_memory() {
         let plan =
             DemoPlan::new(&DemoConfig::new(32 << 20), &memory_layout(4 * GIB).unwrap()).unwrap();
         assert_eq!(plan.page_gpa(0), 2 << 20);

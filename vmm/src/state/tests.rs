@@ -10,7 +10,7 @@ use serde::de::value::{BytesDeserializer, Error};
 use super::*;
 use crate::Frozen;
 
-/// A state of version 1 as it was once written. It stays readable.
+/// A released state of version 1. It stays readable.
 const GOLDEN_V1: &[u8] = include_bytes!("../../tests/golden/vm-state-v1.bin");
 /// One of version 2.
 const GOLDEN_V2: &[u8] = include_bytes!("../../tests/golden/vm-state-v2.bin");
@@ -83,15 +83,15 @@ fn write_golden() {
 }
 
 #[test]
-fn version_2_is_written_and_read_as_ever() {
+fn version_2_is_written_and_read_without_a_change() {
     assert_eq!((STATE_KIND, STATE_VERSION), (0x784d_564b, 2));
     assert!(example().encode() == GOLDEN_V2, "the encoding of version 2 has changed");
     assert!(decode(GOLDEN_V2).unwrap().encode() == GOLDEN_V2);
 }
 
-/// Version 2 appends to version 1, so that what was read of version 1 is the beginning of version 2.
+/// Version 2 appends to version 1, so that the fields of version 1 are the beginning of version 2.
 #[test]
-fn version_1_is_read_as_ever() {
+fn version_1_is_read_without_a_change() {
     let state = VmState::decode(STATE_KIND, 1, GOLDEN_V1).unwrap();
     assert_eq!((state.rtc.index, state.saved_unix_ns, state.generation_id_gpa), (0, 0, None));
     assert!(state.devices.is_empty());
@@ -178,7 +178,7 @@ proptest! {
         let _ = decode(&bytes);
     }
 
-    /// What decodes in spite of a change encodes to the changed bytes: nothing is guessed or dropped.
+    /// A changed state that still decodes encodes to the changed bytes: nothing is guessed or dropped.
     #[test]
     fn mutations_are_refused_or_kept(
         changes in proptest::collection::vec((0..GOLDEN_V2.len(), any::<u8>()), 1..8),

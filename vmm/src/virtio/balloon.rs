@@ -1,8 +1,8 @@
 //! The balloon (virtio 1.2, 5.5): it returns pages that the guest does not use to the host.
 //!
 //! The driver reports ranges of free pages (VIRTIO_BALLOON_F_REPORTING, Linux 5.7), a few MiB at a time. The host
-//! discards them: they read as zeros afterwards, use no memory, and are not stored in a snapshot. The guest can
-//! use them again immediately. A driver may also put single pages into the balloon; the host never asks for any.
+//! discards them: they read as zeros afterwards, use no memory, and are not stored in a snapshot. The guest can use
+//! them again immediately. A driver may also put single pages into the balloon; the host never requests any.
 
 use super::device::Backend;
 use super::fault::Fault;
@@ -29,7 +29,7 @@ const ACTUAL_OFFSET: usize = 4;
 #[derive(Default)]
 pub(super) struct Balloon {
     state: BalloonState,
-    /// The pages that the host wants, none; and those that the driver has put in.
+    /// The number of pages that the host requests, which is none; and of those that the driver has put in.
     config: [u8; 8],
 }
 
@@ -64,7 +64,7 @@ impl Balloon {
 
     fn report(&mut self, rings: &Rings<'_>, request: &Request) -> Result<(), Fault> {
         if request.readable.len() != 0 {
-            return Err(Fault::Driver("a report of free pages with something to read"));
+            return Err(Fault::Driver("a report of free pages with a buffer to read"));
         }
         for segment in request.writable.segments() {
             self.give_back(rings, *segment);
@@ -98,7 +98,7 @@ impl Backend for Balloon {
         match queue {
             INFLATE => self.inflate(rings, request)?,
             REPORT => self.report(rings, &request)?,
-            // Pages that leave the balloon come back when they are touched.
+            // Pages that leave the balloon are allocated again when they are touched.
             _ => {}
         }
         rings.push_used(queue, head, 0)?;

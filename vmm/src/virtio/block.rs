@@ -23,7 +23,7 @@ const QUEUE_SIZE: u16 = 128;
 const SEGMENTS_MAX: u32 = QUEUE_SIZE as u32 - 2;
 /// Bytes of one such buffer, so that one request does not keep the thread for long.
 const SEGMENT_MAX_BYTES: u32 = 64 << 10;
-/// What both together allow.
+/// The limit of a request that follows from both.
 const REQUEST_MAX_BYTES: usize = SEGMENTS_MAX as usize * SEGMENT_MAX_BYTES as usize;
 /// Type, reserved, sector: `struct virtio_blk_req`.
 const HEADER_BYTES: usize = 16;
@@ -89,7 +89,7 @@ impl Block {
             return Ok(Err(VIRTIO_BLK_S_IOERR));
         }
         let moved = self.disk.transfer(memory, start, data, direction)?;
-        // Less than all: the image has shrunk under us, or its file system is full.
+        // Less than all: the image was truncated meanwhile, or its file system is full.
         Ok(moved.ok().filter(|&moved| moved == len).ok_or(VIRTIO_BLK_S_IOERR))
     }
 

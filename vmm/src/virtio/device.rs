@@ -23,7 +23,7 @@ use crate::control::VmHandle;
 use crate::devices::{DeviceContext, MmioDevice};
 use crate::state::DeviceState;
 
-/// What one kind of device does, without transport and threads.
+/// The functions of one kind of device, without transport and threads.
 pub(super) trait Backend: Send {
     /// Feature bits of this kind of device (virtio 1.2, 6 and 5.x.3).
     fn features(&self) -> u64;
@@ -37,7 +37,7 @@ pub(super) trait Backend: Send {
     /// Does one request of the queue from beginning to end; `false` when there is none.
     ///
     /// # Errors
-    /// A [`Fault`], after which no queue is looked at until the driver resets the device.
+    /// A [`Fault`], after which no queue is served until the driver resets the device.
     fn serve(&mut self, rings: &mut Rings<'_>, queue: usize) -> Result<bool, Fault>;
 
     /// The device is part of a machine: from here on the host's side may call.
@@ -54,43 +54,43 @@ pub(super) trait Backend: Send {
         0
     }
 
-    /// The driver has set the device back, or is another one.
+    /// The driver has reset the device, or is another one.
     fn reset(&mut self) {}
 
-    /// The driver knows the device from before the guest was saved.
+    /// The driver has used the device before the guest was saved.
     fn restored(&mut self) {}
 
     /// The driver writes to the configuration.
     fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
 
-    /// Nothing is under way: brings what the host has cached to where the saved guest finds it.
+    /// No request is in progress: writes data that the host has cached to the place where the restored guest reads it.
     ///
     /// # Errors
-    /// Why the guest cannot be saved. It is stopped for good then.
+    /// Why the guest cannot be saved. It is stopped permanently then.
     fn pause(&mut self) -> Result<(), String> {
         Ok(())
     }
 
-    /// What belongs to this kind of device.
+    /// The state of this kind of device.
     fn state(&self) -> BackendState;
 
-    /// What belongs to it and is too large for that.
+    /// Its data that is too large for the state.
     ///
     /// # Errors
-    /// Why it cannot be stored.
+    /// Why it cannot be saved.
     fn content(&self) -> io::Result<Option<Vec<u8>>> {
         Ok(None)
     }
 }
 
-/// What a device watches descriptors of the host with.
+/// The watcher of a device for descriptors of the host.
 #[derive(Clone)]
 pub(super) struct HostWatcher(Watcher);
 
 impl HostWatcher {
     /// Calls [`Backend::host_changed`] when `fd` changes, until it is closed.
     pub(super) fn watch(&self, token: u32, fd: &impl AsRawFd) -> io::Result<()> {
-        // Tokens are the device's: they may come again, after 2^32 of them.
+        // Tokens belong to the device. They are reused after 2^32 of them.
         self.0.watch_changes(HOST_SOURCES.saturating_add(token), fd)
     }
 }
@@ -112,11 +112,11 @@ pub struct VirtioDevice {
     event_loop: Arc<EventLoop>,
     listener_id: u32,
     queue_count: usize,
-    /// The transport to restore, until there is memory to check it against.
+    /// The transport to restore, until it can be checked with the memory.
     saved: Option<TransportState>,
 }
 
-/// What the vCPUs' threads and the devices' thread share.
+/// The state that the vCPUs' threads and the devices' thread share.
 struct Core {
     inner: Mutex<Inner>,
     /// Reasons for the interrupt. Outside of the lock: the driver's interrupt handler reads and
@@ -253,7 +253,7 @@ impl MmioDevice for VirtioDevice {
 
     fn pause(&mut self) {
         self.core.pausing.store(true, Ordering::SeqCst);
-        // The request that is under way, if there is one, ends first.
+        // A request in progress ends first.
         let mut inner = self.core.lock();
         inner.resumed = false;
         self.core.pausing.store(false, Ordering::SeqCst);
@@ -310,8 +310,8 @@ impl Listener for Core {
         }
         let memory = &wired.memory;
         let mut rings = Rings { queues: &mut transport.queues, memory, used: false };
-        // One turn is at most one queue's worth: a driver that never stops does not keep the thread from the
-        // other devices. A queue that is not set up has none, and must not come again and again.
+        // One turn is at most the length of one queue, so that a driver that never stops does not starve the other
+        // devices. A queue that is not set up has length 0, and must not be served again and again.
         let mut turns = rings.size(queue).max(1);
         let outcome = loop {
             if turns == 0 || self.pausing.load(Ordering::SeqCst) {

@@ -14,7 +14,7 @@ use super::overlay::{Overlay, OverlayPlace};
 use super::rings::Buffers;
 use super::state::{BlockState, DEVICE_MTIME_NS, Fingerprint};
 
-/// What virtio counts disks in.
+/// The unit of virtio for disks.
 pub(super) const SECTOR_BYTES: u64 = 512;
 /// The ends of an image that belong to its fingerprint: labels and partition tables are there.
 const SAMPLE_END_BYTES: u64 = 64 << 10;
@@ -22,7 +22,8 @@ const SAMPLE_END_BYTES: u64 = 64 << 10;
 const SAMPLE_PAGES: u64 = 64;
 /// of this length.
 const SAMPLE_PAGE_BYTES: u64 = 4096;
-/// How often a block device's lock is tried, a moment apart: udev takes it for a moment whenever a device was written to.
+/// The number of attempts to lock a block device, a moment apart: udev locks it for a moment whenever it was written
+/// to.
 const DEVICE_LOCK_TRIES: u32 = 20;
 
 /// An open disk image. While it is open for writing, it cannot be opened as a [`Disk`] again.
@@ -41,11 +42,11 @@ pub enum DiskError {
     /// A system call failed.
     #[error("cannot {what} the disk {}", path.display())]
     Io {
-        /// What was tried.
+        /// The operation.
         what: &'static str,
         /// The image.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system.
         #[source]
         source: io::Error,
     },
@@ -87,7 +88,7 @@ pub enum DiskError {
     },
     /// It is an image, but not a raw one.
     #[error(
-        "the disk {} is not a raw image but one in the format {format}: make a raw one of it (`qemu-img convert -O raw`, or \
+        "the disk {} is not a raw image but one in the format {format}: convert it to a raw one (`qemu-img convert -O raw`, or \
          unpack it), or say `,raw` behind its name if the guest is to see these very bytes", path.display()
     )]
     Format {
@@ -104,23 +105,23 @@ pub enum DiskError {
     OtherKind {
         /// The image.
         path: PathBuf,
-        /// What it is.
+        /// Its value now.
         found: &'static str,
-        /// What it was.
+        /// Its saved value.
         expected: &'static str,
     },
-    /// There is no place for what the guest writes, or not for what it has written.
+    /// There is no space for the guest's writes.
     #[error("cannot make the overlay of the disk {}", path.display())]
     Overlay {
         /// The image.
         path: PathBuf,
-        /// What the system said, or that the content is none of such a disk.
+        /// The error of the system, or of a content that does not belong to such a disk.
         #[source]
         source: io::Error,
     },
-    /// It is not as it was when the guest was saved.
+    /// It has changed since the guest was saved.
     #[error(
-        "the disk {} is not as it was when the guest was saved: its {what} {found}, expected {expected}",
+        "the disk {} has changed since the guest was saved: its {what} {found}, expected {expected}",
         path.display()
     )]
     Changed {
@@ -128,9 +129,9 @@ pub enum DiskError {
         path: PathBuf,
         /// What differs.
         what: &'static str,
-        /// What it is.
+        /// Its value now.
         found: i128,
-        /// What it was.
+        /// Its saved value.
         expected: i128,
     },
 }
@@ -140,7 +141,7 @@ impl Disk {
     /// new: later the guest may have written such bytes itself.
     ///
     /// # Errors
-    /// [`DiskError::Format`]; [`DiskError`] when it is not there, or no image at all.
+    /// [`DiskError::Format`]; [`DiskError`] when it does not exist, or is not an image.
     pub fn refuse_formats(path: &Path) -> Result<(), DiskError> {
         let failed = |what| move |source| DiskError::Io { what, path: path.to_owned(), source };
         let (file, _) = open_image(path, true)?;
@@ -154,7 +155,8 @@ impl Disk {
     /// Opens an image, or a block device.
     ///
     /// # Errors
-    /// [`DiskError`] when it is not there, neither a regular file nor a block device of whole sectors, or in use.
+    /// [`DiskError`] when it does not exist, is neither a regular file nor a block device of whole sectors, or is in
+    /// use.
     pub fn open(path: &Path, read_only: bool) -> Result<Disk, DiskError> {
         let failed = |what| move |source| DiskError::Io { what, path: path.to_owned(), source };
         let (file, is_device) = open_image(path, read_only)?;
@@ -177,7 +179,7 @@ impl Disk {
                 Err(TryLockError::Error(source)) => return Err(failed("lock")(source)),
             }
         }
-        // A device's name may be a link that stays while what it leads to changes: /dev/mapper, /dev/disk/by-id.
+        // A device's name may be a link whose target changes: /dev/mapper, /dev/disk/by-id.
         let absolute = if is_device { std::path::absolute(path) } else { path.canonicalize() };
         let absolute = absolute.map_err(failed("find"))?;
         if absolute.to_str().is_none() {
@@ -188,8 +190,7 @@ impl Disk {
         Ok(Disk { file, state, overlay: None })
     }
 
-    /// Opens an image that stays as it is: what the guest writes goes to `place`. Many guests may
-    /// have it at a time.
+    /// Opens an image that is not changed: the guest's writes go to `place`. Many guests may use it at the same time.
     ///
     /// # Errors
     /// Those of [`Disk::open`], and [`DiskError::Overlay`].
@@ -205,8 +206,8 @@ impl Disk {
         Ok(self)
     }
 
-    /// As [`Disk::open_saved`], for a disk with an overlay, or one that is to have one from now on. `content`
-    /// is what [`MmioDevice::content`](crate::MmioDevice::content) gave, of `blocks` blocks.
+    /// As [`Disk::open_saved`], for a disk with an overlay, or one that gets an overlay now. `content` is the result of
+    /// [`MmioDevice::content`](crate::MmioDevice::content), with `blocks` blocks.
     ///
     /// # Errors
     /// Those of [`Disk::open_saved`], and [`DiskError::Overlay`].
@@ -230,11 +231,11 @@ impl Disk {
         Ok(disk)
     }
 
-    /// Opens the disk of a saved guest: at `path` if one is given, else where it was.
+    /// Opens the disk of a saved guest: at `path` if one is given, else at its saved path.
     ///
     /// # Errors
-    /// Those of [`Disk::open`], and [`DiskError::Changed`] when it is not as it was. With `force` it may
-    /// have changed, but for its length, which the guest knows.
+    /// Those of [`Disk::open`], and [`DiskError::Changed`] when it has changed. With `force` only its length, which the
+    /// guest knows, must be the same.
     pub fn open_saved(
         saved: &BlockState,
         path: Option<&Path>,
@@ -243,7 +244,7 @@ impl Disk {
         Disk::open(path.unwrap_or(&saved.path), saved.read_only)?.check(saved, force)
     }
 
-    /// That it is the saved one.
+    /// Checks that it is the saved one.
     fn check(self, saved: &BlockState, force: bool) -> Result<Disk, DiskError> {
         let (found, expected) = (self.state.fingerprint, saved.fingerprint);
         if found.is_of_device() != expected.is_of_device() && found.len == expected.len && !force {
@@ -256,11 +257,7 @@ impl Disk {
         }
         let values: [(&'static str, i128, i128); 3] = [
             ("length in bytes is", found.len.into(), expected.len.into()),
-            (
-                "time of change, in ns since 1970, is",
-                found.mtime_ns.into(),
-                expected.mtime_ns.into(),
-            ),
+            ("change time, in ns since 1970, is", found.mtime_ns.into(), expected.mtime_ns.into()),
             ("sample's CRC-32 is", found.sample_crc32.into(), expected.sample_crc32.into()),
         ];
         let checked = if force { &values[..1] } else { &values[..] };
@@ -302,7 +299,7 @@ impl Disk {
         }
     }
 
-    /// Has what was written brought to the image. An overlay outlives nothing: it is not.
+    /// Syncs written data to the image. An overlay is not synced, because it ends with its guest.
     pub(super) fn flush(&self) -> io::Result<()> {
         match self.state.read_only || self.overlay.is_some() {
             true => Ok(()),
@@ -314,7 +311,7 @@ impl Disk {
         self.state.fingerprint.len
     }
 
-    /// Brings everything that was written to the disk, and takes its fingerprint.
+    /// Syncs everything that was written to the disk, and takes its fingerprint.
     pub(super) fn settle(&mut self) -> Result<(), DiskError> {
         if self.state.read_only || self.overlay.is_some() {
             return Ok(());
@@ -332,8 +329,8 @@ impl Disk {
 fn open_image(path: &Path, read_only: bool) -> Result<(File, bool), DiskError> {
     let failed = |what| move |source| DiskError::Io { what, path: path.to_owned(), source };
     let is_device = path.metadata().map_err(failed("open"))?.file_type().is_block_device();
-    // O_EXCL, of a block device: it cannot be mounted or get a volume on it meanwhile, and it is refused where that is so
-    // already (open(2)). O_NONBLOCK: a pipe in the place of the image is refused below, not waited for.
+    // O_EXCL, for a block device: it cannot be mounted or get a volume meanwhile, and it is refused if it is mounted or
+    // has one already (open(2)). O_NONBLOCK: a pipe in the place of the image is refused below, not waited for.
     let exclusive = if is_device && !read_only { libc::O_EXCL } else { 0 };
     let mut options = OpenOptions::new();
     options.read(true).write(!read_only).custom_flags(libc::O_NONBLOCK | exclusive);

@@ -9,9 +9,9 @@ use std::thread::JoinHandle;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// Descriptors looked at in one turn.
+/// Descriptors handled in one turn.
 const EVENTS_MAX: usize = 32;
-/// No device's.
+/// The number of no device.
 const EXIT_TOKEN: u64 = u64::MAX;
 
 /// The devices' thread. It ends when the last reference to this is dropped.
@@ -38,7 +38,7 @@ pub(super) trait Listener: Send + Sync {
     fn ready(&self, source: u32, events: EventSet);
 }
 
-/// What a listener watches its descriptors with, from whatever thread it is on.
+/// Watches descriptors for a listener, from any thread.
 #[derive(Clone)]
 pub(super) struct Watcher {
     shared: Arc<Shared>,
@@ -91,12 +91,12 @@ impl EventLoop {
         id
     }
 
-    /// What listener `id` watches descriptors with.
+    /// The watcher of listener `id`.
     pub(super) fn watcher(&self, id: u32) -> Watcher {
         Watcher { shared: Arc::clone(&self.shared), listener_id: id }
     }
 
-    /// Undoes what a [`Watcher`] did.
+    /// Undoes [`Watcher`].
     pub(super) fn unwatch(&self, fd: &impl AsRawFd) {
         // It fails only for a descriptor that is not watched.
         let _ =

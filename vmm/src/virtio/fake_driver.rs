@@ -94,7 +94,7 @@ impl Driver {
         self.device.write(offset, &value.to_le_bytes());
     }
 
-    /// Everything until the device works on its first queue.
+    /// Sets the device up until it serves its first queue.
     pub(super) fn start(&mut self) {
         self.start_queues(1);
     }

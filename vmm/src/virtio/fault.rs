@@ -1,4 +1,4 @@
-//! What can go wrong while a device works, and the consequence.
+//! The faults of a device at work, and their consequences.
 
 /// Why a device stopped in the middle of its work.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -1,4 +1,4 @@
-//! Queues with any content: what the fuzz target `virtio_queue` and the tests below do with an input.
+//! Queues with any content, for the fuzz target `virtio_queue` and the tests below.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
@@ -36,13 +36,13 @@ const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 
-/// Input: the device, modulo 4, plus 4 for one that was restored; what to change of the queues' sizes (2 bytes) and of the places of their three
-/// rings (4 bytes each), 0 for nothing; then patches of a memory that holds good requests: an offset (2
-/// bytes), a length (1 byte, modulo 16, plus 1) and as many bytes.
+/// Input: the device, modulo 4, plus 4 for one that was restored; the changes of the queues' sizes (2 bytes) and of the
+/// places of their three rings (4 bytes each), 0 for none; then patches of a memory that holds good requests: an offset
+/// (2 bytes), a length (1 byte, modulo 16, plus 1) and as many bytes.
 ///
 /// # Panics
-/// When the device does what it must not: use more buffers than it was offered, find a page missing that is
-/// there, work endlessly, or change the length of its disk.
+/// When the device uses more buffers than it was offered, finds a present page missing, works endlessly, or changes the
+/// length of its disk.
 #[allow(clippy::unwrap_used, reason = "for tests and fuzzing only")]
 #[cfg_attr(test, allow(unreachable_pub))]
 pub fn any_queue(input: &[u8]) {
@@ -61,7 +61,7 @@ pub fn any_queue(input: &[u8]) {
                 vsock.restored();
             }
             drive(vsock, input, fill_vsock);
-            // Programs of the host that talk, and go.
+            // Programs of the host that send data, and close the connection.
             while let Ok((mut stream, _)) = listener.accept() {
                 let _ = stream.set_nonblocking(true);
                 let _ = stream.write(b"from the host").and(stream.read(&mut [0; 64]));
@@ -171,7 +171,7 @@ fn fill_block(ram: &GuestMemoryMmap) {
     offer(ram, 0, &[0, 3, 4, 0]);
 }
 
-/// A connection that is asked for, used, asked for credit, and shut down; buffers for the answers.
+/// A connection that is requested, used, asked for its credit, and shut down; buffers for the answers.
 fn fill_vsock(ram: &GuestMemoryMmap) {
     let mut packets = Vec::new();
     for (index, (op, len, flags)) in [(1, 0, 0), (5, 5, 0), (7, 0, 0), (4, 0, 3)].iter().enumerate()
@@ -262,7 +262,7 @@ mod tests {
 
     use super::*;
 
-    /// They are no templates if the devices refuse them.
+    /// The devices must accept the templates.
     #[test]
     fn the_templates_are_served() {
         type Template = (fn() -> Box<dyn Backend>, fn(&GuestMemoryMmap), &'static [u16]);
@@ -324,7 +324,7 @@ mod tests {
         let runs = std::env::var("SNAP_FUZZ_RUNS").ok().and_then(|runs| runs.parse().ok());
         let config =
             Config { cases: runs.unwrap_or(2000), failure_persistence: None, ..Config::default() };
-        // From a fixed seed, so that a failure comes again.
+        // From a fixed seed, so that a failure is reproducible.
         let random = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
         let place = prop_oneof![
             6 => 0x1000..0x1060u16, 3 => 0x1100..0x1260u16, 4 => 0x2000..0x2010u16,

@@ -1,13 +1,13 @@
-//! Disk images in formats of other programs, known by their first and last bytes as QEMU knows them (the `*_probe` functions in
-//! its `block/`). A guest that got one as its disk would see the format's tables instead of the disk.
+//! Disk images in formats of other programs, recognized by their first and last bytes as in QEMU (the `*_probe`
+//! functions in its `block/`). A guest that got one as its disk would see the format's tables instead of the disk.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-/// What all signatures at the front are in.
+/// The length that has all signatures at the front.
 const HEAD_BYTES: usize = 128;
-/// What those at the end are in.
+/// The length that has those at the end.
 const TAIL_BYTES: usize = 512;
 
 /// Formats by a signature at a place in the head.
@@ -35,7 +35,7 @@ const HEADS: [(&str, usize, &[u8]); 18] = [
 /// Formats by a signature at the start of the last 512 bytes. A fixed VHD is a raw image with such an end.
 const TAILS: [(&str, &[u8]); 2] = [("VHD", b"conectix"), ("DMG", b"koly")];
 
-/// The format of an image of `len` bytes, if it is one of another program's.
+/// The format of an image of `len` bytes, if it is that of another program.
 pub(super) fn foreign(image: &File, len: u64) -> io::Result<Option<&'static str>> {
     let (mut head, mut tail) = ([0; HEAD_BYTES], [0; TAIL_BYTES]);
     let head_bytes = HEAD_BYTES.min(len as usize);
@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn what_disks_hold_is_no_format() {
+    fn content_of_disks_has_no_format() {
         let mut head = [0; HEAD_BYTES];
         // Zeros, a boot sector, an encrypted volume.
         for start in [&[][..], &[0xeb, 0x63, 0x90], b"LUKS\xba\xbe"] {

@@ -1,4 +1,4 @@
-//! Guest memory for a thread that must not get a SIGBUS: every access asks the kernel for its pages first.
+//! Guest memory for a thread that must not get a SIGBUS: every access lets the kernel populate its pages first.
 //!
 //! A page may be missing for a while (userfaultfd) or permanently (UFFDIO_POISON, a memory error of the host).
 //! An access to the latter raises SIGBUS, and a thread in the middle of a copy cannot recover from that. So
@@ -162,10 +162,10 @@ impl DeviceMemory {
         Ok(iovecs)
     }
 
-    /// Has the kernel put the pages in place that the next access touches.
+    /// Lets the kernel populate the pages that the next access touches.
     fn populate(&self, addr: GuestAddress, count: usize, access: Permissions) -> io::Result<()> {
         for slice in GuestMemoryBackend::get_slices(&*self.memory, addr, count) {
-            // What is not in memory is the access' own error.
+            // An address outside of memory is an error of the access itself.
             let Ok(slice) = slice else { return Ok(()) };
             let start = slice.ptr_guard().as_ptr() as usize;
             let first = start - start % PAGE_BYTES as usize;
@@ -241,7 +241,7 @@ fn one_transfer(
     usize::try_from(moved).map_err(|_| io::Error::last_os_error())
 }
 
-/// What is left of the buffers after `moved` bytes.
+/// The rest of the buffers after `moved` bytes.
 fn advance(iovecs: &mut [libc::iovec], mut moved: usize) -> &mut [libc::iovec] {
     let mut whole = 0;
     while let Some(len) = iovecs.get(whole).map(|iovec| iovec.iov_len).filter(|&len| len <= moved) {

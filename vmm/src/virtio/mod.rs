@@ -1,13 +1,12 @@
-//! Virtio devices in windows of guest physical addresses (virtio-mmio, version 2).
-//!
-//! What each device is, what it is not, and how it is saved: `docs/devices.md` in the source.
+//! Virtio devices in windows of guest physical addresses (virtio-mmio, version 2). `docs/devices.md` in the source
+//! describes each device, and how it is saved.
 //!
 //! From the driver inwards:
 //! - `transport`: registers, features, status; which queues there are.
 //! - `device`: the transport in its window, and its queues on the devices' one thread.
 //! - `rings`: requests out of a queue, as lists of buffers that are whole and in memory.
-//! - `memory`: the only code that touches guest memory, and never at the price of a SIGBUS.
-//! - `balloon`, `block`, `net`, `rng`, `vsock`: what a device does with a request.
+//! - `memory`: the only code that touches guest memory, without the risk of a SIGBUS.
+//! - `balloon`, `block`, `net`, `rng`, `vsock`: the handling of a device's requests.
 
 mod balloon;
 mod block;
@@ -49,7 +48,7 @@ pub use state::{
 };
 pub use vsock::{VsockError, VsockHost};
 
-/// What a device is connected to on the host.
+/// The host's side of a device.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Host {
@@ -61,7 +60,7 @@ pub enum Host {
     Vsock(VsockHost),
     /// A network interface, and the address that the guest has at it.
     Net(Tap, MacAddress),
-    /// The guest's own memory, with what was given back of it before.
+    /// The guest's own memory, and how much of it was given back before.
     Balloon(BalloonState),
 }
 

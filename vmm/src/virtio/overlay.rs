@@ -16,12 +16,12 @@ use super::fault::Fault;
 use super::memory::{DeviceMemory, Direction};
 use super::rings::Buffers;
 
-/// What is copied when a part of it changes.
+/// The unit that is copied when a part of it changes.
 const BLOCK_BYTES: u64 = 4096;
 /// Longest encoding: a state of a snapshot has at most 64 MiB.
 const CONTENT_MAX_BYTES: usize = 63 << 20;
 
-/// Where the blocks are that a guest changes.
+/// The place of the blocks that a guest changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum OverlayPlace {
@@ -59,7 +59,7 @@ impl Overlay {
         Ok(Overlay { file, disk_bytes, changed: BTreeSet::new() })
     }
 
-    /// Reads from the disk as the guest has changed it.
+    /// Reads from the disk with the guest's changes.
     pub(super) fn read(
         &self,
         disk: &File,
@@ -69,7 +69,7 @@ impl Overlay {
     ) -> Result<io::Result<usize>, Fault> {
         let mut at = start;
         while data.len() > 0 {
-            // As far as it comes from the same file.
+            // The part that is in the same file.
             let changed = self.has(at);
             let mut run = (BLOCK_BYTES - at % BLOCK_BYTES) as usize;
             while run < data.len() && self.has(at + run as u64) == changed {
@@ -86,7 +86,7 @@ impl Overlay {
         Ok(Ok((at - start) as usize))
     }
 
-    /// Writes, and leaves the disk alone.
+    /// Writes, without changing the disk.
     pub(super) fn write(
         &mut self,
         disk: &File,
@@ -169,7 +169,8 @@ impl Overlay {
     /// # Errors
     /// `InvalidData` when it is not the content of such a disk, or the error of the file.
     pub(super) fn load(&mut self, content: &[u8], block_count: u32) -> io::Result<()> {
-        let invalid = || io::Error::new(io::ErrorKind::InvalidData, "no blocks of this disk");
+        let invalid =
+            || io::Error::new(io::ErrorKind::InvalidData, "these are not blocks of this disk");
         let (count, rest) = content.split_first_chunk::<4>().ok_or_else(invalid)?;
         let numbers_len = block_count as usize * 4;
         let (numbers, blocks) = rest.split_at_checked(numbers_len).ok_or_else(invalid)?;

@@ -106,7 +106,7 @@ pub(super) struct Request {
     pub(super) head: u16,
     /// The buffers that the device reads.
     pub(super) readable: Buffers,
-    /// Where the device answers.
+    /// The buffers that the device writes.
     pub(super) writable: Buffers,
 }
 
@@ -178,7 +178,7 @@ impl Buffers {
         Ok(true)
     }
 
-    /// Copies as many of the bytes as there is room for into guest memory. Returns their number.
+    /// Copies as many of the bytes as fit into guest memory. Returns their number.
     pub(super) fn write(&self, memory: &DeviceMemory, bytes: &[u8]) -> Result<usize, Fault> {
         let mut done = 0;
         for segment in &self.0 {

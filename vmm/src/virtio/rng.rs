@@ -36,12 +36,12 @@ impl Backend for Rng {
     fn serve(&mut self, rings: &mut Rings<'_>, queue: usize) -> Result<bool, Fault> {
         let Some(mut request) = rings.pop(queue)? else { return Ok(false) };
         if !request.readable.segments().is_empty() {
-            return Err(Fault::Driver("an entropy request with something to read"));
+            return Err(Fault::Driver("an entropy request with a buffer to read"));
         }
         let len = request.writable.len().min(REQUEST_MAX_BYTES);
         let buffers = request.writable.split_front(len).unwrap_or_default();
         let fd = self.source.as_fd();
-        // A short answer is one that a driver must expect; none at all is not.
+        // A driver must expect a short answer, but not an empty one.
         let filled = rings.memory.transfer(fd, None, buffers.segments(), Direction::ToGuest)?;
         rings.push_used(queue, request.head, filled.unwrap_or(0))?;
         Ok(true)

@@ -1,4 +1,4 @@
-//! A virtio device's state, as data that can be stored: the transport, and what is the device's own.
+//! A virtio device's state, as data that can be stored: the transport, and the state of the device itself.
 //!
 //! Encoded by bincode with fixed-size little-endian integers, and frozen like [`crate::state`]: version 1 is
 //! fixed by a golden test.
@@ -18,16 +18,14 @@ pub(super) const QUEUES_MAX: usize = 8;
 /// Longest path of a disk (PATH_MAX).
 const PATH_MAX_BYTES: usize = 4096;
 
-/// Everything about a paused virtio device that is not in guest memory.
-///
-/// Requests are never under way in it: a device that is paused has finished what it took from
-/// a queue, and what it has not taken is in guest memory.
+/// Everything about a paused virtio device that is not in guest memory. It has no requests in progress: a paused device
+/// has finished the requests that it has taken from a queue, and the others are in guest memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct VirtioState {
     /// The registers of the virtio-mmio transport.
     pub transport: TransportState,
-    /// What kind of device it is, and what belongs to that kind.
+    /// The kind of device, and the state of that kind.
     pub device: BackendState,
 }
 
@@ -66,7 +64,7 @@ pub struct QueueRegisters {
     pub next_used: u16,
 }
 
-/// What belongs to one kind of device.
+/// The state of one kind of device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum BackendState {
@@ -80,7 +78,7 @@ pub enum BackendState {
     Net(NetState),
     /// A memory balloon.
     Balloon(BalloonState),
-    /// A disk that stays as it is, and what the guest has changed of it.
+    /// A disk that is not changed, and the blocks that the guest has changed.
     Overlay(OverlayState),
 }
 
@@ -89,7 +87,7 @@ pub enum BackendState {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct OverlayState {
-    /// The disk that stays as it is.
+    /// The disk that is not changed.
     pub disk: BlockState,
     /// How many blocks of 4 KiB the content has.
     pub blocks: u32,
@@ -105,7 +103,7 @@ pub struct NetState {
     pub mac: MacAddress,
 }
 
-/// A memory balloon. What was given back is known to guest memory alone: it is zero there.
+/// A memory balloon. Only guest memory shows which pages were given back: they are zero.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct BalloonState {
@@ -115,7 +113,7 @@ pub struct BalloonState {
     pub returned_bytes: u64,
 }
 
-/// The sockets between guest and host. Connections are not part of it: they do not outlive a snapshot.
+/// The sockets between guest and host. Connections are not part of it: a snapshot ends them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct VsockState {
@@ -125,7 +123,7 @@ pub struct VsockState {
     pub path: PathBuf,
 }
 
-/// A disk, as it was when the guest was saved.
+/// A disk at the time when the guest was saved.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct BlockState {
@@ -133,25 +131,23 @@ pub struct BlockState {
     pub path: PathBuf,
     /// Whether the guest may only read it.
     pub read_only: bool,
-    /// What it was.
+    /// Its fingerprint.
     pub fingerprint: Fingerprint,
 }
 
-/// The time of change of a block device, which has none.
+/// The modification time of a block device, which has none.
 pub const DEVICE_MTIME_NS: i64 = i64::MIN;
 
-/// How a disk image is recognized.
-///
-/// The time of the last change finds every change that went through the file system. The sample finds another
-/// image whose time was set to the same, by a copy from an archive for example. The inode is not part of
-/// it: a copy with its times (`cp -p`) is as good as the original.
+/// How a disk image is recognized. The time of the last change detects every change through the file system. The sample
+/// detects another image whose time was set to the same, by a copy from an archive for example. The inode is not part
+/// of it: a copy with its times (`cp -p`) is as good as the original.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Fingerprint {
     /// Length in bytes.
     pub len: u64,
-    /// Time of the last change in nanoseconds since 1970. Of a block device [`DEVICE_MTIME_NS`]: the time of its name in /dev is not
-    /// that of its content.
+    /// Time of the last change in nanoseconds since 1970. For a block device it is [`DEVICE_MTIME_NS`]: the time of its
+    /// name in /dev is not that of its content.
     pub mtime_ns: i64,
     /// CRC-32 of its first and last 64 KiB and of 64 pages in between.
     pub sample_crc32: u32,
@@ -172,7 +168,7 @@ pub enum VirtioStateError {
     Malformed {
         /// Length of the state in bytes.
         len: usize,
-        /// What the decoder found.
+        /// The error of the decoder.
         #[source]
         source: bincode::Error,
     },

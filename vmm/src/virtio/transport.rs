@@ -22,16 +22,16 @@ pub(super) const CONFIG_OFFSET: u64 = reg::VIRTIO_MMIO_CONFIG as u64;
 /// Status bits that a driver sets.
 const DRIVER_STATUS_BITS: u32 = 0x8f;
 
-/// What a write asks the device to do.
+/// The action that a write requests from the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Action {
     /// Nothing.
     None,
-    /// The driver is there: look at all queues.
+    /// The driver is ready: check all queues.
     Start,
-    /// Look at a queue. Only where no ioeventfd takes the write.
+    /// Check a queue. Only if no ioeventfd takes the write.
     Notify(u32),
-    /// All has been set back.
+    /// The device was reset.
     Reset,
     /// The driver violated the specification: the device reports that and waits for a reset.
     NeedsReset,
@@ -43,8 +43,7 @@ pub(super) struct Transport {
     device_features: u64,
     queue_sizes: &'static [u16],
     registers: TransportState,
-    /// The queues that are ready, made from their registers. Meanwhile these know how far the device
-    /// has come.
+    /// The queues that are ready, made from their registers. They keep the position of the device in the rings.
     pub(super) queues: Vec<Option<Queue>>,
 }
 
@@ -61,7 +60,7 @@ impl Transport {
         transport
     }
 
-    /// Takes the place of a saved transport; `None` when it is not that of such a device in such memory.
+    /// Restores a saved transport; `None` when such a device cannot have it in such memory.
     #[must_use]
     pub(super) fn restore(&mut self, saved: &TransportState, memory: &DeviceMemory) -> Option<()> {
         if saved.queues.len() != self.queue_sizes.len()
@@ -80,7 +79,7 @@ impl Transport {
         Some(())
     }
 
-    /// The registers. The reasons for an interrupt are the caller's to fill in.
+    /// The registers. The caller fills in the reasons for an interrupt.
     pub(super) fn state(&self) -> TransportState {
         let mut registers = self.registers.clone();
         for (registers, queue) in registers.queues.iter_mut().zip(&self.queues) {
@@ -92,7 +91,7 @@ impl Transport {
         registers
     }
 
-    /// Whether the driver has set the device going, and nothing has gone wrong since.
+    /// Whether the driver has started the device, and no error has happened since.
     pub(super) fn is_running(&self) -> bool {
         let bits = VIRTIO_CONFIG_S_DRIVER_OK | VIRTIO_CONFIG_S_NEEDS_RESET;
         self.registers.status & bits == VIRTIO_CONFIG_S_DRIVER_OK
@@ -132,7 +131,7 @@ impl Transport {
         }
     }
 
-    /// A write of a register below [`CONFIG_OFFSET`]. What comes at the wrong time is ignored.
+    /// A write of a register below [`CONFIG_OFFSET`]. Writes at the wrong time are ignored.
     pub(super) fn write(&mut self, offset: u64, value: u32, memory: &DeviceMemory) -> Action {
         let features_ok = self.registers.status & VIRTIO_CONFIG_S_FEATURES_OK != 0;
         let registers = &mut self.registers;
@@ -199,7 +198,7 @@ impl Transport {
         }
     }
 
-    /// The queue that the registers describe, if its size is one and its rings are aligned and in memory.
+    /// The queue that the registers describe, if its size is valid and its rings are aligned and in memory.
     fn make_queue(&self, index: usize, memory: &DeviceMemory) -> Option<Queue> {
         let registers = self.registers.queues.get(index)?;
         let state = QueueState {

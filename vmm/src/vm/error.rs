@@ -30,7 +30,7 @@ pub enum BootError {
     /// A guest cannot have this number of vCPUs.
     #[error("{found} vCPUs, expected 1 to {VCPUS_MAX}")]
     Cpus {
-        /// The number asked for.
+        /// The requested number.
         found: u8,
     },
     /// A device cannot be part of the guest.
@@ -68,7 +68,7 @@ pub enum RestoreError {
     Vcpu {
         /// Number of the vCPU.
         index: usize,
-        /// What was refused.
+        /// The error.
         #[source]
         source: VcpuError,
     },
@@ -116,7 +116,7 @@ pub struct ResumeError(#[source] pub(super) io::Error);
 
 /// A guest that could not be paused, because it had stopped permanently.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the guest cannot go on: {stop}")]
+#[error("the guest cannot continue: {stop}")]
 #[non_exhaustive]
 pub struct PauseError {
     /// Why it stopped.

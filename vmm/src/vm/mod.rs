@@ -54,8 +54,8 @@ struct Machine {
 impl PausedVm {
     /// A fresh guest of one vCPU and without devices, about to run the first instruction of `payload`.
     ///
-    /// `memory` is laid out by [`memory_layout`] and all zeros. It is the caller's to provide, and the
-    /// guest writes to it while it runs.
+    /// `memory` is laid out by [`memory_layout`] and all zeros. The caller provides it, and the guest writes to it
+    /// while it runs.
     ///
     /// # Errors
     /// [`BootError`] when the host cannot run guests, when the payload does not fit into memory, or when
@@ -113,8 +113,8 @@ impl PausedVm {
     /// later.
     ///
     /// # Errors
-    /// [`RestoreError`] when the host cannot run guests, when memory is not laid out as the state says,
-    /// or when the host refuses a part of the state.
+    /// [`RestoreError`] when the host cannot run guests, when memory does not have the layout of the state, or when the
+    /// host refuses a part of the state.
     pub fn restore(
         memory: Arc<GuestMemoryMmap>,
         state: &VmState,
@@ -157,8 +157,8 @@ impl PausedVm {
             }
             Clock::Advance | Clock::Keep => 0,
         };
-        // The vCPUs with all of their state, CPUID from the state: asking KVM what it supports
-        // (KVM_GET_SUPPORTED_CPUID) takes half as long as all of the rest.
+        // The vCPUs with all of their state, CPUID from the state: KVM_GET_SUPPORTED_CPUID takes half as long as all of
+        // the rest.
         let vcpus = state
             .vcpus
             .iter()
@@ -227,10 +227,10 @@ impl PausedVm {
         self.machine.shared.control.reason().filter(|stop| !stop.is_resumable())
     }
 
-    /// What has to be stored of the devices besides their states, by their index.
+    /// Data of the devices that a snapshot must contain besides their states, by their index.
     ///
     /// # Errors
-    /// Why one of them cannot be stored.
+    /// Why one of them cannot be saved.
     pub fn device_contents(&self) -> io::Result<Vec<Option<Vec<u8>>>> {
         self.machine.shared.devices.contents()
     }
@@ -300,7 +300,7 @@ impl RunningVm {
     ///
     /// A guest that has stopped for a reason that it can survive ([`Stop::is_resumable`]) continues after
     /// [`RunningVm::pause`] and [`PausedVm::resume`].
-    #[must_use = "the guest may have stopped for good"]
+    #[must_use = "the guest may have stopped permanently"]
     pub fn wait(&self, timeout: Option<Duration>) -> Option<Stop> {
         self.machine.shared.control.wait(timeout)
     }
@@ -386,8 +386,8 @@ struct VcpuThreads {
 }
 
 impl VcpuThreads {
-    /// Waits for the threads, which have been asked to stop. A vCPU whose thread panicked is missing; the
-    /// thread has reported that to `control`.
+    /// Waits for the threads, which were requested to stop. A vCPU whose thread panicked is missing; the thread has
+    /// reported that to `control`.
     fn join(mut self) -> Vec<Vcpu> {
         std::mem::take(&mut self.handles).into_iter().filter_map(|h| h.join().ok()).collect()
     }

@@ -8,7 +8,7 @@ use std::ops::Range;
 pub struct BootOptions {
     /// Number of vCPUs. Programs and the demo guest use the first only.
     pub cpus: u8,
-    /// Whether the guest can ask for a snapshot of itself: a write to
+    /// Whether the guest can request a snapshot of itself: a write to
     /// [`SNAPSHOT_TRIGGER_PORT`](crate::SNAPSHOT_TRIGGER_PORT) stops it with
     /// [`Stop::SnapshotTrigger`](crate::Stop::SnapshotTrigger). Otherwise such writes do nothing.
     pub guest_snapshot_trigger: bool,
@@ -40,8 +40,8 @@ impl BootOptions {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Clock {
-    /// kvm-clock and time stamp counters advance by the host's time of day, as if the guest had slept.
-    /// States of version 1 do not say when they were saved, so their clocks are kept.
+    /// kvm-clock and time stamp counters advance by the host's time of day, as if the guest had slept. States of
+    /// version 1 do not have the time of their save, so their clocks are kept.
     #[default]
     Advance,
     /// They continue from the moment of the pause: for the guest no time has passed.

@@ -1,4 +1,4 @@
-//! What the integration tests share.
+//! Functions that the integration tests share.
 #![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used, clippy::expect_used)]
 
 pub mod kernel;

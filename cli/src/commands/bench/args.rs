@@ -1,4 +1,4 @@
-//! The words of `snap bench`.
+//! The arguments of `snap bench`.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -6,14 +6,14 @@ use std::time::Duration;
 use super::mode::Mode;
 use crate::size;
 
-/// The target that is no file.
+/// The target that is not a file.
 pub(super) const DEMO: &str = "demo";
 
 /// Measure the ways to restore a guest, side by side.
 ///
-/// Restores the guest in each mode in turn, each time in a new process, and lets it run until its work is done.
-/// Tells the medians of the runs, and ratios of runs that were made one after the other. What each figure is, is
-/// said in docs/benchmarks.md.
+/// Restores the guest in each mode in turn, each time in a new process, and lets it run until its work is done. Prints
+/// the medians of the runs, and ratios of runs that were made one after the other. docs/benchmarks.md defines each
+/// figure.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -27,7 +27,7 @@ pub(crate) struct Args {
     #[arg(value_name = "FILE|demo")]
     pub(super) target: PathBuf,
 
-    /// Of a layer: a file that may be its parent, or its parent's.
+    /// For a layer: a file that may be its parent, or its parent's parent.
     #[arg(long = "parent", value_name = "FILE")]
     pub(super) parents: Vec<PathBuf>,
 
@@ -58,26 +58,26 @@ pub(crate) struct Args {
           value_parser = humantime::parse_duration)]
     pub(super) run_for: Option<Duration>,
 
-    /// The work is done after this many beats; of the demo guest one, unless told.
+    /// The work is done after this many beats; for the demo guest the default is one.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub(super) beats: Option<u64>,
 
-    /// Of the demo guest: its memory; 512M unless told.
+    /// For the demo guest: its memory; 512M by default.
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     pub(super) memory: Option<u64>,
 
-    /// Of the demo guest: how much of its memory a beat reads, in percent; 10 unless told.
+    /// For the demo guest: how much of its memory a beat reads, in percent; 10 by default.
     #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(1..=100))]
     pub(super) touch: Option<u8>,
 
-    /// Of the demo guest: measure with guests that fill all of their memory, and touch these shares of that in percent; 1,
-    /// 10, 50 and 100 unless told.
+    /// For the demo guest: measure with guests that fill all of their memory, and touch these shares of it in percent;
+    /// 1, 10, 50 and 100 by default.
     #[arg(long, value_name = "PERCENTS", value_delimiter = ',', num_args = 0..=1, require_equals = true,
           default_missing_value = "1,10,50,100", conflicts_with = "touch",
           value_parser = clap::value_parser!(u8).range(1..=100))]
     pub(super) sweep: Vec<u8>,
 
-    /// Where temporary files are made: the demo guest's snapshot, the raw image.
+    /// Where temporary files are created: the demo guest's snapshot, the raw image.
     #[arg(long, value_name = "DIR")]
     pub(super) dir: Option<PathBuf>,
 
@@ -85,11 +85,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = humantime::parse_duration)]
     pub(super) timeout: Duration,
 
-    /// Print everything as JSON: medians, every run, ratios, the course of one run.
+    /// Print everything as JSON: medians, every run, ratios, the timeline of one run.
     #[arg(long)]
     pub(super) json: bool,
 
-    /// Also write a page with tables and plots to this file: it needs no network and no scripts.
+    /// Also write a page with tables and plots to this file, without network access and scripts.
     #[arg(long, value_name = "OUT")]
     pub(super) html: Option<PathBuf>,
 

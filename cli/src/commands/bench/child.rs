@@ -1,5 +1,5 @@
-//! The processes that `snap bench` starts: `snap` itself, so that each run has memory, faults and
-//! times of its own, and what is measured is what users run.
+//! The processes that `snap bench` starts: `snap` itself, so that each run has its own memory, faults and times, and
+//! users run the same program.
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read};
@@ -26,23 +26,23 @@ impl<'a> Snap<'a> {
         Ok(Self { program, session })
     }
 
-    /// Runs a command to its end and gives what it has written to stderr.
+    /// Runs a command to its end and returns its output on stderr.
     pub(super) fn run<A: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = A>) -> Result<String> {
         let mut running = self.start(args)?;
-        let mut said = String::new();
-        running.stderr.read_to_string(&mut said).context("cannot read from snap")?;
+        let mut output = String::new();
+        running.stderr.read_to_string(&mut output).context("cannot read from snap")?;
         let status = running.child.wait().context("cannot wait for snap")?;
         if self.session.interrupt.requested() {
             return Err(Interrupted.into());
         }
         if !status.success() {
             let code = status.code().and_then(|code| u8::try_from(code).ok());
-            return Err(ChildFailed { message: message(&said, status), code }.into());
+            return Err(ChildFailed { message: message(&output, status), code }.into());
         }
-        Ok(said)
+        Ok(output)
     }
 
-    /// Starts a command that goes on until it is dropped, and waits for its first line on stderr.
+    /// Starts a command that runs until it is dropped, and waits for its first line on stderr.
     pub(super) fn serve<A: AsRef<OsStr>>(
         &self,
         args: impl IntoIterator<Item = A>,
@@ -96,7 +96,7 @@ pub(super) struct Running {
 impl Drop for Running {
     fn drop(&mut self) {
         if matches!(self.child.try_wait(), Ok(None)) {
-            // Asked first, so that it removes what it has made; a second time it ends at once.
+            // The first signal lets it remove its files; the second one ends it immediately.
             for _ in 0..2 {
                 let _ = pidfd_send_signal(&*self.pidfd, Signal::INT);
             }
@@ -105,8 +105,8 @@ impl Drop for Running {
     }
 }
 
-/// What a failed `snap` says of itself: its last line that begins with its name.
-fn message(said: &str, status: std::process::ExitStatus) -> String {
-    let told = said.lines().rev().find_map(|line| line.strip_prefix("snap: "));
-    told.map_or_else(|| format!("snap: {status}\n{}", said.trim()), str::to_owned)
+/// The error of a failed `snap`: its last line that begins with its name.
+fn message(output: &str, status: std::process::ExitStatus) -> String {
+    let message = output.lines().rev().find_map(|line| line.strip_prefix("snap: "));
+    message.map_or_else(|| format!("snap: {status}\n{}", output.trim()), str::to_owned)
 }

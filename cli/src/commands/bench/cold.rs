@@ -10,9 +10,9 @@ use rustix::fs::Advice;
 /// How the page cache is dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Way {
-    /// Of these files alone.
+    /// Only of these files.
     Fadvise,
-    /// Of the whole host, where the first way has no effect and this one is permitted.
+    /// Of the whole host, if the first way has no effect and this one is permitted.
     DropCaches,
 }
 
@@ -29,7 +29,7 @@ impl Way {
         }
     }
 
-    /// Writes out what is dirty, which could not be dropped, and drops the pages of `files`.
+    /// Writes out dirty pages, which could not be dropped, and drops the pages of `files`.
     pub(super) fn drop_pages(self, files: &[&File]) -> Result<()> {
         for file in files {
             file.sync_all().context("cannot sync a file to drop it from the page cache")?;
@@ -46,13 +46,14 @@ impl Way {
         Ok(())
     }
 
-    /// The gentlest way for these files.
+    /// The least intrusive way for these files.
     ///
     /// # Errors
-    /// When one lies in memory, where its pages are all there is of it.
+    /// When one is on a file system in memory, where its pages are the only copy.
     pub(super) fn first(files: &[&File]) -> Result<Self> {
         for file in files {
-            let kind = rustix::fs::fstatfs(file).context("cannot look at a file system")?.f_type;
+            let kind =
+                rustix::fs::fstatfs(file).context("cannot read the type of a file system")?.f_type;
             if IN_MEMORY.contains(&(kind as u64)) {
                 bail!(
                     "--cold: the snapshot or its raw image is on a file system in memory (tmpfs), which cannot be \

@@ -1,6 +1,5 @@
-//! The figures of a run, each defined in one place; medians and ratios over runs.
-//!
-//! What they mean for users is said in docs/benchmarks.md, under the same names.
+//! The figures of a run, each defined in one place; medians and ratios over runs. docs/benchmarks.md defines them for
+//! users, under the same names.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -13,7 +12,7 @@ use super::mode::Mode;
 use crate::size;
 use crate::usage::{Sample, Usage};
 
-/// What `snap restore --report json --measure` tells, as far as it is used here.
+/// The parts of the report of `snap restore --report json --measure` that are used here.
 #[derive(Clone, Debug, Deserialize)]
 pub(super) struct Run {
     memory_bytes: u64,
@@ -94,7 +93,7 @@ impl Unit {
     }
 }
 
-/// One figure: its name in JSON, its name for people, and how a run tells it.
+/// One figure: its name in JSON, its label, and how it is taken from a run.
 pub(super) struct Figure {
     pub(super) key: &'static str,
     pub(super) label: &'static str,
@@ -165,7 +164,7 @@ pub(super) const FIGURES: &[Figure] = &[
         key: "file_bytes_read",
         label: "read from the snapshot",
         unit: Unit::Bytes,
-        // The kernel reads the image, and a server for its clones.
+        // The kernel reads the image, and a server reads for its clones.
         of: |mode, run| match mode {
             Mode::Mmap | Mode::Shared => None,
             Mode::Eager | Mode::Lazy | Mode::LazyOff | Mode::LazyHot | Mode::LazyOther => {
@@ -181,7 +180,7 @@ pub(super) const FIGURES: &[Figure] = &[
     },
     Figure {
         key: "prefetched_bytes",
-        label: "loaded in front of the guest",
+        label: "loaded ahead of the guest",
         unit: Unit::Bytes,
         of: |mode, run| {
             let pager = run.pager.as_ref().filter(|_| mode.prefetches())?;
@@ -229,7 +228,7 @@ pub(super) const FIGURES: &[Figure] = &[
 pub(super) struct Measured {
     pub(super) mode: Mode,
     pub(super) runs: Vec<Run>,
-    /// Of a run that is not among the measured ones.
+    /// From a run that is not among the measured ones.
     pub(super) timeline: Vec<Sample>,
 }
 
@@ -244,15 +243,15 @@ impl Measured {
         self.runs.iter().map(|run| (figure.of)(self.mode, run))
     }
 
-    /// The least and the most of the runs.
+    /// The minimum and the maximum of the runs.
     pub(super) fn spread(&self, figure: &Figure) -> Option<Range<f64>> {
         let least = self.values(figure).flatten().min_by(f64::total_cmp)?;
         let most = self.values(figure).flatten().max_by(f64::total_cmp)?;
         Some(least..most)
     }
 
-    /// How long the served faults of all runs took: the upper bound of each step in us, and the share of
-    /// the faults that are in it.
+    /// The durations of the served faults of all runs: the upper bound of each step in us, and the share of the faults
+    /// in it.
     pub(super) fn fault_shares(&self) -> Vec<(f64, f64)> {
         let mut counts: BTreeMap<u64, u64> = BTreeMap::new();
         for step in self.runs.iter().flat_map(|run| &run.pager).flat_map(|p| &p.service_steps) {
@@ -287,7 +286,7 @@ impl Measured {
     }
 }
 
-/// Numbers that count are whole ones in JSON, too.
+/// Counts are whole numbers in JSON, too.
 fn number(unit: Unit, value: Option<f64>) -> Value {
     match (unit, value) {
         (_, None) => Value::Null,
@@ -296,12 +295,12 @@ fn number(unit: Unit, value: Option<f64>) -> Value {
     }
 }
 
-/// The figures of which ratios are told.
+/// The figures of which ratios are printed.
 const COMPARED: [&str; 5] =
     ["first_instruction_ms", "done_ms", "run_ms", "served_faults", "storage_bytes_read"];
 
-/// How many times the figure of another mode: figure, mode, other mode. The median of the ratios of
-/// the runs of each round, which were made one after the other.
+/// The ratio of a figure to that of another mode: figure, mode, other mode. The median of the ratios of the runs of
+/// each round, which were made one after the other.
 #[derive(Debug, Serialize)]
 pub(super) struct Ratios(pub(super) BTreeMap<&'static str, BTreeMap<Mode, BTreeMap<Mode, f64>>>);
 

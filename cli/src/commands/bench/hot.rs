@@ -1,4 +1,4 @@
-//! Snapshots whose hot pages stand in front: trained on the work that is measured, or on other work.
+//! Snapshots with a working set at the front: trained on the work that is measured, or on other work.
 
 use std::ffi::OsString;
 use std::ops::ControlFlow;
@@ -16,11 +16,11 @@ use super::hot_file::Hot;
 use super::mode::Mode;
 use super::subject::Subject;
 
-/// How often the guest is watched.
+/// How often the guest is recorded.
 const TRAINING_RUNS: &str = "3";
 
 impl Subject {
-    /// As [`Subject::new`], with the files that have hot pages in front, if a mode restores them.
+    /// As [`Subject::new`], with the files that have a working set at the front, if a mode restores them.
     pub(super) fn prepare(
         args: &Args,
         swept: Option<u8>,
@@ -38,7 +38,7 @@ impl Subject {
     }
 }
 
-/// Of the work that is measured. A file that knows its hot pages already is taken as it is.
+/// For the work that is measured. A file that already has a working set is used directly.
 fn of_this_work(
     subject: &Subject,
     snap: &Snap<'_>,
@@ -48,18 +48,18 @@ fn of_this_work(
     if subject.snapshot.working_set()?.is_some() {
         return Hot::open(&subject.parents, subject.file.clone());
     }
-    say("watching which pages the guest touches");
+    say("recording which pages the guest touches");
     let trained = subject.path("trained.snap");
     let mut command: Vec<OsString> = vec!["--quiet".into(), "train".into()];
     command.extend(subject.input());
     command.extend(["--runs", TRAINING_RUNS].map(OsString::from));
     command.extend(subject.work.options(timeout));
     command.extend(["-o".into(), trained.clone().into()]);
-    snap.run(command).context("cannot find out which pages are hot")?;
+    snap.run(command).context("cannot record the working set")?;
     optimized(subject, snap, trained, "hot.snap", say)
 }
 
-/// Of other work: the demo guest's pages that a beat does not touch, as many as it does.
+/// For other work: as many of the demo guest's pages as a beat touches, but others.
 fn of_other_work(subject: &Subject, snap: &Snap<'_>, say: &dyn Fn(&str)) -> Result<Hot> {
     let mut metadata = subject.snapshot.metadata()?;
     let guest = metadata.other.get("guest").filter(|guest| guest["kind"] == "demo");
@@ -68,7 +68,7 @@ fn of_other_work(subject: &Subject, snap: &Snap<'_>, say: &dyn Fn(&str)) -> Resu
     let walked_of_256 = walked.and_then(|walked| walked.try_into().ok()).unwrap_or(WALKED_OF_256);
     let Some(work_bytes) = work_bytes else {
         bail!(
-            "mode lazy+other is of the demo guest: of others it is not known what they don't touch"
+            "mode lazy+other is only for the demo guest: for others it is unknown which pages they do not touch"
         );
     };
     let set = untouched(
@@ -90,17 +90,17 @@ fn optimized(
     name: &str,
     say: &dyn Fn(&str),
 ) -> Result<Hot> {
-    say("putting the hot pages in front");
+    say("moving the working set to the front");
     let file = subject.path(name);
     let mut command: Vec<OsString> = vec!["--quiet".into(), "optimize".into(), trained.into()];
     command.extend(subject.parents());
     command.extend(["-o".into(), file.clone().into()]);
-    snap.run(command).context("cannot put the hot pages in front")?;
+    snap.run(command).context("cannot move the working set to the front")?;
     Hot::open(&subject.parents, file)
 }
 
-/// Pages of the demo guest's working area that hold something and that no beat reads, one of three: about
-/// as many as those that it reads.
+/// One third of the pages of the demo guest's working area that are not zero and that no beat reads: about as many as
+/// it reads.
 fn untouched(demo: &DemoConfig, regions: &[MemoryRegion]) -> Result<Vec<(PageIndex, Phase)>> {
     let plan = DemoPlan::new(demo, &snapvm::to_ranges(regions))?;
     let in_use = (0..plan.pages()).filter(|&page| {

@@ -1,4 +1,4 @@
-//! A snapshot with its hot pages in front.
+//! A snapshot with its working set at the front.
 
 use std::path::PathBuf;
 
@@ -7,7 +7,7 @@ use snapfmt::Snapshot;
 
 use crate::input;
 
-/// A file with hot pages in front.
+/// A file with its working set at the front.
 pub(super) struct Hot {
     pub(super) file: PathBuf,
     pub(super) snapshot: Snapshot,

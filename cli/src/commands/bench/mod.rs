@@ -1,4 +1,4 @@
-//! `snap bench`: what the ways to restore a guest cost, side by side.
+//! `snap bench`: the costs of the ways to restore a guest, side by side.
 
 mod args;
 mod child;
@@ -34,10 +34,10 @@ use crate::stdout::{print_line, print_text};
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     for (number, mode) in args.modes.iter().enumerate() {
         if args.modes[..number].contains(mode) {
-            bail!("--modes: {mode} is there twice");
+            bail!("--modes: {mode} is given twice");
         }
     }
-    // Before the runs: it may be refused.
+    // Before the runs, because it may be refused.
     let page = args.html.as_deref().map(|out| staged_output(out, OutputShape::File, args.force));
     let page = page.transpose()?;
     let snap = Snap::new(session)?;
@@ -78,11 +78,11 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
 }
 
 fn html(args: &Args, subject: &Subject, outcome: &Outcome, ratios: &Ratios) -> Result<String> {
-    let words = html::Words {
+    let texts = html::Texts {
         name: &args.target.display().to_string(),
         subject: &headline(args, subject, outcome),
         host: &host_line(),
         footer: &footer(subject, outcome),
     };
-    html::page(&words, &outcome.all, ratios)
+    html::page(&texts, &outcome.all, ratios)
 }

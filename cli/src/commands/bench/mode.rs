@@ -1,4 +1,4 @@
-//! The ways to restore a guest that are measured against each other.
+//! The ways to restore a guest that are compared.
 
 use std::fmt;
 
@@ -12,15 +12,15 @@ pub(super) enum Mode {
     Eager,
     /// Map a raw image of the memory privately; the kernel reads what is touched.
     Mmap,
-    /// Run at once; pages come from the snapshot when they are touched, and ahead of that while the guest waits for them.
+    /// Run immediately; pages are loaded when they are touched, and ahead of that while the guest waits for them.
     Lazy,
-    /// The same, and nothing is loaded ahead.
+    /// The same, but nothing is loaded ahead.
     #[value(name = "lazy-off")]
     LazyOff,
-    /// The same, of a file with the hot pages in front: they are loaded before they are touched.
+    /// The same, of a file with the working set at the front, which is loaded before it is touched.
     #[value(name = "lazy+hot")]
     LazyHot,
-    /// The same, of a file that was trained on other work: a hint that is wrong. Of the demo guest.
+    /// The same, of a file that was trained on other work, which is a wrong hint. For the demo guest.
     #[value(name = "lazy+other")]
     LazyOther,
     /// As a clone of a `snap serve` that has served another one before (with --cold: none).

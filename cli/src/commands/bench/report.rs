@@ -1,4 +1,4 @@
-//! What is said around the figures: what was measured, where, and how; the same in JSON.
+//! The text around the figures: what was measured, where, and how; the same in JSON.
 
 use serde_json::{Value, json};
 use snapfmt::Snapshot;
@@ -31,7 +31,7 @@ pub(super) fn headline(args: &Args, subject: &Subject, outcome: &Outcome) -> Str
     )
 }
 
-/// What else is worth a sentence.
+/// The sentences below the table.
 pub(super) fn footer(subject: &Subject, outcome: &Outcome) -> String {
     let mut text = String::new();
     for (name, hot) in [("lazy+hot", &subject.hot), ("lazy+other", &subject.other)] {
@@ -80,7 +80,7 @@ pub(super) fn to_json(args: &Args, subject: &Subject, outcome: &Outcome, ratios:
     })
 }
 
-/// A file with hot pages in front, in JSON.
+/// A file with its working set at the front, in JSON.
 fn hot(hot: &Option<Hot>) -> Value {
     hot.as_ref().map_or(Value::Null, |hot| {
         json!({
@@ -90,12 +90,12 @@ fn hot(hot: &Option<Hot>) -> Value {
     })
 }
 
-/// Bytes of the file, of a layer its parents' too.
+/// Bytes of the file, including the parents of a layer.
 fn file_bytes(snapshot: &Snapshot) -> u64 {
     snapshot.headers().map(|header| header.file_bytes).sum()
 }
 
-/// Where it was measured.
+/// The host of the measurement.
 struct Host {
     cpu_name: String,
     cpus: usize,

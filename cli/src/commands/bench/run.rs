@@ -23,17 +23,17 @@ pub(super) struct Plan<'a> {
     pub(super) timeout: Duration,
 }
 
-/// What came out.
+/// The results.
 pub(super) struct Outcome {
     pub(super) all: Vec<Measured>,
     /// How the page cache was dropped, if it was.
     pub(super) way: Option<Way>,
-    /// Of guest memory after the work, the same in all modes.
+    /// The hash of guest memory after the work, the same in all modes.
     pub(super) memory_sha256: Option<String>,
 }
 
 impl Plan<'_> {
-    /// Runs each mode once unmeasured, then all of them in turn. `say` is told what comes next.
+    /// Runs each mode once unmeasured, then all of them in turn. `say` gets the next step.
     pub(super) fn run(&self, say: &dyn Fn(&str)) -> Result<Outcome> {
         let image = self.subject.image.as_ref().map(File::open).transpose();
         let image = image.context("cannot open the raw image")?;
@@ -50,7 +50,7 @@ impl Plan<'_> {
         for &mode in self.modes {
             say(&format!("{mode}, first look"));
             if mode == Mode::Shared && !self.cold {
-                // The clone that brings the pages for the others.
+                // The clone that loads the pages for the others.
                 self.one(mode, &files, way, "totals")?;
             }
             let run = self.first_look(mode, &files, &mut way)?;
@@ -71,9 +71,9 @@ impl Plan<'_> {
         Ok(Outcome { all, way, memory_sha256 })
     }
 
-    /// A run that is not measured: it brings what is to be warm into the page cache, shows the course of a
-    /// run, whose recording would disturb a measured one, and hashes memory after it. Finds out, too,
-    /// whether and how the cache can be dropped.
+    /// A run that is not measured. It loads the files into the page cache for warm runs, records a timeline, which
+    /// would disturb a measured run, and hashes memory at the end. It also finds out whether and how the cache can be
+    /// dropped.
     fn first_look(&self, mode: Mode, files: &[&File], way: &mut Option<Way>) -> Result<Run> {
         loop {
             let run = self.one(mode, files, *way, "timeline")?;
@@ -106,7 +106,7 @@ impl Plan<'_> {
             .with_context(|| format!("mode {mode}: cannot understand the report: {report}"))?;
         ensure!(
             self.subject.work.is_done(&run.stop),
-            "mode {mode}: the guest's work was not done after {} ({}); say with --until when it is, or give \
+            "mode {mode}: the guest's work was not done after {} ({}); give its end with --until, or \
              more time with --timeout",
             humantime::format_duration(self.timeout),
             run.stop

@@ -4,7 +4,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::args::Args;
 
-/// What is being done, on stderr.
+/// The present step, on stderr.
 pub(super) struct Steps(ProgressBar);
 
 impl Steps {
@@ -16,7 +16,7 @@ impl Steps {
         let guests = args.sweep.len().max(1) as u64;
         let runs = guests * args.modes.len() as u64 * (u64::from(args.runs) + 1);
         let bar = ProgressBar::with_draw_target(Some(runs), target);
-        // A constant; were it wrong, the bar would look plain.
+        // A constant; if it were wrong, the bar would look plain.
         if let Ok(style) = ProgressStyle::with_template("[{bar:30}] {pos}/{len} {msg}") {
             bar.set_style(style.progress_chars("=> "));
         }
@@ -28,7 +28,7 @@ impl Steps {
         self.0.tick();
     }
 
-    /// The one before is over.
+    /// Ends the step before.
     pub(super) fn next(&self, what: &str) {
         self.0.set_message(what.to_owned());
         self.0.inc(1);

@@ -1,4 +1,4 @@
-//! What is restored again and again: a snapshot, its raw image, and when its work is done.
+//! The guest that is restored repeatedly: a snapshot, its raw image, and the end of its work.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -18,19 +18,19 @@ use super::mode::Mode;
 use crate::exit::WrongOptions;
 use crate::{input, size};
 
-/// A guest to restore. Its temporary files go when it is dropped.
+/// A guest to restore. Dropping it removes its temporary files.
 pub(super) struct Subject {
     pub(super) file: PathBuf,
     pub(super) parents: Vec<PathBuf>,
     /// The raw image of its memory, where a mode needs it.
     pub(super) image: Option<PathBuf>,
-    /// The same guest with its hot pages in front, and with others there.
+    /// The same guest with its working set at the front, and with other pages there.
     pub(super) hot: Option<Hot>,
     pub(super) other: Option<Hot>,
-    /// Held open: the files whose page cache is dropped are these very ones.
+    /// Open files, so that the page cache of exactly these is dropped.
     pub(super) snapshot: Snapshot,
     pub(super) work: Work,
-    /// Whether memory is the same after the work, however the guest was restored.
+    /// Whether memory must be the same after the work in all modes.
     pub(super) is_deterministic: bool,
     folder: TempDir,
 }
@@ -44,9 +44,9 @@ pub(super) enum Work {
 }
 
 impl Subject {
-    /// Makes what is missing: the demo guest's snapshot, the image.
+    /// Creates the missing files: the demo guest's snapshot, the image.
     ///
-    /// `swept`: the demo guest fills all of its memory, and a beat reads so many percent of that.
+    /// `swept`: the demo guest fills all of its memory, and a beat reads this percentage of it.
     pub(super) fn new(
         args: &Args,
         swept: Option<u8>,
@@ -127,7 +127,7 @@ impl Subject {
 }
 
 impl Work {
-    /// The options of `snap restore` that end it there, or after `timeout` all the same.
+    /// The options of `snap restore` that end it there, or after `timeout` in any case.
     pub(super) fn options(&self, timeout: Duration) -> Vec<OsString> {
         let time = |time: &Duration| humantime::format_duration(*time).to_string();
         let (option, value, limit) = match self {
@@ -136,11 +136,11 @@ impl Work {
             Self::For(run) => ("--for", time(run), None),
         };
         let limit = limit.map(|limit| format!("--for={}", time(&limit)));
-        // In one word: a text may begin with a dash.
+        // As one argument, because a text may begin with a dash.
         std::iter::once(format!("{option}={value}")).chain(limit).map(OsString::from).collect()
     }
 
-    /// What `snap restore` says when it has ended there.
+    /// Whether `snap restore` has ended there, by the reason in its report.
     pub(super) fn is_done(&self, stop: &str) -> bool {
         match self {
             Self::Beats(_) | Self::Until(_) => stop == "done",
@@ -177,9 +177,9 @@ fn temporary_folder(parent: Option<&Path>) -> Result<TempDir> {
     made.with_context(|| format!("cannot create a temporary folder in {}", parent.display()))
 }
 
-/// In percent, unless it is told otherwise.
+/// The default, in percent.
 const READ_OF_WHAT_IS_NOT_ZERO: u8 = 25;
-/// Then, of all pages of the demo guest's working area, a beat reads this share.
+/// The share of all pages of the demo guest's working area that a beat then reads.
 const READ_BY_A_BEAT: (u64, u64) = (7, 32);
 
 fn demo_command(args: &Args, swept: Option<u8>, file: &Path) -> Result<Vec<OsString>> {
@@ -223,11 +223,12 @@ impl Args {
         self.touch.unwrap_or(10)
     }
 
-    /// Before anything that takes time.
+    /// Called before any step that takes time.
     pub(super) fn refuse_sweep_of_others(&self) -> Result<()> {
         if !self.is_demo() && !self.sweep.is_empty() {
-            let wrong =
-                format!("--sweep is of `snap bench {DEMO}`: other guests touch what they touch");
+            let wrong = format!(
+                "--sweep is only for `snap bench {DEMO}`: the share of other guests cannot be set"
+            );
             return Err(WrongOptions(wrong).into());
         }
         Ok(())
@@ -235,7 +236,7 @@ impl Args {
 
     fn work(&self, is_demo: bool) -> Result<Work> {
         if !self.is_demo() && (self.memory.is_some() || self.touch.is_some()) {
-            bail!("--memory and --touch are of `snap bench {DEMO}`: a snapshot has its own");
+            bail!("--memory and --touch are only for `snap bench {DEMO}`: a snapshot has its own");
         }
         Ok(match (&self.until, self.run_for, self.beats) {
             (Some(text), _, _) => Work::Until(text.clone()),
@@ -243,7 +244,7 @@ impl Args {
             (None, None, Some(beats)) => Work::Beats(beats),
             (None, None, None) if is_demo => Work::Beats(1),
             (None, None, None) => bail!(
-                "say when the guest's work is done: --until TEXT that it then writes, or --for TIME"
+                "give the end of the guest's work: --until TEXT, which it then writes, or --for TIME"
             ),
         })
     }
@@ -254,7 +255,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_beat_reads_the_share_that_is_said() {
+    fn a_beat_reads_the_given_share() {
         let (share, of) = READ_BY_A_BEAT;
         let pages = 1 << 16;
         let read = (0..pages)

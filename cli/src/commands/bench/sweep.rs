@@ -46,13 +46,13 @@ pub(super) fn run(
     }
     drop(steps);
     if let Some(page) = page {
-        let words = html::Words {
+        let texts = html::Texts {
             name: "the share of memory that a guest touches",
             subject: &head,
             host: &host_line(),
             footer: "",
         };
-        let text = html::sweep_page(&words, &points)?;
+        let text = html::sweep_page(&texts, &points)?;
         page.file()?.write_all(text.as_bytes()).context("cannot write the page")?;
         page.publish()?;
     }

@@ -31,7 +31,7 @@ pub(super) fn table(all: &[Measured], ratios: &Ratios) -> String {
     row("", &mut all.iter().map(|measured| measured.mode.to_string()));
     for figure in FIGURES {
         let medians: Vec<_> = all.iter().map(|measured| measured.median(figure)).collect();
-        // What no mode has says nothing.
+        // A figure that no mode has is left out.
         if medians.iter().any(Option::is_some) {
             let show = |value: Option<f64>| value.map_or("-".into(), |v| figure.unit.show(v));
             row(figure.label, &mut medians.into_iter().map(show));

@@ -1,11 +1,10 @@
 //! `snap info --map`: memory as a picture, on a terminal or in a file.
 //!
-//! Memory is cut into cells of equal size. A cell is drawn in the colour of what most of its
-//! pages that are not zero are, and the stronger the more of its pages are not zero; so it is
-//! only drawn as zero when all of it is. A cell with pages of the working set is drawn as hot, the stronger the more
-//! they are. How a cell is compressed is looked up for its first
-//! stored page alone: the picture costs the index and one chunk header a cell, whatever the size
-//! of the guest. Memory in more pieces than the picture has rows is drawn without its gaps.
+//! Memory is cut into cells of equal size. A cell has the colour of the most frequent kind of its pages that are not
+//! zero, and a stronger colour the more pages are not zero. So a cell is only drawn as zero if all of it is zero. A
+//! cell with pages of the working set is drawn as hot, with a stronger colour the more they are. Only the codec of a
+//! cell's first stored page is looked up: the picture costs the index and one chunk header a cell, for any size of the
+//! guest. Memory in more parts than the picture has rows is drawn without its gaps.
 
 mod png;
 
@@ -24,7 +23,7 @@ use crate::size;
 /// Cells in a row.
 const COLUMNS: u64 = 64;
 
-/// What a cell shows. To show something new: a kind, a line in [`LEGEND`].
+/// The kinds of cells. Each has a line in [`LEGEND`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Zero,
@@ -40,7 +39,7 @@ pub(crate) enum Kind {
 struct Look {
     kind: Kind,
     name: &'static str,
-    /// Small where less than half of the cell is not zero, else capital.
+    /// Small if less than half of the cell is not zero, else capital.
     letter: char,
     /// Red, green and blue, each 0 to 5: the colour cube of terminals.
     colour: [u8; 3],
@@ -92,8 +91,8 @@ impl Cell {
 #[derive(Debug)]
 struct Row {
     gpa: u64,
-    /// Which of the pieces that begin a row of their own it is of.
-    piece: usize,
+    /// The number of the part, each of which begins a new row.
+    part: usize,
     cells: Vec<Cell>,
 }
 
@@ -107,7 +106,7 @@ pub(crate) struct Picture {
     joined: Option<usize>,
 }
 
-/// What is counted for a cell.
+/// The counters of a cell.
 #[derive(Clone, Copy, Default)]
 struct Tally {
     hot: u64,
@@ -130,14 +129,14 @@ impl Picture {
         let hot: HashSet<_> =
             set.iter().flat_map(|set| set.pages()).map(|(page, _)| page).collect();
         let mut last_stored = None;
-        let pieces = match joined {
+        let parts = match joined {
             None => regions.iter().map(|r| r.source_offset..r.source_offset + r.len).collect(),
             Some(_) => vec![0..memory_bytes],
         };
-        for (number, piece) in pieces.into_iter().enumerate() {
-            let end = piece.end;
-            let tallies = tallies(snapshot, piece.clone(), cell_bytes, &hot, &mut last_stored)?;
-            let mut starts = piece.step_by(cell_bytes as usize);
+        for (number, part) in parts.into_iter().enumerate() {
+            let end = part.end;
+            let tallies = tallies(snapshot, part.clone(), cell_bytes, &hot, &mut last_stored)?;
+            let mut starts = part.step_by(cell_bytes as usize);
             for in_row in tallies.chunks(COLUMNS as usize) {
                 let cell = |(tally, start): (&Tally, u64)| {
                     // A cell begins below the end of memory, which the regions fill.
@@ -148,7 +147,7 @@ impl Picture {
                 let cells: Vec<_> =
                     in_row.iter().zip(&mut starts).map(cell).collect::<Result<_>>()?;
                 let gpa = cells.first().map_or(0, |cell| cell.gpa);
-                picture.rows.push(Row { gpa, piece: number, cells });
+                picture.rows.push(Row { gpa, part: number, cells });
             }
         }
         Ok(picture)
@@ -177,7 +176,7 @@ impl Picture {
         let mut text = String::new();
         let mut rows = self.rows.iter().peekable();
         while let Some(upper) = rows.next() {
-            let lower = rows.next_if(|lower| lower.piece == upper.piece);
+            let lower = rows.next_if(|lower| lower.part == upper.part);
             let _infallible = write!(text, "{:#014x} ", upper.gpa);
             for (at, cell) in upper.cells.iter().enumerate() {
                 let below = lower.and_then(|lower| lower.cells.get(at));
@@ -196,7 +195,7 @@ impl Picture {
         text
     }
 
-    /// A document of its own. Cells of one colour side by side are one rectangle.
+    /// A complete document. Adjacent cells of one colour are one rectangle.
     pub(crate) fn as_svg(&self) -> String {
         let (side, left, top) = (10, 130, 30);
         let width = left + COLUMNS as usize * side + 10;
@@ -269,9 +268,9 @@ fn indexed([r, g, b]: [u8; 3]) -> u8 {
 
 /// Counts the pages of each cell of one region.
 ///
-/// A writer stores pages in their order, so a page whose slot is not behind all slots before it
-/// shares it with an earlier one. `last_stored` is the furthest slot so far. (Of a file that was
-/// written in another order, some pages are drawn as duplicates that are none.)
+/// A writer stores pages in their order, so a page whose slot is not behind all slots before it shares it with an
+/// earlier one. `last_stored` is the furthest slot so far. (In a file that was written in another order, some pages are
+/// wrongly drawn as duplicates.)
 fn tallies(
     snapshot: &Snapshot,
     Range { start, end }: Range<u64>,
@@ -289,7 +288,7 @@ fn tallies(
                 let tally = &mut tallies[((at - start) / cell_bytes) as usize];
                 match entry {
                     PageEntry::Zero => {}
-                    // It may stand in front of pages that come before it.
+                    // It may be stored before pages with lower addresses.
                     _ if hot.contains(&page) => tally.hot += 1,
                     PageEntry::Parent => tally.parent += 1,
                     PageEntry::Data { chunk, .. } if chunk.layer() > 0 => tally.parent += 1,
@@ -329,7 +328,7 @@ mod tests {
         let cell = |gpa, kind, share| Cell { gpa, kind, share };
         let zero = |gpa| cell(gpa, Kind::Zero, 0.0);
         let zstd = |gpa, share| cell(gpa, Kind::Stored(Codec::Zstd), share);
-        let row = |gpa, piece, cells| Row { gpa, piece, cells };
+        let row = |gpa, part, cells| Row { gpa, part, cells };
         Picture {
             rows: vec![
                 row(0, 0, vec![zero(0), zstd(0x1000, 0.1), zstd(0x2000, 1.0)]),
@@ -343,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn letters_tell_kind_and_share() {
+    fn letters_show_kind_and_share() {
         let text = picture().as_ascii();
         let expected = "\
 0x000000000000 .zZ

@@ -1,5 +1,5 @@
-//! The picture of memory as a PNG file: squares alone. What the colours mean, and which memory it
-//! is, stands in the file's text.
+//! The picture of memory as a PNG file: only squares. The meaning of the colours, and the memory, are in the file's
+//! text.
 
 use anyhow::{Context, Result};
 
@@ -11,7 +11,7 @@ const SIDE: usize = 8;
 const WHITE: u8 = 0xff;
 
 impl Picture {
-    /// A file of its own.
+    /// A complete file.
     pub(crate) fn as_png(&self) -> Result<Vec<u8>> {
         let (width, height) = (COLUMNS as usize * SIDE, self.rows.len() * SIDE);
         let names = self.legend().map(|look| {
@@ -21,7 +21,7 @@ impl Picture {
         let about = format!("{}; {}", self.scale(), names.collect::<Vec<_>>().join(", "));
 
         let mut file = Vec::new();
-        // At most 64 rows, one more for each piece of memory, of which there are 64 at most: a thousand pixels each way.
+        // At most 64 rows, one more for each part of memory, of which there are 64 at most: a thousand pixels each way.
         let mut encoder = png::Encoder::new(&mut file, width as u32, height as u32);
         encoder.set_color(png::ColorType::Rgb);
         encoder.set_depth(png::BitDepth::Eight);
@@ -32,7 +32,7 @@ impl Picture {
                 writer.write_image_data(&self.pixels())?;
                 writer.finish()
             })
-            .context("cannot make the picture")?;
+            .context("cannot create the picture")?;
         Ok(file)
     }
 

@@ -8,15 +8,15 @@ use std::time::{Duration, Instant};
 
 use super::plan::RecentFaults;
 
-/// This part of the time in which no fault is answered leaks. Loading ahead does not help a guest that waits less than an
-/// eighth of the time.
+/// This part of the time in which no fault is answered leaks. Loading ahead does not help a guest that waits less than
+/// an eighth of the time.
 const LEAK: u32 = 8;
 /// The level that starts the loading: 75 faults or more. An idle Linux guest has about 50 after its restore, 30 of them
 /// in a burst.
 const BEGIN: Duration = Duration::from_millis(8);
 /// The same level after the loading has started once: this guest touches much memory.
 const BEGIN_AGAIN: Duration = Duration::from_micros(500);
-/// The upper limit of what one fault counts. A single read of a slow disk does not tell how many will follow.
+/// The upper limit of what one fault counts. A single read of a slow disk does not show how many will follow.
 const MOST_OF_A_FAULT: Duration = Duration::from_micros(100);
 /// The default of what a fault costs the faulting thread besides its answer: the message and the wake.
 pub(crate) const OVERHEAD: Duration = Duration::from_micros(8);
@@ -86,7 +86,7 @@ const LONGEST_LINGER: Duration = Duration::from_millis(80);
 /// Waiting for less than this part of the time does not count.
 const SHARE: u32 = 32;
 
-/// Tells a loader when threads have stopped waiting.
+/// Notifies a loader when threads have stopped waiting.
 pub(crate) struct QuietDetector {
     at: Instant,
     waited: Duration,

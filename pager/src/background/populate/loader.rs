@@ -294,7 +294,7 @@ impl Loader {
             }
         }
         let mut unloadable = progress.unloadable.load(Ordering::Relaxed);
-        // A page that was never looked at would become zeros.
+        // A page that was never checked would become zeros.
         unloadable += progress.plan.get().map_or(1, Plan::pages_left);
         unloadable += self.shared.slices.iter().map(|slice| slice.counters.poisoned()).sum::<u64>();
         let population = match unloadable {

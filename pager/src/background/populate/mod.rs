@@ -10,9 +10,9 @@
 //! | `start` | starts these threads |
 //! | `progress` | the state that they share |
 //!
-//! A loader decodes without any lock, and installs 64 KiB in one step while it holds the slice lock, which demand threads
-//! get first. When no page is left, the memory is unregistered: from then on neither the pager nor the source is needed.
-//! Zero pages are not filled in, because the kernel's own zeros are right for them.
+//! A loader decodes without any lock, and installs 64 KiB in one step while it holds the slice lock, which demand
+//! threads get first. When no page is left, the memory is unregistered: from then on neither the pager nor the source
+//! is needed. Zero pages are not filled in, because the kernel's own zeros are right for them.
 
 pub(crate) mod demand;
 mod loader;

@@ -60,8 +60,8 @@ impl Pace {
         stopped(shared)
     }
 
-    /// Called before each step of an install: returns how many bytes the step may have. Demand threads get the slice lock
-    /// first in any case.
+    /// Called before each step of an install: returns how many bytes the step may have. Demand threads get the slice
+    /// lock first in any case.
     pub(super) fn step(&mut self, shared: &Shared) -> Option<usize> {
         self.check(shared);
         let began = Instant::now();

@@ -1,5 +1,5 @@
-//! Decides which part of the source is loaded next: first where faults cluster, then the parts after that, then the rest
-//! in the order of the file.
+//! Decides which part of the source is loaded next: first where faults cluster, then the parts after that, then the
+//! rest in the order of the file.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn where_faults_cluster_it_goes_first_and_onwards_from_there() {
+    fn the_parts_after_a_cluster_of_faults_come_first() {
         let (plan, recent) = (plan(), RecentFaults::default());
         let next = |last: Option<usize>| plan.next(last, &recent).map(|part| part.number);
         let page = |number: usize| plan.part(number).pages.start;
@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_skipped_comes_again_at_the_end() {
+    fn skipped_parts_come_again_at_the_end() {
         let (plan, recent) = (plan(), RecentFaults::default());
         let first = plan.next(None, &recent).expect("the first");
         plan.leave(first.clone());

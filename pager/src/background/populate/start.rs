@@ -51,11 +51,12 @@ pub(crate) fn loaders(shared: &Arc<Shared>) -> std::io::Result<()> {
     Ok(())
 }
 
-/// The address space that a loader needs: its stack, memory of the allocator, a part of the file, and its decoded pages.
+/// The address space that a loader needs: its stack, memory of the allocator, a part of the file, and its decoded
+/// pages.
 const LOADER_BYTES: usize = 16 << 20;
 
-/// Starts a thread that loads ahead, if there is address space for it (RLIMIT_AS). Without this check, an allocation that
-/// fails later would end the process.
+/// Starts a thread that loads ahead, if there is address space for it (RLIMIT_AS). Without this check, an allocation
+/// that fails later would end the process.
 ///
 /// # Errors
 /// As pthread_create(3), and [`std::io::ErrorKind::OutOfMemory`].

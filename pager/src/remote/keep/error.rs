@@ -25,7 +25,7 @@ pub enum KeepError {
         uid: u32,
     },
     /// The other side has sent an unexpected message.
-    #[error("the other side says what is not understood: {why}")]
+    #[error("unexpected message: {why}")]
     Message {
         /// The error in the message.
         why: String,
@@ -40,7 +40,7 @@ pub enum KeepError {
         limit: Option<u64>,
     },
     /// The keeper is another version of this program.
-    #[error("the keeper speaks version {found}, this server {wanted}")]
+    #[error("the keeper has version {found}, this server {wanted}")]
     Version {
         /// The version of the keeper.
         found: u32,
@@ -48,7 +48,7 @@ pub enum KeepError {
         wanted: u32,
     },
     /// The other side has closed the connection.
-    #[error("the keeper is gone")]
+    #[error("the keeper has closed the connection")]
     Gone,
     /// The queue of the other side is full.
     #[error("the other side's queue is full")]
@@ -62,7 +62,7 @@ pub enum KeepError {
         after: Duration,
     },
     /// The handover state of a guest cannot be used.
-    #[error("what was kept is unusable: {why}")]
+    #[error("the handover state is unusable: {why}")]
     HandoverState {
         /// The error in it.
         why: &'static str,

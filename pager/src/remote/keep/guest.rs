@@ -37,8 +37,8 @@ pub(super) enum Served {
 }
 
 impl Guest {
-    /// From now on the missing pages of the guest fail by the policy, so that no thread waits forever. The guest keeps its
-    /// present pages.
+    /// From now on the missing pages of the guest fail by the policy, so that no thread waits forever. The guest keeps
+    /// its present pages.
     ///
     /// # Errors
     /// Why this is not possible. Then the process of the guest was killed.
@@ -69,9 +69,9 @@ impl Guest {
             .foreign(uffd, duplicate(self.kept.process.as_fd())?)
             .recorded(handover.records(true).map_err(|error| text(&error))?);
         if self.kept.shares {
-            let told = UnixStream::from(duplicate(self.kept.connection.as_fd())?);
+            let clone = UnixStream::from(duplicate(self.kept.connection.as_fd())?);
             builder = builder.backed().on_failure(move |failure| {
-                let _ = Answer::Failure(with_causes(failure)).send(&told, None);
+                let _ = Answer::Failure(with_causes(failure)).send(&clone, None);
             });
         }
         builder.start().map_err(|error| text(&error))
@@ -98,6 +98,6 @@ impl PageSource for NoServer {
 
 impl PageReader for NoServer {
     fn load(&mut self, _source_offset: u64) -> Result<crate::Load<'_>, SourceError> {
-        Err(SourceError::permanent("the page server is gone"))
+        Err(SourceError::permanent("the page server has ended"))
     }
 }

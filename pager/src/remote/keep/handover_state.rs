@@ -55,7 +55,7 @@ impl HandoverState {
     pub(crate) fn create(record: Record, pages: u64) -> Result<HandoverState, KeepError> {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file =
-            rustix::fs::memfd_create("snap-handover", flags).map_err(system("make a memfd"))?;
+            rustix::fs::memfd_create("snap-handover", flags).map_err(system("create a memfd"))?;
         rustix::fs::fchmod(&file, Mode::RUSR | Mode::WUSR).map_err(system("make it private"))?;
         let pages = checked(pages)?;
         let bytes = serde_json::to_vec(&record).map_err(super::wire::unclear)?;
@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_written_is_found_by_another() {
+    fn a_handover_state_is_read_by_another_process() {
         let handover = HandoverState::create(record(), 5000).expect("it is made");
         let states = handover.records(false).expect("it is mapped").states;
         states.set(4999, PageState::Removed);

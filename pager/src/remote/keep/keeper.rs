@@ -123,8 +123,8 @@ impl Keeper {
         })
     }
 
-    /// Runs until `stop` is readable or hung up. Then it kills the guests without a server by SIGKILL, because they would
-    /// wait forever, and returns their number. Guests of a live server are not affected.
+    /// Runs until `stop` is readable or hung up. Then it kills the guests without a server by SIGKILL, because they
+    /// would wait forever, and returns their number. Guests of a live server are not affected.
     ///
     /// # Errors
     /// As poll(2).
@@ -184,8 +184,8 @@ impl Keeper {
         let numbers: Vec<u64> = self.servers.keys().copied().collect();
         let mut requests = Vec::new();
         numbers.iter().for_each(|&number| self.receive_from(number, &mut requests));
-        // A server that asks for the guests of a dead one may have connected after the first round has read from that one.
-        // So a second round reads all messages, and ends of connections, that came before the request.
+        // A server that asks for the guests of a dead one may have connected after the first round has read from that
+        // one. So a second round reads all messages, and ends of connections, that came before the request.
         if !requests.is_empty() {
             numbers.iter().for_each(|&number| self.receive_from(number, &mut requests));
         }
@@ -259,12 +259,12 @@ impl Keeper {
                     guest.served = Served::By { server: number, id };
                     guest.on_error = on_error;
                     let descriptors = guest.kept.descriptors();
-                    let words = FromKeeper::Guest { shares: guest.kept.shares };
-                    wire::send(&server.socket, &words, &descriptors, SendFlags::DONTWAIT)?;
+                    let answer = FromKeeper::Guest { shares: guest.kept.shares };
+                    wire::send(&server.socket, &answer, &descriptors, SendFlags::DONTWAIT)?;
                     server.taken += 1;
                 } else {
-                    let words = FromKeeper::Nobody {};
-                    wire::send(&server.socket, &words, &[], SendFlags::DONTWAIT)?;
+                    let answer = FromKeeper::Nobody {};
+                    wire::send(&server.socket, &answer, &[], SendFlags::DONTWAIT)?;
                     let (server, guests) = (server.pid, std::mem::take(&mut server.taken));
                     if guests > 0 {
                         (self.on_event)(KeepEvent::TakenOver { server, guests });
@@ -276,8 +276,8 @@ impl Keeper {
         Ok(())
     }
 
-    /// Ends the connection of a server. If the server is dead, its guests wait for another one. If it lives and has sent a
-    /// bad message, it keeps its guests: no other process may answer their faults.
+    /// Ends the connection of a server. If the server is dead, its guests wait for another one. If it lives and has
+    /// sent a bad message, it keeps its guests: no other process may answer their faults.
     fn lose(&mut self, number: u64, error: KeepError) {
         let Some(server) = self.servers.remove(&number) else {
             return;

@@ -32,13 +32,13 @@ pub(crate) struct Kept {
     pub(crate) connection: OwnedFd,
     pub(crate) process: OwnedFd,
     pub(crate) handover: OwnedFd,
-    /// Its memory is a private mapping of the file of a dead server. It is told about failures. It has ended when it hangs
-    /// up.
+    /// Its memory is a private mapping of the file of a dead server. Failures are reported to it. It has ended when it
+    /// hangs up.
     pub(crate) shares: bool,
 }
 
 impl Link {
-    /// Connects to the keeper at `path`, and tells it which snapshot is served.
+    /// Connects to the keeper at `path`, and sends it the name of the served snapshot.
     pub(crate) fn connect(
         path: &Path,
         snapshot: &SnapshotName,
@@ -79,7 +79,7 @@ impl Link {
     }
 
     pub(crate) fn forget(&self, id: u64) {
-        // A keeper that is gone holds nothing.
+        // A keeper that has ended holds nothing.
         let _ = self.send(&ToKeeper::Forget { id }, &[]);
     }
 

@@ -35,7 +35,8 @@ pub(super) enum ToKeeper {
     Hello { version: u32, snapshot: SnapshotName, on_error: OnError },
     /// The server takes over a guest of a dead server, under this id. The answer is `Guest` or `Nobody`.
     Take { id: u64 },
-    /// A guest, with its descriptors. There is no answer. If it `shares` memory, it has ended when it closes its connection.
+    /// A guest, with its descriptors. There is no answer. If it `shares` memory, it has ended when it closes its
+    /// connection.
     Keep { id: u64, shares: bool },
     /// The guest with this id has ended. There is no answer.
     Forget { id: u64 },
@@ -88,7 +89,7 @@ pub(super) fn connect(path: &Path, timeout: Duration) -> Result<OwnedFd, KeepErr
 /// id.
 pub(super) fn trusted(socket: &OwnedFd) -> Result<i32, KeepError> {
     let credentials = rustix::net::sockopt::socket_peercred(socket)
-        .map_err(system("see who is on the other side"))?;
+        .map_err(system("get the user of the other side"))?;
     match credentials.uid {
         uid if uid == rustix::process::geteuid() || uid.is_root() => {
             Ok(credentials.pid.as_raw_nonzero().get())
@@ -184,7 +185,7 @@ mod tests {
 
     /// Lost descriptors are reported with the right reason.
     #[test]
-    fn too_many_descriptors_are_told_as_that() {
+    fn too_many_descriptors_are_reported() {
         let (family, kind) = (AddressFamily::UNIX, SocketType::SEQPACKET);
         let pair = || rustix::net::socketpair(family, kind, SocketFlags::CLOEXEC, None);
         let (one, other) = pair().expect("a pair of sockets");

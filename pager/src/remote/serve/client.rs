@@ -31,8 +31,8 @@ use crate::uffd::ForeignUffd;
 /// How a clone differs from other clients.
 struct Sharing {
     source: Arc<dyn PageSource>,
-    /// The connection on which it is told about failures.
-    told: UnixStream,
+    /// The connection on which failures are reported to it.
+    failures: UnixStream,
     /// Fills the shared file ahead.
     ahead: Option<Arc<ImageLoader>>,
 }
@@ -106,14 +106,14 @@ fn share(
     let file = shared_file(server, wanted)?;
     Answer::Accepted {}.send(stream, Some(file.image.descriptor()))?;
     let Hello::Fill { regions, descriptor } = handshake::receive(reader)? else {
-        return Err(RefuseError::NotShared { why: "the client says something else than expected" });
+        return Err(RefuseError::NotShared { why: "the client has sent an unexpected message" });
     };
     let uffd = handshake::userfaultfd(descriptor)?;
-    let told = stream.try_clone().map_err(|error| system("duplicate a connection", error))?;
+    let failures = stream.try_clone().map_err(|error| system("duplicate a connection", error))?;
     let memory = handshake::regions(&regions)?;
     let served = served(peer, &memory);
     let kept = keep(server, stream, peer, &uffd, &regions, true);
-    let sharing = Sharing { source: file.image.as_source(), told, ahead: file.ahead };
+    let sharing = Sharing { source: file.image.as_source(), failures, ahead: file.ahead };
     let session = start(server, Arc::clone(peer), uffd, memory, Some(sharing), kept)?;
     Answer::Accepted {}.send(stream, None)?;
     attend_until(server, session, served, |peer| until_it_hangs_up(stream, peer));
@@ -164,11 +164,11 @@ fn start(
 ) -> Result<Arc<Session>, RefuseError> {
     let process = peer.duplicate().map_err(|error| system("duplicate a pidfd", error))?;
     let (source, clone, ahead) = match sharing {
-        Some(Sharing { source, told, ahead }) => (source, Some(told), ahead),
+        Some(Sharing { source, failures, ahead }) => (source, Some(failures), ahead),
         None => (Arc::clone(&server.source), None, None),
     };
     let is_clone = clone.is_some();
-    let (told, pid) = (Arc::clone(server), peer.pid);
+    let (state, pid) = (Arc::clone(server), peer.pid);
     let mut builder = Pager::builder(source)
         .regions(regions)
         .on_error(server.options.on_error)
@@ -176,7 +176,7 @@ fn start(
             if let Some(clone) = &clone {
                 let _ = Answer::Failure(with_causes(failure)).send(clone, None);
             }
-            (told.on_event)(ServeEvent::Failed { pid, failure });
+            (state.on_event)(ServeEvent::Failed { pid, failure });
         })
         .foreign(uffd, process);
     match ahead {
@@ -284,10 +284,10 @@ fn resume_peer(
         attend_until(server, session, taken, |peer| until_its_process_ends(&stream, peer));
         return Ok(());
     }
-    // No process can write to the file of the dead server. The clone still maps its pages. Missing pages are copied into
-    // the private mapping of the clone.
-    let told = stream.try_clone().map_err(|error| system("duplicate a connection", error))?;
-    let sharing = Sharing { source: Arc::clone(&server.source), told, ahead: None };
+    // No process can write to the file of the dead server. The clone still maps its pages. Missing pages are copied
+    // into the private mapping of the clone.
+    let failures = stream.try_clone().map_err(|error| system("duplicate a connection", error))?;
+    let sharing = Sharing { source: Arc::clone(&server.source), failures, ahead: None };
     let session = start(server, Arc::clone(peer), uffd, regions, Some(sharing), kept)?;
     given.descriptors.clear();
     // The dead server may not have sent this. Sending it twice does no harm.

@@ -21,7 +21,7 @@ pub enum BindError {
         path: PathBuf,
     },
     /// The name belongs to a file that is not a socket.
-    #[error("{}: exists and is no socket", .path.display())]
+    #[error("{}: exists and is not a socket", .path.display())]
     NoSocket {
         /// The name of the socket.
         path: PathBuf,
@@ -64,7 +64,7 @@ pub enum RefuseError {
         /// The id of that user.
         uid: u32,
     },
-    /// Its process is gone, or not visible here (another process namespace).
+    /// Its process has ended, or is not visible here (another process namespace).
     #[error("the client's process {pid} cannot be found")]
     Process {
         /// The process id.
@@ -80,7 +80,7 @@ pub enum RefuseError {
         limit: usize,
     },
     /// The client has not completed its handshake in time.
-    #[error("nothing usable came within {after:?} ({bytes} bytes, {descriptors} descriptors)")]
+    #[error("no complete message within {after:?} ({bytes} bytes, {descriptors} descriptors)")]
     TimedOut {
         /// How long this process has waited.
         after: Duration,
@@ -90,7 +90,9 @@ pub enum RefuseError {
         descriptors: usize,
     },
     /// The client has closed the connection during the handshake.
-    #[error("the other side has left after {bytes} bytes and {descriptors} descriptors")]
+    #[error(
+        "the client has closed the connection after {bytes} bytes and {descriptors} descriptors"
+    )]
     Left {
         /// The number of received bytes.
         bytes: usize,
@@ -130,13 +132,13 @@ pub enum RefuseError {
         expected: usize,
     },
     /// The message cannot be parsed.
-    #[error("the message is not understood")]
+    #[error("the message cannot be parsed")]
     Message(#[source] serde_json::Error),
     /// The message has no region.
-    #[error("no region is named")]
+    #[error("the message has no region")]
     NoRegion,
     /// A region has neither `page_size` nor `page_size_kib`, or the two differ.
-    #[error("the page size of region {region} is missing, or named twice and differently")]
+    #[error("the page size of region {region} is missing, or given twice and differently")]
     PageSize {
         /// The index of the region.
         region: usize,
@@ -162,7 +164,7 @@ pub enum RefuseError {
         why: &'static str,
     },
     /// The client requests another snapshot than the served one.
-    #[error("the client wants snapshot {wanted}, here is {served}")]
+    #[error("the client requests snapshot {wanted}, this server has {served}")]
     Snapshot {
         /// The requested snapshot: ids of the layers, newest first, and the size of memory.
         wanted: String,

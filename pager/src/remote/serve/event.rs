@@ -11,9 +11,10 @@ use crate::stats::Stats;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Consequence {
-    /// Its connection was closed. The client has not sent memory that needs pages, or it was told the error.
+    /// Its connection was closed. The client has not sent memory that needs pages, or it has got the error.
     Closed,
-    /// As long as the process lives, each missing page is poisoned when it is touched: SIGBUS, in a system call `EFAULT`.
+    /// As long as the process lives, each missing page is poisoned when it is touched: SIGBUS, in a system call
+    /// `EFAULT`.
     Poisoned,
     /// Its process was killed by SIGKILL.
     Killed,

@@ -1,7 +1,7 @@
 //! The first message of a client, and its checks.
 //!
-//! Two kinds of clients use the same socket. The first byte tells them apart: `[` begins the message of the handshake of
-//! Firecracker, `{` the line of another request.
+//! Two kinds of clients use the same socket. The first byte distinguishes them: `[` begins the message of the handshake
+//! of Firecracker, `{` the line of another request.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -116,7 +116,7 @@ pub(crate) fn receive(reader: &mut SocketReader<'_>) -> Result<Hello, RefuseErro
     Ok(Hello::Fill { regions, descriptor: reader.descriptor()? })
 }
 
-/// The regions, each checked by itself. How they fit together and into the source checks the pager's start.
+/// The regions, each checked by itself. The start of the pager checks that they fit together and into the source.
 pub(crate) fn regions(messages: &[RegionMessage]) -> Result<Vec<Region>, RefuseError> {
     if messages.is_empty() {
         return Err(RefuseError::NoRegion);
@@ -142,7 +142,7 @@ pub(crate) fn userfaultfd(descriptor: OwnedFd) -> Result<ForeignUffd, RefuseErro
     let refuse = |why| Err(RefuseError::Features { features: features.bits(), why });
     if !features.contains(Features::EVENT_REMOVE) {
         // Pages that were given back would get their old content again.
-        return refuse("removed pages must be told of (EVENT_REMOVE)");
+        return refuse("removed pages must be reported (EVENT_REMOVE)");
     }
     let unserved = Features::EVENT_FORK.with(Features::EVENT_REMAP);
     if features.common(unserved) != Features::NONE {
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn each_kind_of_nonsense_has_its_error() {
+    fn each_invalid_message_has_its_error() {
         assert!(matches!(parsed(&[b"hello"]), Err(RefuseError::Message(_))));
         assert!(matches!(parsed(&[b"[1]"]), Err(RefuseError::Message(_))));
         assert!(matches!(parsed(&[b"[] x]"]), Err(RefuseError::Message(_))));

@@ -1,5 +1,5 @@
-//! A server for the memory of other processes: virtual machines that send their userfaultfd over a unix socket. It speaks
-//! the handshake of Firecracker (`mem_backend` of type `Uffd`).
+//! A server for the memory of other processes: virtual machines that send their userfaultfd over a unix socket. It
+//! speaks the handshake of Firecracker (`mem_backend` of type `Uffd`).
 //!
 //! Each client has its own threads: a silent, hostile or dead client delays no other. The protocol, which clients are
 //! trusted, and what happens after failures: `docs/serving.md`.

@@ -49,9 +49,9 @@ impl ServerState {
         }
     }
 
-    /// Refuses a client for which no thread or no descriptor is left. To learn whether it is a guest, this waits for its
-    /// message for a short time, with the reserved descriptors. Its pages could not be poisoned later, so that a guest is
-    /// killed under either policy.
+    /// Refuses a client for which no thread or no descriptor is left. To learn whether it is a guest, this waits for
+    /// its message for a short time, with the reserved descriptors. Its pages could not be poisoned later, so that a
+    /// guest is killed under either policy.
     pub(super) fn refuse_without_room(
         self: &Arc<ServerState>,
         stream: &UnixStream,
@@ -73,7 +73,7 @@ impl ServerState {
             let is_guest = match handshake::receive(&mut reader) {
                 Ok(Hello::Fill { .. }) => true,
                 Ok(Hello::Request(_)) => {
-                    // The clone is told the error. It may be gone.
+                    // The clone gets the error. It may have ended.
                     let _ = Answer::Refused(with_causes(error)).send(stream, None);
                     false
                 }

@@ -14,7 +14,8 @@ use crate::failure::FailurePolicy;
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct ServeOptions {
-    /// What happens if a page of a client cannot be loaded: the page is poisoned, or the process of the client is killed.
+    /// What happens if a page of a client cannot be loaded: the page is poisoned, or the process of the client is
+    /// killed.
     pub on_error: FailurePolicy,
     /// A client that has not completed its handshake after this time is refused.
     pub handshake_timeout: Duration,
@@ -22,12 +23,12 @@ pub struct ServeOptions {
     pub clients: usize,
     /// The name of the snapshot, if clones may share its pages. `None`: they may not.
     pub share: Option<SnapshotName>,
-    /// Pages that guests will probably need, which are loaded in advance. For clones they are loaded once into the memory
-    /// that they share, when the first clone connects. For other clients they are loaded for each client, as
+    /// Pages that guests will probably need, which are loaded in advance. For clones they are loaded once into the
+    /// memory that they share, when the first clone connects. For other clients they are loaded for each client, as
     /// [`PagerBuilder::prefetch`](crate::PagerBuilder::prefetch) does.
     pub prefetch: Option<Prefetched>,
-    /// When pages that no guest has touched are loaded in the background, into the memory of each guest or into the memory
-    /// that clones share. For clones, every mode except [`Populate::Off`] acts as [`Populate::Auto`].
+    /// When pages that no guest has touched are loaded in the background, into the memory of each guest or into the
+    /// memory that clones share. For clones, every mode except [`Populate::Off`] acts as [`Populate::Auto`].
     pub populate: Populate,
     /// See [`PagerBuilder::fault_overhead`](crate::PagerBuilder::fault_overhead). It is not used for clones.
     pub fault_overhead: Option<Duration>,

@@ -19,8 +19,9 @@ pub fn check_user(stream: &UnixStream) -> Result<(), RefuseError> {
 
 /// The process that has connected, if its user is allowed (unix(7), "SO_PEERCRED").
 pub(super) fn allowed(stream: &UnixStream) -> Result<Pid, RefuseError> {
-    let credentials = rustix::net::sockopt::socket_peercred(stream)
-        .map_err(|error| RefuseError::System { what: "see who connects", error: error.into() })?;
+    let credentials = rustix::net::sockopt::socket_peercred(stream).map_err(|error| {
+        RefuseError::System { what: "get the user of the client", error: error.into() }
+    })?;
     let uid = credentials.uid;
     if uid != rustix::process::geteuid() && !uid.is_root() {
         return Err(RefuseError::User { uid: uid.as_raw() });
@@ -33,7 +34,8 @@ pub(super) fn is_shortage(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
 }
 
-/// A pidfd of the process that has connected, even if it has closed its end since (SO_PEERPIDFD). `None` before Linux 6.5.
+/// A pidfd of the process that has connected, even if it has closed its end since (SO_PEERPIDFD). `None` before Linux
+/// 6.5.
 #[allow(unsafe_code)]
 fn connected(stream: &UnixStream) -> io::Result<Option<OwnedFd>> {
     // From the kernel's asm-generic/socket.h. The crate libc lacks it for some targets.
@@ -79,18 +81,18 @@ impl Peer {
         };
         // A process that serves itself would fill memory that it uses itself.
         if pid == rustix::process::getpid() {
-            return Err(gone(io::Error::other("it is the server's own")));
+            return Err(gone(io::Error::other("it is the server itself")));
         }
         if let Some(process) = connected(stream).map_err(gone)? {
             return Ok(Peer { pid: pid.as_raw_nonzero().get(), process });
         }
         let process = rustix::process::pidfd_open(pid, PidfdFlags::empty())
             .map_err(|error| gone(error.into()))?;
-        // If the process had ended before pidfd_open, its id could belong to another process now. But then its end of the
-        // connection is closed.
+        // If the process had ended before pidfd_open, its id could belong to another process now. But then its end of
+        // the connection is closed.
         let mut fds = [PollFd::new(stream, PollFlags::empty())];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        rustix::event::poll(&mut fds, Some(&now)).map_err(system("look at the connection"))?;
+        rustix::event::poll(&mut fds, Some(&now)).map_err(system("check the connection"))?;
         if fds[0].revents().contains(PollFlags::HUP) {
             return Err(RefuseError::Left { bytes: 0, descriptors: 0 });
         }

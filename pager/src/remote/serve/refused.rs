@@ -38,7 +38,7 @@ pub(crate) fn end(server: &Arc<ServerState>, peer: &Arc<Peer>, given: Given, err
     }
     let _listed = server.list_refused(peer);
     server.refuse(pid, error, Consequence::Poisoned);
-    if let Err(error) = poison_what_is_touched(peer, &fillers) {
+    if let Err(error) = poison_touched_pages(peer, &fillers) {
         peer.kill();
         server.refuse(pid, &RefuseError::Poison(error), Consequence::Killed);
     }
@@ -64,7 +64,7 @@ impl Given {
 ///
 /// # Errors
 /// As poll(2), read(2) and `UFFDIO_POISON`. Then threads of the process are left waiting.
-fn poison_what_is_touched(peer: &Peer, fillers: &[Filler]) -> io::Result<()> {
+fn poison_touched_pages(peer: &Peer, fillers: &[Filler]) -> io::Result<()> {
     loop {
         let mut fds = vec![PollFd::from_borrowed_fd(peer.process(), PollFlags::IN)];
         fds.extend(fillers.iter().map(|filler| PollFd::new(&filler.uffd, PollFlags::IN)));
@@ -82,7 +82,7 @@ fn poison_what_is_touched(peer: &Peer, fillers: &[Filler]) -> io::Result<()> {
                 Touched::new(filler).poison_all()?;
             } else if !revents.is_empty() {
                 // Its owner has made it blocking.
-                return Err(io::Error::other("its userfaultfd cannot be waited for"));
+                return Err(io::Error::other("its userfaultfd cannot be polled"));
             }
         }
     }

@@ -24,7 +24,7 @@ impl Session {
     }
 }
 
-/// A guest that the keeper holds. Dropping this tells the keeper to forget it. A server that is killed drops nothing.
+/// A guest that the keeper holds. Dropping this makes the keeper forget it. A server that is killed drops nothing.
 #[derive(Debug)]
 pub(crate) struct KeptGuest {
     pub(super) keeper: Arc<Link>,

@@ -53,7 +53,7 @@ impl Socket {
             .map_err(|error| BindError::System { what: "open the socket's folder", error })?;
         lock(&folder, LOCK_TIMEOUT)?;
 
-        let socket = unix_socket(kind).map_err(system("make a socket"))?;
+        let socket = unix_socket(kind).map_err(system("create a socket"))?;
         // The name gets the mode that the socket has at bind(2), less the umask (unix_bind_bsd in the kernel). So at no
         // moment other users can connect.
         rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)
@@ -67,7 +67,7 @@ impl Socket {
         }
         rustix::net::listen(&socket, BACKLOG).map_err(system("listen"))?;
         let named = fs::symlink_metadata(path)
-            .map_err(|error| BindError::System { what: "see the socket's name", error })?;
+            .map_err(|error| BindError::System { what: "check the socket's name", error })?;
         Ok(Socket {
             listener: UnixListener::from(socket),
             path: path.to_owned(),
@@ -133,11 +133,11 @@ fn remove_if_dead(
     kind: SocketType,
 ) -> Result<(), BindError> {
     let system = |what| move |error| BindError::System { what, error };
-    let found = fs::symlink_metadata(path).map_err(system("see what has the socket's name"))?;
+    let found = fs::symlink_metadata(path).map_err(system("check the socket's name"))?;
     if !found.file_type().is_socket() {
         return Err(BindError::NoSocket { path: path.to_owned() });
     }
-    let probe = unix_socket(kind).map_err(|error| system("make a socket")(error.into()))?;
+    let probe = unix_socket(kind).map_err(|error| system("create a socket")(error.into()))?;
     match rustix::net::connect(&probe, address) {
         Err(Errno::CONNREFUSED) => fs::remove_file(path).map_err(system("remove the old socket")),
         // EAGAIN: a process listens, and its queue is full.
@@ -153,7 +153,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_name_is_private_and_goes_with_the_server() {
+    fn the_name_is_private_and_removed_with_the_server() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("s");
         let socket = Socket::bind(&path).expect("it binds");
@@ -170,7 +170,7 @@ mod tests {
         let path = folder.path().join("s");
         let first = Socket::bind(&path).expect("it binds");
         assert!(matches!(Socket::bind(&path), Err(BindError::Live { .. })));
-        // The probe of the second one was a connection that said nothing.
+        // The probe of the second one was a connection without a message.
         assert!(first.accept().expect("it still listens").is_some());
         drop(first);
         drop(UnixListener::bind(&path).expect("it binds")); // Leaves its name behind.
@@ -186,10 +186,10 @@ mod tests {
     }
 
     #[test]
-    fn a_lock_is_not_waited_for_without_an_end() {
+    fn the_wait_for_a_lock_is_limited() {
         let folder = tempfile::tempdir().expect("a folder");
         let held = fs::File::open(folder.path()).expect("it opens");
-        rustix::fs::flock(&held, FlockOperation::LockExclusive).expect("nobody has it");
+        rustix::fs::flock(&held, FlockOperation::LockExclusive).expect("it is free");
         let other = fs::File::open(folder.path()).expect("it opens");
         let after = Duration::from_millis(50);
         assert!(matches!(lock(&other, after), Err(BindError::Locked { .. })));
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_queue_is_not_waited_for_without_an_end() {
+    fn the_wait_for_a_full_queue_is_limited() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("s");
         let _listener = {

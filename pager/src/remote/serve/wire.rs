@@ -23,7 +23,7 @@ use super::given::Given;
 pub(crate) const MESSAGE_LIMIT_BYTES: usize = 1 << 20;
 /// The number of descriptors that are received with one part. The kernel closes any further ones.
 const DESCRIPTORS_RECEIVED: usize = 4;
-/// The pause between two attempts, where poll(2) cannot tell when the next one succeeds.
+/// The pause between two attempts, where poll(2) cannot report when the next one succeeds.
 pub(crate) const RETRY: Duration = Duration::from_millis(10);
 
 /// Receives messages from a connection.
@@ -51,13 +51,13 @@ impl<'a> SocketReader<'a> {
     pub(crate) fn receive(&mut self) -> Result<(), RefuseError> {
         loop {
             self.wait()?;
-            let mut piece = [0; 16 << 10];
+            let mut buffer = [0; 16 << 10];
             let mut space =
                 [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_RECEIVED))];
             let mut control = RecvAncillaryBuffer::new(&mut space);
             let received = rustix::net::recvmsg(
                 self.stream,
-                &mut [IoSliceMut::new(&mut piece)],
+                &mut [IoSliceMut::new(&mut buffer)],
                 &mut control,
                 RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT,
             );
@@ -77,7 +77,7 @@ impl<'a> SocketReader<'a> {
             self.lost |= received.flags.contains(ReturnFlags::CTRUNC);
             let fits = self.bytes.len() + received.bytes <= MESSAGE_LIMIT_BYTES;
             if fits {
-                self.bytes.extend_from_slice(&piece[..received.bytes]);
+                self.bytes.extend_from_slice(&buffer[..received.bytes]);
             }
             // There was space for more descriptors, so that another reason has lost one.
             if self.lost && arrived < DESCRIPTORS_RECEIVED {
@@ -172,7 +172,7 @@ pub(crate) fn connect_kind(
     loop {
         match rustix::net::connect(&socket, &address) {
             Ok(()) => return Ok(socket),
-            // The queue is full. poll(2) does not tell when that changes.
+            // The queue is full. poll(2) does not report when that changes.
             Err(Errno::AGAIN) if Instant::now() < deadline => thread::sleep(RETRY),
             Err(Errno::AGAIN) => return Err(timed_out(timeout)),
             Err(Errno::INTR) => {}

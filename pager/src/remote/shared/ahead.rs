@@ -48,7 +48,7 @@ impl ImageLoader {
         })
     }
 
-    /// The body of the thread. It ends when no page is left, or the file is gone.
+    /// The body of the thread. It ends when no page is left, or the file is closed.
     fn run(&self) {
         // The thread has inherited its policy from the demand thread that created it.
         make_normal(0);
@@ -84,7 +84,7 @@ impl ImageLoader {
         Some(())
     }
 
-    /// `None` if the file is gone.
+    /// `None` if the file is closed.
     fn sleep_while_quiet(&self, quiet: &mut QuietDetector) -> Option<()> {
         if self.is_active() && quiet.is_waiting(&self.demand) {
             return Some(());

@@ -97,13 +97,13 @@ struct Link {
 }
 
 impl SharedClone {
-    /// Requests the memory of the snapshot from the server at `path`, and maps it. Each of `ranges` has the guest physical
-    /// address, the length in bytes, and the offset in the snapshot in bytes.
+    /// Requests the memory of the snapshot from the server at `path`, and maps it. Each of `ranges` has the guest
+    /// physical address, the length in bytes, and the offset in the snapshot in bytes.
     ///
-    /// `on_failure` is called when the server cannot load a page, which is then poisoned, and when the server is gone. In
-    /// the second case all missing pages are poisoned, so that threads which touch them get an error. The callback should
-    /// record the failure and ask the guest to stop. This waits for the server at most `timeout`; [`ANSWER_TIMEOUT`] is
-    /// enough.
+    /// `on_failure` is called when the server cannot load a page, which is then poisoned, and when the server has
+    /// ended. In the second case all missing pages are poisoned, so that threads which touch them get an error. The
+    /// callback should record the failure and ask the guest to stop. This waits for the server at most `timeout`;
+    /// [`ANSWER_TIMEOUT`] is enough.
     ///
     /// # Errors
     /// [`ShareError`].
@@ -121,7 +121,8 @@ impl SharedClone {
         trusted(&stream)?;
         let mut reader = SocketReader::new(&stream, timeout.saturating_sub(begun.elapsed()));
         let request = encoded(&Request::Share(snapshot.clone()))?;
-        wire::send_line(&stream, &request, None).map_err(system("ask the page server"))?;
+        wire::send_line(&stream, &request, None)
+            .map_err(system("send a request to the page server"))?;
         accepted(&mut reader, timeout)?;
         let file = File::from(reader.descriptor().map_err(ShareError::Server)?);
         check(&file, snapshot.memory_bytes)?;
@@ -145,7 +146,7 @@ impl SharedClone {
             });
         }
         wire::send_line(&stream, &encoded(&regions)?, Some(uffd.as_fd()))
-            .map_err(system("give the page server the userfaultfd"))?;
+            .map_err(system("send the page server the userfaultfd"))?;
         accepted(&mut reader, timeout)?;
         let filler = Filler { uffd, zeros: None };
         let stopping = AtomicBool::new(false);
@@ -198,7 +199,7 @@ impl Link {
         }
         if !self.stopping.load(Ordering::SeqCst) {
             // The report comes first, so that its cause is known when an access fails.
-            let reason = || "the page server is gone".to_owned();
+            let reason = || "the page server has ended".to_owned();
             on_failure(self.failure.get_or_init(reason).clone());
             self.poison_all();
         }
@@ -253,8 +254,9 @@ fn accepted(reader: &mut SocketReader<'_>, timeout: Duration) -> Result<(), Shar
 
 /// Checks that the server runs as this user or as root, because it decides what the guest runs.
 fn trusted(stream: &UnixStream) -> Result<(), ShareError> {
-    let credentials = rustix::net::sockopt::socket_peercred(stream)
-        .map_err(|error| ShareError::System { what: "see who listens", error: error.into() })?;
+    let credentials = rustix::net::sockopt::socket_peercred(stream).map_err(|error| {
+        ShareError::System { what: "get the user of the server", error: error.into() }
+    })?;
     match credentials.uid {
         uid if uid == rustix::process::geteuid() || uid.is_root() => Ok(()),
         uid => Err(ShareError::User { uid: uid.as_raw() }),

@@ -45,8 +45,7 @@ impl SharedImage {
         let file = FilledFile::new(memfd.as_fd(), len_bytes)?;
         rustix::fs::fcntl_add_seals(&memfd, SEALS).map_err(system("a sealed memfd"))?;
         rustix::fs::fchmod(&memfd, Mode::RUSR).map_err(system("a private memfd"))?;
-        let handed =
-            read_only(memfd.as_fd()).map_err(system("the memfd again, to be read only"))?;
+        let handed = read_only(memfd.as_fd()).map_err(system("the memfd, opened read only"))?;
         Ok(SharedImage { source, file, handed })
     }
 
@@ -196,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_else_writes_to_the_file() {
+    fn no_other_process_writes_to_the_file() {
         let Some(image) = image() else { return };
         let path = format!("/proc/self/fd/{}", image.descriptor().as_raw_fd());
         assert!(
@@ -221,7 +220,7 @@ mod tests {
         let mut reader = image.as_source().reader(PAGE_BYTES).expect("it has such pages");
         for page in [1, 20] {
             let error = reader.load(page * PAGE_BYTES as u64).expect_err("it is found");
-            assert!(error.to_string().contains("somebody has written"), "{error}");
+            assert!(error.to_string().contains("another process has written"), "{error}");
         }
     }
 }

@@ -9,8 +9,8 @@ use crate::background::page_list::{self, PageList};
 use crate::region::PAGE_BYTES;
 use crate::source::load::Load;
 
-/// Adds the listed pages on a thread of its own, which ends when the file is gone. If the thread cannot be started, only
-/// faults load pages.
+/// Adds the listed pages on a separate thread, which ends when the file is closed. If the thread cannot be started,
+/// only faults load pages.
 pub(crate) fn prefill(image: &Arc<SharedImage>, list: PageList) {
     let image = Arc::downgrade(image);
     let fill = move || {

@@ -119,12 +119,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_has_a_name() {
+    fn missing_features_are_named() {
         let saved = entries(1 << 28 | 1 << 31 | 1 << 24, 1 << 16 | 1 << 1, 0);
         assert!(missing(&saved, &saved).is_empty());
         let host = entries(0, 0, 0);
         assert_eq!(missing(&saved, &host), ["avx", "CPUID 0x7.0 Ebx bit 1", "avx512f"]);
-        // More than the guest knows of does no harm.
+        // Features that the guest does not know do no harm.
         assert!(missing(&host, &saved).is_empty());
     }
 

@@ -200,7 +200,7 @@ global_asm!(
     "  call 85f",
     "  call 88f",
     "  jmp 5b",
-    // A page never written. One of 256 of them is looked at each beat.
+    // A page never written. One of 256 of them is checked in each beat.
     "50:",
     "  mov ecx, eax",
     "  shr ecx, 8",

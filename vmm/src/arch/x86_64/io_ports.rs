@@ -15,14 +15,14 @@ use crate::devices::NO_DEVICE;
 use crate::serial::SerialPort;
 use crate::state::Uart;
 
-/// A guest that asks for a snapshot of itself writes a byte to this port. From Linux's user space:
-/// `printf x | dd of=/dev/port bs=1 seek=1664`.
+/// A guest that requests a snapshot of itself writes a byte to this port. From Linux's user space: `printf x | dd
+/// of=/dev/port bs=1 seek=1664`.
 pub const SNAPSHOT_TRIGGER_PORT: u16 = 0x680;
 
 /// Data and command/status ports of the i8042 keyboard controller.
 const I8042_DATA_PORT: u16 = 0x60;
 const I8042_COMMAND_PORT: u16 = 0x64;
-/// Pulse the CPU's reset line: how PC software asks for a reset.
+/// Pulse the CPU's reset line: PC software requests a reset in this way.
 const I8042_RESET_CPU: u8 = 0xfe;
 
 /// Everything that the guest reaches by port I/O.
@@ -40,7 +40,7 @@ impl IoPorts {
         IoPorts { com1: SerialPort::new(vm), rtc: Rtc::default(), console, snapshot_trigger }
     }
 
-    /// The devices as they were when the guest was saved.
+    /// The devices in their saved state.
     pub(crate) fn restore(
         vm: Arc<VmFd>,
         com1: &Uart,

@@ -1,7 +1,7 @@
 //! Everything that is specific to x86-64: see [`crate::arch`] for what the rest of the crate uses.
 //!
 //! - `vcpu`, `vcpu_state`, `msrs`: creating a vCPU, and saving and restoring its state.
-//! - `cpuid`, `cpu_features`, `host_cpu`: what the guest's CPUID instruction says, and what the host's says.
+//! - `cpuid`, `cpu_features`, `host_cpu`: the result of the CPUID instruction in the guest and on the host.
 //! - `irqchip`: interrupt controllers, PIT and kvm-clock.
 //! - `paravirt`: the guest memory that a vCPU shares with KVM.
 //! - `io_ports`, `rtc`: the devices at I/O ports.

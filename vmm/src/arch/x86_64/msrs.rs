@@ -9,8 +9,8 @@ use crate::frozen::Frozen;
 
 const MSR_IA32_TSC: u32 = 0x10;
 const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
-/// IA32_MTRR_DEF_TYPE, as firmware leaves it: memory is cached (type 6) unless a range says otherwise.
-/// When MTRRs are off, Linux does not use page attributes either.
+/// IA32_MTRR_DEF_TYPE, as firmware leaves it: memory is cached (type 6) except in ranges with another type. When MTRRs
+/// are off, Linux does not use page attributes either.
 pub(super) const MTRRS_ON: Frozen<kvm_msr_entry> =
     Frozen(kvm_msr_entry { index: 0x2ff, reserved: 0, data: 1 << 11 | 6 });
 
@@ -39,8 +39,8 @@ pub(super) fn read(kvm: &Kvm, fd: &VcpuFd) -> Result<Vec<Frozen<kvm_msr_entry>>,
     Ok(entries)
 }
 
-/// The MSRs with the time stamp counter as it is after a sleep. The deadline stays: if it has passed, its
-/// interrupt comes immediately.
+/// The MSRs with the time stamp counter after a sleep. The deadline stays: if it has passed, its interrupt comes
+/// immediately.
 pub(super) fn advance_tsc(
     msrs: &[Frozen<kvm_msr_entry>],
     slept_ns: u64,

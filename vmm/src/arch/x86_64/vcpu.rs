@@ -51,8 +51,8 @@ impl Vcpu {
         Ok(Vcpu { fd, exits: Arc::default(), cpuid })
     }
 
-    /// Tells the guest that it has not run for a while, by a flag in its kvm-clock. Its kernel reads the flag
-    /// before it reports a lockup of its own, and clears it.
+    /// Notifies the guest that it has not run for a while, by a flag in its kvm-clock. Its kernel reads the flag before
+    /// it reports a lockup, and clears it.
     pub(crate) fn notify_of_pause(&self) {
         // The only error is EINVAL, for a guest that has no kvm-clock.
         let _ = self.fd.kvmclock_ctrl();

@@ -1,7 +1,7 @@
 //! The state of a vCPU: what it is, how it is saved, and how it is restored.
 //!
-//! The order of the calls is part of the state's meaning; each step says what it depends on.
-//! KVM API documentation; `arch/x86/kvm/x86.c`.
+//! The order of the calls is part of the state's meaning; each step names its dependency. KVM API documentation;
+//! `arch/x86/kvm/x86.c`.
 #![allow(unsafe_code)]
 
 use std::sync::Arc;
@@ -36,8 +36,8 @@ pub struct VcpuState {
     pub regs: Frozen<kvm_regs>,
     /// Extended control registers: which features XSAVE manages.
     pub xcrs: Frozen<kvm_xcrs>,
-    /// x87, SSE and AVX state: the 4 KiB XSAVE area. A process must ask for features beyond it (AMX) with
-    /// arch_prctl before a guest can use them, and this crate does not ask.
+    /// x87, SSE and AVX state: the 4 KiB XSAVE area. A process must request features beyond it (AMX) with arch_prctl
+    /// before a guest can use them, and this crate does not.
     pub xsave: Frozen<kvm_xsave>,
     /// Debug registers.
     pub debugregs: Frozen<kvm_debugregs>,
@@ -98,7 +98,7 @@ impl VcpuState {
 }
 
 impl Vcpu {
-    /// A vCPU as it was when `state` was saved. Its time stamp counter is `slept_ns` later.
+    /// A vCPU with the saved `state`. Its time stamp counter is `slept_ns` later.
     pub(crate) fn restore(
         vm: &VmFd,
         index: u8,
@@ -123,8 +123,8 @@ impl Vcpu {
         fd.set_regs(&state.regs.0).call("KVM_SET_REGS")?;
         // XCR0 before the XSAVE area: it decides which features KVM reads from the area.
         fd.set_xcrs(&state.xcrs.0).call("KVM_SET_XCRS")?;
-        // SAFETY: KVM reads more than the 4 KiB of the structure only when the process has asked for
-        // features beyond them with arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM), which this crate does not.
+        // SAFETY: KVM reads more than the 4 KiB of the structure only when the process has requested features beyond
+        // them with arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM), which this crate does not.
         unsafe { fd.set_xsave(&state.xsave.0) }.call("KVM_SET_XSAVE")?;
         fd.set_debug_regs(&state.debugregs.0).call("KVM_SET_DEBUGREGS")?;
         // After sregs (see there), before the MSRs: KVM drops the deadline timer's MSR unless the

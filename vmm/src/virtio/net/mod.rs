@@ -30,7 +30,7 @@ const TO_GUEST: usize = 0;
 const FROM_GUEST: usize = 1;
 /// `struct virtio_net_hdr_v1`.
 const HEADER_BYTES: usize = 12;
-/// The header of a frame that is whole: all zero but `num_buffers`.
+/// The header of a complete frame: all zero except `num_buffers`.
 const HEADER: [u8; HEADER_BYTES] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
 /// An Ethernet header.
 const FRAME_MIN_BYTES: usize = 14;
@@ -78,7 +78,7 @@ impl Net {
         let memory = rings.memory;
         let front = request.writable.split_front(HEADER_BYTES);
         let Some(front) = front.filter(|_| request.readable.len() == 0) else {
-            return Err(Fault::Driver("a buffer for frames that is none"));
+            return Err(Fault::Driver("a buffer for frames that the device cannot write"));
         };
         let room = request.writable.len().min(FRAME_MAX_BYTES);
         if room < FRAME_MIN_BYTES {
@@ -86,7 +86,7 @@ impl Net {
         }
         let buffers = request.writable.split_front(room).unwrap_or_default();
         let fd = self.tap.file.as_fd();
-        // What is longer than the buffer is cut off by the tap; the guest finds that out.
+        // The tap truncates a frame that is longer than the buffer; the guest detects that.
         match memory.transfer(fd, None, buffers.segments(), Direction::ToGuest)? {
             Ok(len @ 1..) => {
                 front.write(memory, &HEADER)?;

@@ -31,7 +31,7 @@ pub enum TapError {
     },
     /// The tap does not exist. Opening it would create a tap without a configuration.
     #[error(
-        "there is no interface {name}: make it first, for example with `ip tuntap add {name} mode tap`"
+        "there is no interface {name}: create it first, for example with `ip tuntap add {name} mode tap`"
     )]
     Missing {
         /// The name.
@@ -40,18 +40,18 @@ pub enum TapError {
     /// A system call failed.
     #[error("cannot {what} the tap {name}")]
     Io {
-        /// What was tried.
+        /// The operation.
         what: &'static str,
         /// The name.
         name: String,
-        /// What the system said.
+        /// The error of the system.
         #[source]
         source: io::Error,
     },
 }
 
 impl Tap {
-    /// Opens the tap that has this name. It must be there.
+    /// Opens the tap that has this name. It must exist.
     ///
     /// # Errors
     /// [`TapError`], also where it is in use (EBUSY), no tap (EINVAL), or another user's (EPERM).
@@ -83,16 +83,15 @@ impl Tap {
         if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) } != 0 {
             return Err(failed("attach to")(io::Error::last_os_error()));
         }
-        // A tap that lives on its own may have offloads from another program: none but whole frames with
-        // their checksums.
-        // SAFETY: TUNSETOFFLOAD takes a number.
+        // A persistent tap may have offloads that another program has set. Switched off, all frames are whole and have
+        // their checksums. SAFETY: TUNSETOFFLOAD takes a number.
         if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD, 0) } != 0 {
             return Err(failed("switch off offloads of")(io::Error::last_os_error()));
         }
         Ok(Tap { file, name: name.into() })
     }
 
-    /// Something that is like a tap, a frame for each read or write, and its other end.
+    /// A replacement for a tap, with a frame for each read or write, and its other end.
     #[cfg(any(test, fuzzing))]
     #[allow(clippy::unwrap_used, reason = "for tests and fuzzing only")]
     pub(in crate::virtio) fn stand_in() -> (Tap, std::os::unix::net::UnixDatagram) {

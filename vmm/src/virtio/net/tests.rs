@@ -67,14 +67,14 @@ fn frames_go_both_ways() {
     driver.offer_in(0, 1, &[(RECEIVED, 12, WRITE), (RECEIVED + 12, 1600, WRITE)]);
     assert_eq!(driver.wait_used_in(0, 2), (1, 1526));
     assert_eq!(bytes(&driver, RECEIVED + 12, 1514), [2; 1514]);
-    // And a buffer before there is a frame.
+    // Then a buffer before there is a frame.
     driver.offer_in(0, 0, &[(RECEIVED, 1526, WRITE)]);
     host.send(&[3; 14]).unwrap();
     assert_eq!(driver.wait_used_in(0, 3), (0, 26));
 }
 
 #[test]
-fn what_is_no_frame_is_dropped() {
+fn invalid_frames_are_dropped() {
     let (mut driver, host) = net();
     send(&mut driver, &[0; 12], &[7; 13]);
     // More than any frame has: in two buffers of one chain that overlap.
@@ -123,7 +123,7 @@ fn hostile_buffers_break_only_the_device() {
 }
 
 #[test]
-fn a_restored_guest_gets_the_frames_that_come_then() {
+fn a_restored_guest_gets_new_frames() {
     let (mut driver, host) = net();
     driver.offer_in(0, 0, &[(RECEIVED, 1526, WRITE)]);
     driver.device.pause();
@@ -160,7 +160,7 @@ fn addresses_are_of_one_interface() {
 }
 
 #[test]
-fn taps_that_cannot_be_are_named() {
+fn impossible_taps_are_named() {
     for name in ["", "a-name-too-long-", "tap/0", "tap 0", "tap%d"] {
         assert!(matches!(Tap::open(name), Err(TapError::Name { .. })), "{name}");
     }

@@ -58,7 +58,7 @@ fn bytes(driver: &Driver, gpa: u64, len: usize) -> Vec<u8> {
 }
 
 #[test]
-fn registers_say_what_the_device_is() {
+fn registers_describe_the_device() {
     let image = image();
     let mut driver = block(image.path(), false);
     assert_eq!(driver.get(0x00), u32::from_le_bytes(*b"virt"));
@@ -104,7 +104,7 @@ fn a_driver_that_skips_a_step_gets_no_device() {
     driver.set(STATUS, 3 | 8 | 4);
     assert_eq!(driver.get(STATUS), 15, "features are fixed by FEATURES_OK");
     driver.set(STATUS, 1);
-    assert_eq!(driver.get(STATUS), 15, "bits are not taken back but by a reset");
+    assert_eq!(driver.get(STATUS), 15, "only a reset clears bits");
 }
 
 #[test]
@@ -143,7 +143,7 @@ fn framing_is_the_drivers_choice() {
 }
 
 #[test]
-fn requests_that_cannot_be_done_are_errors_of_the_request() {
+fn impossible_requests_fail() {
     let image = image();
     let mut driver = block(image.path(), true);
     let mut status = |kind, sector, data| request(&mut driver, kind, sector, data).0;
@@ -238,7 +238,7 @@ fn hostile_chains_break_only_the_device() {
 }
 
 #[test]
-fn queues_that_cannot_be_are_refused() {
+fn impossible_queues_are_refused() {
     let image = image();
     let mut driver = block(image.path(), true);
     for (name, size, descriptors, available, used) in [
@@ -265,7 +265,7 @@ fn queues_that_cannot_be_are_refused() {
 
 /// A page that the host cannot supply: an access raises SIGBUS.
 #[test]
-fn an_unreadable_page_stops_the_guest_wherever_the_device_meets_it() {
+fn an_unreadable_page_stops_the_guest_at_any_access_of_a_device() {
     let broken = BROKEN_GPA;
     type Chain = [(u64, u32, u16); 3];
     let cases: [(&str, Chain); 4] = [
@@ -309,7 +309,7 @@ fn unreadable_data_is_never_written_to_a_disk_as_zeros() {
 }
 
 #[test]
-fn what_waits_in_a_queue_is_served_after_a_restore() {
+fn queued_requests_are_served_after_a_restore() {
     let image = image();
     let mut driver = block(image.path(), false);
     assert_eq!(request(&mut driver, 0, 0, (DATA, 512, WRITE)), (0, 513));
@@ -386,7 +386,7 @@ fn a_disk_that_changed_is_refused_unless_forced() {
     assert!(refused.to_string().contains("CRC-32"), "{refused}");
     copy.as_file().set_times(times.set_modified(std::time::UNIX_EPOCH)).unwrap();
     let refused = Disk::open_saved(&saved, Some(copy.path()), false).unwrap_err();
-    assert!(refused.to_string().contains("time of change"), "{refused}");
+    assert!(refused.to_string().contains("change time"), "{refused}");
     Disk::open_saved(&saved, Some(copy.path()), true).expect("forced");
 
     copy.as_file().set_len(512).unwrap();
@@ -398,7 +398,7 @@ fn a_disk_that_changed_is_refused_unless_forced() {
 }
 
 #[test]
-fn files_that_are_no_disks_are_refused() {
+fn files_that_are_not_disks_are_refused() {
     let file = tempfile::NamedTempFile::new().unwrap();
     assert!(matches!(Disk::open(file.path(), true), Err(DiskError::Size { len: 0, .. })));
     file.as_file().set_len(513).unwrap();
@@ -425,13 +425,13 @@ fn whole_disk(driver: &mut Driver) -> Vec<u8> {
 }
 
 #[test]
-fn an_overlay_takes_the_writes_and_goes_with_the_guest() {
+fn an_overlay_takes_the_writes_and_ends_with_the_guest() {
     let image = image();
     let before = std::fs::read(image.path()).unwrap();
     let folder = tempfile::tempdir().unwrap();
     for place in [OverlayPlace::Memory, OverlayPlace::Folder(folder.path().into())] {
         let mut driver = block_below(image.path(), &place);
-        // Another guest has it too, and one that wants to write it is refused.
+        // Another guest uses it too, and one that would write it is refused.
         let mut twin = block_below(image.path(), &place);
         assert!(matches!(Disk::open(image.path(), false), Err(DiskError::InUse { .. })));
         let mut expected = before.clone();
@@ -447,11 +447,11 @@ fn an_overlay_takes_the_writes_and_goes_with_the_guest() {
         }
         set_header(&driver, 4, 0);
         assert_eq!(driver.run(&[(HEADER, 16, 0), (RESULT, 1, WRITE)]), 1);
-        assert_eq!(whole_disk(&mut twin), before, "a twin's writes are seen");
+        assert_eq!(whole_disk(&mut twin), before, "a twin's writes are visible");
         assert_eq!(std::fs::read(image.path()).unwrap(), before);
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 
-        // Stored, and brought back, with the image where it was or a copy.
+        // Saved and restored, with the image at its path or a copy.
         driver.device.pause();
         let saved = VirtioState::decode(&driver.device.state()).unwrap();
         let content = driver.device.content().unwrap().unwrap();
@@ -485,7 +485,7 @@ fn an_overlay_takes_the_writes_and_goes_with_the_guest() {
 }
 
 #[test]
-fn entropy_fills_what_it_is_given() {
+fn entropy_fills_the_given_buffers() {
     let event_loop = EventLoop::start().unwrap();
     let device = VirtioDevice::create(&event_loop, Host::Entropy).unwrap();
     let mut driver = Driver::attach(device, memory());
@@ -502,8 +502,7 @@ fn entropy_fills_what_it_is_given() {
     assert_eq!(stop, Stop::MemoryError { gpa: Some(BROKEN_GPA), host_addr: None });
 }
 
-/// A fresh guest's memory is a file that is shared, a restored one's is private: each gives its pages back in its
-/// own way.
+/// A fresh guest's memory is a shared file, a restored one's is private. Each gives its pages back differently.
 #[test]
 fn reported_pages_are_given_back() {
     const FREE: u64 = 0x4_0000;
@@ -533,7 +532,7 @@ fn reported_pages_are_given_back() {
 }
 
 #[test]
-fn a_balloon_takes_pages_and_says_how_many() {
+fn a_balloon_takes_pages_and_reports_their_number() {
     let event_loop = EventLoop::start().unwrap();
     let host = Host::Balloon(super::BalloonState::default());
     let mut driver = Driver::attach(VirtioDevice::create(&event_loop, host).unwrap(), memory());

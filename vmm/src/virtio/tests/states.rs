@@ -44,7 +44,7 @@ fn impossible_states_are_refused() {
     VirtioState::decode(&crate::state::DeviceState { version: 2, ..state }).unwrap_err();
 }
 
-/// The encodings of version 1, as they were when they were released. They may not change.
+/// The released encodings of version 1. They may not change.
 #[test]
 fn the_encodings_are_frozen() {
     for (name, device) in golden_devices() {
@@ -56,7 +56,7 @@ fn the_encodings_are_frozen() {
     }
 }
 
-/// For a new kind of device: `cargo test -p snapvm-vmm --lib write_golden -- --ignored`. What is there stays as it is.
+/// For a new kind of device: `cargo test -p snapvm-vmm --lib write_golden -- --ignored`. Existing files stay.
 #[test]
 #[ignore = "writes the golden files that are missing"]
 fn write_golden_states() {

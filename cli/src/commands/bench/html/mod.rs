@@ -1,4 +1,4 @@
-//! The figures as one page that needs nothing else: plots as inline SVG, no scripts, no network.
+//! The figures as one self-contained page: plots as inline SVG, no scripts, no network.
 
 mod escape;
 mod plot;
@@ -15,24 +15,24 @@ use super::table::RATIOS;
 use crate::size;
 use crate::usage::Sample;
 
-/// What the page says besides the figures.
-pub(super) struct Words<'a> {
+/// The texts of the page besides the figures.
+pub(super) struct Texts<'a> {
     pub(super) name: &'a str,
-    /// What was measured, and on what.
+    /// What was measured, and on which host.
     pub(super) subject: &'a str,
     pub(super) host: &'a str,
-    /// That the modes agree, if they do.
+    /// A sentence that the modes agree, if they do.
     pub(super) footer: &'a str,
 }
 
-/// What was measured where a guest touches this share of its memory, in percent.
+/// The results for a guest that touches this share of its memory, in percent.
 pub(super) struct Point {
     pub(super) percent: u8,
     pub(super) all: Vec<Measured>,
     pub(super) ratios: Ratios,
 }
 
-pub(super) fn page(words: &Words<'_>, all: &[Measured], ratios: &Ratios) -> Result<String> {
+pub(super) fn page(texts: &Texts<'_>, all: &[Measured], ratios: &Ratios) -> Result<String> {
     let figures = [
         until_done(all)?,
         memory_over_time(all)?,
@@ -40,11 +40,11 @@ pub(super) fn page(words: &Words<'_>, all: &[Measured], ratios: &Ratios) -> Resu
         latencies(all)?.unwrap_or_default(),
         table(all, ratios),
     ];
-    Ok(framed(words, &figures.concat()))
+    Ok(framed(texts, &figures.concat()))
 }
 
 /// A page of several shares: the time until the work is done against them, and the figures of each.
-pub(super) fn sweep_page(words: &Words<'_>, points: &[Point]) -> Result<String> {
+pub(super) fn sweep_page(texts: &Texts<'_>, points: &[Point]) -> Result<String> {
     let mut content = over_shares(points)?;
     for Point { percent, all, ratios } in points {
         let _ = write!(
@@ -54,11 +54,11 @@ pub(super) fn sweep_page(words: &Words<'_>, points: &[Point]) -> Result<String> 
             table(all, ratios)
         );
     }
-    Ok(framed(words, &content))
+    Ok(framed(texts, &content))
 }
 
-fn framed(words: &Words<'_>, content: &str) -> String {
-    let Words { name, subject, host, footer } = words;
+fn framed(texts: &Texts<'_>, content: &str) -> String {
+    let Texts { name, subject, host, footer } = texts;
     let title = format!("snap bench: {name}");
     let mut html = format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
@@ -75,7 +75,7 @@ fn framed(words: &Words<'_>, content: &str) -> String {
     let footer = escape(footer.trim());
     let _ = write!(
         html,
-        "<section><p>{footer} What each figure is, and how it is measured: docs/benchmarks.md of the project.</p>\
+        "<section><p>{footer} docs/benchmarks.md of the project defines each figure and describes how it is measured.</p>\
          <p class=\"soft\">Made by snap {}.</p></section>\n</main>\n</body>\n</html>\n",
         env!("CARGO_PKG_VERSION")
     );
@@ -201,7 +201,7 @@ fn over_time(
     )
 }
 
-/// How long the pager took for a fault, of the modes that have one.
+/// The durations of the pager's faults, for the modes that have a pager.
 fn latencies(all: &[Measured]) -> Result<Option<String>> {
     let shown: Vec<_> = all
         .iter()
@@ -237,7 +237,7 @@ fn latencies(all: &[Measured]) -> Result<Option<String>> {
     )?;
     let modes: Vec<_> = shown.iter().map(|(mode, _)| *mode).collect();
     let caption = "Of the faults that the pager has served in the measured runs: the share in each step. Each step ends at 1.4 times \
-                   its beginning. What the kernel serves by itself (mmap, pages that are there) is not among them.";
+                   its beginning. Faults that the kernel serves itself (mmap, present pages) are not included.";
     Ok(Some(figure("How long a fault took", caption, &modes, &svg)))
 }
 

@@ -21,7 +21,7 @@ pub enum KernelError {
     /// The headers contradict the file or each other.
     #[error("damaged: {what}")]
     Damaged {
-        /// What does not fit.
+        /// The contradiction.
         what: &'static str,
     },
     /// It needs addresses that this guest does not have.
@@ -31,13 +31,13 @@ pub enum KernelError {
     MemoryTooSmall {
         /// End of the memory that it needs.
         needed: u64,
-        /// End of the memory there is.
+        /// End of the guest's memory.
         found: u64,
     },
     /// It is loaded into the first megabyte, which belongs to the boot structures.
     #[error("loads at {gpa:#x}, expected at 1 MiB or above")]
     TooLow {
-        /// Where it wants to be loaded.
+        /// Its load address.
         gpa: u64,
     },
     /// Reading failed.

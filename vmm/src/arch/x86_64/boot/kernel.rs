@@ -1,4 +1,4 @@
-//! The kernel file. Its headers are checked first, so that an error says what is wrong; then it is loaded.
+//! The kernel file. Its headers are checked first, so that errors are specific; then it is loaded.
 //!
 //! ELF: `Documentation/arch/x86/boot.rst`, "64-bit Boot Protocol", and `pvh.rst`; bzImage: boot.rst,
 //! "The Real-Mode Kernel Header". Offsets below are those of the documents.
