@@ -84,13 +84,13 @@ mod layout;
 mod mapping;
 mod pagemap;
 mod pager;
+mod pager_state;
 mod recording;
 mod region;
 #[cfg(feature = "serve")]
 mod remote;
 mod report;
 mod sched;
-mod shared_state;
 mod source;
 mod start;
 mod stats;

@@ -13,15 +13,15 @@ use crate::builder::PagerBuilder;
 use crate::failure::Failure;
 use crate::fault::slice::Slice;
 use crate::install::page_state::PageState;
+use crate::pager_state::PagerState;
 use crate::recording::Recording;
-use crate::shared_state::Shared;
 use crate::source::page_source::PageSource;
 use crate::stats::{RegionStats, Stats};
 
 /// A running pager. The documentation of the crate has an example.
 #[derive(Debug)]
 pub struct Pager {
-    pub(crate) shared: Arc<Shared>,
+    pub(crate) shared: Arc<PagerState>,
     pub(crate) threads: Vec<JoinHandle<()>>,
     /// The thread of the prefetch.
     pub(crate) workers: Vec<JoinHandle<()>>,
@@ -66,7 +66,7 @@ impl Pager {
     /// is soon out of date. After the population is [`Population::Complete`], it is the whole source, because the pager
     /// does not see any more which pages are touched.
     pub fn touched(&self) -> Vec<Range<u64>> {
-        let Shared { layout, states, slices, .. } = &*self.shared;
+        let PagerState { layout, states, slices, .. } = &*self.shared;
         // A page is usable a moment before its state says so, while the slice lock is held. After each lock was taken
         // once, the states of all pages that were usable before are set.
         slices.iter().for_each(|slice| drop(slice.lock.for_background()));
@@ -120,7 +120,7 @@ impl Pager {
     }
 
     #[cfg(test)]
-    pub(crate) fn shared(&self) -> &Shared {
+    pub(crate) fn shared(&self) -> &PagerState {
         &self.shared
     }
 

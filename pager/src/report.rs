@@ -3,10 +3,10 @@
 use crate::fault::latency::Distributions;
 use crate::install::page_state::PageState;
 use crate::layout::Extent;
-use crate::shared_state::Shared;
+use crate::pager_state::PagerState;
 use crate::stats::{PageCounts, RegionStats, Stats};
 
-impl Shared {
+impl PagerState {
     pub(crate) fn stats(&self) -> Stats {
         let mut stats = Stats { page_bytes: self.layout.page_bytes(), ..Stats::default() };
         let mut all = Distributions::new();

@@ -27,11 +27,11 @@ use crate::install::records::{self, Records};
 use crate::install::register;
 use crate::layout::Layout;
 use crate::pager::Pager;
+use crate::pager_state::PagerState;
 use crate::region::{PAGE_BYTES, Region};
 use crate::sched::cpus::{self, Cpus};
 use crate::sched::placement::{Follower, Placement};
 use crate::sched::watchdog::Watchdog;
-use crate::shared_state::Shared;
 use crate::source::load::PageReader;
 use crate::source::page_source::PageSource;
 use crate::source::retry::RetryPolicy;
@@ -87,7 +87,7 @@ impl PagerBuilder {
             elsewhere,
         };
         let loading = LoadingPages::none(pages).map_err(system("memory for marks of pages"))?;
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(PagerState {
             loading,
             population: Progress::new(options, layout.slices()),
             prefetch: PrefetchProgress::new(prefetch.is_some()),

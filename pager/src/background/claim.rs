@@ -4,19 +4,19 @@ use std::cell::{Cell, RefCell};
 
 use crate::background::loading::BY_BACKGROUND;
 use crate::install::page_state::PageState;
-use crate::shared_state::Shared;
+use crate::pager_state::PagerState;
 use crate::source::sequence::Wanted;
 
 /// The pages that a background thread is loading. They are marked from before the read until after the install.
 pub(crate) struct Claim<'a> {
-    shared: &'a Shared,
+    shared: &'a PagerState,
     pages: RefCell<Vec<u64>>,
     /// Pages were left out, because another thread is loading one of them.
     conflict: Cell<bool>,
 }
 
 impl<'a> Claim<'a> {
-    pub(crate) fn new(shared: &'a Shared) -> Claim<'a> {
+    pub(crate) fn new(shared: &'a PagerState) -> Claim<'a> {
         Claim { shared, pages: RefCell::new(Vec::with_capacity(64)), conflict: Cell::new(false) }
     }
 

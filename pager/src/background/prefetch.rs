@@ -17,8 +17,8 @@ use crate::background::prefetch_progress::Prefetch;
 use crate::fault::resolver::{ResolveError, Resolver};
 use crate::install::kernel::{Fill, Target};
 use crate::install::reason::InstallReason;
+use crate::pager_state::PagerState;
 use crate::sched::avoid_demand_cpus::AvoidDemandCpus;
-use crate::shared_state::Shared;
 use crate::source::load::Load;
 use crate::source::page_source::PageSource;
 use crate::source::sequence::Wanted;
@@ -35,7 +35,7 @@ const LEAD_PAGES: usize = 64;
 
 /// The thread that prefetches.
 pub(crate) struct Prefetcher {
-    pub(crate) shared: Arc<Shared>,
+    pub(crate) shared: Arc<PagerState>,
     pub(crate) source: Arc<dyn PageSource>,
     pub(crate) list: PageList,
     pub(crate) ready: Option<Ready>,
@@ -126,7 +126,7 @@ impl Prefetcher {
 }
 
 /// Fills the missing pages of a zero range.
-fn fill_zero(shared: &Shared, range: Range<u64>) -> Result<(), Ended> {
+fn fill_zero(shared: &PagerState, range: Range<u64>) -> Result<(), Ended> {
     let page_bytes = shared.layout.page_bytes();
     let mut offset = range.start.next_multiple_of(page_bytes);
     while offset < range.end {

@@ -17,8 +17,8 @@ use crate::fault::latency::FaultTimes;
 use crate::fault::resolver::{ResolveError, Resolver};
 use crate::install::page_state::PageState;
 use crate::layout::Place;
+use crate::pager_state::PagerState;
 use crate::sched::placement::Follower;
-use crate::shared_state::Shared;
 use crate::source::error::SourceErrorKind;
 use crate::source::load::PageReader;
 use crate::source::panicked::Panicked;
@@ -28,7 +28,7 @@ use crate::uffd::Wait;
 
 /// The state of a demand thread.
 pub(crate) struct Handler {
-    pub(crate) shared: Arc<Shared>,
+    pub(crate) shared: Arc<PagerState>,
     pub(crate) slice: usize,
     pub(crate) reader: Box<dyn PageReader>,
     pub(crate) retry: RetryPolicy,

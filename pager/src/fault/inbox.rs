@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::time::Instant;
 
-use crate::shared_state::Shared;
+use crate::pager_state::PagerState;
 use crate::uffd::{Journal, Message, MessageBatch};
 
 /// A thread waits for the page at `address`. `thread_id` is 0 if it is unknown.
@@ -43,7 +43,7 @@ impl Inbox {
     ///
     /// All events of a batch are applied before any of its faults is answered. The kernel returns faults first, so that
     /// a fault may come before a REMOVE that happened earlier.
-    pub(crate) fn receive(&mut self, shared: &Shared, slice: usize) -> io::Result<usize> {
+    pub(crate) fn receive(&mut self, shared: &PagerState, slice: usize) -> io::Result<usize> {
         shared.slices[slice].filler.uffd.read(&mut self.batch)?;
         let read_at = Instant::now();
         let mut count = 0;

@@ -9,8 +9,8 @@ use crate::install::kernel::{Fill, InstallError, Target};
 use crate::install::reason::InstallReason;
 use crate::install::runs::{self, Placed, Run};
 use crate::layout::Place;
+use crate::pager_state::PagerState;
 use crate::sched::cpus::NOWHERE;
-use crate::shared_state::Shared;
 use crate::source::load::{Load, LoadedPages};
 
 /// A fault on a zero page fills the zero pages of the aligned block of this size around it.
@@ -63,7 +63,7 @@ impl Resolver {
     /// Installs what was loaded for the page at `fault`. Returns whether the fault is answered.
     pub(crate) fn install(
         &mut self,
-        shared: &Shared,
+        shared: &PagerState,
         fault: Place,
         load: Load<'_>,
         inbox: &mut Inbox,
@@ -83,7 +83,7 @@ impl Resolver {
     /// Answers a fault on a page that must not be loaded (again): with zeros, if the page is not in memory.
     pub(crate) fn fill_zero(
         &self,
-        shared: &Shared,
+        shared: &PagerState,
         fault: Place,
         inbox: &mut Inbox,
     ) -> Result<bool, ResolveError> {
@@ -94,7 +94,7 @@ impl Resolver {
     /// Makes accesses to the page fail.
     pub(crate) fn poison(
         &self,
-        shared: &Shared,
+        shared: &PagerState,
         fault: Place,
         inbox: &mut Inbox,
     ) -> Result<bool, ResolveError> {
@@ -104,7 +104,7 @@ impl Resolver {
 
     fn install_pages(
         &mut self,
-        shared: &Shared,
+        shared: &PagerState,
         fault: Place,
         loaded: LoadedPages<'_>,
         inbox: &mut Inbox,
@@ -157,7 +157,7 @@ impl Resolver {
     /// bytes and may change it; when it returns `None`, the work ends.
     pub(crate) fn install_ahead(
         &mut self,
-        shared: &Shared,
+        shared: &PagerState,
         asked: Option<Place>,
         reason: InstallReason,
         loaded: LoadedPages<'_>,
@@ -192,7 +192,7 @@ impl Resolver {
     /// Fills `runs` with what was loaded. The run with the requested page comes first.
     fn plan_runs(
         &mut self,
-        shared: &Shared,
+        shared: &PagerState,
         asked: Option<Place>,
         loaded: LoadedPages<'_>,
     ) -> Result<(), ResolveError> {
@@ -220,7 +220,7 @@ impl Resolver {
     }
 }
 
-fn one_page(shared: &Shared, fault: Place) -> Target {
+fn one_page(shared: &PagerState, fault: Place) -> Target {
     Target {
         first_page: fault.page,
         pages: 1,
@@ -231,7 +231,7 @@ fn one_page(shared: &Shared, fault: Place) -> Target {
 
 /// The pages to fill with zeros: the whole pages of `range` in the aligned block around the fault.
 fn zero_target(
-    shared: &Shared,
+    shared: &PagerState,
     fault: Place,
     range: std::ops::Range<u64>,
 ) -> Result<Target, ResolveError> {

@@ -1,7 +1,7 @@
 //! The page states and unapplied messages of a pager, in memory that another process can take over.
 
 use crate::install::page_state::{PageState, PageStates};
-use crate::shared_state::Shared;
+use crate::pager_state::PagerState;
 use crate::uffd::{Errno, Journal, Message};
 
 /// Page states and a journal in memory that outlives this process.
@@ -23,7 +23,7 @@ pub(crate) struct Records {
 ///
 /// # Errors
 /// As `UFFDIO_WAKE`.
-pub(crate) fn resume(shared: &Shared, journal: &Journal) -> Result<Option<Message>, Errno> {
+pub(crate) fn resume(shared: &PagerState, journal: &Journal) -> Result<Option<Message>, Errno> {
     let mut counts = [0; 4];
     (0..shared.layout.pages()).for_each(|page| counts[shared.states.of(page) as usize] += 1);
     for to in [PageState::Present, PageState::Removed, PageState::Poisoned] {

@@ -10,13 +10,13 @@ use crate::install::kernel::{self, Drained, Fill, InstallError, InstallObserver,
 use crate::install::page_state::PageState;
 use crate::install::reason::InstallReason;
 use crate::layout::Place;
-use crate::shared_state::Shared;
+use crate::pager_state::PagerState;
 use crate::uffd::Errno;
 
 /// The number of pages that `poison_missing` poisons each time it takes the lock.
 const POISON_PAGES: usize = 4096;
 
-impl Shared {
+impl PagerState {
     /// Installs pages of the calling thread's own slice. Returns whether the page of the fault is dealt with.
     pub(crate) fn install_own(
         &self,
@@ -130,7 +130,7 @@ impl Shared {
 
 /// Keeps the page states of one slice during an install. The slice lock is held as long as it exists.
 struct SliceObserver<'a> {
-    shared: &'a Shared,
+    shared: &'a PagerState,
     slice: usize,
     reason: InstallReason,
     /// Takes the messages that arrive during the install. `None` in a thread that does not own the slice.
@@ -141,7 +141,7 @@ struct SliceObserver<'a> {
 
 impl<'a> SliceObserver<'a> {
     fn new(
-        shared: &'a Shared,
+        shared: &'a PagerState,
         slice: usize,
         reason: InstallReason,
         inbox: Option<&'a mut Inbox>,

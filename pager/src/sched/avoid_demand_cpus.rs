@@ -2,8 +2,8 @@
 
 use std::sync::atomic::Ordering;
 
+use crate::pager_state::PagerState;
 use crate::sched::cpus::{Cpus, NOWHERE};
-use crate::shared_state::Shared;
 
 /// Keeps a background thread off the CPUs of demand threads, as long as it may use others.
 #[derive(Debug, Default)]
@@ -30,7 +30,7 @@ impl AvoidDemandCpus {
     }
 
     /// Called by the thread now and then: follows the changes of the demand threads.
-    pub(crate) fn step(&mut self, shared: &Shared) {
+    pub(crate) fn step(&mut self, shared: &PagerState) {
         let Some(allowed) = &self.allowed else { return };
         let bound = || {
             let bound = shared.slices.iter().map(|slice| slice.bound_to.load(Ordering::Relaxed));

@@ -12,10 +12,10 @@ use std::time::{Duration, Instant};
 
 use crate::fault::inbox::Fault;
 use crate::fault::slice::Slice;
+use crate::pager_state::PagerState;
 use crate::sched::cpus::{Cpus, NOWHERE};
 use crate::sched::task;
 use crate::sched::watchdog_thread::WatchdogTimer;
-use crate::shared_state::Shared;
 
 /// Where demand threads run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -122,7 +122,7 @@ impl Follower {
         &mut self,
         fault: Fault,
         now: Instant,
-        shared: &Arc<Shared>,
+        shared: &Arc<PagerState>,
         slice: usize,
     ) {
         if self.placement != Placement::Follow || fault.thread_id == 0 {

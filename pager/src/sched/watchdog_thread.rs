@@ -16,10 +16,10 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::read;
 
 use crate::fault::slice::Slice;
+use crate::pager_state::PagerState;
 use crate::sched::cpus::Cpus;
 use crate::sched::priority::{DemandPriority, FIRST_TIMEOUT, NORMAL, lock};
 use crate::sched::task;
-use crate::shared_state::Shared;
 
 const LONGEST_TIMEOUT: Duration = Duration::from_millis(8);
 /// The time to the second check of a fault that waits when the timer expires: it may have arrived just then.
@@ -42,7 +42,7 @@ impl WatchdogTimer {
     /// priority, or restarts the timer when half of it has passed. The watchdog, which this starts, may use `cpus`.
     pub(crate) fn restart(
         &mut self,
-        shared: &Arc<Shared>,
+        shared: &Arc<PagerState>,
         slice: usize,
         cpus: &Cpus,
         now: Instant,
@@ -63,7 +63,7 @@ impl WatchdogTimer {
 
 /// Starts the watchdog, if that was not done. Returns whether it is ready. Without it no priority is lowered, which
 /// costs only speed.
-fn start(shared: &Arc<Shared>, cpus: &Cpus) -> bool {
+fn start(shared: &Arc<PagerState>, cpus: &Cpus) -> bool {
     shared.watchdog.started.get_or_init(|| {
         if shared.slices.iter().all(|slice| slice.priority.create_timer()) {
             let (watched, cpus) = (Arc::clone(shared), *cpus);
@@ -85,7 +85,7 @@ struct WatchedThread {
 }
 
 /// The body of the thread.
-fn watch(shared: &Shared, cpus: &Cpus) {
+fn watch(shared: &PagerState, cpus: &Cpus) {
     // The thread inherits the affinity of the demand thread that started it.
     let _ = cpus.bind();
     // A priority that cannot be raised must not be lowered. The thread tries that on itself.

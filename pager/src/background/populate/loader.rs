@@ -18,9 +18,9 @@ use crate::fault::resolver::{ResolveError, Resolver};
 use crate::install::page_state::PageState;
 use crate::install::reason::InstallReason;
 use crate::layout::Place;
+use crate::pager_state::PagerState;
 use crate::sched::avoid_demand_cpus::AvoidDemandCpus;
 use crate::sched::priority::make_normal;
-use crate::shared_state::Shared;
 use crate::source::error::SourceErrorKind;
 use crate::source::load::{Load, LoadedPages, PageReader};
 use crate::source::panicked::Panicked;
@@ -35,7 +35,7 @@ const MAP_PAUSE: Duration = Duration::from_micros(50);
 const LEAD_PAGES: usize = 64;
 
 pub(super) struct Loader {
-    shared: Arc<Shared>,
+    shared: Arc<PagerState>,
     /// The reader for single pages, created when it is needed.
     reader: Option<Box<dyn PageReader>>,
     resolver: Resolver,
@@ -50,7 +50,7 @@ type Sequence = Box<dyn PageSequence>;
 type NextPage = u64;
 
 impl Loader {
-    pub(super) fn new(shared: Arc<Shared>) -> Loader {
+    pub(super) fn new(shared: Arc<PagerState>) -> Loader {
         let pace = Pace::of(shared.population.options.mode);
         let quiet = QuietDetector::new(&shared.population.demand);
         let (resolver, avoid) = (Resolver::new(usize::MAX), AvoidDemandCpus::default());

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::population::Populate;
 use super::progress::lock;
 use crate::background::ended::{Ended, pause, stopped};
-use crate::shared_state::Shared;
+use crate::pager_state::PagerState;
 
 /// The number of bytes installed each time the slice lock is held. A fault may wait about 20 us for that.
 const SHORTEST_STEP_BYTES: usize = 64 << 10;
@@ -45,7 +45,7 @@ impl Pace {
     }
 
     /// Called before each load. `Idle` waits until no faults come.
-    pub(super) fn before_load(&mut self, shared: &Shared) -> Result<(), Ended> {
+    pub(super) fn before_load(&mut self, shared: &PagerState) -> Result<(), Ended> {
         self.check(shared);
         while self.idle {
             if shared.demand() {
@@ -62,7 +62,7 @@ impl Pace {
 
     /// Called before each step of an install: returns how many bytes the step may have. Demand threads get the slice
     /// lock first in any case.
-    pub(super) fn step(&mut self, shared: &Shared) -> Option<usize> {
+    pub(super) fn step(&mut self, shared: &PagerState) -> Option<usize> {
         self.check(shared);
         let began = Instant::now();
         while self.idle && shared.demand() && began.elapsed() < LONGEST_YIELD {
@@ -72,7 +72,7 @@ impl Pace {
         stopped(shared).ok().map(|()| self.step_bytes)
     }
 
-    fn check(&mut self, shared: &Shared) {
+    fn check(&mut self, shared: &PagerState) {
         let faults = shared.slices.iter().map(|slice| slice.counters.faults()).sum();
         if faults == self.faults {
             self.step_bytes = (self.step_bytes * 2).min(LONGEST_STEP_BYTES);
@@ -89,7 +89,7 @@ impl Pace {
     }
 
     /// Called after each load: pauses as the rate limit and `Idle` require.
-    pub(super) fn loaded(&mut self, shared: &Shared, bytes: u64) -> Result<(), Ended> {
+    pub(super) fn loaded(&mut self, shared: &PagerState, bytes: u64) -> Result<(), Ended> {
         let progress = &shared.population;
         if let Some(rate) = progress.options.bytes_per_second {
             let cost = Duration::from_secs_f64(bytes as f64 / rate.get() as f64);

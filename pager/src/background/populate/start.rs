@@ -7,10 +7,10 @@ use std::thread;
 use super::loader::Loader;
 use super::population::Population;
 use super::progress::lock;
-use crate::shared_state::Shared;
+use crate::pager_state::PagerState;
 
 /// Called by a demand thread: threads wait so much that loading ahead has to start.
-pub(crate) fn on_demand(shared: &Arc<Shared>) {
+pub(crate) fn on_demand(shared: &Arc<PagerState>) {
     match &shared.population.options.elsewhere {
         Some(elsewhere) => elsewhere.begin(),
         // Without threads for that, only faults load pages.
@@ -22,7 +22,7 @@ pub(crate) fn on_demand(shared: &Arc<Shared>) {
 ///
 /// # Errors
 /// As pthread_create(3), if there are no loaders yet and none can be started.
-pub(crate) fn loaders(shared: &Arc<Shared>) -> std::io::Result<()> {
+pub(crate) fn loaders(shared: &Arc<PagerState>) -> std::io::Result<()> {
     let progress = &shared.population;
     let mut threads = lock(&progress.threads);
     // While the lock of the threads is held, so that none is started after `Progress::stop`.

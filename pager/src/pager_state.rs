@@ -17,7 +17,7 @@ use crate::uffd::Errno;
 
 /// The state that all threads of a pager share. Its fields drop in order: the userfaultfds before the mappings.
 #[derive(Debug)]
-pub(crate) struct Shared {
+pub(crate) struct PagerState {
     pub(crate) slices: Vec<Slice>,
     pub(crate) layout: Layout,
     pub(crate) states: PageStates,
@@ -32,7 +32,7 @@ pub(crate) struct Shared {
     pub(crate) _regions: Vec<Region>,
 }
 
-impl Shared {
+impl PagerState {
     /// Whether background threads load pages now.
     pub(crate) fn background(&self) -> bool {
         self.population.is_active() || self.prefetch.is_running()
@@ -80,7 +80,7 @@ impl Shared {
     }
 }
 
-impl Drop for Shared {
+impl Drop for PagerState {
     fn drop(&mut self) {
         if !self._regions.iter().any(Region::is_foreign) {
             (0..self.layout.slices()).for_each(|slice| {
