@@ -1,6 +1,7 @@
-//! The guest's output on stdout: it waits for the reader, but not while the guest is to be paused. A reader may stop
-//! reading for any time: a pager, a terminal after Ctrl-S. The guest waits for it in the middle of an instruction, and
-//! could not be paused, snapshotted or interrupted.
+//! The guest's output on stdout: it waits for the reader, but not while the guest is to be paused.
+//!
+//! A reader may stop reading for any time: a pager, a terminal after Ctrl-S. The guest waits for it in the middle of an
+//! instruction, and could not be paused, snapshotted or interrupted.
 
 use std::io::{self, ErrorKind, Stdout, Write};
 use std::os::fd::OwnedFd;

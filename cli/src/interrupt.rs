@@ -1,5 +1,6 @@
-//! Ctrl-C, SIGTERM, SIGHUP: the first requests a clean end, the second ends the process immediately. One thread handles
-//! them, and the waits of the command: see [`waits`].
+//! Ctrl-C, SIGTERM, SIGHUP: the first requests a clean end, the second ends the process immediately.
+//!
+//! One thread handles them, and the waits of the command: see [`waits`].
 
 use std::io::{self, PipeWriter};
 use std::os::fd::OwnedFd;
@@ -44,9 +45,11 @@ struct Serving {
 }
 
 /// Signals that would end or stop the process during a system call that otherwise returns an error: a write beyond the
-/// limit of a file's size (EFBIG), and the use of a terminal that belongs to another job (EIO). They are blocked, which
-/// has the same effect as ignoring them. A child process inherits this: only `bench` starts one, another `snap`.
-const UNHEARD: [i32; 3] = [SIGXFSZ, SIGTTIN, SIGTTOU];
+/// limit of a file's size (EFBIG), and the use of a terminal that belongs to another job (EIO).
+///
+/// They are blocked, which has the same effect as ignoring them. A child process inherits this: only `bench` starts
+/// one, another `snap`.
+const BLOCKED: [i32; 3] = [SIGXFSZ, SIGTTIN, SIGTTOU];
 
 /// Whether this process ignores a signal, for example SIGHUP under `nohup`.
 fn is_ignored(signal: i32) -> io::Result<bool> {
@@ -80,7 +83,7 @@ impl Interrupt {
         }
         // Only one thread handles them. A signal to a thread that reads from a slow disk would be handled only after
         // the read.
-        block(&UNHEARD)?;
+        block(&BLOCKED)?;
         block(&handled)?;
         let taken = || {
             let (read, write) = UnixStream::pair()?;

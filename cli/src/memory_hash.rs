@@ -11,8 +11,9 @@ use crate::waits::Wait;
 const BLOCK_BYTES: usize = 256 << 10;
 const ZERO_PAGE: &[u8] = &[0; PAGE_BYTES];
 
-/// SHA-256 over the number and the bytes of every page that is not zero, in source order. It loads the pages that a
-/// lazy restore has not loaded.
+/// SHA-256 over the number and the bytes of every page that is not zero, in source order.
+///
+/// It loads the pages that a lazy restore has not loaded.
 pub(crate) fn sha256(memory: &VmMemory) -> Result<String> {
     let arriving = memory.reader();
     let mut hasher = Sha256::new();

@@ -1,5 +1,7 @@
-//! Stdin and stdout as files with the name `-`: raw bytes, and waits that Ctrl-C ends. A thread reads or writes while
-//! the other one works. The program at the other end may delay it for any time: see [`waits`](crate::waits).
+//! Stdin and stdout as files with the name `-`: raw bytes, and waits that Ctrl-C ends.
+//!
+//! A thread reads or writes while the other one works. The program at the other end may delay it for any time: see
+//! [`waits`](crate::waits).
 
 use std::fs::File;
 use std::io::{self, ErrorKind, IsTerminal, Read, Seek, Write};

@@ -1,8 +1,9 @@
-//! The waits of a command: reported on stderr after a second, and ended when the user interrupts. A thread that may
-//! have to wait for something else (another program, a slow disk, a lock) begins a [`Wait`] before. That costs no
-//! system call. The thread that handles signals checks all waits when one of them has lasted for a second, and when the
-//! user interrupts. So a wait in the middle of a system call that no signal ends is reported, and ended, like any
-//! other.
+//! The waits of a command: reported on stderr after a second, and ended when the user interrupts.
+//!
+//! A thread that may have to wait for something else (another program, a slow disk, a lock) begins a [`Wait`] before.
+//! That costs no system call. The thread that handles signals checks all waits when one of them has lasted for a
+//! second, and when the user interrupts. So a wait in the middle of a system call that no signal ends is reported, and
+//! ended, like any other.
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;

@@ -54,8 +54,10 @@ impl<R: ReadAt> Snapshot<R> {
     }
 
     /// Releases what [`Snapshot::load`] has read into the page cache: the chunks of files of which nothing was cached
-    /// before. Their index stays cached, so that all of a file that is loaded again soon stays cached. The loaded
-    /// memory does not need this call, which may follow when the memory is already in use. It takes 30 us for each MiB.
+    /// before. Their index stays cached, so that all of a file that is loaded again soon stays cached.
+    ///
+    /// The loaded memory does not need this call, which may follow when the memory is already in use. It takes 30 us
+    /// for each MiB.
     pub fn release(&self, loaded: &Loaded) {
         for number in &loaded.unneeded {
             if let Some(layer) = self.layers.get(usize::from(*number)) {

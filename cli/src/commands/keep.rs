@@ -15,10 +15,11 @@ use crate::exit::Interrupted;
 use crate::session::Session;
 use crate::stderr::say;
 
-/// Keep guests alive whose page server dies, until another one takes them over. `snap serve --keep SOCKET` sends this
-/// process duplicates of the descriptors of its guests. When a server dies for any reason, its guests wait at their
-/// next missing page. The next `snap serve --keep SOCKET` of the same snapshot takes them over, and they do not notice.
-/// Ctrl-C: ends, and kills the guests that have no server.
+/// Keep guests alive whose page server dies, until another one takes them over.
+///
+/// `snap serve --keep SOCKET` sends this process duplicates of the descriptors of its guests. When a server dies for
+/// any reason, its guests wait at their next missing page. The next `snap serve --keep SOCKET` of the same snapshot
+/// takes them over, and they do not notice. Ctrl-C: ends, and kills the guests that have no server.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:

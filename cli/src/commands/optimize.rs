@@ -17,10 +17,11 @@ use crate::size;
 use crate::stdout::print_line;
 use crate::storage::Storage;
 
-/// Write a copy of a snapshot with the pages of its working set at the front. They are stored together in the order in
-/// which the guest touches them, in a fast codec, so that a lazy restore loads them with a few large reads. All other
-/// pages follow in the order of memory. Only the layout changes: memory, state and, for a layer, the parent are the
-/// same; pages that are in a parent stay there.
+/// Write a copy of a snapshot with the pages of its working set at the front.
+///
+/// They are stored together in the order in which the guest touches them, in a fast codec, so that a lazy restore loads
+/// them with a few large reads. All other pages follow in the order of memory. Only the layout changes: memory, state
+/// and, for a layer, the parent are the same; pages that are in a parent stay there.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:

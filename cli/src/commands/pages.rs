@@ -68,8 +68,10 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     })
 }
 
-/// The codec of a chunk of the file itself (layer 0), from its header alone. The header's checksum is not checked: a
-/// damaged one may show a wrong codec here, and is refused by all commands that read the chunk.
+/// The codec of a chunk of the file itself (layer 0), from its header alone.
+///
+/// The header's checksum is not checked: a damaged one may show a wrong codec here, and is refused by all commands that
+/// read the chunk.
 pub(crate) fn codec_of(snapshot: &Snapshot, chunk: ChunkExtent) -> Result<Codec> {
     let mut header = [0; CHUNK_HEADER_BYTES];
     let at = chunk.offset();

@@ -26,11 +26,13 @@ use crate::stderr::{self, say};
 use crate::waits::Wait;
 use crate::{metrics, size};
 
-/// Serve a snapshot's memory to guests of Firecracker, and to clones that share it. Listens at a unix socket that only
-/// this user can connect to, and loads pages when a guest touches them, for any number of guests. Firecracker loads its
-/// snapshot with `mem_backend` of the type `Uffd` and this socket as `backend_path`. `snap restore --lazy --share
-/// SOCKET` makes clones that share the pages that they do not write to. Ctrl-C: accepts no new guests, and ends when
-/// the last one has ended; again: kills guests that still need pages, unless a keeper has them.
+/// Serve a snapshot's memory to guests of Firecracker, and to clones that share it.
+///
+/// Listens at a unix socket that only this user can connect to, and loads pages when a guest touches them, for any
+/// number of guests. Firecracker loads its snapshot with `mem_backend` of the type `Uffd` and this socket as
+/// `backend_path`. `snap restore --lazy --share SOCKET` makes clones that share the pages that they do not write to.
+/// Ctrl-C: accepts no new guests, and ends when the last one has ended; again: kills guests that still need pages,
+/// unless a keeper has them.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:

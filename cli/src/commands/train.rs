@@ -20,8 +20,10 @@ use crate::stdout::print_line;
 use crate::working_set_file::Output;
 
 /// Restore a guest several times, record which pages it touches, and store them as the working set of a copy of the
-/// file. A lazy restore of the copy loads these pages before they are touched; `snap optimize` puts them together. The
-/// file itself is not changed. Each run writes to the guest's writable disks: give it copies of them.
+/// file.
+///
+/// A lazy restore of the copy loads these pages before they are touched; `snap optimize` puts them together. The file
+/// itself is not changed. Each run writes to the guest's writable disks: give it copies of them.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:

@@ -1,5 +1,6 @@
-//! Virtio devices in windows of guest physical addresses (virtio-mmio, version 2). `docs/devices.md` in the source
-//! describes each device, and how it is saved.
+//! Virtio devices in windows of guest physical addresses (virtio-mmio, version 2).
+//!
+//! `docs/devices.md` in the source describes each device, and how it is saved.
 //!
 //! From the driver inwards:
 //! - `transport`: registers, features, status; which queues there are.

@@ -18,8 +18,10 @@ pub(super) const QUEUES_MAX: usize = 8;
 /// Longest path of a disk (PATH_MAX).
 const PATH_MAX_BYTES: usize = 4096;
 
-/// Everything about a paused virtio device that is not in guest memory. It has no requests in progress: a paused device
-/// has finished the requests that it has taken from a queue, and the others are in guest memory.
+/// Everything about a paused virtio device that is not in guest memory.
+///
+/// It has no requests in progress: a paused device has finished the requests that it has taken from a queue, and the
+/// others are in guest memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct VirtioState {
@@ -138,9 +140,11 @@ pub struct BlockState {
 /// The modification time of a block device, which has none.
 pub const DEVICE_MTIME_NS: i64 = i64::MIN;
 
-/// How a disk image is recognized. The time of the last change detects every change through the file system. The sample
-/// detects another image whose time was set to the same, by a copy from an archive for example. The inode is not part
-/// of it: a copy with its times (`cp -p`) is as good as the original.
+/// How a disk image is recognized.
+///
+/// The time of the last change detects every change through the file system. The sample detects another image whose
+/// time was set to the same, by a copy from an archive for example. The inode is not part of it: a copy with its times
+/// (`cp -p`) is as good as the original.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Fingerprint {

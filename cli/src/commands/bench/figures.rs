@@ -1,5 +1,6 @@
-//! The figures of a run, each defined in one place; medians and ratios over runs. docs/benchmarks.md defines them for
-//! users, under the same names.
+//! The figures of a run, each defined in one place; medians and ratios over runs.
+//!
+//! docs/benchmarks.md defines them for users, under the same names.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
