@@ -41,6 +41,10 @@ pub trait ReadAt: Send + Sync {
     /// Announces that these bytes will be read soon, so that slow storage can begin. The default does nothing.
     fn expect(&self, _bytes: Range<u64>) {}
 
+    /// Announces that this handle will be read at random, so that storage should not read ahead of its reads. The default
+    /// does nothing.
+    fn expect_random(&self) {}
+
     /// Whether the byte at `offset` can be read without waiting for slower storage below, such as a disk under the page
     /// cache. The question itself may start a read. `None` means unknown, and is the default.
     fn is_cached(&self, _offset: u64) -> Option<bool> {
@@ -87,6 +91,11 @@ impl ReadAt for File {
         }
     }
 
+    fn expect_random(&self) {
+        // Where that is not possible, a read may wait for more bytes than it needs.
+        let _ = rustix::fs::fadvise(self, 0, None, Advice::Random);
+    }
+
     /// It uses `preadv2(RWF_NOWAIT)`. File systems without it give no answer.
     fn is_cached(&self, offset: u64) -> Option<bool> {
         let mut byte = [0];
@@ -112,7 +121,7 @@ impl ReadAt for File {
         let again = File::open(format!("/proc/self/fd/{}", self.as_raw_fd())).ok()?;
         // Readers announce what they will read: see `expect`. The kernel's own read-ahead is up to 16 MiB, and other
         // reads would wait for it.
-        let _ = rustix::fs::fadvise(&again, 0, None, Advice::Random);
+        again.expect_random();
         Some(Box::new(again))
     }
 }
@@ -159,6 +168,10 @@ impl<T: ReadAt + ?Sized> ReadAt for &T {
         (**self).expect(bytes);
     }
 
+    fn expect_random(&self) {
+        (**self).expect_random();
+    }
+
     fn is_cached(&self, offset: u64) -> Option<bool> {
         (**self).is_cached(offset)
     }
@@ -187,6 +200,10 @@ impl<T: ReadAt + ?Sized> ReadAt for Arc<T> {
 
     fn expect(&self, bytes: Range<u64>) {
         (**self).expect(bytes);
+    }
+
+    fn expect_random(&self) {
+        (**self).expect_random();
     }
 
     fn is_cached(&self, offset: u64) -> Option<bool> {

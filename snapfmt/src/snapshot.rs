@@ -215,6 +215,13 @@ impl<R: ReadAt> Snapshot<R> {
         self.table.expect(&self.layers, pages);
     }
 
+    /// Announces to the storage that chunks will be read at random, so that it should not read ahead of these reads. A read
+    /// that waits for read-ahead of 8 MiB takes milliseconds on a disk. Reads by [`Snapshot::fetch_chunk_ahead`] are
+    /// announced by [`Snapshot::expect_chunks`].
+    pub fn expect_random(&self) {
+        self.layers.iter().for_each(|layer| layer.storage.expect_random());
+    }
+
     /// Announces to the storage of a layer that these bytes of chunks will be read soon. It is a hint: bytes outside of
     /// the file's chunks are ignored.
     pub fn expect_chunks(&self, layer: u16, bytes: Range<u64>) {

@@ -33,6 +33,7 @@ pub struct SnapshotSource<R: ReadAt> {
 impl<R: ReadAt> SnapshotSource<R> {
     /// A source with the pages of the snapshot.
     pub fn new(snapshot: Arc<Snapshot<R>>) -> Self {
+        snapshot.expect_random();
         Self { snapshot, shared: Arc::default() }
     }
 }
