@@ -248,7 +248,7 @@ fn a_running_guest_is_snapshotted_and_continues() {
     assert_eq!(vm.state(), "Paused");
     continues(&file);
     let diff = folder.path().join("diff.snap");
-    vm.create(&diff, &["--diff"]).failed(1, &["was not brought back from a snapshot"]);
+    vm.create(&diff, &["--diff"]).failed(1, &["was not restored from a snapshot"]);
     vm.set("Resumed");
     vm.beats(1);
     let last = folder.path().join("last.snap");
@@ -283,7 +283,7 @@ fn a_restored_guest_is_snapshotted_whole_and_as_a_layer() {
         continues(&whole);
         continues(&layer);
         // The file from which the guest runs is not replaced.
-        vm.create(&sample.file, &["--force"]).failed(1, &["is read, itself or as a parent"]);
+        vm.create(&sample.file, &["--force"]).failed(1, &["is the input, or a parent of it"]);
         vm.interrupt();
     }
 }

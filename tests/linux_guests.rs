@@ -150,7 +150,7 @@ fn a_snapshot_of_another_cpu_is_refused() {
     for mode in [&["--lazy", "--beats", "1"][..], &["--beats", "1"]] {
         let ran = restore(&file, mode);
         assert_eq!(ran.stdout, "");
-        let message = "other.snap: this host's CPU lacks what the guest was given";
+        let message = "other.snap: this host's CPU lacks features that the guest uses";
         let features = "CPUID 0x7.0 Ebx bit 26, CPUID 0x7.0 Ebx bit 27";
         ran.failed(1, &[&format!("{message}: {features}; --force-cpu")]);
         restore(&file, &[mode, &["--force-cpu"]].concat()).ok();

@@ -116,7 +116,7 @@ fn files_that_cannot_be_streams_are_refused() {
         let ran = shell(&place, &format!("$SNAP export a.snap --format {format} -o -"));
         ran.failed(1, &["a folder of files"]);
     }
-    let messages = "stdout is read, itself or as a parent";
+    let messages = "stdout is the input, or a parent of it";
     shell(&place, "$SNAP export a.snap --format raw -o - >> a.snap").failed(1, &[messages]);
     snap(["verify", &place.text("a.snap")]).ok();
     shell(&place, "$SNAP import - -o b.snap < /dev/null").failed(3, &["stdin is empty"]);

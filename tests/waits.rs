@@ -66,7 +66,7 @@ fn a_page_server_that_does_not_answer() {
         waiting.interrupt();
         let mut short = clone(&sample, socket, &["--for", "1200ms"]);
         short.prints(&["waiting for the page server at", name, "at most 1s 200ms"]);
-        short.end().failed(1, &["cannot share memory by", "within 1.2s", "may be stopped"]);
+        short.end().failed(1, &["cannot share memory through", "within 1.2s", "may be stopped"]);
     }
     assert_eq!(sample.names(), before);
     server.signal("CONT");

@@ -1,8 +1,8 @@
 //! `--config FILE.json`: options from a file, as if they stood on the command line before all others.
 //!
-//! The words are those of the command line by construction: each key must be an option of the command, and
-//! becomes one, `--key=value`. So what reads the command line checks it too. A struct with a field for each option would
-//! be a second list of them, and a map would take a key that is given twice for one.
+//! The words are those of the command line by construction: each key must be an option of the command, and becomes one,
+//! `--key=value`. So what reads the command line checks it too. A struct with a field for each option would be a second
+//! list of them, and a map would take a key that is given twice for one.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -42,8 +42,8 @@ pub(crate) struct Expanded {
     lines: Vec<(String, usize)>,
 }
 
-/// The command line with the options of the file that `--config` names; `None` if it names none. `command` is changed so
-/// that later options count more than earlier ones.
+/// The command line with the options of the file that `--config` names; `None` if it names none. `command` is changed
+/// so that later options count more than earlier ones.
 pub(crate) fn expand(command: &mut Command, args: &[OsString]) -> Result<Option<Expanded>> {
     // Before the command there are only flags.
     let is_word = |arg: &&OsString| !arg.as_encoded_bytes().starts_with(b"-");
@@ -129,7 +129,7 @@ fn read(file: &Path) -> Result<String> {
     Ok(text)
 }
 
-/// The words on the command line that say the same.
+/// The words of the command line for an option of the file.
 fn words_of(option: &Arg, key: &str, value: &Value) -> Result<Vec<OsString>> {
     let word = |value: &Value| match value {
         Value::String(text) => Ok(format!("--{key}={text}").into()),
@@ -232,21 +232,24 @@ mod tests {
 
     #[test]
     fn errors_name_the_key_and_its_line() {
-        let says = |json: &str, what: &str| {
+        let refused = |json: &str, what: &str| {
             let error = expanded(json, &["snap", "run", "--config", "FILE"]).unwrap_err();
             let error = format!("{error:#}");
             assert!(error.contains(what), "{error}");
         };
-        says("{\n  \"memory\": \"1G\",\n  \"memroy\": 1\n}", "line 3: \"memroy\" is no option of");
-        says("{\"memory\": \"1G\",\n\"memory\": \"2G\"}", "line 2: \"memory\": given twice");
-        says("{\"memory\": null}", "\"memory\": expected a text or a number, found null");
-        says("{\"memory\": [1]}", "found a list");
-        says("{\n\n\"rng\": 1}", "line 3: \"rng\": expected true or false, found a number");
-        says("{\"disk\": [{}]}", "expected a text or a number, found an object");
-        says("{\"config\": \"x\"}", "\"config\" is no option");
-        says("[1]", "not a JSON object of options");
-        says("{\"memory\": 1,}", "at line 1 column");
-        says(&" ".repeat(FILE_BYTES as usize + 1), "longer than 1 MiB");
+        refused(
+            "{\n  \"memory\": \"1G\",\n  \"memroy\": 1\n}",
+            "line 3: \"memroy\" is no option of",
+        );
+        refused("{\"memory\": \"1G\",\n\"memory\": \"2G\"}", "line 2: \"memory\": given twice");
+        refused("{\"memory\": null}", "\"memory\": expected a text or a number, found null");
+        refused("{\"memory\": [1]}", "found a list");
+        refused("{\n\n\"rng\": 1}", "line 3: \"rng\": expected true or false, found a number");
+        refused("{\"disk\": [{}]}", "expected a text or a number, found an object");
+        refused("{\"config\": \"x\"}", "\"config\" is no option");
+        refused("[1]", "not a JSON object of options");
+        refused("{\"memory\": 1,}", "at line 1 column");
+        refused(&" ".repeat(FILE_BYTES as usize + 1), "longer than 1 MiB");
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! As much of HTTP/1.1 as the control socket and the figures of `snap serve` speak (RFC 9112): requests and responses with
-//! a length.
+//! As much of HTTP/1.1 as the control socket and the figures of `snap serve` speak (RFC 9112): requests and responses
+//! with a length.
 
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
@@ -123,11 +123,11 @@ where
             return Err(late());
         }
         set_socket_timeout(self.stream, Timeout::Recv, Some(left)).map_err(|_| NoRequest::Gone)?;
-        let mut piece = [0; 4096];
-        match { self.stream }.read(&mut piece) {
+        let mut bytes = [0; 4096];
+        match { self.stream }.read(&mut bytes) {
             Ok(0) => Err(NoRequest::Gone),
             Ok(len) => {
-                self.bytes.extend_from_slice(&piece[..len]);
+                self.bytes.extend_from_slice(&bytes[..len]);
                 Ok(())
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(late()),

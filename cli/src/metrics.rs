@@ -8,7 +8,7 @@ use pager::serve::{METRICS_CONTENT_TYPE, ServerHandle};
 
 use crate::http::{Connection, NoRequest, Patience, write_response};
 
-/// A connection that says or takes nothing for so long is dropped, and the next one has its turn.
+/// A connection that sends or takes nothing for this time is dropped, and the next one has its turn.
 const LIMIT: Duration = Duration::from_secs(1);
 const PATIENCE: Patience = Patience { idle: LIMIT, request: LIMIT };
 
@@ -25,7 +25,7 @@ pub(crate) fn serve(address: SocketAddr, server: ServerHandle) -> Result<SocketA
                 match listener.accept() {
                     // A client that does not take its answer costs only its own connection.
                     Ok((stream, _)) => drop(answer(&stream, &server)),
-                    // Out of descriptors, say: later there may be some.
+                    // The process may be out of descriptors: later there may be some.
                     Err(_) => std::thread::sleep(LIMIT),
                 }
             }

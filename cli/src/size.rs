@@ -7,7 +7,7 @@ pub(crate) fn parse(text: &str) -> Result<u64, parse_size::Error> {
     Config::new().with_binary().with_byte_suffix(ByteSuffix::Allow).parse_size(text)
 }
 
-/// A size for people: at most one digit after the point, and none that says nothing.
+/// A size for people: at most one digit after the point, and no zero.
 // indicatif writes 64.00 MiB, bytesize and humansize 64.0 MiB (humansize for 64 MiB and a little), here it is 64 MiB.
 pub(crate) fn human(bytes: u64) -> String {
     let units = ["B", "KiB", "MiB", "GiB", "TiB"];

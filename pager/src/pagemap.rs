@@ -8,14 +8,14 @@ use crate::region::PAGE_BYTES;
 
 const ENTRY_BYTES: usize = 8;
 
-/// Reads what the page tables say of each page.
+/// Reads the page table entries of pages.
 #[derive(Debug)]
 pub struct Pagemap {
     file: File,
     entries_bytes: Vec<u8>,
 }
 
-/// What the page tables say of one page.
+/// The page table entry of one page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageTableEntry(u64);
 
@@ -29,8 +29,8 @@ impl PageTableEntry {
         self.0 & (Self::PRESENT | Self::SWAPPED) != 0
     }
 
-    /// The page is mapped or swapped out, and this process has written it into a private mapping: it is neither a page of a
-    /// file nor shared.
+    /// The page is mapped or swapped out, and this process has written it into a private mapping: it is neither a page
+    /// of a file nor shared.
     pub fn is_private(self) -> bool {
         self.is_mapped() && self.0 & Self::OF_FILE == 0
     }

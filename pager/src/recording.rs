@@ -1,14 +1,15 @@
 //! Records which pages are touched, and when.
 //!
-//! A fault loads a whole chunk, so that faults tell which chunks are touched. Only the page tables tell which pages are. So
-//! recorded memory is a private mapping of a file in memory (memfd). Loaded pages are added to that file ([`FilledFile`])
-//! and not mapped. The faulting thread tries again and maps its page. The kernel maps the other pages of the chunk when
-//! they are touched, without the pager. So the mapped pages are the touched pages, and `/proc/self/pagemap` tells that for
-//! many pages in one read. Each touched page costs a short fault in the kernel. (A fault to the pager for each page costs
-//! ten times as much.)
+//! A fault loads a whole chunk, so faults show which chunks are touched. Only the page tables show which pages are. So
+//! recorded memory is a private mapping of a file in memory (memfd). Loaded pages are added to that file
+//! ([`FilledFile`]) and not mapped. The faulting thread tries again and maps its page. The kernel maps the other pages
+//! of the chunk when they are touched, without the pager. So the mapped pages are the touched pages, and
+//! `/proc/self/pagemap` shows that for many pages in one read. Each touched page costs a short fault in the kernel. (A
+//! fault to the pager for each page costs ten times as much.)
 //!
 //! At a read fault the kernel maps up to 16 pages around it that are in the file. It does not do that in memory that is
-//! registered for write protection. [`Pager::recording`](crate::Pager::recording) registers it so; no page is protected.
+//! registered for write protection. [`Pager::recording`](crate::Pager::recording) registers it so; no page is
+//! protected.
 //!
 //! The pager fills in zero pages, 64 KiB together. All of these count as touched.
 
@@ -62,12 +63,12 @@ struct Marks {
 }
 
 impl Recording {
-    /// A recording for the memory of `regions`. Each must be a private mapping of `file` at its source offset. The file must
-    /// be as long as the source, and have only holes.
+    /// A recording for the memory of `regions`. Each must be a private mapping of `file` at its source offset. The file
+    /// must be as long as the source, and have only holes.
     ///
     /// # Errors
-    /// If `/proc/self/pagemap` cannot be opened, the source has 16 TiB or more or is not whole pages, or no userfaultfd for
-    /// files in memory can be opened.
+    /// If `/proc/self/pagemap` cannot be opened, the source has 16 TiB or more or is not whole pages, or no userfaultfd
+    /// for files in memory can be opened.
     pub fn new(
         source: Arc<dyn PageSource>,
         file: File,
@@ -105,8 +106,8 @@ impl Recording {
         &self.shared.regions
     }
 
-    /// Sets a mark: finds the pages that were touched since the last mark or the start. This takes some microseconds for each
-    /// 32 MiB with loaded pages that are not touched yet.
+    /// Sets a mark: finds the pages that were touched since the last mark or the start. This takes some microseconds
+    /// for each 32 MiB with loaded pages that are not touched yet.
     ///
     /// # Errors
     /// If `/proc/self/pagemap` cannot be read. Then the recording is unusable.
@@ -145,8 +146,8 @@ impl Recording {
         Ok(())
     }
 
-    /// The touched pages: their source offsets in bytes, each with the number of marks before the one that has found it.
-    /// They are sorted by mark and, for the same mark, in the order of loading.
+    /// The touched pages: their source offsets in bytes, each with the number of marks before the one that has found
+    /// it. They are sorted by mark and, for the same mark, in the order of loading.
     pub fn touched(&self) -> Vec<(u64, u32)> {
         let marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
         let log = self.shared.log();

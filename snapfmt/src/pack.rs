@@ -102,7 +102,7 @@ impl LeafTasks {
 
 /// Memory is read in parts of this size, so that a page is still in the core's cache when it is
 /// examined.
-const PIECE_BYTES: usize = 128 << 10;
+const PART_BYTES: usize = 128 << 10;
 
 /// The working data of one thread.
 pub(crate) struct Packer<'a> {
@@ -225,8 +225,8 @@ impl<'a> Packer<'a> {
 
     /// Reads a range and gathers the pages that are not zero or, with a parent, differ from it.
     fn gather(&mut self, range: Range<u64>, packed: &mut PackedLeaf) -> Result<(), WriteError> {
-        for source_offset in range.clone().step_by(PIECE_BYTES) {
-            let len = (range.end - source_offset).min(PIECE_BYTES as u64);
+        for source_offset in range.clone().step_by(PART_BYTES) {
+            let len = (range.end - source_offset).min(PART_BYTES as u64);
             // Directly to the final place of its pages, because most of them are kept.
             let start = self.gathered;
             let part = &mut self.raw[start..start + len as usize];

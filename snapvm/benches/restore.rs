@@ -1,12 +1,14 @@
-//! What a lazy restore costs until the guest's first instruction: against the bare KVM calls, and for guests of different sizes.
+//! Measures a lazy restore until the guest's first instruction, against the bare KVM calls, for guests of different
+//! sizes.
 //!
 //!     cargo bench -p snapvm --bench restore
 //!
-//! Three sides restore the same demo guest and run it to its first exit, the first byte of its next line. The bare side
-//! makes the same KVM calls in the same order on one thread, with memory that is already there. `PausedVm` is `vmm`
-//! alone. "whole" is [`RestoreConfig`]: it opens the file, decodes the state, maps memory, starts the pager and restores; pages
-//! come on faults. Best and median of the rounds, sides taking turns; the best tells most on a machine that does other
-//! things too. The program itself is measured by `cargo bench -p snapvm-cli --bench restore`.
+//! Three variants restore the same demo guest and run it to its first exit, the first byte of its next line. "bare
+//! calls" makes the same KVM calls in the same order on one thread, with memory that is present. "PausedVm" is `vmm`
+//! alone. "whole" is [`RestoreConfig`]: it opens the file, decodes the state, maps memory, starts the pager and
+//! restores. Its pages are loaded on faults. The variants take turns. The output is the best and the median of the
+//! rounds; the best is the better figure on a busy machine. `cargo bench -p snapvm-cli --bench restore` measures the
+//! program itself.
 #![allow(unsafe_code, missing_docs, clippy::unwrap_used)]
 
 use std::fs::File;
@@ -55,14 +57,14 @@ fn main() {
     }
 }
 
-fn print(memory_mib: u64, side: &str, times: &[(Duration, Duration)]) {
+fn print(memory_mib: u64, variant: &str, times: &[(Duration, Duration)]) {
     let best_and_median = |pick: fn(&(Duration, Duration)) -> Duration| {
         let mut picked: Vec<u128> = times.iter().map(|time| pick(time).as_micros()).collect();
         picked.sort_unstable();
         format!("{} / {} us", picked[0], picked[picked.len() / 2])
     };
     let (entry, exit) = (best_and_median(|time| time.0), best_and_median(|time| time.1));
-    println!("{memory_mib:>5} MiB {side:>12} {entry:>24} {exit:>24}");
+    println!("{memory_mib:>5} MiB {variant:>12} {entry:>24} {exit:>24}");
 }
 
 struct Guest {
@@ -72,7 +74,7 @@ struct Guest {
     file: PathBuf,
 }
 
-/// A guest that was just made ready, with its memory here and in a file.
+/// A guest that has just become ready. Its memory is mapped here, and is in a file.
 fn saved_guest(memory_mib: u64, folder: &Path) -> Guest {
     let layout = memory_layout(memory_mib << 20).unwrap();
     let fd = tempfile::tempfile_in("/dev/shm").unwrap();
@@ -179,7 +181,7 @@ fn bare(
     vcpu.set_sregs(&vcpu_state.sregs.0).unwrap();
     vcpu.set_regs(&vcpu_state.regs.0).unwrap();
     vcpu.set_xcrs(&vcpu_state.xcrs.0).unwrap();
-    // SAFETY: no feature beyond the 4 KiB of the structure was asked for.
+    // SAFETY: no feature beyond the 4 KiB of the structure was requested.
     unsafe { vcpu.set_xsave(&vcpu_state.xsave.0) }.unwrap();
     vcpu.set_debug_regs(&vcpu_state.debugregs.0).unwrap();
     vcpu.set_lapic(&vcpu_state.lapic.0).unwrap();

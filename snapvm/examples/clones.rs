@@ -1,4 +1,5 @@
-//! Processes with a guest each share the pages that none of them writes: `cargo run --example clones guest.snap SOCKET`
+//! Runs three clones in their own processes. They share the pages that none writes: `cargo run --example clones FILE
+//! SOCKET`
 use std::{error::Error, os::fd::AsFd, path::Path, process::Command, sync::Arc, time::Duration};
 
 use snapvm::pager::{SnapshotSource, serve::ServeOptions, serve::Server};

@@ -1,4 +1,4 @@
-//! Boots a guest, snapshots it while it runs, and what it changes afterwards as a layer: `cargo run --example
+//! Boots a guest, snapshots it while it runs, and writes its later changes as a layer: `cargo run --example
 //! snapshot_running FOLDER`
 use std::error::Error;
 use std::ops::ControlFlow;

@@ -1,4 +1,4 @@
-//! A fresh guest.
+//! Boots a new guest.
 
 use std::sync::Arc;
 
@@ -17,22 +17,22 @@ use crate::vm::Vm;
 pub struct BootConfig {
     /// Memory in bytes: see [`vmm::memory_layout`].
     pub memory_bytes: u64,
-    /// What runs in it.
+    /// The program or kernel that the guest runs.
     pub payload: Payload,
-    /// vCPUs, and whether the guest stops when it asks to be snapshotted.
+    /// The number of vCPUs, and whether the guest stops when it requests a snapshot.
     pub options: BootOptions,
-    /// What the metadata of its snapshots says of it, as JSON.
+    /// A description of the guest, as JSON, for the metadata of its snapshots.
     pub metadata: Value,
 }
 
 impl BootConfig {
-    /// One vCPU.
+    /// A guest with one vCPU.
     #[must_use]
     pub fn new(memory_bytes: u64, payload: Payload) -> Self {
         Self { memory_bytes, payload, options: BootOptions::default(), metadata: Value::Null }
     }
 
-    /// Builds the guest, which has not run yet, with these virtio devices.
+    /// Builds the guest with these virtio devices. It has not run yet.
     ///
     /// # Errors
     /// [`BootError`]

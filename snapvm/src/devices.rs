@@ -1,4 +1,4 @@
-//! What a restored guest's devices are connected to on this host.
+//! Connects a restored guest's devices to this host.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -14,20 +14,20 @@ use vmm::virtio::{
 
 use crate::observer::Observer;
 
-/// Where a restored guest's devices find their other ends. By default: where the snapshot says.
+/// The files, sockets and taps of this host for a restored guest's devices. The default is those in the snapshot.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct DeviceConnections {
-    /// The images of the guest's disks, in their order; empty: where they were.
+    /// The images of the guest's disks, in their order. Empty: the paths in the snapshot.
     pub disks: Vec<PathBuf>,
-    /// Take disks whose content has changed since the snapshot. The guest's file systems may break.
+    /// Accept disks whose content has changed since the snapshot. The guest's file systems may break.
     pub force_disks: bool,
-    /// Keep the guest's writes to all disks here, and the images unchanged.
+    /// Where the guest's writes to all disks are stored. The images are not changed then.
     pub disk_overlay: Option<OverlayPlace>,
     /// Another context id and socket for the guest's vsock.
     pub vsock: Option<(u64, PathBuf)>,
-    /// A tap for each of the guest's network interfaces, in their order, with another Ethernet address if there is one;
-    /// empty: the taps they had.
+    /// A tap for each of the guest's network interfaces, in their order, and optionally another Ethernet address.
+    /// Empty: the taps in the snapshot.
     pub nets: Vec<(String, Option<MacAddress>)>,
 }
 
@@ -35,70 +35,72 @@ pub struct DeviceConnections {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DeviceError {
-    /// A number of disks that is not the guest's.
+    /// The number of disks given is not that of the guest.
     #[error("{given} disks are given, and the guest has {found} disks")]
     DiskCount {
-        /// In [`DeviceConnections::disks`].
+        /// The number in [`DeviceConnections::disks`].
         given: usize,
-        /// In the snapshot.
+        /// The number in the snapshot.
         found: usize,
     },
-    /// A number of interfaces that is not the guest's.
+    /// The number of taps given is not that of the guest's network interfaces.
     #[error("{given} taps are given, and the guest has {found} network interfaces")]
     NetCount {
-        /// In [`DeviceConnections::nets`].
+        /// The number in [`DeviceConnections::nets`].
         given: usize,
-        /// In the snapshot.
+        /// The number in the snapshot.
         found: usize,
     },
     /// A vsock is given to a guest without one.
     #[error("a vsock is given, and the guest has no vsock")]
     NoVsock,
-    /// The snapshot was made by a later version.
+    /// The snapshot was written by a later version.
     #[error("the snapshot has a device that this version of snap does not know")]
     Unknown(#[source] Option<VirtioStateError>),
-    /// As timerfd_create(2), epoll_create1(2) or pthread_create(3).
+    /// timerfd_create(2), epoll_create1(2) or pthread_create(3) failed.
     #[error("cannot start the devices' thread")]
     Thread(#[source] io::Error),
-    /// As eventfd(2).
-    #[error("cannot make a device")]
+    /// eventfd(2) failed.
+    #[error("cannot create a device")]
     Make(#[source] io::Error),
-    /// A disk's image.
+    /// The image of a disk cannot be used.
     #[error("the guest's disk")]
     Disk(#[source] DiskError),
-    /// A network interface's tap.
+    /// The tap of a network interface cannot be used.
     #[error("the guest's network interface")]
     Net {
-        /// Whether the tap is of [`DeviceConnections::nets`].
+        /// Whether the tap is from [`DeviceConnections::nets`].
         given: bool,
-        /// Why.
+        /// The cause.
         #[source]
         error: TapError,
     },
-    /// A vsock's socket.
+    /// The socket of a vsock cannot be used.
     #[error("the guest's vsock")]
     Vsock {
-        /// Whether it is [`DeviceConnections::vsock`].
+        /// Whether the socket is from [`DeviceConnections::vsock`].
         given: bool,
-        /// Why.
+        /// The cause.
         #[source]
         error: VsockError,
     },
-    /// What the snapshot holds of a device beside its state.
-    #[error("the content of device {place}")]
+    /// The content of a device cannot be read from the snapshot.
+    #[error("cannot read the content of device {place}")]
     Content {
         /// The device's number.
         place: usize,
-        /// Why.
+        /// The cause.
         #[source]
         error: ReadError,
     },
-    /// The snapshot was made by a later version.
-    #[error("the content of device {place} is of version {version}, which is not known")]
+    /// The snapshot was written by a later version.
+    #[error(
+        "the content of device {place} has version {version}, which this version of snap does not know"
+    )]
     ContentVersion {
         /// The device's number.
         place: usize,
-        /// In the snapshot.
+        /// The version in the snapshot.
         version: u32,
     },
 }
@@ -106,7 +108,7 @@ pub enum DeviceError {
 type Devices = Vec<Box<dyn MmioDevice>>;
 
 impl DeviceConnections {
-    /// The saved devices, connected.
+    /// Restores the saved devices and connects them.
     pub(crate) fn restore(
         &self,
         saved: &[DeviceState],
@@ -210,7 +212,7 @@ impl DeviceConnections {
     }
 }
 
-/// What the snapshot holds of a device beside its state; empty where there is no such section.
+/// The content that the snapshot has of a device besides its state. Empty if there is no such section.
 fn content(snapshot: &Snapshot, place: usize) -> Result<Vec<u8>, DeviceError> {
     let Some(kind) = vmm::state::device_content_kind(place) else { return Ok(Vec::new()) };
     let blob = snapshot.state(kind).map_err(|error| DeviceError::Content { place, error })?;

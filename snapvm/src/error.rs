@@ -1,4 +1,4 @@
-//! What can go wrong, with the values that tell why.
+//! The errors of this library, with the values that explain them.
 
 use std::error::Error as StdError;
 use std::io;
@@ -17,22 +17,22 @@ type Cause = Box<dyn StdError + Send + Sync>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MemoryError {
-    /// As mmap(2).
+    /// Guest memory cannot be mapped.
     #[error("cannot map guest memory")]
     Map(#[source] Cause),
     /// The mapped regions are not those of the snapshot.
-    #[error("guest memory is not mapped as the snapshot says")]
+    #[error("guest memory is not mapped with the regions of the snapshot")]
     Layout,
     /// A raw image cannot be opened or read.
     #[error("{}", path.display())]
     Image {
         /// The image.
         path: PathBuf,
-        /// As open(2) or fstat(2).
+        /// The error of open(2) or fstat(2), or the image has changed.
         #[source]
         error: io::Error,
     },
-    /// A raw image is not as long as the guest's memory: a mapping beyond its end would be SIGBUS.
+    /// A raw image is not as long as the guest's memory: touching a page beyond its end would raise SIGBUS.
     #[error("{} is {found} bytes long, expected {expected}", path.display())]
     ImageLength {
         /// The image.
@@ -47,16 +47,16 @@ pub enum MemoryError {
     Write {
         /// Guest physical address.
         gpa: u64,
-        /// Why.
+        /// The cause.
         #[source]
         error: Cause,
     },
     /// A system call failed.
     #[error("{what}")]
     System {
-        /// What was tried.
+        /// The operation.
         what: &'static str,
-        /// How it failed.
+        /// The error of the system call.
         #[source]
         error: io::Error,
     },
@@ -72,13 +72,13 @@ impl MemoryError {
     }
 }
 
-/// A guest cannot run on: the file, or the page server, did not give a page of its memory.
+/// A guest cannot continue, because a page of its memory could not be loaded from the file or the page server.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("guest stopped: {}: {reason}", file.display())]
 pub struct GuestFailure {
     /// The snapshot.
     pub file: PathBuf,
-    /// What failed, with all causes, in one line.
+    /// The error with all its causes, in one line.
     pub reason: String,
 }
 
@@ -104,12 +104,12 @@ pub enum RestoreError {
     Read {
         /// The snapshot.
         file: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         error: ReadError,
     },
     /// The file has no state of this VMM: it was imported, or written by another program.
-    #[error("{}: the file has no state of a KVM guest: it cannot be restored by snap", file.display())]
+    #[error("{}: the file has no state of a KVM guest: snap cannot restore it", file.display())]
     NoState {
         /// The snapshot.
         file: PathBuf,
@@ -119,30 +119,30 @@ pub enum RestoreError {
     State {
         /// The snapshot.
         file: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         error: StateError,
     },
-    /// The file contradicts itself.
-    #[error("{}: the memory map of the file and that of the guest's state are not the same", file.display())]
+    /// The memory map of the file and that of the guest's state differ.
+    #[error("{}: the memory map of the file and that of the guest's state differ", file.display())]
     MemoryMap {
         /// The snapshot.
         file: PathBuf,
     },
     /// This host's CPU lacks features that the guest uses: see [`crate::RestoreConfig::force_cpu`].
-    #[error("{}: this host's CPU lacks what the guest was given: {}", file.display(), missing.join(", "))]
+    #[error("{}: this host's CPU lacks features that the guest uses: {}", file.display(), missing.join(", "))]
     Cpu {
         /// The snapshot.
         file: PathBuf,
         /// Names of the features.
         missing: Vec<String>,
     },
-    /// KVM does not tell which features this host's CPU has.
+    /// KVM does not report the features of this host's CPU.
     #[error("{}", file.display())]
     Features {
         /// The snapshot.
         file: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         error: vmm::FeaturesError,
     },
@@ -151,96 +151,96 @@ pub enum RestoreError {
     Device {
         /// The snapshot.
         file: PathBuf,
-        /// Which, and why.
+        /// The device, and the cause.
         #[source]
         error: DeviceError,
     },
-    /// Guest memory.
+    /// Guest memory cannot be mapped, read or written.
     #[error(transparent)]
     Memory(#[from] MemoryError),
     /// The page server does not share its memory.
-    #[error("cannot share memory by {}", socket.display())]
+    #[error("cannot share memory through {}", socket.display())]
     Share {
         /// The server's socket.
         socket: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         error: ShareError,
     },
     /// The pager cannot be started: this host has no userfaultfd, or this process may not use it.
     #[error("cannot restore lazily")]
     Pager(#[source] pager::StartError),
-    /// Guest memory does not fit the pager's rules.
+    /// The pager cannot serve a region of guest memory.
     #[error("cannot restore lazily")]
     Region(#[source] pager::RegionError),
     /// The pages that the guest touches cannot be recorded.
     #[error("cannot record which pages are touched")]
     Record(#[source] Cause),
-    /// KVM refuses the machine.
+    /// The machine cannot be built from its state.
     #[error("cannot restore {}", file.display())]
     Machine {
         /// The snapshot.
         file: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         error: vmm::RestoreError,
     },
-    /// A page that the machine needs cannot be had.
+    /// A page that the building of the machine touches cannot be loaded.
     #[error(transparent)]
     Failed(GuestFailure),
 }
 
-/// A guest that cannot be written to a snapshot. It stays paused, and can run on.
+/// A guest that cannot be written to a snapshot. It stays paused and can be resumed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SnapshotError {
-    /// The output is the snapshot, or a parent of it, that the guest's missing pages come from.
-    #[error("{} is read, itself or as a parent; choose another output", out.display())]
+    /// The output is the input, or a parent of it, from which pages are still read.
+    #[error("{} is the input, or a parent of it; choose another output", out.display())]
     OutputIsInput {
         /// The output.
         out: PathBuf,
     },
-    /// A layer needs a parent, and the guest was not restored from one.
-    #[error("the guest was not brought back from a snapshot that a layer could build on")]
+    /// A layer needs a parent, and the guest was not restored from a snapshot.
+    #[error("the guest was not restored from a snapshot, which a layer needs as its parent")]
     NotRestored,
-    /// There is no address space for the writer: see RLIMIT_AS. One thread needs less.
-    #[error("no memory to store the guest ({} MiB; fewer threads take less)", needed_bytes >> 20)]
+    /// The writer has too little address space: see RLIMIT_AS. Fewer threads need less.
+    #[error("no memory to snapshot the guest ({} MiB; fewer threads need less)", needed_bytes >> 20)]
     NoRoom {
-        /// What the writer needs, in bytes.
+        /// The address space that the writer needs, in bytes.
         needed_bytes: usize,
-        /// As mmap(2).
+        /// The error of mmap(2).
         #[source]
         error: io::Error,
     },
-    /// A page of the guest could not be had: its memory is not complete.
+    /// A page of the guest could not be loaded, so its memory is not complete.
     #[error(transparent)]
     Failed(GuestFailure),
-    /// Guest memory.
+    /// Guest memory cannot be mapped, read or written.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// KVM does not give the state.
+    /// The state of the machine cannot be read.
     #[error(transparent)]
     State(#[from] vmm::SaveError),
     /// A device's content cannot be read.
-    #[error("a device of the guest cannot be stored")]
+    #[error("cannot read the content of a device")]
     Device(#[source] io::Error),
-    /// The snapshot that the guest was restored from.
+    /// The snapshot from which the guest was restored cannot be read.
     #[error(transparent)]
     Read(#[from] ReadError),
-    /// The new file. [`WriteError::Cancelled`]: the caller's progress function has asked for that.
+    /// The new file cannot be written. [`WriteError::Cancelled`]: the caller's progress function has requested that.
     #[error(transparent)]
     Write(#[from] WriteError),
-    /// The way from the layer to its parent.
+    /// The path from the layer to its parent cannot be found.
     #[error("cannot find the folder of {}", path.display())]
     ParentPath {
         /// The parent.
         path: PathBuf,
-        /// As realpath(3).
+        /// The error of realpath(3).
         #[source]
         error: io::Error,
     },
-    /// A snapshot that is open already cannot be looked at.
-    #[error("cannot look at an open snapshot")]
+    /// fstat(2) of an open snapshot failed.
+    #[error("cannot identify the file of an open snapshot")]
     Look(#[source] io::Error),
 }
 
@@ -248,13 +248,13 @@ pub enum SnapshotError {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BootError {
-    /// No guest has this much memory.
+    /// A guest cannot have this amount of memory.
     #[error(transparent)]
     Layout(#[from] vmm::LayoutError),
-    /// Guest memory.
+    /// Guest memory cannot be mapped, read or written.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// KVM, or the kernel image.
+    /// The machine cannot be built, or its payload cannot be loaded.
     #[error("cannot boot the guest")]
     Machine(#[source] vmm::BootError),
 }

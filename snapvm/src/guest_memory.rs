@@ -1,4 +1,4 @@
-//! How guest memory is mapped: anonymous, from a raw image, from a memfd; and how it is read and written by source offset.
+//! Maps guest memory (anonymous, a raw image or a memfd), and reads and writes it by source offset.
 
 use std::fs::File;
 use std::ops::Range;
@@ -18,7 +18,7 @@ use crate::stable_file::StableFile;
 
 type Result<T> = std::result::Result<T, MemoryError>;
 
-/// Anonymous memory, private to this process: a restored guest's.
+/// Maps anonymous memory for a restored guest.
 pub(crate) fn private(ranges: &[MemoryRange]) -> Result<Arc<GuestMemoryMmap>> {
     check_room(ranges)?;
     let regions: Vec<_> =
@@ -26,8 +26,8 @@ pub(crate) fn private(ranges: &[MemoryRange]) -> Result<Arc<GuestMemoryMmap>> {
     Ok(Arc::new(GuestMemoryMmap::from_ranges(&regions).map_err(MemoryError::map)?))
 }
 
-/// A private mapping of a raw image, in which source offsets are file offsets. The kernel reads a page when it is
-/// touched, and the guest's writes stay private. Nothing checks the image's content: see [`StableFile`].
+/// Maps a raw image privately. Its file offsets are source offsets. The kernel reads a page when it is touched, and the
+/// guest's writes stay private. Nothing checks the image's content: see [`StableFile`].
 pub(crate) fn image(
     path: &Path,
     ranges: &[MemoryRange],
@@ -36,7 +36,7 @@ pub(crate) fn image(
     let file = File::open(path).map_err(failed)?;
     let found = file.metadata().map_err(failed)?.len();
     let expected: u64 = ranges.iter().map(|range| range.len).sum();
-    // A mapping of what is not there would be SIGBUS.
+    // Touching a page beyond the end of the file would raise SIGBUS.
     if found != expected {
         return Err(MemoryError::ImageLength { path: path.to_owned(), found, expected });
     }
@@ -45,7 +45,7 @@ pub(crate) fn image(
     Ok((image, mapped))
 }
 
-/// Memory that is a private mapping of a file in memory, for a pager that records what is touched.
+/// Maps a memfd privately, for a pager that records the touched pages.
 pub(crate) fn recorded(ranges: &[MemoryRange]) -> Result<(File, Arc<GuestMemoryMmap>)> {
     let file: File = rustix::fs::memfd_create("recorded-memory", MemfdFlags::CLOEXEC)
         .map_err(|error| {
@@ -53,12 +53,13 @@ pub(crate) fn recorded(ranges: &[MemoryRange]) -> Result<(File, Arc<GuestMemoryM
         })?
         .into();
     let memory_bytes = ranges.iter().map(|range| range.len).sum();
-    file.set_len(memory_bytes).map_err(MemoryError::system("cannot size the recorded memory"))?;
+    file.set_len(memory_bytes)
+        .map_err(MemoryError::system("cannot set the size of the recorded memory"))?;
     let memory = map_privately(&file, ranges)?;
     Ok((file, memory))
 }
 
-/// Now, not in the middle of the guest's work.
+/// Checks the address space now, and not in the middle of the guest's work.
 fn check_room(ranges: &[MemoryRange]) -> Result<()> {
     let memory_bytes = ranges.iter().map(|range| range.len).sum();
     room::check(room::of_guest(memory_bytes)).map_err(MemoryError::map)
@@ -73,7 +74,7 @@ fn map_privately(file: &File, ranges: &[MemoryRange]) -> Result<Arc<GuestMemoryM
         let at = FileOffset::new(file, range.source_offset);
         let mapped = MmapRegion::build(Some(at), range.len as usize, prot, flags);
         let mapped = mapped.map_err(MemoryError::map)?;
-        // None: its end is beyond the last address.
+        // `None`: the region ends beyond the last address.
         GuestRegionMmap::new(mapped, GuestAddress(range.gpa)).ok_or(MemoryError::Layout)
     };
     let regions = ranges.iter().map(map).collect::<Result<Vec<_>>>()?;
@@ -81,7 +82,7 @@ fn map_privately(file: &File, ranges: &[MemoryRange]) -> Result<Arc<GuestMemoryM
     Ok(Arc::new(memory))
 }
 
-/// Memory that is also a file (a memfd): what a guest is created in. The file tells which parts
+/// A shared mapping of a memfd, in which a guest is booted. The file shows which parts of memory
 /// were ever touched.
 pub(crate) struct FileMemory {
     pub(crate) mapped: Arc<GuestMemoryMmap>,
@@ -98,7 +99,7 @@ impl FileMemory {
             })?
             .into();
         file.set_len(memory_bytes)
-            .map_err(MemoryError::system("cannot size the guest's memory"))?;
+            .map_err(MemoryError::system("cannot set the size of guest memory"))?;
         let regions = ranges
             .iter()
             .map(|range| {
@@ -112,13 +113,14 @@ impl FileMemory {
         Ok(Self { mapped: Arc::new(mapped), file })
     }
 
-    /// How much of memory the kernel has given to the file: what was ever touched, of large pages all of each.
+    /// The bytes that the kernel has allocated for the file: all memory that was ever touched. A large page counts
+    /// whole.
     pub(crate) fn touched_bytes(&self) -> Option<u64> {
         Some(rustix::fs::fstat(&self.file).ok()?.st_blocks.cast_unsigned() * 512)
     }
 
-    /// The parts of memory that were ever touched, as source offsets: everything else is a hole
-    /// of the file and reads as zeros.
+    /// The parts of memory that were ever touched, as source offsets. All other parts are holes
+    /// of the file and read as zeros.
     pub(crate) fn touched(&self) -> Result<Vec<Range<u64>>> {
         let failed = |error: Errno| {
             MemoryError::system("cannot find the touched guest memory")(error.into())
@@ -128,7 +130,7 @@ impl FileMemory {
         loop {
             let start = match rustix::fs::seek(&self.file, SeekFrom::Data(at)) {
                 Ok(start) => start,
-                // No data from there on.
+                // There is no data from there on.
                 Err(Errno::NXIO) => return Ok(ranges),
                 Err(error) => return Err(failed(error)),
             };
@@ -161,8 +163,8 @@ impl snapfmt::ReadAt for GuestBytes<'_> {
     }
 }
 
-/// Guest memory by source offset, with pages that come when they are touched, and may be damaged then: the kernel reads them, into
-/// a scratch file. So a page that cannot be had is EFAULT, where a load instruction would get SIGBUS.
+/// Guest memory by source offset, whose pages are loaded when they are touched, and may be damaged. The kernel copies
+/// them into a scratch file. So a page that cannot be loaded is EFAULT, where a load instruction would raise SIGBUS.
 pub struct ArrivingBytes<'a> {
     pub(crate) memory: &'a GuestMemoryMmap,
     pub(crate) regions: &'a [MemoryRegion],
@@ -212,12 +214,12 @@ mod tests {
 
     #[test]
     fn only_touched_memory_is_found() {
-        let ranges = vmm::memory_layout(4 << 30).expect("it works");
-        let memory = FileMemory::new(&ranges).expect("it works");
-        assert!(memory.touched().expect("it works").is_empty());
-        memory.mapped.write_slice(&[1], GuestAddress(4096 * 5)).expect("it works");
-        memory.mapped.write_slice(&[1], GuestAddress((4 << 30) + 4096)).expect("it works");
-        let touched = memory.touched().expect("it works");
+        let ranges = vmm::memory_layout(4 << 30).unwrap();
+        let memory = FileMemory::new(&ranges).unwrap();
+        assert!(memory.touched().unwrap().is_empty());
+        memory.mapped.write_slice(&[1], GuestAddress(4096 * 5)).unwrap();
+        memory.mapped.write_slice(&[1], GuestAddress((4 << 30) + 4096)).unwrap();
+        let touched = memory.touched().unwrap();
         // Above the hole at 3 GiB, guest addresses and source offsets differ by 1 GiB.
         for offset in [4096 * 5, (3 << 30) + 4096] {
             assert!(touched.iter().any(|range| range.contains(&offset)));

@@ -1,13 +1,13 @@
-//! Snapshot a running KVM guest into one file, and restore it lazily in milliseconds.
+//! Snapshots a running KVM guest into one file, and restores it lazily in milliseconds.
 //!
-//! This library joins the crates [`snapfmt`] (the file), [`pager`] (page faults) and [`vmm`] (the machine) into a VM that
-//! owns its memory's pager and file:
+//! This library joins the crates [`snapfmt`] (the file), [`pager`] (page faults) and [`vmm`] (the machine) into a VM
+//! that owns its memory's pager and file:
 //!
 //! - [`RestoreConfig`] restores a guest from a snapshot: lazily, eagerly, or sharing memory with others;
-//! - [`BootConfig`] boots a fresh one;
+//! - [`BootConfig`] boots a new guest;
 //! - [`Vm::snapshot`] and [`Vm::snapshot_layer`] write a paused VM to a file;
 //! - [`interchange`] imports and exports memory images, Firecracker's and Cloud Hypervisor's snapshots, ELF cores;
-//! - [`record`] finds the pages that a guest touches first, for a working set.
+//! - [`record`] records which pages a guest touches first, for a working set.
 //!
 //! ```no_run
 //! use vmm::ConsoleFlow;
@@ -24,10 +24,10 @@
 //! # }
 //! ```
 //!
-//! A [`Vm`] or [`RunningVm`] holds its [`VmMemory`], and with it the pager. So no vCPU is left when the pager ends, and
-//! a page that has not arrived is never read as zeros.
+//! A [`Vm`] or [`RunningVm`] owns its [`VmMemory`], and with it the pager. So all vCPUs end before the pager does, and
+//! a missing page is never read as zeros.
 //!
-//! Needs Linux on x86-64 with `/dev/kvm`; lazy restores need userfaultfd: see [`pager`].
+//! This needs Linux on x86-64 with `/dev/kvm`. Lazy restores also need userfaultfd: see [`pager`].
 
 pub use pager;
 pub use pager::with_causes;
@@ -46,7 +46,6 @@ mod observer;
 mod pagemap;
 mod recording;
 mod restore;
-/// Whether there is address space for what comes next.
 pub mod room;
 mod stable_file;
 mod staged_output;

@@ -1,4 +1,4 @@
-//! A VM's memory together with where its content comes from.
+//! A VM's memory, and the source of its content.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -15,21 +15,21 @@ use crate::error::{GuestFailure, MemoryError};
 use crate::guest_memory::{ArrivingBytes, FileMemory};
 use crate::stable_file::StableFile;
 
-/// Guest memory, and what serves it. A [`Vm`](crate::Vm) holds it for as long as it can run: a page that has not arrived is
-/// never read as zeros.
+/// Guest memory, and the service that provides its pages. A [`Vm`](crate::Vm) owns it for as long as it can run, so
+/// that a missing page is never read as zeros.
 pub struct VmMemory {
-    // Fields drop in this order: a pager lets go of the mapping before that is unmapped.
+    // Fields drop in this order: a pager ends before its mapping is unmapped.
     pub(crate) origin: Origin,
     pub(crate) mapped: Arc<GuestMemoryMmap>,
     pub(crate) regions: Vec<MemoryRegion>,
 }
 
-/// Where its content comes from.
+/// The source of the content of memory.
 pub(crate) enum Origin {
-    /// The guest was booted here, in a memfd. What was never touched is a hole of it.
+    /// The guest was booted in a memfd. Pages that were never touched are holes of the memfd.
     Booted {
         file: FileMemory,
-        /// What the metadata of its snapshots says of the guest.
+        /// The description of the guest, for the metadata of its snapshots.
         guest: Value,
     },
     Restored(Restored),
@@ -43,19 +43,19 @@ pub(crate) struct Restored {
 
 /// How a restored guest gets its pages.
 pub(crate) enum Service {
-    /// All were loaded before it ran.
+    /// All pages were loaded before the guest ran.
     Loaded { _release: Release },
-    /// One by one, by a pager into anonymous memory. What was never touched is only in the snapshot.
+    /// A pager installs pages in anonymous memory. Missing pages are only in the snapshot.
     Lazy { pager: Pager, set_damage: SetDamage },
-    /// By a pager into a memfd that is mapped privately, and the touched pages are recorded.
+    /// A pager loads pages into a memfd that is mapped privately, and the touched pages are recorded.
     Recorded { pager: Pager, recording: Recording },
-    /// From a page server, which shares them with other guests.
+    /// A page server provides pages, and shares them with other guests.
     Shared(SharedClone),
-    /// By the kernel, from a raw image that is mapped privately.
+    /// The kernel loads pages from a raw image that is mapped privately.
     Image { image: StableFile, path: PathBuf },
 }
 
-/// Why a working set could not be used, once that is known.
+/// The reason why a working set could not be used, once it is known.
 pub(crate) type SetDamage = Arc<OnceLock<String>>;
 
 impl fmt::Debug for VmMemory {
@@ -71,26 +71,26 @@ impl VmMemory {
         &self.regions
     }
 
-    /// The mapping. Touching a page that has not arrived waits for it; one that cannot be had is SIGBUS: see
-    /// [`VmMemory::reader`].
+    /// The mapping. Touching a missing page waits until it is installed. A page that cannot be loaded raises SIGBUS,
+    /// which [`VmMemory::reader`] avoids.
     #[must_use]
     pub fn mapped(&self) -> &GuestMemoryMmap {
         &self.mapped
     }
 
-    /// Reads memory by source offset. A page that cannot be had is an error.
+    /// Reads memory by source offset. A page that cannot be loaded is an error.
     #[must_use]
     pub fn reader(&self) -> ArrivingBytes<'_> {
         ArrivingBytes { memory: &self.mapped, regions: &self.regions }
     }
 
-    /// The snapshot that the guest was restored from.
+    /// The snapshot from which the guest was restored.
     #[must_use]
     pub fn snapshot(&self) -> Option<&Arc<Snapshot>> {
         self.restored().map(|restored| &restored.snapshot)
     }
 
-    /// Its path.
+    /// The path of that snapshot.
     #[must_use]
     pub fn file(&self) -> Option<&Path> {
         self.restored().map(|restored| restored.file.as_path())
@@ -105,7 +105,7 @@ impl VmMemory {
         }
     }
 
-    /// Whether pages come when they are touched: from a pager, a page server or a raw image. Touching one may wait.
+    /// Whether pages are loaded when they are touched: by a pager, a page server or the kernel. Touching one may wait.
     #[must_use]
     pub fn is_served(&self) -> bool {
         match self.restored().map(|restored| &restored.service) {
@@ -114,7 +114,7 @@ impl VmMemory {
         }
     }
 
-    /// Which pages are touched, if that is recorded.
+    /// The recording of the touched pages, if there is one.
     #[must_use]
     pub fn recording(&self) -> Option<&Recording> {
         match &self.restored()?.service {
@@ -123,7 +123,7 @@ impl VmMemory {
         }
     }
 
-    /// Why the file's working set is not used, if that has turned out.
+    /// The reason why the file's working set is not used, once it is known.
     #[must_use]
     pub fn working_set_damage(&self) -> Option<&str> {
         match &self.restored()?.service {
@@ -132,7 +132,7 @@ impl VmMemory {
         }
     }
 
-    /// How much memory was ever touched, in bytes, of large pages all of each. `None` where that is not known.
+    /// How much memory was ever touched, in bytes. A touched large page counts whole. `None` if that is not known.
     #[must_use]
     pub fn touched_bytes(&self) -> Option<u64> {
         match &self.origin {
@@ -144,17 +144,17 @@ impl VmMemory {
         }
     }
 
-    /// Why the pager cannot serve the guest any more.
+    /// The reason why the pager cannot serve the guest any more, if there is one.
     #[must_use]
     pub fn failure(&self) -> Option<GuestFailure> {
         let failure = self.pager()?.failure()?;
         Some(GuestFailure::of_pager(self.file()?, failure))
     }
 
-    /// Whether the raw image is still what was mapped, which nothing else checks.
+    /// Checks that the raw image has not changed since it was mapped. Nothing else checks that.
     ///
     /// # Errors
-    /// The image was written to: the guest may have run from two.
+    /// The image has changed, so the guest may have read pages of two images.
     pub fn check_image(&self) -> Result<(), MemoryError> {
         match self.restored().map(|restored| &restored.service) {
             Some(Service::Image { image, path }) => image
@@ -164,7 +164,7 @@ impl VmMemory {
         }
     }
 
-    /// Ends the service of pages, after the VM was dropped. The error is what the page server could not bring.
+    /// Ends the service of pages, after the VM was dropped. The error is the first failure of the page server.
     ///
     /// # Errors
     /// [`GuestFailure`]
@@ -185,11 +185,11 @@ impl VmMemory {
     }
 }
 
-/// A thread that drops the file from the page cache, while the guest runs that has its memory now. Dropping this waits for it.
+/// A thread that drops the file from the page cache while the guest runs. Dropping this waits for the thread.
 pub(crate) struct Release(Option<JoinHandle<()>>);
 
 impl Release {
-    /// Where no thread can be started, the file stays cached.
+    /// Starts the thread. If that fails, the file stays cached.
     pub(crate) fn start(snapshot: &Arc<Snapshot>, loaded: Loaded) -> Self {
         let snapshot = Arc::clone(snapshot);
         let release = move || snapshot.release(&loaded);
@@ -200,7 +200,7 @@ impl Release {
 impl Drop for Release {
     fn drop(&mut self) {
         if let Some(thread) = self.0.take() {
-            // A panic in it leaves the file cached.
+            // If the thread has panicked, the file stays cached.
             let _ = thread.join();
         }
     }

@@ -1,4 +1,4 @@
-//! Where guest memory lies: source offsets (the snapshot file's order) and guest physical addresses.
+//! Translates source offsets (the order of the snapshot file) to guest physical addresses.
 
 use std::ops::Range;
 

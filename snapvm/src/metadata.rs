@@ -1,4 +1,5 @@
-//! What a snapshot's metadata says of a guest: for people and tools, but for the CPU, which a restore compares.
+//! The part of a snapshot's metadata that describes the guest. A restore compares the CPU; the rest is for people and
+//! tools.
 
 use serde_json::{Map, Value, json};
 use snapfmt::Metadata;
@@ -12,20 +13,20 @@ const DEVICES: &str = "devices";
 #[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct GuestMetadata {
-    /// The CPU of the host on which the guest was snapshotted. A restore on the same one asks KVM nothing.
+    /// The CPU of the host on which the guest was snapshotted. A restore on the same CPU does not check its features.
     pub host_cpu: Option<HostCpu>,
-    /// What the caller says of the guest, as JSON; kept by later snapshots of the same guest.
+    /// The caller's description of the guest, as JSON. Later snapshots of the guest keep it.
     pub guest: Value,
 }
 
 impl GuestMetadata {
-    /// Of a guest on this host.
+    /// The metadata of a guest on this host.
     #[must_use]
     pub fn here(guest: Value) -> Self {
         Self { host_cpu: Some(HostCpu::current()), guest }
     }
 
-    /// From a snapshot's metadata. Values of another form count as missing: they are a hint.
+    /// Reads a snapshot's metadata. A value that cannot be decoded counts as missing: the values are hints.
     #[must_use]
     pub fn read(metadata: &Metadata) -> Self {
         let host_cpu = metadata.other.get(HOST_CPU).cloned();
@@ -35,7 +36,7 @@ impl GuestMetadata {
         }
     }
 
-    /// The metadata of a new file.
+    /// The metadata to write into a new file.
     #[must_use]
     pub fn to_metadata(&self) -> Metadata {
         let mut other = Map::new();
@@ -51,7 +52,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_written_is_read_again() {
+    fn metadata_survives_writing_and_reading() {
         let written = GuestMetadata::here(json!({ "memory": 1 }));
         assert_eq!(GuestMetadata::read(&written.to_metadata()), written);
         assert_eq!(GuestMetadata::read(&Metadata::default()), GuestMetadata::default());

@@ -1,4 +1,4 @@
-//! What a restore tells its caller while it is under way.
+//! Reports the progress of a restore to its caller.
 
 use std::any::Any;
 use std::ops::ControlFlow;
@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use snapfmt::Progress;
 
-/// A step of a restore that may wait for something else: a slow disk, another process.
+/// A step of a restore that may wait for a slow disk or another process.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub enum Step<'a> {
@@ -25,33 +25,33 @@ pub enum Step<'a> {
     AskServer {
         /// Its socket.
         socket: &'a Path,
-        /// It is given up after this long.
+        /// The restore fails if the server has not answered after this time.
         timeout: Duration,
     },
-    /// KVM is given the machine's state; some pages of a lazy restore are read for that.
+    /// The state of the machine is set in KVM. A lazy restore reads some pages for that.
     BuildMachine {
         /// The snapshot.
         file: &'a Path,
     },
 }
 
-/// Told of a restore's steps, on the calling thread unless noted.
+/// Receives the steps of a restore, on the calling thread unless noted.
 pub trait Observer: Send + Sync {
     /// A step begins; it ends when the returned value is dropped.
     fn step(&self, _step: Step<'_>) -> Box<dyn Any> {
         Box::new(())
     }
 
-    /// An eager restore has loaded a part; `Break` cancels it. Called on the threads that load.
+    /// An eager restore has loaded a part of memory; `Break` cancels it. This is called on the loading threads.
     fn loaded(&self, _progress: Progress) -> ControlFlow<()> {
         ControlFlow::Continue(())
     }
 
-    /// A device's socket was made at `path`. It is removed with the VM, and left behind by a process that is killed.
+    /// A device's socket was created at `path`. It is removed with the VM. A process that is killed leaves it behind.
     fn made_socket(&self, _path: &Path) {}
 }
 
-/// Listens to nothing.
+/// An observer that does nothing.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Silent;
 

@@ -1,4 +1,4 @@
-//! Which pages of guest memory are this process' own.
+//! Finds the pages of guest memory that only this process has.
 
 use std::ops::Range;
 
@@ -9,8 +9,8 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::error::MemoryError;
 
-/// The ranges of source offsets whose pages belong to this process alone, in memory or swapped out. All other pages of a
-/// private mapping have the content of what is mapped: zeros, or the pages of a file.
+/// The ranges of source offsets whose pages only this process has, in memory or swapped out. All other pages of a
+/// private mapping have the content of the mapped file, or are zero.
 pub(crate) fn private_pages(
     memory: &GuestMemoryMmap,
     regions: &[MemoryRegion],
@@ -51,13 +51,13 @@ mod tests {
 
     #[test]
     fn written_pages_are_found() {
-        let ranges = vmm::memory_layout(4 << 30).expect("it works");
-        let memory = guest_memory::private(&ranges).expect("it works");
+        let ranges = vmm::memory_layout(4 << 30).unwrap();
+        let memory = guest_memory::private(&ranges).unwrap();
         let regions = to_regions(&ranges);
-        assert!(private_pages(&memory, &regions).expect("it works").is_empty());
-        memory.write_slice(&[1], GuestAddress(4096 * 5)).expect("it works");
-        memory.write_slice(&[1], GuestAddress((4 << 30) + 4096)).expect("it works");
-        let own = private_pages(&memory, &regions).expect("it works");
+        assert!(private_pages(&memory, &regions).unwrap().is_empty());
+        memory.write_slice(&[1], GuestAddress(4096 * 5)).unwrap();
+        memory.write_slice(&[1], GuestAddress((4 << 30) + 4096)).unwrap();
+        let own = private_pages(&memory, &regions).unwrap();
         // Above the hole at 3 GiB, guest addresses and source offsets differ by 1 GiB.
         for offset in [4096 * 5, (3 << 30) + 4096] {
             assert!(own.iter().any(|range| range.contains(&offset)), "{own:?}");

@@ -7,20 +7,20 @@ use std::time::{Duration, Instant};
 use pager::Recording;
 use snapfmt::{PageIndex, Phase};
 
-/// Pages in the order of touching, each with the phase it was first touched in.
+/// Pages in the order in which they were touched, each with the phase of its first touch.
 pub type Touched = Vec<(PageIndex, Phase)>;
 
-/// How often a run is looked at.
+/// How often the touched pages of a run are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pace {
-    /// For a run that serves only to record: the order of touching is as exact as possible.
+    /// For a run that serves only the recording: the order of the pages is as exact as possible.
     Closely,
     /// For a run with another purpose: recording takes at most 2 % of its time.
     InPassing,
 }
 
 impl Pace {
-    /// The time until the next mark, after so much of the run, when the last mark took `cost`.
+    /// The time until the next mark, if the run has taken `elapsed` so far and the last mark took `cost`.
     fn pause(self, elapsed: Duration, cost: Duration) -> Duration {
         match self {
             Pace::Closely => (elapsed / 256).max(cost * 3).max(Duration::from_millis(1)),
@@ -29,7 +29,7 @@ impl Pace {
     }
 }
 
-/// The moment of a guest's first output. The console notes it.
+/// The time of a guest's first output. The console notes it.
 #[derive(Clone, Debug, Default)]
 pub struct FirstOutput(Arc<FirstOutputInner>);
 
@@ -40,30 +40,30 @@ struct FirstOutputInner {
 }
 
 impl FirstOutput {
-    /// Notes that there is output, the first time it is called.
+    /// Notes the time of the first call. Later calls do nothing.
     pub fn note(&self) {
         if self.0.at.set(Instant::now()).is_ok() {
-            self.tell();
+            self.notify();
         }
     }
 
-    /// When it was, if it was.
+    /// The time of the first output, if there was one.
     #[must_use]
     pub fn at(&self) -> Option<Instant> {
         self.0.at.get().copied()
     }
 
-    /// Sends a message at the first output, or now if there was one, while `to` exists.
+    /// Sends a message at the first output, or now if there was one, unless `to` was dropped.
     fn listen(&self, to: Weak<Sender<()>>) {
         *self.listener() = to;
         if self.at().is_some() {
-            self.tell();
+            self.notify();
         }
     }
 
-    fn tell(&self) {
+    fn notify(&self) {
         if let Some(to) = self.listener().upgrade() {
-            // A receiver that is gone has no use for it.
+            // A dropped receiver does not need the message.
             let _ = to.send(());
         }
     }
@@ -73,34 +73,34 @@ impl FirstOutput {
     }
 }
 
-/// A run whose touched pages are not known.
+/// The touched pages of a run could not be recorded.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RecordError {
-    /// As pthread_create(3).
-    #[error("there is no thread to record with")]
+    /// pthread_create(3) failed.
+    #[error("cannot start the recording thread")]
     Thread(#[source] std::io::Error),
-    /// A bug of this crate.
-    #[error("the thread that records has panicked")]
+    /// The recording thread has panicked, which is a bug of this crate.
+    #[error("the recording thread has panicked")]
     Panicked,
-    /// As pread(2) of /proc/self/pagemap.
+    /// pread(2) of `/proc/self/pagemap` failed.
     #[error("cannot read which pages are touched")]
     Read(#[source] std::io::Error),
 }
 
-/// Calls `run`, which runs the guest to its end, and marks the ends of its phases meanwhile, on another thread.
+/// Calls `run`, which runs the guest to its end. Meanwhile another thread marks the ends of the guest's phases.
 pub fn record<T>(
     recording: &Recording,
     pace: Pace,
     first_output: &FirstOutput,
     run: impl FnOnce() -> T,
 ) -> (T, Result<Touched, RecordError>) {
-    let (sender, told) = channel::<()>();
-    // The only strong reference: the channel is disconnected when the run is over.
+    let (sender, messages) = channel::<()>();
+    // This is the only strong reference, so the channel is disconnected when the run is over.
     let run_is_on = Arc::new(sender);
     first_output.listen(Arc::downgrade(&run_is_on));
     let (ran, marked) = std::thread::scope(|scope| {
-        let mark = move || mark_phases(recording, pace, first_output, &told);
+        let mark = move || mark_phases(recording, pace, first_output, &messages);
         let marker = std::thread::Builder::new().name("recorder".into()).spawn_scoped(scope, mark);
         let ran = run();
         drop(run_is_on);
@@ -120,13 +120,13 @@ pub fn record<T>(
     (ran, touched())
 }
 
-/// Marks what was touched, again and again until the run is over, and returns the phase of each mark. It wakes only for marks,
-/// the first output and the ends of phases: each wake-up takes time from the guest.
+/// Marks the touched pages repeatedly until the run is over, and returns the phase of each mark. The thread wakes only
+/// for marks, the first output and the ends of phases, because each wake-up takes time from the guest.
 fn mark_phases(
     recording: &Recording,
     pace: Pace,
     first_output: &FirstOutput,
-    told: &Receiver<()>,
+    messages: &Receiver<()>,
 ) -> std::io::Result<Vec<Phase>> {
     let began = Instant::now();
     let (mut phase, mut phases) = (Phase::FirstOutput, Vec::new());
@@ -135,7 +135,7 @@ fn mark_phases(
         let to_mark = next.saturating_duration_since(Instant::now());
         let to_phase = end_of(phase).map(|end| end.saturating_sub(began.elapsed()));
         let wait = to_phase.map_or(to_mark, |to_phase| to_phase.min(to_mark));
-        let over = told.recv_timeout(wait) == Err(RecvTimeoutError::Disconnected);
+        let over = messages.recv_timeout(wait) == Err(RecvTimeoutError::Disconnected);
         let now = phase_at(began.elapsed(), first_output.at().is_some());
         let marking = Instant::now();
         if over || now != phase || marking >= next {
@@ -153,7 +153,7 @@ fn mark_phases(
 const FIRST_100_MS: Duration = Duration::from_millis(100);
 const FIRST_SECOND: Duration = Duration::from_secs(1);
 
-/// What comes before the first output is one phase, however long that takes.
+/// The phase at this time. The time before the first output is one phase, however long it is.
 fn phase_at(after: Duration, output: bool) -> Phase {
     match after {
         _ if !output => Phase::FirstOutput,
@@ -163,7 +163,7 @@ fn phase_at(after: Duration, output: bool) -> Phase {
     }
 }
 
-/// Since the beginning, of a phase that ends by time.
+/// The end of a phase that has a fixed one, since the beginning of the run.
 fn end_of(phase: Phase) -> Option<Duration> {
     match phase {
         Phase::First100Ms => Some(FIRST_100_MS),
@@ -177,18 +177,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_output_is_told_once_to_each_listener() {
-        let (sender, told) = channel();
+    fn each_listener_gets_one_message_for_the_first_output() {
+        let (sender, messages) = channel();
         let sender = Arc::new(sender);
         let output = FirstOutput::default();
         output.listen(Arc::downgrade(&sender));
-        assert!(told.try_recv().is_err());
+        assert!(messages.try_recv().is_err());
         output.note();
         output.note();
-        assert_eq!(told.try_iter().count(), 1);
+        assert_eq!(messages.try_iter().count(), 1);
         output.listen(Arc::downgrade(&sender));
-        assert_eq!(told.try_iter().count(), 1);
+        assert_eq!(messages.try_iter().count(), 1);
         drop(sender);
-        assert_eq!(told.recv(), Err(std::sync::mpsc::RecvError), "no other sender is left");
+        assert_eq!(messages.recv(), Err(std::sync::mpsc::RecvError), "no other sender is left");
     }
 }

@@ -1,4 +1,4 @@
-//! A guest from a snapshot, ready to run.
+//! Restores a guest from a snapshot.
 
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
@@ -33,21 +33,21 @@ type Result<T> = std::result::Result<T, RestoreError>;
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub enum MemoryFrom {
-    /// A pager brings each page from the snapshot when the guest touches it, and loads ahead while the guest waits much.
+    /// A pager loads each page from the snapshot when the guest touches it, and loads ahead while the guest waits much.
     #[default]
     Lazy,
     /// All memory is loaded before the guest runs.
     Eager,
-    /// As `Lazy`, without prefetch, and the touched pages are recorded: see [`crate::record`].
+    /// A pager loads pages as for `Lazy`, but without prefetch, and records the touched pages: see [`crate::record`].
     Recorded,
-    /// A page server (`snap serve`) brings pages, and shares those that are only read with other guests of the snapshot.
+    /// A page server (`snap serve`) loads pages. The guests of a snapshot share the pages that they only read.
     Shared {
         /// The server's socket.
         socket: PathBuf,
-        /// How long it has to answer, in all.
+        /// The time within which the server must answer, in total.
         timeout: Duration,
     },
-    /// The kernel brings pages from a raw image of the memory, which nothing checks.
+    /// The kernel loads pages from a raw image of the memory, without checks.
     Image(PathBuf),
 }
 
@@ -77,11 +77,11 @@ pub struct RestoreConfig {
 pub struct RestoredVm {
     /// The VM and its memory.
     pub vm: Vm,
-    /// Bytes of the file that were read for its memory already: all of it in an eager restore.
+    /// Bytes of the file that an eager restore has read to load the memory. 0 for other restores.
     pub loaded_bytes: u64,
     /// When the file and the devices were open.
     pub opened_at: Instant,
-    /// When memory was loaded, or its pager was at work.
+    /// When memory was loaded, or its pager was running.
     pub memory_ready_at: Instant,
 }
 
@@ -95,7 +95,7 @@ impl std::fmt::Debug for RestoreConfig {
 }
 
 impl RestoreConfig {
-    /// A lazy restore of the snapshot at `file`, whose parents, if it is a layer, are where it says.
+    /// A lazy restore of the snapshot at `file`. The parents of a layer are opened at the paths that the layer gives.
     ///
     /// # Errors
     /// [`RestoreError::Open`] and [`RestoreError::Read`]
@@ -130,14 +130,14 @@ impl RestoreConfig {
         }
     }
 
-    /// How the guest gets its memory; lazily, unless this says something else.
+    /// How the guest gets its memory. The default is [`MemoryFrom::Lazy`].
     #[must_use]
     pub fn memory(mut self, from: MemoryFrom) -> Self {
         self.memory = from;
         self
     }
 
-    /// What a lazy restore does about a page that cannot be had.
+    /// What a lazy restore does if a page cannot be loaded.
     #[must_use]
     pub fn on_error(mut self, policy: FailurePolicy) -> Self {
         self.on_error = policy;
@@ -172,35 +172,35 @@ impl RestoreConfig {
         self
     }
 
-    /// Restores a guest also where the CPU lacks features that it was given. It may crash.
+    /// Restores a guest even if this host's CPU lacks features that the guest uses. The guest may crash.
     #[must_use]
     pub fn force_cpu(mut self, force: bool) -> Self {
         self.force_cpu = force;
         self
     }
 
-    /// Whether the guest stops when it asks to be snapshotted.
+    /// Whether the guest stops when it requests a snapshot.
     #[must_use]
     pub fn guest_trigger(mut self, on: bool) -> Self {
         self.guest_trigger = on;
         self
     }
 
-    /// What the guest's devices are connected to.
+    /// The files, sockets and taps to which the guest's devices are connected.
     #[must_use]
     pub fn devices(mut self, devices: DeviceConnections) -> Self {
         self.devices = devices;
         self
     }
 
-    /// Is told of each step.
+    /// The observer that receives each step.
     #[must_use]
     pub fn observer(mut self, observer: Arc<dyn Observer>) -> Self {
         self.observer = observer;
         self
     }
 
-    /// Puts something between the snapshot and the pager of a lazy restore: to measure, to delay, to fail.
+    /// Puts a source between the snapshot and the pager of a lazy restore, to measure, delay or fail reads.
     #[must_use]
     pub fn wrap_source(
         mut self,
@@ -219,13 +219,13 @@ impl RestoreConfig {
         let step = self.observer.step(Step::ReadState { file: &self.file });
         let state = self.state()?;
         self.check_cpu(&state)?;
-        // Before anything that takes time: a disk may be refused.
+        // Devices come before anything slow, because a disk may be refused.
         let devices = self.devices.restore(state.devices(), &self.snapshot, &*self.observer);
         let devices = devices.map_err(|error| RestoreError::Device { file: file(), error })?;
         drop(step);
         let opened_at = Instant::now();
 
-        // Memory first, and its pager: setting the state of the vCPUs touches some of it.
+        // Memory and its pager come first, because setting the state of the vCPUs touches memory.
         let guest = GuestSlot::default();
         let Served { service, mapped, loaded_bytes, prefetch_start } =
             self.serve_memory(state.vcpus().len(), &guest)?;
@@ -240,7 +240,8 @@ impl RestoreConfig {
             }),
         };
 
-        // Declared after the memory, whose pager waits for its thread: dropped before it on every way out.
+        // This is declared after the memory, so that it is always dropped first: the pager waits for the prefetch
+        // thread.
         let prefetch_start = prefetch_start;
         let mut options =
             RestoreOptions::default().guest_snapshot_trigger(self.guest_trigger).clock(self.clock);
@@ -252,7 +253,7 @@ impl RestoreConfig {
         let step = self.observer.step(Step::BuildMachine { file: &self.file });
         let machine = PausedVm::restore_with(mapped, &state, console, &options, devices);
         drop(step);
-        // Also of a machine that was built: KVM passes over some pages that it cannot read.
+        // This is checked even if the machine was built, because KVM ignores some pages that it cannot read.
         if let Some(failure) = memory.failure() {
             return Err(RestoreError::Failed(failure));
         }
@@ -267,7 +268,7 @@ impl RestoreConfig {
         RestoreError::Read { file: self.file.clone(), error }
     }
 
-    /// The machine's state, for the file's memory map.
+    /// The machine's state, which must have the file's memory map.
     fn state(&self) -> Result<VmState> {
         let file = || self.file.clone();
         let blob = self.snapshot.state(STATE_KIND).map_err(|error| self.read_error(error))?;
@@ -285,7 +286,7 @@ impl RestoreConfig {
         if self.force_cpu {
             return Ok(());
         }
-        // On the CPU that the guest was snapshotted on, KVM is not asked: that takes time.
+        // On the CPU on which the guest was snapshotted, KVM is not queried, because that takes time.
         let metadata = self.snapshot.metadata().map_err(|error| self.read_error(error))?;
         if GuestMetadata::read(&metadata).host_cpu == Some(HostCpu::current()) {
             return Ok(());
@@ -301,7 +302,7 @@ impl RestoreConfig {
 
     fn serve_memory(&self, vcpus: usize, guest: &GuestSlot) -> Result<Served> {
         let ranges = to_ranges(self.snapshot.regions());
-        // As many demand threads as vCPUs can wait for pages at the same time, and as can run.
+        // There are as many demand threads as vCPUs can wait for pages at the same time, but no more than CPUs.
         let slices = vcpus.min(thread::available_parallelism().map_or(1, |cpus| cpus.get()));
         match &self.memory {
             MemoryFrom::Eager => {
@@ -374,7 +375,7 @@ impl RestoreConfig {
         }
     }
 
-    /// The memory comes with its service: it must not be touched before.
+    /// Gets the memory from a page server, which serves it from then on.
     fn share(
         &self,
         socket: &Path,
@@ -414,7 +415,7 @@ impl RestoreConfig {
     }
 }
 
-/// Memory that can be used.
+/// Mapped memory, and the service that provides its pages.
 struct Served {
     service: Service,
     mapped: Arc<GuestMemoryMmap>,
@@ -428,7 +429,7 @@ impl Served {
     }
 }
 
-/// What a guest that shares memory and its page server must agree on.
+/// The name of a snapshot. A guest shares memory only with a page server that has a snapshot of this name.
 #[must_use]
 pub fn snapshot_name(snapshot: &Snapshot) -> SnapshotName {
     SnapshotName {

@@ -1,6 +1,7 @@
-//! Whether there is address space for what comes next, where a limit (RLIMIT_AS, RLIMIT_DATA) may refuse it.
+//! Checks that the limits of the process (RLIMIT_AS, RLIMIT_DATA) leave address space for an operation.
 //!
-//! A failed allocation in Rust ends the process, and with it a running guest. So large needs are tried beforehand.
+//! A failed allocation in Rust ends the process, and with it a running guest. So large allocations are tried
+//! beforehand.
 
 use std::io;
 
@@ -9,16 +10,16 @@ use snapfmt::layout::PAGE_BYTES;
 use vm_memory::MmapRegion;
 use vm_memory::mmap::MmapRegionError;
 
-/// Of a thread: its stack, and what the allocator takes for it.
+/// The address space of a thread: its stack, and what the allocator reserves for it.
 pub const THREAD_BYTES: usize = 8 << 20;
 
-/// Beside a guest's memory: threads, and the pager's buffers.
+/// The address space that a guest needs besides its memory: for threads, and the pager's buffers.
 const GUEST_BYTES: u64 = 24 << 20;
 
-/// Maps so many bytes and unmaps them again.
+/// Maps `bytes` of memory and unmaps them again.
 ///
 /// # Errors
-/// As mmap(2).
+/// The error of mmap(2).
 pub fn check(bytes: usize) -> io::Result<()> {
     match MmapRegion::<()>::new(bytes) {
         Ok(_unused) => Ok(()),
@@ -27,17 +28,17 @@ pub fn check(bytes: usize) -> io::Result<()> {
     }
 }
 
-/// What a guest with so much memory needs.
+/// The address space that a guest needs, in bytes.
 pub(crate) fn of_guest(memory_bytes: u64) -> usize {
     usize::try_from(memory_bytes.saturating_add(GUEST_BYTES)).unwrap_or(usize::MAX)
 }
 
-/// What a writer needs for `data_bytes` of memory, at most: see [`snapfmt::write_snapshot`].
+/// The address space that a writer needs at most for `data_bytes` of memory: see [`snapfmt::write_snapshot`].
 pub(crate) fn of_writer(options: &WriteOptions, data_bytes: u64) -> usize {
-    // Results under way and buffers; what a compressor has beside them grows with the chunk.
+    // Results and buffers have a fixed size. The memory of a compressor grows with the chunk.
     let thread = THREAD_BYTES + (14 << 20) + 24 * options.chunk_pages * PAGE_BYTES;
     let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get());
-    // The index, and a table of pages, which holds its old and its new half when it grows.
+    // The index, and a table of pages, which exists twice while it grows.
     let pages = data_bytes / PAGE_BYTES as u64;
     let tables = pages * 8 + pages.min(1 << 20) * 48;
     thread * options.threads.get().min(4 * cpus) + usize::try_from(tables).unwrap_or(usize::MAX / 2)
@@ -48,9 +49,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_cannot_be_had_is_an_error() {
-        check(1 << 20).expect("a MiB is there");
-        // More than there are addresses.
+    fn too_much_address_space_is_an_error() {
+        check(1 << 20).expect("1 MiB can be mapped");
+        // This is more than the address space.
         let error = check(1 << 50).expect_err("it is too much");
         assert_eq!(error.kind(), io::ErrorKind::OutOfMemory, "{error}");
     }

@@ -1,4 +1,4 @@
-//! A file without checksums that is read over some time, and must not change meanwhile.
+//! A file without checksums, which must not change while it is read.
 
 use std::fs::File;
 use std::io;
@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 
 use snapfmt::{ReadAt, Stamp};
 
-/// Remembers the size and the times that the file had when it was opened.
+/// A file, with the size and the times that it had when it was opened.
 #[derive(Debug)]
 pub struct StableFile {
     file: File,
@@ -14,8 +14,10 @@ pub struct StableFile {
 }
 
 impl StableFile {
+    /// Takes a file that was just opened.
+    ///
     /// # Errors
-    /// As fstat(2).
+    /// The error of fstat(2).
     pub fn new(file: File) -> io::Result<Self> {
         Ok(Self { opened: file.stamp()?, file })
     }
@@ -26,21 +28,21 @@ impl StableFile {
         &self.file
     }
 
-    /// Fills `buf` with what was there when the file was opened.
+    /// Fills `buf` with bytes of the file as it was when it was opened.
     ///
     /// # Errors
-    /// As pread(2); the file has changed.
+    /// The error of pread(2), or the file has changed.
     pub fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         FileExt::read_exact_at(&self.file, buf, offset)?;
-        // After the read: a write before it, or during it, is seen.
+        // The check comes after the read, so that it finds a write before or during the read.
         self.check_unchanged()
     }
 
-    /// Compares the file's size and times with those at the opening. A write whose time was set back looks like a new name
-    /// or mode: all of these count as a change.
+    /// Compares the file's size and times with those at the opening. A new name or mode also counts as a change,
+    /// because a write whose time was set back looks the same.
     ///
     /// # Errors
-    /// As fstat(2); the file has changed.
+    /// The error of fstat(2), or the file has changed.
     pub fn check_unchanged(&self) -> io::Result<()> {
         if self.file.stamp()? == self.opened {
             return Ok(());

@@ -1,8 +1,8 @@
 //! An output, a file or a folder of files, that appears whole at its path or not at all.
 //!
-//! It is built in a folder `.NAME.PID.tmp` next to the output, and renamed when all is written and synced. A process that is
-//! killed leaves its folder behind. The next one that writes the same output removes it, unless a lock on the folder shows
-//! that it is still in use.
+//! It is built in a folder `.NAME.PID.tmp` next to the output, and renamed when all is written and synced. A process
+//! that is killed leaves its folder behind. The next process that writes the same output removes the folder, unless a
+//! lock on it shows that it is still in use.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{DirBuilder, File, OpenOptions};
@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, FlockOperation, RenameFlags};
 
-/// What the output is.
+/// The kind of an output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OutputShape {
     /// One file.
@@ -26,13 +26,13 @@ pub enum OutputShape {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum OutputError {
-    /// The path ends with no name.
-    #[error("{} names no file", path.display())]
+    /// The path does not end with a file name.
+    #[error("{} does not end with a file name", path.display())]
     NoName {
         /// The output.
         path: PathBuf,
     },
-    /// The output exists, and is not to be replaced.
+    /// The output exists and may not be replaced.
     #[error("{} exists", path.display())]
     Exists {
         /// The output.
@@ -61,24 +61,24 @@ pub enum OutputError {
     /// A system call failed.
     #[error("cannot {what} {}", path.display())]
     Io {
-        /// What was tried: create, list, sync or name.
+        /// The operation: create, list, sync or name.
         what: &'static str,
         /// The output.
         path: PathBuf,
-        /// Why.
+        /// The error of the system call.
         #[source]
         error: io::Error,
     },
 }
 
-/// An output that has not appeared yet. Dropped without [`StagedOutput::publish`], it never does.
+/// An output that has not appeared yet. If it is dropped without [`StagedOutput::publish`], it never appears.
 #[derive(Debug)]
 pub struct StagedOutput {
     out: PathBuf,
     shape: OutputShape,
     replace: bool,
     folder: PathBuf,
-    /// Held open: it carries the lock.
+    /// The open folder, which is locked.
     lock: File,
 }
 
@@ -86,8 +86,8 @@ pub struct StagedOutput {
 const SINGLE: &str = "file";
 
 impl StagedOutput {
-    /// Creates the private folder in which the output is built. With `replace` an existing output is replaced when it is
-    /// published, but a folder only if it holds nothing but files of `shape`.
+    /// Creates the private folder in which the output is built. With `replace`, publishing replaces an existing
+    /// output, but a folder only if it contains no files except those of `shape`.
     ///
     /// # Errors
     /// [`OutputError`]
@@ -114,7 +114,7 @@ impl StagedOutput {
         &self.out
     }
 
-    /// The folder in which it is built. A process that ends without dropping this removes it.
+    /// The folder in which the output is built. A process that ends without dropping this must remove the folder.
     #[must_use]
     pub fn staging_folder(&self) -> &Path {
         &self.folder
@@ -138,10 +138,10 @@ impl StagedOutput {
         options.open(self.folder.join(name)).map_err(failed("create", &self.out))
     }
 
-    /// Makes everything durable and gives it its name.
+    /// Syncs all files and renames the output to its path.
     ///
     /// # Errors
-    /// [`OutputError`]; the output does not appear.
+    /// [`OutputError`]. The output does not appear, unless only the last sync, that of its name, has failed.
     pub fn publish(self) -> Result<(), OutputError> {
         let out = &self.out;
         let sync = failed("sync", out);
@@ -149,7 +149,7 @@ impl StagedOutput {
             entry.and_then(|entry| File::open(entry.path())?.sync_all()).map_err(&sync)?;
         }
         self.lock.sync_all().map_err(&sync)?;
-        // Again: an output may have appeared in the meantime.
+        // This is checked again, because an output may have appeared meanwhile.
         may_take(out, self.shape, self.replace)?;
         let exists = out.symlink_metadata().is_ok();
         let from = match self.shape {
@@ -179,7 +179,7 @@ impl Drop for StagedOutput {
     }
 }
 
-/// Refuses an output path that is taken.
+/// Refuses an output that exists and may not be replaced.
 fn may_take(out: &Path, shape: OutputShape, replace: bool) -> Result<(), OutputError> {
     let Ok(found) = out.symlink_metadata() else { return Ok(()) };
     let path = out.to_owned();
@@ -194,7 +194,7 @@ fn may_take(out: &Path, shape: OutputShape, replace: bool) -> Result<(), OutputE
     }
 }
 
-/// Refuses to replace a folder in which there is something else, which would be lost.
+/// Refuses to replace a folder that contains other files, which would be lost.
 fn only_has(folder: &Path, names: &[&str]) -> Result<(), OutputError> {
     let failed = failed("list", folder);
     for entry in std::fs::read_dir(folder).map_err(&failed)? {
@@ -220,7 +220,7 @@ fn temporary_name(name: &OsStr, process: u32) -> OsString {
     temporary
 }
 
-/// Removes the staging folders of processes that have ended. The next process tries again what fails.
+/// Removes the staging folders of processes that have ended. If that fails, the next process tries again.
 fn remove_abandoned(parent: &Path, name: &OsStr) {
     let Ok(entries) = std::fs::read_dir(parent) else { return };
     for entry in entries.flatten() {
@@ -247,7 +247,7 @@ fn remove_abandoned(parent: &Path, name: &OsStr) {
     }
 }
 
-/// Nothing more can be done if this fails; the folder's name shows what it is.
+/// Removes a staging folder. If that fails, the next process that writes the same output tries again.
 fn remove(folder: &Path) {
     let _ = std::fs::remove_dir_all(folder);
 }

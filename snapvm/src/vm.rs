@@ -8,9 +8,9 @@ use vmm::{PauseError, ResumeError, Stop, VmHandle};
 
 use crate::memory::VmMemory;
 
-/// A paused VM. It is written to a snapshot by [`Vm::snapshot`] and [`Vm::snapshot_layer`].
+/// A paused VM. [`Vm::snapshot`] and [`Vm::snapshot_layer`] write it to a file.
 pub struct Vm {
-    // Fields drop in this order: no vCPU is left when the memory's service ends.
+    // Fields drop in this order: all vCPUs end before the pager of the memory does.
     pub(crate) machine: vmm::PausedVm,
     pub(crate) memory: Arc<VmMemory>,
 }
@@ -34,25 +34,25 @@ impl fmt::Debug for RunningVm {
 }
 
 impl Vm {
-    /// Its memory. A clone of the `Arc` keeps the pager at work after the VM was dropped.
+    /// The VM's memory. A clone of the `Arc` keeps the pager running after the VM was dropped.
     #[must_use]
     pub fn memory(&self) -> &Arc<VmMemory> {
         &self.memory
     }
 
-    /// Pauses and stops the VM from other threads.
+    /// A handle that pauses or stops the VM from other threads.
     #[must_use]
     pub fn handle(&self) -> VmHandle {
         self.machine.handle()
     }
 
-    /// How many vCPUs it has.
+    /// The number of vCPUs.
     #[must_use]
     pub fn vcpu_count(&self) -> usize {
         self.machine.vcpu_count()
     }
 
-    /// Why it cannot be resumed, if it cannot.
+    /// The reason why the VM cannot be resumed, if there is one.
     #[must_use]
     pub fn breakdown(&self) -> Option<Stop> {
         self.machine.breakdown()
@@ -64,7 +64,7 @@ impl Vm {
         self.machine.first_entry()
     }
 
-    /// When a vCPU first left it.
+    /// When a vCPU first left the guest.
     #[must_use]
     pub fn first_exit(&self) -> Option<Instant> {
         self.machine.first_exit()
@@ -73,7 +73,7 @@ impl Vm {
     /// Lets the guest run.
     ///
     /// # Errors
-    /// [`ResumeError`]: there is no thread for a vCPU. The VM is dropped.
+    /// [`ResumeError`] if the thread of a vCPU cannot be started. The VM is dropped then.
     pub fn resume(self) -> Result<RunningVm, ResumeError> {
         let Self { machine, memory } = self;
         Ok(RunningVm { machine: machine.resume()?, memory })
@@ -81,13 +81,13 @@ impl Vm {
 }
 
 impl RunningVm {
-    /// Its memory. A clone of the `Arc` keeps the pager at work after the VM was dropped.
+    /// The VM's memory. A clone of the `Arc` keeps the pager running after the VM was dropped.
     #[must_use]
     pub fn memory(&self) -> &Arc<VmMemory> {
         &self.memory
     }
 
-    /// Pauses and stops the VM from other threads.
+    /// A handle that pauses or stops the VM from other threads.
     #[must_use]
     pub fn handle(&self) -> VmHandle {
         self.machine.handle()
@@ -99,22 +99,25 @@ impl RunningVm {
         self.machine.first_entry()
     }
 
-    /// When a vCPU first left it.
+    /// When a vCPU first left the guest.
     #[must_use]
     pub fn first_exit(&self) -> Option<Instant> {
         self.machine.first_exit()
     }
 
-    /// Waits until the guest stops, at most so long. `None`: it still runs.
-    #[allow(clippy::must_use_candidate, reason = "often just a time to let the guest run")]
+    /// Waits until the guest stops, for at most `timeout`. `None`: the guest still runs.
+    #[allow(
+        clippy::must_use_candidate,
+        reason = "callers also use it to let the guest run for a time"
+    )]
     pub fn wait(&self, timeout: Option<Duration>) -> Option<Stop> {
         self.machine.wait(timeout)
     }
 
-    /// Pauses all vCPUs. A vCPU that waits for a page is paused when the page has arrived.
+    /// Pauses all vCPUs. A vCPU that waits for a page is paused when the page is installed.
     ///
     /// # Errors
-    /// [`PauseError`]: the guest has stopped in a way that it cannot be resumed from. The VM is dropped.
+    /// [`PauseError`] if the guest has stopped and cannot be resumed. The VM is dropped then.
     pub fn pause(self) -> Result<Vm, PauseError> {
         let Self { machine, memory } = self;
         Ok(Vm { machine: machine.pause()?, memory })

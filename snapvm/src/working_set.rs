@@ -19,7 +19,7 @@ pub enum Prefetch {
     /// The pages of the file's working set, if it has one.
     #[default]
     Hot,
-    /// These, and then all other pages.
+    /// The pages of the working set, and then all other pages.
     All,
 }
 
@@ -27,14 +27,14 @@ pub(crate) fn has_set(snapshot: &Snapshot) -> bool {
     snapshot.sections().iter().any(|section| section.kind == SectionKind::WORKING_SET)
 }
 
-/// Lets the prefetch install pages when it is dropped: when the guest is about to run. Earlier, it would contend with the
-/// building of the machine for the lock of the address space. It reads the file meanwhile.
+/// Dropping this lets the prefetch install pages, just before the guest runs. Until then the prefetch only reads the
+/// file: it would contend with the building of the machine for the lock of the address space.
 pub(crate) type Start = Sender<()>;
 
-/// Longer than building a machine takes.
+/// The prefetch installs pages after this time at the latest. Building a machine takes less.
 const START_AT_THE_LATEST: Duration = Duration::from_secs(1);
 
-/// A start, and what waits for it.
+/// A start, and the function that waits for it.
 pub(crate) fn start() -> (Start, impl FnOnce() + Send + 'static) {
     let (start, started) = channel();
     let wait = move || {
@@ -43,8 +43,8 @@ pub(crate) fn start() -> (Start, impl FnOnce() + Send + 'static) {
     (start, wait)
 }
 
-/// Reads the working set on the thread that loads it, so that the guest does not wait for that. The set is a hint: damage
-/// is noted, and the guest runs without.
+/// Reads the working set on the thread that loads it, so that the guest does not wait for that. The set is a hint:
+/// damage is noted, and the guest runs without the set.
 pub(crate) fn list(
     snapshot: Arc<Snapshot>,
     damage: SetDamage,
@@ -57,7 +57,8 @@ pub(crate) fn list(
     }
 }
 
-/// The pages of the working set as ranges of source offsets, in the order in which they were touched; none without a set.
+/// The pages of the working set as ranges of source offsets, in the order in which they were touched. Empty without a
+/// set.
 ///
 /// # Errors
 /// [`ReadError`]: the set is damaged.

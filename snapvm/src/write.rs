@@ -1,4 +1,4 @@
-//! A VM becomes a file: all of it, or what has changed since the snapshot it was restored from.
+//! Writes a VM to a file: all of it, or the changes since the snapshot from which it was restored.
 
 use std::fs::{File, Metadata};
 use std::io;
@@ -61,7 +61,7 @@ impl Vm {
                 let rest = restored.snapshot.memory();
                 write(&Overlay { mapped, own: &own, rest }, &data, guest)
             }
-            // Through the mapping: missing pages arrive, and damaged ones are errors.
+            // These are read through the mapping: missing pages are loaded, and damaged pages are errors.
             Service::Shared(_) | Service::Recorded { .. } => {
                 let data: Vec<_> = with_rest();
                 write(&memory.reader(), &data, guest)
@@ -73,7 +73,7 @@ impl Vm {
         }
     }
 
-    /// Writes what has changed since the snapshot that the guest was restored from, as a layer on that.
+    /// Writes the changes since the snapshot from which the guest was restored, as a layer on that snapshot.
     ///
     /// # Errors
     /// [`SnapshotError`]; [`SnapshotError::NotRestored`] for a guest that was booted here.
@@ -91,7 +91,7 @@ impl Vm {
         let mut data = memory.own_pages(restored)?;
         let snapshot = &restored.snapshot;
         if matches!(restored.service, Service::Loaded { .. }) {
-            // A page that the guest gave back is not mapped any more, and had content in the snapshot.
+            // A page that the guest gave back is no longer mapped, but has content in the snapshot.
             data.extend(snapshot.populated());
         }
         check_room(&data, options)?;
@@ -106,7 +106,7 @@ impl Vm {
 }
 
 impl VmMemory {
-    /// Refuses to write memory that lacks pages, and to replace the file that missing pages come from.
+    /// Refuses to write memory that lacks pages, and to replace a file from which missing pages are read.
     fn check_complete(&self, restored: &Restored, out: &Path) -> Result<(), SnapshotError> {
         if let Some(failure) = self.failure() {
             return Err(SnapshotError::Failed(failure));
@@ -124,12 +124,12 @@ impl VmMemory {
     }
 }
 
-/// What the metadata says of the guest.
+/// The description of the guest in the metadata of its snapshot.
 fn guest_of(snapshot: &Snapshot) -> Result<Value, SnapshotError> {
     Ok(GuestMetadata::read(&snapshot.metadata()?).guest)
 }
 
-/// Refuses an output that is the snapshot's file, or a parent's: replacing it would destroy what layers build on.
+/// Refuses an output that is the snapshot's file, or a parent's: replacing it would break the layers on it.
 ///
 /// # Errors
 /// [`SnapshotError::OutputIsInput`]; [`SnapshotError::Look`].
@@ -140,7 +140,7 @@ pub fn refuse_as_output(out: &Path, snapshot: &Snapshot) -> Result<(), SnapshotE
     Ok(())
 }
 
-/// Refuses an output that is this input.
+/// Refuses an output that is the same file as the input.
 ///
 /// # Errors
 /// [`SnapshotError::OutputIsInput`]
@@ -153,7 +153,7 @@ pub fn refuse_same(out: &Path, input: &Metadata) -> Result<(), SnapshotError> {
     }
 }
 
-/// The path of a parent as its layer names it: without a folder where both are in the same, else absolute.
+/// The path of the parent that a layer stores: its name if both are in the same folder, otherwise its absolute path.
 ///
 /// # Errors
 /// [`SnapshotError::ParentPath`]
@@ -171,14 +171,14 @@ pub fn path_of_parent(parent: &Path, layer: &Path) -> Result<PathBuf, SnapshotEr
     }
 }
 
-/// Refuses to begin what would end the process, and the guest, for want of address space.
+/// Refuses to write if the address space is not enough: a failed allocation would end the process, and the guest.
 fn check_room(data: &[Range<u64>], options: &WriteOptions) -> Result<(), SnapshotError> {
     let data_bytes = data.iter().map(|range| range.end - range.start).sum();
     let needed_bytes = room::of_writer(options, data_bytes);
     room::check(needed_bytes).map_err(|error| SnapshotError::NoRoom { needed_bytes, error })
 }
 
-/// Memory of which some is mapped here, and the rest is still in the snapshot.
+/// Guest memory of which some pages are mapped here, and the others are only in the snapshot.
 struct Overlay<'a> {
     mapped: GuestBytes<'a>,
     /// Ranges of source offsets that are mapped here, ascending.
@@ -214,7 +214,7 @@ impl ReadAt for Overlay<'_> {
     }
 }
 
-/// Memory of which pages may come from a raw image, which has to stay as it was when it was mapped.
+/// Guest memory whose pages may come from a raw image. The image must not have changed since it was mapped.
 struct ImageBytes<'a> {
     memory: ArrivingBytes<'a>,
     image: &'a StableFile,
@@ -231,7 +231,7 @@ impl ReadAt for ImageBytes<'_> {
     }
 }
 
-/// The machine's state, and what its devices hold beside.
+/// The state of the machine, and the contents of its devices.
 fn states(machine: &mut vmm::PausedVm) -> Result<Vec<StateBlob>, SnapshotError> {
     let bytes = machine.state()?.encode();
     let state =

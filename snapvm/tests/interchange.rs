@@ -1,4 +1,4 @@
-//! Other programs' files go into a snapshot and come out of it, bit for bit; what cannot is a typed error.
+//! Files of other programs are imported and exported bit for bit. A file that cannot be imported is a typed error.
 
 use std::fs;
 use std::ops::ControlFlow;
@@ -30,7 +30,7 @@ impl Files {
         self.path(name)
     }
 
-    /// Memory in which each page has other bytes, and each third page is zero.
+    /// Memory in which every third page is zero, and every other page has its own byte.
     fn memory(&self, name: &str, len: u64) -> PathBuf {
         let page =
             |number: u64| [number as u8 * u8::from(!number.is_multiple_of(3)); PAGE as usize];
@@ -44,9 +44,9 @@ impl Files {
     }
 
     fn export(&self, snapshot: &Snapshot, format: ExportFormat) -> PathBuf {
-        let export = Export::new(snapshot, format).expect("all is there");
+        let export = Export::new(snapshot, format).expect("all data is in the snapshot");
         let path = self.path("out");
-        let out = StagedOutput::new(&path, export.shape(), false).expect("a place");
+        let out = StagedOutput::new(&path, export.shape(), false).expect("the output is new");
         export.write(&out, &go).expect("it is written");
         assert!(!path.exists(), "it appears when it is published");
         out.publish().expect("it appears");
@@ -73,7 +73,7 @@ fn vmstate() -> Vec<u8> {
 }
 
 #[test]
-fn a_raw_image_with_ranges_in_any_order() {
+fn a_raw_image_may_have_ranges_in_any_order() {
     let files = Files::new();
     let memory = files.memory("m", 8 * PAGE);
     let ranges = [MIB..MIB + 5 * PAGE, 0..3 * PAGE];
@@ -81,33 +81,33 @@ fn a_raw_image_with_ranges_in_any_order() {
     assert_eq!(import.kind(), "raw");
     let snapshot = files.import(import);
     assert_eq!(snapshot.regions().iter().map(|r| r.gpa).collect::<Vec<_>>(), [0, MIB]);
-    // By ascending guest address.
+    // Regions are sorted by guest address.
     let exported = bytes(&files.export(&snapshot, ExportFormat::Raw));
     let original = bytes(&memory);
     let (upper, lower) = original.split_at(5 * PAGE as usize);
     assert!(exported == [lower, upper].concat());
     let mut streamed = Vec::new();
-    let export = Export::new(&snapshot, ExportFormat::Raw).expect("all is there");
+    let export = Export::new(&snapshot, ExportFormat::Raw).expect("all data is in the snapshot");
     export.stream(&mut streamed, &go).expect("it is written");
     assert!(streamed == exported);
 }
 
 #[test]
-fn a_firecracker_pair() {
+fn a_firecracker_pair_is_exported_unchanged() {
     let files = Files::new();
     let (memory, state) = (files.memory("m", 2 * MIB), files.write("s", &vmstate()));
     let import = Import::firecracker(image(&memory), VMSTATE.read(&state).expect("small"), None);
-    let snapshot = files.import(import.expect("it is one"));
+    let snapshot = files.import(import.expect("it is a pair"));
     assert!(!has_async_page_faults(&snapshot).expect("it is readable"));
     let out = files.export(&snapshot, ExportFormat::Firecracker);
     assert!(bytes(&out.join("memory")) == bytes(&memory));
     assert!(bytes(&out.join("vmstate")) == vmstate());
-    let raw = Export::new(&snapshot, ExportFormat::Raw).expect("all is there");
+    let raw = Export::new(&snapshot, ExportFormat::Raw).expect("all data is in the snapshot");
     assert!(matches!(raw.without_async_page_faults(), Err(ExportError::NotFirecracker)));
 }
 
 #[test]
-fn a_cloud_hypervisor_folder() {
+fn a_cloud_hypervisor_folder_is_exported_unchanged() {
     let files = Files::new();
     let folder = files.path("ch");
     fs::create_dir(&folder).expect("a folder");
@@ -120,7 +120,7 @@ fn a_cloud_hypervisor_folder() {
     let missing = Import::cloud_hypervisor(&folder).expect_err("a file is missing");
     assert!(!missing.is_bad_file(), "{missing}");
     files.write("ch/config.json", b"{}");
-    let snapshot = files.import(Import::cloud_hypervisor(&folder).expect("it is one"));
+    let snapshot = files.import(Import::cloud_hypervisor(&folder).expect("all files are there"));
     assert_eq!(CONFIG.bytes_in(&snapshot).expect("it is there"), b"{}");
     assert_eq!(STATE.bytes_in(&snapshot).expect("it is there"), state.as_bytes());
     let out = files.export(&snapshot, ExportFormat::CloudHypervisor);
@@ -171,8 +171,9 @@ fn a_cancelled_import_or_export_leaves_nothing() {
     let cancelled = import.write(&files.path("b.snap"), &WriteOptions::default(), &stop);
     assert!(matches!(cancelled, Err(ImportError::Write { error: WriteError::Cancelled, .. })));
     let snapshot = files.import(import);
-    let export = Export::new(&snapshot, ExportFormat::Raw).expect("all is there");
-    let out = StagedOutput::new(&files.path("out"), export.shape(), false).expect("a place");
+    let export = Export::new(&snapshot, ExportFormat::Raw).expect("all data is in the snapshot");
+    let out =
+        StagedOutput::new(&files.path("out"), export.shape(), false).expect("the output is new");
     let cancelled = export.write(&out, &stop);
     assert!(matches!(cancelled, Err(ExportError::Read(ReadError::Cancelled))));
     drop(out);

@@ -194,7 +194,7 @@ extern "C" fn on_sigbus(
 fn leave_kvm_run() {
     let immediate_exit = THIS_VCPU.with(|this| this.immediate_exit.load(Ordering::Relaxed));
     if !immediate_exit.is_null() {
-        // SAFETY: not null means that a `VcpuThread` lives on this thread; it borrows the vCPU whose
+        // SAFETY: not null means that a `VcpuThread` exists on this thread; it borrows the vCPU whose
         // mapped kvm_run page the pointer points into. Volatile, as the kernel reads the byte.
         unsafe { immediate_exit.write_volatile(1) };
     }

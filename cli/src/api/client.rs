@@ -23,7 +23,7 @@ use crate::waits::Wait;
 
 /// How often it is looked how far the guest's file is, and whether the user has interrupted.
 const LOOK: Duration = Duration::from_millis(100);
-/// A socket that does not say how far it is for so long is not asked again.
+/// A socket that does not report its progress within this time is not queried again.
 const STATE: Duration = Duration::from_secs(1);
 /// A guest whose process does not take the request for so long is not waited for.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -65,7 +65,7 @@ pub(crate) fn create(
         if bar.is_shown()
             && let Some(progress) = progress(socket)
         {
-            // The bar tells more.
+            // The bar shows more.
             drop(storing.take());
             // Interrupts are looked at above.
             let _ = bar.update(progress);
@@ -131,7 +131,7 @@ fn receive(stream: UnixStream, waiting: &dyn Fn() -> Result<()>) -> Result<(u16,
     let (status, body) = match read_response(&mut patient) {
         Ok(response) => response,
         Err(error) => {
-            // What was given up for comes before that it was.
+            // An interrupt is reported rather than the error that it causes.
             waiting()?;
             return Err(error.into());
         }

@@ -1,4 +1,4 @@
-//! What can be asked for at the control socket, and the words for it.
+//! The requests of the control socket, and their paths and fields.
 
 use std::num::NonZeroUsize;
 use std::os::unix::net::UnixStream;
@@ -123,7 +123,7 @@ pub(super) enum SnapshotType {
 const LOOK: Duration = Duration::from_millis(100);
 
 impl Routes {
-    /// Does what a request asks for. `stream` tells whether the client still waits for it.
+    /// Answers a request. `stream` shows whether the client still waits for the answer.
     pub(super) fn answer(&self, request: &Request, stream: &UnixStream) -> Response {
         let allowed = match request.path.as_str() {
             "/" | "/vm" | "/stats" => match (request.path.as_str(), request.method.as_str()) {
@@ -195,7 +195,7 @@ impl Routes {
             Ok(options) => options,
             Err(error) => return Response::fault(400, error),
         };
-        // One that has given up while this process was stopped, say.
+        // The client may have given up while this process was stopped.
         if has_left(stream) {
             return Response::fault(499, "the client has left");
         }
@@ -281,15 +281,15 @@ mod tests {
     }
 
     #[track_caller]
-    fn refused(method: &str, path: &str, body: &str, status: u16, says: &str) {
+    fn refused(method: &str, path: &str, body: &str, status: u16, reason: &str) {
         let (found, body) = answer(method, path, body);
         let message = body["fault_message"].as_str().unwrap_or_default().to_owned();
         assert_eq!(found, status, "{body}");
-        assert!(message.contains(says), "{message}");
+        assert!(message.contains(reason), "{message}");
     }
 
     #[test]
-    fn the_state_is_told() {
+    fn the_state_is_reported() {
         for path in ["/", "/vm"] {
             let (status, body) = answer("GET", path, "");
             assert_eq!(status, 200);
@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_told() {
+    fn a_wrong_request_gets_a_reason() {
         refused("GET", "/nowhere", "", 404, "\"/nowhere\" is not here");
         refused("POST", "/vm", "", 405, "POST is not for /vm: GET or PATCH");
         refused("GET", "/snapshot/create", "", 405, "PUT");
@@ -307,7 +307,8 @@ mod tests {
         refused("PATCH", "/vm", "{\"state\":\"Off\"}", 400, "unknown variant `Off`");
         refused("PATCH", "/vm", "{\"state\":\"Paused\",\"a\":1}", 400, "unknown field `a`");
         refused("PATCH", "/vm", "{\"state\":\"Paused\"}", 409, "the guest has ended");
-        let create = |body: &str, says: &str| refused("PUT", "/snapshot/create", body, 400, says);
+        let create =
+            |body: &str, reason: &str| refused("PUT", "/snapshot/create", body, 400, reason);
         create("{}", "missing field `snapshot_path`");
         create("{\"snapshot_path\":\"a.snap\"}", "snapshot_path is relative");
         create("{\"snapshot_path\":\"/a\",\"mem_file_path\":\"/b\"}", "mem_file_path");

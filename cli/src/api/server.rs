@@ -15,7 +15,7 @@ use super::response::Response;
 use super::routes::Routes;
 use crate::http::{Connection, NoRequest, Patience};
 
-/// Connections at once. One more takes the place of the one that has been quiet for the longest.
+/// The limit of open connections. One more takes the place of the one that has been quiet for the longest.
 const CONNECTIONS: usize = 16;
 const PATIENCE: Patience =
     Patience { idle: Duration::from_secs(60), request: Duration::from_secs(5) };
@@ -48,7 +48,7 @@ impl Serving {
                 match socket.accept() {
                     Ok(Some(stream)) => clients.add(stream, &routes),
                     Ok(None) => {}
-                    // Out of descriptors, say: there are more when clients have gone.
+                    // The process may be out of descriptors: there are more when clients have gone.
                     Err(_) => std::thread::sleep(Duration::from_millis(100)),
                 }
             }

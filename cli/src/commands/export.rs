@@ -114,10 +114,10 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
 fn stream(export: &Export<'_>, snapshot: &Snapshot, args: &Args, session: &Session) -> Result<()> {
     let mut stdout = Stdout::new()?;
     for storage in snapshot.storages() {
-        let input = storage.metadata().context("cannot look at an open snapshot")?;
+        let input = storage.metadata().context("cannot identify the file of an open snapshot")?;
         let there = stdout.file().metadata()?;
         if (there.dev(), there.ino()) == (input.dev(), input.ino()) {
-            bail!("stdout is read, itself or as a parent; choose another output");
+            bail!("stdout is the input, or a parent of it; choose another output");
         }
     }
     // It waits for its reader, which `stdout` reports.

@@ -92,7 +92,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         Some(_) if folder => bail!("--vmstate goes with a memory file, not with a folder"),
         Some(vmstate) => firecracker(args, vmstate)?,
         None if folder && !args.regions.is_empty() => {
-            bail!("--region goes with a memory file; a folder says itself where memory lies")
+            bail!("--region goes with a memory file; a folder contains its own memory ranges")
         }
         None if folder => cloud_hypervisor(&args.input, session.quiet)?,
         None => {

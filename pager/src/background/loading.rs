@@ -40,7 +40,7 @@ impl LoadingPages {
     }
 
     /// Called by a demand thread: marks the page until the result is dropped, if no other thread has marked it. If a
-    /// background thread is loading the page, this waits for it and returns `None`. The page state then says whether
+    /// background thread is loading the page, this waits for it and returns `None`. The page state then shows whether
     /// the page is installed.
     pub(crate) fn by_demand(&self, page: u64) -> Option<DemandMark<'_>> {
         match self.claim(page, BY_DEMAND) {

@@ -166,7 +166,7 @@ impl InstallObserver for FileObserver<'_> {
         }
     }
 
-    /// This process did not add the page: its state would say so.
+    /// This process did not add the page: otherwise its state would be present.
     fn existing(&mut self, _page: u64) {
         self.tampered = true;
     }

@@ -20,7 +20,7 @@ const ZERO: u8 = 0;
 const SOURCE: u8 = 7;
 const POISON: u8 = 0xff;
 
-/// A thread of the guest: it gives a page back, if `removes` says so, and then reads its pages in turn.
+/// A thread of the guest: it gives back the page of `removes`, if there is one, and then reads its pages in turn.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 struct Guest {
     removes: Option<usize>,

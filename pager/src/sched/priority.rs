@@ -166,7 +166,7 @@ mod tests {
 
     use super::*;
 
-    /// Whether a thread may leave `SCHED_IDLE`. If not, this says that the test is skipped.
+    /// Whether a thread may leave `SCHED_IDLE`. If not, this prints that the test is skipped.
     fn may_raise(test: &str) -> bool {
         let tried = thread::spawn(|| {
             task::set_policy(0, libc::SCHED_IDLE).is_ok()

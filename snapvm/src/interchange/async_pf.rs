@@ -1,9 +1,8 @@
-//! KVM's asynchronous page faults in a Firecracker vmstate: whether a guest has them switched on, and the vmstate with
-//! them switched off.
+//! Finds KVM's asynchronous page faults in a Firecracker vmstate, and switches them off.
 //!
-//! With them, KVM tells a guest "page not present" instead of letting its vCPU wait. The guest puts the task aside, halts,
-//! and is told "page ready" later: on a host without hardware paging 2 to 9 ms later, where bringing the page takes 0.1.
-//! (Linux, Documentation/virt/kvm/x86/msr.rst, `MSR_KVM_ASYNC_PF_EN`.)
+//! With them, KVM sends a guest "page not present" instead of letting its vCPU wait. The guest suspends the task and
+//! halts until KVM sends "page ready". On a host without hardware paging that takes 2 to 9 ms, and loading the page 0.1
+//! ms. (Linux, Documentation/virt/kvm/x86/msr.rst, `MSR_KVM_ASYNC_PF_EN`.)
 
 use std::ops::Range;
 
@@ -14,12 +13,12 @@ use super::error::ExportError;
 use super::firecracker::{GuestArch, VMSTATE};
 
 const MSR_KVM_ASYNC_PF_EN: u32 = 0x4b56_4d02;
-/// Bit 0 of its value switches them on.
+/// Bit 0 of the MSR's value switches asynchronous page faults on.
 const ENABLED: u64 = 1;
-/// The vmstate ends with the CRC-64 of all before.
+/// The vmstate ends with the CRC-64 of all bytes before it.
 const CRC_BYTES: usize = 8;
 
-/// Whether a snapshot holds a Firecracker vmstate with asynchronous page faults on in some vCPU.
+/// Whether a snapshot has a Firecracker vmstate in which a vCPU has asynchronous page faults switched on.
 ///
 /// # Errors
 /// [`ReadError`]: the vmstate cannot be read.
@@ -31,7 +30,7 @@ fn is_on(vmstate: &[u8]) -> bool {
     values(vmstate).into_iter().any(|value| read(vmstate, &value) & ENABLED != 0)
 }
 
-/// The vmstate with asynchronous page faults switched off, and its checksum renewed.
+/// The vmstate with asynchronous page faults switched off, and a new checksum.
 pub(super) fn switched_off(vmstate: &[u8]) -> Result<Vec<u8>, ExportError> {
     let crc = Crc::<u64>::new(&CRC_64_REDIS);
     let (body, found) =
@@ -49,7 +48,7 @@ pub(super) fn switched_off(vmstate: &[u8]) -> Result<Vec<u8>, ExportError> {
     Ok(changed)
 }
 
-/// Where the values of that MSR stand: behind its index and four reserved bytes, as in `struct kvm_msr_entry`.
+/// The places of that MSR's values: behind its index and four reserved bytes, as in `struct kvm_msr_entry`.
 fn values(vmstate: &[u8]) -> Vec<Range<usize>> {
     let mut entry = [0; 8];
     entry[..4].copy_from_slice(&MSR_KVM_ASYNC_PF_EN.to_le_bytes());
@@ -86,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_vmstate_is_refused() {
+    fn a_file_that_is_not_a_vmstate_is_refused() {
         let mut damaged = vmstate(1);
         damaged[20] ^= 1;
         for bad in [damaged, Vec::new(), vec![0; 100]] {

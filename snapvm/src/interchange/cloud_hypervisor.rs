@@ -1,10 +1,10 @@
 //! Cloud Hypervisor: a folder with `config.json`, `state.json` and `memory-ranges`.
 //!
-//! `memory-ranges` is guest memory as it is, in the order of a table in `state.json`: its node
-//! `memory-manager` has the state of the memory manager as JSON in a string, and in it
-//! `memory_ranges`, a list of guest-physical addresses and lengths (`MemoryManagerSnapshotData`
+//! `memory-ranges` is guest memory in the order of a table in `state.json`. The node
+//! `memory-manager` of that file contains the state of the memory manager, as JSON in a string.
+//! In it, `memory_ranges` lists guest-physical addresses and lengths (`MemoryManagerSnapshotData`
 //! in Cloud Hypervisor's `vmm/src/memory_manager.rs`, `MemoryRangeTable` in
-//! `vm-migration/src/protocol.rs`). The order is not always that of the addresses.
+//! `vm-migration/src/protocol.rs`). The addresses are not always in ascending order.
 
 use std::ops::Range;
 use std::path::Path;
@@ -31,7 +31,7 @@ pub const STATE: ForeignFile = ForeignFile {
 
 pub(super) const MEMORY: &str = "memory-ranges";
 
-// Only what is needed of state.json; everything else in it is skipped.
+// These types have only the needed fields of state.json. All others are skipped.
 
 #[derive(Deserialize)]
 struct State {
@@ -77,12 +77,12 @@ pub(super) fn layout(path: &Path, state_json: &[u8]) -> Result<ImageLayout, Impo
     ImageLayout::new(&ranges).map_err(|error| ImportError::Layout { path: path.to_owned(), error })
 }
 
-/// The guest-physical ranges in `memory-ranges`, in the order of the file. The table may have empty ranges; they have no
-/// bytes in the file and are left out.
+/// The guest-physical ranges in `memory-ranges`, in the order of the file. The table may have empty ranges. They have
+/// no bytes in the file and are left out.
 fn ranges(path: &Path, state_json: &[u8]) -> Result<Vec<Range<u64>>, ImportError> {
     let bad = |what| move |error| ImportError::StateJson { path: path.to_owned(), what, error };
     let state: State = serde_json::from_slice(state_json)
-        .map_err(bad("no memory manager in it, in the shape that Cloud Hypervisor writes now"))?;
+        .map_err(bad("it has no memory manager in the form that Cloud Hypervisor writes now"))?;
     let manager: MemoryManager =
         serde_json::from_str(&state.snapshots.memory_manager.snapshot_data.state)
             .map_err(bad("the memory manager's state has no memory ranges"))?;

@@ -1,10 +1,10 @@
 //! ELF core dumps of guest memory, for analysis tools.
 //!
-//! Shaped like those of QEMU's `dump-guest-memory` (`dump/dump.c`): ELF64, type `ET_CORE`, first a
-//! `PT_NOTE`, here empty, then one `PT_LOAD` a region with its guest-physical address as both
-//! `p_paddr` and `p_vaddr`, so that gdb doesn't load regions over each other. `p_align` is 0, by
-//! which crash (`netdump.c`) tells dumps with several regions from the flat netdump. More program headers than the head
-//! can count are counted in the first section header (elf(5), `PN_XNUM`).
+//! They have the form of QEMU's `dump-guest-memory` (`dump/dump.c`): ELF64, type `ET_CORE`, an empty `PT_NOTE`, then
+//! one `PT_LOAD` for each region. Its guest-physical address is both `p_paddr` and `p_vaddr`, so that gdb does not load
+//! regions over each other. `p_align` is 0, by which crash (`netdump.c`) distinguishes dumps with several regions from
+//! the flat netdump. If there are too many program headers for `e_phnum`, the first section header contains their
+//! number (elf(5), `PN_XNUM`).
 
 use snapfmt::MemoryRegion;
 use snapfmt::layout::PAGE_BYTES;
@@ -20,10 +20,10 @@ const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
 const READ_WRITE_EXECUTE: u32 = 7;
 const SECTION_HEADER_BYTES: usize = 64;
-/// In the place of the number of program headers: it is in `sh_info` of section header 0.
+/// The value of `e_phnum` if the number of program headers is in `sh_info` of section header 0.
 const PN_XNUM: u16 = 0xffff;
 
-/// The bytes in front of memory, which follows in source order: a multiple of 4096.
+/// The bytes before memory, which follows in source order. Their length is a multiple of 4096.
 pub(super) fn headers(regions: &[MemoryRegion], arch: GuestArch) -> Vec<u8> {
     let count = regions.len() + 1;
     let sections_offset = HEADER_BYTES + count * PROGRAM_HEADER_BYTES;
@@ -68,7 +68,7 @@ pub(super) fn headers(regions: &[MemoryRegion], arch: GuestArch) -> Vec<u8> {
         program_header(PT_LOAD, READ_WRITE_EXECUTE, offset, region.gpa, region.len);
     }
     if sections > 0 {
-        // All zero, but for the count. It fits: a snapshot has at most 2^23 regions.
+        // All fields are zero except the count, which fits: a snapshot has at most 2^23 regions.
         let mut header = [0; SECTION_HEADER_BYTES];
         header[44..48].copy_from_slice(&(count as u32).to_le_bytes());
         bytes.extend_from_slice(&header);
@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn the_head_counts_as_far_as_it_can() {
+    fn a_section_header_counts_too_many_program_headers() {
         // e_phnum, e_shentsize, e_shnum.
         let counts = |bytes: &[u8]| [56, 58, 60].map(|at| u16_at(bytes, at));
         assert_eq!(counts(&headers_of(2)), [3, 0, 0]);
@@ -107,7 +107,7 @@ mod tests {
         assert_eq!(many[40..48], (section as u64).to_le_bytes(), "e_shoff");
         assert_eq!(many[section + 44..][..4], 0xffff_u32.to_le_bytes(), "sh_info");
         assert!(many.len().is_multiple_of(PAGE_BYTES));
-        // The last region's place in the file is behind all of it.
+        // The last region is behind the headers and all other regions.
         let last = HEADER_BYTES + 0xfffe * PROGRAM_HEADER_BYTES;
         let offset = many.len() as u64 + 0xfffd * PAGE_BYTES as u64;
         assert_eq!(many[last + 8..][..8], offset.to_le_bytes());

@@ -8,17 +8,17 @@ use snapfmt::{ReadError, WriteError};
 
 use crate::staged_output::OutputError;
 
-/// Guest-physical ranges that are not a memory.
+/// Guest-physical ranges that cannot be a guest's memory.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum LayoutError {
-    /// A range without bytes.
+    /// A range is empty.
     #[error("the memory range at {gpa:#x} is empty")]
     Empty {
         /// Guest physical address.
         gpa: u64,
     },
-    /// A range that does not start and end at a page.
+    /// A range does not start and end at a page.
     #[error("the memory range {start:#x}..{end:#x} is not whole pages of {PAGE_BYTES} bytes")]
     NotPages {
         /// Guest physical address.
@@ -32,12 +32,12 @@ pub enum LayoutError {
         /// Guest physical address.
         gpa: u64,
     },
-    /// Their lengths do not add up in 64 bits.
-    #[error("the memory ranges have more than 2^64 bytes")]
+    /// The sum of their lengths, or the end of a range, does not fit in 64 bits.
+    #[error("the memory ranges exceed 2^64 bytes")]
     TooLong,
 }
 
-/// What a file is instead of guest memory.
+/// The kind of a file that is not guest memory.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum NotMemory {
@@ -61,31 +61,31 @@ pub enum ImportError {
     Io {
         /// The file, or the folder.
         path: PathBuf,
-        /// As open(2), read(2), lseek(2) or readdir(3).
+        /// The error of open(2), read(2), lseek(2) or readdir(3).
         #[source]
         error: io::Error,
     },
-    /// A folder where a file is expected.
+    /// The path is a folder, where a file is expected.
     #[error("{} is a folder, expected a file", path.display())]
     Folder {
         /// The folder.
         path: PathBuf,
     },
-    /// A pipe, a socket or a device: it has no length, and opening it could wait.
+    /// The path is a pipe, a socket or a device. It has no length, and opening it could wait.
     #[error("{} is not a regular file", path.display())]
     NotRegular {
-        /// What is there.
+        /// The path.
         path: PathBuf,
     },
-    /// The file is something else than memory.
+    /// The file is not guest memory.
     #[error("{} {found}", path.display())]
     NotMemory {
         /// The file.
         path: PathBuf,
-        /// What it is.
+        /// The kind of the file.
         found: NotMemory,
     },
-    /// A memory image does not end with a page.
+    /// The length of a memory image is not whole pages.
     #[error("{}: {len_bytes} bytes are not whole pages of {PAGE_BYTES} bytes", path.display())]
     NotPages {
         /// The image.
@@ -93,10 +93,10 @@ pub enum ImportError {
         /// Its length.
         len_bytes: u64,
     },
-    /// A memory image of Firecracker does not end with a MiB, as each of its guests does.
+    /// The length of a Firecracker memory image is not whole MiB, which it is for each of its guests.
     #[error(
         "{}: {len_bytes} bytes are not whole MiB, as a Firecracker guest's memory is; the file was cut short or is \
-         something else",
+         not memory",
         path.display()
     )]
     NotMebibytes {
@@ -116,24 +116,24 @@ pub enum ImportError {
         path: PathBuf,
         /// Its length.
         found_bytes: u64,
-        /// The sum of its ranges.
+        /// The sum of the lengths of its ranges.
         expected_bytes: u64,
     },
-    /// The vmstate has no magic of Firecracker, so where memory lies is not known.
+    /// The vmstate has no magic of Firecracker, so the memory ranges are not known.
     #[error(
         "the file does not start like a vmstate of Firecracker; if it is one, give the guest's memory ranges"
     )]
     NoVmstate,
-    /// A file of another program's state is larger than a state section.
+    /// A file of another program's state is larger than a state section may be.
     #[error("{}: {len_bytes} bytes; a {what} has at most {most_bytes}", path.display())]
     StateTooLong {
         /// The file.
         path: PathBuf,
-        /// What it should be.
+        /// The expected kind of file.
         what: &'static str,
         /// Its length.
         len_bytes: u64,
-        /// The length of the largest section.
+        /// The length of the largest state section.
         most_bytes: u64,
     },
     /// `state.json` is not JSON, or lacks the memory manager.
@@ -143,11 +143,11 @@ pub enum ImportError {
         path: PathBuf,
         /// What is missing.
         what: &'static str,
-        /// Where.
+        /// The error of the JSON parser.
         #[source]
         error: serde_json::Error,
     },
-    /// Memory was not snapshotted with the state: its zones are shared files of their own.
+    /// Memory was not stored with the state: its zones are separate shared files.
     #[error(
         "{}: its table of memory ranges is empty: guest memory was not stored with it",
         path.display()
@@ -156,34 +156,34 @@ pub enum ImportError {
         /// The file `state.json`.
         path: PathBuf,
     },
-    /// The ranges that the caller gives do not fit the memory image, or each other.
+    /// The caller's ranges are not valid, or do not fit the memory image.
     #[error(transparent)]
     Ranges(Box<ImportError>),
-    /// The ranges are not a memory.
+    /// The ranges cannot be a guest's memory.
     #[error("{}", path.display())]
     Layout {
-        /// The file that gives them; the image if the caller does.
+        /// The file that contains them, or the image if the caller gives them.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         error: LayoutError,
     },
     /// A file of a Cloud Hypervisor folder is missing or unreadable.
-    #[error("{} is no snapshot folder of Cloud Hypervisor", folder.display())]
+    #[error("{} is not a snapshot folder of Cloud Hypervisor", folder.display())]
     NoCloudHypervisor {
         /// The folder.
         folder: PathBuf,
-        /// Which file, and why.
+        /// The file, and the cause.
         #[source]
         error: Box<ImportError>,
     },
     /// The snapshot cannot be written, or the image cannot be read meanwhile. [`WriteError::Cancelled`]: the caller's
     /// progress function has requested that.
-    #[error("import of {}", path.display())]
+    #[error("cannot import {}", path.display())]
     Write {
         /// The image.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         error: WriteError,
     },
@@ -194,7 +194,7 @@ impl ImportError {
         |error| Self::Io { path: path.to_owned(), error }
     }
 
-    /// Whether the bytes of a file are the cause: it is damaged, or is something else.
+    /// Whether the bytes of a file are the cause: it is damaged, or of another kind.
     #[must_use]
     pub fn is_bad_file(&self) -> bool {
         match self {
@@ -213,16 +213,16 @@ impl ImportError {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ExportError {
-    /// The snapshot was not imported from this program's files.
-    #[error("it holds no {what} (state section {}); it was not imported from one", tag.to_le_bytes().escape_ascii())]
+    /// The snapshot was not imported from files of this format.
+    #[error("it has no {what} (state section {}); it was not imported from one", tag.to_le_bytes().escape_ascii())]
     NoState {
         /// The file that is missing.
         what: &'static str,
         /// The tag of its state section.
         tag: u32,
     },
-    /// A newer release has imported it in another way.
-    #[error("its {what} is kept in version {found}, expected {expected}")]
+    /// A newer release has stored the file in another form.
+    #[error("its {what} is stored in version {found}, expected {expected}")]
     StateVersion {
         /// The file.
         what: &'static str,
@@ -234,15 +234,15 @@ pub enum ExportError {
     /// The imported `state.json` cannot be used.
     #[error(transparent)]
     State(ImportError),
-    /// The imported `state.json` and the snapshot contradict each other.
-    #[error("its {what} and its memory map say different things")]
+    /// The imported `state.json` and the snapshot have different memory maps.
+    #[error("its {what} and its memory map contradict each other")]
     MemoryMap {
         /// The file.
         what: &'static str,
     },
-    /// The vmstate is not one in which asynchronous page faults can be switched off.
+    /// Asynchronous page faults cannot be switched off in this vmstate.
     #[error(
-        "the vmstate is not one of Firecracker for x86_64 that ends with a right checksum: asynchronous page faults \
+        "the vmstate is not one of Firecracker for x86_64 that ends with a valid checksum: asynchronous page faults \
          cannot be switched off in it; boot the guest with `no-kvmapf` instead"
     )]
     AsyncPageFaults,
@@ -251,8 +251,8 @@ pub enum ExportError {
         "asynchronous page faults are switched off in a Firecracker vmstate, which this format does not have"
     )]
     NotFirecracker,
-    /// The snapshot is damaged or cannot be read. [`ReadError::Cancelled`]: the caller's progress function has requested
-    /// that.
+    /// The snapshot is damaged or cannot be read. [`ReadError::Cancelled`]: the caller's progress function has
+    /// requested that.
     #[error(transparent)]
     Read(#[from] ReadError),
     /// The output's files cannot be created.
@@ -263,12 +263,12 @@ pub enum ExportError {
     Write {
         /// The output.
         path: PathBuf,
-        /// As write(2) or ftruncate(2).
+        /// The error of write(2) or ftruncate(2).
         #[source]
         error: io::Error,
     },
     /// The stream cannot be written.
-    #[error("cannot write all of it")]
+    #[error("cannot write the whole stream")]
     Stream(#[source] io::Error),
 }
 

@@ -1,4 +1,4 @@
-//! A snapshot becomes other programs' files.
+//! Exports a snapshot to files of other programs.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -19,13 +19,13 @@ use crate::staged_output::{OutputShape, StagedOutput};
 
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
-/// What a snapshot becomes.
+/// The format of an export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ExportFormat {
-    /// Guest memory, regions end to end.
+    /// The regions of guest memory, one after the other.
     Raw,
-    /// An ELF core with one segment a region, as QEMU's `dump-guest-memory` makes it.
+    /// An ELF core with one segment for each region, as QEMU's `dump-guest-memory` writes it.
     Elf,
     /// A folder with `memory` and `vmstate`.
     Firecracker,
@@ -33,12 +33,12 @@ pub enum ExportFormat {
     CloudHypervisor,
 }
 
-/// An export that the snapshot has everything for.
+/// An export for which the snapshot has all data.
 pub struct Export<'a> {
     snapshot: &'a Snapshot,
     format: ExportFormat,
     layout: ImageLayout,
-    /// What precedes memory in its file: the headers of an ELF core.
+    /// The bytes before memory in its file: the headers of an ELF core.
     head: Vec<u8>,
     /// The other files, by name.
     files: Vec<(&'static str, Vec<u8>)>,
@@ -48,7 +48,7 @@ impl<'a> Export<'a> {
     /// Reads what the format needs besides memory.
     ///
     /// # Errors
-    /// [`ExportError`]: the snapshot was not imported from this program's files, is damaged, or contradicts itself.
+    /// [`ExportError`]: the snapshot was not imported from files of this format, is damaged, or contradicts itself.
     pub fn new(snapshot: &'a Snapshot, format: ExportFormat) -> Result<Self, ExportError> {
         let mut head = Vec::new();
         let mut files = Vec::new();
@@ -77,8 +77,8 @@ impl<'a> Export<'a> {
         Ok(Self { snapshot, format, layout, head, files })
     }
 
-    /// Switches KVM's asynchronous page faults off in the vmstate; every other byte stays. A guest with them on waits
-    /// milliseconds for each page that is loaded lazily (Linux, Documentation/virt/kvm/x86/msr.rst,
+    /// Switches KVM's asynchronous page faults off in the vmstate. Only their MSR and the checksum change. A guest with
+    /// them on waits milliseconds for each page that is loaded lazily (Linux, Documentation/virt/kvm/x86/msr.rst,
     /// `MSR_KVM_ASYNC_PF_EN`).
     ///
     /// # Errors
@@ -102,7 +102,7 @@ impl<'a> Export<'a> {
         }
     }
 
-    /// Writes the output, pages of zeros as holes. [`StagedOutput::publish`] gives it its name.
+    /// Writes the output, with pages of zeros as holes. [`StagedOutput::publish`] renames it to its path.
     ///
     /// `progress` is called on the writing threads; `Break` cancels.
     ///
@@ -152,7 +152,7 @@ impl<'a> Export<'a> {
         Ok(())
     }
 
-    /// Writes the one file of the format, zeros too, from front to back.
+    /// Writes the single file of the format from front to back, including zeros.
     ///
     /// # Errors
     /// [`ExportError::Stream`], with `InvalidInput` for a format of several files; [`ExportError::Read`].
@@ -166,7 +166,7 @@ impl<'a> Export<'a> {
         for range in self.snapshot.populated() {
             write_zeros(out, range.start - done_bytes)?;
             for offset in range.clone().step_by(PAGE_BYTES) {
-                // `populated` ends with memory, and that is at most 2^32 pages: the number fits.
+                // `populated` ends with memory, which has at most 2^32 pages, so the number fits.
                 let page = PageIndex((offset / PAGE_BYTES as u64) as u32);
                 match self.snapshot.page(page, &mut buffer)? {
                     Some(bytes) => out.write_all(bytes).map_err(ExportError::Stream)?,
@@ -191,7 +191,7 @@ fn write_zeros(out: &mut dyn Write, mut len: u64) -> Result<(), ExportError> {
     Ok(())
 }
 
-/// The guest's architecture, as the import has recorded it; this project's own guests are x86-64.
+/// The guest's architecture, which the import has recorded. Without a record it is x86-64, as for the guests of `snap`.
 fn arch(snapshot: &Snapshot) -> Result<GuestArch, ReadError> {
     let metadata = snapshot.metadata()?;
     let recorded = metadata.other.get("source").and_then(|source| source.get("arch"));

@@ -1,8 +1,8 @@
 //! Firecracker: a memory file and a vmstate file.
 //!
-//! The memory file is guest memory as it is, regions laid end to end. Where the regions lie is in
-//! the vmstate, which is opaque here; but Firecracker lays memory out by its size alone, so the
-//! size gives the addresses.
+//! The memory file contains the regions of guest memory one after the other. Their addresses are
+//! in the vmstate, which is opaque here. But on each architecture, Firecracker's layout depends
+//! only on the size of the memory, so the size gives the addresses.
 
 use std::ops::Range;
 
@@ -15,7 +15,7 @@ pub const VMSTATE: ForeignFile =
 /// Name of the memory file in an exported folder.
 pub(super) const MEMORY: &str = "memory";
 
-/// Firecracker gives guests whole MiB.
+/// The memory of a Firecracker guest is whole MiB.
 pub(super) const MEMORY_UNIT: u64 = 1 << 20;
 
 /// Architecture of a guest.
@@ -33,12 +33,12 @@ pub enum GuestArch {
 const MAGIC_X86_64: u64 = 0x0710_1984_8664;
 const MAGIC_AARCH64: u64 = 0x0710_1984_aaaa;
 
-/// How far into the file the magic may stand: it is the first field, but some of the encodings
+/// The magic is within this number of bytes. It is the first field, but some of the encodings
 /// that Firecracker has used put a few bytes in front of it.
 const MAGIC_WITHIN: usize = 64;
 
 impl GuestArch {
-    /// The architecture of a vmstate; `None` if it has no magic of Firecracker's.
+    /// The architecture of a vmstate; `None` if it has no magic of Firecracker.
     #[must_use]
     pub fn of_vmstate(vmstate: &[u8]) -> Option<Self> {
         let start = &vmstate[..vmstate.len().min(MAGIC_WITHIN)];
@@ -62,7 +62,7 @@ impl GuestArch {
         }
     }
 
-    /// Where Firecracker puts this much memory: `arch_memory_regions` of its
+    /// The ranges that Firecracker uses for memory of this size: `arch_memory_regions` of its
     /// `src/vmm/src/arch/x86_64/mod.rs` and `aarch64/mod.rs`. The gaps are for devices; early
     /// releases had none at 256 GiB.
     pub(super) fn ranges(self, memory_bytes: u64) -> Vec<Range<u64>> {
@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn the_magic_tells_the_architecture() {
+    fn the_magic_gives_the_architecture() {
         let mut vmstate = 0x0710_1984_8664_0001_u64.to_le_bytes().to_vec();
         vmstate.extend([9; 100]);
         assert_eq!(GuestArch::of_vmstate(&vmstate), Some(GuestArch::X86_64));

@@ -1,4 +1,4 @@
-//! A file of another virtual machine monitor that is kept unchanged in a state section.
+//! A file of another virtual machine monitor that is stored unchanged in a state section.
 
 use std::fs::File;
 use std::io::Read;
@@ -10,17 +10,17 @@ use snapfmt::{Snapshot, StateBlob};
 
 use super::error::{ExportError, ImportError};
 
-/// A kind of file that is kept whole in a state section.
+/// A kind of file that is stored whole in a state section.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ForeignFile {
     /// Its name in the other program's folder.
     pub(super) name: &'static str,
     pub(super) tag: u32,
-    /// What it is, for messages.
+    /// The kind of file, for messages.
     pub(super) what: &'static str,
 }
 
-/// Version of all these sections: the bytes as they are, whatever version their producer gives them.
+/// The version of all these sections. Their bytes are stored unchanged, whatever version the other program gives them.
 const OPAQUE: u32 = 1;
 
 impl ForeignFile {
@@ -39,7 +39,7 @@ impl ForeignFile {
         let len_bytes = file.metadata().map_err(ImportError::io(path))?.len();
         let mut bytes = Vec::new();
         let most_bytes = MAX_STATE_BYTES;
-        // One byte more than allowed shows a file that grows while it is read.
+        // One byte more than allowed is read, to find a file that grows meanwhile.
         file.take(most_bytes + 1).read_to_end(&mut bytes).map_err(ImportError::io(path))?;
         if bytes.len() as u64 > most_bytes {
             let (path, what) = (path.to_owned(), self.what);
@@ -64,7 +64,7 @@ impl ForeignFile {
 
 /// Opens a regular file; the error names it.
 pub(super) fn open(path: &Path) -> Result<File, ImportError> {
-    // Its kind first: opening a named pipe would wait for its other end.
+    // The kind is checked first, because opening a named pipe would wait for its other end.
     let kind = path.metadata().map_err(ImportError::io(path))?.file_type();
     if kind.is_dir() {
         return Err(ImportError::Folder { path: path.to_owned() });

@@ -1,4 +1,4 @@
-//! Other programs' files become a snapshot.
+//! Imports files of other programs into a snapshot.
 
 use std::fs::Metadata as FileMetadata;
 use std::io;
@@ -24,7 +24,7 @@ pub struct Import {
     states: Vec<StateBlob>,
 }
 
-/// What it comes from, as the metadata has it.
+/// The kind of the imported files, for the metadata.
 #[derive(Clone, Copy, Debug)]
 enum Source {
     Raw,
@@ -33,8 +33,8 @@ enum Source {
 }
 
 impl Import {
-    /// A flat image of memory. `ranges` are guest-physical, in the order of the file; `None`: memory starts at 0 without
-    /// gaps.
+    /// Imports a flat image of memory. `ranges` are guest-physical, in the order of the file. `None`: memory starts at
+    /// 0 and has no gaps.
     ///
     /// # Errors
     /// [`ImportError::Ranges`]
@@ -47,8 +47,8 @@ impl Import {
         Ok(Self { source: Source::Raw, memory, states: Vec::new() })
     }
 
-    /// A memory file and the [`VMSTATE`](super::VMSTATE) of Firecracker. `ranges` as for [`Import::raw`]; `None`: where
-    /// Firecracker puts a memory of that size on the architecture of the vmstate.
+    /// Imports a memory file and the [`VMSTATE`](super::VMSTATE) of Firecracker. `ranges` are as for [`Import::raw`].
+    /// `None`: the ranges that Firecracker uses for memory of that size on the architecture of the vmstate.
     ///
     /// # Errors
     /// [`ImportError::Ranges`]; without `ranges` also [`ImportError::NotMebibytes`], [`ImportError::NoVmstate`].
@@ -73,7 +73,7 @@ impl Import {
         Ok(Self { source: Source::Firecracker(arch), memory, states: vec![vmstate] })
     }
 
-    /// A folder of Cloud Hypervisor, with [`CONFIG`], [`STATE`] and `memory-ranges`.
+    /// Imports a folder of Cloud Hypervisor, with [`CONFIG`], [`STATE`] and `memory-ranges`.
     ///
     /// # Errors
     /// [`ImportError`]; [`ImportError::NoCloudHypervisor`] names the file that is missing.
@@ -91,7 +91,7 @@ impl Import {
         Ok(Self { source: Source::CloudHypervisor, memory, states: vec![config, state] })
     }
 
-    /// What it is: `raw`, `firecracker` or `cloud-hypervisor`.
+    /// The kind of import: `raw`, `firecracker` or `cloud-hypervisor`.
     #[must_use]
     pub fn kind(&self) -> &'static str {
         match self.source {
@@ -101,10 +101,10 @@ impl Import {
         }
     }
 
-    /// The memory file's length and identity, to compare an output with: see [`refuse_same`](crate::refuse_same).
+    /// The memory file's length and identity, for comparison with an output: see [`refuse_same`](crate::refuse_same).
     ///
     /// # Errors
-    /// As fstat(2).
+    /// The error of fstat(2).
     pub fn memory_metadata(&self) -> io::Result<FileMetadata> {
         self.memory.file.file().metadata()
     }
@@ -115,7 +115,7 @@ impl Import {
         [CONFIG.name, STATE.name, cloud_hypervisor::MEMORY]
     }
 
-    /// Writes the snapshot to a new file at `out`. Holes of the memory file are not read; pages of zeros take no room.
+    /// Writes the snapshot to a new file at `out`. Holes of the memory file are not read; pages of zeros take no space.
     ///
     /// `progress` is called on the writing threads; `Break` cancels, and leaves no file.
     ///

@@ -1,4 +1,4 @@
-//! Which bytes of a memory image are which of the guest's memory.
+//! Translates between the source space and the bytes of a memory image.
 
 use std::fs::File;
 use std::io;
@@ -21,14 +21,14 @@ pub(super) struct Extent {
 /// How a memory image is laid out.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct ImageLayout {
-    /// By guest address; adjacent ranges are one region.
+    /// Sorted by guest address. Adjacent ranges are one region.
     pub(super) regions: Vec<MemoryRegion>,
-    /// By source offset; they fill the source space.
+    /// Sorted by source offset, without gaps.
     pub(super) extents: Vec<Extent>,
 }
 
 impl ImageLayout {
-    /// Guest-physical ranges that follow each other in the file, in any order of addresses.
+    /// The layout of guest-physical ranges that follow each other in the file. Their addresses may be in any order.
     pub(super) fn new(in_file: &[Range<u64>]) -> Result<Self, LayoutError> {
         let page = PAGE_BYTES as u64;
         let mut file_offset = 0u64;
@@ -65,7 +65,7 @@ impl ImageLayout {
         Ok(Self { regions, extents })
     }
 
-    /// The whole source space in its order, from `file_offset` on.
+    /// The layout of a file that contains the source space in its order, from `file_offset` on.
     pub(super) fn linear(regions: &[MemoryRegion], file_offset: u64) -> Self {
         let len = regions.iter().map(|region| region.len).sum();
         let extents = vec![Extent { source_offset: 0, file_offset, len }];
@@ -76,7 +76,7 @@ impl ImageLayout {
         self.extents.iter().map(|extent| extent.len).sum()
     }
 
-    /// Where the file ends.
+    /// The length of the file.
     pub(super) fn file_bytes(&self) -> u64 {
         self.extents.iter().map(|extent| extent.file_offset + extent.len).max().unwrap_or(0)
     }
@@ -112,7 +112,7 @@ mod tests {
 
     #[test]
     fn ranges_in_any_order_are_sorted_and_joined() {
-        // In the file: the upper GiB first, then the lower memory in two halves.
+        // The file contains the upper page first, then the lower memory in two halves.
         let file = [8 * PAGE..9 * PAGE, 2 * PAGE..4 * PAGE, 0..2 * PAGE];
         let layout = ImageLayout::new(&file).unwrap();
         let region = |gpa, len, source_offset| MemoryRegion { gpa, len, source_offset };

@@ -1,4 +1,4 @@
-//! A file of guest memory as another program wrote it.
+//! A file of guest memory that another program has written.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -39,7 +39,7 @@ impl MemoryImage {
     /// Takes an open file. `path` names it in errors.
     ///
     /// # Errors
-    /// [`ImportError`]: it is empty, or does not end with a page.
+    /// [`ImportError`]: it is empty, or its length is not whole pages.
     pub fn from_file(file: File, path: &Path) -> Result<Self, ImportError> {
         let (path, named) = (path.to_owned(), ImportError::io(path));
         let len_bytes = file.metadata().map_err(named)?.len();
@@ -52,7 +52,7 @@ impl MemoryImage {
         Ok(Self { file, path, len_bytes })
     }
 
-    /// Refuses a file that begins like something else than memory. 8 bytes are enough.
+    /// Refuses a file that begins with the magic of a snapshot or an ELF file. Its first 8 bytes are enough.
     ///
     /// # Errors
     /// [`ImportError::NotMemory`]
@@ -67,19 +67,19 @@ impl MemoryImage {
         Err(ImportError::NotMemory { path: path.to_owned(), found })
     }
 
-    /// Its name in errors.
+    /// The path of the image, for errors.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Its length.
+    /// The length of the image.
     #[must_use]
     pub fn len_bytes(&self) -> u64 {
         self.len_bytes
     }
 
-    /// The guest's memory in this layout.
+    /// Adds the layout, which must be as long as the image.
     pub(super) fn laid_out(self, layout: ImageLayout) -> Result<LaidOutImage, ImportError> {
         let Self { file, path, len_bytes: found_bytes } = self;
         let expected_bytes = layout.memory_bytes();
@@ -91,7 +91,7 @@ impl MemoryImage {
     }
 }
 
-/// A memory image and its layout: the source space to read from.
+/// A memory image with its layout, which is read by source offset.
 #[derive(Debug)]
 pub(super) struct LaidOutImage {
     pub(super) file: StableFile,
@@ -114,7 +114,7 @@ impl LaidOutImage {
             while at < end {
                 let start = match rustix::fs::seek(self.file.file(), SeekFrom::Data(at)) {
                     Ok(start) if start < end => start,
-                    // No data from there on, or not before the end.
+                    // There is no data from there on, or not before the end.
                     Ok(_) | Err(Errno::NXIO) => break,
                     Err(error) => return Err(error.into()),
                 };
@@ -171,7 +171,7 @@ mod tests {
         assert!(memory.read_exact_at(&mut found, PAGE).is_err());
     }
 
-    /// What is imported is one memory, not parts of two.
+    /// An import must not contain bytes from before and after a write.
     #[test]
     fn a_file_that_was_written_to_meanwhile_is_not_read() {
         let file = tempfile::tempfile().unwrap();

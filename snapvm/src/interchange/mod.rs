@@ -1,7 +1,7 @@
-//! Memory images, and snapshots of other virtual machine monitors: into a snapshot file and out of it, bit for bit.
+//! Imports and exports memory images and the snapshots of other virtual machine monitors, bit for bit.
 //!
-//! [`Import`] reads a flat image of memory, a Firecracker pair or a Cloud Hypervisor folder. [`Export`] writes them, or an
-//! ELF core. The state of another program stays opaque: it is a state section with a tag of its own.
+//! [`Import`] reads a flat image of memory, a Firecracker pair or a Cloud Hypervisor folder. [`Export`] writes them, or
+//! an ELF core. The state of another program is opaque: it is stored in a state section with its own tag.
 //!
 //! ```no_run
 //! use snapvm::interchange::{Export, ExportFormat, Import, MemoryImage, VMSTATE};

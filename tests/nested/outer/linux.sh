@@ -67,7 +67,7 @@ linux() {
             case $run in clone) socket=clone.sock ;; *) socket=guest.sock ;; esac
             vsock ask $socket 1000 "hello $run" >"$run.asked" 2>&1 &
             asking=$!
-            vsock answer ${socket}_2000 >"$run.told" 2>&1 &
+            vsock answer ${socket}_2000 >"$run.answered" 2>&1 &
         fi
         # 20 s are a lockup for its watchdog, unless it knows that it was paused.
         if [ "$run" = clone ] && [ -n "$busy" ]; then sleep 25; fi
@@ -84,8 +84,8 @@ linux() {
             holds "$run" "its writes are on the disk" grep -q 'guest wrote this' raw-copy.img
             holds "$run" "the other disk's image is as it was" sh -c 'cksum disk.img | cmp - disk.sum'
             holds "$run" "its vsock answered" wait "$asking"
-            holds "$run" "with what it was told" grep -qx "hello $run" "$run.asked"
-            holds "$run" "it connected to the host" grep -qx 'from the guest' "$run.told"
+            holds "$run" "with the text that it received" grep -qx "hello $run" "$run.asked"
+            holds "$run" "it connected to the host" grep -qx 'from the guest' "$run.answered"
             holds "$run" "its connection from before is gone" test "$(word old "$run")" = gone
         fi
     done

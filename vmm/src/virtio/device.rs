@@ -98,7 +98,7 @@ impl HostWatcher {
 #[cfg(any(test, fuzzing))]
 impl HostWatcher {
     /// For a device that is in no machine.
-    pub(super) fn of_nobody(event_loop: &EventLoop) -> HostWatcher {
+    pub(super) fn without_machine(event_loop: &EventLoop) -> HostWatcher {
         HostWatcher(event_loop.watcher(u32::MAX - 1))
     }
 }

@@ -171,7 +171,7 @@ fn fill_block(ram: &GuestMemoryMmap) {
     offer(ram, 0, &[0, 3, 4, 0]);
 }
 
-/// A connection that is requested, used, asked for its credit, and shut down; buffers for the answers.
+/// A connection that is requested, used, queried for its credit, and shut down; buffers for the answers.
 fn fill_vsock(ram: &GuestMemoryMmap) {
     let mut packets = Vec::new();
     for (index, (op, len, flags)) in [(1, 0, 0), (5, 5, 0), (7, 0, 0), (4, 0, 3)].iter().enumerate()
@@ -244,7 +244,7 @@ fn shared_sockets() -> &'static Mutex<(Vsock, UnixListener)> {
         let listener = UnixListener::bind(&at_port).unwrap();
         listener.set_nonblocking(true).unwrap();
         let mut vsock = Vsock::new(VsockHost::bind(CID, &path).unwrap());
-        vsock.connect(HostWatcher::of_nobody(&EventLoop::start().unwrap())).unwrap();
+        vsock.connect(HostWatcher::without_machine(&EventLoop::start().unwrap())).unwrap();
         Mutex::new((vsock, listener))
     })
 }

@@ -33,7 +33,7 @@ pub(super) struct Outcome {
 }
 
 impl Plan<'_> {
-    /// Runs each mode once unmeasured, then all of them in turn. `say` gets the next step.
+    /// Runs each mode once unmeasured, then all of them in turn. `say` shows the next step.
     pub(super) fn run(&self, say: &dyn Fn(&str)) -> Result<Outcome> {
         let image = self.subject.image.as_ref().map(File::open).transpose();
         let image = image.context("cannot open the raw image")?;

@@ -263,7 +263,7 @@ impl Keeper {
                     wire::send(&server.socket, &answer, &descriptors, SendFlags::DONTWAIT)?;
                     server.taken += 1;
                 } else {
-                    let answer = FromKeeper::Nobody {};
+                    let answer = FromKeeper::NoGuest {};
                     wire::send(&server.socket, &answer, &[], SendFlags::DONTWAIT)?;
                     let (server, guests) = (server.pid, std::mem::take(&mut server.taken));
                     if guests > 0 {

@@ -59,7 +59,7 @@ impl Link {
     pub(crate) fn take(&self, id: u64) -> Result<Option<Kept>, KeepError> {
         let (answer, descriptors) = self.ask(&ToKeeper::Take { id })?;
         match (answer, <[OwnedFd; DESCRIPTORS]>::try_from(descriptors)) {
-            (FromKeeper::Nobody {}, _) => Ok(None),
+            (FromKeeper::NoGuest {}, _) => Ok(None),
             (FromKeeper::Guest { shares }, Ok([uffd, connection, process, handover])) => {
                 Ok(Some(Kept { uffd, connection, process, handover, shares }))
             }

@@ -33,7 +33,7 @@ pub(super) const DESCRIPTORS: usize = 4;
 pub(super) enum ToKeeper {
     /// The first message. The answer is `Welcome`.
     Hello { version: u32, snapshot: SnapshotName, on_error: OnError },
-    /// The server takes over a guest of a dead server, under this id. The answer is `Guest` or `Nobody`.
+    /// The server takes over a guest of a dead server, under this id. The answer is `Guest` or `NoGuest`.
     Take { id: u64 },
     /// A guest, with its descriptors. There is no answer. If it `shares` memory, it has ended when it closes its
     /// connection.
@@ -46,9 +46,14 @@ pub(super) enum ToKeeper {
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum FromKeeper {
-    Welcome { version: u32 },
-    Guest { shares: bool },
-    Nobody {},
+    Welcome {
+        version: u32,
+    },
+    Guest {
+        shares: bool,
+    },
+    #[serde(rename = "nobody")]
+    NoGuest {},
 }
 
 /// [`FailurePolicy`] in messages.

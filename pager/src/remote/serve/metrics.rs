@@ -70,7 +70,7 @@ pub(super) fn text(mut totals: Totals, guests: &[Guest]) -> String {
     }
     let installed = ORIGINS.iter().zip(totals.installed);
     let installed = installed.map(|(origin, count)| counter(&[label("origin", origin)], count));
-    add("snap_pages_installed_total", COUNTER, "Pages brought, by why.", installed.collect());
+    add("snap_pages_installed_total", COUNTER, "Pages installed, by origin.", installed.collect());
 
     let of_guests: Vec<_> = guests.iter().map(|guest| ([pid(guest)], &guest.stats)).collect();
     let metrics = of_guests.iter().flat_map(|(labels, stats)| pages(labels, &stats.pages));

@@ -36,19 +36,20 @@ pub(super) struct Connection {
     asked: bool,
     /// The next control packet to the guest, if there is one: a request, a response or a reset.
     announce: Option<Op>,
-    tell_credit: bool,
+    /// An update of credit is due to the guest.
+    send_credit: bool,
     credit: Credit,
-    /// The guest was asked for credit, and has not given any since.
+    /// Credit was requested from the guest, which has not given any since.
     credit_asked: bool,
     /// Bytes from the guest that the socket did not take.
     waiting: VecDeque<u8>,
     /// The socket may have something to read.
     readable: bool,
-    /// What the guest will not do any more: its own flags.
+    /// The directions that the guest has shut down, as its flags.
     guest_shutdown: u32,
-    /// What the host will not do any more, and what of it the guest knows.
+    /// The directions that the host has shut down, and those of them that were sent to the guest.
     host_shutdown: u32,
-    told_shutdown: u32,
+    sent_shutdown: u32,
 }
 
 /// Bytes of both directions, counted modulo 2^32.
@@ -58,7 +59,7 @@ struct Credit {
     peer_buffer: u32,
     peer_forwarded: u32,
     forwarded: u32,
-    told_forwarded: u32,
+    sent_forwarded: u32,
 }
 
 impl Credit {
@@ -87,14 +88,14 @@ impl Connection {
             ports,
             asked: false,
             announce: Some(announce),
-            tell_credit: false,
+            send_credit: false,
             credit: Credit::default(),
             credit_asked: false,
             waiting: VecDeque::new(),
             readable: true,
             guest_shutdown: 0,
             host_shutdown: 0,
-            told_shutdown: 0,
+            sent_shutdown: 0,
         }
     }
 
@@ -134,7 +135,7 @@ impl Connection {
                 self.flush();
             }
             Op::CreditUpdate => {}
-            Op::CreditRequest => self.tell_credit = true,
+            Op::CreditRequest => self.send_credit = true,
             _ => return Ok(false),
         }
         Ok(true)
@@ -200,8 +201,8 @@ impl Connection {
         let credit = &mut self.credit;
         // At most `BUFFER_BYTES`.
         credit.forwarded = credit.forwarded.wrapping_add(bytes as u32);
-        if credit.forwarded.wrapping_sub(credit.told_forwarded) >= BUFFER_BYTES / 2 {
-            self.tell_credit = true;
+        if credit.forwarded.wrapping_sub(credit.sent_forwarded) >= BUFFER_BYTES / 2 {
+            self.send_credit = true;
         }
     }
 
@@ -217,7 +218,7 @@ impl Connection {
             (op, 0, 0)
         } else if self.asked {
             return Ok(None);
-        } else if self.tell_credit {
+        } else if self.send_credit {
             (Op::CreditUpdate, 0, 0)
         } else if let Some(len @ 1..) = self.read(memory, room)? {
             (Op::Data, len, 0)
@@ -226,15 +227,15 @@ impl Connection {
         } else if self.readable && self.credit.left() == 0 && !self.credit_asked {
             self.credit_asked = true;
             (Op::CreditRequest, 0, 0)
-        } else if !self.readable && self.told_shutdown != self.shutdown_to_tell() {
-            self.told_shutdown = self.shutdown_to_tell();
-            (Op::Shutdown, 0, self.told_shutdown)
+        } else if !self.readable && self.sent_shutdown != self.shutdown_to_send() {
+            self.sent_shutdown = self.shutdown_to_send();
+            (Op::Shutdown, 0, self.sent_shutdown)
         } else {
             return Ok(None);
         };
         // Every packet contains it.
-        self.tell_credit = false;
-        self.credit.told_forwarded = self.credit.forwarded;
+        self.send_credit = false;
+        self.credit.sent_forwarded = self.credit.forwarded;
         Ok(Some(Header {
             src_cid: HOST_CID,
             dst_cid: guest_cid,
@@ -282,7 +283,7 @@ impl Connection {
         }
     }
 
-    fn shutdown_to_tell(&self) -> u32 {
+    fn shutdown_to_send(&self) -> u32 {
         match self.guest_shutdown & NO_MORE_RECEIVED != 0 {
             // It takes nothing any more: nothing will be sent.
             true if self.host_shutdown != 0 => BOTH,

@@ -200,7 +200,7 @@ impl Vsock {
         }
         let header = Header::parse(&bytes);
         let Some(data) = request.readable.split_front(header.len as usize) else {
-            return Err(Fault::Driver("a packet that is shorter than it says"));
+            return Err(Fault::Driver("a packet that is shorter than its header gives"));
         };
         self.receive(rings.memory, &header, data)?;
         rings.push_used(FROM_GUEST, request.head, 0)?;

@@ -118,7 +118,7 @@ impl Guest {
         header
     }
 
-    /// A connection that the guest asked for, and the host's end of it.
+    /// A connection that the guest requested, and the host's end of it.
     fn connect_to_host(&mut self, guest: u32) -> (Ports, UnixStream) {
         let ports = Ports { host: 77, guest };
         let listener = UnixListener::bind(port_path(&self.path, 77)).unwrap();
@@ -130,7 +130,7 @@ impl Guest {
         (ports, stream)
     }
 
-    /// A connection that a program of the host asked for.
+    /// A connection that a program of the host requested.
     fn connect_to_guest(&mut self, port: u32) -> (Ports, UnixStream) {
         let mut stream = UnixStream::connect(&self.path).unwrap();
         write!(stream, "CONNECT {port}\nearly").unwrap();
@@ -226,21 +226,21 @@ fn data_waits_for_credit_both_ways() {
     assert_eq!(guest.receive_op(Op::CreditUpdate).buf_alloc, 64 << 10);
 
     // The host does not read: what its socket takes is forwarded, the rest waits, within the credit.
-    let (mut sent, mut told) = (0u32, 0u32);
+    let (mut sent, mut forwarded) = (0u32, 0u32);
     let bytes: Vec<u8> = (0..4096u32).map(|index| (index / 7) as u8).collect();
-    while sent.wrapping_sub(told) + 4096 <= 64 << 10 {
+    while sent.wrapping_sub(forwarded) + 4096 <= 64 << 10 {
         guest.send_data(ports, &bytes);
         sent += 4096;
         guest.send_op(ports, Op::CreditRequest);
         // An update of the device's own may come before the answer.
-        told = guest.receive_op(Op::CreditUpdate).fwd_cnt;
+        forwarded = guest.receive_op(Op::CreditUpdate).fwd_cnt;
     }
     let mut found = vec![0; sent as usize];
     stream.read_exact(&mut found).unwrap();
     assert!(found.chunks(4096).all(|chunk| chunk == bytes));
-    while told != sent {
-        told = guest.receive_op(Op::CreditUpdate).fwd_cnt;
-        if told != sent {
+    while forwarded != sent {
+        forwarded = guest.receive_op(Op::CreditUpdate).fwd_cnt;
+        if forwarded != sent {
             guest.send_op(ports, Op::CreditRequest);
         }
     }
@@ -333,8 +333,8 @@ fn bad_packets_break_only_the_device() {
         let mut stream = UnixStream::connect(&guest.path).unwrap();
         writeln!(stream, "CONNECT 1").unwrap();
         if queue == 1 {
-            // The device has the connection when it asks the guest: one that still waits at the socket outlives the reset. (Of
-            // the other queue it looks at buffers only when it has something for them.)
+            // The device has the connection when it asks the guest: one that still waits at the socket outlives the
+            // reset. (Of the other queue it looks at buffers only when it has something for them.)
             guest.driver.offer_in(0, 0, &[(RECEIVED, ROOM, WRITE)]);
             guest.driver.wait_used_in(0, 1);
         }
@@ -382,7 +382,7 @@ fn too_many_connections_are_closed() {
 }
 
 #[test]
-fn a_restored_guest_is_told_that_its_connections_are_gone() {
+fn a_restored_guest_gets_a_reset_of_its_connections() {
     let mut guest = Guest::new();
     let (old, mut stream) = guest.connect_to_guest(1024);
     guest.driver.offer_in(2, 0, &[(EVENT, 4, WRITE)]);
