@@ -49,7 +49,7 @@ pub struct Header {
     /// in a copy, the snapshot that the chunks were copied from. `None` in older files, whose checksums begin with no id.
     pub chunks_id: Option<Uuid>,
     /// Checksum of the header itself.
-    pub(crate) crc: u32,
+    pub crc: u32,
     pub(crate) table_offset: u64,
     pub(crate) table_records: u32,
     pub(crate) table_crc: u32,

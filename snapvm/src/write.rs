@@ -1,6 +1,6 @@
 //! A VM becomes a file: all of it, or what has changed since the snapshot it was restored from.
 
-use std::fs::{File, Metadata};
+use std::fs::Metadata;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use snapfmt::{
     Contents, Header, OnProgress, Parent, ReadAt, Snapshot, SnapshotMemory, StateBlob,
+    Storage,
     WriteOptions, write_layer, write_snapshot,
 };
 
@@ -134,7 +135,8 @@ fn guest_of(snapshot: &Snapshot) -> Result<Value, SnapshotError> {
 /// # Errors
 /// [`SnapshotError::OutputIsInput`]; [`SnapshotError::Look`].
 pub fn refuse_as_output(out: &Path, snapshot: &Snapshot) -> Result<(), SnapshotError> {
-    for file in snapshot.storages() {
+    // A file cannot be written over an object in a bucket.
+    for file in snapshot.storages().filter_map(Storage::file) {
         refuse_same(out, &file.metadata().map_err(SnapshotError::Look)?)?;
     }
     Ok(())
@@ -183,7 +185,7 @@ struct Overlay<'a> {
     mapped: GuestBytes<'a>,
     /// Ranges of source offsets that are mapped here, ascending.
     own: &'a [Range<u64>],
-    rest: SnapshotMemory<'a, File>,
+    rest: SnapshotMemory<'a, Storage>,
 }
 
 impl ReadAt for Overlay<'_> {

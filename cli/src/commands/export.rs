@@ -12,7 +12,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use snapfmt::layout::PAGE_BYTES;
-use snapfmt::{ChunkBuffer, PageIndex, Progress, ReadError, Snapshot};
+use snapfmt::{ChunkBuffer, PageIndex, Progress, ReadError, Snapshot, Storage};
 
 use crate::exit::{Interrupted, WrongOptions};
 use crate::foreign::async_pf;
@@ -173,8 +173,8 @@ impl Export<'_> {
     /// The same to stdout, from front to back.
     fn stream(&self, head: &[u8]) -> Result<()> {
         let mut stdout = Stdout::new()?;
-        for storage in self.snapshot.storages() {
-            let input = storage.metadata().context("cannot look at an open snapshot")?;
+        for file in self.snapshot.storages().filter_map(Storage::file) {
+            let input = file.metadata().context("cannot look at an open snapshot")?;
             let there = stdout.file().metadata()?;
             if (there.dev(), there.ino()) == (input.dev(), input.ino()) {
                 bail!("stdout is read, itself or as a parent; choose another output");
