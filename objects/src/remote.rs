@@ -168,7 +168,7 @@ impl ReadAt for RemoteObject {
     fn refetch(&self, bytes: Range<u64>) -> bool {
         let end = bytes.end.min(self.0.identity.len_bytes);
         let blocks = bytes.start / BLOCK_BYTES..end.div_ceil(BLOCK_BYTES);
-        !blocks.is_empty() && self.0.entry.drop_blocks(blocks).is_ok()
+        bytes.start < end && self.0.entry.drop_blocks(blocks).is_ok()
     }
 }
 

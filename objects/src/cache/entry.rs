@@ -106,6 +106,18 @@ impl Entry {
             return Ok(true);
         }
         let blocks = offset / BLOCK_BYTES..(offset + buf.len() as u64).div_ceil(BLOCK_BYTES);
+        let read = self.read_whole(blocks.clone(), offset, buf);
+        match read {
+            // The file was cut: what is stored next makes it longer again.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                self.drop_blocks(blocks)?;
+                Ok(false)
+            }
+            read => read,
+        }
+    }
+
+    fn read_whole(&self, blocks: Range<u64>, offset: u64, buf: &mut [u8]) -> io::Result<bool> {
         let before = self.states(blocks.clone())?;
         if before.contains(&0) {
             return Ok(false);
