@@ -32,6 +32,8 @@ mod looking_inside;
 mod networks;
 #[cfg(feature = "objects")]
 mod object_storage;
+#[cfg(feature = "objects")]
+mod object_store_s3;
 mod overlays;
 mod overwritten;
 mod page_cache;

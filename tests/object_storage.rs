@@ -169,7 +169,7 @@ fn a_pushed_guest_is_restored_by_its_name_and_pulled_bit_by_bit() {
     let url = format!("file://{}/bucket/team/guest", folder.display());
     let layer = folder.join("layer.snap");
     let (file, layer) = (sample.file.to_str().unwrap(), layer.to_str().unwrap());
-    snap(["create", layer, "--from", file, "--when", "beat 7"]).ok();
+    snap(["create", layer, "--from", file, "--when", "output:beat 7"]).ok();
     let pushed = run(with_cache(&cache, &["push", layer, &url, "--json"])).ok().json();
     assert_eq!(pushed["layers"].as_array().map(Vec::len), Some(2), "{pushed}");
     let again = run(with_cache(&cache, &["push", layer, &url])).ok();
