@@ -18,8 +18,10 @@ pub(crate) enum Seen {
     Nothing,
     /// A status.
     Status(u16),
-    /// No answer.
+    /// No answer, and why.
     NoAnswer(String),
+    /// The server has no certificate that this host trusts.
+    Untrusted(String),
 }
 
 /// Runs a request, and returns its result and the last answer to it.
@@ -38,13 +40,34 @@ pub(crate) fn status(status: u16) {
 
 /// None has.
 pub(crate) fn none(error: &HttpError) {
-    note(Seen::NoAnswer(reason(error)));
+    note(match causes(error).find_map(untrusted) {
+        Some(reason) => Seen::Untrusted(reason),
+        None => Seen::NoAnswer(reason(error)),
+    });
+}
+
+fn causes<'a>(error: &'a HttpError) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
+    let first: &(dyn Error + 'static) = error;
+    std::iter::successors(Some(first), |error| (*error).source())
+}
+
+/// An error of the TLS library about a certificate. It stands inside of an I/O error, which does not name it as its source.
+fn untrusted(error: &(dyn Error + 'static)) -> Option<String> {
+    let inner = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+    let inner = inner.and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    match error.downcast_ref().or(inner) {
+        Some(error @ rustls::Error::InvalidCertificate(_)) => Some(error.to_string()),
+        _ => None,
+    }
 }
 
 fn note(seen: Seen) {
     // Requests of other parts of the client, for example for a token, may run elsewhere.
     let _ = SEEN.try_with(|place| *place.borrow_mut() = seen);
 }
+
+/// How the standard library begins an error of looking a host's name up.
+const LOOK_UP: &str = "failed to lookup address information";
 
 /// Why there was no answer, in words that never hold an address or a header: the kind, and the system's error.
 pub(crate) fn reason(error: &HttpError) -> String {
@@ -53,16 +76,15 @@ pub(crate) fn reason(error: &HttpError) -> String {
         HttpErrorKind::Timeout => "the store does not answer in time",
         _ => "the connection to the store broke off",
     };
-    let mut cause: Option<&(dyn Error + 'static)> = Some(error);
-    while let Some(error) = cause {
-        if let Some(error) = error.downcast_ref::<std::io::Error>()
-            && error.raw_os_error().is_some()
-        {
-            return format!("{what}: {error}");
-        }
-        cause = error.source();
+    let of_system = |error: &(dyn Error + 'static)| {
+        let error = error.downcast_ref::<std::io::Error>()?;
+        let text = error.to_string();
+        (error.raw_os_error().is_some() || text.starts_with(LOOK_UP)).then_some(text)
+    };
+    match causes(error).find_map(of_system) {
+        Some(text) => format!("{what}: {text}"),
+        None => what.to_owned(),
     }
-    what.to_owned()
 }
 
 /// What a failed request means.
@@ -82,7 +104,7 @@ pub(crate) enum Meaning {
     NoRanges,
     /// 409, and 412 of a request that creates: it is there already.
     Exists,
-    /// Anything else, with the store's own code for it.
+    /// Anything else, with the code of the store for it, or with what is wrong with its certificate.
     Refused(Option<u16>, Option<String>),
 }
 
@@ -95,6 +117,7 @@ pub(crate) fn meaning(error: &StoreError, seen: Seen) -> Meaning {
     }
     match seen {
         Seen::NoAnswer(reason) => Meaning::Passing(reason),
+        Seen::Untrusted(reason) => Meaning::Refused(None, Some(reason)),
         Seen::Nothing => match error {
             StoreError::PermissionDenied { .. } => Meaning::Credentials(403),
             StoreError::Unauthenticated { .. } => Meaning::Credentials(401),

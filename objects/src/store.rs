@@ -82,6 +82,7 @@ fn connect(url: &ObjectUrl, retry: &RetryConfig) -> Result<Arc<dyn ObjectStore>,
     static TLS: Once = Once::new();
     // Another library of the process may have chosen one already.
     TLS.call_once(|| _ = rustls::crypto::ring::default_provider().install_default());
+    check_endpoint(url)?;
     let options = ClientOptions::new()
         .with_allow_http(url.scheme() == Scheme::Http)
         // Of a whole answer there is no limit, but of silence.
@@ -130,10 +131,27 @@ fn scheme_name(url: &ObjectUrl) -> &'static str {
     if url.scheme() == Scheme::Https { "https" } else { "http" }
 }
 
+/// The endpoint is plain HTTP, and the environment does not allow that: each request would fail without saying so.
+fn check_endpoint(url: &ObjectUrl) -> Result<(), ObjectError> {
+    let plain = url.scheme() == Scheme::S3
+        && Store::endpoint(url).lines().any(|endpoint| endpoint.starts_with("http://"))
+        && !allows_http();
+    match plain {
+        true => Err(ObjectError::Configuration {
+            url: url.to_string(),
+            reason: "its endpoint is plain HTTP, which AWS_ALLOW_HTTP=true allows".to_owned(),
+        }),
+        false => Ok(()),
+    }
+}
+
+fn allows_http() -> bool {
+    std::env::var("AWS_ALLOW_HTTP").is_ok_and(|value| value == "true" || value == "1")
+}
+
 /// The options given here replace those of the environment: plain HTTP to an endpoint is one that users set.
 fn s3_options(options: ClientOptions) -> ClientOptions {
-    let allow = std::env::var("AWS_ALLOW_HTTP").is_ok_and(|value| value == "true" || value == "1");
-    options.with_allow_http(allow)
+    options.with_allow_http(allows_http())
 }
 
 /// The text without the values of variables that look like secrets.

@@ -2,9 +2,10 @@
 
 mod support;
 
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use snapfmt::{ChunkBuffer, PageIndex};
+use snapfmt::{ChunkBuffer, PageIndex, Snapshot};
 use support::fake::{Fake, depth, times_sent};
 use support::{Bench, KEY};
 
@@ -79,4 +80,52 @@ fn reading_in_order_is_not_bound_by_the_latency() {
     // Block by block it would be 128 latencies, and 1.6 s of one connection's rate.
     assert!(asked.len() < 20, "{} requests", asked.len());
     eprintln!("32 MiB in order in {took:?} with {} requests", asked.len());
+}
+
+/// A base and seven layers on it, each of which has changed one page, and the name of the last.
+fn push_chain(bench: &Bench) -> (String, Vec<u8>) {
+    let mut memory = bench.memory.clone();
+    let mut files = vec![bench.file.clone()];
+    for number in 1..8u8 {
+        let page = usize::from(number) * 100 * 4096;
+        memory[page..page + 4096].fill(number);
+        let (parent, file) =
+            (&files[files.len() - 1], bench.folder.path().join(format!("{number}")));
+        support::write_on(parent, &file, &memory, page as u64);
+        files.push(file);
+    }
+    let bucket = bench.folder.path().join("bucket");
+    let name = format!("file://{}/guest", bucket.display()).parse().unwrap();
+    let top = Snapshot::open(&files[7]).unwrap();
+    let go_on = |_| ControlFlow::Continue(());
+    objects::push(&top, &name, false, support::impatient(), &go_on).unwrap();
+    for entry in std::fs::read_dir(bucket.join("objects")).unwrap().flatten() {
+        let path = format!("/bucket/objects/{}", entry.file_name().to_str().unwrap());
+        bench.fake.put(&path, std::fs::read(entry.path()).unwrap());
+    }
+    bench.fake.put("/bucket/guest", std::fs::read(bucket.join("guest")).unwrap());
+    (format!("/bucket/objects/{}.snap", top.header().id), memory)
+}
+
+#[test]
+fn a_name_of_eight_layers_is_three_round_trips_away_from_a_page() {
+    let mut bench = Bench::start(PAGES, LATENCY);
+    let (object, memory) = push_chain(&bench);
+    bench.memory = memory;
+    bench.fake.take_asked();
+    let name = bench.fake.url("/bucket/guest").parse().unwrap();
+    let opened = objects::open(&name, &bench.options()).unwrap();
+    assert_eq!(opened.snapshot.headers().len(), 8);
+    bench.check_page(&opened.snapshot, PAGES as u32 / 2);
+    let asked = bench.fake.take_asked();
+    assert_eq!((asked.len(), depth(&asked)), (2 + 16 + 1, 3), "{asked:?}");
+    for layer in 1..8 {
+        bench.check_page(&opened.snapshot, layer * 100);
+    }
+    // Without the name, each layer says where its parent is.
+    let object = bench.fake.url(&object).parse().unwrap();
+    let opened = objects::open(&object, &bench.options_in("empty")).unwrap();
+    bench.check_page(&opened.snapshot, 300);
+    let asked = bench.fake.take_asked();
+    assert_eq!(depth(&asked), 8, "{asked:?}");
 }

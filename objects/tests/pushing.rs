@@ -156,9 +156,8 @@ fn an_interrupted_or_damaged_pull_leaves_no_file() {
     push(&open(&setup.base), &name).unwrap();
     let away = tempfile::tempdir().unwrap();
     let out = away.path().join("guest.snap");
-    let pull = |progress| {
-        objects::pull(&name, &out, Existing::Keep, &setup.options(), progress).map(drop)
-    };
+    let pull =
+        |progress| objects::pull(&name, &out, Existing::Keep, &setup.options(), progress).map(drop);
     let error = pull(&|_| ControlFlow::Break(())).unwrap_err();
     assert!(matches!(error, ObjectError::Cancelled));
     // In the midst of verifying.

@@ -123,9 +123,8 @@ fn flipped_bytes_in_the_cache_heal() {
     // And all that opening and verifying reads.
     flip();
     let opened = bench.open();
-    let verified = opened.snapshot.verify(2.try_into().unwrap(), &|_| {
-        std::ops::ControlFlow::Continue(())
-    });
+    let verified =
+        opened.snapshot.verify(2.try_into().unwrap(), &|_| std::ops::ControlFlow::Continue(()));
     verified.unwrap_or_else(|error| panic!("{}", chain(&error)));
 }
 

@@ -8,8 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use snapfmt::{
-    Contents, Header, OnProgress, Parent, ReadAt, Snapshot, SnapshotMemory, StateBlob,
-    Storage,
+    Contents, Header, OnProgress, Parent, ReadAt, Snapshot, SnapshotMemory, StateBlob, Storage,
     WriteOptions, write_layer, write_snapshot,
 };
 
@@ -101,7 +100,12 @@ impl Vm {
         let contents = Contents::new(&memory.regions, &mapped, &data)
             .states(&states)
             .metadata(GuestMetadata::here(guest_of(snapshot)?).to_metadata());
-        let parent = Parent::new(snapshot, path_of_parent(&restored.file, out)?);
+        let path = match snapshot.storage().file() {
+            Some(_) => path_of_parent(&restored.file, out)?,
+            // Of a snapshot in a bucket: the name that its object has there.
+            None => format!("{}.snap", snapshot.header().id).into(),
+        };
+        let parent = Parent::new(snapshot, path);
         Ok(write_layer(out, contents, &parent, options, progress)?.0)
     }
 }

@@ -98,8 +98,7 @@ pub(crate) fn pull(args: &PullArgs, session: &Session) -> Result<()> {
     refuse_existing(&args.out, args.force)?;
     let bar = Bar::new("pulling", session.quiet, &session.interrupt);
     let existing = if args.force { Existing::Replace } else { Existing::Keep };
-    let pulled =
-        objects::pull(&url, &args.out, existing, &bucket::options()?, &|p| bar.update(p));
+    let pulled = objects::pull(&url, &args.out, existing, &bucket::options()?, &|p| bar.update(p));
     let pulled = pulled.map_err(told)?;
     drop(bar);
     if args.json {

@@ -9,7 +9,10 @@ use std::time::Duration;
 
 use objects::{Cache, ObjectUrl, Opened, Options, Retry};
 use snapfmt::layout::PAGE_BYTES;
-use snapfmt::{Codec, Contents, MemoryRegion, PageIndex, Snapshot, WriteOptions, write_snapshot};
+use snapfmt::{
+    Codec, Contents, MemoryRegion, PageIndex, Parent, Snapshot, WriteOptions, write_layer,
+    write_snapshot,
+};
 use tempfile::TempDir;
 
 use fake::Fake;
@@ -41,6 +44,17 @@ pub(crate) fn write(folder: &Path, name: &str, memory: &Vec<u8>) -> PathBuf {
     write_snapshot(&path, contents, &options, &|_| ControlFlow::Continue(()))
         .expect("it is written");
     path
+}
+
+/// A layer with one page of this memory, at an offset.
+pub(crate) fn write_on(parent: &Path, file: &Path, memory: &Vec<u8>, offset: u64) {
+    let onto = Snapshot::open(parent).expect("it opens");
+    let regions = [MemoryRegion { gpa: 0, len: memory.len() as u64, source_offset: 0 }];
+    let parent = Parent::new(&onto, parent.file_name().expect("a name"));
+    let data = [offset..offset + PAGE_BYTES as u64];
+    let contents = Contents::new(&regions, memory, &data);
+    let go_on = |_| ControlFlow::Continue(());
+    write_layer(file, contents, &parent, &WriteOptions::default(), &go_on).expect("it is written");
 }
 
 /// A server with a snapshot, and a cache.
