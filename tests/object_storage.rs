@@ -1,5 +1,6 @@
 //! Snapshots in object storage: read and restored by their address, pushed, pulled, and cached.
 
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -118,6 +119,27 @@ fn two_processes_with_one_cache_fetch_each_block_once_also_if_one_is_killed() {
 }
 
 #[test]
+fn a_page_server_serves_an_object() {
+    needs_vm!();
+    let served = Served::start(Duration::ZERO);
+    let socket = served.sample.folder.path().join("pages.sock");
+    let socket = socket.to_str().expect("UTF-8");
+    let serve = ["serve", &served.url, "--listen", socket];
+    let mut server = start(with_cache(served.cache.path(), &serve));
+    let mut stderr = BufReader::new(server.stderr.take().expect("a pipe")).lines();
+    let first = stderr.next().expect("it says something").expect("text");
+    assert!(first.starts_with("serving ") && first.contains(&served.url), "{first}");
+    let args = ["restore", "--lazy", &served.url, "--share", socket, "--beats", "3"];
+    let ran = served.snap(&[&args[..], &["--report", "none"]].concat()).ok();
+    signal(server.id(), "INT");
+    let of_file = snap(["restore", served.file(), "--beats", "3", "--report", "none"]).ok();
+    assert_eq!(ran.stdout, of_file.stdout);
+    // What it says is read to the end, so that it can end.
+    stderr.by_ref().for_each(drop);
+    crate::support::end_of(server);
+}
+
+#[test]
 fn an_object_that_is_deleted_or_replaced_stops_its_guest_with_its_name() {
     needs_vm!();
     for replaced in [false, true] {
@@ -181,6 +203,16 @@ fn a_pushed_guest_is_restored_by_its_name_and_pulled_bit_by_bit() {
         run(with_cache(&cache, &args)).ok().stdout
     };
     assert_eq!(restore(&url), restore(layer));
+
+    // A layer on what is only in the bucket.
+    let (second, third) = (folder.join("second.snap"), format!("{url}-3"));
+    let second = second.to_str().unwrap();
+    let from = ["create", second, "--from", &url, "--when", "output:beat 9"];
+    run(with_cache(&cache, &from)).ok();
+    run(with_cache(&cache, &["info", second])).failed(3, &["parent", "is not there"]);
+    let pushed = run(with_cache(&cache, &["push", second, &third])).ok();
+    assert!(pushed.stdout.contains("1 of 3 files sent"), "{}", pushed.stdout);
+    assert!(restore(&third).contains("beat 10 "), "{}", restore(&third));
 
     let out = folder.join("pulled/top.snap");
     std::fs::create_dir(folder.join("pulled")).unwrap();

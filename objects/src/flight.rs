@@ -48,6 +48,17 @@ impl Flight {
         self.changed.notify_all();
     }
 
+    /// Nothing more will come. Blocks that have not come, after a panic, are an error for those who wait for them.
+    pub(crate) fn end(&self) {
+        let mut progress = self.progress();
+        let missing = (progress.come.len() as u64) < self.blocks.end - self.blocks.start;
+        if missing && progress.failed.is_none() {
+            progress.failed = Some(Arc::new(ObjectError::Cancelled));
+        }
+        drop(progress);
+        self.changed.notify_all();
+    }
+
     /// Waits for one of its blocks.
     pub(crate) fn wait(&self, block: u64) -> Result<Bytes, Arc<ObjectError>> {
         let at = block.saturating_sub(self.blocks.start) as usize;
@@ -119,6 +130,9 @@ mod tests {
         assert!(matches!(*error, ObjectError::NotFound { .. }));
         // What has come stays.
         assert!(flight.wait(7).is_ok());
+        let ended = Flight::new(7..8);
+        ended.end();
+        assert!(matches!(*ended.wait(7).unwrap_err(), ObjectError::Cancelled));
     }
 
     #[test]

@@ -36,7 +36,7 @@ mod url;
 
 pub use cache::{Cache, Cached, DEFAULT_CACHE_BYTES, default_cache_folder};
 pub use error::ObjectError;
-pub use open::{Opened, Options, open};
+pub use open::{Opened, Options, open, open_over};
 pub use pull::{Pulled, pull};
 pub use push::{Pushed, PushedLayer, push};
 pub use remote::RemoteObject;

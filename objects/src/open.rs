@@ -1,6 +1,7 @@
 //! Opening a snapshot in a bucket: one round trip for the first and the last MiB, whatever is read of them then.
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use futures_util::future::try_join_all;
@@ -62,13 +63,8 @@ pub struct Opened {
 /// # Errors
 /// [`ObjectError`]
 pub fn open(url: &ObjectUrl, options: &Options) -> Result<Opened, ObjectError> {
-    let store = Arc::new(Store::open(url)?);
-    let chain = chain(Source::new(url, store, options.retry), options);
-    let (objects, name) = runtime::wait(chain).map_err(ObjectError::Runtime)??;
-    let named = objects
-        .iter()
-        .map(|object| (Storage::other(object.clone()), PathBuf::from(object.url().to_string())));
-    let snapshot = Snapshot::named_chain(named)
+    let (objects, name) = open_objects(url, options)?;
+    let snapshot = Snapshot::named_chain(with_names(&objects))
         .map_err(|error| ObjectError::Snapshot { name: url.to_string(), error })?;
     if let Some(name) = name {
         let same = snapshot.headers().zip(&name.layers).all(|(header, layer)| {
@@ -80,6 +76,46 @@ pub fn open(url: &ObjectUrl, options: &Options) -> Result<Opened, ObjectError> {
         }
     }
     Ok(Opened { snapshot, objects })
+}
+
+/// Opens a layer in a file whose parents are objects: those in the folder `objects` beside `name`.
+///
+/// # Errors
+/// [`ObjectError`]
+pub fn open_over(
+    file: &Path,
+    name: &ObjectUrl,
+    options: &Options,
+) -> Result<Snapshot, ObjectError> {
+    let failed = |error| ObjectError::Snapshot { name: file.display().to_string(), error };
+    let open = || {
+        let open = File::open(file);
+        open.map_err(|source| ReadError::Open { path: file.to_owned(), source }).map_err(failed)
+    };
+    let id = match Snapshot::new(Storage::from(open()?)) {
+        Ok(complete) => return Ok(complete),
+        Err(ReadError::Chain(ChainError::ParentNeeded { id })) => id,
+        Err(error) => return Err(failed(error)),
+    };
+    let url = name.beside(&format!("objects/{}", name::file_name(id)))?;
+    let parents = open_objects(&url, options)?.0;
+    let named = [(Storage::from(open()?), file.to_owned())];
+    Snapshot::named_chain(named.into_iter().chain(with_names(&parents))).map_err(failed)
+}
+
+fn open_objects(
+    url: &ObjectUrl,
+    options: &Options,
+) -> Result<(Vec<RemoteObject>, Option<Name>), ObjectError> {
+    let store = Arc::new(Store::open(url)?);
+    let chain = chain(Source::new(url, store, options.retry), options);
+    runtime::wait(chain).map_err(ObjectError::Runtime)?
+}
+
+fn with_names(objects: &[RemoteObject]) -> impl Iterator<Item = (Storage, PathBuf)> {
+    objects
+        .iter()
+        .map(|object| (Storage::other(object.clone()), PathBuf::from(object.url().to_string())))
 }
 
 /// The objects of a chain, and the name that has led to them.
@@ -137,10 +173,17 @@ enum Looked {
 async fn first_look(source: Source, options: &Options) -> Result<Looked, ObjectError> {
     if options.cache.knows(&source.url) {
         // One request without a body, if the object is still the one that is cached.
-        let identity = source.identity().await?;
-        let object = RemoteObject::new(source.clone(), identity, Arc::clone(&options.cache))?;
-        if object.has_ends() {
-            return Ok(Looked::Object(object));
+        match source.identity().await {
+            Ok(identity) => {
+                let cache = Arc::clone(&options.cache);
+                let object = RemoteObject::new(source.clone(), identity, cache)?;
+                if object.has_ends() {
+                    return Ok(Looked::Object(object));
+                }
+            }
+            // A server that only answers GET.
+            Err(ObjectError::Refused { .. }) => {}
+            Err(error) => return Err(error),
         }
     }
     let (head, tail) = ends(&source).await?;

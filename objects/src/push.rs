@@ -157,10 +157,6 @@ struct File<'a> {
 
 impl<'a> File<'a> {
     fn of(header: &'a Header, storage: &'a Storage, to: &ObjectUrl) -> Result<Self, ObjectError> {
-        if storage.file().is_none() {
-            let what = "a snapshot in a bucket is not pushed to another one: pull it first";
-            return Err(ObjectError::Unsupported { url: to.to_string(), what });
-        }
         let mut first_bytes = Box::new([0; HEADER_BYTES]);
         let stamp = storage.stamp().map_err(|error| unreadable(to, 0, HEADER_BYTES, error))?;
         storage
@@ -206,6 +202,10 @@ impl<'a> File<'a> {
         to: &Source,
         progress: &mut (dyn FnMut(u64) -> ControlFlow<()> + Send),
     ) -> Result<(), ObjectError> {
+        if self.storage.file().is_none() {
+            let what = "a snapshot in a bucket is not pushed to another one: pull it first";
+            return Err(ObjectError::Unsupported { url: to.url.to_string(), what });
+        }
         let failed = |(error, seen)| failure(to, &error, seen);
         let client = to.store.client();
         if self.header.file_bytes <= PART_BYTES {

@@ -214,25 +214,17 @@ impl RemoteObject {
 
     fn start(&self, table: &mut Table, run: Range<u64>, is_ahead: bool) -> io::Result<Arc<Flight>> {
         let flight = Arc::new(Flight::new(run.clone()));
-        let (object, flying) = (self.clone(), Arc::clone(&flight));
+        // A landing that is dropped here would wait for the table.
+        runtime::start()?;
+        let landing = Landing { object: self.clone(), flight: Arc::clone(&flight), is_ahead };
         runtime::spawn(async move {
-            if let Err(error) = object.0.fly(&flying).await {
-                flying.fail(error);
+            if let Err(error) = landing.object.0.fly(&landing.flight).await {
+                landing.flight.fail(error);
             }
-            object.landed(&flying, is_ahead);
         })?;
         table.ahead_requests += usize::from(is_ahead);
         table.flights.extend(run.map(|block| (block, Arc::clone(&flight))));
         Ok(flight)
-    }
-
-    fn landed(&self, flight: &Flight, was_ahead: bool) {
-        let mut table = self.0.table();
-        for block in flight.blocks() {
-            table.flights.remove(&block);
-        }
-        table.ahead_requests -= usize::from(was_ahead);
-        self.pump(&mut table);
     }
 
     fn read_ahead(&self, blocks: Range<u64>) {
@@ -273,6 +265,25 @@ impl RemoteObject {
                 table.queue.clear();
             }
         }
+    }
+}
+
+/// A request under way. It ends when this is dropped, also by a panic: no thread waits for it any more then.
+struct Landing {
+    object: RemoteObject,
+    flight: Arc<Flight>,
+    is_ahead: bool,
+}
+
+impl Drop for Landing {
+    fn drop(&mut self) {
+        let mut table = self.object.0.table();
+        for block in self.flight.blocks() {
+            table.flights.remove(&block);
+        }
+        table.ahead_requests -= usize::from(self.is_ahead);
+        self.flight.end();
+        self.object.pump(&mut table);
     }
 }
 

@@ -14,12 +14,17 @@ fn runtime() -> io::Result<&'static Runtime> {
         Builder::new_multi_thread()
             .worker_threads(1)
             // These write to the cache, and read `file://`.
-            .max_blocking_threads(8)
+            .max_blocking_threads(32)
             .thread_name("objects")
             .enable_all()
             .build()
     });
     started.as_ref().map_err(|error| io::Error::new(error.kind(), error.to_string()))
+}
+
+/// Whether the thread can be started. After that, [`spawn`] does not fail.
+pub(crate) fn start() -> io::Result<()> {
+    runtime().map(drop)
 }
 
 /// Runs this on the thread of the requests.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Error, Result};
 use objects::{ObjectError, Retry};
 use serde_json::json;
-use snapfmt::Existing;
+use snapfmt::{ChainError, Existing, ReadError};
 
 use crate::bucket;
 use crate::exit::Interrupted;
@@ -66,7 +66,15 @@ pub(crate) struct PullArgs {
 
 pub(crate) fn push(args: &PushArgs, session: &Session) -> Result<()> {
     let url = bucket::url(&args.url)?;
-    let snapshot = args.input.open()?;
+    let snapshot = match args.input.open() {
+        // A layer on a snapshot in the bucket.
+        Err(error) if lacks_parent(&error) => {
+            objects::open_over(&args.input.file, &url, &bucket::options()?).map_err(|other| {
+                Error::new(other).context(format!("{error:#}; and in the bucket"))
+            })?
+        }
+        opened => opened?,
+    };
     let bar = Bar::new("pushing", session.quiet, &session.interrupt);
     let retry = Retry::default();
     let pushed = objects::push(&snapshot, &url, args.force, retry, &|p| bar.update(p));
@@ -122,6 +130,12 @@ pub(crate) fn pull(args: &PullArgs, session: &Session) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Whether a parent is not among the files.
+fn lacks_parent(error: &Error) -> bool {
+    let read = error.chain().find_map(|cause| cause.downcast_ref::<ReadError>());
+    matches!(read.map(ReadError::root), Some(ReadError::Chain(ChainError::NotFound { .. })))
 }
 
 /// The exit code of an interrupt is that of all commands.

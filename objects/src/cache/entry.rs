@@ -160,6 +160,8 @@ impl Entry {
             if left == 0 {
                 break;
             }
+            // Not while another process stores it.
+            let Ok(Some(_claim)) = self.claim(block..block + 1) else { continue };
             if !self.has(block) || self.drop_blocks(block..block + 1).is_err() {
                 continue;
             }

@@ -65,6 +65,16 @@ impl Cache {
         let folder = folder.into();
         let made = DirBuilder::new().recursive(true).mode(0o700).create(&folder);
         made.map_err(|error| failed("make", &folder, error))?;
+        let found = folder.metadata().map_err(|error| failed("look at", &folder, error))?;
+        // Whoever can write there can change a guest.
+        let owners = [rustix::process::geteuid().as_raw(), 0];
+        if !owners.contains(&found.uid()) || found.mode() & 0o022 != 0 {
+            let error = io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                "others can write to it: give a folder that only its owner can write to",
+            );
+            return Err(failed("use", &folder, error));
+        }
         Ok(Self { folder, limit_bytes, stored_bytes: AtomicU64::new(0) })
     }
 
@@ -213,6 +223,15 @@ mod tests {
         let listed = cache.list().unwrap();
         assert_eq!((listed.len(), listed[0].url.as_str()), (1, "s3://bucket/guest"));
         assert!(listed[0].cached_bytes >= 3 * BLOCK_BYTES && !listed[0].in_use);
+    }
+
+    #[test]
+    fn a_folder_that_others_can_write_to_is_refused() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777)).unwrap();
+        let error = Cache::open(folder.path(), 1).unwrap_err();
+        assert!(matches!(error, ObjectError::Cache { what: "use", .. }), "{error:?}");
     }
 
     #[test]
