@@ -34,25 +34,25 @@ pub(crate) fn memory(pages: usize, seed: u64) -> Vec<u8> {
 }
 
 /// A snapshot file with this memory.
-pub(crate) fn write(folder: &Path, name: &str, memory: &Vec<u8>) -> PathBuf {
+pub(crate) fn write(folder: &Path, name: &str, memory: &[u8]) -> PathBuf {
     let path = folder.join(name);
     let len = memory.len() as u64;
     let regions = [MemoryRegion { gpa: 0, len, source_offset: 0 }];
     let data = [0..len];
     let options = WriteOptions::default().codec(Codec::Raw);
-    let contents = Contents::new(&regions, memory, &data);
+    let contents = Contents::new(&regions, &memory, &data);
     write_snapshot(&path, contents, &options, &|_| ControlFlow::Continue(()))
         .expect("it is written");
     path
 }
 
 /// A layer with one page of this memory, at an offset.
-pub(crate) fn write_on(parent: &Path, file: &Path, memory: &Vec<u8>, offset: u64) {
+pub(crate) fn write_on(parent: &Path, file: &Path, memory: &[u8], offset: u64) {
     let onto = Snapshot::open(parent).expect("it opens");
     let regions = [MemoryRegion { gpa: 0, len: memory.len() as u64, source_offset: 0 }];
     let parent = Parent::new(&onto, parent.file_name().expect("a name"));
     let data = [offset..offset + PAGE_BYTES as u64];
-    let contents = Contents::new(&regions, memory, &data);
+    let contents = Contents::new(&regions, &memory, &data);
     let go_on = |_| ControlFlow::Continue(());
     write_layer(file, contents, &parent, &WriteOptions::default(), &go_on).expect("it is written");
 }
