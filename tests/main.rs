@@ -10,6 +10,10 @@ mod continuity;
 mod control;
 mod disks;
 mod failing_restores;
+#[cfg(feature = "objects")]
+#[path = "../objects/tests/support/fake.rs"]
+#[allow(dead_code, reason = "shared with the tests of the library")]
+mod fake_objects;
 #[path = "../snapfmt/tests/common/mod.rs"]
 mod file_bytes;
 mod fuse;
@@ -26,6 +30,10 @@ mod limits;
 mod linux_guests;
 mod looking_inside;
 mod networks;
+#[cfg(feature = "objects")]
+mod object_storage;
+#[cfg(feature = "objects")]
+mod object_store_s3;
 mod overlays;
 mod overwritten;
 mod page_cache;

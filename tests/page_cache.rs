@@ -12,7 +12,7 @@ fn drop_pages(path: &Path, all: bool) {
     let snapshot = Snapshot::open(path).expect("it opens");
     let chunks = snapshot.sections().iter().find(|s| s.kind == SectionKind::CHUNKS);
     let chunks = *chunks.expect("every file has them");
-    let file = snapshot.storage();
+    let file = snapshot.storage().file().expect("a file");
     file.sync_all().expect("it can be synced");
     let end = if all { file.len_bytes().expect("a file") } else { chunks.end() };
     file.release(0..end);

@@ -5,12 +5,18 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use snapfmt::{Parents, ReadError, Snapshot};
 
-use crate::stdio;
 use crate::waits::{Wait, Waiting};
+use crate::{bucket, stdio};
 
 /// Opens a snapshot, and the parents of a layer; the error names the file.
 pub(crate) fn open(path: &Path, parents: &[PathBuf]) -> Result<Snapshot> {
     let _opening = reading(path);
+    if bucket::is_meant(path) {
+        if !parents.is_empty() {
+            bail!("--parent: the parents of a snapshot in a bucket are in the same bucket");
+        }
+        return bucket::open(path);
+    }
     let folders = std::env::var_os("SNAP_PATH").unwrap_or_default();
     let parents = Parents {
         files: parents.to_vec(),
@@ -54,7 +60,7 @@ pub(crate) fn refuse_as_output<'a>(
 /// A snapshot to be read.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Input {
-    /// The snapshot.
+    /// The snapshot: a file, or the address of an object (s3://bucket/name; see docs/storage.md).
     #[arg(value_name = "FILE")]
     pub(crate) file: PathBuf,
 

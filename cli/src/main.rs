@@ -4,6 +4,7 @@
 mod activity;
 mod api;
 mod awaited_source;
+mod bucket;
 mod commands;
 mod config;
 mod descriptors;

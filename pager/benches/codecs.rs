@@ -19,7 +19,6 @@ mod snapshot;
 mod support;
 
 use std::hint::black_box;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
@@ -27,7 +26,7 @@ use std::time::Instant;
 use pager::uffd::{Features, Uffd};
 use pager::{PageSource, Pager, SnapshotSource};
 use snapfmt::layout::CHUNK_HEADER_BYTES;
-use snapfmt::{Codec, PageEntry, PageIndex, Snapshot};
+use snapfmt::{Codec, PageEntry, PageIndex, ReadAt, Snapshot};
 use support::{Memory, PAGE, shuffled, stamp};
 
 const CHUNK_PAGES: usize = 16;

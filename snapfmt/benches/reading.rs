@@ -108,8 +108,8 @@ fn single_pages(folder: &Path) {
         let wanted: Vec<_> = random_pages().filter_map(entry).take(4000).collect();
         let (mut bare, mut summed, mut ours) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..ROUNDS {
-            bare.push(bare_reads(snapshot.storage(), &wanted, false));
-            summed.push(bare_reads(snapshot.storage(), &wanted, true));
+            bare.push(bare_reads(snapshot.storage().file().unwrap(), &wanted, false));
+            summed.push(bare_reads(snapshot.storage().file().unwrap(), &wanted, true));
             ours.push(our_reads(&snapshot, &wanted));
         }
         let what = if codec == Codec::Raw { "pread" } else { "pread + decode" };
@@ -203,7 +203,7 @@ fn verifying(folder: &Path) {
         chunks.dedup_by_key(|(_, chunk)| *chunk);
         let (mut bare, mut ours) = (Vec::new(), Vec::new());
         for _ in 0..ROUNDS {
-            bare.push(bare_reads(snapshot.storage(), &chunks, false));
+            bare.push(bare_reads(snapshot.storage().file().unwrap(), &chunks, false));
             ours.push(time(|| {
                 snapshot.verify(NonZeroUsize::MIN, &go_on).unwrap();
             }));

@@ -203,11 +203,7 @@ impl ChunkBuffer {
 
     /// Checks and decodes the bytes that were read for the same `extent`, from a file whose checksums begin with
     /// `seed`.
-    pub(crate) fn decode(
-        &mut self,
-        extent: ChunkExtent,
-        seed: u32,
-    ) -> Result<Chunk<'_>, ReadError> {
+    pub(crate) fn decode(&mut self, extent: ChunkExtent, seed: u32) -> Result<(), ReadError> {
         let offset = extent.offset();
         let len = extent.len_bytes() as usize;
         let fetched = self.stored.get(self.at..).unwrap_or_default();
@@ -264,7 +260,7 @@ impl ChunkBuffer {
             )?;
         }
         self.header = Some(header);
-        self.held(extent)
+        Ok(())
     }
 }
 
@@ -333,7 +329,8 @@ mod tests {
             let mut buffer = ChunkBuffer::new();
             let (bytes, extent) = stored(codec, &raw);
             buffer.stored = bytes;
-            let chunk = buffer.decode(extent, SEED).unwrap();
+            buffer.decode(extent, SEED).unwrap();
+            let chunk = buffer.held(extent).unwrap();
             assert_eq!(chunk.header().codec, codec);
             assert_eq!(chunk.bytes(), raw);
             assert_eq!(chunk.pages(), [PageIndex(0), PageIndex(3), PageIndex(6)]);

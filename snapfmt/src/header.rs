@@ -50,7 +50,7 @@ pub struct Header {
     /// id.
     pub chunks_id: Option<Uuid>,
     /// Checksum of the header itself.
-    pub(crate) crc: u32,
+    pub crc: u32,
     pub(crate) table_offset: u64,
     pub(crate) table_records: u32,
     pub(crate) table_crc: u32,

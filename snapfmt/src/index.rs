@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use crate::entry::{PageEntry, PageIndex};
 use crate::error::{Corruption, Part, Problem, ReadError};
+use crate::layer;
 use crate::layout::{
     ENTRY_BYTES, LEAF_BYTES, LEAF_PAGES, LEAF_SPAN_BYTES, ROOT_RECORD_BYTES, put, u32_at, u64_at,
 };
@@ -90,13 +91,17 @@ impl Index {
         let Some(position) = self.position(number) else { return Ok(None) };
         let (offset, part) = (self.leaf_offset(position), Part::Section(SectionKind::INDEX_LEAVES));
         let mut leaf = Box::new([0; LEAF_BYTES]);
-        storage
-            .read_exact_at(&mut leaf[..], offset)
-            .map_err(|source| ReadError::io(part, offset, LEAF_BYTES as u64, source))?;
-        let (expected, found) = (self.leaves[position].1, crc32fast::hash(&leaf[..]));
-        if expected != found {
-            return Err(Corruption::new(part, offset, Problem::Checksum { expected, found }).into());
-        }
+        layer::healed(storage, offset..offset + LEAF_BYTES as u64, || {
+            storage
+                .read_exact_at(&mut leaf[..], offset)
+                .map_err(|source| ReadError::io(part, offset, LEAF_BYTES as u64, source))?;
+            let (expected, found) = (self.leaves[position].1, crc32fast::hash(&leaf[..]));
+            let problem = Problem::Checksum { expected, found };
+            match expected == found {
+                true => Ok(()),
+                false => Err(Corruption::new(part, offset, problem).into()),
+            }
+        })?;
         for at in (0..LEAF_BYTES).step_by(ENTRY_BYTES) {
             self.check(u64_at(&leaf[..], at))
                 .map_err(|problem| Corruption::new(part, offset + at as u64, problem))?;

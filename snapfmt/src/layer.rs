@@ -1,8 +1,11 @@
 //! One file of a snapshot, opened and checked as far as opening does.
 
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
+use crate::chunk::ChunkBuffer;
+use crate::entry::ChunkExtent;
 use crate::error::{Corruption, Part, Problem, ReadError};
 use crate::guard::Guard;
 use crate::header::Header;
@@ -81,8 +84,8 @@ impl<R: ReadAt> Layer<R> {
     ) -> Result<(Header, Vec<Section>, Index, Vec<MemoryRegion>), ReadError> {
         let header = read_header(storage, file_bytes)?;
         let table_bytes = header.table_records as usize * SECTION_RECORD_BYTES;
-        let table = read(storage, Part::SectionTable, header.table_offset, table_bytes)?;
-        check_crc(Part::SectionTable, header.table_offset, header.table_crc, &table)?;
+        let (part, offset) = (Part::SectionTable, header.table_offset);
+        let table = read(storage, part, offset, table_bytes, header.table_crc)?;
         let sections = section::parse_table(&table, header.table_offset)?;
 
         let only = |kind| section::only(&sections, kind, header.table_offset);
@@ -120,6 +123,23 @@ impl<R: ReadAt> Layer<R> {
             self.unchanged()?;
         }
         Ok(())
+    }
+
+    /// Checks and decodes the bytes that were read of a chunk. If they are damaged, and only a copy of other storage, they
+    /// are read once more.
+    pub(crate) fn check_chunk(
+        &self,
+        extent: ChunkExtent,
+        buffer: &mut ChunkBuffer,
+    ) -> Result<(), ReadError> {
+        match buffer.decode(extent, self.chunk_seed) {
+            Err(ReadError::Corrupt(_)) if self.storage.refetch(extent.offset()..extent.end()) => {
+                let stored = buffer.refill(extent.len_bytes() as usize);
+                self.read_chunks(&self.storage, stored, extent.offset())?;
+                buffer.decode(extent, self.chunk_seed)
+            }
+            checked => checked,
+        }
     }
 
     /// An error if the storage's stamp shows a write since it was opened.
@@ -194,6 +214,10 @@ impl<R: ReadAt> Layer<R> {
 }
 
 fn read_header(storage: &dyn ReadAt, file_bytes: u64) -> Result<Header, ReadError> {
+    healed(storage, 0..HEADER_BYTES as u64, || header_once(storage, file_bytes))
+}
+
+fn header_once(storage: &dyn ReadAt, file_bytes: u64) -> Result<Header, ReadError> {
     let mut bytes = Box::new([0; HEADER_BYTES]);
     // If a file is too short for a header, check first whether it begins like a snapshot.
     let len = file_bytes.min(HEADER_BYTES as u64) as usize;
@@ -225,17 +249,41 @@ fn read_section(
         let field = "section.len modulo record";
         return Err(corrupt(Problem::Field { field, expected: 0, found: rest }).into());
     }
-    let bytes = read(storage, part, section.offset, section.len as usize)?;
-    check_crc(part, section.offset, section.crc, &bytes)?;
+    read(storage, part, section.offset, section.len as usize, section.crc)
+}
+
+/// Reads a part of the file and checks its checksum.
+fn read(
+    storage: &dyn ReadAt,
+    part: Part,
+    offset: u64,
+    len: usize,
+    crc: u32,
+) -> Result<Vec<u8>, ReadError> {
+    let mut bytes = vec![0; len];
+    healed(storage, offset..offset + len as u64, || {
+        storage
+            .read_exact_at(&mut bytes, offset)
+            .map_err(|source| ReadError::io(part, offset, len as u64, source))?;
+        Ok(check_crc(part, offset, crc, &bytes)?)
+    })?;
     Ok(bytes)
 }
 
-fn read(storage: &dyn ReadAt, part: Part, offset: u64, len: usize) -> Result<Vec<u8>, ReadError> {
-    let mut bytes = vec![0; len];
-    storage
-        .read_exact_at(&mut bytes, offset)
-        .map_err(|source| ReadError::io(part, offset, len as u64, source))?;
-    Ok(bytes)
+/// Reads and checks some bytes, and does so once more if they are damaged and were only a copy of other storage.
+pub(crate) fn healed<T>(
+    storage: &dyn ReadAt,
+    bytes: Range<u64>,
+    mut read: impl FnMut() -> Result<T, ReadError>,
+) -> Result<T, ReadError> {
+    match read() {
+        Err(ReadError::Corrupt(_) | ReadError::NotASnapshot { .. })
+            if storage.refetch(bytes.clone()) =>
+        {
+            read()
+        }
+        result => result,
+    }
 }
 
 fn check_crc(part: Part, offset: u64, expected: u32, bytes: &[u8]) -> Result<(), Corruption> {

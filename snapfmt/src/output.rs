@@ -29,7 +29,7 @@ pub enum Existing {
 
 /// An output that has not appeared yet. Dropped without [`Output::publish`], it never does.
 #[derive(Debug)]
-pub(crate) struct Output {
+pub struct Output {
     file: File,
     path: PathBuf,
     /// The name that the file has now, if it has one.
@@ -39,7 +39,11 @@ pub(crate) struct Output {
 }
 
 impl Output {
-    pub(crate) fn create(path: &Path, existing: Existing) -> Result<Self, WriteError> {
+    /// Begins an output that will be at `path`. Only its owner will be able to read it.
+    ///
+    /// # Errors
+    /// [`WriteError::Exists`], [`WriteError::NotAFile`]; [`WriteError::Output`] where no file can be made.
+    pub fn create(path: &Path, existing: Existing) -> Result<Self, WriteError> {
         if let Ok(there) = path.symlink_metadata() {
             let path = path.to_owned();
             match existing {
@@ -74,7 +78,11 @@ impl Output {
         Ok(output)
     }
 
-    pub(crate) fn write_at(&mut self, bytes: &[u8], offset: u64) -> Result<(), WriteError> {
+    /// Writes all of `bytes` at `offset`. Offsets should ascend: what is behind them is handed to the disk.
+    ///
+    /// # Errors
+    /// [`WriteError::Output`]
+    pub fn write_at(&mut self, bytes: &[u8], offset: u64) -> Result<(), WriteError> {
         let written = self.file.write_all_at(bytes, offset);
         written.map_err(|source| output_error("write", &self.path, source))?;
         if let Some(writeback) = &mut self.writeback {
@@ -83,8 +91,16 @@ impl Output {
         Ok(())
     }
 
+    /// The file, which has no name yet: to check what was written.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
     /// Makes the bytes durable, gives the file its name, makes the name durable.
-    pub(crate) fn publish(mut self) -> Result<(), WriteError> {
+    ///
+    /// # Errors
+    /// [`WriteError::Exists`] if the name was taken meanwhile, otherwise [`WriteError::Output`].
+    pub fn publish(mut self) -> Result<(), WriteError> {
         let written = self.writeback.take().map_or(Ok(()), Writeback::finish);
         written
             .and_then(|()| self.file.sync_all())

@@ -21,6 +21,7 @@ use crate::memory_map::MemoryRegion;
 use crate::read_at::ReadAt;
 use crate::section::SectionKind;
 use crate::snapshot::Snapshot;
+use crate::storage::Storage;
 
 /// Most layers in one chain. Each is an open file, and a file may claim any number of parents.
 pub(crate) const MAX_LAYERS: usize = 256;
@@ -121,7 +122,7 @@ pub struct Parents {
 
 impl Parents {
     /// Opens the file at `path` and all of its parents, top first.
-    pub(crate) fn open_chain(&self, path: &Path) -> Result<Vec<Layer<File>>, ReadError> {
+    pub(crate) fn open_chain(&self, path: &Path) -> Result<Vec<Layer<Storage>>, ReadError> {
         let mut layers = vec![open(path)?];
         let mut child = path.to_owned();
         // Read once for the whole chain, if a parent is not at its path.
@@ -152,7 +153,7 @@ impl Parents {
         child: &Path,
         hint: &ParentHint,
         catalogue: &OnceCell<Catalogue>,
-    ) -> Result<(PathBuf, Layer<File>), ReadError> {
+    ) -> Result<(PathBuf, Layer<Storage>), ReadError> {
         let beside = child.parent().unwrap_or(Path::new("")).join(&hint.path);
         let name = hint.path.file_name().unwrap_or_default();
         let in_folders = self.folders.iter().map(|folder| folder.join(name));
@@ -187,10 +188,10 @@ impl Parents {
     }
 }
 
-fn open(path: &Path) -> Result<Layer<File>, ReadError> {
+fn open(path: &Path) -> Result<Layer<Storage>, ReadError> {
     let file =
         open_file(path).map_err(|source| ReadError::Open { path: path.to_owned(), source })?;
-    let mut layer = Layer::open(file)?;
+    let mut layer = Layer::open(Storage::File(file))?;
     layer.path = Some(path.to_owned());
     Ok(layer)
 }

@@ -60,6 +60,13 @@ pub trait ReadAt: Send + Sync {
     fn in_order(&self) -> Option<Box<dyn ReadAt>> {
         None
     }
+
+    /// The bytes that were read from here are damaged. If this is a copy of other storage, it is dropped, so that the
+    /// next read fetches the bytes again; then the result is `true`. The default is `false`: another read gives the same
+    /// bytes.
+    fn refetch(&self, _bytes: Range<u64>) -> bool {
+        false
+    }
 }
 
 impl ReadAt for File {
@@ -183,6 +190,10 @@ impl<T: ReadAt + ?Sized> ReadAt for &T {
     fn in_order(&self) -> Option<Box<dyn ReadAt>> {
         (**self).in_order()
     }
+
+    fn refetch(&self, bytes: Range<u64>) -> bool {
+        (**self).refetch(bytes)
+    }
 }
 
 impl<T: ReadAt + ?Sized> ReadAt for Arc<T> {
@@ -216,6 +227,10 @@ impl<T: ReadAt + ?Sized> ReadAt for Arc<T> {
 
     fn in_order(&self) -> Option<Box<dyn ReadAt>> {
         (**self).in_order()
+    }
+
+    fn refetch(&self, bytes: Range<u64>) -> bool {
+        (**self).refetch(bytes)
     }
 }
 

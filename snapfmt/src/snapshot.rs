@@ -1,8 +1,7 @@
 //! Reading: open a snapshot, look pages up, read chunks, all from any number of threads.
 
-use std::fs::File;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::chunk::{Chunk, ChunkBuffer};
@@ -17,6 +16,7 @@ use crate::page_table::PageTable;
 use crate::parent::{ParentHint, Parents};
 use crate::read_at::ReadAt;
 use crate::section::{Section, SectionKind};
+use crate::storage::Storage;
 use crate::working_set::WorkingSet;
 
 /// Most bytes that one [`Snapshot::fetch_chunk_ahead`] reads, unless a single chunk has more.
@@ -32,7 +32,7 @@ pub const READ_AHEAD_BYTES: u64 = 2 << 20;
 /// found in whichever layer has them, with one look-up.
 ///
 /// All methods take `&self`, and several threads may call them concurrently.
-pub struct Snapshot<R = File> {
+pub struct Snapshot<R = Storage> {
     /// The file itself, its parent, and so on.
     pub(crate) layers: Vec<Layer<R>>,
     table: PageTable,
@@ -51,7 +51,7 @@ pub struct StateBlob {
     pub bytes: Vec<u8>,
 }
 
-impl Snapshot<File> {
+impl Snapshot {
     /// Opens a snapshot file. For a layer it also opens the parents, at the paths that the layer stores.
     ///
     /// # Errors
@@ -97,6 +97,24 @@ impl<R: ReadAt> Snapshot<R> {
     /// before it, or when the last one is a layer too.
     pub fn chain(storages: impl IntoIterator<Item = R>) -> Result<Self, ReadError> {
         Self::of_layers(storages.into_iter().map(Layer::open).collect::<Result<_, _>>()?)
+    }
+
+    /// As [`Snapshot::chain`], of storages with names: see [`Snapshot::paths`].
+    ///
+    /// # Errors
+    /// As [`Snapshot::chain`].
+    pub fn named_chain(
+        storages: impl IntoIterator<Item = (R, PathBuf)>,
+    ) -> Result<Self, ReadError> {
+        let open = |(number, (storage, path))| match Layer::open(storage) {
+            Ok(mut layer) => {
+                layer.path = Some(path);
+                Ok(layer)
+            }
+            Err(error) if number == 0 => Err(error),
+            Err(error) => Err(ChainError::Parent { path, source: Box::new(error) }.into()),
+        };
+        Self::of_layers(storages.into_iter().enumerate().map(open).collect::<Result<_, _>>()?)
     }
 
     fn of_layers(layers: Vec<Layer<R>>) -> Result<Self, ReadError> {
@@ -164,7 +182,8 @@ impl<R: ReadAt> Snapshot<R> {
         &self.top().storage
     }
 
-    /// The paths of the file, its parent, and so on; `None` for storage that was not opened by path.
+    /// The paths of the file, its parent, and so on, or the names that were given to [`Snapshot::named_chain`]; `None` for
+    /// storage that was opened without either.
     pub fn paths(&self) -> impl ExactSizeIterator<Item = Option<&Path>> {
         self.layers.iter().map(|layer| layer.path.as_deref())
     }
@@ -318,8 +337,9 @@ impl<R: ReadAt> Snapshot<R> {
         buffer: &'b mut ChunkBuffer,
     ) -> Result<Chunk<'b>, ReadError> {
         let layer = self.layer_of(extent)?;
-        let decoded = buffer.decode(extent, layer.chunk_seed);
-        decoded.map_err(|error| layer.named(extent.layer().into(), error))
+        let checked = layer.check_chunk(extent, buffer);
+        checked.map_err(|error| layer.named(extent.layer().into(), error))?;
+        buffer.held(extent)
     }
 
     fn layer_of(&self, extent: ChunkExtent) -> Result<&Layer<R>, ReadError> {

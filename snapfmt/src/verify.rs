@@ -7,7 +7,7 @@ use crate::chunk::{ChunkBuffer, ChunkHeader, corruption};
 use crate::entry::{ChunkExtent, PageEntry, PageIndex};
 use crate::error::{Corruption, Part, Problem, ReadError};
 use crate::header::{self, Header};
-use crate::layer::Layer;
+use crate::layer::{self, Layer};
 use crate::layout::{CHUNK_HEADER_BYTES, HEADER_BYTES, LEAF_PAGES};
 use crate::ordered;
 use crate::page_table::PageTable;
@@ -167,9 +167,12 @@ impl<R: ReadAt> Verifier<'_, R> {
             if room < CHUNK_HEADER_BYTES as u64 {
                 return Err(too_long(CHUNK_HEADER_BYTES as u64).into());
             }
-            let mut bytes = [0; CHUNK_HEADER_BYTES];
-            self.read_part(part, &mut bytes, offset)?;
-            let header = ChunkHeader::decode(&bytes, offset)?;
+            let place = offset..offset + CHUNK_HEADER_BYTES as u64;
+            let header = layer::healed(&self.layer.storage, place, || {
+                let mut bytes = [0; CHUNK_HEADER_BYTES];
+                self.read_part(part, &mut bytes, offset)?;
+                Ok(ChunkHeader::decode(&bytes, offset)?)
+            })?;
             let (found, max) = (header.pages.into(), self.layer.header.chunk_pages.into());
             if found > max {
                 let problem = Problem::Range { field: "chunk.pages", min: 1, max, found };
@@ -219,7 +222,8 @@ impl<R: ReadAt> Verifier<'_, R> {
     fn chunk(&self, extent: ChunkExtent, buffer: &mut ChunkBuffer) -> Result<u64, ReadError> {
         let stored = buffer.refill(extent.len_bytes() as usize);
         self.layer.read_chunks(&self.layer.storage, stored, extent.offset())?;
-        let chunk = buffer.decode(extent, self.layer.chunk_seed)?;
+        self.layer.check_chunk(extent, buffer)?;
+        let chunk = buffer.held(extent)?;
         for (slot, page) in (0..).zip(chunk.pages()) {
             let here = PageEntry::Data { chunk: extent, slot };
             if u64::from(page.0) >= self.layer.header.pages() || self.entry(*page)? != here {
@@ -245,16 +249,19 @@ impl<R: ReadAt> Verifier<'_, R> {
         self.working_set()?;
         for section in sections.iter().filter(|section| section.has_crc()) {
             let part = Part::Section(section.kind);
-            let mut hasher = crc32fast::Hasher::new();
-            self.scan(part, section.offset, section.len, &mut |offset, block| {
-                hasher.update(block);
-                report(offset)
-            })?;
-            let (expected, found) = (section.crc, hasher.finalize());
-            if expected != found {
+            layer::healed(&self.layer.storage, section.offset..section.end(), || {
+                let mut hasher = crc32fast::Hasher::new();
+                self.scan(part, section.offset, section.len, &mut |offset, block| {
+                    hasher.update(block);
+                    report(offset)
+                })?;
+                let (expected, found) = (section.crc, hasher.finalize());
                 let problem = Problem::Checksum { expected, found };
-                return Err(Corruption::new(part, section.offset, problem).into());
-            }
+                match expected == found {
+                    true => Ok(()),
+                    false => Err(Corruption::new(part, section.offset, problem).into()),
+                }
+            })?;
         }
         Ok(())
     }

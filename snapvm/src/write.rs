@@ -1,6 +1,6 @@
 //! Writes a VM to a file: all of it, or the changes since the snapshot from which it was restored.
 
-use std::fs::{File, Metadata};
+use std::fs::Metadata;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use snapfmt::{
-    Contents, Header, OnProgress, Parent, ReadAt, Snapshot, SnapshotMemory, StateBlob,
+    Contents, Header, OnProgress, Parent, ReadAt, Snapshot, SnapshotMemory, StateBlob, Storage,
     WriteOptions, write_layer, write_snapshot,
 };
 
@@ -100,7 +100,12 @@ impl Vm {
         let contents = Contents::new(&memory.regions, &mapped, &data)
             .states(&states)
             .metadata(GuestMetadata::here(guest_of(snapshot)?).to_metadata());
-        let parent = Parent::new(snapshot, path_of_parent(&restored.file, out)?);
+        let path = match snapshot.storage().file() {
+            Some(_) => path_of_parent(&restored.file, out)?,
+            // Of a snapshot in a bucket: the name that its object has there.
+            None => format!("{}.snap", snapshot.header().id).into(),
+        };
+        let parent = Parent::new(snapshot, path);
         Ok(write_layer(out, contents, &parent, options, progress)?.0)
     }
 }
@@ -134,7 +139,8 @@ fn guest_of(snapshot: &Snapshot) -> Result<Value, SnapshotError> {
 /// # Errors
 /// [`SnapshotError::OutputIsInput`]; [`SnapshotError::Look`].
 pub fn refuse_as_output(out: &Path, snapshot: &Snapshot) -> Result<(), SnapshotError> {
-    for file in snapshot.storages() {
+    // A file cannot be written over an object in a bucket.
+    for file in snapshot.storages().filter_map(Storage::file) {
         refuse_same(out, &file.metadata().map_err(SnapshotError::Look)?)?;
     }
     Ok(())
@@ -183,7 +189,7 @@ struct Overlay<'a> {
     mapped: GuestBytes<'a>,
     /// Ranges of source offsets that are mapped here, ascending.
     own: &'a [Range<u64>],
-    rest: SnapshotMemory<'a, File>,
+    rest: SnapshotMemory<'a, Storage>,
 }
 
 impl ReadAt for Overlay<'_> {

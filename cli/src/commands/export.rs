@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
-use snapfmt::{ReadError, Snapshot};
+use snapfmt::{ReadError, Snapshot, Storage};
 use snapvm::interchange::{Export, ExportError, ExportFormat};
 
 use crate::exit::WrongOptions;
@@ -113,8 +113,8 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
 /// Writes the output to stdout, from front to back.
 fn stream(export: &Export<'_>, snapshot: &Snapshot, args: &Args, session: &Session) -> Result<()> {
     let mut stdout = Stdout::new()?;
-    for storage in snapshot.storages() {
-        let input = storage.metadata().context("cannot identify the file of an open snapshot")?;
+    for file in snapshot.storages().filter_map(Storage::file) {
+        let input = file.metadata().context("cannot identify the file of an open snapshot")?;
         let there = stdout.file().metadata()?;
         if (there.dev(), there.ino()) == (input.dev(), input.ino()) {
             bail!("stdout is the input, or a parent of it; choose another output");

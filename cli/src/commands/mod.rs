@@ -1,6 +1,8 @@
 //! One file for each command, with its arguments and its function.
 
 mod bench;
+#[cfg(feature = "objects")]
+mod cache;
 mod cat;
 mod completions;
 mod create;
@@ -13,6 +15,8 @@ mod keep;
 mod map;
 mod optimize;
 mod pages;
+#[cfg(feature = "objects")]
+mod push;
 mod restore;
 mod rewrite;
 mod run;
@@ -42,6 +46,12 @@ pub(crate) enum Command {
     Export(export::Args),
     Cat(cat::Args),
     Pages(pages::Args),
+    #[cfg(feature = "objects")]
+    Push(push::PushArgs),
+    #[cfg(feature = "objects")]
+    Pull(push::PullArgs),
+    #[cfg(feature = "objects")]
+    Cache(cache::Args),
     Serve(serve::Args),
     Keep(keep::Args),
     Demo(demo::Args),
@@ -74,6 +84,12 @@ pub(crate) fn run(
         Command::Export(args) => export::run(&args, &session),
         Command::Cat(args) => cat::run(&args, &session),
         Command::Pages(args) => pages::run(&args, &session),
+        #[cfg(feature = "objects")]
+        Command::Push(args) => push::push(&args, &session),
+        #[cfg(feature = "objects")]
+        Command::Pull(args) => push::pull(&args, &session),
+        #[cfg(feature = "objects")]
+        Command::Cache(args) => cache::run(&args, &session),
         Command::Serve(args) => serve::run(&args, &session),
         Command::Keep(args) => keep::run(&args, &session),
         Command::Demo(args) => demo::run(&args, &session),

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use snapfmt::Snapshot;
+use snapfmt::{Snapshot, Storage};
 
 use super::child::{Running, Snap};
 use super::cold::Way;
@@ -37,8 +37,8 @@ impl Plan<'_> {
     pub(super) fn run(&self, say: &dyn Fn(&str)) -> Result<Outcome> {
         let image = self.subject.image.as_ref().map(File::open).transpose();
         let image = image.context("cannot open the raw image")?;
-        let files: Vec<&File> =
-            self.subject.snapshots().flat_map(Snapshot::storages).chain(&image).collect();
+        let storages = self.subject.snapshots().flat_map(Snapshot::storages);
+        let files: Vec<&File> = storages.filter_map(Storage::file).chain(&image).collect();
         let mut way = self.cold.then(|| Way::first(&files)).transpose()?;
         let server = match self.modes.contains(&Mode::Shared) && !self.cold {
             true => Some(self.server()?),

@@ -1,0 +1,71 @@
+//! Snapshots in object storage: what `s3://`, `gs://`, `az://`, `http://`, `https://` and `file://` stand for.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use snapfmt::Snapshot;
+
+/// Whether this is the address of an object, and not a path.
+pub(crate) fn is_meant(path: &Path) -> bool {
+    const SCHEMES: [&str; 6] = ["s3", "gs", "az", "http", "https", "file"];
+    let text = path.to_str().unwrap_or_default();
+    text.split_once("://").is_some_and(|(scheme, _)| SCHEMES.contains(&scheme))
+}
+
+/// Opens the snapshot at an address.
+#[cfg(feature = "objects")]
+pub(crate) fn open(path: &Path) -> Result<Snapshot> {
+    let opened = objects::open(&url(path)?, &options()?)?;
+    Ok(opened.snapshot)
+}
+
+#[cfg(not(feature = "objects"))]
+pub(crate) fn open(path: &Path) -> Result<Snapshot> {
+    Err(missing()).with_context(|| path.display().to_string())
+}
+
+/// The error of a build without object storage.
+#[cfg(not(feature = "objects"))]
+pub(crate) fn missing() -> anyhow::Error {
+    anyhow::anyhow!("this build of snap has no object storage (cargo feature `objects`)")
+}
+
+/// The address in an argument. Its error does not repeat the argument, which may have a password in it.
+#[cfg(feature = "objects")]
+pub(crate) fn url(path: &Path) -> Result<objects::ObjectUrl> {
+    let text = path.to_str().context("an address is UTF-8")?;
+    Ok(text.parse()?)
+}
+
+/// How objects are read: the cache is where `$SNAP_CACHE` says, and as large as `$SNAP_CACHE_BYTES` says.
+#[cfg(feature = "objects")]
+pub(crate) fn options() -> Result<objects::Options> {
+    Ok(objects::Options::new(cache()?))
+}
+
+#[cfg(feature = "objects")]
+pub(crate) fn cache() -> Result<objects::Cache> {
+    let folder = objects::default_cache_folder();
+    let folder = folder.context("there is no folder for the cache: set SNAP_CACHE or HOME")?;
+    let limit = match std::env::var("SNAP_CACHE_BYTES") {
+        Ok(text) => crate::size::parse(&text)
+            .map_err(|error| anyhow::anyhow!("SNAP_CACHE_BYTES={text}: {error}"))?,
+        Err(std::env::VarError::NotPresent) => objects::DEFAULT_CACHE_BYTES,
+        Err(error) => return Err(error).context("SNAP_CACHE_BYTES"),
+    };
+    Ok(objects::Cache::open(folder, limit)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_told_from_paths() {
+        assert!(is_meant(Path::new("s3://bucket/guest")));
+        assert!(is_meant(Path::new("https://host/guest.snap")));
+        for path in ["guest.snap", "s3:/bucket", "folder/s3://x", "c://x"] {
+            assert!(!is_meant(Path::new(path)), "{path}");
+        }
+    }
+}

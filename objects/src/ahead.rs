@@ -1,0 +1,117 @@
+//! Reading ahead of those who read an object from front to back: an eager restore, a verifier, a loader in the background.
+
+use std::ops::Range;
+
+use crate::cache::BLOCK_BYTES;
+
+/// Streams that are followed at the same time: threads, and a guest's faults in between.
+const STREAMS: usize = 4;
+/// A stream must have got so far before anything is read ahead of it: faults of a guest often are close to each other.
+const PROVEN_BLOCKS: u64 = 4;
+/// The first window, and the largest one: twice what a link of 10 Gbit/s sends in 20 ms.
+const FIRST_BLOCKS: u64 = 8;
+const MOST_BLOCKS: u64 = (32 << 20) / BLOCK_BYTES;
+/// Threads that share a stream are so far from its front at most.
+const NEAR_BLOCKS: u64 = 16;
+
+/// Finds out who reads in order.
+#[derive(Debug, Default)]
+pub(crate) struct Ahead {
+    /// The one that has moved last is the first.
+    streams: Vec<Stream>,
+}
+
+#[derive(Clone, Debug)]
+struct Stream {
+    start: u64,
+    /// The block after the last one that was read.
+    front: u64,
+    /// Up to where blocks were announced.
+    announced: u64,
+    window: u64,
+}
+
+impl Ahead {
+    /// These blocks are read. Returns which ones to fetch ahead, of an object of so many blocks.
+    pub(crate) fn read(&mut self, blocks: Range<u64>, of: u64) -> Option<Range<u64>> {
+        let near = |stream: &Stream| {
+            blocks.start + NEAR_BLOCKS >= stream.front
+                && blocks.start <= stream.front
+                && blocks.start >= stream.start
+        };
+        let Some(at) = self.streams.iter().position(near) else {
+            self.streams.truncate(STREAMS - 1);
+            let (start, front) = (blocks.start, blocks.end);
+            self.streams.insert(0, Stream { start, front, announced: 0, window: FIRST_BLOCKS });
+            return None;
+        };
+        let mut stream = self.streams.remove(at);
+        let wanted = stream.advance(blocks.end, of);
+        self.streams.insert(0, stream);
+        wanted
+    }
+}
+
+impl Stream {
+    fn advance(&mut self, end: u64, of: u64) -> Option<Range<u64>> {
+        if end <= self.front {
+            return None;
+        }
+        self.front = end;
+        if self.front - self.start < PROVEN_BLOCKS {
+            return None;
+        }
+        // Half of the window is still to come while the other half is being read.
+        if self.announced.saturating_sub(self.front) > self.window / 2 {
+            return None;
+        }
+        let start = self.announced.max(self.front);
+        let wanted = start..(self.front + self.window).min(of);
+        self.announced = self.announced.max(wanted.end);
+        self.window = (self.window * 2).min(MOST_BLOCKS);
+        (!wanted.is_empty()).then_some(wanted)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_is_fetched_ahead_each_block_once() {
+        let mut ahead = Ahead::default();
+        let (mut announced, mut most) = (PROVEN_BLOCKS, 0);
+        for block in 0..1000 {
+            if let Some(wanted) = ahead.read(block..block + 1, 1000) {
+                assert!(wanted.start >= announced, "{wanted:?} was announced");
+                announced = wanted.end;
+                most = most.max(wanted.end - block);
+            }
+            assert!(block < PROVEN_BLOCKS || announced > block, "{block} was not announced");
+        }
+        assert_eq!((announced, most), (1000, MOST_BLOCKS + 1));
+    }
+
+    #[test]
+    fn two_streams_and_faults_in_between_do_not_disturb_each_other() {
+        let mut ahead = Ahead::default();
+        let (mut first, mut second) = (0, 0);
+        for step in 0..100 {
+            first += ahead.read(step..step + 1, 100_000).map_or(0, |w| w.end - w.start);
+            let at = 50_000 + step;
+            second += ahead.read(at..at + 1, 100_000).map_or(0, |w| w.end - w.start);
+            let fault = 10_000 + (step * 7919) % 30_000;
+            assert_eq!(ahead.read(fault..fault + 1, 100_000), None);
+        }
+        assert!(first >= 100 && second >= 100, "{first} {second}");
+    }
+
+    #[test]
+    fn scattered_reads_fetch_nothing_ahead() {
+        let mut ahead = Ahead::default();
+        for step in 0..200u64 {
+            let at = (step * 7919) % 100_000;
+            assert_eq!(ahead.read(at..at + 1, 100_000), None);
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! What can go wrong with an object. No variant has a text of the server or of the HTTP client in it that could hold a
+//! credential.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use snapfmt::{Permanent, ReadError, WriteError};
+
+use crate::url::UrlError;
+
+/// Why an object cannot be read or written. Whatever the address names, it names in full.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ObjectError {
+    /// The address is none.
+    #[error(transparent)]
+    Url(#[from] UrlError),
+    /// There is no such object (404), or it was deleted.
+    #[error("{url}: there is no such object")]
+    NotFound {
+        /// Its address.
+        url: String,
+    },
+    /// Another object has its key now (412, or another ETag in an answer).
+    #[error(
+        "{url}: the object was replaced while it was read: ETag {expected} then, {} now",
+        found.as_deref().unwrap_or("another")
+    )]
+    Replaced {
+        /// Its address.
+        url: String,
+        /// The ETag when it was opened.
+        expected: String,
+        /// The ETag of the answer, if there was one.
+        found: Option<String>,
+    },
+    /// The object has another length than when it was opened, or than its pointer says.
+    #[error("{url}: the object is {found} bytes long, expected {expected}")]
+    WrongLength {
+        /// Its address.
+        url: String,
+        /// The length when it was opened, in bytes.
+        expected: u64,
+        /// The length by an answer, in bytes.
+        found: u64,
+    },
+    /// The object is empty.
+    #[error("{url}: the object is empty")]
+    Empty {
+        /// Its address.
+        url: String,
+    },
+    /// The server gives no ETag, so that a replaced object could not be noticed.
+    #[error("{url}: the server gives no ETag: whether the object is replaced could not be noticed")]
+    NoEtag {
+        /// Its address.
+        url: String,
+    },
+    /// The server does not answer ranges.
+    #[error("{url}: the server does not give a range of an object")]
+    NoRanges {
+        /// Its address.
+        url: String,
+    },
+    /// The store does not accept the credentials (401, 403), also after they were read again.
+    #[error(
+        "{url}: access is denied (HTTP {status}), also with credentials that were read again; some stores answer so for \
+         an object that is not there"
+    )]
+    Denied {
+        /// Its address.
+        url: String,
+        /// The HTTP status.
+        status: u16,
+    },
+    /// The store refuses the request.
+    #[error("{url}: the store refuses the request{}{}", status.map_or(String::new(), |status| format!(" (HTTP {status})")), code.as_deref().map_or(String::new(), |code| format!(": {code}")))]
+    Refused {
+        /// Its address.
+        url: String,
+        /// The HTTP status, if there was an answer.
+        status: Option<u16>,
+        /// The store's code for the error.
+        code: Option<String>,
+    },
+    /// The store was not reached, or did not answer, for as long as it was tried.
+    #[error("{url}: {reason}; tried {attempts} times in {waited:.1?}")]
+    Unavailable {
+        /// Its address.
+        url: String,
+        /// The last failure.
+        reason: String,
+        /// How often it was tried.
+        attempts: u32,
+        /// For how long.
+        waited: Duration,
+    },
+    /// The environment does not configure this store.
+    #[error("{url}: the store is not configured: {reason}")]
+    Configuration {
+        /// The address.
+        url: String,
+        /// What is missing or wrong.
+        reason: String,
+    },
+    /// The store cannot do this.
+    #[error("{url}: {what}")]
+    Unsupported {
+        /// The address.
+        url: String,
+        /// What it cannot do.
+        what: &'static str,
+    },
+    /// The name is taken.
+    #[error("{url}: the name is taken")]
+    NameTaken {
+        /// The name.
+        url: String,
+    },
+    /// There is an object with the id of the snapshot and other content.
+    #[error("{url}: there is an object with the id of the snapshot, and its content differs")]
+    Differs {
+        /// Its address.
+        url: String,
+    },
+    /// A name that is not one.
+    #[error("{url}: neither a snapshot nor the name of one: {reason}")]
+    Name {
+        /// Its address.
+        url: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The cache on disk cannot be used.
+    #[error("cannot use the cache: {what} {}", path.display())]
+    Cache {
+        /// What was tried.
+        what: &'static str,
+        /// The folder or file.
+        path: PathBuf,
+        /// How it failed.
+        #[source]
+        error: io::Error,
+    },
+    /// The thread for requests cannot be started.
+    #[error("cannot start the thread for requests")]
+    Runtime(#[source] io::Error),
+    /// The snapshot in the object, or one that is pushed.
+    #[error("{name}")]
+    Snapshot {
+        /// Its address or path.
+        name: String,
+        /// What is wrong with it.
+        #[source]
+        error: ReadError,
+    },
+    /// The file that a snapshot is pulled to.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// The caller's progress function has asked to stop.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+impl ObjectError {
+    /// As an I/O error. The retries are done: it is a permanent one.
+    pub(crate) fn to_io(self: &Arc<Self>) -> io::Error {
+        let kind = match **self {
+            Self::NotFound { .. } => io::ErrorKind::NotFound,
+            Self::Denied { .. } => io::ErrorKind::PermissionDenied,
+            Self::Unavailable { .. } => io::ErrorKind::TimedOut,
+            _ => io::ErrorKind::Other,
+        };
+        Permanent::error(kind, Arc::clone(self))
+    }
+}

@@ -1,0 +1,223 @@
+//! Requests for bytes of one object: each names the object that was opened by its ETag, and is tried again from where the
+//! last answer broke off.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use object_store::{GetOptions, GetRange, GetResult, ObjectStoreExt};
+
+use crate::answer::{Meaning, meaning, watched};
+use crate::error::ObjectError;
+use crate::retry::{Attempts, Retry};
+use crate::store::Store;
+use crate::url::ObjectUrl;
+
+/// What an object was when it was opened.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Identity {
+    pub(crate) etag: String,
+    pub(crate) len_bytes: u64,
+}
+
+/// Where an object is, and how it is asked for.
+#[derive(Clone, Debug)]
+pub(crate) struct Source {
+    pub(crate) url: ObjectUrl,
+    pub(crate) store: Arc<Store>,
+    pub(crate) retry: Retry,
+}
+
+/// Called with the bytes of an answer, in order.
+pub(crate) type OnBytes<'a> = &'a mut (dyn FnMut(Bytes) + Send);
+
+impl Source {
+    pub(crate) fn new(url: &ObjectUrl, store: Arc<Store>, retry: Retry) -> Self {
+        Self { url: url.clone(), store, retry }
+    }
+
+    /// What the object is now. One request without a body.
+    pub(crate) async fn identity(&self) -> Result<Identity, ObjectError> {
+        let mut tries = Tries::new(self);
+        loop {
+            let client = self.store.client();
+            let (result, seen) = watched(client.head(self.url.key())).await;
+            match result {
+                Ok(meta) => return self.identity_of(meta.e_tag, meta.size),
+                Err(error) => tries.after(meaning(&error, seen), None).await?,
+            }
+        }
+    }
+
+    /// The bytes of a range of an object that is not known yet, and what it is.
+    pub(crate) async fn first(
+        &self,
+        range: GetRange,
+    ) -> Result<(Identity, u64, Vec<u8>), ObjectError> {
+        let mut bytes = Vec::new();
+        let (identity, start) = self.get(None, range, &mut |part| bytes.extend(part)).await?;
+        Ok((identity, start, bytes))
+    }
+
+    /// The bytes of a range of the object that was opened.
+    pub(crate) async fn range(
+        &self,
+        identity: &Identity,
+        range: Range<u64>,
+        on_bytes: OnBytes<'_>,
+    ) -> Result<(), ObjectError> {
+        self.get(Some(identity.clone()), GetRange::Bounded(range), on_bytes).await.map(drop)
+    }
+
+    async fn get(
+        &self,
+        mut identity: Option<Identity>,
+        mut range: GetRange,
+        on_bytes: OnBytes<'_>,
+    ) -> Result<(Identity, u64), ObjectError> {
+        let mut tries = Tries::new(self);
+        let mut first_start = None;
+        loop {
+            let options = GetOptions {
+                range: Some(range.clone()),
+                if_match: identity.as_ref().and_then(strong_etag),
+                ..GetOptions::default()
+            };
+            let client = self.store.client();
+            let (result, seen) = watched(client.get_opts(self.url.key(), options)).await;
+            let answer = match result {
+                Ok(answer) => answer,
+                Err(error) => {
+                    tries.after(meaning(&error, seen), identity.as_ref()).await?;
+                    continue;
+                }
+            };
+            let found = self.check(&answer, identity.as_ref())?;
+            let found = identity.insert(found).clone();
+            let whole = answer.range.clone();
+            let start = *first_start.get_or_insert(whole.start);
+            let mut at = whole.start;
+            let mut body = answer.into_stream();
+            while let Some(Ok(bytes)) = body.next().await {
+                at = at.saturating_add(bytes.len() as u64);
+                if at > whole.end {
+                    return Err(self.refused("more bytes than the answer announced"));
+                }
+                tries.attempts.progress();
+                on_bytes(bytes);
+            }
+            if at == whole.end {
+                return Ok((found, start));
+            }
+            let got = at - whole.start;
+            let reason =
+                format!("an answer broke off after {got} of {} bytes", whole.end - whole.start);
+            range = GetRange::Bounded(at..whole.end);
+            tries.after(Meaning::Passing(reason), identity.as_ref()).await?;
+        }
+    }
+
+    /// Whether an answer is of the object that was opened, and of the range that was asked for.
+    fn check(
+        &self,
+        answer: &GetResult,
+        expected: Option<&Identity>,
+    ) -> Result<Identity, ObjectError> {
+        let found = self.identity_of(answer.meta.e_tag.clone(), answer.meta.size)?;
+        match expected {
+            Some(expected) if expected.etag != found.etag => Err(ObjectError::Replaced {
+                url: self.url.to_string(),
+                expected: expected.etag.clone(),
+                found: Some(found.etag),
+            }),
+            Some(expected) if expected.len_bytes != found.len_bytes => {
+                Err(ObjectError::WrongLength {
+                    url: self.url.to_string(),
+                    expected: expected.len_bytes,
+                    found: found.len_bytes,
+                })
+            }
+            _ => Ok(found),
+        }
+    }
+
+    fn identity_of(&self, etag: Option<String>, len_bytes: u64) -> Result<Identity, ObjectError> {
+        let url = || self.url.to_string();
+        if len_bytes == 0 {
+            return Err(ObjectError::Empty { url: url() });
+        }
+        let etag = etag.filter(|etag| !etag.is_empty() && etag.len() <= MOST_ETAG_BYTES);
+        etag.map(|etag| Identity { etag, len_bytes })
+            .ok_or_else(|| ObjectError::NoEtag { url: url() })
+    }
+
+    fn refused(&self, code: &str) -> ObjectError {
+        ObjectError::Refused { url: self.url.to_string(), status: None, code: Some(code.into()) }
+    }
+}
+
+/// Longer than any store's.
+pub(crate) const MOST_ETAG_BYTES: usize = 256;
+
+/// A weak ETag is never equal in an `If-Match`; it is compared with that of each answer only, as all are.
+fn strong_etag(identity: &Identity) -> Option<String> {
+    (!identity.etag.starts_with("W/")).then(|| identity.etag.clone())
+}
+
+/// The tries of one request.
+pub(crate) struct Tries<'a> {
+    source: &'a Source,
+    attempts: Attempts,
+    renewed: bool,
+}
+
+impl<'a> Tries<'a> {
+    pub(crate) fn new(source: &'a Source) -> Self {
+        Self { source, attempts: Attempts::default(), renewed: false }
+    }
+
+    /// Pauses before the next try after a failure, or says why there is none.
+    pub(crate) async fn after(
+        &mut self,
+        failure: Meaning,
+        opened: Option<&Identity>,
+    ) -> Result<(), ObjectError> {
+        let url = || self.source.url.to_string();
+        let empty = ObjectError::Empty { url: url() };
+        Err(match failure {
+            Meaning::Passing(reason) => match self.attempts.failed(&self.source.retry) {
+                Some(pause) => {
+                    tokio::time::sleep(pause).await;
+                    return Ok(());
+                }
+                None => {
+                    let (attempts, waited) = self.attempts.so_far();
+                    ObjectError::Unavailable { url: url(), reason, attempts, waited }
+                }
+            },
+            Meaning::Credentials(_) if !self.renewed => {
+                self.renewed = true;
+                self.source.store.renew()?;
+                return Ok(());
+            }
+            Meaning::Credentials(status) => ObjectError::Denied { url: url(), status },
+            Meaning::NotFound => ObjectError::NotFound { url: url() },
+            Meaning::Replaced => match opened {
+                Some(opened) => {
+                    let expected = opened.etag.clone();
+                    ObjectError::Replaced { url: url(), expected, found: None }
+                }
+                None => self.source.refused("a condition that was not set"),
+            },
+            Meaning::NoSuchRange => opened.map_or(empty, |opened| ObjectError::WrongLength {
+                url: url(),
+                expected: opened.len_bytes,
+                found: 0,
+            }),
+            Meaning::NoRanges => ObjectError::NoRanges { url: url() },
+            Meaning::Exists => ObjectError::NameTaken { url: url() },
+            Meaning::Refused(status, code) => ObjectError::Refused { url: url(), status, code },
+        })
+    }
+}

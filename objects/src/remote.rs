@@ -1,0 +1,365 @@
+//! An object as storage: read through the cache, and fetched where that has nothing.
+
+use std::collections::{HashMap, VecDeque};
+use std::fmt;
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use snapfmt::{Permanent, ReadAt};
+
+use crate::ahead::Ahead;
+use crate::cache::{BLOCK_BYTES, Cache, Claim, Entry};
+use crate::error::ObjectError;
+use crate::fetch::{Identity, Source};
+use crate::flight::{Blocks, Flight};
+use crate::runtime;
+use crate::url::ObjectUrl;
+
+/// Blocks of one request: 8 MiB.
+const RUN_BLOCKS: u64 = (8 << 20) / BLOCK_BYTES;
+/// Requests for what is only announced, at the same time.
+const AHEAD_REQUESTS: usize = 4;
+/// Announced runs that wait for their request. More are forgotten: they are only hints.
+const MOST_QUEUED: usize = 1024;
+/// How long another process may take for a block, before this one fetches it too.
+const OTHERS: Duration = Duration::from_secs(10);
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
+
+/// An object that was opened: see [`open`](crate::open).
+///
+/// Clones share everything. All methods may be called from several threads.
+#[derive(Clone)]
+pub struct RemoteObject(Arc<Inner>);
+
+pub(crate) struct Inner {
+    source: Source,
+    identity: Identity,
+    cache: Arc<Cache>,
+    entry: Entry,
+    table: Mutex<Table>,
+    ahead: Mutex<Ahead>,
+    fetched_bytes: AtomicU64,
+}
+
+/// Requests under way, and announced ones.
+#[derive(Default)]
+struct Table {
+    flights: HashMap<u64, Arc<Flight>>,
+    queue: VecDeque<Range<u64>>,
+    ahead_requests: usize,
+}
+
+impl fmt::Debug for RemoteObject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("RemoteObject").field(&self.0.source.url.to_string()).finish()
+    }
+}
+
+impl RemoteObject {
+    pub(crate) fn new(
+        source: Source,
+        identity: Identity,
+        cache: Arc<Cache>,
+    ) -> Result<Self, ObjectError> {
+        let entry = cache.entry(&source.url, &identity)?;
+        Ok(Self(Arc::new(Inner {
+            source,
+            identity,
+            cache,
+            entry,
+            table: Mutex::default(),
+            ahead: Mutex::default(),
+            fetched_bytes: AtomicU64::new(0),
+        })))
+    }
+
+    /// Its address.
+    #[must_use]
+    pub fn url(&self) -> &ObjectUrl {
+        &self.0.source.url
+    }
+
+    /// Bytes that this process has fetched since it was opened.
+    #[must_use]
+    pub fn fetched_bytes(&self) -> u64 {
+        self.0.fetched_bytes.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn identity(&self) -> &Identity {
+        &self.0.identity
+    }
+
+    pub(crate) fn source(&self) -> &Source {
+        &self.0.source
+    }
+
+    /// Whether the blocks at both ends are cached, which opening reads.
+    pub(crate) fn has_ends(&self) -> bool {
+        let entry = &self.0.entry;
+        entry.has(0) && entry.has(entry.blocks() - 1)
+    }
+
+    /// Stores bytes that came with the first answers. Parts of blocks at the ends are left out.
+    pub(crate) fn fill(&self, offset: u64, bytes: &[u8]) {
+        let inner = &self.0;
+        inner.fetched_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        let end = offset + bytes.len() as u64;
+        for block in offset.div_ceil(BLOCK_BYTES)..inner.entry.blocks() {
+            let of_block = inner.entry.bytes_of(block..block + 1);
+            if of_block.end > end {
+                break;
+            }
+            let (from, to) = (of_block.start - offset, of_block.end - offset);
+            if !inner.entry.has(block) {
+                inner.store(block, &bytes[from as usize..to as usize]);
+            }
+        }
+    }
+}
+
+impl ReadAt for RemoteObject {
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        let inner = &self.0;
+        let end = offset.checked_add(buf.len() as u64);
+        let Some(end) = end.filter(|end| *end <= inner.identity.len_bytes) else {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        };
+        let blocks = offset / BLOCK_BYTES..end.div_ceil(BLOCK_BYTES);
+        if buf.is_empty() {
+            return Ok(());
+        }
+        self.read_ahead(blocks.clone());
+        if inner.entry.read(offset, buf).map_err(cache_broken)? {
+            return Ok(());
+        }
+        // All requests first, so that those for a long read are under way together.
+        for block in blocks.clone() {
+            self.request(block, blocks.end)?;
+        }
+        for block in blocks.clone() {
+            let of_block = inner.entry.bytes_of(block..block + 1);
+            let (from, to) = (of_block.start.max(offset), of_block.end.min(end));
+            let part = &mut buf[(from - offset) as usize..(to - offset) as usize];
+            self.read_block(block, blocks.end, from, part)?;
+        }
+        Ok(())
+    }
+
+    fn len_bytes(&self) -> io::Result<u64> {
+        Ok(self.0.identity.len_bytes)
+    }
+
+    fn expect(&self, bytes: Range<u64>) {
+        let end = bytes.end.min(self.0.identity.len_bytes);
+        if bytes.start < end {
+            self.announce(bytes.start / BLOCK_BYTES..end.div_ceil(BLOCK_BYTES));
+        }
+    }
+
+    /// Whether it is in the cache on disk.
+    fn is_cached(&self, offset: u64) -> Option<bool> {
+        (offset < self.0.identity.len_bytes).then(|| self.0.entry.has(offset / BLOCK_BYTES))
+    }
+
+    fn refetch(&self, bytes: Range<u64>) -> bool {
+        let end = bytes.end.min(self.0.identity.len_bytes);
+        let blocks = bytes.start / BLOCK_BYTES..end.div_ceil(BLOCK_BYTES);
+        bytes.start < end && self.0.entry.drop_blocks(blocks).is_ok()
+    }
+}
+
+impl RemoteObject {
+    fn read_block(&self, block: u64, until: u64, from: u64, part: &mut [u8]) -> io::Result<()> {
+        let inner = &self.0;
+        loop {
+            if inner.entry.read(from, part).map_err(cache_broken)? {
+                return Ok(());
+            }
+            if let Some(flight) = self.request(block, until)? {
+                let bytes = flight.wait(block).map_err(|error| error.to_io())?;
+                let at = (from - block * BLOCK_BYTES) as usize;
+                let bytes = bytes.get(at..at + part.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
+                part.copy_from_slice(bytes);
+                return Ok(());
+            }
+        }
+    }
+
+    /// The request for a block, which is sent now if there is none; it is for further blocks up to `until` too. `None`: the
+    /// block has come meanwhile.
+    fn request(&self, block: u64, until: u64) -> io::Result<Option<Arc<Flight>>> {
+        let mut table = self.0.table();
+        if let Some(flight) = table.flights.get(&block) {
+            return Ok(Some(Arc::clone(flight)));
+        }
+        // A request leaves the table when its blocks are stored.
+        if self.0.entry.has(block) {
+            return Ok(None);
+        }
+        let run = self.run(&table, block..until);
+        self.start(&mut table, run, false).map(Some)
+    }
+
+    /// The blocks from the first one on that one request can be for.
+    fn run(&self, table: &Table, blocks: Range<u64>) -> Range<u64> {
+        let most = blocks.end.min(blocks.start + RUN_BLOCKS).max(blocks.start + 1);
+        let taken = |block: &u64| table.flights.contains_key(block) || self.0.entry.has(*block);
+        let end = (blocks.start + 1..most).find(taken).unwrap_or(most);
+        blocks.start..end
+    }
+
+    fn start(&self, table: &mut Table, run: Range<u64>, is_ahead: bool) -> io::Result<Arc<Flight>> {
+        let flight = Arc::new(Flight::new(run.clone()));
+        // A landing that is dropped here would wait for the table.
+        runtime::start()?;
+        let landing = Landing { object: self.clone(), flight: Arc::clone(&flight), is_ahead };
+        runtime::spawn(async move {
+            if let Err(error) = landing.object.0.fly(&landing.flight).await {
+                landing.flight.fail(error);
+            }
+        })?;
+        table.ahead_requests += usize::from(is_ahead);
+        table.flights.extend(run.map(|block| (block, Arc::clone(&flight))));
+        Ok(flight)
+    }
+
+    fn read_ahead(&self, blocks: Range<u64>) {
+        let mut ahead = self.0.ahead.lock().unwrap_or_else(PoisonError::into_inner);
+        let wanted = ahead.read(blocks, self.0.entry.blocks());
+        drop(ahead);
+        if let Some(wanted) = wanted {
+            self.announce(wanted);
+        }
+    }
+
+    fn announce(&self, blocks: Range<u64>) {
+        let mut table = self.0.table();
+        let is_full = table.queue.len() == MOST_QUEUED;
+        match table.queue.back_mut() {
+            Some(last) if (last.start..=last.end).contains(&blocks.start) => {
+                last.end = last.end.max(blocks.end);
+            }
+            _ if is_full => return,
+            _ => table.queue.push_back(blocks),
+        }
+        self.pump(&mut table);
+    }
+
+    /// Sends requests for announced blocks.
+    fn pump(&self, table: &mut Table) {
+        while table.ahead_requests < AHEAD_REQUESTS {
+            let Some(blocks) = table.queue.pop_front() else { return };
+            let missing =
+                |block: &u64| !table.flights.contains_key(block) && !self.0.entry.has(*block);
+            let Some(first) = blocks.clone().find(missing) else { continue };
+            let run = self.run(table, first..blocks.end);
+            if run.end < blocks.end {
+                table.queue.push_front(run.end..blocks.end);
+            }
+            if self.start(table, run, true).is_err() {
+                // They are only hints: who needs the bytes gets the error.
+                table.queue.clear();
+            }
+        }
+    }
+}
+
+/// A request under way. It ends when this is dropped, also by a panic: no thread waits for it any more then.
+struct Landing {
+    object: RemoteObject,
+    flight: Arc<Flight>,
+    is_ahead: bool,
+}
+
+impl Drop for Landing {
+    fn drop(&mut self) {
+        let mut table = self.object.0.table();
+        for block in self.flight.blocks() {
+            table.flights.remove(&block);
+        }
+        table.ahead_requests -= usize::from(self.is_ahead);
+        self.flight.end();
+        self.object.pump(&mut table);
+    }
+}
+
+impl Inner {
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Brings all blocks of a request, from the cache if another process brings them there.
+    async fn fly(&self, flight: &Flight) -> Result<(), ObjectError> {
+        let end = flight.blocks().end;
+        let claim = self.claim(flight).await;
+        while flight.next() < end {
+            if let Some(bytes) = self.cached(flight.next()) {
+                flight.push(bytes);
+                continue;
+            }
+            let first = flight.next();
+            let last = (first + 1..end).find(|block| self.entry.has(*block)).unwrap_or(end);
+            let range = self.entry.bytes_of(first..last);
+            let mut blocks = Blocks::new(range.end - range.start);
+            let mut at = first;
+            let mut on_bytes = |bytes: Bytes| {
+                self.fetched_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                blocks.push(bytes, &mut |block| {
+                    flight.push(block.clone());
+                    // The disk may take its time, and other requests go on meanwhile.
+                    tokio::task::block_in_place(|| self.store(at, &block));
+                    at += 1;
+                });
+            };
+            self.source.range(&self.identity, range, &mut on_bytes).await?;
+        }
+        drop(claim);
+        Ok(())
+    }
+
+    /// Waits while another process brings these blocks. Without a claim they are fetched all the same, after some time: the
+    /// other process may be stopped.
+    async fn claim(&self, flight: &Flight) -> Option<Claim<'_>> {
+        let started = Instant::now();
+        while started.elapsed() < OTHERS {
+            match self.entry.claim(flight.next()..flight.blocks().end) {
+                Ok(Some(claim)) => return Some(claim),
+                Ok(None) => {}
+                // A file system without locks.
+                Err(_) => return None,
+            }
+            match self.cached(flight.next()) {
+                Some(bytes) => flight.push(bytes),
+                None => tokio::time::sleep(LOOK_AGAIN).await,
+            }
+            if flight.next() == flight.blocks().end {
+                return None;
+            }
+        }
+        None
+    }
+
+    fn cached(&self, block: u64) -> Option<Bytes> {
+        let of_block = self.entry.bytes_of(block..block + 1);
+        let mut bytes = vec![0; (of_block.end - of_block.start) as usize];
+        let there = self.entry.has(block)
+            && self.entry.read(of_block.start, &mut bytes).is_ok_and(|there| there);
+        there.then(|| bytes.into())
+    }
+
+    /// A block that cannot be stored, on a full disk, is fetched again when it is needed again.
+    fn store(&self, block: u64, bytes: &[u8]) {
+        if self.entry.store(block, bytes).is_ok() {
+            self.cache.stored(bytes.len() as u64, &self.entry);
+        }
+    }
+}
+
+/// The disk of the cache cannot be read.
+fn cache_broken(error: io::Error) -> io::Error {
+    Permanent::error(error.kind(), format!("the cache cannot be read: {error}"))
+}

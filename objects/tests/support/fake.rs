@@ -1,0 +1,318 @@
+//! A server of objects that answers late, wrongly or not at all, and remembers what it was asked.
+
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// One request, as the server saw it.
+#[derive(Clone, Debug)]
+pub(crate) struct Asked {
+    pub(crate) method: String,
+    pub(crate) path: String,
+    /// The bytes that were answered.
+    pub(crate) range: Range<u64>,
+    pub(crate) if_match: Option<String>,
+    pub(crate) started: Instant,
+    pub(crate) ended: Instant,
+    pub(crate) status: u16,
+}
+
+/// What happens to a request.
+#[derive(Clone, Debug, Default)]
+pub(crate) enum Fate {
+    /// It is answered.
+    #[default]
+    Answer,
+    /// It is answered with this status, and an S3 error of this code.
+    Status(u16, &'static str),
+    /// The body ends after so many bytes, and the connection with it.
+    Truncate(usize),
+    /// The connection ends without an answer.
+    Reset,
+    /// The answer is of the whole object.
+    NoRanges,
+    /// The answer comes so much later.
+    Late(Duration),
+}
+
+type Decide = dyn Fn(usize, &Asked) -> Fate + Send + Sync;
+
+struct Object {
+    bytes: Arc<Vec<u8>>,
+    etag: Option<String>,
+}
+
+#[derive(Default)]
+struct State {
+    objects: HashMap<String, Object>,
+    asked: Vec<Asked>,
+    decide: Option<Arc<Decide>>,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    latency: Duration,
+    /// Bytes a second of one connection.
+    rate: Option<u64>,
+    now: AtomicUsize,
+    most: AtomicUsize,
+    number: AtomicUsize,
+    etags: AtomicUsize,
+}
+
+/// The server. Its threads end with the process.
+#[derive(Clone)]
+pub(crate) struct Fake {
+    shared: Arc<Shared>,
+    pub(crate) address: SocketAddr,
+}
+
+impl Fake {
+    /// A server whose first bytes come after this latency.
+    pub(crate) fn start(latency: Duration) -> Self {
+        Self::with_rate(latency, None)
+    }
+
+    /// One that also sends no more than so many bytes a second through a connection.
+    pub(crate) fn with_rate(latency: Duration, rate: Option<u64>) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
+        let address = listener.local_addr().expect("it has an address");
+        let shared = Arc::new(Shared {
+            state: Mutex::default(),
+            latency,
+            rate,
+            now: AtomicUsize::new(0),
+            most: AtomicUsize::new(0),
+            number: AtomicUsize::new(0),
+            etags: AtomicUsize::new(0),
+        });
+        let accepting = Arc::clone(&shared);
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let shared = Arc::clone(&accepting);
+                // A client that goes away ends the connection.
+                thread::spawn(move || _ = serve(&shared, stream));
+            }
+        });
+        Self { shared, address }
+    }
+
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.shared.state.lock().expect("no thread panics with it")
+    }
+
+    /// Puts an object at a path, `/a/b`, with a new ETag.
+    pub(crate) fn put(&self, path: &str, bytes: impl Into<Vec<u8>>) {
+        let number = self.shared.etags.fetch_add(1, Ordering::SeqCst);
+        self.put_with(path, bytes, Some(format!("\"etag-{number}\"")));
+    }
+
+    pub(crate) fn put_with(&self, path: &str, bytes: impl Into<Vec<u8>>, etag: Option<String>) {
+        let object = Object { bytes: Arc::new(bytes.into()), etag };
+        self.state().objects.insert(path.into(), object);
+    }
+
+    pub(crate) fn remove(&self, path: &str) {
+        self.state().objects.remove(path);
+    }
+
+    /// Decides what happens to each request from now on, by its number, from 0.
+    pub(crate) fn decide(&self, decide: impl Fn(usize, &Asked) -> Fate + Send + Sync + 'static) {
+        self.shared.number.store(0, Ordering::SeqCst);
+        self.state().decide = Some(Arc::new(decide));
+    }
+
+    /// The requests since the last call.
+    pub(crate) fn take_asked(&self) -> Vec<Asked> {
+        // A client may have its answer a moment before it is noted.
+        while self.shared.now.load(Ordering::SeqCst) > 0 {
+            thread::yield_now();
+        }
+        std::mem::take(&mut self.state().asked)
+    }
+
+    /// The most requests that were under way at the same time.
+    pub(crate) fn most_concurrent(&self) -> usize {
+        self.shared.most.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.address)
+    }
+}
+
+/// How many requests had to follow each other: one that started after another had ended may have needed its answer.
+pub(crate) fn depth(asked: &[Asked]) -> usize {
+    let mut by_start = asked.to_vec();
+    by_start.sort_by_key(|one| one.started);
+    let mut depths: Vec<usize> = Vec::new();
+    for one in &by_start {
+        let before = by_start.iter().zip(&depths).filter(|(other, _)| other.ended <= one.started);
+        depths.push(1 + before.map(|(_, depth)| *depth).max().unwrap_or(0));
+    }
+    depths.into_iter().max().unwrap_or(0)
+}
+
+/// How often each block of 256 KiB was sent.
+pub(crate) fn times_sent(asked: &[Asked], path: &str) -> HashMap<u64, usize> {
+    let mut times = HashMap::new();
+    for one in asked.iter().filter(|one| one.path == path && one.method == "GET") {
+        for block in one.range.start / (256 << 10)..one.range.end.div_ceil(256 << 10) {
+            *times.entry(block).or_default() += 1;
+        }
+    }
+    times
+}
+
+struct Request {
+    method: String,
+    path: String,
+    range: Option<String>,
+    if_match: Option<String>,
+}
+
+fn read_request(reader: &mut BufReader<TcpStream>) -> std::io::Result<Option<Request>> {
+    let mut line = String::new();
+    if reader.read_line(&mut line)? == 0 {
+        return Ok(None);
+    }
+    let mut words = line.split_whitespace().map(str::to_owned);
+    let (method, path) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+    let mut request = Request { method, path, range: None, if_match: None };
+    let mut body_bytes = 0;
+    loop {
+        let mut line = String::new();
+        if reader.read_line(&mut line)? == 0 || line.trim().is_empty() {
+            break;
+        }
+        let Some((name, value)) = line.split_once(':') else { continue };
+        let value = value.trim().to_owned();
+        match name.to_ascii_lowercase().as_str() {
+            "range" => request.range = Some(value),
+            "if-match" => request.if_match = Some(value),
+            "content-length" => body_bytes = value.parse().unwrap_or(0),
+            _ => {}
+        }
+    }
+    std::io::copy(&mut reader.by_ref().take(body_bytes), &mut std::io::sink())?;
+    Ok(Some(request))
+}
+
+fn serve(shared: &Shared, stream: TcpStream) -> std::io::Result<()> {
+    stream.set_nodelay(true)?;
+    let mut out = stream.try_clone()?;
+    let mut reader = BufReader::new(stream);
+    while let Some(request) = read_request(&mut reader)? {
+        let now = shared.now.fetch_add(1, Ordering::SeqCst) + 1;
+        shared.most.fetch_max(now, Ordering::SeqCst);
+        let go_on = answer(shared, &request, &mut out);
+        shared.now.fetch_sub(1, Ordering::SeqCst);
+        if !go_on? {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Whether the connection stays.
+fn answer(shared: &Shared, request: &Request, out: &mut TcpStream) -> std::io::Result<bool> {
+    let started = Instant::now();
+    let number = shared.number.fetch_add(1, Ordering::SeqCst);
+    thread::sleep(shared.latency);
+    let (object, decide) = {
+        let state = shared.state.lock().expect("no thread panics with it");
+        let object = state.objects.get(&request.path);
+        let object = object.map(|object| (Arc::clone(&object.bytes), object.etag.clone()));
+        (object, state.decide.clone())
+    };
+    let mut asked = Asked {
+        method: request.method.clone(),
+        path: request.path.clone(),
+        range: 0..0,
+        if_match: request.if_match.clone(),
+        started,
+        ended: started,
+        status: 0,
+    };
+    let (bytes, etag) = object.clone().unwrap_or_default();
+    let len = bytes.len() as u64;
+    let range = request.range.as_deref().map(|text| parse(text, len));
+    asked.range = range.clone().flatten().unwrap_or(0..len);
+    let fate = decide.map_or(Fate::Answer, |decide| decide(number, &asked));
+    if let Fate::Late(time) = fate {
+        thread::sleep(time);
+    }
+    let other_etag = |wanted: &String| etag.as_ref() != Some(wanted);
+    let (status, code) = match (&fate, &object, &range) {
+        (Fate::Status(status, code), ..) => (*status, *code),
+        (_, None, _) => (404, "NoSuchKey"),
+        _ if request.if_match.as_ref().is_some_and(other_etag) => (412, "PreconditionFailed"),
+        (Fate::NoRanges, ..) | (_, _, None) => (200, ""),
+        (_, _, Some(None)) => (416, "InvalidRange"),
+        _ => (206, ""),
+    };
+    asked.status = status;
+    let sent = match fate {
+        Fate::Reset => Ok(false),
+        _ if status >= 300 => {
+            let body = format!("<Error><Code>{code}</Code><Message>hunter2</Message></Error>");
+            let head = format!("HTTP/1.1 {status} X\r\ncontent-length: {}\r\n\r\n", body.len());
+            let body = if request.method == "HEAD" { "" } else { &body };
+            out.write_all((head + body).as_bytes()).map(|()| true)
+        }
+        fate => {
+            let sent = if status == 200 { 0..len } else { asked.range.clone() };
+            asked.range = sent.clone();
+            let mut head = format!(
+                "HTTP/1.1 {status} OK\r\ncontent-length: {}\r\nlast-modified: Tue, 03 Nov 2026 08:00:00 GMT\r\n",
+                sent.end - sent.start
+            );
+            if status == 206 {
+                let last = sent.end - 1;
+                head += &format!("content-range: bytes {}-{last}/{len}\r\n", sent.start);
+            }
+            if let Some(etag) = &etag {
+                head += &format!("etag: {etag}\r\n");
+            }
+            out.write_all((head + "\r\n").as_bytes())?;
+            let body = &bytes[sent.start as usize..sent.end as usize];
+            match (request.method.as_str(), fate) {
+                ("HEAD", _) => Ok(true),
+                (_, Fate::Truncate(after)) => {
+                    let part = &body[..after.min(body.len())];
+                    send(out, part, shared.rate).map(|()| false)
+                }
+                _ => send(out, body, shared.rate).map(|()| true),
+            }
+        }
+    };
+    asked.ended = Instant::now();
+    shared.state.lock().expect("no thread panics with it").asked.push(asked);
+    sent
+}
+
+fn send(out: &mut TcpStream, bytes: &[u8], rate: Option<u64>) -> std::io::Result<()> {
+    let Some(rate) = rate else { return out.write_all(bytes) };
+    let started = Instant::now();
+    for (number, part) in (1..).zip(bytes.chunks(64 << 10)) {
+        out.write_all(part)?;
+        let due = Duration::from_secs_f64((number * (64u64 << 10)) as f64 / rate as f64);
+        thread::sleep(due.saturating_sub(started.elapsed()));
+    }
+    Ok(())
+}
+
+fn parse(range: &str, len: u64) -> Option<Range<u64>> {
+    let (start, end) = range.strip_prefix("bytes=")?.split_once('-')?;
+    let range = match (start, end) {
+        ("", suffix) => len.saturating_sub(suffix.parse().ok()?)..len,
+        (start, "") => start.parse().ok()?..len,
+        (start, end) => start.parse().ok()?..(end.parse::<u64>().ok()? + 1).min(len),
+    };
+    (range.start < range.end).then_some(range)
+}

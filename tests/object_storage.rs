@@ -1,0 +1,241 @@
+//! Snapshots in object storage: read and restored by their address, pushed, pulled, and cached.
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+use crate::fake_objects::{Fake, Fate, times_sent};
+use crate::support::{Ran, SNAP, Sample, needs_vm, run, signal, snap, start};
+
+const KEY: &str = "/bucket/guest.snap";
+
+/// `snap` with a cache of its own.
+fn with_cache(cache: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(SNAP);
+    command.args(args).env("SNAP_CACHE", cache);
+    command
+}
+
+struct Served {
+    sample: Sample,
+    fake: Fake,
+    url: String,
+    cache: TempDir,
+}
+
+impl Served {
+    fn start(latency: Duration) -> Self {
+        let sample = Sample::small();
+        let fake = Fake::start(latency);
+        fake.put(KEY, std::fs::read(&sample.file).expect("the snapshot is there"));
+        let url = fake.url(KEY);
+        Self { sample, fake, url, cache: tempfile::tempdir().expect("a folder") }
+    }
+
+    fn file(&self) -> &str {
+        self.sample.file.to_str().expect("UTF-8")
+    }
+
+    #[track_caller]
+    fn snap(&self, args: &[&str]) -> Ran {
+        run(with_cache(self.cache.path(), args))
+    }
+}
+
+#[test]
+fn a_guest_is_restored_from_a_server_as_from_a_file() {
+    needs_vm!();
+    let served = Served::start(Duration::from_millis(5));
+    for how in [&["--lazy"][..], &[], &["--lazy", "--prefetch", "all"]] {
+        let restore = |what: &str| {
+            let args = [&["restore", what, "--beats", "5", "--report", "json"], how].concat();
+            served.snap(&args).ok()
+        };
+        let (of_file, of_url) = (restore(served.file()), restore(&served.url));
+        assert_eq!(of_url.stdout, of_file.stdout);
+        assert!(of_url.stdout.contains("beat"), "{}", of_url.stdout);
+    }
+    let asked = served.fake.take_asked();
+    assert!(times_sent(&asked, KEY).values().all(|times| *times <= 2), "{asked:?}");
+}
+
+#[test]
+fn what_looks_into_a_file_looks_into_an_object() {
+    needs_vm!();
+    let served = Served::start(Duration::ZERO);
+    let same = |args: &[&str]| {
+        let with = |what: &str| {
+            let args: Vec<_> =
+                args.iter().map(|arg| if *arg == "WHAT" { what } else { arg }).collect();
+            served.snap(&args).ok().stdout.replace(what, "WHAT")
+        };
+        assert_eq!(with(&served.url), with(served.file()), "{args:?}");
+    };
+    same(&["info", "WHAT", "--json"]);
+    same(&["verify", "WHAT", "--json"]);
+    same(&["cat", "WHAT", "--gpa", "0x100000", "--len", "4096"]);
+    same(&["pages", "WHAT"]);
+    same(&["diff", "WHAT", served.file(), "--json"]);
+    let listed = served.snap(&["cache", "ls", "--json"]).ok().json();
+    assert_eq!(listed["objects"][0]["url"], served.url.as_str());
+    assert_eq!(listed["objects"][0]["in_use"], false);
+    let listed = served.snap(&["cache", "ls"]).ok().stdout;
+    assert!(listed.contains(&served.url), "{listed}");
+    served.snap(&["cache", "prune"]).ok();
+    assert_eq!(std::fs::read_dir(served.cache.path()).expect("it is there").count(), 0);
+}
+
+#[test]
+fn two_processes_with_one_cache_fetch_each_block_once_also_if_one_is_killed() {
+    needs_vm!();
+    let served = Served::start(Duration::from_millis(10));
+    // One opens it first: the ends of an object come with the question which object it is.
+    served.snap(&["info", &served.url]).ok();
+    served.fake.take_asked();
+    let verify = || start(with_cache(served.cache.path(), &["verify", &served.url]));
+    let both = [verify(), verify()];
+    for child in both {
+        Ran::from(crate::support::end_of(child)).ok();
+    }
+    let asked = served.fake.take_asked();
+    assert!(times_sent(&asked, KEY).values().all(|times| *times == 1), "{asked:?}");
+
+    served.snap(&["cache", "prune"]).ok();
+    let fake = served.fake.clone();
+    fake.decide(|_, asked| match asked.range.start {
+        0 => Fate::Answer,
+        _ => Fate::Late(Duration::from_millis(300)),
+    });
+    let killed = verify();
+    std::thread::sleep(Duration::from_millis(500));
+    signal(killed.id(), "KILL");
+    crate::support::end_of(killed);
+    fake.decide(|_, _| Fate::Answer);
+    served.snap(&["verify", &served.url]).ok();
+}
+
+#[test]
+fn a_page_server_serves_an_object() {
+    needs_vm!();
+    let served = Served::start(Duration::ZERO);
+    let socket = served.sample.folder.path().join("pages.sock");
+    let socket = socket.to_str().expect("UTF-8");
+    let serve = ["serve", &served.url, "--listen", socket];
+    let mut server = start(with_cache(served.cache.path(), &serve));
+    let mut stderr = BufReader::new(server.stderr.take().expect("a pipe")).lines();
+    let first = stderr.next().expect("it says something").expect("text");
+    assert!(first.starts_with("serving ") && first.contains(&served.url), "{first}");
+    let args = ["restore", "--lazy", &served.url, "--share", socket, "--beats", "3"];
+    let ran = served.snap(&[&args[..], &["--report", "none"]].concat()).ok();
+    signal(server.id(), "INT");
+    let of_file = snap(["restore", served.file(), "--beats", "3", "--report", "none"]).ok();
+    assert_eq!(ran.stdout, of_file.stdout);
+    // What it says is read to the end, so that it can end.
+    stderr.by_ref().for_each(drop);
+    crate::support::end_of(server);
+}
+
+#[test]
+fn an_object_that_is_deleted_or_replaced_stops_its_guest_with_its_name() {
+    needs_vm!();
+    for replaced in [false, true] {
+        let served = Served::start(Duration::ZERO);
+        let fake = served.fake.clone();
+        // After what opening reads, when the guest runs.
+        let after_opening = AtomicUsize::new(0);
+        let bytes = std::fs::read(served.file()).expect("it is there");
+        served.fake.decide(move |number, _| {
+            if number >= 2 && after_opening.fetch_add(1, Ordering::SeqCst) == 0 {
+                match replaced {
+                    true => fake.put(KEY, bytes.clone()),
+                    false => fake.remove(KEY),
+                }
+                // The client asks again.
+                return Fate::Reset;
+            }
+            Fate::Answer
+        });
+        let args = ["restore", "--lazy", &served.url, "--beats", "200", "--hash"];
+        let said = match replaced {
+            true => "the object was replaced while it was read: ETag \"etag-0\" then",
+            false => "there is no such object",
+        };
+        served.snap(&args).failed(5, &[said, &served.url]);
+    }
+}
+
+#[test]
+fn a_guest_waits_out_a_short_outage() {
+    needs_vm!();
+    let served = Served::start(Duration::ZERO);
+    served.fake.decide(|number, _| match number {
+        2..8 => Fate::Status(503, "SlowDown"),
+        _ => Fate::Answer,
+    });
+    let args = ["restore", "--lazy", &served.url, "--beats", "3", "--hash", "--report", "none"];
+    let ran = served.snap(&args).ok();
+    let of_file = snap(["restore", served.file(), "--beats", "3", "--report", "none"]).ok();
+    assert_eq!(ran.stdout, of_file.stdout);
+}
+
+#[test]
+fn a_pushed_guest_is_restored_by_its_name_and_pulled_bit_by_bit() {
+    needs_vm!();
+    let sample = Sample::small();
+    let folder = sample.folder.path();
+    let cache = folder.join("cache");
+    let url = format!("file://{}/bucket/team/guest", folder.display());
+    let layer = folder.join("layer.snap");
+    let (file, layer) = (sample.file.to_str().unwrap(), layer.to_str().unwrap());
+    snap(["create", layer, "--from", file, "--when", "output:beat 7"]).ok();
+    let pushed = run(with_cache(&cache, &["push", layer, &url, "--json"])).ok().json();
+    assert_eq!(pushed["layers"].as_array().map(Vec::len), Some(2), "{pushed}");
+    let again = run(with_cache(&cache, &["push", layer, &url])).ok();
+    assert!(again.stdout.contains("0 of 2 files sent"), "{}", again.stdout);
+    run(with_cache(&cache, &["push", file, &url])).failed(1, &["the name is taken", &url]);
+
+    let restore = |what: &str| {
+        let args = ["restore", "--lazy", what, "--beats", "4", "--report", "none"];
+        run(with_cache(&cache, &args)).ok().stdout
+    };
+    assert_eq!(restore(&url), restore(layer));
+
+    // A layer on what is only in the bucket.
+    let (second, third) = (folder.join("second.snap"), format!("{url}-3"));
+    let second = second.to_str().unwrap();
+    let from = ["create", second, "--from", &url, "--when", "output:beat 9"];
+    run(with_cache(&cache, &from)).ok();
+    run(with_cache(&cache, &["info", second])).failed(3, &["parent", "is not there"]);
+    let pushed = run(with_cache(&cache, &["push", second, &third])).ok();
+    assert!(pushed.stdout.contains("1 of 3 files sent"), "{}", pushed.stdout);
+    assert!(restore(&third).contains("beat 10 "), "{}", restore(&third));
+
+    let out = folder.join("pulled/top.snap");
+    std::fs::create_dir(folder.join("pulled")).unwrap();
+    let args = ["pull", &url, out.to_str().unwrap()];
+    run(with_cache(&cache, &args)).ok();
+    let same = |a: &Path, b: &str| assert!(std::fs::read(a).unwrap() == std::fs::read(b).unwrap());
+    same(&out, layer);
+    same(&folder.join("pulled/guest.snap"), file);
+    run(with_cache(&cache, &args)).failed(1, &["exists"]);
+}
+
+#[test]
+fn wrong_addresses_are_refused_without_repeating_their_secrets() {
+    let folder = tempfile::tempdir().expect("a folder");
+    for (url, says) in [
+        ("https://user:hunter2@host/a.snap", "credentials are not given in an address"),
+        ("https://host/a.snap?X-Amz-Signature=hunter2", "signed URLs are not supported"),
+        ("s3://bucket", "no bucket or host"),
+        ("s3://bucket/", "no key"),
+    ] {
+        let ran = run(with_cache(folder.path(), &["info", url])).failed(1, &[says]);
+        assert!(!ran.stderr.contains("hunter2"), "{}", ran.stderr);
+    }
+    let with_parent = ["info", "s3://bucket/a", "--parent", "b.snap"];
+    run(with_cache(folder.path(), &with_parent)).failed(1, &["in the same bucket"]);
+}

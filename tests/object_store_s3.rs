@@ -1,0 +1,141 @@
+//! Push, pull and restore with a server that speaks S3: moto, from PyPI (`pip install 'moto[server]'`).
+//!
+//! The program `moto_server` is taken from `$SNAP_MOTO`, otherwise from `$PATH`. Without it the tests are skipped; with
+//! `SNAP_REQUIRE_MOTO` set, a skip is a failure.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::support::{Ran, SNAP, Sample, needs_vm, run, skip, snap};
+
+const SECRET: &str = "hunter2hunter2hunter2";
+
+struct Moto {
+    server: Child,
+    address: SocketAddr,
+}
+
+impl Drop for Moto {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+    }
+}
+
+impl Moto {
+    /// `None`: it is not installed.
+    fn start() -> Option<Self> {
+        let program = std::env::var_os("SNAP_MOTO").unwrap_or("moto_server".into());
+        let free = TcpListener::bind("127.0.0.1:0").expect("a port is free");
+        let address = free.local_addr().expect("it has an address");
+        drop(free);
+        let server = Command::new(&program)
+            .args(["-H", "127.0.0.1", "-p", &address.port().to_string()])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn();
+        let server = match server {
+            Ok(server) => server,
+            Err(error) => {
+                assert!(std::env::var_os("SNAP_REQUIRE_MOTO").is_none(), "{program:?}: {error}");
+                skip("object_store_s3", &format!("{program:?}: {error}"));
+                return None;
+            }
+        };
+        let moto = Self { server, address };
+        let started = Instant::now();
+        while TcpStream::connect(address).is_err() {
+            assert!(started.elapsed() < Duration::from_secs(60), "moto does not listen");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        moto.request("PUT", "/bucket");
+        Some(moto)
+    }
+
+    /// The status of the answer.
+    fn request(&self, method: &str, path: &str) -> u16 {
+        let mut stream = TcpStream::connect(self.address).expect("moto listens");
+        let head = format!("{method} {path} HTTP/1.1\r\nhost: {}\r\n", self.address);
+        let rest = "connection: close\r\ncontent-length: 0\r\n\r\n";
+        stream.write_all((head + rest).as_bytes()).expect("it is sent");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("it answers");
+        let status = answer.split(' ').nth(1).and_then(|status| status.parse().ok());
+        status.expect("a status")
+    }
+
+    fn snap(&self, cache: &Path, args: &[&str]) -> Ran {
+        let mut command = Command::new(SNAP);
+        command
+            .args(args)
+            .env("SNAP_CACHE", cache)
+            .env("AWS_ENDPOINT_URL", format!("http://{}", self.address))
+            .env("AWS_ALLOW_HTTP", "true")
+            .env("AWS_REGION", "us-east-1")
+            .env("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE")
+            .env("AWS_SECRET_ACCESS_KEY", SECRET);
+        let ran = run(command);
+        assert!(!ran.stderr.contains(SECRET) && !ran.stdout.contains(SECRET), "{}", ran.stderr);
+        ran
+    }
+}
+
+#[test]
+fn a_guest_goes_into_an_s3_bucket_and_comes_back() {
+    needs_vm!();
+    let Some(moto) = Moto::start() else { return };
+    // More than one part of an upload.
+    let sample = Sample::create(&["--memory", "128M", "--work", "32M", "--codec", "raw"]);
+    let folder = sample.folder.path();
+    let cache = folder.join("cache");
+    let snap_s3 = |args: &[&str]| moto.snap(&cache, args);
+    let file = sample.file.to_str().unwrap();
+    assert!(std::fs::metadata(file).unwrap().len() > 20 << 20);
+    let url = "s3://bucket/team/guest";
+
+    snap_s3(&["restore", "--lazy", url]).failed(1, &["there is no such object", url]);
+    let pushed = snap_s3(&["push", file, url, "--json"]).ok().json();
+    let object = pushed["layers"][0]["url"].as_str().expect("an address");
+    assert!(object.starts_with("s3://bucket/team/objects/"), "{object}");
+    snap_s3(&["push", file, url]).ok();
+    let other = Sample::small();
+    let other = other.file.to_str().unwrap();
+    snap_s3(&["push", other, url]).failed(1, &["the name is taken", url]);
+    snap_s3(&["push", other, url, "--force"]).ok();
+    snap_s3(&["push", file, url, "--force"]).ok();
+
+    let end = ["--beats", "4", "--report", "none"];
+    let of_file = snap([&["restore", file], &end[..]].concat()).ok().stdout;
+    for address in [url, object] {
+        let args = [&["restore", "--lazy", address], &end[..]].concat();
+        assert_eq!(snap_s3(&args).ok().stdout, of_file);
+    }
+    let out = folder.join("pulled.snap");
+    snap_s3(&["pull", url, out.to_str().unwrap()]).ok();
+    assert!(std::fs::read(&out).unwrap() == std::fs::read(file).unwrap());
+
+    // A cached block of an object that is gone: the name of the object is told.
+    let path = object.strip_prefix("s3:/").expect("its scheme");
+    assert_eq!(moto.request("DELETE", path), 204);
+    snap_s3(&["verify", object]).failed(1, &["there is no such object", object]);
+}
+
+#[test]
+fn what_the_environment_lacks_is_said() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut command = Command::new(SNAP);
+    command
+        .args(["info", "s3://bucket/guest"])
+        .env("SNAP_CACHE", folder.path())
+        // Nothing listens there.
+        .env("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+        .env("AWS_SECRET_ACCESS_KEY", SECRET)
+        .env("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE")
+        .env_remove("AWS_ALLOW_HTTP");
+    let ran = run(command).failed(1, &["s3://bucket/guest", "AWS_ALLOW_HTTP=true"]);
+    assert!(!ran.stderr.contains(SECRET), "{}", ran.stderr);
+}
