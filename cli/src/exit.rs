@@ -15,7 +15,7 @@ use crate::{size, stderr};
 pub(crate) const HELP: &str = "\
 Exit codes:
   0    done; also when a guest that is run or restored powers off
-  1    failed; the message gives what failed and where
+  1    failed; the message names what failed and where
   2    the command line is wrong
   3    the file is not a snapshot, or not what import takes; it is damaged, needs a newer
        snap, lacks its parent, or was written to while it was read

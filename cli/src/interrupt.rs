@@ -128,11 +128,11 @@ impl Interrupt {
                 None => next = look.next,
                 Some(End::Interrupted) => {
                     say("snap: interrupted\n");
-                    self.end_at_once(exit::INTERRUPTED);
+                    self.end_immediately(exit::INTERRUPTED);
                 }
                 Some(End::Failed(message)) => {
                     say(&format!("snap: {message}\n"));
-                    self.end_at_once(exit::FAILED);
+                    self.end_immediately(exit::FAILED);
                 }
             }
         }
@@ -153,13 +153,13 @@ impl Interrupt {
             self.stop_server();
             self.interrupt_children();
         } else if signals.iter().any(again) {
-            self.end_at_once(exit::INTERRUPTED);
+            self.end_immediately(exit::INTERRUPTED);
         }
         // SIGHUP is sent by the shell and by the kernel, and SIGXCPU comes every second: repeats of them are ignored.
     }
 
     /// Ends the process immediately, after removing its sockets and hidden files.
-    fn end_at_once(&self, code: u8) -> ! {
+    fn end_immediately(&self, code: u8) -> ! {
         if let Some(serving) = &*self.server() {
             let _ = serving.server.as_ref().map(ServerHandle::kill_guests);
         }
