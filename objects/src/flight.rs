@@ -20,6 +20,8 @@ struct Progress {
     /// The blocks that have come, from the first one on.
     come: Vec<Bytes>,
     failed: Option<Arc<ObjectError>>,
+    /// Also all that has come is stored.
+    ended: bool,
 }
 
 impl Flight {
@@ -55,6 +57,7 @@ impl Flight {
         if missing && progress.failed.is_none() {
             progress.failed = Some(Arc::new(ObjectError::Cancelled));
         }
+        progress.ended = true;
         drop(progress);
         self.changed.notify_all();
     }
@@ -72,6 +75,12 @@ impl Flight {
             // `wait_while` does not end so.
             (None, None) => Err(Arc::new(ObjectError::Cancelled)),
         }
+    }
+
+    /// Waits until nothing more is stored.
+    pub(crate) fn wait_for_end(&self) {
+        let ended = self.changed.wait_while(self.progress(), |progress| !progress.ended);
+        drop(ended.unwrap_or_else(PoisonError::into_inner));
     }
 
     fn progress(&self) -> MutexGuard<'_, Progress> {

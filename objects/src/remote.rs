@@ -168,7 +168,16 @@ impl ReadAt for RemoteObject {
     fn refetch(&self, bytes: Range<u64>) -> bool {
         let end = bytes.end.min(self.0.identity.len_bytes);
         let blocks = bytes.start / BLOCK_BYTES..end.div_ceil(BLOCK_BYTES);
-        bytes.start < end && self.0.entry.drop_blocks(blocks).is_ok()
+        if bytes.start >= end {
+            return false;
+        }
+        // A request whose bytes are damaged may not have stored them yet: it would be waited for again.
+        let table = self.0.table();
+        let flights: Vec<_> =
+            blocks.clone().filter_map(|block| table.flights.get(&block).cloned()).collect();
+        drop(table);
+        flights.iter().for_each(|flight| flight.wait_for_end());
+        self.0.entry.drop_blocks(blocks).is_ok()
     }
 }
 

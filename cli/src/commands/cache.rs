@@ -14,6 +14,10 @@ use crate::{bucket, size};
 /// The cache is in the folder $SNAP_CACHE, otherwise snap in $XDG_CACHE_HOME or ~/.cache, and takes $SNAP_CACHE_BYTES at
 /// most, otherwise 10 GiB.
 #[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  snap cache ls
+  snap cache prune --to 1G")]
 pub(crate) struct Args {
     #[command(subcommand)]
     what: What,
