@@ -18,7 +18,7 @@ pub(crate) struct Storage {
     pub(crate) level: Option<i32>,
 
     /// Pages stored together: small chunks are read fast, large ones compress better.
-    #[arg(long, value_name = "PAGES", default_value_t = 16,
+    #[arg(long, value_name = "PAGES", default_value_t = 8,
           value_parser = clap::value_parser!(u16).range(1..=512))]
     pub(crate) chunk_pages: u16,
 
@@ -59,7 +59,7 @@ impl Default for Storage {
         Self {
             codec: Codec::Zstd,
             level: None,
-            chunk_pages: 16,
+            chunk_pages: 8,
             no_dedupe: false,
             threads: None,
             force: false,

@@ -98,7 +98,7 @@ impl Default for WriteOptions {
         Self {
             codec: if cfg!(feature = "zstd") { Codec::Zstd } else { Codec::Lz4 },
             level: 1,
-            chunk_pages: 16,
+            chunk_pages: 8,
             threads: std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
             dedupe: true,
             existing: Existing::Keep,
