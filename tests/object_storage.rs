@@ -209,7 +209,7 @@ fn a_pushed_guest_is_restored_by_its_name_and_pulled_bit_by_bit() {
     let second = second.to_str().unwrap();
     let from = ["create", second, "--from", &url, "--when", "output:beat 9"];
     run(with_cache(&cache, &from)).ok();
-    run(with_cache(&cache, &["info", second])).failed(3, &["parent", "is not there"]);
+    run(with_cache(&cache, &["info", second])).failed(3, &["parent", "is missing"]);
     let pushed = run(with_cache(&cache, &["push", second, &third])).ok();
     assert!(pushed.stdout.contains("1 of 3 files sent"), "{}", pushed.stdout);
     assert!(restore(&third).contains("beat 10 "), "{}", restore(&third));

@@ -92,7 +92,7 @@ fn stdin_that_is_a_file_is_read_from_its_position() {
     shell(&place, "(dd bs=4096 count=1 of=first status=none; $SNAP import - -o b.snap) < image")
         .ok();
     shell(&place, "$SNAP export b.snap --format raw -o - | cat first - | cmp - image").ok();
-    shell(&place, "$SNAP import - -o image --force < image").failed(1, &["image is read"]);
+    shell(&place, "$SNAP import - -o image --force < image").failed(1, &["image is the input"]);
 }
 
 #[test]

@@ -145,7 +145,7 @@ fn invalid_options_are_refused_before_a_guest_runs() {
     let sample = Sample::small();
     let (file, out) = (text(&sample.file), text(&sample.folder.path().join("out.snap")));
     snap(["train", &file, "-o", &out]).failed(1, &["--until TEXT, --for TIME"]);
-    snap(["train", &file, "-o", &file, "--force", "--beats", "1"]).failed(1, &["is read"]);
+    snap(["train", &file, "-o", &file, "--force", "--beats", "1"]).failed(1, &["is the input"]);
     snap(["optimize", &file, "-o", &out]).failed(1, &["snap train"]);
     snap(["restore", &file, "--record", "-o", &out]).failed(2, &["--lazy"]);
     snap(["restore", "--lazy", &file, "--record"]).failed(2, &["--out"]);

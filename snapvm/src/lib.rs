@@ -62,7 +62,7 @@ pub use memory_map::{gpa_ranges, to_ranges, to_regions};
 pub use metadata::GuestMetadata;
 pub use observer::{Observer, Silent, Step};
 pub use recording::{FirstOutput, Pace, RecordError, Touched, record};
-pub use restore::{MemoryFrom, RestoreConfig, RestoredVm, snapshot_name};
+pub use restore::{MemoryFrom, RestoreConfig, RestoredVm, remote_fault_overhead, snapshot_name};
 pub use stable_file::StableFile;
 pub use staged_output::{OutputError, OutputShape, StagedOutput};
 pub use vm::{RunningVm, Vm};

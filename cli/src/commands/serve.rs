@@ -13,7 +13,7 @@ use pager::serve::{Consequence, KeepAt, Prefetched, ServeEvent, ServeOptions, Se
 use pager::{Populate, SnapshotSource, keep};
 use snapfmt::Snapshot;
 use snapvm::interchange::has_async_page_faults;
-use snapvm::{snapshot_name, with_causes, working_set_pages};
+use snapvm::{remote_fault_overhead, snapshot_name, with_causes, working_set_pages};
 
 use crate::api::private_socket;
 use crate::awaited_source::AwaitedSource;
@@ -103,7 +103,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     options.share = Some(snapshot_name(&snapshot));
     options.populate = args.populate.into();
     let halts = has_async_page_faults(&snapshot)?;
-    options.fault_overhead = halts.then_some(HALT);
+    options.fault_overhead = halts.then_some(HALT).or_else(|| remote_fault_overhead(&snapshot));
     options.prefetch = prefetched(args.prefetch, &snapshot);
     drop(reading_set);
     let keep_at =
