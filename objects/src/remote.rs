@@ -225,10 +225,11 @@ impl RemoteObject {
         let flight = Arc::new(Flight::new(run.clone()));
         // A landing that is dropped here would wait for the table.
         runtime::start()?;
-        let landing = Landing { object: self.clone(), flight: Arc::clone(&flight), is_ahead };
+        let (object, error) = (self.clone(), None);
+        let mut landing = Landing { object, flight: Arc::clone(&flight), is_ahead, error };
         runtime::spawn(async move {
             if let Err(error) = landing.object.0.fly(&landing.flight).await {
-                landing.flight.fail(error);
+                landing.fail(error);
             }
         })?;
         table.ahead_requests += usize::from(is_ahead);
@@ -282,6 +283,13 @@ struct Landing {
     object: RemoteObject,
     flight: Arc<Flight>,
     is_ahead: bool,
+    error: Option<ObjectError>,
+}
+
+impl Landing {
+    fn fail(&mut self, error: ObjectError) {
+        self.error = Some(error);
+    }
 }
 
 impl Drop for Landing {
@@ -291,6 +299,10 @@ impl Drop for Landing {
             table.flights.remove(&block);
         }
         table.ahead_requests -= usize::from(self.is_ahead);
+        // Only now: a read that begins after an error is a request of its own.
+        if let Some(error) = self.error.take() {
+            self.flight.fail(error);
+        }
         self.flight.end();
         self.object.pump(&mut table);
     }
