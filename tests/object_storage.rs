@@ -59,8 +59,8 @@ fn a_guest_is_restored_from_a_server_as_from_a_file() {
         assert_eq!(of_url.stdout, of_file.stdout);
         assert!(of_url.stdout.contains("beat"), "{}", of_url.stdout);
     }
-    let asked = served.fake.take_asked();
-    assert!(times_sent(&asked, KEY).values().all(|times| *times <= 2), "{asked:?}");
+    let received = served.fake.take_received();
+    assert!(times_sent(&received, KEY).values().all(|times| *times <= 2), "{received:?}");
 }
 
 #[test]
@@ -95,18 +95,18 @@ fn two_processes_with_one_cache_fetch_each_block_once_also_if_one_is_killed() {
     let served = Served::start(Duration::from_millis(10));
     // One opens it first: the ends of an object come with the question which object it is.
     served.snap(&["info", &served.url]).ok();
-    served.fake.take_asked();
+    served.fake.take_received();
     let verify = || start(with_cache(served.cache.path(), &["verify", &served.url]));
     let both = [verify(), verify()];
     for child in both {
         Ran::from(crate::support::end_of(child)).ok();
     }
-    let asked = served.fake.take_asked();
-    assert!(times_sent(&asked, KEY).values().all(|times| *times == 1), "{asked:?}");
+    let received = served.fake.take_received();
+    assert!(times_sent(&received, KEY).values().all(|times| *times == 1), "{received:?}");
 
     served.snap(&["cache", "prune"]).ok();
     let fake = served.fake.clone();
-    fake.decide(|_, asked| match asked.range.start {
+    fake.decide(|_, received| match received.range.start {
         0 => Fate::Answer,
         _ => Fate::Late(Duration::from_millis(300)),
     });

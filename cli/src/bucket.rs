@@ -1,4 +1,4 @@
-//! Snapshots in object storage: what `s3://`, `gs://`, `az://`, `http://`, `https://` and `file://` stand for.
+//! Snapshots in object storage: addresses with `s3://`, `gs://`, `az://`, `http://`, `https://` and `file://`.
 
 use std::path::Path;
 
@@ -37,7 +37,7 @@ pub(crate) fn url(path: &Path) -> Result<objects::ObjectUrl> {
     Ok(text.parse()?)
 }
 
-/// How objects are read: the cache is where `$SNAP_CACHE` says, and as large as `$SNAP_CACHE_BYTES` says.
+/// How objects are read. `$SNAP_CACHE` is the folder of the cache, `$SNAP_CACHE_BYTES` its limit.
 #[cfg(feature = "objects")]
 pub(crate) fn options() -> Result<objects::Options> {
     Ok(objects::Options::new(cache()?))
@@ -61,7 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_are_told_from_paths() {
+    fn addresses_are_distinguished_from_paths() {
         assert!(is_meant(Path::new("s3://bucket/guest")));
         assert!(is_meant(Path::new("https://host/guest.snap")));
         for path in ["guest.snap", "s3:/bucket", "folder/s3://x", "c://x"] {

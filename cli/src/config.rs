@@ -1,8 +1,8 @@
-//! `--config FILE.json`: options from a file, as if they stood on the command line before all others.
+//! `--config FILE.json`: options from a file. They count as if they were on the command line before all others.
 //!
-//! The words are those of the command line by construction: each key must be an option of the command, and becomes one,
-//! `--key=value`. So what reads the command line checks it too. A struct with a field for each option would be a second
-//! list of them, and a map would take a key that is given twice for one.
+//! Each key must be an option of the command, and becomes one, `--key=value`. So the parser of the command line checks
+//! it too. A struct with a field for each option would be a second list of them. A map would accept a key that is given
+//! twice.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -19,7 +19,7 @@ use serde_json::value::RawValue;
 
 use crate::input::reading;
 
-/// Longest file.
+/// The length limit of the file.
 const FILE_BYTES: u64 = 1 << 20;
 const OPTION: &str = "--config";
 
@@ -27,8 +27,8 @@ const OPTION: &str = "--config";
 #[derive(Clone, Debug, Default, clap::Args)]
 pub(crate) struct ConfigArgs {
     /// Take options from this file too, a JSON object with the options' names as keys: {"memory": "512M", "cpus": 2,
-    /// "disk": ["root.img", "data.img,ro"], "rng": true}. What is given on the command line counts more.
-    // Read before all other options: `expand`.
+    /// "disk": ["root.img", "data.img,ro"], "rng": true}. Options on the command line override it.
+    // `expand` reads this before all other options.
     #[arg(long, value_name = "FILE.json")]
     #[allow(dead_code)]
     config: Option<PathBuf>,
@@ -45,7 +45,7 @@ pub(crate) struct Expanded {
 /// The command line with the options of the file that `--config` names; `None` if it names none. `command` is changed
 /// so that later options count more than earlier ones.
 pub(crate) fn expand(command: &mut Command, args: &[OsString]) -> Result<Option<Expanded>> {
-    // Before the command there are only flags.
+    // Only flags precede the command.
     let is_word = |arg: &&OsString| !arg.as_encoded_bytes().starts_with(b"-");
     let Some((at, name)) = args.iter().enumerate().skip(1).find(|(_, arg)| is_word(arg)) else {
         return Ok(None);
@@ -66,15 +66,15 @@ pub(crate) fn expand(command: &mut Command, args: &[OsString]) -> Result<Option<
     let mut lines = Vec::new();
     for (key, value) in entries {
         let line = line_of(&text, value);
-        let said = || format!("{}, line {line}: {key:?}", file.display());
-        ensure!(!lines.iter().any(|(known, _)| *known == key), "{}: given twice", said());
+        let place = || format!("{}, line {line}: {key:?}", file.display());
+        ensure!(!lines.iter().any(|(known, _)| *known == key), "{}: given twice", place());
         let known = option(subcommand, &key).filter(|_| OPTION.trim_start_matches('-') != key);
         let known = known.with_context(|| {
-            format!("{} is no option of snap {}", said(), subcommand.get_name())
+            format!("{} is no option of snap {}", place(), subcommand.get_name())
         })?;
-        let value: Value = serde_json::from_str(value.get()).with_context(said)?;
-        let new = words_of(known, &key, &value).with_context(said)?;
-        // Of lists it is one or the other.
+        let value: Value = serde_json::from_str(value.get()).with_context(place)?;
+        let new = words_of(known, &key, &value).with_context(place)?;
+        // A list on the command line replaces that of the file.
         let replaced = matches!(known.get_action(), ArgAction::Append)
             && rest.iter().any(|arg| is_option(&format!("--{key}"), arg));
         if !replaced {
@@ -90,7 +90,7 @@ pub(crate) fn expand(command: &mut Command, args: &[OsString]) -> Result<Option<
 }
 
 impl Expanded {
-    /// Where in the file the option is that an error is about, if it is there.
+    /// The file and line of the option that an error is about, if the file has it.
     pub(crate) fn place_of(&self, error: &clap::Error) -> Option<String> {
         let Some(ContextValue::String(about)) = error.get(ContextKind::InvalidArg) else {
             return None;
@@ -162,7 +162,7 @@ fn line_of(text: &str, value: &RawValue) -> usize {
     1 + text.as_bytes()[..offset.min(text.len())].iter().filter(|byte| **byte == b'\n').count()
 }
 
-/// The entries of a JSON object, as they stand there.
+/// The entries of a JSON object, in their order, with duplicates.
 fn entries(text: &str) -> serde_json::Result<Vec<(String, &RawValue)>> {
     struct Object;
     impl<'de> Visitor<'de> for Object {
@@ -222,7 +222,7 @@ mod tests {
             "FILE",
         ];
         assert_eq!(found, expected);
-        // A list on the command line takes the place of the file's.
+        // A list on the command line replaces that of the file.
         let found = expanded(json, &["snap", "run", "--config=FILE", "--disk", "c.img"]);
         assert!(found.is_err(), "force is not an option of run");
         let json = r#"{"disk": "a.img"}"#;

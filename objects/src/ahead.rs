@@ -1,23 +1,24 @@
-//! Reading ahead of those who read an object from front to back: an eager restore, a verifier, a loader in the background.
+//! Reads ahead of sequential readers: an eager restore, a verifier, a loader in the background.
 
 use std::ops::Range;
 
 use crate::cache::BLOCK_BYTES;
 
-/// Streams that are followed at the same time: threads, and a guest's faults in between.
+/// The limit of streams that are followed at the same time: threads, and a guest's faults in between.
 const STREAMS: usize = 4;
-/// A stream must have got so far before anything is read ahead of it: faults of a guest often are close to each other.
+/// A stream must have this length before blocks are read ahead of it, because a guest's faults are often close
+/// together.
 const PROVEN_BLOCKS: u64 = 4;
 /// The first window, and the largest one: twice what a link of 10 Gbit/s sends in 20 ms.
 const FIRST_BLOCKS: u64 = 8;
 const MOST_BLOCKS: u64 = (32 << 20) / BLOCK_BYTES;
-/// Threads that share a stream are so far from its front at most.
+/// The largest distance of a thread from the front of a stream that it shares.
 const NEAR_BLOCKS: u64 = 16;
 
-/// Finds out who reads in order.
+/// Detects sequential readers.
 #[derive(Debug, Default)]
 pub(crate) struct Ahead {
-    /// The one that has moved last is the first.
+    /// The most recently used one is first.
     streams: Vec<Stream>,
 }
 
@@ -26,13 +27,13 @@ struct Stream {
     start: u64,
     /// The block after the last one that was read.
     front: u64,
-    /// Up to where blocks were announced.
+    /// The end of the announced blocks.
     announced: u64,
     window: u64,
 }
 
 impl Ahead {
-    /// These blocks are read. Returns which ones to fetch ahead, of an object of so many blocks.
+    /// Notes a read of these blocks, of an object of `of` blocks. Returns the blocks to fetch ahead.
     pub(crate) fn read(&mut self, blocks: Range<u64>, of: u64) -> Option<Range<u64>> {
         let near = |stream: &Stream| {
             blocks.start + NEAR_BLOCKS >= stream.front
@@ -61,7 +62,7 @@ impl Stream {
         if self.front - self.start < PROVEN_BLOCKS {
             return None;
         }
-        // Half of the window is still to come while the other half is being read.
+        // One half of the window is fetched while the other half is being read.
         if self.announced.saturating_sub(self.front) > self.window / 2 {
             return None;
         }

@@ -1,4 +1,4 @@
-//! What a failed request means: whether to try again, to read the credentials again, or to give up.
+//! The meaning of a failed request: to retry it, to read the credentials again, or to give up.
 
 use std::cell::RefCell;
 use std::error::Error;
@@ -33,12 +33,12 @@ pub(crate) async fn watched<F: Future>(request: F) -> (F::Output, Seen) {
     .await
 }
 
-/// An answer has come.
+/// Records that an answer has arrived.
 pub(crate) fn status(status: u16) {
     note(Seen::Status(status));
 }
 
-/// None has.
+/// Records that no answer has arrived.
 pub(crate) fn none(error: &HttpError) {
     note(match causes(error).find_map(untrusted) {
         Some(reason) => Seen::Untrusted(reason),
@@ -51,7 +51,8 @@ fn causes<'a>(error: &'a HttpError) -> impl Iterator<Item = &'a (dyn Error + 'st
     std::iter::successors(Some(first), |error| (*error).source())
 }
 
-/// An error of the TLS library about a certificate. It stands inside of an I/O error, which does not name it as its source.
+/// An error of the TLS library about a certificate. It is inside of an I/O error, which does not return it as its
+/// source.
 fn untrusted(error: &(dyn Error + 'static)) -> Option<String> {
     let inner = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
     let inner = inner.and_then(|inner| inner.downcast_ref::<rustls::Error>());
@@ -62,14 +63,14 @@ fn untrusted(error: &(dyn Error + 'static)) -> Option<String> {
 }
 
 fn note(seen: Seen) {
-    // Requests of other parts of the client, for example for a token, may run elsewhere.
+    // Other requests of the client, for example for a token, may run outside of `watched`.
     let _ = SEEN.try_with(|place| *place.borrow_mut() = seen);
 }
 
 /// How the standard library begins an error of looking a host's name up.
 const LOOK_UP: &str = "failed to lookup address information";
 
-/// Why there was no answer, in words that never hold an address or a header: the kind, and the system's error.
+/// Why there was no answer: the kind, and the system's error. The text never contains an address or a header.
 pub(crate) fn reason(error: &HttpError) -> String {
     let what = match error.kind() {
         HttpErrorKind::Connect => "cannot connect to the store",
@@ -87,10 +88,10 @@ pub(crate) fn reason(error: &HttpError) -> String {
     }
 }
 
-/// What a failed request means.
+/// The meaning of a failed request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Meaning {
-    /// It may pass.
+    /// The error is temporary.
     Passing(String),
     /// The credentials are not accepted: 401, 403, or an expired token.
     Credentials(u16),
@@ -98,13 +99,13 @@ pub(crate) enum Meaning {
     NotFound,
     /// 412.
     Replaced,
-    /// 416: the object has no such bytes.
+    /// 416: the object does not have these bytes.
     NoSuchRange,
-    /// All of the object was sent, not the range.
+    /// The whole object was sent, not the range.
     NoRanges,
     /// 409, and 412 of a request that creates: it is there already.
     Exists,
-    /// Anything else, with the code of the store for it, or with what is wrong with its certificate.
+    /// Any other error, with the store's code for it, or with the error of its certificate.
     Refused(Option<u16>, Option<String>),
 }
 
@@ -127,7 +128,7 @@ pub(crate) fn meaning(error: &StoreError, seen: Seen) -> Meaning {
             let code = code(&error.to_string());
             match status {
                 401 | 403 => Meaning::Credentials(status),
-                // As S3 says it.
+                // S3 answers with this code.
                 400 if code.as_deref().is_some_and(is_expiry) => Meaning::Credentials(status),
                 404 | 410 => Meaning::NotFound,
                 412 => Meaning::Replaced,
@@ -164,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_are_told_apart() {
+    fn answers_are_distinguished() {
         let of = |status, text: &str| meaning(&generic(text), Seen::Status(status));
         let busy = "<Error><Code>SlowDown</Code><Message>hunter2</Message></Error>";
         let passing = "the store answers with HTTP 503: SlowDown".to_owned();

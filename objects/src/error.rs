@@ -1,5 +1,4 @@
-//! What can go wrong with an object. No variant has a text of the server or of the HTTP client in it that could hold a
-//! credential.
+//! Errors of objects. No variant contains a text of the server or of the HTTP client that could hold a credential.
 
 use std::io;
 use std::path::PathBuf;
@@ -10,11 +9,11 @@ use snapfmt::{Permanent, ReadError, WriteError};
 
 use crate::url::UrlError;
 
-/// Why an object cannot be read or written. Whatever the address names, it names in full.
+/// Why an object cannot be read or written. Addresses are given in full.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ObjectError {
-    /// The address is none.
+    /// The text is not an address.
     #[error(transparent)]
     Url(#[from] UrlError),
     /// There is no such object (404), or it was deleted.
@@ -23,7 +22,7 @@ pub enum ObjectError {
         /// Its address.
         url: String,
     },
-    /// Another object has its key now (412, or another ETag in an answer).
+    /// Its key has another object now (412, or another ETag in an answer).
     #[error(
         "{url}: the object was replaced while it was read: ETag {expected} then, {} now",
         found.as_deref().unwrap_or("another")
@@ -36,7 +35,7 @@ pub enum ObjectError {
         /// The ETag of the answer, if there was one.
         found: Option<String>,
     },
-    /// The object has another length than when it was opened, or than its pointer says.
+    /// The object has another length than when it was opened, or than its name gives.
     #[error("{url}: the object is {found} bytes long, expected {expected}")]
     WrongLength {
         /// Its address.
@@ -85,7 +84,7 @@ pub enum ObjectError {
         /// The store's code for the error.
         code: Option<String>,
     },
-    /// The store was not reached, or did not answer, for as long as it was tried.
+    /// The store could not be reached, or did not answer, during all tries.
     #[error("{url}: {reason}; tried {attempts} times in {waited:.1?}")]
     Unavailable {
         /// Its address.
@@ -102,7 +101,7 @@ pub enum ObjectError {
     Configuration {
         /// The address.
         url: String,
-        /// What is missing or wrong.
+        /// The missing or wrong setting.
         reason: String,
     },
     /// The store cannot do this.
@@ -125,18 +124,18 @@ pub enum ObjectError {
         /// Its address.
         url: String,
     },
-    /// A name that is not one.
+    /// The object is neither a snapshot nor a valid name.
     #[error("{url}: neither a snapshot nor the name of one: {reason}")]
     Name {
         /// Its address.
         url: String,
-        /// What is wrong with it.
+        /// The error.
         reason: String,
     },
     /// The cache on disk cannot be used.
     #[error("cannot use the cache: {what} {}", path.display())]
     Cache {
-        /// What was tried.
+        /// The operation.
         what: &'static str,
         /// The folder or file.
         path: PathBuf,
@@ -152,20 +151,20 @@ pub enum ObjectError {
     Snapshot {
         /// Its address or path.
         name: String,
-        /// What is wrong with it.
+        /// The error.
         #[source]
         error: ReadError,
     },
     /// The file that a snapshot is pulled to.
     #[error(transparent)]
     Write(#[from] WriteError),
-    /// The caller's progress function has asked to stop.
+    /// The caller's progress function has requested a stop.
     #[error("cancelled")]
     Cancelled,
 }
 
 impl ObjectError {
-    /// As an I/O error. The retries are done: it is a permanent one.
+    /// Converts to an I/O error. It is permanent, because the retries are over.
     pub(crate) fn to_io(self: &Arc<Self>) -> io::Error {
         let kind = match **self {
             Self::NotFound { .. } => io::ErrorKind::NotFound,

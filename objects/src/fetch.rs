@@ -1,5 +1,5 @@
-//! Requests for bytes of one object: each names the object that was opened by its ETag, and is tried again from where the
-//! last answer broke off.
+//! Requests for bytes of one object. Each contains the ETag of the opened object, and is retried from the byte where
+//! the last answer broke off.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -14,14 +14,14 @@ use crate::retry::{Attempts, Retry};
 use crate::store::Store;
 use crate::url::ObjectUrl;
 
-/// What an object was when it was opened.
+/// The version of an object that was opened.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Identity {
     pub(crate) etag: String,
     pub(crate) len_bytes: u64,
 }
 
-/// Where an object is, and how it is asked for.
+/// Where an object is, and how it is requested.
 #[derive(Clone, Debug)]
 pub(crate) struct Source {
     pub(crate) url: ObjectUrl,
@@ -37,7 +37,7 @@ impl Source {
         Self { url: url.clone(), store, retry }
     }
 
-    /// What the object is now. One request without a body.
+    /// The object's current version. This is one request without a body.
     pub(crate) async fn identity(&self) -> Result<Identity, ObjectError> {
         let mut tries = Tries::new(self);
         loop {
@@ -50,7 +50,7 @@ impl Source {
         }
     }
 
-    /// The bytes of a range of an object that is not known yet, and what it is.
+    /// The bytes of a range of an object that is not open yet, and its version.
     pub(crate) async fn first(
         &self,
         range: GetRange,
@@ -118,7 +118,7 @@ impl Source {
         }
     }
 
-    /// Whether an answer is of the object that was opened, and of the range that was asked for.
+    /// Checks that an answer is of the opened version of the object.
     fn check(
         &self,
         answer: &GetResult,
@@ -157,10 +157,10 @@ impl Source {
     }
 }
 
-/// Longer than any store's.
+/// No store's ETag is longer.
 pub(crate) const MOST_ETAG_BYTES: usize = 256;
 
-/// A weak ETag is never equal in an `If-Match`; it is compared with that of each answer only, as all are.
+/// A weak ETag never matches an `If-Match`. It is compared only with the ETag of each answer.
 fn strong_etag(identity: &Identity) -> Option<String> {
     (!identity.etag.starts_with("W/")).then(|| identity.etag.clone())
 }
@@ -177,7 +177,7 @@ impl<'a> Tries<'a> {
         Self { source, attempts: Attempts::default(), renewed: false }
     }
 
-    /// Pauses before the next try after a failure, or says why there is none.
+    /// Pauses before the next try after a failure, or returns why there is none.
     pub(crate) async fn after(
         &mut self,
         failure: Meaning,

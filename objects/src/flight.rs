@@ -1,4 +1,4 @@
-//! Requests under way: threads that miss the same block wait for one request, and go on as soon as their block is there.
+//! Requests under way. Threads that miss the same block wait for one request, and continue when their block arrives.
 
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -17,10 +17,10 @@ pub(crate) struct Flight {
 
 #[derive(Default)]
 struct Progress {
-    /// The blocks that have come, from the first one on.
+    /// The blocks that have arrived, from the first one on.
     come: Vec<Bytes>,
     failed: Option<Arc<ObjectError>>,
-    /// Also all that has come is stored.
+    /// Also all blocks that have arrived are stored.
     ended: bool,
 }
 
@@ -33,24 +33,24 @@ impl Flight {
         self.blocks.clone()
     }
 
-    /// The next block has come.
+    /// Adds the next block.
     pub(crate) fn push(&self, block: Bytes) {
         self.progress().come.push(block);
         self.changed.notify_all();
     }
 
-    /// The number of the next block to come.
+    /// The number of the next block to arrive.
     pub(crate) fn next(&self) -> u64 {
         self.blocks.start + self.progress().come.len() as u64
     }
 
-    /// What has not come will not come.
+    /// The blocks that have not arrived will not arrive.
     pub(crate) fn fail(&self, error: ObjectError) {
         self.progress().failed = Some(Arc::new(error));
         self.changed.notify_all();
     }
 
-    /// Nothing more will come. Blocks that have not come, after a panic, are an error for those who wait for them.
+    /// Ends the request. Threads that wait for a block which has not arrived, after a panic, get an error.
     pub(crate) fn end(&self) {
         let mut progress = self.progress();
         let missing = (progress.come.len() as u64) < self.blocks.end - self.blocks.start;
@@ -72,7 +72,7 @@ impl Flight {
         match (progress.come.get(at), &progress.failed) {
             (Some(bytes), _) => Ok(bytes.clone()),
             (None, Some(error)) => Err(Arc::clone(error)),
-            // `wait_while` does not end so.
+            // `wait_while` does not return in this case.
             (None, None) => Err(Arc::new(ObjectError::Cancelled)),
         }
     }
@@ -90,7 +90,7 @@ impl Flight {
 
 /// Cuts the bytes of an answer into blocks.
 pub(crate) struct Blocks {
-    /// How long the rest of the answer is: the last block of an object is shorter.
+    /// The length of the rest of the answer: the last block of an object is shorter.
     left_bytes: u64,
     block: BytesMut,
 }
@@ -124,7 +124,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_waiter_goes_on_when_its_block_is_there() {
+    fn a_waiter_continues_when_its_block_arrives() {
         let flight = Arc::new(Flight::new(7..9));
         let waiter = |block| {
             let flight = Arc::clone(&flight);
@@ -137,7 +137,7 @@ mod tests {
         flight.fail(ObjectError::NotFound { url: "s3://a/b".into() });
         let error = second.join().unwrap().unwrap_err();
         assert!(matches!(*error, ObjectError::NotFound { .. }));
-        // What has come stays.
+        // Blocks that have arrived stay.
         assert!(flight.wait(7).is_ok());
         let ended = Flight::new(7..8);
         ended.end();
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_are_cut_into_blocks_whatever_their_parts_are() {
+    fn answers_in_any_parts_are_cut_into_blocks() {
         let len = 2 * BLOCK_BYTES + 100;
         let whole: Vec<u8> = (0..len).map(|at| (at % 251) as u8).collect();
         for part in [1000, BLOCK_BYTES as usize, 700_000] {

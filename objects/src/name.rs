@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// What a name holds. The objects are in the folder `objects` beside it, and known by the ids of the snapshots in them.
+/// The content of a name. The objects are in the folder `objects` beside it; their keys are the ids of their snapshots.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Name {
     /// The version of this form.
@@ -23,7 +23,7 @@ pub(crate) struct LayerName {
 }
 
 const VERSION: u32 = 1;
-/// A name of the longest chain is shorter.
+/// The name of the longest chain is shorter.
 const MOST_BYTES: u64 = 64 << 10;
 const MOST_LAYERS: usize = 256;
 
@@ -49,12 +49,12 @@ impl Name {
         serde_json::to_vec_pretty(self).unwrap_or_default()
     }
 
-    /// Whether an object that begins so is a name.
+    /// Whether an object with these first bytes is a name.
     pub(crate) fn is_meant(first_bytes: &[u8]) -> bool {
         first_bytes.first() == Some(&b'{')
     }
 
-    /// Reads a name. What it says comes from the bucket: an id is only taken if it has the form of one.
+    /// Reads a name. Its content comes from the bucket and is not trusted: an id must have the form of one.
     pub(crate) fn parse(bytes: &[u8], len_bytes: u64) -> Result<Self, String> {
         if len_bytes > MOST_BYTES || bytes.len() as u64 != len_bytes {
             return Err(format!("{len_bytes} bytes are too many for a name"));

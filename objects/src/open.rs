@@ -1,4 +1,4 @@
-//! Opening a snapshot in a bucket: one round trip for the first and the last MiB, whatever is read of them then.
+//! Opens a snapshot in a bucket. One round trip brings the first and the last MiB.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -18,8 +18,9 @@ use crate::runtime;
 use crate::store::Store;
 use crate::url::{ObjectUrl, Scheme};
 
-/// The bytes at each end of an object that come with the first answers. At the front are the header and the chunks that
-/// `snap optimize` puts there, at the end the index of up to 400 MiB of memory in use, and all that opening reads.
+/// The bytes at each end of an object that the first answers contain. The front has the header and the chunks that
+/// `snap optimize` puts there. The end has the index of up to 400 MiB of memory in use, and all that is read to open
+/// it.
 pub(crate) const END_BYTES: u64 = 1 << 20;
 
 /// Most layers of a chain, as in `snapfmt`.
@@ -30,7 +31,7 @@ const MOST_LAYERS: usize = 256;
 pub struct Options {
     /// Where blocks are kept.
     pub cache: Arc<Cache>,
-    /// What to do about errors that may pass.
+    /// How temporary errors are retried.
     pub retry: Retry,
 }
 
@@ -57,8 +58,8 @@ pub struct Opened {
     pub objects: Vec<RemoteObject>,
 }
 
-/// Opens the snapshot at an address: that of an object, or the name that a push has given. The parents of a layer are in
-/// the same folder of the same bucket.
+/// Opens the snapshot at an address: that of an object, or a name that a push has written. The parents of a layer are
+/// in the same folder of the same bucket.
 ///
 /// # Errors
 /// [`ObjectError`]
@@ -118,7 +119,7 @@ fn with_names(objects: &[RemoteObject]) -> impl Iterator<Item = (Storage, PathBu
         .map(|object| (Storage::other(object.clone()), PathBuf::from(object.url().to_string())))
 }
 
-/// The objects of a chain, and the name that has led to them.
+/// The objects of a chain, and the name that lists them.
 async fn chain(
     top: Source,
     options: &Options,
@@ -137,13 +138,13 @@ async fn chain(
     Ok((try_join_all(layers).await?, Some(name)))
 }
 
-/// Finds the parents of an object without a name one after the other: each says only the next one's id.
+/// Finds the parents of an object without a name one after the other: each object gives only its parent's id.
 async fn parents(top: RemoteObject, options: &Options) -> Result<Vec<RemoteObject>, ObjectError> {
     let mut objects = vec![top];
     while let Some(last) = objects.last() {
         let id = match tokio::task::block_in_place(|| Snapshot::new(last.clone())) {
             Err(ReadError::Chain(ChainError::ParentNeeded { id })) => id,
-            // What is wrong with it is told when the chain is opened.
+            // Opening the chain reports the error.
             Ok(_) | Err(_) => break,
         };
         let url = last.url().beside(&name::file_name(id))?;

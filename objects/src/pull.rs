@@ -1,4 +1,4 @@
-//! Objects of a bucket become snapshot files.
+//! Downloads objects of a bucket into snapshot files.
 
 use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
@@ -22,7 +22,7 @@ const PARTS: usize = 4;
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Pulled {
-    /// Where it is.
+    /// Its path.
     pub path: PathBuf,
     /// Its length in bytes.
     pub file_bytes: u64,
@@ -30,11 +30,11 @@ pub struct Pulled {
     pub was_there: bool,
 }
 
-/// Downloads a snapshot to `path`, and of a layer its parents, into the same folder, under the names that the layers have
-/// for them. Each file is verified, byte by byte, before it appears. A parent that is there already is left as it is.
+/// Downloads a snapshot to `path`, and of a layer its parents into the same folder. The layers give the parents' file
+/// names. Each file is verified, byte by byte, before it appears. A parent that exists is not replaced.
 ///
 /// # Errors
-/// [`ObjectError`]; then no file is at `path`, and parents that were complete are there.
+/// [`ObjectError`]; then `path` has no file, and complete parents stay.
 pub fn pull(
     url: &ObjectUrl,
     path: &Path,
@@ -81,7 +81,7 @@ fn local_paths(
             name: objects[number - 1].url().to_string(),
             error,
         })?;
-        // Only the last part: a snapshot from a bucket does not choose the folder.
+        // Only the last part is used: a snapshot from a bucket must not choose the folder.
         let name = hint.as_ref().and_then(|hint| hint.path.file_name());
         let name = name.map_or_else(|| format!("{}.snap", header.id).into(), ToOwned::to_owned);
         let path = top.with_file_name(name);
@@ -148,7 +148,7 @@ fn fetch(
     Ok(output.publish()?)
 }
 
-/// Past the cache: a pulled file is not read again from the bucket.
+/// Downloads without the cache, because a pulled file is not read again from the bucket.
 async fn download(
     source: &Source,
     identity: &Identity,

@@ -1,4 +1,4 @@
-//! A snapshot file becomes objects in a bucket, and gets a name there.
+//! Uploads the files of a snapshot as objects of a bucket, and writes a name for it.
 
 use std::fs::DirBuilder;
 use std::ops::ControlFlow;
@@ -22,13 +22,13 @@ use crate::runtime;
 use crate::store::Store;
 use crate::url::{ObjectUrl, Scheme};
 
-/// Bytes of a part; of files of more than 70 GiB more, because an upload has 10,000 parts at most.
+/// Bytes of a part. Files of more than 70 GiB have larger parts, because an upload has 10,000 parts at most.
 const PART_BYTES: u64 = 8 << 20;
 const MOST_PARTS: u64 = 9000;
 /// Parts under way at the same time.
 const PARTS: usize = 4;
 
-/// What a push has done.
+/// The result of a push.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Pushed {
@@ -48,10 +48,10 @@ pub struct PushedLayer {
     pub was_there: bool,
 }
 
-/// Uploads the files of a snapshot that are not in the bucket yet, parents first, and then gives it a name. The objects are
-/// in the folder `objects` beside the name. An interrupted push leaves no name.
+/// Uploads the files of a snapshot that are not in the bucket yet, parents first, and then writes its name. The objects
+/// are in the folder `objects` beside the name. An interrupted push leaves no name.
 ///
-/// A name that is taken is an error, unless it is to be replaced, or is that of this snapshot already.
+/// A name that is taken is an error, unless `replace` is set, or the name is already that of this snapshot.
 ///
 /// # Errors
 /// [`ObjectError`]
@@ -87,7 +87,7 @@ async fn push_all(
     };
     let named = Name::new(snapshot.headers().map(layer_name).collect());
     let content = Bytes::from(named.encode());
-    // Before hours of work, not after them.
+    // This is checked before the upload, which may take hours.
     if !replace && holds(name, &content).await? == Some(false) {
         return Err(ObjectError::NameTaken { url: name.url.to_string() });
     }
@@ -124,7 +124,7 @@ async fn holds(source: &Source, content: &Bytes) -> Result<Option<bool>, ObjectE
     }
 }
 
-/// Puts the name, last of all.
+/// Writes the name, after all objects.
 async fn give_name(name: &Source, content: Bytes, replace: bool) -> Result<(), ObjectError> {
     let mode = if replace { PutMode::Overwrite } else { PutMode::Create };
     let mut tries = Tries::new(name);
@@ -135,7 +135,7 @@ async fn give_name(name: &Source, content: Bytes, replace: bool) -> Result<(), O
         let (result, seen) = watched(put).await;
         let Err(error) = result else { return Ok(()) };
         match meaning(&error, seen) {
-            // Perhaps it was put by a try whose answer was lost.
+            // A try whose answer was lost may have written it.
             Meaning::Exists | Meaning::Replaced => {
                 return match holds(name, &content).await? {
                     Some(true) => Ok(()),
@@ -147,7 +147,7 @@ async fn give_name(name: &Source, content: Bytes, replace: bool) -> Result<(), O
     }
 }
 
-/// A file that is pushed, which must stay as it is meanwhile.
+/// A file that is pushed. It must not change meanwhile.
 struct File<'a> {
     header: &'a Header,
     storage: &'a Storage,
@@ -167,7 +167,7 @@ impl<'a> File<'a> {
         Ok(file)
     }
 
-    /// The header, and the stamp since that was read, are those of the snapshot that was opened.
+    /// Checks that the header and the stamp are still those of the opened snapshot.
     fn check_unchanged(&self, to: &ObjectUrl) -> Result<(), ObjectError> {
         let found = self.storage.stamp().map_err(|error| unreadable(to, 0, HEADER_BYTES, error))?;
         let same_header = self.first_bytes.ends_with(&self.header.crc.to_le_bytes());
@@ -219,7 +219,7 @@ impl<'a> File<'a> {
         let parts = self.upload_parts(to, &mut *upload, progress).await;
         let whole = parts.and_then(|()| self.check_unchanged(&to.url));
         if let Err(error) = whole {
-            // Where that fails, the bucket's rule for incomplete uploads removes the parts.
+            // If that fails, the bucket's rule for incomplete uploads removes the parts.
             let _ = upload.abort().await;
             return Err(error);
         }
@@ -263,7 +263,7 @@ impl<'a> File<'a> {
     }
 }
 
-/// The client has tried a failed upload again for as long as the patience lasts.
+/// The error of a failed upload. The client has retried it until the patience was over.
 fn failure(to: &Source, error: &object_store::Error, seen: crate::answer::Seen) -> ObjectError {
     let url = to.url.to_string();
     match meaning(error, seen) {
@@ -287,7 +287,7 @@ fn unreadable(to: &ObjectUrl, offset: u64, len: usize, source: std::io::Error) -
     ObjectError::Snapshot { name: to.to_string(), error }
 }
 
-/// Guest memory holds secrets, and the client would make a folder that everybody can read.
+/// Guest memory contains secrets, and the client would create a folder that all users can read.
 fn make_private_folder(url: &ObjectUrl) -> Result<(), ObjectError> {
     let folder = Path::new("/").join(url.key().as_ref());
     let made = DirBuilder::new().recursive(true).mode(0o700).create(&folder);

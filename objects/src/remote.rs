@@ -1,4 +1,4 @@
-//! An object as storage: read through the cache, and fetched where that has nothing.
+//! An object as storage: it is read through the cache, which fetches missing blocks.
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -21,9 +21,9 @@ use crate::url::ObjectUrl;
 
 /// Blocks of one request: 8 MiB.
 const RUN_BLOCKS: u64 = (8 << 20) / BLOCK_BYTES;
-/// Requests for what is only announced, at the same time.
+/// The limit of concurrent requests for announced blocks.
 const AHEAD_REQUESTS: usize = 4;
-/// Announced runs that wait for their request. More are forgotten: they are only hints.
+/// Announced runs that wait for their request. More are dropped, because they are only hints.
 const MOST_QUEUED: usize = 1024;
 /// How long another process may take for a block, before this one fetches it too.
 const OTHERS: Duration = Duration::from_secs(10);
@@ -83,7 +83,7 @@ impl RemoteObject {
         &self.0.source.url
     }
 
-    /// Bytes that this process has fetched since it was opened.
+    /// Bytes that this process has fetched since it opened the object.
     #[must_use]
     pub fn fetched_bytes(&self) -> u64 {
         self.0.fetched_bytes.load(Ordering::Relaxed)
@@ -97,13 +97,13 @@ impl RemoteObject {
         &self.0.source
     }
 
-    /// Whether the blocks at both ends are cached, which opening reads.
+    /// Whether the blocks at both ends are cached. They are read to open the object.
     pub(crate) fn has_ends(&self) -> bool {
         let entry = &self.0.entry;
         entry.has(0) && entry.has(entry.blocks() - 1)
     }
 
-    /// Stores bytes that came with the first answers. Parts of blocks at the ends are left out.
+    /// Stores the bytes of the first answers. Incomplete blocks at the ends are left out.
     pub(crate) fn fill(&self, offset: u64, bytes: &[u8]) {
         let inner = &self.0;
         inner.fetched_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
@@ -136,7 +136,7 @@ impl ReadAt for RemoteObject {
         if inner.entry.read(offset, buf).map_err(cache_broken)? {
             return Ok(());
         }
-        // All requests first, so that those for a long read are under way together.
+        // All requests are sent first, so that those of a long read run concurrently.
         for block in blocks.clone() {
             self.request(block, blocks.end)?;
         }
@@ -171,7 +171,7 @@ impl ReadAt for RemoteObject {
         if bytes.start >= end {
             return false;
         }
-        // A request whose bytes are damaged may not have stored them yet: it would be waited for again.
+        // A request for the damaged bytes may still be storing them. A new read would get them from it.
         let table = self.0.table();
         let flights: Vec<_> =
             blocks.clone().filter_map(|block| table.flights.get(&block).cloned()).collect();
@@ -198,8 +198,8 @@ impl RemoteObject {
         }
     }
 
-    /// The request for a block, which is sent now if there is none; it is for further blocks up to `until` too. `None`: the
-    /// block has come meanwhile.
+    /// The request for a block. If there is none, one is sent, also for further blocks up to `until`. `None`: the block
+    /// has arrived meanwhile.
     fn request(&self, block: u64, until: u64) -> io::Result<Option<Arc<Flight>>> {
         let mut table = self.0.table();
         if let Some(flight) = table.flights.get(&block) {
@@ -213,7 +213,7 @@ impl RemoteObject {
         self.start(&mut table, run, false).map(Some)
     }
 
-    /// The blocks from the first one on that one request can be for.
+    /// The longest run from the first block on that one request can fetch.
     fn run(&self, table: &Table, blocks: Range<u64>) -> Range<u64> {
         let most = blocks.end.min(blocks.start + RUN_BLOCKS).max(blocks.start + 1);
         let taken = |block: &u64| table.flights.contains_key(block) || self.0.entry.has(*block);
@@ -223,7 +223,7 @@ impl RemoteObject {
 
     fn start(&self, table: &mut Table, run: Range<u64>, is_ahead: bool) -> io::Result<Arc<Flight>> {
         let flight = Arc::new(Flight::new(run.clone()));
-        // A landing that is dropped here would wait for the table.
+        // Dropping a landing here would deadlock on the table.
         runtime::start()?;
         let (object, error) = (self.clone(), None);
         let mut landing = Landing { object, flight: Arc::clone(&flight), is_ahead, error };
@@ -271,14 +271,14 @@ impl RemoteObject {
                 table.queue.push_front(run.end..blocks.end);
             }
             if self.start(table, run, true).is_err() {
-                // They are only hints: who needs the bytes gets the error.
+                // They are only hints. A thread that reads these bytes gets the error.
                 table.queue.clear();
             }
         }
     }
 }
 
-/// A request under way. It ends when this is dropped, also by a panic: no thread waits for it any more then.
+/// A request under way. Dropping this ends it, also in a panic, so that no thread waits for it any more.
 struct Landing {
     object: RemoteObject,
     flight: Arc<Flight>,
@@ -313,7 +313,7 @@ impl Inner {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Brings all blocks of a request, from the cache if another process brings them there.
+    /// Fetches all blocks of a request, or reads them from the cache if another process fetches them.
     async fn fly(&self, flight: &Flight) -> Result<(), ObjectError> {
         let end = flight.blocks().end;
         let claim = self.claim(flight).await;
@@ -331,7 +331,7 @@ impl Inner {
                 self.fetched_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
                 blocks.push(bytes, &mut |block| {
                     flight.push(block.clone());
-                    // The disk may take its time, and other requests go on meanwhile.
+                    // The disk may be slow. Other requests continue meanwhile.
                     tokio::task::block_in_place(|| self.store(at, &block));
                     at += 1;
                 });
@@ -342,7 +342,7 @@ impl Inner {
         Ok(())
     }
 
-    /// Waits while another process brings these blocks. Without a claim they are fetched all the same, after some time: the
+    /// Waits while another process fetches these blocks. After some time they are fetched without a claim, because the
     /// other process may be stopped.
     async fn claim(&self, flight: &Flight) -> Option<Claim<'_>> {
         let started = Instant::now();
@@ -372,7 +372,7 @@ impl Inner {
         there.then(|| bytes.into())
     }
 
-    /// A block that cannot be stored, on a full disk, is fetched again when it is needed again.
+    /// A block that cannot be stored, for example on a full disk, is fetched each time it is needed.
     fn store(&self, block: u64, bytes: &[u8]) {
         if self.entry.store(block, bytes).is_ok() {
             self.cache.stored(bytes.len() as u64, &self.entry);

@@ -1,13 +1,14 @@
-//! How long a request is tried again, and the pauses in between.
+//! How long a request is retried, and the pauses between tries.
 
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::time::{Duration, Instant};
 
-/// What to do about errors that may pass: a busy server, a lost connection.
+/// How temporary errors are retried: a busy server, a lost connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Retry {
-    /// How long to try again without any progress, from the first failure. Whoever waits, a vCPU for example, waits so long.
+    /// How long to retry without any progress, from the first failure. A thread that waits, for example a vCPU, waits
+    /// as long.
     pub patience: Duration,
     /// The first pause. Each further one is twice as long; then a random part of up to a half is taken off.
     pub first_pause: Duration,
@@ -34,12 +35,12 @@ pub(crate) struct Attempts {
 }
 
 impl Attempts {
-    /// Some bytes have come: the server is there.
+    /// Some bytes have arrived, so the server is reachable.
     pub(crate) fn progress(&mut self) {
         *self = Self::default();
     }
 
-    /// How long to pause after one more failure; `None`: patience is over.
+    /// How long to pause after one more failure; `None` when the patience is over.
     pub(crate) fn failed(&mut self, retry: &Retry) -> Option<Duration> {
         let since = *self.since.get_or_insert_with(Instant::now);
         let doubled = 1u32.checked_shl(self.failures).unwrap_or(u32::MAX);

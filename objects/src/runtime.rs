@@ -27,7 +27,7 @@ pub(crate) fn start() -> io::Result<()> {
     runtime().map(drop)
 }
 
-/// Runs this on the thread of the requests.
+/// Runs a future on the thread of the requests.
 pub(crate) fn spawn<F>(future: F) -> io::Result<JoinHandle<F::Output>>
 where
     F: Future<Output: Send + 'static> + Send + 'static,
@@ -35,7 +35,7 @@ where
     Ok(runtime()?.spawn(future))
 }
 
-/// Waits for this, on the calling thread. Not to be called on the thread of the requests.
+/// Waits for a future, on the calling thread. The thread of the requests must not call this.
 pub(crate) fn wait<F: Future>(future: F) -> io::Result<F::Output> {
     Ok(runtime()?.block_on(future))
 }

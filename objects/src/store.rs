@@ -1,4 +1,4 @@
-//! The client of one bucket: made from the environment, and made again when its credentials are refused.
+//! The client of one bucket. It is built from the environment, and built again when its credentials are refused.
 
 use std::sync::{Arc, Once, PoisonError, RwLock};
 use std::time::Duration;
@@ -28,13 +28,13 @@ pub(crate) struct Store {
 }
 
 impl Store {
-    /// A client as the environment configures it, in each provider's own variables. It tries no request again: `fetch`
-    /// does, which knows what was received.
+    /// A client that the environment configures, in each provider's own variables. It retries no request: `fetch` does,
+    /// because it knows the bytes that were received.
     pub(crate) fn open(url: &ObjectUrl) -> Result<Self, ObjectError> {
         Self::with(url, RetryConfig { max_retries: 0, ..RetryConfig::default() })
     }
 
-    /// A client that tries requests again itself: an upload has a state that only it knows.
+    /// A client that retries requests itself, because only it knows the state of an upload.
     pub(crate) fn open_to_write(url: &ObjectUrl, retry: Retry) -> Result<Self, ObjectError> {
         let backoff = BackoffConfig {
             init_backoff: retry.first_pause,
@@ -61,7 +61,7 @@ impl Store {
         Ok(())
     }
 
-    /// What tells objects of the same address apart: the server, where the environment says it.
+    /// The server that the environment configures. It distinguishes objects of the same address.
     pub(crate) fn endpoint(url: &ObjectUrl) -> String {
         let names: &[&str] = match url.scheme() {
             Scheme::S3 => &["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"],
@@ -74,7 +74,7 @@ impl Store {
     }
 }
 
-/// Longer than a busy store takes for the first byte, and shorter than a guest likes to wait.
+/// A busy store sends the first byte sooner. A guest should not wait longer.
 const SILENCE: Duration = Duration::from_secs(10);
 const CONNECT: Duration = Duration::from_secs(5);
 
@@ -85,7 +85,7 @@ fn connect(url: &ObjectUrl, retry: &RetryConfig) -> Result<Arc<dyn ObjectStore>,
     check_endpoint(url)?;
     let options = ClientOptions::new()
         .with_allow_http(url.scheme() == Scheme::Http)
-        // Of a whole answer there is no limit, but of silence.
+        // The time of a whole answer has no limit, but the time without bytes has one.
         .with_timeout_disabled()
         .with_read_timeout(SILENCE)
         .with_connect_timeout(CONNECT)
@@ -131,7 +131,7 @@ fn scheme_name(url: &ObjectUrl) -> &'static str {
     if url.scheme() == Scheme::Https { "https" } else { "http" }
 }
 
-/// The endpoint is plain HTTP, and the environment does not allow that: each request would fail without saying so.
+/// The endpoint is plain HTTP, and the environment does not allow that: each request would fail without that reason.
 fn check_endpoint(url: &ObjectUrl) -> Result<(), ObjectError> {
     let plain = url.scheme() == Scheme::S3
         && Store::endpoint(url).lines().any(|endpoint| endpoint.starts_with("http://"))
@@ -149,7 +149,7 @@ fn allows_http() -> bool {
     std::env::var("AWS_ALLOW_HTTP").is_ok_and(|value| value == "true" || value == "1")
 }
 
-/// The options given here replace those of the environment: plain HTTP to an endpoint is one that users set.
+/// The options given here replace those of the environment, so plain HTTP is allowed here if the user has set it.
 fn s3_options(options: ClientOptions) -> ClientOptions {
     options.with_allow_http(allows_http())
 }
@@ -165,7 +165,7 @@ fn without_secrets(
     for (name, value) in environment {
         let (Some(name), Some(value)) = (name.to_str(), value.to_str()) else { continue };
         let name = name.to_ascii_uppercase();
-        // Shorter ones would hit ordinary words.
+        // Shorter values may occur in ordinary words.
         if value.len() >= 6 && SECRET.iter().any(|part| name.contains(part)) {
             text = text.replace(value, "(not shown)");
         }
@@ -173,7 +173,7 @@ fn without_secrets(
     text
 }
 
-/// Notes what a server answers, before it becomes an error without a status.
+/// Records a server's answer before the client turns it into an error without a status.
 #[derive(Debug)]
 struct Watching;
 

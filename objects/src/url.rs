@@ -1,4 +1,4 @@
-//! The address of an object: which store, and which key in it.
+//! The address of an object: its store, and its key there.
 
 use std::fmt;
 use std::str::FromStr;
@@ -84,7 +84,7 @@ impl ObjectUrl {
             "" => name.to_owned(),
             folder => format!("{folder}/{name}"),
         };
-        // A slash at the end would be left out.
+        // The parser would remove a slash at the end.
         let parsed = Path::parse(&key).ok().filter(|_| !name.is_empty() && !name.ends_with('/'));
         Ok(Self { key: parsed.ok_or(UrlError::Key)?, ..self.clone() })
     }
@@ -116,7 +116,7 @@ impl FromStr for ObjectUrl {
         if host.contains('@') {
             return Err(UrlError::Credentials);
         }
-        // Buckets take keys with these characters, but a signed URL must not be taken for a key.
+        // Buckets accept keys with these characters, but a signed URL must not be taken for a key.
         if rest.contains(['?', '#']) {
             return Err(UrlError::Query);
         }
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_be_a_secret_is_refused_and_not_repeated() {
+    fn a_possible_secret_is_refused_and_not_repeated() {
         let refused = |text: &str| text.parse::<ObjectUrl>().unwrap_err();
         assert_eq!(refused("https://user:hunter2@host/a"), UrlError::Credentials);
         assert_eq!(refused("https://host/a?X-Amz-Signature=hunter2"), UrlError::Query);

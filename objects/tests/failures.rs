@@ -1,4 +1,4 @@
-//! What a reader meets when the store fails: right bytes, or an error with a name.
+//! Readers of a store that fails get the right bytes, or an error with the object's address.
 
 mod support;
 
@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 
 use objects::ObjectError;
 use snapfmt::{Permanent, ReadAt, ReadError};
-use support::fake::{Asked, Fate, times_sent};
+use support::fake::{Fate, Received, times_sent};
 use support::{Bench, KEY, chain};
 
 const PAGES: usize = 4096;
-/// In the middle of the file, which no opening brings.
+/// A page in the middle of the file, which opening does not fetch.
 const FAR: u32 = PAGES as u32 / 2;
 
-/// The object's own error inside of one of reading.
+/// The object's error inside of a read error.
 #[track_caller]
 fn object_error(error: &ReadError) -> &ObjectError {
     let ReadError::Io { source, .. } = error.root() else { panic!("{}", chain(error)) };
@@ -26,10 +26,10 @@ fn object_error(error: &ReadError) -> &ObjectError {
     cause
 }
 
-/// Each request in turn fails once, in this way; all must come right.
+/// Each request in turn fails once in this way; all reads must succeed.
 fn passes(bench: &Bench, what: &str, fate: impl Fn() -> Fate + Send + Sync + Copy + 'static) {
     for failing in 0..3 {
-        bench.fake.take_asked();
+        bench.fake.take_received();
         bench.fake.decide(move |number, _| match number == failing {
             true => fate(),
             false => Fate::Answer,
@@ -38,13 +38,13 @@ fn passes(bench: &Bench, what: &str, fate: impl Fn() -> Fate + Send + Sync + Cop
         let opened = objects::open(&bench.url(), &options);
         let opened = opened.unwrap_or_else(|error| panic!("{what}: {}", chain(&error)));
         bench.check_page(&opened.snapshot, FAR);
-        let asked = bench.fake.take_asked();
-        assert_eq!(asked.len(), 4, "{what} of request {failing}: {asked:?}");
+        let received = bench.fake.take_received();
+        assert_eq!(received.len(), 4, "{what} of request {failing}: {received:?}");
     }
 }
 
 #[test]
-fn what_may_pass_is_tried_again() {
+fn temporary_errors_are_retried() {
     let bench = &Bench::start(PAGES, Duration::ZERO);
     passes(bench, "503", || Fate::Status(503, "SlowDown"));
     passes(bench, "500", || Fate::Status(500, "InternalError"));
@@ -59,11 +59,11 @@ fn an_answer_that_breaks_off_is_continued_where_it_broke_off() {
     passes(&bench, "a short body", || Fate::Truncate(100_000));
     bench.fake.decide(|_, _| Fate::Answer);
     let opened = bench.open();
-    bench.fake.take_asked();
+    bench.fake.take_received();
     bench.fake.decide(|number, _| if number == 0 { Fate::Truncate(100_000) } else { Fate::Answer });
     bench.check_page(&opened.snapshot, FAR);
-    let asked = bench.fake.take_asked();
-    assert_eq!(asked[1].range.start, asked[0].range.start + 100_000, "{asked:?}");
+    let received = bench.fake.take_received();
+    assert_eq!(received[1].range.start, received[0].range.start + 100_000, "{received:?}");
 }
 
 #[test]
@@ -78,7 +78,7 @@ fn an_outage_longer_than_the_patience_is_named() {
     assert!(matches!(object_error(&error), ObjectError::Unavailable { attempts: 5.., .. }));
     let text = chain(&error);
     assert!(text.contains("HTTP 503: SlowDown") && text.contains(KEY), "{text}");
-    // A shorter one is waited for; and what has failed may be read later.
+    // A read waits for the end of a shorter outage. A failed read may succeed later.
     bench.fake.decide(|number, _| match number < 5 {
         true => Fate::Reset,
         false => Fate::Answer,
@@ -89,7 +89,7 @@ fn an_outage_longer_than_the_patience_is_named() {
 #[test]
 fn a_server_that_cannot_be_reached_is_named() {
     let bench = Bench::start(3, Duration::ZERO);
-    // A port that nothing listens at.
+    // No server listens at this port.
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let url = format!("http://{free}/guest.snap").parse().unwrap();
     let error = objects::open(&url, &bench.options()).err().expect("it fails");
@@ -124,15 +124,15 @@ fn an_object_that_is_replaced_under_a_reader_is_named() {
         panic!("{}", chain(&error));
     };
     assert_eq!((url, expected.as_str()), (&bench.url().to_string(), "\"etag-0\""));
-    // What is cached stays readable.
+    // Cached blocks stay readable.
     bench.check_page(&opened.snapshot, 0);
 
-    // Between the two requests of opening: the second look sees one object.
+    // It is replaced between the two requests of opening; the second try sees one object.
     let fake = bench.fake.clone();
     let first = AtomicUsize::new(0);
     let original = std::fs::read(&bench.file).unwrap();
-    bench.fake.decide(move |_, asked| {
-        if asked.range.start > 0 && first.fetch_add(1, Ordering::SeqCst) == 0 {
+    bench.fake.decide(move |_, received| {
+        if received.range.start > 0 && first.fetch_add(1, Ordering::SeqCst) == 0 {
             fake.put(KEY, original.clone());
             return Fate::Status(503, "SlowDown");
         }
@@ -143,7 +143,7 @@ fn an_object_that_is_replaced_under_a_reader_is_named() {
 }
 
 #[test]
-fn a_server_that_ignores_conditions_is_seen_through() {
+fn a_server_that_ignores_conditions_is_detected() {
     let bench = Bench::start(PAGES, Duration::ZERO);
     // A weak ETag is not sent as a condition, so only the answers show it.
     let bytes = std::fs::read(&bench.file).unwrap();
@@ -156,7 +156,7 @@ fn a_server_that_ignores_conditions_is_seen_through() {
         panic!("{}", chain(&error));
     };
     assert_eq!((expected.as_str(), found.as_deref()), ("W/\"weak\"", Some("W/\"other\"")));
-    // The same ETag and another length.
+    // The object has the same ETag and another length.
     bench.fake.put_with(KEY, &bytes[..bytes.len() - 4096], Some("W/\"weak\"".into()));
     let error = bench.fail_page(&opened.snapshot, FAR + 300);
     assert!(matches!(object_error(&error), ObjectError::WrongLength { .. }), "{}", chain(&error));
@@ -170,11 +170,11 @@ fn credentials_are_read_again_once() {
     passes(bench, "an expired token", || Fate::Status(400, "ExpiredToken"));
     bench.fake.decide(|_, _| Fate::Answer);
     let opened = bench.open();
-    bench.fake.take_asked();
+    bench.fake.take_received();
     bench.fake.decide(|_, _| Fate::Status(403, "AccessDenied"));
     let error = bench.fail_page(&opened.snapshot, FAR);
     assert!(matches!(object_error(&error), ObjectError::Denied { status: 403, .. }));
-    assert_eq!(bench.fake.take_asked().len(), 2);
+    assert_eq!(bench.fake.take_received().len(), 2);
     // The body of the answer may hold anything.
     assert!(!chain(&error).contains("hunter2"), "{}", chain(&error));
 }
@@ -204,17 +204,17 @@ fn servers_and_objects_that_cannot_be_read_safely_are_refused() {
 fn damage_in_the_bucket_is_damage_after_one_more_fetch() {
     let bench = Bench::start(PAGES, Duration::ZERO);
     let opened = bench.open();
-    // Same ETag, other bytes: no store does that, but a broken proxy may.
+    // The ETag is the same and bytes differ. No store does that, but a broken proxy may.
     let mut bytes = std::fs::read(&bench.file).unwrap();
     for byte in &mut bytes[4 << 20..12 << 20] {
         *byte ^= 1;
     }
     bench.fake.put_with(KEY, bytes, Some("\"etag-0\"".into()));
-    bench.fake.take_asked();
+    bench.fake.take_received();
     let error = bench.fail_page(&opened.snapshot, FAR);
     assert!(matches!(error, ReadError::Corrupt(_)), "{}", chain(&error));
-    let asked: Vec<Asked> = bench.fake.take_asked();
-    assert!(times_sent(&asked, KEY).values().all(|times| *times == 2), "{asked:?}");
+    let received: Vec<Received> = bench.fake.take_received();
+    assert!(times_sent(&received, KEY).values().all(|times| *times == 2), "{received:?}");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Pushing and pulling: the same bytes come back, and what is interrupted leaves no name.
+//! Push and pull: a pulled file has the pushed bytes, and an interrupted push leaves no name.
 
 mod support;
 
@@ -88,13 +88,13 @@ fn what_is_pulled_is_what_was_pushed() {
     assert_eq!(std::fs::read(&pulled[1].path).unwrap(), std::fs::read(&setup.base).unwrap());
     open(&out).verify_chain(NonZeroUsize::MIN, GO_ON).unwrap();
 
-    // By the address of the object, without the name; and with the parent there already.
+    // The pull by the object's address needs no name, and keeps the parent that exists.
     let object = name.beside(&format!("objects/{}.snap", open(&setup.layer).header().id)).unwrap();
     let again = away.path().join("again.snap");
     let pulled = objects::pull(&object, &again, Existing::Keep, &setup.options(), GO_ON).unwrap();
     assert!(pulled[1].was_there && !pulled[0].was_there);
 
-    // Opened in place, too.
+    // It can also be opened in the bucket.
     let opened = objects::open(&name, &setup.options()).unwrap();
     assert_eq!(opened.snapshot.headers().len(), 2);
     opened.snapshot.verify_chain(NonZeroUsize::MIN, GO_ON).unwrap();
@@ -107,7 +107,7 @@ fn what_is_there_is_not_sent_again() {
     let pushed = push(&open(&setup.layer), &setup.name("guest")).unwrap();
     let there: Vec<_> = pushed.layers.iter().map(|layer| layer.was_there).collect();
     assert_eq!(there, [false, true]);
-    // The same name for the same snapshot is no error, for another one it is.
+    // The same name is accepted for the same snapshot, and refused for another one.
     push(&open(&setup.layer), &setup.name("guest")).unwrap();
     let error = push(&open(&setup.base), &setup.name("guest")).unwrap_err();
     assert!(matches!(error, ObjectError::NameTaken { .. }), "{}", chain(&error));
@@ -160,7 +160,7 @@ fn an_interrupted_or_damaged_pull_leaves_no_file() {
         |progress| objects::pull(&name, &out, Existing::Keep, &setup.options(), progress).map(drop);
     let error = pull(&|_| ControlFlow::Break(())).unwrap_err();
     assert!(matches!(error, ObjectError::Cancelled));
-    // In the midst of verifying.
+    // This interrupts the verification.
     let late = |p: Progress| match p.done_bytes > p.total_bytes * 3 / 4 {
         true => ControlFlow::Break(()),
         false => ControlFlow::Continue(()),

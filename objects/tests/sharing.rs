@@ -23,18 +23,18 @@ fn cache_file(bench: &Bench) -> PathBuf {
 }
 
 fn once(bench: &Bench) {
-    let asked = bench.fake.take_asked();
-    // What came with the first two answers overlaps in no block that the readers have asked for.
-    let times = times_sent(&asked, KEY);
+    let received = bench.fake.take_received();
+    // The first two answers contain no block that the readers have requested.
+    let times = times_sent(&received, KEY);
     let more: Vec<_> = times.iter().filter(|(_, times)| **times > 1).collect();
-    assert!(more.is_empty(), "{more:?}: {asked:?}");
+    assert!(more.is_empty(), "{more:?}: {received:?}");
 }
 
 #[test]
 fn threads_that_miss_the_same_block_wait_for_one_request() {
     let bench = Bench::start(PAGES, Duration::from_millis(20));
     let opened = bench.open();
-    bench.fake.take_asked();
+    bench.fake.take_received();
     let start = Barrier::new(8);
     thread::scope(|scope| {
         for _ in 0..8 {
@@ -44,20 +44,20 @@ fn threads_that_miss_the_same_block_wait_for_one_request() {
             });
         }
     });
-    assert_eq!(bench.fake.take_asked().len(), 1);
+    assert_eq!(bench.fake.take_received().len(), 1);
 }
 
 #[test]
 fn readers_with_one_cache_fetch_each_block_once() {
     let bench = Bench::start(PAGES, Duration::from_millis(2));
     let (one, other) = (bench.open(), bench.open());
-    bench.fake.take_asked();
+    bench.fake.take_received();
     thread::scope(|scope| {
         for (number, opened) in [&one, &other].into_iter().enumerate() {
             let bench = &bench;
             scope.spawn(move || {
                 for step in 0..PAGES as u32 {
-                    // From the front, and from the back.
+                    // Readers start from the front or from the back.
                     let page = if number == 0 { step } else { PAGES as u32 - 1 - step };
                     bench.check_page(&opened.snapshot, page);
                 }
@@ -71,18 +71,18 @@ fn readers_with_one_cache_fetch_each_block_once() {
 fn announced_ranges_are_fetched_by_parallel_requests() {
     let bench = Bench::start(4 * PAGES, Duration::from_millis(30));
     let opened = bench.open();
-    bench.fake.take_asked();
+    bench.fake.take_received();
     let object = &opened.objects[0];
     object.expect(0..object.len_bytes().unwrap());
     let mut bytes = vec![0; 1 << 20];
-    // The requests are waited for, not sent again.
+    // The read waits for the requests, and sends none again.
     for at in (0..60).map(|at| at << 20) {
         object.read_exact_at(&mut bytes, at).unwrap();
     }
-    let asked = bench.fake.take_asked();
-    assert!(asked.iter().all(|one| one.range.end - one.range.start <= 8 << 20), "{asked:?}");
-    assert!(asked.len() <= 12, "{} requests", asked.len());
-    assert!(depth(&asked) <= 4, "{asked:?}");
+    let received = bench.fake.take_received();
+    assert!(received.iter().all(|one| one.range.end - one.range.start <= 8 << 20), "{received:?}");
+    assert!(received.len() <= 12, "{} requests", received.len());
+    assert!(depth(&received) <= 4, "{received:?}");
     assert!(bench.fake.most_concurrent() >= 4);
 }
 
@@ -90,13 +90,13 @@ fn announced_ranges_are_fetched_by_parallel_requests() {
 fn a_long_read_has_its_requests_under_way_together() {
     let bench = Bench::start(4 * PAGES, Duration::from_millis(30));
     let opened = bench.open();
-    bench.fake.take_asked();
+    bench.fake.take_received();
     let mut bytes = vec![0; 40 << 20];
     opened.objects[0].read_exact_at(&mut bytes, 2 << 20).unwrap();
     let file = std::fs::read(&bench.file).unwrap();
     assert!(bytes == file[2 << 20..42 << 20]);
-    let asked = bench.fake.take_asked();
-    assert_eq!((asked.len(), depth(&asked)), (5, 1), "{asked:?}");
+    let received = bench.fake.take_received();
+    assert_eq!((received.len(), depth(&received)), (5, 1), "{received:?}");
 }
 
 #[test]
@@ -111,16 +111,16 @@ fn flipped_bytes_in_the_cache_heal() {
     let len = file.metadata().unwrap().len();
     let mut bytes = vec![0; len as usize - (8 << 10)];
     ReadAt::read_exact_at(&file, &mut bytes, 8 << 10).unwrap();
-    // Of all bytes of the object: header, chunks, index and all sections.
+    // Bytes of the whole object are flipped: header, chunks, index and all sections.
     bytes.iter_mut().for_each(|byte| *byte ^= 0x55);
     let flip = || file.write_all_at(&bytes, 8 << 10).unwrap();
     flip();
-    bench.fake.take_asked();
+    bench.fake.take_received();
     for page in (0..PAGES as u32).step_by(100) {
         bench.check_page(&opened.snapshot, page);
     }
     once(&bench);
-    // And all that opening and verifying reads.
+    // Opening and verifying must succeed, too.
     flip();
     let opened = bench.open();
     let verified =
@@ -129,18 +129,18 @@ fn flipped_bytes_in_the_cache_heal() {
 }
 
 #[test]
-fn a_cache_file_that_is_cut_or_gone_is_no_end() {
+fn a_truncated_or_removed_cache_file_is_no_error() {
     let bench = Bench::start(PAGES, Duration::ZERO);
     let opened = bench.open();
     bench.check_page(&opened.snapshot, 0);
     std::fs::remove_file(cache_file(&bench)).unwrap();
-    // The reader has it open.
+    // The reader has the file open.
     bench.check_page(&opened.snapshot, 0);
     bench.check_page(&opened.snapshot, PAGES as u32 / 2);
     let again = bench.open();
     for len in [4096 + 10, 4096 + 200_000, 0] {
         File::options().write(true).open(cache_file(&bench)).unwrap().set_len(len).unwrap();
-        // Neither zeros nor SIGBUS.
+        // The read gives neither zeros nor SIGBUS.
         bench.check_page(&again.snapshot, 0);
         let again_too = bench.open();
         for opened in [&opened, &again, &again_too] {
@@ -162,7 +162,7 @@ fn a_cache_smaller_than_the_object_holds_its_limit() {
         }
         let listed = options.cache.list().unwrap();
         let cached = listed[0].cached_bytes;
-        // Each process looks every 32 MiB.
+        // Each process checks the size every 32 MiB.
         assert!(cached <= limit + (32 << 20), "{cached} bytes in round {round}");
         assert!(listed[0].in_use);
     }
@@ -175,7 +175,7 @@ fn a_cache_smaller_than_the_object_holds_its_limit() {
 fn a_request_of_a_stopped_reader_does_not_stop_the_others() {
     let bench = Bench::start(PAGES, Duration::ZERO);
     let (one, other) = (bench.open(), bench.open());
-    bench.fake.take_asked();
+    bench.fake.take_received();
     // The first request is late; the second reader looks at the cache meanwhile.
     bench.fake.decide(|number, _| match number {
         0 => Fate::Late(Duration::from_secs(3)),
@@ -184,11 +184,11 @@ fn a_request_of_a_stopped_reader_does_not_stop_the_others() {
     thread::scope(|scope| {
         scope.spawn(|| bench.check_page(&one.snapshot, PAGES as u32 / 2));
         thread::sleep(Duration::from_millis(100));
-        // Another block.
+        // This is another block.
         let started = Instant::now();
         bench.check_page(&other.snapshot, PAGES as u32 / 3);
         assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
         bench.check_page(&other.snapshot, PAGES as u32 / 2);
     });
-    assert_eq!(bench.fake.take_asked().len(), 2);
+    assert_eq!(bench.fake.take_received().len(), 2);
 }

@@ -1,4 +1,4 @@
-//! The other side of a control socket: `snap create --vm`.
+//! The client of a control socket: `snap create --vm`.
 
 use std::cell::Cell;
 use std::io::{self, Read, Write};
@@ -21,14 +21,14 @@ use crate::storage::Storage;
 use crate::summary::Summary;
 use crate::waits::Wait;
 
-/// How often it is looked how far the guest's file is, and whether the user has interrupted.
+/// The interval of checks for the progress of the guest's file, and for an interrupt by the user.
 const LOOK: Duration = Duration::from_millis(100);
 /// A socket that does not report its progress within this time is not queried again.
 const STATE: Duration = Duration::from_secs(1);
-/// A guest whose process does not take the request for so long is not waited for.
+/// The time within which a guest's process must accept the request.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Has the guest at this socket stored at `out`, a path of its own file system. An interrupt cancels it.
+/// Makes the guest at this socket write its snapshot to `out`, a path of its own file system. An interrupt cancels it.
 pub(crate) fn create(
     socket: &Path,
     out: &Path,
@@ -49,12 +49,12 @@ pub(crate) fn create(
         threads: storage.threads,
     };
     let named = || format!("cannot ask the guest at {}", socket.display());
-    let (asked, stored) = (socket.display().to_string(), socket.display().to_string());
-    let asking = Wait::new(move || format!("the guest at {asked} to take a request"));
-    let asking = asking.at_most(PATIENCE).begin();
+    let (requested, stored) = (socket.display().to_string(), socket.display().to_string());
+    let requesting = Wait::new(move || format!("the guest at {requested} to take a request"));
+    let requesting = requesting.at_most(PATIENCE).begin();
     let stream = connect(socket, PATIENCE).with_context(named)?;
     send(&stream, "PUT", "/snapshot/create", &json!(wanted), PATIENCE).with_context(named)?;
-    drop(asking);
+    drop(requesting);
     let storing = Wait::new(move || format!("the guest at {stored} to be stored"));
     let storing = Cell::new(Some(storing.hears().begin()));
     let bar = Bar::of_other("storing", session.quiet, &session.interrupt);
@@ -65,9 +65,9 @@ pub(crate) fn create(
         if bar.is_shown()
             && let Some(progress) = progress(socket)
         {
-            // The bar shows more.
+            // The progress bar shows more.
             drop(storing.take());
-            // Interrupts are looked at above.
+            // Interrupts are handled above.
             let _ = bar.update(progress);
         }
         Ok(())
@@ -83,7 +83,7 @@ pub(crate) fn create(
     }
 }
 
-/// How far the guest at this socket is with its file.
+/// The progress of the guest's file, from its socket.
 fn progress(socket: &Path) -> Option<Progress> {
     #[derive(Deserialize)]
     struct Storing {
@@ -118,13 +118,13 @@ fn send(
     );
     stream.set_write_timeout(Some(patience))?;
     match stream.write_all((head + &body).as_bytes()) {
-        // It has closed the connection, and said why before.
+        // It has closed the connection, after it sent the reason.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         sent => Ok(sent?),
     }
 }
 
-/// Receives an answer. `waiting` is called meanwhile, and its error gives up.
+/// Receives an answer. `waiting` is called meanwhile; its error ends the wait.
 fn receive(stream: UnixStream, waiting: &dyn Fn() -> Result<()>) -> Result<(u16, Value)> {
     stream.set_read_timeout(Some(LOOK))?;
     let mut patient = Patient { stream, waiting };
@@ -143,7 +143,7 @@ fn receive(stream: UnixStream, waiting: &dyn Fn() -> Result<()>) -> Result<(u16,
     Ok((status, body))
 }
 
-/// Reads without end, but looks around all the time.
+/// A reader without a timeout that calls a check regularly.
 struct Patient<'a> {
     stream: UnixStream,
     waiting: &'a dyn Fn() -> Result<()>,

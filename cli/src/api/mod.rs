@@ -1,4 +1,4 @@
-//! The control socket of a guest: JSON over HTTP/1.1 at a private unix socket. What it understands: docs/api.md.
+//! The control socket of a guest: JSON over HTTP/1.1 at a private unix socket. docs/api.md describes the requests.
 //!
 //! A connection has a thread of its own and limits in bytes and in time, so that no client holds up
 //! the guest or another client.
@@ -23,7 +23,7 @@ use crate::waits::Wait;
 /// Where a guest can be controlled.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub(crate) struct ApiArgs {
-    /// Make a socket to control the guest by: pause, resume, store, state, figures. Its words are in docs/api.md.
+    /// Create a socket to control the guest: pause, resume, snapshot, state, figures. See docs/api.md.
     #[arg(long, value_name = "SOCKET")]
     pub(crate) api: Option<PathBuf>,
 }
@@ -34,7 +34,7 @@ impl ApiArgs {
     }
 }
 
-/// Makes a private socket with this name, by `bind`. The name goes with this process, however that ends.
+/// Makes a private socket with this name, by `bind`. The name is removed with this process, in whatever way it ends.
 pub(crate) fn private_socket<T>(
     path: &Path,
     bind: impl FnOnce() -> Result<T, BindError>,
@@ -47,7 +47,7 @@ pub(crate) fn private_socket<T>(
     Ok(bound)
 }
 
-/// A control socket without a server yet: clients wait.
+/// A control socket that has no server yet. Its clients wait.
 pub(crate) struct Api(Socket);
 
 impl Api {
@@ -56,7 +56,7 @@ impl Api {
         Ok(Self(socket.with_context(|| format!("cannot listen at {}", path.display()))?))
     }
 
-    /// Answers from now on, until what it gives is dropped.
+    /// Answers clients until the returned value is dropped.
     pub(crate) fn serve(self, remote: Remote, facts: Facts) -> Result<Serving> {
         Serving::start(self.0, routes::Routes { remote, facts })
             .context("cannot serve the control socket")

@@ -18,13 +18,13 @@ use super::response::Response;
 use crate::http::Request;
 use crate::live::{Answer, Command, Refused, Remote, StoreRequest};
 
-/// What does not change about the guest, and its figures.
+/// Constant facts about the guest, and its figures.
 pub(crate) struct Facts {
     pub(crate) memory_bytes: u64,
     pub(crate) vcpus: usize,
     pub(crate) restored_from: Option<PathBuf>,
     pub(crate) started: Instant,
-    /// The pager's figures, where there is one.
+    /// The pager's figures, if there is a pager.
     pub(crate) pager: Box<dyn Fn() -> Option<PagerFigures> + Send + Sync>,
 }
 
@@ -84,7 +84,7 @@ pub(super) struct CreateSnapshot {
 }
 
 impl CreateSnapshot {
-    /// How the file is to be written; or what is wrong with it.
+    /// How the file is to be written, or the error in the request.
     fn options(&self) -> Result<WriteOptions, String> {
         let mut options = WriteOptions::default();
         if let Some(codec) = &self.codec {
@@ -119,7 +119,7 @@ pub(super) enum SnapshotType {
     Diff,
 }
 
-/// How often it is looked whether a client still waits.
+/// The interval of checks whether a client still waits.
 const LOOK: Duration = Duration::from_millis(100);
 
 impl Routes {
@@ -195,7 +195,7 @@ impl Routes {
             Ok(options) => options,
             Err(error) => return Response::fault(400, error),
         };
-        // The client may have given up while this process was stopped.
+        // The client may have left while this process was stopped.
         if has_left(stream) {
             return Response::fault(499, "the client has left");
         }
@@ -228,7 +228,7 @@ impl Routes {
     }
 }
 
-/// What a command that was never answered came to.
+/// The result of a command that got no answer.
 const ENDED: Answer = Err(Refused::Ended);
 
 fn failed(error: &Refused) -> Response {
@@ -243,7 +243,7 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Response> {
     serde_json::from_slice(body).map_err(|error| Response::fault(400, format!("body: {error}")))
 }
 
-/// Whether the client has closed its end; one that only sends no more has not.
+/// Whether the client has closed its end. A client that has only finished sending has not.
 fn has_left(stream: &UnixStream) -> bool {
     let mut fds = [PollFd::new(stream, PollFlags::empty())];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };

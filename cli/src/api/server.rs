@@ -1,4 +1,4 @@
-//! Connections of the control socket: a thread each, and at most a few of them.
+//! Connections of the control socket. Each has a thread, and their number is limited.
 
 use std::io::{self, PipeWriter};
 use std::net::Shutdown;
@@ -15,15 +15,14 @@ use super::response::Response;
 use super::routes::Routes;
 use crate::http::{Connection, NoRequest, Patience};
 
-/// The limit of open connections. One more takes the place of the one that has been quiet for the longest.
+/// The limit of open connections. One more replaces the connection that has been quiet for the longest.
 const CONNECTIONS: usize = 16;
 const PATIENCE: Patience =
     Patience { idle: Duration::from_secs(60), request: Duration::from_secs(5) };
-/// A client that does not take its answer for so long does not get it.
+/// The time within which a client must read its answer.
 const WRITE: Duration = Duration::from_secs(5);
 
-/// Answers clients until it is dropped; then the socket's name is gone, and those that wait for the answer to
-/// something that is under way still get it.
+/// Answers clients until it is dropped. Then the socket's name is removed, and requests under way are still answered.
 pub(crate) struct Serving {
     stop: Option<PipeWriter>,
     thread: Option<JoinHandle<()>>,
@@ -48,7 +47,7 @@ impl Serving {
                 match socket.accept() {
                     Ok(Some(stream)) => clients.add(stream, &routes),
                     Ok(None) => {}
-                    // The process may be out of descriptors: there are more when clients have gone.
+                    // The process may be out of descriptors. Clients that leave free some.
                     Err(_) => std::thread::sleep(Duration::from_millis(100)),
                 }
             }
@@ -64,13 +63,13 @@ impl Drop for Serving {
     fn drop(&mut self) {
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
-            // A panic in it has been printed already.
+            // A panic in the thread has been printed already.
             let _ = thread.join();
         }
     }
 }
 
-/// The connections that there are.
+/// The open connections.
 #[derive(Default)]
 struct Clients(Mutex<Vec<Client>>);
 
@@ -99,7 +98,7 @@ impl Activity {
 }
 
 impl Clients {
-    /// Serves one more; if there are too many, at the cost of the quietest.
+    /// Serves one more connection. If there are too many, the quietest one is closed.
     fn add(&self, stream: UnixStream, routes: &Arc<Routes>) {
         let mut clients = self.lock();
         clients.retain(|client| !client.thread.is_finished());
@@ -110,10 +109,10 @@ impl Clients {
                 .map(|(_, i)| i);
             match quietest {
                 Some(i) => {
-                    // Its thread ends when it next looks.
+                    // Its thread ends at its next check.
                     let _ = clients.swap_remove(i).stream.shutdown(Shutdown::Both);
                 }
-                // All are being answered. This one may try again.
+                // All connections are being answered. This client may try again.
                 None => return,
             }
         }
@@ -125,7 +124,7 @@ impl Clients {
             let routes = Arc::clone(routes);
             move || {
                 serve(&stream, &activity, &routes);
-                // The list still has it; the client is to see now that it was all.
+                // The list still has the connection, so it is closed here for the client.
                 let _ = stream.shutdown(Shutdown::Both);
             }
         };
@@ -138,13 +137,13 @@ impl Clients {
                     "there is no thread for this request ({error}): a limit of processes, threads or memory \
                      is reached (RLIMIT_NPROC, RLIMIT_AS, a cgroup's pids.max)"
                 );
-                // It fits into an empty socket. Then the connection closes.
+                // The answer fits into an empty socket. Then the connection closes.
                 let _ = Response::fault(503, why).write(&mut &*stream, false);
             }
         }
     }
 
-    /// Lets those end that are being answered.
+    /// Waits for the requests that are being answered.
     fn finish(&self) {
         for client in self.lock().drain(..) {
             let _ = client.stream.shutdown(Shutdown::Read);

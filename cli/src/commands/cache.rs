@@ -1,4 +1,4 @@
-//! `snap cache`: what is cached of objects.
+//! `snap cache`: lists and prunes the cache of objects.
 
 use std::time::{Duration, SystemTime};
 
@@ -11,8 +11,8 @@ use crate::{bucket, size};
 
 /// Look at the cache of objects, and make it smaller.
 ///
-/// The cache is in the folder $SNAP_CACHE, otherwise snap in $XDG_CACHE_HOME or ~/.cache, and takes $SNAP_CACHE_BYTES at
-/// most, otherwise 10 GiB.
+/// The cache is in the folder $SNAP_CACHE, otherwise snap in $XDG_CACHE_HOME or ~/.cache, and takes $SNAP_CACHE_BYTES
+/// at most, otherwise 10 GiB.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:

@@ -1,4 +1,4 @@
-//! `snap push` and `snap pull`: snapshots into a bucket, and out of it.
+//! `snap push` and `snap pull`: copy snapshots to and from a bucket.
 
 use std::path::PathBuf;
 
@@ -67,7 +67,7 @@ pub(crate) struct PullArgs {
 pub(crate) fn push(args: &PushArgs, session: &Session) -> Result<()> {
     let url = bucket::url(&args.url)?;
     let snapshot = match args.input.open() {
-        // A layer on a snapshot in the bucket.
+        // The parents of the layer may be in the bucket.
         Err(error) if lacks_parent(&error) => {
             objects::open_over(&args.input.file, &url, &bucket::options()?).map_err(|other| {
                 Error::new(other).context(format!("{error:#}; and in the bucket"))
@@ -78,7 +78,7 @@ pub(crate) fn push(args: &PushArgs, session: &Session) -> Result<()> {
     let bar = Bar::new("pushing", session.quiet, &session.interrupt);
     let retry = Retry::default();
     let pushed = objects::push(&snapshot, &url, args.force, retry, &|p| bar.update(p));
-    let pushed = pushed.map_err(told)?;
+    let pushed = pushed.map_err(to_error)?;
     drop(bar);
     let layer = |(layer, header): (&objects::PushedLayer, &snapfmt::Header)| {
         json!({
@@ -107,7 +107,7 @@ pub(crate) fn pull(args: &PullArgs, session: &Session) -> Result<()> {
     let bar = Bar::new("pulling", session.quiet, &session.interrupt);
     let existing = if args.force { Existing::Replace } else { Existing::Keep };
     let pulled = objects::pull(&url, &args.out, existing, &bucket::options()?, &|p| bar.update(p));
-    let pulled = pulled.map_err(told)?;
+    let pulled = pulled.map_err(to_error)?;
     drop(bar);
     if args.json {
         let layer = |layer: &objects::Pulled| {
@@ -138,8 +138,8 @@ fn lacks_parent(error: &Error) -> bool {
     matches!(read.map(ReadError::root), Some(ReadError::Chain(ChainError::NotFound { .. })))
 }
 
-/// The exit code of an interrupt is that of all commands.
-fn told(error: ObjectError) -> Error {
+/// Converts an error, so that an interrupt has the exit code that it has in all commands.
+fn to_error(error: ObjectError) -> Error {
     match error {
         ObjectError::Cancelled => Interrupted.into(),
         ObjectError::Write(error) => error.into(),

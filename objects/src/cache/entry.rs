@@ -6,9 +6,9 @@
 //! | 4096 | one byte for each block: 0, or any other value if the block is there |
 //! | a multiple of 4096 after that | the blocks, each at its place |
 //!
-//! A block is written first, then its byte. A byte and not a bit, so that two processes never write the same one. The
-//! value is random: a reader that finds the same one before and after it has read a block knows that the block was there
-//! meanwhile, although others may punch it out.
+//! A block is written first, then its byte. It is a byte and not a bit, so that two processes never write the same
+//! byte. Its value is random: if a reader finds the same value before and after it reads a block, the block was there
+//! during the read, although others may punch it out.
 
 use std::collections::hash_map::RandomState;
 use std::fs::{self, File, OpenOptions};
@@ -35,11 +35,12 @@ const STATES_OFFSET: u64 = HEADER_BYTES as u64;
 /// The longest address that the header has room for.
 const MOST_URL_BYTES: usize = 3072;
 
-/// These bytes are only locked: whoever uses the file has the first one, shared; whoever makes it, the second.
+/// These bytes are only locked: a user of the file has a shared lock on the first, its creator has a lock on the
+/// second.
 const USE: Range<u64> = 0..1;
 const MAKE: Range<u64> = 1..2;
 
-/// Longer than another process takes to write a header.
+/// Another process writes a header in less time.
 const MAKING: Duration = Duration::from_secs(5);
 
 /// The file of one object.
@@ -47,7 +48,7 @@ const MAKING: Duration = Duration::from_secs(5);
 pub(crate) struct Entry {
     file: File,
     len_bytes: u64,
-    /// Where the next block to give up is looked for.
+    /// Where the search for the next block to drop begins.
     hand: AtomicU64,
 }
 
@@ -63,7 +64,7 @@ impl Entry {
                 .truncate(false)
                 .mode(0o600)
                 .open(path)?;
-            // Others remove files that are not in use.
+            // Other processes remove files that are not in use.
             if !lock::try_lock(&file, USE, Kind::Shared)? || file.metadata()?.nlink() == 0 {
                 continue;
             }
@@ -78,12 +79,12 @@ impl Entry {
                 entry.file.set_len(entry.data_offset() + len_bytes)?;
                 entry.file.write_all_at(&header[..], 0)?;
             } else if entry.file.read_exact_at(&mut found, 0).is_err() || found != *header {
-                // Of another version, or damaged; whoever uses it keeps it.
+                // It has another version, or is damaged. Processes that have it open keep it.
                 fs::remove_file(path)?;
                 continue;
             }
             lock::unlock(&entry.file, MAKE);
-            // Where that is not possible, it counts as not used for longer.
+            // If that fails, the file is only removed earlier.
             let _ = entry.file.set_modified(SystemTime::now());
             return Ok(entry);
         }
@@ -100,7 +101,8 @@ impl Entry {
         blocks.start * BLOCK_BYTES..end
     }
 
-    /// Fills `buf` with the bytes of the object at `offset`, which are inside of it. `false`: they are not all here.
+    /// Fills `buf` with the bytes of the object at `offset`, which are inside of it. Returns `false` if some are not
+    /// cached.
     pub(crate) fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<bool> {
         if buf.is_empty() {
             return Ok(true);
@@ -108,7 +110,7 @@ impl Entry {
         let blocks = offset / BLOCK_BYTES..(offset + buf.len() as u64).div_ceil(BLOCK_BYTES);
         let read = self.read_whole(blocks.clone(), offset, buf);
         match read {
-            // The file was cut: what is stored next makes it longer again.
+            // The file was truncated. The next stored block extends it again.
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
                 self.drop_blocks(blocks)?;
                 Ok(false)
@@ -131,28 +133,27 @@ impl Entry {
         self.states(block..block + 1).is_ok_and(|states| !states.contains(&0))
     }
 
-    /// Stores a block, all of it.
+    /// Stores a whole block.
     pub(crate) fn store(&self, block: u64, bytes: &[u8]) -> io::Result<()> {
         self.file.write_all_at(bytes, self.data_offset() + block * BLOCK_BYTES)?;
         let state = (RandomState::new().hash_one(block) % 255) as u8 + 1;
         self.file.write_all_at(&[state], STATES_OFFSET + block)
     }
 
-    /// Drops blocks: they are fetched again.
+    /// Drops blocks, so that they are fetched again.
     pub(crate) fn drop_blocks(&self, blocks: Range<u64>) -> io::Result<()> {
         let zeros = vec![0; (blocks.end - blocks.start) as usize];
         self.file.write_all_at(&zeros, STATES_OFFSET + blocks.start)
     }
 
-    /// Keeps other processes from fetching these blocks. `None`: one of them is being fetched by another.
+    /// Keeps other processes from fetching these blocks. `None`: another process fetches one of them.
     pub(crate) fn claim(&self, blocks: Range<u64>) -> io::Result<Option<Claim<'_>>> {
         let bytes = STATES_OFFSET + blocks.start..STATES_OFFSET + blocks.end;
         let locked = lock::try_lock(&self.file, bytes.clone(), Kind::Exclusive)?;
         Ok(locked.then_some(Claim { entry: self, bytes }))
     }
 
-    /// Gives up blocks of so many bytes, if there are as many. Those that were stored longest ago go first, where blocks
-    /// are stored in order.
+    /// Drops blocks with this many bytes, or all. If blocks are stored in order, the oldest are dropped first.
     pub(crate) fn punch(&self, bytes: u64) {
         let mut left = bytes;
         for _ in 0..self.blocks() {
@@ -160,7 +161,7 @@ impl Entry {
             if left == 0 {
                 break;
             }
-            // Not while another process stores it.
+            // A block that another process stores is skipped.
             let Ok(Some(_claim)) = self.claim(block..block + 1) else { continue };
             if !self.has(block) || self.drop_blocks(block..block + 1).is_err() {
                 continue;
@@ -194,7 +195,7 @@ impl Entry {
     }
 }
 
-/// The bytes of some blocks; those of a usual read need no allocation.
+/// The state bytes of some blocks. A usual read needs no allocation for them.
 #[derive(Default, PartialEq, Eq)]
 struct States {
     few: [u8; 16],
@@ -220,7 +221,7 @@ impl Drop for Claim<'_> {
     }
 }
 
-/// Removes a file, unless a process uses it. Whether it was removed.
+/// Removes a file, unless a process uses it. Returns whether it was removed.
 pub(crate) fn remove_unused(path: &Path) -> io::Result<bool> {
     let file = match OpenOptions::new().read(true).write(true).open(path) {
         Ok(file) => file,
@@ -243,7 +244,7 @@ pub(crate) fn is_in_use(path: &Path) -> bool {
     file.and_then(|file| lock::try_lock(&file, USE, Kind::Exclusive)).is_ok_and(|free| !free)
 }
 
-/// Which object a file is of.
+/// The object that a file caches.
 pub(crate) fn describe(path: &Path) -> Option<(String, Identity)> {
     let mut header = [0; HEADER_BYTES];
     File::open(path).ok()?.read_exact_at(&mut header, 0).ok()?;
@@ -284,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn blocks_are_there_for_all_who_open_the_file() {
+    fn all_open_files_share_the_blocks() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.blocks");
         let open = || Entry::open(&path, "s3://a/b", &identity()).unwrap();

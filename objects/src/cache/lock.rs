@@ -1,5 +1,5 @@
-//! Locks on ranges of a cache file, between processes and between opened files of one process. They end with the opened
-//! file, also when its process is killed.
+//! Locks on ranges of a cache file, between processes and between open files of one process. A lock ends when its file
+//! is closed, also when the process is killed.
 
 use std::fs::File;
 use std::io;
@@ -9,16 +9,16 @@ use std::os::fd::AsFd;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 
-/// What a lock is for.
+/// The kind of a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// Others may have the same.
+    /// Others may also have a shared lock.
     Shared,
-    /// No other may have any.
+    /// Others have no lock.
     Exclusive,
 }
 
-/// Locks a range of bytes, which need not be there. `false`: somebody else has it.
+/// Locks a range of bytes, which may be beyond the end. Returns `false` if another open file has a lock on it.
 pub(crate) fn try_lock(file: &File, bytes: Range<u64>, kind: Kind) -> io::Result<bool> {
     let l_type = match kind {
         Kind::Shared => libc_type(nix::libc::F_RDLCK),
@@ -33,7 +33,7 @@ pub(crate) fn try_lock(file: &File, bytes: Range<u64>, kind: Kind) -> io::Result
 
 /// Ends a lock.
 pub(crate) fn unlock(file: &File, bytes: Range<u64>) {
-    // A lock that was there can be ended.
+    // Unlocking a held lock does not fail.
     let _ = set(file, bytes, libc_type(nix::libc::F_UNLCK));
 }
 

@@ -24,7 +24,7 @@ pub(crate) use entry::{BLOCK_BYTES, Claim, Entry};
 /// The most that the cache takes on disk, unless another limit is given.
 pub const DEFAULT_CACHE_BYTES: u64 = 10 << 30;
 
-/// After so many bytes that a process has stored, it looks at the size of the cache again.
+/// A process checks the size of the cache again after it has stored this many bytes.
 const LOOK_EVERY_BYTES: u64 = 32 << 20;
 
 const SUFFIX: &str = ".blocks";
@@ -37,7 +37,7 @@ pub struct Cache {
     stored_bytes: AtomicU64,
 }
 
-/// What [`Cache::list`] finds.
+/// An object in the cache: see [`Cache::list`].
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Cached {
@@ -47,7 +47,7 @@ pub struct Cached {
     pub etag: String,
     /// The length of the object in bytes.
     pub object_bytes: u64,
-    /// What of it is on disk, in bytes.
+    /// Its bytes on disk.
     pub cached_bytes: u64,
     /// When it was last opened or stored to.
     pub used: SystemTime,
@@ -57,7 +57,7 @@ pub struct Cached {
 }
 
 impl Cache {
-    /// The cache in a folder, which is made, only for its owner, if it is not there.
+    /// Opens the cache in a folder. A missing folder is created, private to its owner.
     ///
     /// # Errors
     /// [`ObjectError::Cache`]
@@ -66,7 +66,7 @@ impl Cache {
         let made = DirBuilder::new().recursive(true).mode(0o700).create(&folder);
         made.map_err(|error| failed("make", &folder, error))?;
         let found = folder.metadata().map_err(|error| failed("look at", &folder, error))?;
-        // Whoever can write there can change a guest.
+        // Users with write access could change a guest.
         let owners = [rustix::process::geteuid().as_raw(), 0];
         if !owners.contains(&found.uid()) || found.mode() & 0o022 != 0 {
             let error = io::Error::new(
@@ -84,7 +84,7 @@ impl Cache {
         &self.folder
     }
 
-    /// The place of an object.
+    /// The file of an object.
     pub(crate) fn entry(&self, url: &ObjectUrl, found: &Identity) -> Result<Entry, ObjectError> {
         let path = self.folder.join(format!("{}-{}{SUFFIX}", name_of(url), hash(&found.etag)));
         let entry = Entry::open(&path, &url.to_string(), found);
@@ -93,14 +93,14 @@ impl Cache {
         Ok(entry)
     }
 
-    /// Whether there may be something of an object of this address.
+    /// Whether the cache may have blocks of an object of this address.
     pub(crate) fn knows(&self, url: &ObjectUrl) -> bool {
         let name = name_of(url);
         let mut names = fs::read_dir(&self.folder).into_iter().flatten().flatten();
         names.any(|entry| entry.file_name().to_str().is_some_and(|found| found.starts_with(&name)))
     }
 
-    /// Notes that bytes were stored; now and then it makes room.
+    /// Counts stored bytes, and makes room each time enough were stored.
     pub(crate) fn stored(&self, bytes: u64, entry: &Entry) {
         let before = self.stored_bytes.fetch_add(bytes, Ordering::Relaxed);
         if before / LOOK_EVERY_BYTES != (before + bytes) / LOOK_EVERY_BYTES {
@@ -120,8 +120,8 @@ impl Cache {
         Ok(all)
     }
 
-    /// Removes objects that no process has open, the one that was not used for longest first, until the cache has at most
-    /// so many bytes. Returns how many bytes were removed.
+    /// Removes objects that no process has open, the least recently used first, until the cache has at most `to_bytes`
+    /// bytes. Returns the number of removed bytes.
     ///
     /// # Errors
     /// [`ObjectError::Cache`]
@@ -142,9 +142,9 @@ impl Cache {
         Ok(removed)
     }
 
-    /// Keeps the limit: first at the cost of objects that are not in use, then of blocks of this one.
+    /// Enforces the limit: first removes objects that are not in use, then blocks of this one.
     fn make_room(&self, own: Option<&Entry>) {
-        // What cannot be looked at or removed stays; the next one tries again.
+        // Files that cannot be read or removed stay. The next call tries again.
         let _ = self.prune(self.limit_bytes);
         let total: u64 = self.list().iter().flatten().map(|cached| cached.cached_bytes).sum();
         if let (Some(own), excess @ 1..) = (own, total.saturating_sub(self.limit_bytes)) {
@@ -153,7 +153,8 @@ impl Cache {
     }
 }
 
-/// The folder that `$SNAP_CACHE` names, otherwise `snap` in the user's folder for caches. `None`: there is no such folder.
+/// The folder that `$SNAP_CACHE` names, otherwise `snap` in the user's folder for caches. `None`: there is no such
+/// folder.
 #[must_use]
 pub fn default_cache_folder() -> Option<PathBuf> {
     let named = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
@@ -180,7 +181,7 @@ fn look(path: PathBuf) -> Option<Cached> {
     })
 }
 
-/// Of the address and its server; the name of the bucket may be a secret, so the names of files do not show it.
+/// A hash of the address and its server. The bucket's name may be a secret, so file names do not show it.
 fn name_of(url: &ObjectUrl) -> String {
     hash(&format!("{url}\n{}", Store::endpoint(url)))
 }
@@ -235,14 +236,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_in_use_goes_first() {
+    fn objects_that_are_not_in_use_are_removed_first() {
         let folder = tempfile::tempdir().unwrap();
         let cache = Cache::open(folder.path(), 1 << 30).unwrap();
         drop(filled(&cache, "old"));
         let used = filled(&cache, "used");
         drop(filled(&cache, "new"));
         assert_eq!(cache.list().unwrap().iter().filter(|cached| cached.in_use).count(), 1);
-        // The oldest goes.
+        // The oldest is removed.
         cache.prune(7 * BLOCK_BYTES).unwrap();
         let left = || cache.list().unwrap().iter().map(|c| c.url.clone()).collect::<Vec<_>>();
         assert_eq!(left(), ["s3://bucket/new", "s3://bucket/used"]);
@@ -256,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn an_object_in_use_gives_up_blocks_when_there_is_nothing_else() {
+    fn an_object_in_use_loses_blocks_when_no_other_object_is_left() {
         let folder = tempfile::tempdir().unwrap();
         let cache = Cache::open(folder.path(), 2 * BLOCK_BYTES).unwrap();
         let entry = filled(&cache, "large");

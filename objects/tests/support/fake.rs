@@ -1,4 +1,4 @@
-//! A server of objects that answers late, wrongly or not at all, and remembers what it was asked.
+//! A server of objects that answers late, wrongly or not at all, and records its requests.
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -9,12 +9,12 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// One request, as the server saw it.
+/// A request that the server has received.
 #[derive(Clone, Debug)]
-pub(crate) struct Asked {
+pub(crate) struct Received {
     pub(crate) method: String,
     pub(crate) path: String,
-    /// The bytes that were answered.
+    /// The range of the answer.
     pub(crate) range: Range<u64>,
     pub(crate) if_match: Option<String>,
     pub(crate) started: Instant,
@@ -28,19 +28,19 @@ pub(crate) enum Fate {
     /// It is answered.
     #[default]
     Answer,
-    /// It is answered with this status, and an S3 error of this code.
+    /// The answer has this status, and an S3 error with this code.
     Status(u16, &'static str),
-    /// The body ends after so many bytes, and the connection with it.
+    /// The body and the connection end after this many bytes.
     Truncate(usize),
     /// The connection ends without an answer.
     Reset,
     /// The answer is of the whole object.
     NoRanges,
-    /// The answer comes so much later.
+    /// The answer is delayed by this time.
     Late(Duration),
 }
 
-type Decide = dyn Fn(usize, &Asked) -> Fate + Send + Sync;
+type Decide = dyn Fn(usize, &Received) -> Fate + Send + Sync;
 
 struct Object {
     bytes: Arc<Vec<u8>>,
@@ -50,7 +50,7 @@ struct Object {
 #[derive(Default)]
 struct State {
     objects: HashMap<String, Object>,
-    asked: Vec<Asked>,
+    received: Vec<Received>,
     decide: Option<Arc<Decide>>,
 }
 
@@ -78,7 +78,7 @@ impl Fake {
         Self::with_rate(latency, None)
     }
 
-    /// One that also sends no more than so many bytes a second through a connection.
+    /// A server that also limits the bytes a second of each connection.
     pub(crate) fn with_rate(latency: Duration, rate: Option<u64>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
         let address = listener.local_addr().expect("it has an address");
@@ -122,18 +122,18 @@ impl Fake {
     }
 
     /// Decides what happens to each request from now on, by its number, from 0.
-    pub(crate) fn decide(&self, decide: impl Fn(usize, &Asked) -> Fate + Send + Sync + 'static) {
+    pub(crate) fn decide(&self, decide: impl Fn(usize, &Received) -> Fate + Send + Sync + 'static) {
         self.shared.number.store(0, Ordering::SeqCst);
         self.state().decide = Some(Arc::new(decide));
     }
 
     /// The requests since the last call.
-    pub(crate) fn take_asked(&self) -> Vec<Asked> {
-        // A client may have its answer a moment before it is noted.
+    pub(crate) fn take_received(&self) -> Vec<Received> {
+        // A client may get its answer a moment before the request is recorded.
         while self.shared.now.load(Ordering::SeqCst) > 0 {
             thread::yield_now();
         }
-        std::mem::take(&mut self.state().asked)
+        std::mem::take(&mut self.state().received)
     }
 
     /// The most requests that were under way at the same time.
@@ -146,9 +146,9 @@ impl Fake {
     }
 }
 
-/// How many requests had to follow each other: one that started after another had ended may have needed its answer.
-pub(crate) fn depth(asked: &[Asked]) -> usize {
-    let mut by_start = asked.to_vec();
+/// The longest chain of requests. A request that started after another had ended may have needed its answer.
+pub(crate) fn depth(received: &[Received]) -> usize {
+    let mut by_start = received.to_vec();
     by_start.sort_by_key(|one| one.started);
     let mut depths: Vec<usize> = Vec::new();
     for one in &by_start {
@@ -159,9 +159,9 @@ pub(crate) fn depth(asked: &[Asked]) -> usize {
 }
 
 /// How often each block of 256 KiB was sent.
-pub(crate) fn times_sent(asked: &[Asked], path: &str) -> HashMap<u64, usize> {
+pub(crate) fn times_sent(received: &[Received], path: &str) -> HashMap<u64, usize> {
     let mut times = HashMap::new();
-    for one in asked.iter().filter(|one| one.path == path && one.method == "GET") {
+    for one in received.iter().filter(|one| one.path == path && one.method == "GET") {
         for block in one.range.start / (256 << 10)..one.range.end.div_ceil(256 << 10) {
             *times.entry(block).or_default() += 1;
         }
@@ -210,9 +210,9 @@ fn serve(shared: &Shared, stream: TcpStream) -> std::io::Result<()> {
     while let Some(request) = read_request(&mut reader)? {
         let now = shared.now.fetch_add(1, Ordering::SeqCst) + 1;
         shared.most.fetch_max(now, Ordering::SeqCst);
-        let go_on = answer(shared, &request, &mut out);
+        let keep_open = answer(shared, &request, &mut out);
         shared.now.fetch_sub(1, Ordering::SeqCst);
-        if !go_on? {
+        if !keep_open? {
             break;
         }
     }
@@ -230,7 +230,7 @@ fn answer(shared: &Shared, request: &Request, out: &mut TcpStream) -> std::io::R
         let object = object.map(|object| (Arc::clone(&object.bytes), object.etag.clone()));
         (object, state.decide.clone())
     };
-    let mut asked = Asked {
+    let mut received = Received {
         method: request.method.clone(),
         path: request.path.clone(),
         range: 0..0,
@@ -242,8 +242,8 @@ fn answer(shared: &Shared, request: &Request, out: &mut TcpStream) -> std::io::R
     let (bytes, etag) = object.clone().unwrap_or_default();
     let len = bytes.len() as u64;
     let range = request.range.as_deref().map(|text| parse(text, len));
-    asked.range = range.clone().flatten().unwrap_or(0..len);
-    let fate = decide.map_or(Fate::Answer, |decide| decide(number, &asked));
+    received.range = range.clone().flatten().unwrap_or(0..len);
+    let fate = decide.map_or(Fate::Answer, |decide| decide(number, &received));
     if let Fate::Late(time) = fate {
         thread::sleep(time);
     }
@@ -256,7 +256,7 @@ fn answer(shared: &Shared, request: &Request, out: &mut TcpStream) -> std::io::R
         (_, _, Some(None)) => (416, "InvalidRange"),
         _ => (206, ""),
     };
-    asked.status = status;
+    received.status = status;
     let sent = match fate {
         Fate::Reset => Ok(false),
         _ if status >= 300 => {
@@ -266,8 +266,8 @@ fn answer(shared: &Shared, request: &Request, out: &mut TcpStream) -> std::io::R
             out.write_all((head + body).as_bytes()).map(|()| true)
         }
         fate => {
-            let sent = if status == 200 { 0..len } else { asked.range.clone() };
-            asked.range = sent.clone();
+            let sent = if status == 200 { 0..len } else { received.range.clone() };
+            received.range = sent.clone();
             let mut head = format!(
                 "HTTP/1.1 {status} OK\r\ncontent-length: {}\r\nlast-modified: Tue, 03 Nov 2026 08:00:00 GMT\r\n",
                 sent.end - sent.start
@@ -291,8 +291,8 @@ fn answer(shared: &Shared, request: &Request, out: &mut TcpStream) -> std::io::R
             }
         }
     };
-    asked.ended = Instant::now();
-    shared.state.lock().expect("no thread panics with it").asked.push(asked);
+    received.ended = Instant::now();
+    shared.state.lock().expect("no thread panics with it").received.push(received);
     sent
 }
 

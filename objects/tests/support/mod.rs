@@ -53,8 +53,9 @@ pub(crate) fn write_on(parent: &Path, file: &Path, memory: &[u8], offset: u64) {
     let parent = Parent::new(&onto, parent.file_name().expect("a name"));
     let data = [offset..offset + PAGE_BYTES as u64];
     let contents = Contents::new(&regions, &memory, &data);
-    let go_on = |_| ControlFlow::Continue(());
-    write_layer(file, contents, &parent, &WriteOptions::default(), &go_on).expect("it is written");
+    let proceed = |_| ControlFlow::Continue(());
+    write_layer(file, contents, &parent, &WriteOptions::default(), &proceed)
+        .expect("it is written");
 }
 
 /// A server with a snapshot, and a cache.
@@ -82,7 +83,7 @@ impl Bench {
         self.fake.url(KEY).parse().expect("an address")
     }
 
-    /// With one second of patience.
+    /// Options with one second of patience.
     pub(crate) fn options(&self) -> Options {
         self.options_in("cache")
     }
@@ -96,7 +97,7 @@ impl Bench {
         objects::open(&self.url(), &self.options()).expect("it opens")
     }
 
-    /// Whether a page is as it was written.
+    /// Checks that a page has the bytes that were written.
     #[track_caller]
     pub(crate) fn check_page(&self, snapshot: &Snapshot, page: u32) {
         let mut bytes = [0; PAGE_BYTES];
