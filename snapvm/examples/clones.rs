@@ -1,5 +1,4 @@
-//! Runs three clones in their own processes. They share the pages that none writes: `cargo run --example clones FILE
-//! SOCKET`
+//! Runs three clones as processes that share the pages that none writes: `cargo run --example clones FILE SOCKET`
 use std::{error::Error, os::fd::AsFd, path::Path, process::Command, sync::Arc, time::Duration};
 
 use snapvm::pager::{SnapshotSource, serve::ServeOptions, serve::Server};
