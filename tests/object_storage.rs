@@ -4,12 +4,14 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
 use crate::fake_objects::{Fake, Fate, times_sent};
-use crate::support::{Ran, SNAP, Sample, needs_vm, run, signal, snap, start};
+use crate::support::{
+    Ran, SNAP, Sample, end_of, needs_vm, run, signal, snap, start, wait_for_handlers,
+};
 
 const KEY: &str = "/bucket/guest.snap";
 
@@ -238,4 +240,37 @@ fn wrong_addresses_are_refused_without_repeating_their_secrets() {
     }
     let with_parent = ["info", "s3://bucket/a", "--parent", "b.snap"];
     run(with_cache(folder.path(), &with_parent)).failed(1, &["in the same bucket"]);
+}
+
+/// A server that takes connections and sends nothing.
+#[test]
+fn a_push_and_a_pull_from_a_silent_server_are_reported_and_interrupted() {
+    needs_vm!();
+    let sample = Sample::small();
+    let server = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let endpoint = format!("http://{}", server.local_addr().expect("it has an address"));
+    let folder = tempfile::tempdir().expect("a folder");
+    let out = folder.path().join("out.snap");
+    let (file, out_text) = (sample.file.to_string_lossy(), out.to_string_lossy());
+    for args in [["push", &file, "s3://bucket/name"], ["pull", "s3://bucket/name", &out_text]] {
+        let mut command = with_cache(&folder.path().join("cache"), &args);
+        command.envs([
+            ("AWS_ENDPOINT_URL", &*endpoint),
+            ("AWS_ALLOW_HTTP", "true"),
+            ("AWS_ACCESS_KEY_ID", "hunter2key"),
+            ("AWS_SECRET_ACCESS_KEY", "hunter2secret"),
+            ("AWS_REGION", "us-east-1"),
+        ]);
+        let child = start(command);
+        wait_for_handlers(child.id());
+        std::thread::sleep(Duration::from_millis(1500));
+        let interrupted = Instant::now();
+        signal(child.id(), "INT");
+        let ran = Ran::from(end_of(child));
+        // Less than the five seconds after which the process would be ended from outside.
+        assert!(interrupted.elapsed() < Duration::from_secs(4), "{args:?}: {}", ran.stderr);
+        assert!(!ran.stderr.contains("hunter2"), "{}", ran.stderr);
+        ran.failed(130, &["waiting for the server", "interrupted"]);
+        assert!(!out.exists());
+    }
 }

@@ -26,6 +26,13 @@ impl Bar {
         bar
     }
 
+    /// For work that also waits for a server.
+    pub(crate) fn of_transfer(what: &'static str, quiet: bool, interrupt: &Interrupt) -> Self {
+        let mut bar = Self::of_other(what, quiet, interrupt);
+        bar.steps = Some(Steps::begin_on("the server, the disk or the CPU", what));
+        bar
+    }
+
     /// For work that another process does.
     pub(crate) fn of_other(what: &'static str, quiet: bool, interrupt: &Interrupt) -> Self {
         let target = match quiet {
@@ -70,22 +77,31 @@ pub(crate) struct Steps {
 impl Steps {
     /// The work `what` starts now, for example "storing".
     pub(crate) fn begin(what: &'static str) -> Self {
+        Self::begin_on("the disk or the CPU", what)
+    }
+
+    fn begin_on(resource: &'static str, what: &'static str) -> Self {
         let at = Arc::new(Mutex::new(Progress::new(0, 0)));
         let shared = Arc::clone(&at);
         let wait = Wait::new(move || {
             let Progress { done_bytes, total_bytes, .. } =
                 *shared.lock().unwrap_or_else(PoisonError::into_inner);
             let (done, total) = (size::human(done_bytes), size::human(total_bytes));
-            format!("the disk or the CPU: {what} is at {done} of {total}")
+            format!("{resource}: {what} is at {done} of {total}")
         });
         // The interrupt is checked after `moved`.
         Self { waiting: wait.hears().begin(), at }
     }
 
-    /// A step is done.
+    /// A step is done, unless the progress is that of the last call: then the work only checks for an interrupt.
     pub(crate) fn moved(&self, progress: Progress) {
-        *self.at.lock().unwrap_or_else(PoisonError::into_inner) = progress;
-        self.waiting.moved();
+        let last = {
+            let mut at = self.at.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(&mut *at, progress)
+        };
+        if last.done_bytes != progress.done_bytes {
+            self.waiting.moved();
+        }
     }
 }
 

@@ -21,6 +21,7 @@
 mod ahead;
 mod answer;
 mod cache;
+mod cancel;
 mod error;
 mod fetch;
 mod flight;

@@ -1,6 +1,7 @@
 //! Opens a snapshot in a bucket. One round trip brings the first and the last MiB.
 
 use std::fs::File;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -9,6 +10,7 @@ use object_store::GetRange;
 use snapfmt::{ChainError, ReadError, Snapshot, Storage};
 
 use crate::cache::{BLOCK_BYTES, Cache};
+use crate::cancel::{Cancelled, unless_cancelled};
 use crate::error::ObjectError;
 use crate::fetch::{Identity, Source};
 use crate::name::{self, Name};
@@ -64,7 +66,16 @@ pub struct Opened {
 /// # Errors
 /// [`ObjectError`]
 pub fn open(url: &ObjectUrl, options: &Options) -> Result<Opened, ObjectError> {
-    let (objects, name) = open_objects(url, options)?;
+    open_unless(url, options, &|| ControlFlow::Continue(()))
+}
+
+/// As [`open`]. The caller may cancel while a server does not answer.
+pub(crate) fn open_unless(
+    url: &ObjectUrl,
+    options: &Options,
+    cancelled: Cancelled<'_>,
+) -> Result<Opened, ObjectError> {
+    let (objects, name) = open_objects(url, options, cancelled)?;
     let snapshot = Snapshot::named_chain(with_names(&objects))
         .map_err(|error| ObjectError::Snapshot { name: url.to_string(), error })?;
     if let Some(name) = name {
@@ -99,7 +110,7 @@ pub fn open_over(
         Err(error) => return Err(failed(error)),
     };
     let url = name.beside(&format!("objects/{}", name::file_name(id)))?;
-    let parents = open_objects(&url, options)?.0;
+    let parents = open_objects(&url, options, &|| ControlFlow::Continue(()))?.0;
     let named = [(Storage::from(open()?), file.to_owned())];
     Snapshot::named_chain(named.into_iter().chain(with_names(&parents))).map_err(failed)
 }
@@ -107,10 +118,11 @@ pub fn open_over(
 fn open_objects(
     url: &ObjectUrl,
     options: &Options,
+    cancelled: Cancelled<'_>,
 ) -> Result<(Vec<RemoteObject>, Option<Name>), ObjectError> {
     let store = Arc::new(Store::open(url)?);
     let chain = chain(Source::new(url, store, options.retry), options);
-    runtime::wait(chain).map_err(ObjectError::Runtime)?
+    runtime::wait(unless_cancelled(cancelled, chain)).map_err(ObjectError::Runtime)??
 }
 
 fn with_names(objects: &[RemoteObject]) -> impl Iterator<Item = (Storage, PathBuf)> {

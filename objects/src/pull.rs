@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use snapfmt::{Existing, OnProgress, Output, Progress, ReadError, Snapshot, Storage, WriteError};
 
+use crate::cancel::unless_cancelled;
 use crate::error::ObjectError;
 use crate::fetch::{Identity, Source};
-use crate::open::{Opened, Options, open};
+use crate::open::{Opened, Options, open_unless};
 use crate::remote::RemoteObject;
 use crate::runtime;
 use crate::url::ObjectUrl;
@@ -42,7 +43,8 @@ pub fn pull(
     options: &Options,
     progress: OnProgress<'_>,
 ) -> Result<Vec<Pulled>, ObjectError> {
-    let Opened { snapshot, objects } = open(url, options)?;
+    let opening = || progress(Progress::new(0, 0));
+    let Opened { snapshot, objects } = open_unless(url, options, &opening)?;
     let paths = local_paths(&snapshot, &objects, path)?;
     // Each byte is fetched, and then verified.
     let total_bytes = 2 * snapshot.headers().map(|header| header.file_bytes).sum::<u64>();
@@ -163,9 +165,13 @@ async fn download(
         Ok::<_, ObjectError>((start, bytes))
     });
     let mut parts = stream::iter(parts).buffered(PARTS);
-    while let Some((start, bytes)) = parts.try_next().await? {
+    let mut done_bytes = 0;
+    while let Some((start, bytes)) =
+        unless_cancelled(&|| progress(done_bytes), parts.try_next()).await??
+    {
         output.write_at(&bytes, start)?;
-        if progress(start + bytes.len() as u64) == ControlFlow::Break(()) {
+        done_bytes = start + bytes.len() as u64;
+        if progress(done_bytes).is_break() {
             return Err(ObjectError::Cancelled);
         }
     }

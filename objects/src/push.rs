@@ -5,6 +5,7 @@ use std::ops::ControlFlow;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt;
@@ -14,6 +15,7 @@ use snapfmt::layout::HEADER_BYTES;
 use snapfmt::{Header, OnProgress, Progress, ReadAt, ReadError, Snapshot, Storage};
 
 use crate::answer::{Meaning, meaning, watched};
+use crate::cancel::unless_cancelled;
 use crate::error::ObjectError;
 use crate::fetch::{Source, Tries};
 use crate::name::{LayerName, Name};
@@ -27,6 +29,11 @@ const PART_BYTES: u64 = 8 << 20;
 const MOST_PARTS: u64 = 9000;
 /// Parts under way at the same time.
 const PARTS: usize = 4;
+/// The time that a server gets to drop the parts of a cancelled upload.
+const ABORT: Duration = Duration::from_secs(1);
+
+/// Called with the uploaded bytes of a file; `Break` cancels.
+type OnBytes<'a> = &'a (dyn Fn(u64) -> ControlFlow<()> + Sync);
 
 /// The result of a push.
 #[derive(Clone, Debug)]
@@ -87,30 +94,33 @@ async fn push_all(
     };
     let named = Name::new(snapshot.headers().map(layer_name).collect());
     let content = Bytes::from(named.encode());
-    // This is checked before the upload, which may take hours.
-    if !replace && holds(name, &content).await? == Some(false) {
-        return Err(ObjectError::NameTaken { url: name.url.to_string() });
-    }
     let total_bytes = snapshot.headers().map(|header| header.file_bytes).sum();
     let mut done_bytes = 0;
+    let begun = || progress(Progress::new(0, total_bytes));
+    // This is checked before the upload, which may take hours.
+    if !replace && unless_cancelled(&begun, holds(name, &content)).await?? == Some(false) {
+        return Err(ObjectError::NameTaken { url: name.url.to_string() });
+    }
     let mut layers = Vec::new();
     let files: Vec<_> = snapshot.headers().zip(snapshot.storages()).zip(&named.layers).collect();
     for ((header, storage), layer) in files.into_iter().rev() {
         let to = Source { url: name.url.beside(&layer.key())?, ..name.clone() };
         let file = File::of(header, storage, &to.url)?;
-        let was_there = file.is_at(&to).await?;
+        let before = done_bytes;
+        let progress_of = |bytes| progress(Progress::new(before + bytes, total_bytes));
+        let was_there = unless_cancelled(&|| progress_of(0), file.is_at(&to)).await??;
         if !was_there {
-            file.upload(&to, &mut |bytes| progress(Progress::new(done_bytes + bytes, total_bytes)))
-                .await?;
+            file.upload(&to, &progress_of).await?;
         }
         done_bytes += header.file_bytes;
-        if progress(Progress::new(done_bytes, total_bytes)) == ControlFlow::Break(()) {
+        if progress(Progress::new(done_bytes, total_bytes)).is_break() {
             return Err(ObjectError::Cancelled);
         }
         layers.push(PushedLayer { url: to.url, file_bytes: header.file_bytes, was_there });
     }
     layers.reverse();
-    give_name(name, content, replace).await?;
+    let all = || progress(Progress::new(total_bytes, total_bytes));
+    unless_cancelled(&all, give_name(name, content, replace)).await??;
     Ok(Pushed { layers })
 }
 
@@ -197,11 +207,7 @@ impl<'a> File<'a> {
         }
     }
 
-    async fn upload(
-        &self,
-        to: &Source,
-        progress: &mut (dyn FnMut(u64) -> ControlFlow<()> + Send),
-    ) -> Result<(), ObjectError> {
+    async fn upload(&self, to: &Source, progress: OnBytes<'_>) -> Result<(), ObjectError> {
         if self.storage.file().is_none() {
             let what = "a snapshot in a bucket is not pushed to another one: pull it first";
             return Err(ObjectError::Unsupported { url: to.url.to_string(), what });
@@ -211,19 +217,22 @@ impl<'a> File<'a> {
         if self.header.file_bytes <= PART_BYTES {
             let bytes = self.part(to, 0, self.header.file_bytes)?;
             self.check_unchanged(&to.url)?;
-            let (put, seen) = watched(client.put(to.url.key(), bytes.into())).await;
+            let put = watched(client.put(to.url.key(), bytes.into()));
+            let (put, seen) = unless_cancelled(&|| progress(0), put).await?;
             return put.map(drop).map_err(|error| failed((error, seen)));
         }
-        let (upload, seen) = watched(client.put_multipart(to.url.key())).await;
+        let started = watched(client.put_multipart(to.url.key()));
+        let (upload, seen) = unless_cancelled(&|| progress(0), started).await?;
         let mut upload = upload.map_err(|error| failed((error, seen)))?;
         let parts = self.upload_parts(to, &mut *upload, progress).await;
         let whole = parts.and_then(|()| self.check_unchanged(&to.url));
         if let Err(error) = whole {
             // If that fails, the bucket's rule for incomplete uploads removes the parts.
-            let _ = upload.abort().await;
+            let _ = tokio::time::timeout(ABORT, upload.abort()).await;
             return Err(error);
         }
-        let (complete, seen) = watched(upload.complete()).await;
+        let all = || progress(self.header.file_bytes);
+        let (complete, seen) = unless_cancelled(&all, watched(upload.complete())).await?;
         complete.map(drop).map_err(|error| failed((error, seen)))
     }
 
@@ -231,7 +240,7 @@ impl<'a> File<'a> {
         &self,
         to: &Source,
         upload: &mut dyn object_store::MultipartUpload,
-        progress: &mut (dyn FnMut(u64) -> ControlFlow<()> + Send),
+        progress: OnBytes<'_>,
     ) -> Result<(), ObjectError> {
         let len = self.header.file_bytes;
         let part_bytes = PART_BYTES.max((len / MOST_PARTS).next_multiple_of(1 << 20));
@@ -245,10 +254,11 @@ impl<'a> File<'a> {
                 at += now;
                 continue;
             }
-            let Some(((put, seen), bytes)) = under_way.next().await else { break };
+            let next = unless_cancelled(&|| progress(done_bytes), under_way.next()).await?;
+            let Some(((put, seen), bytes)) = next else { break };
             put.map_err(|error| failure(to, &error, seen))?;
             done_bytes += bytes;
-            if progress(done_bytes) == ControlFlow::Break(()) {
+            if progress(done_bytes).is_break() {
                 return Err(ObjectError::Cancelled);
             }
         }

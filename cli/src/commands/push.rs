@@ -75,7 +75,7 @@ pub(crate) fn push(args: &PushArgs, session: &Session) -> Result<()> {
         }
         opened => opened?,
     };
-    let bar = Bar::new("pushing", session.quiet, &session.interrupt);
+    let bar = Bar::of_transfer("pushing", session.quiet, &session.interrupt);
     let retry = Retry::default();
     let pushed = objects::push(&snapshot, &url, args.force, retry, &|p| bar.update(p));
     let pushed = pushed.map_err(to_error)?;
@@ -104,7 +104,7 @@ pub(crate) fn push(args: &PushArgs, session: &Session) -> Result<()> {
 pub(crate) fn pull(args: &PullArgs, session: &Session) -> Result<()> {
     let url = bucket::url(&args.url)?;
     refuse_existing(&args.out, args.force)?;
-    let bar = Bar::new("pulling", session.quiet, &session.interrupt);
+    let bar = Bar::of_transfer("pulling", session.quiet, &session.interrupt);
     let existing = if args.force { Existing::Replace } else { Existing::Keep };
     let pulled = objects::pull(&url, &args.out, existing, &bucket::options()?, &|p| bar.update(p));
     let pulled = pulled.map_err(to_error)?;
