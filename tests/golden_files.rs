@@ -1,4 +1,4 @@
-//! Files of every released version of the format stay readable for ever.
+//! Files of every released version of the format stay readable forever.
 //!
 //! A new version of the format adds files to `tests/golden`; existing ones are never changed. `SNAP_MAKE_GOLDEN=FOLDER
 //! cargo test golden` writes those of the present version.

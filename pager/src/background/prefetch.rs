@@ -2,8 +2,8 @@
 //!
 //! The list is a hint. A page that is not missing, or is in no region, is skipped, and the bytes that are decoded for
 //! the list are limited. A page that cannot be loaded is left to a fault, which may never come. Faults go first: they
-//! get the slice lock between two small steps, and this thread avoids their CPUs. The thread does not wait until there
-//! are no faults, because its purpose is to be ahead of them.
+//! get the slice lock between two small steps, and this thread avoids their CPUs. The thread does not pause while
+//! faults come, because it must load pages before the guest touches them.
 
 use std::ops::Range;
 use std::panic::{self, AssertUnwindSafe};
