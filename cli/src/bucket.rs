@@ -5,9 +5,11 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use snapfmt::Snapshot;
 
+/// The schemes of addresses, also in a build that cannot read them.
+const SCHEMES: [&str; 6] = ["s3", "gs", "az", "http", "https", "file"];
+
 /// Whether this is the address of an object, and not a path.
 pub(crate) fn is_meant(path: &Path) -> bool {
-    const SCHEMES: [&str; 6] = ["s3", "gs", "az", "http", "https", "file"];
     let text = path.to_str().unwrap_or_default();
     text.split_once("://").is_some_and(|(scheme, _)| SCHEMES.contains(&scheme))
 }
@@ -59,6 +61,15 @@ pub(crate) fn cache() -> Result<objects::Cache> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    #[cfg(feature = "objects")]
+    fn the_library_has_the_same_schemes() {
+        for scheme in SCHEMES {
+            let host = if scheme == "file" { "" } else { "host" };
+            format!("{scheme}://{host}/key").parse::<objects::ObjectUrl>().expect(scheme);
+        }
+    }
 
     #[test]
     fn addresses_are_distinguished_from_paths() {

@@ -67,13 +67,6 @@ pub enum UrlError {
 }
 
 impl ObjectUrl {
-    /// Whether a text is meant as an address, and not as the path of a file.
-    #[must_use]
-    pub fn is_meant(text: &str) -> bool {
-        text.split_once("://")
-            .is_some_and(|(scheme, _)| Scheme::ALL.iter().any(|(_, name)| *name == scheme))
-    }
-
     /// The address of another object in the same bucket: `name` in the folder of this one.
     ///
     /// # Errors
@@ -154,9 +147,7 @@ mod tests {
         ] {
             let url: ObjectUrl = text.parse().expect(text);
             assert_eq!(url.to_string(), text);
-            assert!(ObjectUrl::is_meant(text));
         }
-        assert!(!ObjectUrl::is_meant("folder/guest.snap") && !ObjectUrl::is_meant("ftp://a/b"));
     }
 
     #[test]

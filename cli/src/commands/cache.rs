@@ -62,9 +62,9 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             for cached in cache.list()? {
                 let age = cached.used.elapsed().unwrap_or(Duration::ZERO);
                 let age = humantime::format_duration(Duration::from_secs(age.as_secs()));
-                let state = if cached.in_use { "in use" } else { "" };
+                let state = if cached.in_use { "  in use" } else { "" };
                 print_line(format_args!(
-                    "{:>10} of {:>10}  {age} ago  {}  {state}",
+                    "{:>10} of {:>10}  {age} ago  {}{state}",
                     size::human(cached.cached_bytes),
                     size::human(cached.object_bytes),
                     cached.url.escape_debug(),
