@@ -27,6 +27,7 @@ impl Bar {
     }
 
     /// For work that also waits for a server.
+    #[cfg(feature = "objects")]
     pub(crate) fn of_transfer(what: &'static str, quiet: bool, interrupt: &Interrupt) -> Self {
         let mut bar = Self::of_other(what, quiet, interrupt);
         bar.steps = Some(Steps::begin_on("the server, the disk or the CPU", what));
