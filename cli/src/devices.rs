@@ -134,6 +134,7 @@ impl VsockArg {
 
 /// Creates the socket, whose name is removed when this process ends for any reason.
 fn bind_vsock(cid: u64, path: &Path) -> Result<Host, VsockError> {
+    let _creating = leftovers::creating();
     let host = VsockHost::bind(cid, path)?;
     leftovers::name(path);
     Ok(Host::Vsock(host))

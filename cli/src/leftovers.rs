@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use snapvm::{OutputError, OutputShape, StagedOutput};
@@ -13,6 +13,63 @@ enum Leftover {
     /// A name, with the device and inode of its file.
     Name(PathBuf, (u64, u64)),
     Folder(PathBuf),
+}
+
+static CREATIONS: Creations = Creations::new();
+
+/// The files that are being created and are not registered yet.
+struct Creations {
+    state: Mutex<CreationsState>,
+    changed: Condvar,
+}
+
+struct CreationsState {
+    running: usize,
+    /// The process ends, and creates nothing more.
+    ending: bool,
+}
+
+/// While this exists, a file is being created and registered.
+#[must_use]
+pub(crate) struct Creating<'a>(&'a Creations);
+
+/// A file is going to be created and registered; the end of the process waits for that. Once the process is ending,
+/// this waits forever, because the file would not be removed.
+pub(crate) fn creating() -> Creating<'static> {
+    CREATIONS.begin()
+}
+
+impl Creations {
+    const fn new() -> Self {
+        let state = CreationsState { running: 0, ending: false };
+        Self { state: Mutex::new(state), changed: Condvar::new() }
+    }
+
+    fn begin(&self) -> Creating<'_> {
+        let state = self.changed.wait_while(self.state(), |state| state.ending);
+        state.unwrap_or_else(PoisonError::into_inner).running += 1;
+        Creating(self)
+    }
+
+    /// Waits for those that run, and lets no more begin.
+    fn end(&self, timeout: Duration) {
+        let mut state = self.state();
+        state.ending = true;
+        let running = |state: &mut CreationsState| state.running > 0;
+        let waited = self.changed.wait_timeout_while(state, timeout, running);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn state(&self) -> MutexGuard<'_, CreationsState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Creating<'_> {
+    fn drop(&mut self) {
+        self.0.state().running -= 1;
+        self.0.changed.notify_all();
+    }
 }
 
 /// Registers the name `path`, as long as it names the same file as now.
@@ -33,6 +90,7 @@ pub(crate) fn staged_output(
     shape: OutputShape,
     replace: bool,
 ) -> Result<StagedOutput, OutputError> {
+    let _creating = creating();
     let staged = StagedOutput::new(out, shape, replace)?;
     folder(staged.staging_folder());
     Ok(staged)
@@ -49,6 +107,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 pub(crate) fn remove() {
     let (done, ended) = std::sync::mpsc::channel();
     let removing = move || {
+        // A creation may itself wait, for a lock or a disk.
+        CREATIONS.end(PATIENCE / 2);
         remove_all();
         drop(done);
     };
@@ -79,6 +139,8 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use super::*;
 
     #[test]
@@ -100,5 +162,28 @@ mod tests {
         let mut left: Vec<_> = entries.map(|entry| entry.unwrap().file_name()).collect();
         left.sort();
         assert_eq!(left, ["other", "replaced"]);
+    }
+
+    #[test]
+    fn the_end_waits_for_what_is_being_created() {
+        let creations = Creations::new();
+        let long = Duration::from_secs(60);
+        let creating = creations.begin();
+        let created = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                creations.end(long);
+                assert!(created.load(Ordering::SeqCst));
+            });
+            while !creations.state().ending {
+                std::thread::yield_now();
+            }
+            created.store(true, Ordering::SeqCst);
+            drop(creating);
+        });
+        // One that does not end delays the process no longer than the given time.
+        let stuck = Creations::new();
+        let _creating = stuck.begin();
+        stuck.end(Duration::from_millis(1));
     }
 }

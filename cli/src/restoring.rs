@@ -82,6 +82,8 @@ impl Observer for Reporter {
             Step::AskServer { socket, timeout } => {
                 (format!("the page server at {} to answer", socket.display()), Some(timeout))
             }
+            // Creating it waits for nothing.
+            Step::MakeSocket { .. } => return Box::new(leftovers::creating()),
             Step::BuildMachine { file } => {
                 // Memory is loaded.
                 *self.loading() = None;

@@ -12,7 +12,7 @@ use vmm::virtio::{
     VsockHost,
 };
 
-use crate::observer::Observer;
+use crate::observer::{Observer, Step};
 
 /// The files, sockets and taps of this host for a restored guest's devices. The default is those in the snapshot.
 #[derive(Clone, Debug, Default)]
@@ -189,9 +189,11 @@ impl DeviceConnections {
                     None => (saved.guest_cid, &saved.path),
                 };
                 let given = self.vsock.is_some();
+                let step = observer.step(Step::MakeSocket { path });
                 let host = VsockHost::bind(cid, path);
                 let host = host.map_err(|error| DeviceError::Vsock { given, error })?;
                 observer.made_socket(path);
+                drop(step);
                 Host::Vsock(host)
             }
             _ => return Err(DeviceError::Unknown(None)),

@@ -28,6 +28,11 @@ pub enum Step<'a> {
         /// The restore fails if the server has not answered after this time.
         timeout: Duration,
     },
+    /// A device's socket is created. [`Observer::made_socket`] follows if that succeeds.
+    MakeSocket {
+        /// Its name.
+        path: &'a Path,
+    },
     /// The state of the machine is set in KVM. A lazy restore reads some pages for that.
     BuildMachine {
         /// The snapshot.

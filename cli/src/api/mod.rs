@@ -42,6 +42,7 @@ pub(crate) fn private_socket<T>(
     let named = path.to_owned();
     let locking = move || format!("the lock of the folder of {}", named.display());
     let _locking = Wait::new(locking).at_most(LOCK_TIMEOUT).begin();
+    let _creating = leftovers::creating();
     let bound = bind()?;
     leftovers::name(path);
     Ok(bound)

@@ -39,11 +39,13 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
+    let creating = leftovers::creating();
     let directory = tempfile::Builder::new()
         .prefix("snap-demo-")
         .tempdir()
         .context("cannot create a temporary folder")?;
     leftovers::folder(directory.path());
+    drop(creating);
     let file = directory.path().join("demo.snap");
     let say = |text: String| if session.quiet { Ok(()) } else { print_line(text) };
     say(format!(
