@@ -11,6 +11,7 @@
 use std::ops::Range;
 
 use crate::layer::Layer;
+use crate::layout::PAGE_BYTES;
 use crate::read_at::ReadAt;
 
 /// Bytes of chunks that are released together while others are read. The chunks of smaller files are released at the
@@ -64,8 +65,8 @@ impl<'a, R: ReadAt> Behind<'a, R> {
     }
 }
 
-/// Whether no part of the file is cached, as far as a sample of offsets shows. An offset that is not cached may be
-/// read for the answer.
+/// Whether no part of the file is cached, as far as a sample of offsets shows. An offset that is not cached is read for the
+/// answer, and may be there before the answer is given. So a place counts as cached if its page and the next one are.
 fn nothing_cached<R: ReadAt>(layer: &Layer<R>) -> bool {
     let chunks = layer.index.chunks();
     let len = chunks.end - chunks.start;
@@ -74,7 +75,11 @@ fn nothing_cached<R: ReadAt>(layer: &Layer<R>) -> bool {
     }
     let places = (0..PROBES).map(|probe| chunks.start + (2 * probe + 1) * (len / (2 * PROBES)));
     let mut all = layer.index.first_leaf_offset().into_iter().chain(places);
-    all.all(|offset| layer.storage.is_cached(offset) == Some(false))
+    // The handle has no read-ahead. With read-ahead, the answer for one place could bring in the next places while this
+    // thread waits for a CPU, and then they would look as if they had been cached before.
+    let storage = layer.in_order();
+    let missing = |offset| storage.is_cached(offset) == Some(false);
+    all.all(|offset| missing(offset) || missing(offset + PAGE_BYTES as u64))
 }
 
 #[cfg(test)]
@@ -86,10 +91,10 @@ mod tests {
     use super::*;
     use crate::{Codec, Contents, MemoryRegion, WriteOptions, write_snapshot};
 
-    /// A file in memory of which only the offsets in `cached` count as cached.
+    /// A file in memory of which only the pages with these offsets are cached.
     struct Cold {
         bytes: Vec<u8>,
-        cached: Option<u64>,
+        cached: Range<u64>,
         released: Mutex<Vec<Range<u64>>>,
     }
 
@@ -101,7 +106,7 @@ mod tests {
             self.bytes.len_bytes()
         }
         fn is_cached(&self, offset: u64) -> Option<bool> {
-            Some(self.cached == Some(offset))
+            Some(self.cached.contains(&offset))
         }
         fn release(&self, bytes: Range<u64>) {
             self.released.lock().unwrap().push(bytes);
@@ -109,7 +114,7 @@ mod tests {
     }
 
     /// A file with some more than 4 MiB of chunks in four leaves.
-    fn layer(cached: impl Fn(&Layer<Vec<u8>>) -> Option<u64>) -> Layer<Arc<Cold>> {
+    fn layer(cached: impl Fn(&Layer<Vec<u8>>) -> Range<u64>) -> Layer<Arc<Cold>> {
         let memory = vec![7; 6 << 20];
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.snap");
@@ -125,7 +130,7 @@ mod tests {
 
     #[test]
     fn each_part_of_a_file_is_released_once() {
-        let layers = [layer(|_| None)];
+        let layers = [layer(|_| 0..0)];
         let chunks = layers[0].index.chunks();
         let mut behind = Behind { step_bytes: 1 << 20, ..Behind::new(&layers) };
         let released = || std::mem::take(&mut *layers[0].storage.released.lock().unwrap());
@@ -144,15 +149,21 @@ mod tests {
 
     #[test]
     fn a_partly_cached_file_is_not_released() {
+        let leaf = |layer: &Layer<Vec<u8>>| layer.index.first_leaf_offset().expect("it has leaves");
+        // The last of the places.
+        let place = |layer: &Layer<Vec<u8>>| {
+            let chunks = layer.index.chunks();
+            chunks.start + 15 * ((chunks.end - chunks.start) / 16)
+        };
+        let pages = |start, pages| start..start + pages * PAGE_BYTES as u64;
         let layers = [
-            layer(|layer| layer.index.first_leaf_offset()),
-            layer(|_| None),
-            // The last of the places.
-            layer(|layer| {
-                let chunks = layer.index.chunks();
-                Some(chunks.start + 15 * ((chunks.end - chunks.start) / 16))
-            }),
+            layer(|layer| pages(leaf(layer), 2)),
+            layer(|_| 0..0),
+            layer(|layer| pages(place(layer), 2)),
+            // A page that came for the answer.
+            layer(|layer| pages(leaf(layer), 1)),
+            layer(|layer| pages(place(layer), 1)),
         ];
-        assert_eq!(Behind::new(&layers).finish(), [1]);
+        assert_eq!(Behind::new(&layers).finish(), [1, 3, 4]);
     }
 }
