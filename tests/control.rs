@@ -81,6 +81,16 @@ impl Vm {
         answer(stream)
     }
 
+    /// Resumes the guest, unless the process has ended or ends before it answers.
+    pub(crate) fn resume_if_alive(&self) {
+        let request = "PATCH /vm HTTP/1.1\r\nConnection: close\r\nContent-Length: 19\r\n\r\n{\"state\":\"Resumed\"}";
+        let resumed = UnixStream::connect(&self.socket).and_then(|mut stream| {
+            stream.write_all(request.as_bytes())?;
+            stream.read_to_string(&mut String::new())
+        });
+        drop(resumed);
+    }
+
     fn state(&self) -> Value {
         self.ask("GET", "/vm", &Value::Null).1["state"].take()
     }
