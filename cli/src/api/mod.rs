@@ -38,12 +38,12 @@ impl ApiArgs {
 pub(crate) fn private_socket<T>(
     path: &Path,
     bind: impl FnOnce() -> Result<T, BindError>,
-) -> Result<T, BindError> {
+) -> Result<T> {
     let named = path.to_owned();
     let locking = move || format!("the lock of the folder of {}", named.display());
     let _locking = Wait::new(locking).at_most(LOCK_TIMEOUT).begin();
     let _creating = leftovers::creating();
-    let bound = bind()?;
+    let bound = bind().with_context(|| format!("cannot listen at {}", path.display()))?;
     leftovers::name(path);
     Ok(bound)
 }
@@ -53,8 +53,7 @@ pub(crate) struct Api(Socket);
 
 impl Api {
     fn bind(path: &Path) -> Result<Self> {
-        let socket = private_socket(path, || Socket::bind(path));
-        Ok(Self(socket.with_context(|| format!("cannot listen at {}", path.display()))?))
+        Ok(Self(private_socket(path, || Socket::bind(path))?))
     }
 
     /// Answers clients until the returned value is dropped.
