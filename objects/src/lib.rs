@@ -25,6 +25,7 @@ mod cancel;
 mod error;
 mod fetch;
 mod flight;
+mod look;
 mod name;
 mod open;
 mod pull;

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::url::ObjectUrl;
+
 /// The content of a name. The objects are in the folder `objects` beside it; their keys are the ids of their snapshots.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Name {
@@ -24,19 +26,44 @@ pub(crate) struct LayerName {
 
 const VERSION: u32 = 1;
 /// The name of the longest chain is shorter.
-const MOST_BYTES: u64 = 64 << 10;
+pub(crate) const MOST_BYTES: u64 = 64 << 10;
 const MOST_LAYERS: usize = 256;
 
 impl LayerName {
+    /// The last part of the object's key.
+    pub(crate) fn file_name(&self) -> String {
+        file_name(&self.id)
+    }
+
     /// The key of the object, relative to that of the name.
     pub(crate) fn key(&self) -> String {
-        format!("objects/{}.snap", self.id)
+        format!("objects/{}", self.file_name())
+    }
+
+    /// The key of the list of its layers, relative to that of the name.
+    pub(crate) fn list_key(&self) -> String {
+        format!("objects/{}", list_name(&self.id))
     }
 }
 
 /// The last part of the key of a snapshot with this id.
 pub(crate) fn file_name(id: impl std::fmt::Display) -> String {
     format!("{id}.snap")
+}
+
+/// The last part of the key of the list of a snapshot and its parents. It has the form of a name.
+pub(crate) fn list_name(id: impl std::fmt::Display) -> String {
+    format!("{id}.layers")
+}
+
+/// The id of the snapshot with this address, if its key is an id. Such an object never changes.
+pub(crate) fn id_of(url: &ObjectUrl) -> Option<&str> {
+    let (_, file_name) = url.key().as_ref().rsplit_once('/')?;
+    file_name.strip_suffix(".snap").filter(|id| is_id(id))
+}
+
+fn is_id(id: &str) -> bool {
+    id.len() == 36 && id.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-')
 }
 
 impl Name {
@@ -66,9 +93,6 @@ impl Name {
         if !(1..=MOST_LAYERS).contains(&name.layers.len()) {
             return Err(format!("1 to {MOST_LAYERS} layers expected, found {}", name.layers.len()));
         }
-        let is_id = |id: &str| {
-            id.len() == 36 && id.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-')
-        };
         match name.layers.iter().find(|layer| !is_id(&layer.id)) {
             Some(layer) => Err(format!("{:?} is no id", layer.id)),
             None => Ok(name),

@@ -7,23 +7,19 @@ use std::sync::Arc;
 
 use futures_util::future::try_join_all;
 use object_store::GetRange;
-use snapfmt::{ChainError, ReadError, Snapshot, Storage};
+use snapfmt::{ChainError, Header, ReadError, Snapshot, Storage};
 
-use crate::cache::{BLOCK_BYTES, Cache};
+use crate::cache::Cache;
 use crate::cancel::{Cancelled, unless_cancelled};
 use crate::error::ObjectError;
-use crate::fetch::{Identity, Source};
+use crate::fetch::Source;
+use crate::look::{Known, Looked, first_look};
 use crate::name::{self, Name};
 use crate::remote::RemoteObject;
 use crate::retry::Retry;
 use crate::runtime;
 use crate::store::Store;
-use crate::url::{ObjectUrl, Scheme};
-
-/// The bytes at each end of an object that the first answers contain. The front has the header and the chunks that
-/// `snap optimize` puts there. The end has the index of up to 400 MiB of memory in use, and all that is read to open
-/// it.
-pub(crate) const END_BYTES: u64 = 1 << 20;
+use crate::url::ObjectUrl;
 
 /// Most layers of a chain, as in `snapfmt`.
 const MOST_LAYERS: usize = 256;
@@ -66,28 +62,36 @@ pub struct Opened {
 /// # Errors
 /// [`ObjectError`]
 pub fn open(url: &ObjectUrl, options: &Options) -> Result<Opened, ObjectError> {
-    open_unless(url, options, &|| ControlFlow::Continue(()))
+    open_unless(url, options, Trust::Ids, &|| ControlFlow::Continue(()))
+}
+
+/// Whether an object with an id in its key is opened from the cache without a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Trust {
+    /// It is, because such an object never changes.
+    Ids,
+    /// The server is asked for the version of each object.
+    Server,
 }
 
 /// As [`open`]. The caller may cancel while a server does not answer.
 pub(crate) fn open_unless(
     url: &ObjectUrl,
     options: &Options,
+    trust: Trust,
     cancelled: Cancelled<'_>,
 ) -> Result<Opened, ObjectError> {
-    let (objects, name) = open_objects(url, options, cancelled)?;
-    let snapshot = Snapshot::named_chain(with_names(&objects))
-        .map_err(|error| ObjectError::Snapshot { name: url.to_string(), error })?;
-    if let Some(name) = name {
-        let same = snapshot.headers().zip(&name.layers).all(|(header, layer)| {
-            (header.id.to_string(), header.crc) == (layer.id.clone(), layer.header_crc)
-        });
-        if !same {
-            let reason = "its objects are not the snapshots that it lists".to_owned();
-            return Err(ObjectError::Name { url: url.to_string(), reason });
+    let store = Arc::new(Store::open(url)?);
+    let source = Source::new(url, store, options.retry);
+    let chain = open_objects(&source, options, trust, cancelled)?;
+    let by_id = chain.objects.iter().any(|object| name::id_of(object.url()).is_some());
+    match chain.open(url, trust) {
+        // The cache may have another object than the one with that id.
+        Err(_) if by_id && trust == Trust::Ids => {
+            open_objects(&source, options, Trust::Server, cancelled)?.open(url, Trust::Server)
         }
+        opened => opened,
     }
-    Ok(Opened { snapshot, objects })
 }
 
 /// Opens a layer in a file whose parents are objects: those in the folder `objects` beside `name`.
@@ -110,18 +114,54 @@ pub fn open_over(
         Err(error) => return Err(failed(error)),
     };
     let url = name.beside(&format!("objects/{}", name::file_name(id)))?;
-    let parents = open_objects(&url, options, &|| ControlFlow::Continue(()))?.0;
+    let source = Source::new(&url, Arc::new(Store::open(&url)?), options.retry);
+    let go_on = || ControlFlow::Continue(());
+    let parents = open_objects(&source, options, Trust::Server, &go_on)?.objects;
     let named = [(Storage::from(open()?), file.to_owned())];
     Snapshot::named_chain(named.into_iter().chain(with_names(&parents))).map_err(failed)
 }
 
+/// The objects of a snapshot, the top one first, and the name or list that they were found by.
+struct Chain {
+    objects: Vec<RemoteObject>,
+    list: Option<(ObjectUrl, Name)>,
+}
+
+impl Chain {
+    fn open(self, url: &ObjectUrl, trust: Trust) -> Result<Opened, ObjectError> {
+        let wrong = |of: &ObjectUrl, reason: &str| ObjectError::Name {
+            url: of.to_string(),
+            reason: reason.to_owned(),
+        };
+        let objects = self.objects;
+        let snapshot = Snapshot::named_chain(with_names(&objects))
+            .map_err(|error| ObjectError::Snapshot { name: url.to_string(), error })?;
+        let id_is_right = |(object, header): (&RemoteObject, &Header)| {
+            name::id_of(object.url()).is_none_or(|id| id == header.id.to_string())
+        };
+        if trust == Trust::Ids && !objects.iter().zip(snapshot.headers()).all(id_is_right) {
+            return Err(wrong(url, "the cache has a snapshot with another id"));
+        }
+        if let Some((of, name)) = self.list {
+            let same = snapshot.headers().zip(&name.layers).all(|(header, layer)| {
+                (header.id.to_string(), header.crc) == (layer.id.clone(), layer.header_crc)
+            });
+            if !same {
+                return Err(wrong(&of, "its objects are not the snapshots that it lists"));
+            }
+        }
+        Ok(Opened { snapshot, objects })
+    }
+}
+
 fn open_objects(
-    url: &ObjectUrl,
+    source: &Source,
     options: &Options,
+    trust: Trust,
     cancelled: Cancelled<'_>,
-) -> Result<(Vec<RemoteObject>, Option<Name>), ObjectError> {
-    let store = Arc::new(Store::open(url)?);
-    let chain = chain(Source::new(url, store, options.retry), options);
+) -> Result<Chain, ObjectError> {
+    let known = Known { len_bytes: None, trusts_ids: trust == Trust::Ids };
+    let chain = chain(source.clone(), known, options);
     runtime::wait(unless_cancelled(cancelled, chain)).map_err(ObjectError::Runtime)??
 }
 
@@ -131,27 +171,65 @@ fn with_names(objects: &[RemoteObject]) -> impl Iterator<Item = (Storage, PathBu
         .map(|object| (Storage::other(object.clone()), PathBuf::from(object.url().to_string())))
 }
 
-/// The objects of a chain, and the name that lists them.
-async fn chain(
-    top: Source,
-    options: &Options,
-) -> Result<(Vec<RemoteObject>, Option<Name>), ObjectError> {
-    let (top, name) = match first_look(top, options).await? {
-        Looked::Object(object) => return Ok((parents(object, options).await?, None)),
-        Looked::Name(source, name) => (source, name),
-    };
-    let layers = name.layers.iter().map(|layer| async {
-        let source = Source { url: top.url.beside(&layer.key())?, ..top.clone() };
-        match first_look(source, options).await? {
-            Looked::Object(object) => Ok(object),
-            Looked::Name(source, _) => Err(not_a_snapshot(&source)),
+async fn chain(top: Source, known: Known, options: &Options) -> Result<Chain, ObjectError> {
+    let layers = layers_of(&top, known, options);
+    let looked = first_look(top.clone(), known, options);
+    let (list, looked) = futures_util::try_join!(layers, looked)?;
+    let (list, top, from) = match (looked, list) {
+        (Looked::Name(source, name), _) => ((source.url.clone(), name), None, source),
+        (Looked::Object(object), Some(list)) => {
+            let source = object.source().clone();
+            (list, Some(object), source)
         }
+        (Looked::Object(object), None) => {
+            let objects = parents(object, known, options).await?;
+            return Ok(Chain { objects, list: None });
+        }
+    };
+    // A name is beside the folder of its objects, a list is in that folder.
+    let folder = if top.is_some() { "" } else { "objects/" };
+    let rest = list.1.layers.iter().skip(usize::from(top.is_some())).map(|layer| async {
+        let url = from.url.beside(&format!("{folder}{}", layer.file_name()))?;
+        let known = Known { len_bytes: Some(layer.file_bytes), ..known };
+        object_at(Source { url, ..from.clone() }, known, options).await
     });
-    Ok((try_join_all(layers).await?, Some(name)))
+    let rest = try_join_all(rest).await?;
+    Ok(Chain { objects: top.into_iter().chain(rest).collect(), list: Some(list) })
 }
 
-/// Finds the parents of an object without a name one after the other: each object gives only its parent's id.
-async fn parents(top: RemoteObject, options: &Options) -> Result<Vec<RemoteObject>, ObjectError> {
+/// The list of a layer's parents that a push has written beside it. It is requested together with the layer.
+async fn layers_of(
+    top: &Source,
+    known: Known,
+    options: &Options,
+) -> Result<Option<(ObjectUrl, Name)>, ObjectError> {
+    let Some(id) = name::id_of(&top.url) else { return Ok(None) };
+    if known.trusts_ids && options.cache.last_identity(&top.url).is_some() {
+        // Its parents are cached, too.
+        return Ok(None);
+    }
+    let url = top.url.beside(&name::list_name(id))?;
+    let source = Source { url, ..top.clone() };
+    let (identity, _, bytes) = match source.first(GetRange::Bounded(0..name::MOST_BYTES)).await {
+        Ok(found) => found,
+        // A snapshot without a parent has none. Without the right to list a bucket, the answer is 403.
+        Err(ObjectError::NotFound { .. } | ObjectError::Denied { .. }) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let wrong = |reason| ObjectError::Name { url: source.url.to_string(), reason };
+    let list = Name::parse(&bytes, identity.len_bytes).map_err(wrong)?;
+    match list.layers[0].id == id {
+        true => Ok(Some((source.url, list))),
+        false => Err(wrong("it is of another snapshot".to_owned())),
+    }
+}
+
+/// Finds the parents of an object without a list one after the other: each object gives only its parent's id.
+async fn parents(
+    top: RemoteObject,
+    known: Known,
+    options: &Options,
+) -> Result<Vec<RemoteObject>, ObjectError> {
     let mut objects = vec![top];
     while let Some(last) = objects.last() {
         let id = match tokio::task::block_in_place(|| Snapshot::new(last.clone())) {
@@ -164,77 +242,21 @@ async fn parents(top: RemoteObject, options: &Options) -> Result<Vec<RemoteObjec
             break;
         }
         let source = Source { url, ..last.source().clone() };
-        match first_look(source, options).await? {
-            Looked::Object(object) => objects.push(object),
-            Looked::Name(source, _) => return Err(not_a_snapshot(&source)),
-        }
+        objects.push(object_at(source, known, options).await?);
     }
     Ok(objects)
 }
 
-fn not_a_snapshot(source: &Source) -> ObjectError {
-    let reason = "a name where a snapshot was expected".to_owned();
-    ObjectError::Name { url: source.url.to_string(), reason }
-}
-
-enum Looked {
-    Object(RemoteObject),
-    Name(Source, Name),
-}
-
-/// Opens an object, or reads a name.
-async fn first_look(source: Source, options: &Options) -> Result<Looked, ObjectError> {
-    if options.cache.knows(&source.url) {
-        // One request without a body, if the object is still the one that is cached.
-        match source.identity().await {
-            Ok(identity) => {
-                let cache = Arc::clone(&options.cache);
-                let object = RemoteObject::new(source.clone(), identity, cache)?;
-                if object.has_ends() {
-                    return Ok(Looked::Object(object));
-                }
-            }
-            // A server that only answers GET.
-            Err(ObjectError::Refused { .. }) => {}
-            Err(error) => return Err(error),
+async fn object_at(
+    source: Source,
+    known: Known,
+    options: &Options,
+) -> Result<RemoteObject, ObjectError> {
+    match first_look(source, known, options).await? {
+        Looked::Object(object) => Ok(object),
+        Looked::Name(source, _) => {
+            let reason = "a name where a snapshot was expected".to_owned();
+            Err(ObjectError::Name { url: source.url.to_string(), reason })
         }
     }
-    let (head, tail) = ends(&source).await?;
-    let (head, tail) = match head.0 == tail.0 {
-        true => (head, tail),
-        // It was replaced between the two.
-        false => ends(&source).await?,
-    };
-    if head.0 != tail.0 {
-        let (expected, found) = (head.0.etag, Some(tail.0.etag));
-        return Err(ObjectError::Replaced { url: source.url.to_string(), expected, found });
-    }
-    if Name::is_meant(&head.2) {
-        let name = Name::parse(&head.2, head.0.len_bytes)
-            .map_err(|reason| ObjectError::Name { url: source.url.to_string(), reason })?;
-        return Ok(Looked::Name(source, name));
-    }
-    let object = RemoteObject::new(source, head.0, Arc::clone(&options.cache))?;
-    tokio::task::block_in_place(|| {
-        object.fill(head.1, &head.2);
-        object.fill(tail.1, &tail.2);
-    });
-    Ok(Looked::Object(object))
-}
-
-type Part = (Identity, u64, Vec<u8>);
-
-/// The first and the last bytes of an object, from two requests at the same time.
-async fn ends(source: &Source) -> Result<(Part, Part), ObjectError> {
-    let head = source.first(GetRange::Bounded(0..END_BYTES));
-    // Blocks of which only a part comes are left out.
-    let suffix = END_BYTES + BLOCK_BYTES;
-    if source.url.scheme() != Scheme::Az {
-        return futures_util::try_join!(head, source.first(GetRange::Suffix(suffix)));
-    }
-    // Azure has no ranges that count from the end.
-    let head = head.await?;
-    let start = head.0.len_bytes.saturating_sub(suffix);
-    let tail = source.first(GetRange::Offset(start)).await?;
-    Ok((head, tail))
 }

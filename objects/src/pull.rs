@@ -10,7 +10,7 @@ use snapfmt::{Existing, OnProgress, Output, Progress, ReadError, Snapshot, Stora
 use crate::cancel::unless_cancelled;
 use crate::error::ObjectError;
 use crate::fetch::{Identity, Source};
-use crate::open::{Opened, Options, open_unless};
+use crate::open::{Opened, Options, Trust, open_unless};
 use crate::remote::RemoteObject;
 use crate::runtime;
 use crate::url::ObjectUrl;
@@ -44,7 +44,7 @@ pub fn pull(
     progress: OnProgress<'_>,
 ) -> Result<Vec<Pulled>, ObjectError> {
     let opening = || progress(Progress::new(0, 0));
-    let Opened { snapshot, objects } = open_unless(url, options, &opening)?;
+    let Opened { snapshot, objects } = open_unless(url, options, Trust::Server, &opening)?;
     let paths = local_paths(&snapshot, &objects, path)?;
     // Each byte is fetched, and then verified.
     let total_bytes = 2 * snapshot.headers().map(|header| header.file_bytes).sum::<u64>();

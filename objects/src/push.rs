@@ -103,13 +103,19 @@ async fn push_all(
     }
     let mut layers = Vec::new();
     let files: Vec<_> = snapshot.headers().zip(snapshot.storages()).zip(&named.layers).collect();
-    for ((header, storage), layer) in files.into_iter().rev() {
+    for (at, ((header, storage), layer)) in files.into_iter().enumerate().rev() {
         let to = Source { url: name.url.beside(&layer.key())?, ..name.clone() };
         let file = File::of(header, storage, &to.url)?;
         let before = done_bytes;
         let progress_of = |bytes| progress(Progress::new(before + bytes, total_bytes));
         let was_there = unless_cancelled(&|| progress_of(0), file.is_at(&to)).await??;
         if !was_there {
+            // Before the object, so that each object that is complete has its list.
+            if at + 1 < named.layers.len() {
+                let list = Bytes::from(Name::new(named.layers[at..].to_vec()).encode());
+                let to = Source { url: name.url.beside(&layer.list_key())?, ..name.clone() };
+                unless_cancelled(&|| progress_of(0), give_name(&to, list, true)).await??;
+            }
             file.upload(&to, &progress_of).await?;
         }
         done_bytes += header.file_bytes;
@@ -134,7 +140,7 @@ async fn holds(source: &Source, content: &Bytes) -> Result<Option<bool>, ObjectE
     }
 }
 
-/// Writes the name, after all objects.
+/// Writes a name, after all objects, or the list of a layer's parents.
 async fn give_name(name: &Source, content: Bytes, replace: bool) -> Result<(), ObjectError> {
     let mode = if replace { PutMode::Overwrite } else { PutMode::Create };
     let mut tries = Tries::new(name);

@@ -9,6 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use object_store::GetRange;
+use snapfmt::layout::HEADER_BYTES;
 use snapfmt::{Permanent, ReadAt};
 
 use crate::ahead::Ahead;
@@ -16,6 +18,7 @@ use crate::cache::{BLOCK_BYTES, Cache, Claim, Entry};
 use crate::error::ObjectError;
 use crate::fetch::{Identity, Source};
 use crate::flight::{Blocks, Flight};
+use crate::name;
 use crate::runtime;
 use crate::url::ObjectUrl;
 
@@ -26,8 +29,9 @@ const AHEAD_REQUESTS: usize = 4;
 /// Announced runs that wait for their request. More are dropped, because they are only hints.
 const MOST_QUEUED: usize = 1024;
 /// How long another process may take for a block, before this one fetches it too.
-const OTHERS: Duration = Duration::from_secs(10);
-const LOOK_AGAIN: Duration = Duration::from_millis(2);
+pub(crate) const OTHERS: Duration = Duration::from_secs(10);
+/// The time between two looks at the cache for blocks that another process fetches.
+pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(2);
 
 /// An object that was opened: see [`open`](crate::open).
 ///
@@ -38,6 +42,8 @@ pub struct RemoteObject(Arc<Inner>);
 pub(crate) struct Inner {
     source: Source,
     identity: Identity,
+    /// The version that requests are for. It differs from the opened one only after [`Inner::is_same_object`].
+    version: Mutex<Identity>,
     cache: Arc<Cache>,
     entry: Entry,
     table: Mutex<Table>,
@@ -68,6 +74,7 @@ impl RemoteObject {
         let entry = cache.entry(&source.url, &identity)?;
         Ok(Self(Arc::new(Inner {
             source,
+            version: Mutex::new(identity.clone()),
             identity,
             cache,
             entry,
@@ -336,10 +343,37 @@ impl Inner {
                     at += 1;
                 });
             };
-            self.source.range(&self.identity, range, &mut on_bytes).await?;
+            let version = self.version().clone();
+            match self.source.range(&version, range, &mut on_bytes).await {
+                Ok(()) => {}
+                Err(ObjectError::Replaced { .. }) if self.is_same_object(&version).await? => {}
+                Err(error) => return Err(error),
+            }
         }
         drop(claim);
         Ok(())
+    }
+
+    /// Whether an object with an id in its key was replaced by itself, as a copy of a bucket does. Its header, which
+    /// covers the rest, is compared; further requests are for the new version.
+    async fn is_same_object(&self, replaced: &Identity) -> Result<bool, ObjectError> {
+        let Some(header) = self.cached(0).filter(|_| name::id_of(&self.source.url).is_some())
+        else {
+            return Ok(false);
+        };
+        let header = header.slice(..header.len().min(HEADER_BYTES));
+        let (found, _, bytes) =
+            self.source.first(GetRange::Bounded(0..header.len() as u64)).await?;
+        let same = found.len_bytes == self.identity.len_bytes && found != *replaced;
+        if !same || bytes != header {
+            return Ok(false);
+        }
+        *self.version() = found;
+        Ok(true)
+    }
+
+    fn version(&self) -> MutexGuard<'_, Identity> {
+        self.version.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits while another process fetches these blocks. After some time they are fetched without a claim, because the

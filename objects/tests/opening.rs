@@ -2,9 +2,11 @@
 
 mod support;
 
+use std::collections::HashSet;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
+use objects::ObjectError;
 use snapfmt::{ChunkBuffer, PageIndex, Snapshot};
 use support::fake::{Fake, depth, times_sent};
 use support::{Bench, KEY};
@@ -108,24 +110,129 @@ fn push_chain(bench: &Bench) -> (String, Vec<u8>) {
 }
 
 #[test]
-fn a_name_of_eight_layers_is_three_round_trips_away_from_a_page() {
+fn eight_layers_are_three_round_trips_away_from_a_page() {
     let mut bench = Bench::start(PAGES, LATENCY);
     let (object, memory) = push_chain(&bench);
     bench.memory = memory;
-    bench.fake.take_received();
-    let name = bench.fake.url("/bucket/guest").parse().unwrap();
-    let opened = objects::open(&name, &bench.options()).unwrap();
-    assert_eq!(opened.snapshot.headers().len(), 8);
-    bench.check_page(&opened.snapshot, PAGES as u32 / 2);
-    let received = bench.fake.take_received();
-    assert_eq!((received.len(), depth(&received)), (2 + 16 + 1, 3), "{received:?}");
-    for layer in 1..8 {
-        bench.check_page(&opened.snapshot, layer * 100);
+    // Both the name and the list beside the object give all layers: one is in two answers, the other in one. The base
+    // takes two requests, each other layer one, and the page one more.
+    for (path, listing) in [("/bucket/guest", 2), (&object, 1)] {
+        bench.fake.take_received();
+        let url = bench.fake.url(path).parse().unwrap();
+        let options = bench.options_in(&format!("cache-{listing}"));
+        let opened = objects::open(&url, &options).unwrap();
+        assert_eq!(opened.snapshot.headers().len(), 8);
+        bench.check_page(&opened.snapshot, PAGES as u32 / 2);
+        let received = bench.fake.take_received();
+        let of_top = if path == object { 2 } else { 1 };
+        let count = listing + of_top + 6 + 2 + 1;
+        assert_eq!((received.len(), depth(&received)), (count, 3), "{received:?}");
+        for layer in 1..8 {
+            bench.check_page(&opened.snapshot, layer * 100);
+        }
+        if path != object {
+            // The name gives the lengths, so no block is in two answers.
+            let layers = received.iter().filter(|one| one.path.ends_with(".snap"));
+            let paths: HashSet<_> = layers.map(|one| one.path.as_str()).collect();
+            let mut all = received.clone();
+            all.extend(bench.fake.take_received());
+            for path in paths {
+                let times = times_sent(&all, path);
+                assert!(times.values().all(|times| *times == 1), "{path}: {times:?}");
+            }
+        }
     }
-    // Without the name, each layer gives the id of its parent.
-    let object = bench.fake.url(&object).parse().unwrap();
-    let opened = objects::open(&object, &bench.options_in("empty")).unwrap();
+}
+
+#[test]
+fn a_chain_without_a_list_is_opened_layer_by_layer() {
+    let mut bench = Bench::start(PAGES, LATENCY);
+    let (object, memory) = push_chain(&bench);
+    bench.memory = memory;
+    bench.fake.remove(&object.replace(".snap", ".layers"));
+    bench.fake.take_received();
+    let url = bench.fake.url(&object).parse().unwrap();
+    let opened = objects::open(&url, &bench.options()).unwrap();
     bench.check_page(&opened.snapshot, 300);
     let received = bench.fake.take_received();
     assert_eq!(depth(&received), 8, "{received:?}");
+}
+
+#[test]
+fn objects_with_an_id_are_opened_from_the_cache_without_a_request() {
+    let mut bench = Bench::start(PAGES, Duration::ZERO);
+    let (object, memory) = push_chain(&bench);
+    bench.memory = memory;
+    // Only the two requests for the name itself are left.
+    for (path, count) in [("/bucket/guest", 2), (&object, 0)] {
+        let url = bench.fake.url(path).parse().unwrap();
+        objects::open(&url, &bench.options()).unwrap();
+        bench.fake.take_received();
+        let opened = objects::open(&url, &bench.options()).unwrap();
+        bench.check_page(&opened.snapshot, 300);
+        let received = bench.fake.take_received();
+        assert_eq!((received.len(), opened.snapshot.headers().len()), (count, 8), "{received:?}");
+    }
+}
+
+#[test]
+fn a_list_that_is_wrong_is_named() {
+    let bench = Bench::start(PAGES, Duration::ZERO);
+    let (object, _) = push_chain(&bench);
+    let list = object.replace(".snap", ".layers");
+    let right = std::fs::read(bench.folder.path().join(list.trim_start_matches('/'))).unwrap();
+    let right = String::from_utf8(right).unwrap();
+    let id = &object[object.len() - 41..object.len() - 5];
+    let crc = right.find("header_crc\": ").unwrap() + 13;
+    for wrong in [
+        "{ not a list".to_owned(),
+        right.replace(id, "0190b3a2-5c1e-7d5f-8a60-123456789abc"),
+        format!("{}1{}", &right[..crc], &right[crc..]),
+    ] {
+        bench.fake.put(&list, wrong.clone());
+        let url = bench.fake.url(&object).parse().unwrap();
+        let cache = tempfile::tempdir().unwrap();
+        let cache = objects::Cache::open(cache.path(), 1 << 30).unwrap();
+        let options = objects::Options::new(cache).retry(support::impatient());
+        let error = objects::open(&url, &options).err().expect(&wrong);
+        let ObjectError::Name { url, .. } = &error else { panic!("{}", support::chain(&error)) };
+        assert!(url.ends_with(&list), "{url}");
+    }
+}
+
+#[test]
+fn a_layer_of_another_length_than_its_name_gives_is_named() {
+    for change in [-4096, 4096] {
+        let bench = Bench::start(PAGES, Duration::ZERO);
+        push_chain(&bench);
+        let base = Snapshot::open(&bench.file).unwrap().header().id;
+        let mut bytes = std::fs::read(&bench.file).unwrap();
+        bytes.resize((bytes.len() as i64 + change) as usize, 0);
+        bench.fake.put(&format!("/bucket/objects/{base}.snap"), bytes);
+        let url = bench.fake.url("/bucket/guest").parse().unwrap();
+        let error = objects::open(&url, &bench.options()).err().expect("it is refused");
+        assert!(matches!(error, ObjectError::WrongLength { .. }), "{}", support::chain(&error));
+    }
+}
+
+#[test]
+fn an_object_with_an_id_may_be_replaced_by_its_copy_but_by_nothing_else() {
+    let mut bench = Bench::start(PAGES, Duration::ZERO);
+    let (object, memory) = push_chain(&bench);
+    bench.memory = memory;
+    let url = bench.fake.url(&object).parse().unwrap();
+    let opened = objects::open(&url, &bench.options()).unwrap();
+    let base = Snapshot::open(&bench.file).unwrap().header().id;
+    let (base, mut bytes) =
+        (format!("/bucket/objects/{base}.snap"), std::fs::read(&bench.file).unwrap());
+    bench.fake.put(&base, bytes.clone());
+    bench.check_page(&opened.snapshot, PAGES as u32 / 2);
+    bytes[100] ^= 1;
+    bench.fake.put(&base, bytes);
+    let error = bench.fail_page(&opened.snapshot, PAGES as u32 / 3);
+    assert!(
+        support::chain(&error).contains("the object was replaced"),
+        "{}",
+        support::chain(&error)
+    );
 }

@@ -5,9 +5,9 @@
 mod entry;
 mod lock;
 
-use std::fs::{self, DirBuilder};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
@@ -28,6 +28,8 @@ pub const DEFAULT_CACHE_BYTES: u64 = 10 << 30;
 const LOOK_EVERY_BYTES: u64 = 32 << 20;
 
 const SUFFIX: &str = ".blocks";
+/// An empty file. A byte of it is locked while the ends of an object are fetched: see [`Cache::turn`].
+const TURNS: &str = "turns";
 
 /// The folder of the cache, and its limit.
 #[derive(Debug)]
@@ -36,6 +38,11 @@ pub struct Cache {
     limit_bytes: u64,
     stored_bytes: AtomicU64,
 }
+
+/// The turn to fetch the ends of an object. It ends when it is dropped, and when the process is killed.
+pub(crate) struct Turn(
+    #[expect(dead_code, reason = "its lock ends when it is closed")] Option<File>,
+);
 
 /// An object in the cache: see [`Cache::list`].
 #[derive(Clone, Debug)]
@@ -98,6 +105,33 @@ impl Cache {
         let name = name_of(url);
         let mut names = fs::read_dir(&self.folder).into_iter().flatten().flatten();
         names.any(|entry| entry.file_name().to_str().is_some_and(|found| found.starts_with(&name)))
+    }
+
+    /// The version of an object of this address that was used last.
+    pub(crate) fn last_identity(&self, url: &ObjectUrl) -> Option<Identity> {
+        let name = name_of(url);
+        let names = fs::read_dir(&self.folder).into_iter().flatten().flatten();
+        let of_url = names.filter(|entry| {
+            entry.file_name().to_str().is_some_and(|found| found.starts_with(&name))
+        });
+        let used = |entry: &fs::DirEntry| entry.metadata().and_then(|found| found.modified()).ok();
+        let last = of_url.max_by_key(used)?;
+        entry::describe(&last.path()).filter(|(of, _)| *of == url.to_string()).map(|found| found.1)
+    }
+
+    /// The turn to fetch the ends of an object. `None`: another process, or another thread, has it.
+    pub(crate) fn turn(&self, url: &ObjectUrl) -> Option<Turn> {
+        let path = self.folder.join(TURNS);
+        let mut open = OpenOptions::new();
+        let file = open.read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
+        // Without locks, each process fetches for itself.
+        let Ok(file) = file else { return Some(Turn(None)) };
+        let at = lock_of(url);
+        match lock::try_lock(&file, at..at + 1, lock::Kind::Exclusive) {
+            Ok(true) => Some(Turn(Some(file))),
+            Ok(false) => None,
+            Err(_) => Some(Turn(None)),
+        }
     }
 
     /// Counts stored bytes, and makes room each time enough were stored.
@@ -179,6 +213,12 @@ fn look(path: PathBuf) -> Option<Cached> {
         in_use: entry::is_in_use(&path),
         path,
     })
+}
+
+/// The byte of the file of turns that is locked for an address.
+fn lock_of(url: &ObjectUrl) -> u64 {
+    // 60 bits: less than the largest offset.
+    u64::from_str_radix(&name_of(url)[..15], 16).unwrap_or(0)
 }
 
 /// A hash of the address and its server. The bucket's name may be a secret, so file names do not show it.

@@ -59,6 +59,8 @@ struct Shared {
     latency: Duration,
     /// Bytes a second of one connection.
     rate: Option<u64>,
+    /// The link that all connections share.
+    link: Option<Link>,
     now: AtomicUsize,
     most: AtomicUsize,
     number: AtomicUsize,
@@ -80,12 +82,23 @@ impl Fake {
 
     /// A server that also limits the bytes a second of each connection.
     pub(crate) fn with_rate(latency: Duration, rate: Option<u64>) -> Self {
+        Self::with(latency, rate, None)
+    }
+
+    /// A server whose connections share a link of this many bytes a second.
+    pub(crate) fn with_link(latency: Duration, rate: u64) -> Self {
+        let link = Link { rate, free_at: Mutex::new(Instant::now()) };
+        Self::with(latency, None, Some(link))
+    }
+
+    fn with(latency: Duration, rate: Option<u64>, link: Option<Link>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
         let address = listener.local_addr().expect("it has an address");
         let shared = Arc::new(Shared {
             state: Mutex::default(),
             latency,
             rate,
+            link,
             now: AtomicUsize::new(0),
             most: AtomicUsize::new(0),
             number: AtomicUsize::new(0),
@@ -285,9 +298,9 @@ fn answer(shared: &Shared, request: &Request, out: &mut TcpStream) -> std::io::R
                 ("HEAD", _) => Ok(true),
                 (_, Fate::Truncate(after)) => {
                     let part = &body[..after.min(body.len())];
-                    send(out, part, shared.rate).map(|()| false)
+                    send(shared, out, part).map(|()| false)
                 }
-                _ => send(out, body, shared.rate).map(|()| true),
+                _ => send(shared, out, body).map(|()| true),
             }
         }
     };
@@ -296,15 +309,43 @@ fn answer(shared: &Shared, request: &Request, out: &mut TcpStream) -> std::io::R
     sent
 }
 
-fn send(out: &mut TcpStream, bytes: &[u8], rate: Option<u64>) -> std::io::Result<()> {
-    let Some(rate) = rate else { return out.write_all(bytes) };
+fn send(shared: &Shared, out: &mut TcpStream, bytes: &[u8]) -> std::io::Result<()> {
     let started = Instant::now();
     for (number, part) in (1..).zip(bytes.chunks(64 << 10)) {
+        if let Some(link) = &shared.link {
+            link.wait(part.len());
+        }
         out.write_all(part)?;
-        let due = Duration::from_secs_f64((number * (64u64 << 10)) as f64 / rate as f64);
-        thread::sleep(due.saturating_sub(started.elapsed()));
+        if let Some(rate) = shared.rate {
+            let due = Duration::from_secs_f64((number * (64u64 << 10)) as f64 / rate as f64);
+            thread::sleep(due.saturating_sub(started.elapsed()));
+        }
     }
     Ok(())
+}
+
+/// A link with a rate: a token bucket.
+struct Link {
+    /// Bytes a second.
+    rate: u64,
+    free_at: Mutex<Instant>,
+}
+
+impl Link {
+    /// How much time an idle link catches up on: a thread that sleeps wakes up late.
+    const BURST: Duration = Duration::from_millis(1);
+
+    /// Waits until these bytes have been sent. The parts of concurrent answers are sent in turn.
+    fn wait(&self, len_bytes: usize) {
+        let now = Instant::now();
+        let sent_at = {
+            let mut free_at = self.free_at.lock().expect("no thread panics with it");
+            let from = (*free_at).max(now.checked_sub(Self::BURST).unwrap_or(now));
+            *free_at = from + Duration::from_secs_f64(len_bytes as f64 / self.rate as f64);
+            *free_at
+        };
+        thread::sleep(sent_at.saturating_duration_since(now));
+    }
 }
 
 fn parse(range: &str, len: u64) -> Option<Range<u64>> {

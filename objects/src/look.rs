@@ -1,0 +1,163 @@
+//! The first look at an object: whether it is a snapshot or a name, and which version of it is there. The answers also
+//! contain both ends of it, which are all that is read to open a snapshot.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures_util::future::try_join_all;
+use object_store::GetRange;
+
+use crate::cache::BLOCK_BYTES;
+use crate::error::ObjectError;
+use crate::fetch::{Identity, Source};
+use crate::name::{self, Name};
+use crate::open::Options;
+use crate::remote::{LOOK_AGAIN, OTHERS, RemoteObject};
+use crate::url::Scheme;
+
+/// The bytes at each end of an object that the first answers contain. The front has the header and the chunks that
+/// `snap optimize` puts there. The end has the index of up to 400 MiB of memory in use, and all that is read to open
+/// it.
+const END_BYTES: u64 = 1 << 20;
+/// Blocks of which only a part comes are left out.
+const SUFFIX_BYTES: u64 = END_BYTES + BLOCK_BYTES;
+/// Enough to distinguish a snapshot from a name, and for a name of 25 layers.
+const PEEK_BYTES: u64 = 4096;
+
+/// What is known of an object before any request.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Known {
+    /// Its length, from a name. Then no byte is requested twice.
+    pub(crate) len_bytes: Option<u64>,
+    /// An object with an id in its key never changes. If its ends are cached, no request is sent.
+    pub(crate) trusts_ids: bool,
+}
+
+/// What is at an address.
+pub(crate) enum Looked {
+    /// An object that may be a snapshot.
+    Object(RemoteObject),
+    /// A name, and where it was read.
+    Name(Source, Name),
+}
+
+/// Opens an object, or reads a name. One of the processes that do so at the same time fetches the ends of an object.
+pub(crate) async fn first_look(
+    source: Source,
+    known: Known,
+    options: &Options,
+) -> Result<Looked, ObjectError> {
+    let cache = &options.cache;
+    let cached = |identity| RemoteObject::new(source.clone(), identity, Arc::clone(cache));
+    if known.trusts_ids
+        && name::id_of(&source.url).is_some()
+        && let Some(identity) = cache.last_identity(&source.url)
+    {
+        let object = cached(identity)?;
+        if object.has_ends() {
+            return Ok(Looked::Object(object));
+        }
+    }
+    let mut turn = cache.turn(&source.url);
+    if turn.is_none() {
+        let (identity, _, first_bytes) = source.first(GetRange::Bounded(0..PEEK_BYTES)).await?;
+        if !Name::is_meant(&first_bytes) {
+            let object = cached(identity)?;
+            let started = Instant::now();
+            while turn.is_none() && !object.has_ends() && started.elapsed() < OTHERS {
+                tokio::time::sleep(LOOK_AGAIN).await;
+                turn = cache.turn(&source.url);
+            }
+            if object.has_ends() {
+                return Ok(Looked::Object(object));
+            }
+        } else if identity.len_bytes <= PEEK_BYTES {
+            return named(source, &first_bytes, identity.len_bytes);
+        }
+    } else if cache.knows(&source.url) {
+        // One request without a body, if the object is still the one that is cached.
+        match source.identity().await {
+            Ok(identity) => {
+                let object = cached(identity)?;
+                if object.has_ends() {
+                    return Ok(Looked::Object(object));
+                }
+            }
+            // A server that only answers GET.
+            Err(ObjectError::Refused { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    fetch_ends(source, known.len_bytes, options).await
+}
+
+/// Fetches the ends of an object, and stores them in the cache.
+async fn fetch_ends(
+    source: Source,
+    len_bytes: Option<u64>,
+    options: &Options,
+) -> Result<Looked, ObjectError> {
+    let mut parts = ends(&source, len_bytes).await?;
+    if !are_of_one_version(&parts) {
+        // It was replaced between the two.
+        parts = ends(&source, len_bytes).await?;
+    }
+    let (first, last) = (&parts[0], &parts[parts.len() - 1]);
+    if !are_of_one_version(&parts) {
+        let (expected, found) = (first.0.etag.clone(), Some(last.0.etag.clone()));
+        return Err(ObjectError::Replaced { url: source.url.to_string(), expected, found });
+    }
+    let identity = first.0.clone();
+    if let Some(expected) = len_bytes.filter(|expected| *expected != identity.len_bytes) {
+        let (url, found) = (source.url.to_string(), identity.len_bytes);
+        return Err(ObjectError::WrongLength { url, expected, found });
+    }
+    if Name::is_meant(&first.2) {
+        return named(source, &first.2, identity.len_bytes);
+    }
+    let object = RemoteObject::new(source, identity, Arc::clone(&options.cache))?;
+    tokio::task::block_in_place(|| {
+        parts.iter().for_each(|(_, offset, bytes)| object.fill(*offset, bytes));
+    });
+    Ok(Looked::Object(object))
+}
+
+fn named(source: Source, bytes: &[u8], len_bytes: u64) -> Result<Looked, ObjectError> {
+    let name = Name::parse(bytes, len_bytes)
+        .map_err(|reason| ObjectError::Name { url: source.url.to_string(), reason })?;
+    Ok(Looked::Name(source, name))
+}
+
+/// Bytes of an object at an offset, and the version that they are of.
+type Part = (Identity, u64, Vec<u8>);
+
+fn are_of_one_version(parts: &[Part]) -> bool {
+    parts.windows(2).all(|pair| pair[0].0 == pair[1].0)
+}
+
+/// The first and the last bytes of an object, from two requests at the same time, or from one if it is known to be
+/// small.
+async fn ends(source: &Source, len_bytes: Option<u64>) -> Result<Vec<Part>, ObjectError> {
+    if let Some(len) = len_bytes {
+        let all = len <= END_BYTES + SUFFIX_BYTES;
+        let tail = len.saturating_sub(END_BYTES) / BLOCK_BYTES * BLOCK_BYTES..len;
+        let ranges = if all { vec![0..len] } else { vec![0..END_BYTES, tail] };
+        let gets = ranges.into_iter().map(|range| source.first(GetRange::Bounded(range)));
+        match try_join_all(gets).await {
+            // It is shorter. The answers below contain its length.
+            Err(ObjectError::Empty { .. }) => {}
+            parts => return parts,
+        }
+    }
+    let head = source.first(GetRange::Bounded(0..END_BYTES));
+    if source.url.scheme() != Scheme::Az {
+        let tail = source.first(GetRange::Suffix(SUFFIX_BYTES));
+        let (head, tail) = futures_util::try_join!(head, tail)?;
+        return Ok(vec![head, tail]);
+    }
+    // Azure has no ranges that count from the end.
+    let head = head.await?;
+    let start = head.0.len_bytes.saturating_sub(SUFFIX_BYTES);
+    let tail = source.first(GetRange::Offset(start)).await?;
+    Ok(vec![head, tail])
+}
