@@ -3,13 +3,12 @@
 mod support;
 
 use std::collections::HashSet;
-use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use objects::ObjectError;
 use snapfmt::{ChunkBuffer, PageIndex, Snapshot};
 use support::fake::{Fake, depth, times_sent};
-use support::{Bench, KEY};
+use support::{Bench, KEY, push_chain};
 
 const LATENCY: Duration = Duration::from_millis(20);
 /// A snapshot of 32 MiB.
@@ -84,35 +83,10 @@ fn reading_in_order_is_not_bound_by_the_latency() {
     eprintln!("32 MiB in order in {took:?} with {} requests", received.len());
 }
 
-/// A base and seven layers on it, each of which has changed one page, and the name of the last.
-fn push_chain(bench: &Bench) -> (String, Vec<u8>) {
-    let mut memory = bench.memory.clone();
-    let mut files = vec![bench.file.clone()];
-    for number in 1..8u8 {
-        let page = usize::from(number) * 100 * 4096;
-        memory[page..page + 4096].fill(number);
-        let (parent, file) =
-            (&files[files.len() - 1], bench.folder.path().join(format!("{number}")));
-        support::write_on(parent, &file, &memory, page as u64);
-        files.push(file);
-    }
-    let bucket = bench.folder.path().join("bucket");
-    let name = format!("file://{}/guest", bucket.display()).parse().unwrap();
-    let top = Snapshot::open(&files[7]).unwrap();
-    let proceed = |_| ControlFlow::Continue(());
-    objects::push(&top, &name, false, support::impatient(), &proceed).unwrap();
-    for entry in std::fs::read_dir(bucket.join("objects")).unwrap().flatten() {
-        let path = format!("/bucket/objects/{}", entry.file_name().to_str().unwrap());
-        bench.fake.put(&path, std::fs::read(entry.path()).unwrap());
-    }
-    bench.fake.put("/bucket/guest", std::fs::read(bucket.join("guest")).unwrap());
-    (format!("/bucket/objects/{}.snap", top.header().id), memory)
-}
-
 #[test]
 fn eight_layers_are_three_round_trips_away_from_a_page() {
     let mut bench = Bench::start(PAGES, LATENCY);
-    let (object, memory) = push_chain(&bench);
+    let (object, memory) = push_chain(&bench, 8);
     bench.memory = memory;
     // Both the name and the list beside the object give all layers: one is in two answers, the other in one. The base
     // takes two requests, each other layer one, and the page one more.
@@ -147,7 +121,7 @@ fn eight_layers_are_three_round_trips_away_from_a_page() {
 #[test]
 fn a_chain_without_a_list_is_opened_layer_by_layer() {
     let mut bench = Bench::start(PAGES, LATENCY);
-    let (object, memory) = push_chain(&bench);
+    let (object, memory) = push_chain(&bench, 8);
     bench.memory = memory;
     bench.fake.remove(&object.replace(".snap", ".layers"));
     bench.fake.take_received();
@@ -161,7 +135,7 @@ fn a_chain_without_a_list_is_opened_layer_by_layer() {
 #[test]
 fn objects_with_an_id_are_opened_from_the_cache_without_a_request() {
     let mut bench = Bench::start(PAGES, Duration::ZERO);
-    let (object, memory) = push_chain(&bench);
+    let (object, memory) = push_chain(&bench, 8);
     bench.memory = memory;
     // Only the two requests for the name itself are left.
     for (path, count) in [("/bucket/guest", 2), (&object, 0)] {
@@ -178,7 +152,7 @@ fn objects_with_an_id_are_opened_from_the_cache_without_a_request() {
 #[test]
 fn a_list_that_is_wrong_is_named() {
     let bench = Bench::start(PAGES, Duration::ZERO);
-    let (object, _) = push_chain(&bench);
+    let (object, _) = push_chain(&bench, 8);
     let list = object.replace(".snap", ".layers");
     let right = std::fs::read(bench.folder.path().join(list.trim_start_matches('/'))).unwrap();
     let right = String::from_utf8(right).unwrap();
@@ -204,7 +178,7 @@ fn a_list_that_is_wrong_is_named() {
 fn a_layer_of_another_length_than_its_name_gives_is_named() {
     for change in [-4096, 4096] {
         let bench = Bench::start(PAGES, Duration::ZERO);
-        push_chain(&bench);
+        push_chain(&bench, 8);
         let base = Snapshot::open(&bench.file).unwrap().header().id;
         let mut bytes = std::fs::read(&bench.file).unwrap();
         bytes.resize((bytes.len() as i64 + change) as usize, 0);
@@ -218,7 +192,7 @@ fn a_layer_of_another_length_than_its_name_gives_is_named() {
 #[test]
 fn an_object_with_an_id_may_be_replaced_by_its_copy_but_by_nothing_else() {
     let mut bench = Bench::start(PAGES, Duration::ZERO);
-    let (object, memory) = push_chain(&bench);
+    let (object, memory) = push_chain(&bench, 8);
     bench.memory = memory;
     let url = bench.fake.url(&object).parse().unwrap();
     let opened = objects::open(&url, &bench.options()).unwrap();

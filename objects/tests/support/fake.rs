@@ -36,6 +36,8 @@ pub(crate) enum Fate {
     Reset,
     /// The answer is of the whole object.
     NoRanges,
+    /// The bytes of the body are flipped.
+    Flip,
     /// The answer is delayed by this time.
     Late(Duration),
 }
@@ -134,6 +136,15 @@ impl Fake {
         self.state().objects.remove(path);
     }
 
+    /// The paths of all objects.
+    pub(crate) fn paths(&self) -> Vec<String> {
+        self.state().objects.keys().cloned().collect()
+    }
+
+    pub(crate) fn len_bytes(&self, path: &str) -> u64 {
+        self.state().objects[path].bytes.len() as u64
+    }
+
     /// Decides what happens to each request from now on, by its number, from 0.
     pub(crate) fn decide(&self, decide: impl Fn(usize, &Received) -> Fate + Send + Sync + 'static) {
         self.shared.number.store(0, Ordering::SeqCst);
@@ -177,6 +188,24 @@ pub(crate) fn times_sent(received: &[Received], path: &str) -> HashMap<u64, usiz
     for one in received.iter().filter(|one| one.path == path && one.method == "GET") {
         for block in one.range.start / (256 << 10)..one.range.end.div_ceil(256 << 10) {
             *times.entry(block).or_default() += 1;
+        }
+    }
+    times
+}
+
+/// How often each block of 256 KiB of an object was sent as a whole.
+pub(crate) fn whole_times_sent(
+    received: &[Received],
+    path: &str,
+    len_bytes: u64,
+) -> HashMap<u64, usize> {
+    let mut times = HashMap::new();
+    let sent = |one: &&Received| one.path == path && one.method == "GET" && one.status < 300;
+    for one in received.iter().filter(sent) {
+        for block in one.range.start.div_ceil(256 << 10)..one.range.end.div_ceil(256 << 10) {
+            if ((block + 1) * (256 << 10)).min(len_bytes) <= one.range.end {
+                *times.entry(block).or_default() += 1;
+            }
         }
     }
     times
@@ -299,6 +328,10 @@ fn answer(shared: &Shared, request: &Request, out: &mut TcpStream) -> std::io::R
                 (_, Fate::Truncate(after)) => {
                     let part = &body[..after.min(body.len())];
                     send(shared, out, part).map(|()| false)
+                }
+                (_, Fate::Flip) => {
+                    let flipped: Vec<u8> = body.iter().map(|byte| !byte).collect();
+                    send(shared, out, &flipped).map(|()| true)
                 }
                 _ => send(shared, out, body).map(|()| true),
             }

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "not every test uses all of it")]
 
 pub(crate) mod fake;
+pub(crate) mod processes;
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -56,6 +57,33 @@ pub(crate) fn write_on(parent: &Path, file: &Path, memory: &[u8], offset: u64) {
     let proceed = |_| ControlFlow::Continue(());
     write_layer(file, contents, &parent, &WriteOptions::default(), &proceed)
         .expect("it is written");
+}
+
+/// The snapshot and layers on it, each of which has changed one page, are on the server with the name `/bucket/guest`.
+/// Returns the path of the last one, and its memory.
+pub(crate) fn push_chain(bench: &Bench, layers: u8) -> (String, Vec<u8>) {
+    let mut memory = bench.memory.clone();
+    let mut files = vec![bench.file.clone()];
+    for number in 1..layers {
+        let page = usize::from(number) * 100 * 4096;
+        memory[page..page + 4096].fill(number);
+        let (parent, file) =
+            (&files[files.len() - 1], bench.folder.path().join(format!("{number}")));
+        write_on(parent, &file, &memory, page as u64);
+        files.push(file);
+    }
+    let bucket = bench.folder.path().join("bucket");
+    let name = format!("file://{}/guest", bucket.display()).parse().expect("it can be done");
+    let top = Snapshot::open(files.last().expect("the base")).expect("it can be done");
+    let proceed = |_| ControlFlow::Continue(());
+    objects::push(&top, &name, false, impatient(), &proceed).expect("it can be done");
+    for entry in std::fs::read_dir(bucket.join("objects")).expect("it can be done").flatten() {
+        let path =
+            format!("/bucket/objects/{}", entry.file_name().to_str().expect("it can be done"));
+        bench.fake.put(&path, std::fs::read(entry.path()).expect("it can be done"));
+    }
+    bench.fake.put("/bucket/guest", std::fs::read(bucket.join("guest")).expect("it can be done"));
+    (format!("/bucket/objects/{}.snap", top.header().id), memory)
 }
 
 /// A server with a snapshot, and a cache.
