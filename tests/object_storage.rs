@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-use crate::fake_objects::{Fake, Fate, times_sent};
+use crate::fake_objects::{Fake, Fate, times_sent, whole_times_sent};
 use crate::support::{
     Ran, SNAP, Sample, end_of, needs_vm, run, signal, snap, start, wait_for_handlers,
 };
@@ -88,23 +88,25 @@ fn what_looks_into_a_file_looks_into_an_object() {
     let listed = served.snap(&["cache", "ls"]).ok().stdout;
     assert!(listed.contains(&served.url), "{listed}");
     served.snap(&["cache", "prune"]).ok();
-    assert_eq!(std::fs::read_dir(served.cache.path()).expect("it is there").count(), 0);
+    // The file of locks stays.
+    assert_eq!(crate::support::names(served.cache.path()), ["turns"]);
 }
 
 #[test]
 fn two_processes_with_one_cache_fetch_each_block_once_also_if_one_is_killed() {
     needs_vm!();
     let served = Served::start(Duration::from_millis(10));
-    // One opens it first: the ends of an object come with the question which object it is.
-    served.snap(&["info", &served.url]).ok();
-    served.fake.take_received();
     let verify = || start(with_cache(served.cache.path(), &["verify", &served.url]));
     let both = [verify(), verify()];
     for child in both {
         Ran::from(crate::support::end_of(child)).ok();
     }
     let received = served.fake.take_received();
-    assert!(times_sent(&received, KEY).values().all(|times| *times == 1), "{received:?}");
+    let len = std::fs::metadata(served.file()).expect("it is there").len();
+    let times = whole_times_sent(&received, KEY, len);
+    // Without a length from a name, both of the first two answers may contain all of a short object.
+    let most = if len < 9 << 18 { 2 } else { 1 };
+    assert!(times.values().all(|times| *times <= most), "{len} bytes: {received:?}");
 
     served.snap(&["cache", "prune"]).ok();
     let fake = served.fake.clone();

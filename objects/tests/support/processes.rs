@@ -3,10 +3,11 @@
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use objects::{Cache, Options};
-use snapfmt::PageIndex;
 use snapfmt::layout::PAGE_BYTES;
+use snapfmt::{PageEntry, PageIndex, ReadAt};
 
 use super::{chain, impatient};
 
@@ -69,11 +70,23 @@ pub(crate) fn read() {
     let options = Options::new(cache).retry(impatient());
     let opened = objects::open(&url.parse().expect("an address"), &options);
     let opened = opened.unwrap_or_else(|error| panic!("{}", chain(&error)));
-    for page in pages {
+    for &page in &pages {
         let mut bytes = [0; PAGE_BYTES];
         let read = opened.snapshot.read_page(PageIndex(page), &mut Default::default(), &mut bytes);
         read.unwrap_or_else(|error| panic!("page {page}: {}", chain(&error)));
         let at = page as usize * PAGE_BYTES;
         assert!(bytes == memory[at..at + PAGE_BYTES], "page {page} differs");
+    }
+    // A reader continues before its block is in the cache. A guest runs for longer than that takes.
+    let is_cached = |page: u32| match opened.snapshot.entry(PageIndex(page)).expect("it is read") {
+        PageEntry::Data { chunk, .. } => {
+            let object = &opened.objects[usize::from(chunk.layer())];
+            [chunk.offset(), chunk.end() - 1].iter().all(|at| object.is_cached(*at) == Some(true))
+        }
+        _ => true,
+    };
+    let started = Instant::now();
+    while !pages.iter().all(|page| is_cached(*page)) && started.elapsed() < Duration::from_secs(5) {
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
