@@ -218,6 +218,19 @@ fn a_pushed_guest_is_restored_by_its_name_and_pulled_bit_by_bit() {
     assert!(pushed.stdout.contains("1 of 3 files sent"), "{}", pushed.stdout);
     assert!(restore(&third).contains("beat 10 "), "{}", restore(&third));
 
+    // By its id, it is restored from the cache also when it was deleted; `verify` looks into the bucket.
+    let id = snap(["info", layer, "--json"]).ok().json()["id"].as_str().unwrap().to_owned();
+    let key = folder.join(format!("bucket/team/objects/{id}.snap"));
+    let by_id = format!("file://{}", key.display());
+    let (hidden, of_layer) = (folder.join("hidden"), restore(layer));
+    assert_eq!(restore(&by_id), of_layer);
+    run(with_cache(&cache, &["verify", &by_id])).ok();
+    std::fs::rename(&key, &hidden).unwrap();
+    assert_eq!(restore(&by_id), of_layer);
+    let gone = ["no such object", &*by_id];
+    run(with_cache(&cache, &["verify", &by_id])).failed(1, &gone);
+    std::fs::rename(&hidden, &key).unwrap();
+
     let out = folder.join("pulled/top.snap");
     std::fs::create_dir(folder.join("pulled")).unwrap();
     let args = ["pull", &url, out.to_str().unwrap()];

@@ -21,6 +21,15 @@ pub(crate) fn open(path: &Path) -> Result<Snapshot> {
     Ok(opened.snapshot)
 }
 
+/// As [`open`]. The objects must be in the bucket, even if all of them is cached.
+#[cfg(feature = "objects")]
+pub(crate) fn open_to_verify(path: &Path) -> Result<Snapshot> {
+    Ok(objects::open(&url(path)?, &options()?.asks_server(true))?.snapshot)
+}
+
+#[cfg(not(feature = "objects"))]
+pub(crate) use open as open_to_verify;
+
 #[cfg(not(feature = "objects"))]
 pub(crate) fn open(path: &Path) -> Result<Snapshot> {
     Err(missing()).with_context(|| path.display().to_string())

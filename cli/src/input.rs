@@ -10,12 +10,20 @@ use crate::{bucket, stdio};
 
 /// Opens a snapshot, and the parents of a layer; the error names the file.
 pub(crate) fn open(path: &Path, parents: &[PathBuf]) -> Result<Snapshot> {
+    open_with(path, parents, bucket::open)
+}
+
+fn open_with(
+    path: &Path,
+    parents: &[PathBuf],
+    open_object: fn(&Path) -> Result<Snapshot>,
+) -> Result<Snapshot> {
     let _opening = reading(path);
     if bucket::is_meant(path) {
         if !parents.is_empty() {
             bail!("--parent: the parents of a snapshot in a bucket are in the same bucket");
         }
-        return bucket::open(path);
+        return open_object(path);
     }
     let folders = std::env::var_os("SNAP_PATH").unwrap_or_default();
     let parents = Parents {
@@ -73,6 +81,11 @@ pub(crate) struct Input {
 impl Input {
     pub(crate) fn open(&self) -> Result<Snapshot> {
         open(&self.file, &self.parents)
+    }
+
+    /// As [`Input::open`]. An object must be in its bucket, even if all of it is cached.
+    pub(crate) fn open_to_verify(&self) -> Result<Snapshot> {
+        open_with(&self.file, &self.parents, bucket::open_to_verify)
     }
 
     /// Opens another snapshot, whose parents may be the same.

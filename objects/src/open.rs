@@ -31,19 +31,29 @@ pub struct Options {
     pub cache: Arc<Cache>,
     /// How temporary errors are retried.
     pub retry: Retry,
+    /// Whether [`open`] asks the server for the version of each object, also of one with an id in its key. Such an
+    /// object never changes, so otherwise it is opened from the cache without a request, also if it was deleted.
+    pub asks_server: bool,
 }
 
 impl Options {
     /// With this cache, and 30 seconds of patience.
     #[must_use]
     pub fn new(cache: Cache) -> Self {
-        Self { cache: Arc::new(cache), retry: Retry::default() }
+        Self { cache: Arc::new(cache), retry: Retry::default(), asks_server: false }
     }
 
     /// Sets [`Options::retry`].
     #[must_use]
     pub fn retry(mut self, retry: Retry) -> Self {
         self.retry = retry;
+        self
+    }
+
+    /// Sets [`Options::asks_server`].
+    #[must_use]
+    pub fn asks_server(mut self, asks: bool) -> Self {
+        self.asks_server = asks;
         self
     }
 }
@@ -62,7 +72,8 @@ pub struct Opened {
 /// # Errors
 /// [`ObjectError`]
 pub fn open(url: &ObjectUrl, options: &Options) -> Result<Opened, ObjectError> {
-    open_unless(url, options, Trust::Ids, &|| ControlFlow::Continue(()))
+    let trust = if options.asks_server { Trust::Server } else { Trust::Ids };
+    open_unless(url, options, trust, &|| ControlFlow::Continue(()))
 }
 
 /// Whether an object with an id in its key is opened from the cache without a request.

@@ -30,6 +30,8 @@ const AHEAD_REQUESTS: usize = 4;
 const MOST_QUEUED: usize = 1024;
 /// How long another process may take for a block, before this one fetches it too.
 pub(crate) const OTHERS: Duration = Duration::from_secs(10);
+/// How often an object may be replaced by itself during one request: a server may give another ETag in each answer.
+const MOST_COPIES: u32 = 3;
 /// The time between two looks at the cache for blocks that another process fetches.
 pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(2);
 
@@ -324,6 +326,7 @@ impl Inner {
     async fn fly(&self, flight: &Flight) -> Result<(), ObjectError> {
         let end = flight.blocks().end;
         let claim = self.claim(flight).await;
+        let mut copies = 0;
         while flight.next() < end {
             if let Some(bytes) = self.cached(flight.next()) {
                 flight.push(bytes);
@@ -346,7 +349,11 @@ impl Inner {
             let version = self.version().clone();
             match self.source.range(&version, range, &mut on_bytes).await {
                 Ok(()) => {}
-                Err(ObjectError::Replaced { .. }) if self.is_same_object(&version).await? => {}
+                Err(ObjectError::Replaced { .. })
+                    if copies < MOST_COPIES && self.is_same_object(&version).await? =>
+                {
+                    copies += 1;
+                }
                 Err(error) => return Err(error),
             }
         }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use objects::ObjectError;
 use snapfmt::{ChunkBuffer, PageIndex, Snapshot};
-use support::fake::{Fake, depth, times_sent};
+use support::fake::{Fake, Fate, depth, times_sent};
 use support::{Bench, KEY, push_chain};
 
 const LATENCY: Duration = Duration::from_millis(20);
@@ -147,6 +147,14 @@ fn objects_with_an_id_are_opened_from_the_cache_without_a_request() {
         let received = bench.fake.take_received();
         assert_eq!((received.len(), opened.snapshot.headers().len()), (count, 8), "{received:?}");
     }
+    // Of a deleted object, the cache is all that is left.
+    let base = Snapshot::open(&bench.file).unwrap().header().id;
+    bench.fake.remove(&format!("/bucket/objects/{base}.snap"));
+    let url = bench.fake.url(&object).parse().unwrap();
+    objects::open(&url, &bench.options()).unwrap();
+    let asking = bench.options().asks_server(true);
+    let error = objects::open(&url, &asking).err().expect("it is missed");
+    assert!(matches!(error, ObjectError::NotFound { .. }), "{}", support::chain(&error));
 }
 
 #[test]
@@ -209,4 +217,22 @@ fn an_object_with_an_id_may_be_replaced_by_its_copy_but_by_nothing_else() {
         "{}",
         support::chain(&error)
     );
+}
+
+#[test]
+fn a_server_whose_etags_always_differ_is_not_asked_without_end() {
+    let bench = Bench::start(PAGES, Duration::ZERO);
+    let (object, _) = push_chain(&bench, 1);
+    let opened = objects::open(&bench.fake.url(&object).parse().unwrap(), &bench.options());
+    let opened = opened.unwrap();
+    let (fake, bytes) = (bench.fake.clone(), std::fs::read(&bench.file).unwrap());
+    let key = object.clone();
+    bench.fake.decide(move |_, _| {
+        fake.put(&key, bytes.clone());
+        Fate::Answer
+    });
+    // This request is answered before the object is replaced for the first time.
+    bench.check_page(&opened.snapshot, PAGES as u32 / 3);
+    let error = support::chain(&bench.fail_page(&opened.snapshot, PAGES as u32 / 2));
+    assert!(error.contains("the object was replaced"), "{error}");
 }

@@ -32,7 +32,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let file = &args.input.file;
-    let snapshot = args.input.open()?;
+    let snapshot = args.input.open_to_verify()?;
     let bar = Bar::new("verifying", session.quiet, &session.interrupt);
     let threads = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
     let update = |progress| bar.update(progress);
