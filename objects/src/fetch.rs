@@ -41,7 +41,7 @@ impl Source {
     pub(crate) async fn identity(&self) -> Result<Identity, ObjectError> {
         let mut tries = Tries::new(self);
         loop {
-            let client = self.store.client();
+            let client = self.store.client()?;
             let (result, seen) = watched(client.head(self.url.key())).await;
             match result {
                 Ok(meta) => return self.identity_of(meta.e_tag, meta.size),
@@ -84,7 +84,7 @@ impl Source {
                 if_match: identity.as_ref().and_then(strong_etag),
                 ..GetOptions::default()
             };
-            let client = self.store.client();
+            let client = self.store.client()?;
             let (result, seen) = watched(client.get_opts(self.url.key(), options)).await;
             let answer = match result {
                 Ok(answer) => answer,

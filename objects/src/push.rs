@@ -146,7 +146,7 @@ async fn give_name(name: &Source, content: Bytes, replace: bool) -> Result<(), O
     let mut tries = Tries::new(name);
     loop {
         let options = PutOptions { mode: mode.clone(), ..PutOptions::default() };
-        let client = name.store.client();
+        let client = name.store.client()?;
         let put = client.put_opts(name.url.key(), content.clone().into(), options);
         let (result, seen) = watched(put).await;
         let Err(error) = result else { return Ok(()) };
@@ -219,7 +219,7 @@ impl<'a> File<'a> {
             return Err(ObjectError::Unsupported { url: to.url.to_string(), what });
         }
         let failed = |(error, seen)| failure(to, &error, seen);
-        let client = to.store.client();
+        let client = to.store.client()?;
         if self.header.file_bytes <= PART_BYTES {
             let bytes = self.part(to, 0, self.header.file_bytes)?;
             self.check_unchanged(&to.url)?;

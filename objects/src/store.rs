@@ -24,7 +24,8 @@ use crate::url::{ObjectUrl, Scheme};
 pub(crate) struct Store {
     of: ObjectUrl,
     retry: RetryConfig,
-    client: RwLock<Arc<dyn ObjectStore>>,
+    /// Built for the first request: that reads all certificates which this host trusts, in about 5 ms. `None`: not yet.
+    client: RwLock<Option<Arc<dyn ObjectStore>>>,
 }
 
 impl Store {
@@ -46,18 +47,25 @@ impl Store {
     }
 
     fn with(url: &ObjectUrl, retry: RetryConfig) -> Result<Self, ObjectError> {
-        let client = RwLock::new(connect(url, &retry)?);
-        Ok(Self { of: url.clone(), retry, client })
+        check_endpoint(url)?;
+        Ok(Self { of: url.clone(), retry, client: RwLock::default() })
     }
 
-    pub(crate) fn client(&self) -> Arc<dyn ObjectStore> {
-        Arc::clone(&self.client.read().unwrap_or_else(PoisonError::into_inner))
+    pub(crate) fn client(&self) -> Result<Arc<dyn ObjectStore>, ObjectError> {
+        if let Some(client) = &*self.client.read().unwrap_or_else(PoisonError::into_inner) {
+            return Ok(Arc::clone(client));
+        }
+        let mut client = self.client.write().unwrap_or_else(PoisonError::into_inner);
+        match &*client {
+            Some(client) => Ok(Arc::clone(client)),
+            None => Ok(Arc::clone(client.insert(connect(&self.of, &self.retry)?))),
+        }
     }
 
     /// Reads the credentials again: from the environment, the files that it names, or the instance's metadata service.
     pub(crate) fn renew(&self) -> Result<(), ObjectError> {
         let client = connect(&self.of, &self.retry)?;
-        *self.client.write().unwrap_or_else(PoisonError::into_inner) = client;
+        *self.client.write().unwrap_or_else(PoisonError::into_inner) = Some(client);
         Ok(())
     }
 
@@ -82,7 +90,6 @@ fn connect(url: &ObjectUrl, retry: &RetryConfig) -> Result<Arc<dyn ObjectStore>,
     static TLS: Once = Once::new();
     // Another library of the process may have chosen one already.
     TLS.call_once(|| _ = rustls::crypto::ring::default_provider().install_default());
-    check_endpoint(url)?;
     let options = ClientOptions::new()
         .with_allow_http(url.scheme() == Scheme::Http)
         // The time of a whole answer has no limit, but the time without bytes has one.
