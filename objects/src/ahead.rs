@@ -1,5 +1,6 @@
 //! Reads ahead of sequential readers: an eager restore, a verifier, a loader in the background.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 
 use crate::cache::BLOCK_BYTES;
@@ -12,6 +13,11 @@ const PROVEN_BLOCKS: u64 = 4;
 /// The first window, and the largest one: twice what a link of 10 Gbit/s sends in 20 ms.
 const FIRST_BLOCKS: u64 = 8;
 const MOST_BLOCKS: u64 = (32 << 20) / BLOCK_BYTES;
+/// The largest window of a reader that announces what it will read. Without one, a loader would wait between the parts
+/// of memory that it announces; a larger one fetches bytes behind the end of a working set.
+const ANNOUNCED_BLOCKS: u64 = 16;
+/// The limit of announced runs that are remembered.
+const ANNOUNCED_RUNS: usize = 256;
 /// The largest distance of a thread from the front of a stream that it shares.
 const NEAR_BLOCKS: u64 = 16;
 
@@ -20,6 +26,8 @@ const NEAR_BLOCKS: u64 = 16;
 pub(crate) struct Ahead {
     /// The most recently used one is first.
     streams: Vec<Stream>,
+    /// Blocks that readers have announced, the last ones at the end.
+    expected: VecDeque<Range<u64>>,
 }
 
 #[derive(Clone, Debug)]
@@ -33,6 +41,21 @@ struct Stream {
 }
 
 impl Ahead {
+    /// Notes that a reader has announced these blocks.
+    pub(crate) fn expect(&mut self, blocks: Range<u64>) {
+        match self.expected.back_mut() {
+            Some(last) if (last.start..=last.end).contains(&blocks.start) => {
+                last.end = last.end.max(blocks.end);
+            }
+            _ => {
+                if self.expected.len() == ANNOUNCED_RUNS {
+                    self.expected.pop_front();
+                }
+                self.expected.push_back(blocks);
+            }
+        }
+    }
+
     /// Notes a read of these blocks, of an object of `of` blocks. Returns the blocks to fetch ahead.
     pub(crate) fn read(&mut self, blocks: Range<u64>, of: u64) -> Option<Range<u64>> {
         let near = |stream: &Stream| {
@@ -47,14 +70,16 @@ impl Ahead {
             return None;
         };
         let mut stream = self.streams.remove(at);
-        let wanted = stream.advance(blocks.end, of);
+        let is_expected = self.expected.iter().any(|run| run.contains(&blocks.start));
+        let most = if is_expected { ANNOUNCED_BLOCKS } else { MOST_BLOCKS };
+        let wanted = stream.advance(blocks.end, of, most);
         self.streams.insert(0, stream);
         wanted
     }
 }
 
 impl Stream {
-    fn advance(&mut self, end: u64, of: u64) -> Option<Range<u64>> {
+    fn advance(&mut self, end: u64, of: u64, most: u64) -> Option<Range<u64>> {
         if end <= self.front {
             return None;
         }
@@ -62,14 +87,15 @@ impl Stream {
         if self.front - self.start < PROVEN_BLOCKS {
             return None;
         }
+        let window = self.window.min(most);
         // One half of the window is fetched while the other half is being read.
-        if self.announced.saturating_sub(self.front) > self.window / 2 {
+        if self.announced.saturating_sub(self.front) > window / 2 {
             return None;
         }
         let start = self.announced.max(self.front);
-        let wanted = start..(self.front + self.window).min(of);
+        let wanted = start..(self.front + window).min(of);
         self.announced = self.announced.max(wanted.end);
-        self.window = (self.window * 2).min(MOST_BLOCKS);
+        self.window = (window * 2).min(most);
         (!wanted.is_empty()).then_some(wanted)
     }
 }
@@ -105,6 +131,16 @@ mod tests {
             assert_eq!(ahead.read(fault..fault + 1, 100_000), None);
         }
         assert!(first >= 100 && second >= 100, "{first} {second}");
+    }
+
+    #[test]
+    fn little_is_fetched_behind_the_end_of_what_was_announced() {
+        let (mut ahead, mut last) = (Ahead::default(), 0);
+        ahead.expect(0..1000);
+        for block in 0..1000 {
+            last = ahead.read(block..block + 1, 10_000).map_or(last, |wanted| wanted.end);
+        }
+        assert!((1000..=1000 + ANNOUNCED_BLOCKS).contains(&last), "{last}");
     }
 
     #[test]

@@ -41,6 +41,12 @@ pub trait ReadAt: Send + Sync {
     /// Announces that these bytes will be read soon, so that slow storage can begin. The default does nothing.
     fn expect(&self, _bytes: Range<u64>) {}
 
+    /// How many bytes ahead of its reads a reader should [announce](ReadAt::expect), if it can: what slow storage sends
+    /// in the time of a request. The default is 0: what is convenient for the reader.
+    fn ahead_bytes(&self) -> u64 {
+        0
+    }
+
     /// Announces that this handle will be read at random, so that storage should not read ahead of its reads. The default
     /// does nothing.
     fn expect_random(&self) {}
@@ -175,6 +181,10 @@ impl<T: ReadAt + ?Sized> ReadAt for &T {
         (**self).expect(bytes);
     }
 
+    fn ahead_bytes(&self) -> u64 {
+        (**self).ahead_bytes()
+    }
+
     fn expect_random(&self) {
         (**self).expect_random();
     }
@@ -211,6 +221,10 @@ impl<T: ReadAt + ?Sized> ReadAt for Arc<T> {
 
     fn expect(&self, bytes: Range<u64>) {
         (**self).expect(bytes);
+    }
+
+    fn ahead_bytes(&self) -> u64 {
+        (**self).ahead_bytes()
     }
 
     fn expect_random(&self) {

@@ -250,6 +250,12 @@ impl<R: ReadAt> Snapshot<R> {
         }
     }
 
+    /// How many bytes of chunks a reader should announce ahead of its reads: [`ReadAt::ahead_bytes`] of the layer whose
+    /// storage has the most.
+    pub fn ahead_bytes(&self) -> u64 {
+        self.layers.iter().map(|layer| layer.storage.ahead_bytes()).max().unwrap_or(0)
+    }
+
     /// The longest run of zero pages around a zero page within its 2 MiB of memory, as a range of
     /// source offsets in bytes.
     ///

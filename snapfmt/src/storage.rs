@@ -80,6 +80,13 @@ impl ReadAt for Storage {
         }
     }
 
+    fn ahead_bytes(&self) -> u64 {
+        match self {
+            Self::File(file) => file.ahead_bytes(),
+            Self::Other(other) => other.ahead_bytes(),
+        }
+    }
+
     fn expect_random(&self) {
         match self {
             Self::File(file) => file.expect_random(),

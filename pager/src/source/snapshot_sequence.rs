@@ -1,5 +1,6 @@
 //! Loads pages of a `.snap` file that are known in advance: chunk by chunk in the order of the file, with large reads.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -23,6 +24,8 @@ const BATCH: usize = 512;
 /// matters more.
 const SCATTERED_BATCH: usize = 4096;
 const DENSE_PAGES: usize = 4;
+/// The limit of batches that are looked up ahead. More would not be announced sooner.
+const MOST_BATCHES: usize = 64;
 /// The number of look-ups between two yields of the CPU. A look-up that reads the index takes 10 us, and a demand
 /// thread may have been woken on this CPU.
 const LOOK_UPS: usize = 16;
@@ -42,7 +45,9 @@ pub(crate) struct SnapshotSequence<R: ReadAt> {
     pages_of_batch: Vec<PageIndex>,
     /// The pages that are being loaded, and the next ones, which the storage already reads.
     batch: Batch,
-    next: Option<Batch>,
+    next: VecDeque<Batch>,
+    /// How many bytes of chunks the next batches should have, in storage that answers late. There is one at least.
+    ahead_bytes: u64,
     /// The number of pages to skip after those.
     skip: usize,
     failed: Option<SourceError>,
@@ -56,6 +61,8 @@ struct Batch {
     /// Stored pages, by chunk in the order of the file. Those before `at` are done.
     stored: Vec<(ChunkExtent, u16, PageIndex)>,
     at: usize,
+    /// The bytes of their chunks.
+    stored_bytes: u64,
     /// Zero pages. They are taken from the end.
     zeros: Vec<Range<u64>>,
     /// Pages whose shared page is kept, and their content.
@@ -82,6 +89,7 @@ impl<R: ReadAt> SnapshotSequence<R> {
         });
         let batch_pages = if pages <= BATCH as u64 { BATCH } else { FIRST_BATCH };
         SnapshotSequence {
+            ahead_bytes: snapshot.ahead_bytes(),
             snapshot,
             shared,
             ranges: ranges.into_iter(),
@@ -89,7 +97,7 @@ impl<R: ReadAt> SnapshotSequence<R> {
             batch_pages,
             pages_of_batch: Vec::with_capacity(BATCH),
             batch: Batch::default(),
-            next: None,
+            next: VecDeque::new(),
             skip: 0,
             failed: None,
             buffer: ChunkBuffer::new(),
@@ -141,7 +149,11 @@ impl<R: ReadAt> SnapshotSequence<R> {
             }
         }
         batch.stored.sort_unstable();
-        let chunks = batch.stored.chunk_by(|a, b| a.0 == b.0).count();
+        let mut chunks = 0;
+        for of_chunk in batch.stored.chunk_by(|a, b| a.0 == b.0) {
+            chunks += 1;
+            batch.stored_bytes += of_chunk[0].0.end() - of_chunk[0].0.offset();
+        }
         self.batch_pages = match batch.stored.len() < chunks * DENSE_PAGES {
             true => SCATTERED_BATCH,
             false => (self.batch_pages * 2).min(BATCH),
@@ -149,6 +161,16 @@ impl<R: ReadAt> SnapshotSequence<R> {
         batch.zeros.reverse();
         self.expect(&batch);
         (count > 0).then_some(batch)
+    }
+
+    /// Looks up the next batch, and further ones for storage that answers late.
+    fn look_ahead(&mut self, wanted: &dyn Wanted) {
+        let mut bytes: u64 = self.next.iter().map(|batch| batch.stored_bytes).sum();
+        while self.next.is_empty() || bytes < self.ahead_bytes && self.next.len() < MOST_BATCHES {
+            let Some(batch) = self.look_up(wanted) else { return };
+            bytes += batch.stored_bytes;
+            self.next.push_back(batch);
+        }
     }
 
     /// Lets the storage start to read the chunks of a batch. Chunks that are close to each other are read together.
@@ -261,19 +283,17 @@ impl<R: ReadAt> PageSequence for SnapshotSequence<R> {
             if let Some(range) = self.next_chunk(wanted) {
                 return Some(self.load(range));
             }
-            self.batch = match self.next.take() {
+            self.batch = match self.next.pop_front() {
                 Some(next) => next,
                 None => self.look_up(wanted)?,
             };
-            // The storage reads it while this batch is decoded.
-            self.next = self.look_up(wanted);
+            // The storage reads them while this batch is decoded.
+            self.look_ahead(wanted);
         }
     }
 
     fn prepare(&mut self, wanted: &dyn Wanted) {
-        if self.next.is_none() {
-            self.next = self.look_up(wanted);
-        }
+        self.look_ahead(wanted);
     }
 
     fn skip(&mut self, pages: usize) {
