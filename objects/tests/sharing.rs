@@ -16,10 +16,11 @@ use support::{Bench, KEY, chain, impatient};
 
 const PAGES: usize = 4096;
 
-/// The one file in the cache.
+/// The file of the one object in the cache. Another file is only locked.
 fn cache_file(bench: &Bench) -> PathBuf {
-    let mut names = std::fs::read_dir(bench.folder.path().join("cache")).expect("it is there");
-    names.next().expect("one file").expect("it can be read").path()
+    let names = std::fs::read_dir(bench.folder.path().join("cache")).expect("it is there");
+    let mut paths = names.map(|name| name.expect("it can be read").path());
+    paths.find(|path| path.extension() == Some("blocks".as_ref())).expect("one object")
 }
 
 fn once(bench: &Bench) {
