@@ -216,7 +216,7 @@ async fn layers_of(
 ) -> Result<Option<(ObjectUrl, Name)>, ObjectError> {
     let Some(id) = name::id_of(&top.url) else { return Ok(None) };
     if known.trusts_ids && options.cache.last_identity(&top.url).is_some() {
-        // Its parents are cached, too.
+        // Its parents were opened with it. Those that the cache has removed are found one after the other.
         return Ok(None);
     }
     let url = top.url.beside(&name::list_name(id))?;
