@@ -7,11 +7,10 @@ use std::time::Instant;
 use futures_util::future::try_join_all;
 use object_store::GetRange;
 
-use crate::cache::BLOCK_BYTES;
+use crate::cache::{BLOCK_BYTES, Cache};
 use crate::error::ObjectError;
 use crate::fetch::{Identity, Source};
 use crate::name::{self, Name};
-use crate::open::Options;
 use crate::remote::{LOOK_AGAIN, OTHERS, RemoteObject};
 use crate::url::Scheme;
 
@@ -45,9 +44,8 @@ pub(crate) enum Looked {
 pub(crate) async fn first_look(
     source: Source,
     known: Known,
-    options: &Options,
+    cache: &Arc<Cache>,
 ) -> Result<Looked, ObjectError> {
-    let cache = &options.cache;
     let cached = |identity| RemoteObject::new(source.clone(), identity, Arc::clone(cache));
     if known.trusts_ids
         && name::id_of(&source.url).is_some()
@@ -88,14 +86,14 @@ pub(crate) async fn first_look(
             Err(error) => return Err(error),
         }
     }
-    fetch_ends(source, known.len_bytes, options).await
+    fetch_ends(source, known.len_bytes, cache).await
 }
 
 /// Fetches the ends of an object, and stores them in the cache.
 async fn fetch_ends(
     source: Source,
     len_bytes: Option<u64>,
-    options: &Options,
+    cache: &Arc<Cache>,
 ) -> Result<Looked, ObjectError> {
     let mut parts = ends(&source, len_bytes).await?;
     if !are_of_one_version(&parts) {
@@ -115,7 +113,7 @@ async fn fetch_ends(
     if Name::is_meant(&first.2) {
         return named(source, &first.2, identity.len_bytes);
     }
-    let object = RemoteObject::new(source, identity, Arc::clone(&options.cache))?;
+    let object = RemoteObject::new(source, identity, Arc::clone(cache))?;
     tokio::task::block_in_place(|| {
         parts.iter().for_each(|(_, offset, bytes)| object.fill(*offset, bytes));
     });

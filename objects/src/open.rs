@@ -184,7 +184,7 @@ fn with_names(objects: &[RemoteObject]) -> impl Iterator<Item = (Storage, PathBu
 
 async fn chain(top: Source, known: Known, options: &Options) -> Result<Chain, ObjectError> {
     let layers = layers_of(&top, known, options);
-    let looked = first_look(top.clone(), known, options);
+    let looked = first_look(top.clone(), known, &options.cache);
     let (list, looked) = futures_util::try_join!(layers, looked)?;
     let (list, top, from) = match (looked, list) {
         (Looked::Name(source, name), _) => ((source.url.clone(), name), None, source),
@@ -263,7 +263,7 @@ async fn object_at(
     known: Known,
     options: &Options,
 ) -> Result<RemoteObject, ObjectError> {
-    match first_look(source, known, options).await? {
+    match first_look(source, known, &options.cache).await? {
         Looked::Object(object) => Ok(object),
         Looked::Name(source, _) => {
             let reason = "a name where a snapshot was expected".to_owned();
