@@ -3,8 +3,9 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use pager::{Load, PageReader, PageSequence, PageSource, SourceError};
+use pager::{Load, PageReader, PageSequence, PageSource, SourceError, WhenReady};
 
 use crate::waits::{Often, Wait};
 
@@ -25,8 +26,13 @@ impl PageSource for AwaitedSource {
     fn reader(&self, page_bytes: usize) -> Result<Box<dyn PageReader>, SourceError> {
         let path = self.path.clone();
         let page = move || format!("a page of {} to be read", path.display());
-        let wait = Often::new(Wait::new(page).hears());
-        Ok(Box::new(AwaitedReader { reader: self.source.reader(page_bytes)?, wait }))
+        let wait = || Often::new(Wait::new(page.clone()).hears());
+        let remote = Arc::new(RemoteWaits { count: AtomicUsize::new(0), wait: wait() });
+        Ok(Box::new(AwaitedReader {
+            reader: self.source.reader(page_bytes)?,
+            wait: wait(),
+            remote,
+        }))
     }
 
     fn len_bytes(&self) -> u64 {
@@ -46,6 +52,29 @@ impl PageSource for AwaitedSource {
 struct AwaitedReader {
     reader: Box<dyn PageReader>,
     wait: Often,
+    remote: Arc<RemoteWaits>,
+}
+
+/// The waits of one reader for pages that another host sends, while it loads others.
+struct RemoteWaits {
+    count: AtomicUsize,
+    wait: Often,
+}
+
+impl RemoteWaits {
+    fn begin(&self) {
+        if self.count.fetch_add(1, Ordering::AcqRel) == 0 {
+            self.wait.begin();
+        }
+    }
+
+    /// While pages come, the others do not count as waited for.
+    fn end(&self) {
+        match self.count.fetch_sub(1, Ordering::AcqRel) {
+            1 => self.wait.end(),
+            _ => self.wait.begin(),
+        }
+    }
 }
 
 impl PageReader for AwaitedReader {
@@ -54,5 +83,19 @@ impl PageReader for AwaitedReader {
         let loaded = self.reader.load(source_offset);
         self.wait.end();
         loaded
+    }
+
+    fn would_wait(&mut self, source_offset: u64) -> bool {
+        self.reader.would_wait(source_offset)
+    }
+
+    fn when_ready(&mut self, source_offset: u64, ready: WhenReady) {
+        let remote = Arc::clone(&self.remote);
+        remote.begin();
+        let ended = move |result: Result<(), SourceError>| {
+            remote.end();
+            ready(result);
+        };
+        self.reader.when_ready(source_offset, Box::new(ended));
     }
 }

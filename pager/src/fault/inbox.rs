@@ -1,10 +1,12 @@
 //! The messages of one slice. Events are applied when they are read; faults are queued.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::time::Instant;
 
+use crate::fault::waiting::Ticket;
 use crate::pager_state::PagerState;
+use crate::source::error::SourceError;
 use crate::uffd::{Journal, Message, MessageBatch};
 
 /// A thread waits for the page at `address`. `thread_id` is 0 if it is unknown.
@@ -13,6 +15,23 @@ pub(crate) struct Fault {
     pub(crate) address: u64,
     pub(crate) thread_id: u32,
     pub(crate) read_at: Instant,
+    pub(crate) waited: Waited,
+}
+
+/// What has happened to a fault that has waited while other faults were answered: see [`super::waiting`].
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Waited {
+    /// The number of waits.
+    pub(crate) count: u32,
+    /// When the last one began, while it lasts.
+    pub(crate) since: Option<Instant>,
+    /// The last one, after its end; 0 before.
+    pub(crate) ticket: Ticket,
+    /// The sum of the waits.
+    pub(crate) wait_ns: u64,
+    /// The time before the first one.
+    pub(crate) queue_ns: u64,
+    pub(crate) failed_loads: u32,
 }
 
 /// The messages that were read and not yet answered. They survive a panic of the handler, so that no fault is lost.
@@ -20,6 +39,8 @@ pub(crate) struct Fault {
 pub(crate) struct Inbox {
     batch: MessageBatch,
     pub(crate) faults: VecDeque<Fault>,
+    /// The errors of faults among these that have waited.
+    pub(crate) failed: HashMap<Ticket, SourceError>,
     /// An event that cannot be served.
     pub(crate) unserved: Option<Message>,
     /// The error of reading messages while a fault was being answered.
@@ -34,6 +55,7 @@ impl Inbox {
         Inbox {
             batch: MessageBatch::journaled(journal),
             faults: VecDeque::with_capacity(256),
+            failed: HashMap::new(),
             unserved,
             broken: None,
         }
@@ -51,7 +73,8 @@ impl Inbox {
             count += 1;
             match message {
                 Message::Pagefault { address, thread_id, .. } => {
-                    self.faults.push_back(Fault { address, thread_id, read_at });
+                    let waited = Waited::default();
+                    self.faults.push_back(Fault { address, thread_id, read_at, waited });
                 }
                 // If the page is in the file, the kernel would map it again without a fault: content that the guest
                 // has given away would come back.

@@ -5,6 +5,7 @@
 //! | `handler` | the demand thread of a slice: reads messages, answers faults |
 //! | `inbox` | the messages that it has read |
 //! | `resolver` | prepares the answer: loaded pages, zeros or poison |
+//! | `waiting` | the faults whose pages come from another host |
 //! | `slice` | a part of the memory with its own userfaultfd and demand thread |
 //! | `latency` | measures how long faults take |
 //!
@@ -15,3 +16,4 @@ pub(crate) mod inbox;
 pub(crate) mod latency;
 pub(crate) mod resolver;
 pub(crate) mod slice;
+pub(crate) mod waiting;

@@ -241,7 +241,7 @@ mod tests {
     use super::*;
 
     fn fault_of(thread_id: u32) -> Fault {
-        Fault { address: 0, thread_id, read_at: Instant::now() }
+        Fault { address: 0, thread_id, read_at: Instant::now(), waited: Default::default() }
     }
 
     #[test]

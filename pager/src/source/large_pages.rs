@@ -1,7 +1,7 @@
 //! Builds large pages (hugetlbfs) from a source of small ones.
 
 use crate::source::error::SourceError;
-use crate::source::load::{Load, LoadCost, LoadedPage, LoadedPages, PageReader};
+use crate::source::load::{Load, LoadCost, LoadedPage, LoadedPages, PageReader, WhenReady};
 
 /// A reader with large pages. It builds each of them from many loads of a reader with small pages.
 pub(crate) struct LargePages {
@@ -33,6 +33,14 @@ impl LargePages {
             filled: vec![false; large_bytes / small_bytes],
             listed: [LoadedPage { source_offset: 0, buffer_offset: 0 }],
         })
+    }
+}
+
+impl LargePages {
+    /// The offsets of the small pages of a large one.
+    fn small_pages(&self, source_offset: u64) -> impl Iterator<Item = u64> + use<> {
+        let end = source_offset.saturating_add(self.page.len() as u64);
+        (source_offset..end).step_by(self.small_bytes)
     }
 }
 
@@ -82,6 +90,19 @@ impl PageReader for LargePages {
         }
         listed[0].source_offset = source_offset;
         Ok(Load::Pages(LoadedPages { bytes: page, pages: listed, cost }))
+    }
+
+    fn would_wait(&mut self, source_offset: u64) -> bool {
+        self.small_pages(source_offset).any(|offset| self.small.would_wait(offset))
+    }
+
+    /// All small pages that would wait are fetched at the same time. The last of them is waited for.
+    fn when_ready(&mut self, source_offset: u64, ready: WhenReady) {
+        let mut awaited: Vec<u64> = self.small_pages(source_offset).collect();
+        awaited.retain(|offset| self.small.would_wait(*offset));
+        let Some(last) = awaited.pop() else { return ready(Ok(())) };
+        awaited.into_iter().for_each(|offset| self.small.when_ready(offset, Box::new(|_| ())));
+        self.small.when_ready(last, ready);
     }
 }
 
