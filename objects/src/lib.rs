@@ -24,7 +24,9 @@ mod cache;
 mod cancel;
 mod error;
 mod fetch;
+mod fetcher;
 mod flight;
+mod hedge;
 mod name;
 mod open;
 mod pull;
@@ -33,6 +35,7 @@ mod remote;
 mod retry;
 mod runtime;
 mod store;
+mod unstored;
 mod url;
 
 pub use cache::{Cache, Cached, DEFAULT_CACHE_BYTES, default_cache_folder};

@@ -1,0 +1,173 @@
+//! Fetches blocks of one object into the cache.
+
+use std::io;
+use std::ops::Range;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures_util::future::{Either, pending, select};
+use tokio::sync::Semaphore;
+
+use crate::cache::{Cache, Claim, Entry};
+use crate::error::ObjectError;
+use crate::fetch::{Identity, Source};
+use crate::flight::{Blocks, Flight};
+use crate::hedge::Hedges;
+use crate::unstored::Unstored;
+
+/// How long another process may take for a block, before this one fetches it too.
+const OTHERS: Duration = Duration::from_secs(10);
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
+/// The limit of concurrent requests of this process. Each may need a connection, and so a descriptor. A guest can have
+/// many more faults.
+static REQUESTS: Semaphore = Semaphore::const_new(128);
+
+/// One object, and where its blocks are kept.
+pub(crate) struct Fetcher {
+    pub(crate) source: Source,
+    pub(crate) identity: Identity,
+    cache: Arc<Cache>,
+    pub(crate) entry: Entry,
+    pub(crate) unstored: Unstored,
+    hedges: Hedges,
+    /// Bytes of all answers.
+    pub(crate) fetched_bytes: AtomicU64,
+}
+
+impl Fetcher {
+    pub(crate) fn new(
+        source: Source,
+        identity: Identity,
+        cache: Arc<Cache>,
+    ) -> Result<Self, ObjectError> {
+        let entry = cache.entry(&source.url, &identity)?;
+        let (unstored, hedges) = Default::default();
+        let fetched_bytes = AtomicU64::new(0);
+        Ok(Self { source, identity, cache, entry, unstored, hedges, fetched_bytes })
+    }
+
+    /// Fetches all blocks of a request, or reads them from the cache if another process fetches them.
+    pub(crate) async fn fly(&self, flight: &Flight) -> Result<(), ObjectError> {
+        let end = flight.blocks().end;
+        let claim = self.claim(flight).await;
+        while flight.next() < end {
+            if let Some(bytes) = self.cached(flight.next()) {
+                flight.push(bytes);
+                continue;
+            }
+            let first = flight.next();
+            let last = (first + 1..end).find(|block| self.entry.has(*block)).unwrap_or(end);
+            self.fetch(flight, first..last).await?;
+        }
+        drop(claim);
+        Ok(())
+    }
+
+    /// Fetches the next blocks of a request. If nothing arrives for longer than usual while a fault waits, a second
+    /// request is sent for what it waits for. The first answer is taken; after that of the second request there may be
+    /// blocks left.
+    async fn fetch(&self, flight: &Flight, blocks: Range<u64>) -> Result<(), ObjectError> {
+        let _slot = REQUESTS.acquire().await;
+        let started = Instant::now();
+        let first = pin!(self.get(blocks, |block, bytes| self.landed(flight, block, bytes)));
+        let second = pin!(self.second(flight));
+        let result = match select(first, second).await {
+            Either::Left((result, _)) => result,
+            Either::Right((found, _)) => {
+                found.into_iter().for_each(|(block, bytes)| self.landed(flight, block, bytes));
+                Ok(())
+            }
+        };
+        if flight.is_demand() && result.is_ok() {
+            self.hedges.answered(started.elapsed());
+        }
+        result
+    }
+
+    /// The answer to a second request. Does not return if there is none, or it fails: then the first one decides.
+    async fn second(&self, flight: &Flight) -> Vec<(u64, Bytes)> {
+        let blocks = flight.late(|| self.hedges.delay()).await;
+        let Some(_slot) = REQUESTS.try_acquire().ok().filter(|_| self.hedges.take()) else {
+            return pending().await;
+        };
+        let mut found = Vec::new();
+        match self.get(blocks, |block, bytes| found.push((block, bytes))).await {
+            Ok(()) => found,
+            Err(_) => pending().await,
+        }
+    }
+
+    /// Requests blocks, and passes each to `on_block`.
+    async fn get(
+        &self,
+        blocks: Range<u64>,
+        mut on_block: impl FnMut(u64, Bytes) + Send,
+    ) -> Result<(), ObjectError> {
+        let range = self.entry.bytes_of(blocks.clone());
+        let (mut cut, mut at) = (Blocks::new(range.end - range.start), blocks.start);
+        let mut on_bytes = |bytes: Bytes| {
+            self.fetched_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            cut.push(bytes, &mut |block| {
+                on_block(at, block);
+                at += 1;
+            });
+        };
+        self.source.range(&self.identity, range, &mut on_bytes).await
+    }
+
+    /// A block of a request has arrived. It may have arrived before, by the other one of two requests.
+    fn landed(&self, flight: &Flight, block: u64, bytes: Bytes) {
+        if block == flight.next() {
+            flight.push(bytes.clone());
+            // The disk may be slow. Other requests continue meanwhile.
+            tokio::task::block_in_place(|| self.store(block, &bytes));
+        }
+    }
+
+    /// Waits while another process fetches these blocks. After some time they are fetched without a claim, because the
+    /// other process may be stopped.
+    async fn claim(&self, flight: &Flight) -> Option<Claim<'_>> {
+        let started = Instant::now();
+        while started.elapsed() < OTHERS {
+            match self.entry.claim(flight.next()..flight.blocks().end) {
+                Ok(Some(claim)) => return Some(claim),
+                Ok(None) => {}
+                // A file system without locks.
+                Err(_) => return None,
+            }
+            match self.cached(flight.next()) {
+                Some(bytes) => flight.push(bytes),
+                None => tokio::time::sleep(LOOK_AGAIN).await,
+            }
+            if flight.next() == flight.blocks().end {
+                return None;
+            }
+        }
+        None
+    }
+
+    fn cached(&self, block: u64) -> Option<Bytes> {
+        let of_block = self.entry.bytes_of(block..block + 1);
+        let mut bytes = vec![0; (of_block.end - of_block.start) as usize];
+        let there = self.entry.has(block)
+            && self.entry.read(of_block.start, &mut bytes).is_ok_and(|there| there);
+        there.then(|| bytes.into())
+    }
+
+    /// Stores a block in the cache, or keeps it for a short time.
+    pub(crate) fn store(&self, block: u64, bytes: &Bytes) {
+        match self.entry.store(block, bytes) {
+            Ok(()) => self.cache.stored(bytes.len() as u64, &self.entry),
+            Err(_) => self.unstored.keep(block, bytes.clone()),
+        }
+    }
+
+    /// Drops blocks, so that they are fetched again.
+    pub(crate) fn drop_blocks(&self, blocks: Range<u64>) -> io::Result<()> {
+        self.unstored.drop_blocks(&blocks);
+        self.entry.drop_blocks(blocks)
+    }
+}
