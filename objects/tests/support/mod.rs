@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "not every test uses all of it")]
 
 pub(crate) mod fake;
+pub(crate) mod guest;
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
