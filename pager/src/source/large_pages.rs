@@ -135,6 +135,39 @@ mod tests {
         assert!(large.load(3 << 20).is_err());
     }
 
+    /// The small pages from 512 on are on another host. Each comes as soon as it is asked for.
+    #[derive(Default)]
+    struct Far(Vec<u64>);
+
+    impl PageReader for Far {
+        fn load(&mut self, _source_offset: u64) -> Result<Load<'_>, SourceError> {
+            Err(SourceError::permanent("not in this test"))
+        }
+
+        fn would_wait(&mut self, source_offset: u64) -> bool {
+            source_offset >= 512 * 4096 && !self.0.contains(&source_offset)
+        }
+
+        fn when_ready(&mut self, source_offset: u64, ready: WhenReady) {
+            self.0.push(source_offset);
+            ready(Ok(()));
+        }
+    }
+
+    #[test]
+    fn a_large_page_waits_for_all_its_small_ones_together() {
+        let mut large =
+            LargePages::of(Box::new(Far::default()), 4096, 1 << 20).expect("a multiple");
+        assert!(!large.would_wait(1 << 20) && large.would_wait(2 << 20));
+        let (sender, called) = std::sync::mpsc::channel();
+        large.when_ready(
+            2 << 20,
+            Box::new(move |result| sender.send(result.is_ok()).expect("open")),
+        );
+        assert_eq!(called.recv(), Ok(true));
+        assert!(!large.would_wait(2 << 20) && large.would_wait(3 << 20));
+    }
+
     #[test]
     fn odd_and_giant_pages_are_refused() {
         let source = VecSource::new(vec![0; 4096], 4096);
