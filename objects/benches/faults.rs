@@ -71,8 +71,9 @@ fn run(bench: &Bench, faults: usize, threads: usize) -> Option<Measured> {
 
 fn row(what: &str, measured: &Measured) {
     let ms = |of: usize| {
-        let at = (measured.times.len() * of / 1000).min(measured.times.len() - 1);
-        measured.times[at].as_secs_f64() * 1e3
+        // The smallest time that so many thousandths of the times do not exceed.
+        let rank = (measured.times.len() * of).div_ceil(1000).max(1);
+        measured.times[rank - 1].as_secs_f64() * 1e3
     };
     println!(
         "{what:<40} p50 {:6.1} ms  p99 {:7.1} ms  p99.9 {:7.1} ms  {:7.0} pages/s  {} requests",
