@@ -12,8 +12,9 @@ use std::time::{Duration, Instant};
 use crate::background::populate::demand::WaitBucket;
 use crate::background::populate::start;
 use crate::failure::{Failure, FailureCause};
-use crate::fault::inbox::{Fault, Inbox, Waited};
+use crate::fault::inbox::Inbox;
 use crate::fault::latency::FaultTimes;
+use crate::fault::queued::{Fault, Waited};
 use crate::fault::resolver::{ResolveError, Resolver};
 use crate::fault::waiting::STALL;
 use crate::install::page_state::PageState;
@@ -86,7 +87,8 @@ impl Handler {
         let priority = &shared.slices[self.slice].priority;
         priority.begin();
         self.serve_through_panic();
-        shared.slices[self.slice].waiting.clear();
+        let own = &shared.slices[self.slice];
+        own.counters.stalled(own.waiting.clear());
         priority.end();
     }
 
@@ -225,7 +227,7 @@ impl Handler {
         let region = self.shared.layout.extent(place.extent).region;
         self.shared.slices[self.slice].recorder.record(region, times);
         if u128::from(times.service_ns) > STALL.as_nanos() {
-            self.shared.slices[self.slice].counters.stalled();
+            self.shared.slices[self.slice].counters.stalled(1);
         }
         if outcome == Outcome::Answered {
             self.waited(place, times.service_ns);

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use crate::fault::inbox::Fault;
+use crate::fault::queued::{Fault, Ticket};
 use crate::source::error::SourceError;
 use crate::source::load::WhenReady;
 
@@ -33,9 +33,6 @@ struct State {
     faults: Vec<(Ticket, Fault)>,
     last: Ticket,
 }
-
-/// The number of a wait, from 1.
-pub(crate) type Ticket = u64;
 
 /// The ends of waits, for the demand thread.
 #[derive(Debug)]
@@ -145,10 +142,12 @@ impl WaitingFaults {
         waiting as u64 + u64::from(answering)
     }
 
-    /// Called when the demand thread ends: no fault is answered any more.
-    pub(crate) fn clear(&self) {
-        lock(&self.state).faults.clear();
+    /// Called when the demand thread ends: no fault is answered any more. Returns how many of them were stalled.
+    pub(crate) fn clear(&self) -> u64 {
         self.answering(None);
+        let stalled = self.stalled(Instant::now());
+        lock(&self.state).faults.clear();
+        stalled
     }
 }
 
@@ -185,7 +184,7 @@ mod tests {
         let dropped = "the source has dropped a wait for a page".to_owned();
         assert_eq!(ended(&waiting), [(2, None), (3, Some(dropped))]);
         assert!(!waiting.have_ended() && ended(&waiting).is_empty());
-        waiting.clear();
+        assert_eq!(waiting.clear(), 0);
         one(Err(SourceError::transient("too late")));
         assert!(ended(&waiting).is_empty());
     }

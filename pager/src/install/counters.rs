@@ -28,7 +28,7 @@ pub(crate) struct Counters {
     spurious_faults: AtomicU64,
     bytes_read: AtomicU64,
     source_retries: AtomicU64,
-    /// Faults that were answered after longer than `STALL`.
+    /// Faults that have waited for longer than `STALL`, without those that still do.
     stalls: AtomicU64,
 }
 
@@ -75,8 +75,8 @@ impl Counters {
         self.source_retries.fetch_add(1, Ordering::Relaxed);
     }
 
-    pub(crate) fn stalled(&self) {
-        self.stalls.fetch_add(1, Ordering::Relaxed);
+    pub(crate) fn stalled(&self, faults: u64) {
+        self.stalls.fetch_add(faults, Ordering::Relaxed);
     }
 
     pub(crate) fn add_to(&self, stats: &mut Stats) {

@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::fault::inbox::Fault;
+use crate::fault::queued::Fault;
 use crate::fault::slice::Slice;
 use crate::pager_state::PagerState;
 use crate::sched::cpus::{Cpus, NOWHERE};
