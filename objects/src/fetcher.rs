@@ -150,10 +150,12 @@ impl Fetcher {
     }
 
     fn cached(&self, block: u64) -> Option<Bytes> {
+        if !self.entry.has(block) {
+            return None;
+        }
         let of_block = self.entry.bytes_of(block..block + 1);
         let mut bytes = vec![0; (of_block.end - of_block.start) as usize];
-        let there = self.entry.has(block)
-            && self.entry.read(of_block.start, &mut bytes).is_ok_and(|there| there);
+        let there = self.entry.read(of_block.start, &mut bytes).is_ok_and(|there| there);
         there.then(|| bytes.into())
     }
 
