@@ -2,8 +2,7 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pager::{Load, PageReader, PageSequence, PageSource, SourceError, WhenReady};
 
@@ -27,7 +26,7 @@ impl PageSource for AwaitedSource {
         let path = self.path.clone();
         let page = move || format!("a page of {} to be read", path.display());
         let wait = || Often::new(Wait::new(page.clone()).hears());
-        let remote = Arc::new(RemoteWaits { count: AtomicUsize::new(0), wait: wait() });
+        let remote = Arc::new(RemoteWaits { count: Mutex::new(0), wait: wait() });
         Ok(Box::new(AwaitedReader {
             reader: self.source.reader(page_bytes)?,
             wait: wait(),
@@ -57,23 +56,39 @@ struct AwaitedReader {
 
 /// The waits of one reader for pages that another host sends, while it loads others.
 struct RemoteWaits {
-    count: AtomicUsize,
+    count: Mutex<usize>,
     wait: Often,
 }
 
-impl RemoteWaits {
-    fn begin(&self) {
-        if self.count.fetch_add(1, Ordering::AcqRel) == 0 {
-            self.wait.begin();
+/// One of them. It ends when this is dropped, also by a source that never calls back.
+struct RemoteWait(Arc<RemoteWaits>);
+
+impl RemoteWait {
+    fn begin(waits: &Arc<RemoteWaits>) -> Self {
+        let mut count = waits.count();
+        *count += 1;
+        if *count == 1 {
+            waits.wait.begin();
+        }
+        Self(Arc::clone(waits))
+    }
+}
+
+impl Drop for RemoteWait {
+    fn drop(&mut self) {
+        let mut count = self.0.count();
+        *count -= 1;
+        match *count {
+            0 => self.0.wait.end(),
+            // While pages come, the others do not count as waited for.
+            _ => self.0.wait.begin(),
         }
     }
+}
 
-    /// While pages come, the others do not count as waited for.
-    fn end(&self) {
-        match self.count.fetch_sub(1, Ordering::AcqRel) {
-            1 => self.wait.end(),
-            _ => self.wait.begin(),
-        }
+impl RemoteWaits {
+    fn count(&self) -> MutexGuard<'_, usize> {
+        self.count.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -90,10 +105,9 @@ impl PageReader for AwaitedReader {
     }
 
     fn when_ready(&mut self, source_offset: u64, ready: WhenReady) {
-        let remote = Arc::clone(&self.remote);
-        remote.begin();
+        let wait = RemoteWait::begin(&self.remote);
         let ended = move |result: Result<(), SourceError>| {
-            remote.end();
+            drop(wait);
             ready(result);
         };
         self.reader.when_ready(source_offset, Box::new(ended));

@@ -9,21 +9,25 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::future::{Either, pending, select};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::time::timeout;
 
 use crate::cache::{Cache, Claim, Entry};
 use crate::error::ObjectError;
 use crate::fetch::{Identity, Source};
 use crate::flight::{Blocks, Flight};
 use crate::hedge::Hedges;
+use crate::retry::Retry;
 use crate::unstored::Unstored;
+use crate::url::ObjectUrl;
 
 /// How long another process may take for a block, before this one fetches it too.
 const OTHERS: Duration = Duration::from_secs(10);
 const LOOK_AGAIN: Duration = Duration::from_millis(2);
 /// The limit of concurrent requests of this process. Each may need a connection, and so a descriptor. A guest can have
 /// many more faults.
-static REQUESTS: Semaphore = Semaphore::const_new(128);
+const MOST_REQUESTS: usize = 128;
+static REQUESTS: Semaphore = Semaphore::const_new(MOST_REQUESTS);
 
 /// One object, and where its blocks are kept.
 pub(crate) struct Fetcher {
@@ -70,7 +74,7 @@ impl Fetcher {
     /// request is sent for what it waits for. The first answer is taken; after that of the second request there may be
     /// blocks left.
     async fn fetch(&self, flight: &Flight, blocks: Range<u64>) -> Result<(), ObjectError> {
-        let _slot = REQUESTS.acquire().await;
+        let _slot = slot(&REQUESTS, &self.source.retry, &self.source.url).await?;
         let started = Instant::now();
         let first = pin!(self.get(blocks, |block, bytes| self.landed(flight, block, bytes)));
         let second = pin!(self.second(flight));
@@ -171,5 +175,44 @@ impl Fetcher {
     pub(crate) fn drop_blocks(&self, blocks: Range<u64>) -> io::Result<()> {
         self.unstored.drop_blocks(&blocks);
         self.entry.drop_blocks(blocks)
+    }
+}
+
+/// The right to send a request. While a server does not answer, all of them may be taken for as long as the patience:
+/// this wait does not last longer.
+async fn slot<'a>(
+    of: &'a Semaphore,
+    retry: &Retry,
+    url: &ObjectUrl,
+) -> Result<SemaphorePermit<'a>, ObjectError> {
+    match timeout(retry.patience, of.acquire()).await {
+        Ok(Ok(slot)) => Ok(slot),
+        Ok(Err(_)) => Err(ObjectError::Cancelled),
+        Err(_) => Err(ObjectError::Unavailable {
+            url: url.to_string(),
+            reason: format!("{MOST_REQUESTS} other requests of this process wait"),
+            attempts: 0,
+            waited: retry.patience,
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime;
+
+    #[test]
+    fn a_request_waits_for_others_only_as_long_as_the_patience() {
+        static ONE: Semaphore = Semaphore::const_new(1);
+        let retry = Retry { patience: Duration::from_millis(20), ..Retry::default() };
+        let url = "s3://bucket/key".parse().expect("an address");
+        let first = runtime::wait(slot(&ONE, &retry, &url)).expect("a runtime");
+        let second = runtime::wait(slot(&ONE, &retry, &url)).expect("a runtime");
+        assert!(
+            matches!(second, Err(ObjectError::Unavailable { waited, .. }) if waited == retry.patience)
+        );
+        drop(first);
+        assert!(runtime::wait(slot(&ONE, &retry, &url)).expect("a runtime").is_ok());
     }
 }

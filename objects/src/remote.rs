@@ -135,7 +135,7 @@ impl ReadAt for RemoteObject {
             return Ok(());
         }
         // All requests are sent first, so that those of a long read run concurrently.
-        for block in blocks.clone() {
+        for block in blocks.clone().filter(|block| !self.has(*block)) {
             self.request(block, blocks.end, Cause::Read)?;
         }
         for block in blocks.clone() {

@@ -29,6 +29,8 @@ struct Far {
     loads: AtomicUsize,
     /// The source forgets that a chunk has come.
     forgets: bool,
+    /// The source panics when it loads this page.
+    panics_at: Option<usize>,
 }
 
 struct FarSource(Arc<Far>);
@@ -58,6 +60,7 @@ fn chunk_of(source_offset: u64) -> usize {
 impl PageReader for FarReader {
     fn load(&mut self, source_offset: u64) -> Result<Load<'_>, SourceError> {
         self.far.loads.fetch_add(1, Ordering::SeqCst);
+        assert_ne!(Some(source_offset as usize / PAGE), self.far.panics_at, "as the test wants");
         let first = chunk_of(source_offset);
         self.pages.clear();
         self.pages.extend((first..first + CHUNK).map(|page| LoadedPage {
@@ -141,7 +144,12 @@ fn other_faults_are_answered_meanwhile_and_a_chunk_is_loaded_once() {
     // The slice has one demand thread, and five of its faults wait.
     assert_eq!(memory.read_u64(3 * PAGE), stamp(3));
     assert_eq!(far.loads.load(Ordering::SeqCst), 1);
-    assert_eq!(pager.stats().pages.present, CHUNK as u64);
+    // The thread continues a moment before its page is counted.
+    let begun = Instant::now();
+    while pager.stats().pages.present != CHUNK as u64 {
+        assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", pager.stats());
+        thread::yield_now();
+    }
     far.end(|| Ok(()));
     let read: Vec<u64> = touches.into_iter().map(|t| t.join().unwrap().unwrap()).collect();
     assert_eq!(read, [16, 17, 19, 32, 32].map(stamp));
@@ -220,6 +228,25 @@ fn a_source_that_forgets_what_has_come_is_loaded_by_the_thread_itself() {
     }
     assert_eq!(waits.join().unwrap().unwrap(), stamp(16));
     pager.stop();
+}
+
+#[test]
+fn a_panic_of_the_source_ends_the_waits() {
+    let name = "a_panic_of_the_source_ends_the_waits";
+    let far = Far { panics_at: Some(3), ..Far::default() };
+    let Some(Fixture { far, memory, pager }) = start(name, far, 1) else { return };
+    let waits = [16, 20, 20].map(|page| touch(&memory, page));
+    far.asked(3);
+    // The source never calls back for these.
+    assert!(touch(&memory, 3).join().unwrap().is_err());
+    for waits in waits {
+        assert_eq!(waits.join().unwrap().unwrap_err().raw_os_error(), Some(libc::EFAULT));
+    }
+    // An end that comes after that has no effect.
+    far.end(|| Ok(()));
+    assert!(touch(&memory, 24).join().unwrap().is_err());
+    let stats = pager.stop();
+    assert_eq!((stats.pages.poisoned, stats.stalled), (4, 0));
 }
 
 #[test]

@@ -102,6 +102,7 @@ impl Handler {
             // The reader may be in any state after its panic: even its destructor must not run.
             let panicked = std::mem::replace(&mut self.reader, Box::new(Panicked));
             std::mem::forget(panicked);
+            self.end_waits();
         }
         // The second panic does not come from the source. This thread ends.
         self.poison_all();
@@ -166,6 +167,12 @@ impl Handler {
             faults.push_back(fault);
             failed.extend(error.map(|error| (ticket, error)));
         });
+    }
+
+    /// Queues all faults that wait: the reader has panicked, and what it would have called may be lost with it.
+    fn end_waits(&mut self) {
+        let faults = &mut self.inbox.faults;
+        self.shared.slices[self.slice].waiting.end_all(|fault| faults.push_back(fault));
     }
 
     /// Waits until messages can be read, or the wait of a fault has ended. Returns why the thread has to end, if it has

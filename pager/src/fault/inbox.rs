@@ -1,6 +1,6 @@
 //! The messages of one slice. Events are applied when they are read; faults are queued.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::time::Instant;
 
@@ -14,8 +14,8 @@ use crate::uffd::{Journal, Message, MessageBatch};
 pub(crate) struct Inbox {
     batch: MessageBatch,
     pub(crate) faults: VecDeque<Fault>,
-    /// The errors of faults among these that have waited.
-    pub(crate) failed: HashMap<Ticket, SourceError>,
+    /// The errors of faults among these that have waited. It is usually empty, and then costs nothing.
+    pub(crate) failed: BTreeMap<Ticket, SourceError>,
     /// An event that cannot be served.
     pub(crate) unserved: Option<Message>,
     /// The error of reading messages while a fault was being answered.
@@ -30,7 +30,7 @@ impl Inbox {
         Inbox {
             batch: MessageBatch::journaled(journal),
             faults: VecDeque::with_capacity(256),
-            failed: HashMap::new(),
+            failed: BTreeMap::new(),
             unserved,
             broken: None,
         }

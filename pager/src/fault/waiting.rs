@@ -58,8 +58,10 @@ impl Arrival {
 impl Drop for Arrival {
     fn drop(&mut self) {
         let result = mem::replace(&mut self.result, Ok(()));
-        lock(&self.arrivals.ended).push((self.ticket, result));
-        // This fails only if the counter is full: then the demand thread is awake.
+        let mut ended = lock(&self.arrivals.ended);
+        ended.push((self.ticket, result));
+        // While the lock is held, so that the event is readable exactly while there are ends: a demand thread that had
+        // taken this end before the write would poll without end. The write fails only if the counter is full.
         let _ = rustix::io::write(&self.arrivals.event, &1u64.to_ne_bytes());
     }
 }
@@ -108,19 +110,25 @@ impl WaitingFaults {
     /// Passes each fault whose wait has ended to `each`, with the number of the wait and an error, if there was one.
     pub(crate) fn take_ended(&self, mut each: impl FnMut(Ticket, Fault, Option<SourceError>)) {
         let Some(arrivals) = self.arrivals.get() else { return };
-        if lock(&arrivals.ended).is_empty() {
+        let mut ended = lock(&arrivals.ended);
+        if ended.is_empty() {
             return;
         }
-        // Before the ends are taken, so that the event stays for those that come later.
         let _ = rustix::io::read(&arrivals.event, &mut [0; 8]);
-        let ended = mem::take(&mut *lock(&arrivals.ended));
+        let taken = mem::take(&mut *ended);
+        drop(ended);
         let mut state = lock(&self.state);
-        for (ticket, result) in ended {
+        for (ticket, result) in taken {
             if let Some(at) = state.faults.iter().position(|(number, _)| *number == ticket) {
                 let (_, fault) = state.faults.swap_remove(at);
                 each(ticket, fault, result.err());
             }
         }
+    }
+
+    /// Ends all waits without their sources, and passes their faults to `each`.
+    pub(crate) fn end_all(&self, each: impl FnMut(Fault)) {
+        mem::take(&mut lock(&self.state).faults).into_iter().map(|(_, fault)| fault).for_each(each);
     }
 
     /// Called when the demand thread begins to answer a fault, and with `None` after that.
@@ -157,6 +165,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
+    use std::thread;
+
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
     use super::*;
 
     fn fault(address: u64, read_at: Instant) -> Fault {
@@ -187,6 +199,32 @@ mod tests {
         assert_eq!(waiting.clear(), 0);
         one(Err(SourceError::transient("too late")));
         assert!(ended(&waiting).is_empty());
+    }
+
+    /// Otherwise the demand thread would poll without end, or would not wake.
+    #[test]
+    fn the_event_is_readable_exactly_while_there_are_ends() {
+        let waiting = WaitingFaults::none();
+        let readable = |waiting: &WaitingFaults| {
+            let event = waiting.event().expect("a fault has waited");
+            poll(&mut [PollFd::new(&event, PollFlags::IN)], Some(&Timespec::default()))
+                .expect("it polls")
+                == 1
+        };
+        for _ in 0..200 {
+            let waits: Vec<_> = (0..8)
+                .map(|at| waiting.add(fault(at, Instant::now())).expect("a descriptor"))
+                .collect();
+            let source = thread::spawn(move || waits.into_iter().for_each(|ready| ready(Ok(()))));
+            let mut found = 0;
+            while found < 8 {
+                found += ended(&waiting).len();
+            }
+            source.join().expect("it ends");
+            assert!(!readable(&waiting));
+        }
+        waiting.add(fault(9, Instant::now())).expect("a descriptor")(Ok(()));
+        assert!(readable(&waiting) && ended(&waiting).len() == 1 && !readable(&waiting));
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Builds large pages (hugetlbfs) from a source of small ones.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use crate::source::error::SourceError;
 use crate::source::load::{Load, LoadCost, LoadedPage, LoadedPages, PageReader, WhenReady};
 
@@ -96,18 +98,47 @@ impl PageReader for LargePages {
         self.small_pages(source_offset).any(|offset| self.small.would_wait(offset))
     }
 
-    /// All small pages that would wait are fetched at the same time. The last of them is waited for.
+    /// All small pages that would wait are fetched at the same time.
     fn when_ready(&mut self, source_offset: u64, ready: WhenReady) {
         let mut awaited: Vec<u64> = self.small_pages(source_offset).collect();
         awaited.retain(|offset| self.small.would_wait(*offset));
-        let Some(last) = awaited.pop() else { return ready(Ok(())) };
-        awaited.into_iter().for_each(|offset| self.small.when_ready(offset, Box::new(|_| ())));
-        self.small.when_ready(last, ready);
+        let all = Arc::new(All(Mutex::new(Some(ready))));
+        for offset in awaited {
+            let all = Arc::clone(&all);
+            self.small.when_ready(offset, Box::new(move |result| all.one(result)));
+        }
+    }
+}
+
+/// Several waits. It is dropped when all of them have ended.
+struct All(Mutex<Option<WhenReady>>);
+
+impl All {
+    /// One wait has ended. The first error ends all of them.
+    fn one(&self, result: Result<(), SourceError>) {
+        if result.is_err() {
+            self.end(result);
+        }
+    }
+
+    fn end(&self, result: Result<(), SourceError>) {
+        let ready = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(ready) = ready {
+            ready(result);
+        }
+    }
+}
+
+impl Drop for All {
+    fn drop(&mut self) {
+        self.end(Ok(()));
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc::{Sender, channel};
+
     use super::*;
     use crate::{PageSource, VecSource};
 
@@ -135,9 +166,8 @@ mod tests {
         assert!(large.load(3 << 20).is_err());
     }
 
-    /// The small pages from 512 on are on another host. Each comes as soon as it is asked for.
-    #[derive(Default)]
-    struct Far(Vec<u64>);
+    /// The small pages from 512 on are on another host. The test ends the waits for them.
+    struct Far(Sender<(u64, WhenReady)>);
 
     impl PageReader for Far {
         fn load(&mut self, _source_offset: u64) -> Result<Load<'_>, SourceError> {
@@ -145,27 +175,37 @@ mod tests {
         }
 
         fn would_wait(&mut self, source_offset: u64) -> bool {
-            source_offset >= 512 * 4096 && !self.0.contains(&source_offset)
+            source_offset >= 512 * 4096
         }
 
         fn when_ready(&mut self, source_offset: u64, ready: WhenReady) {
-            self.0.push(source_offset);
-            ready(Ok(()));
+            self.0.send((source_offset, ready)).expect("the test has the other end");
         }
     }
 
     #[test]
     fn a_large_page_waits_for_all_its_small_ones_together() {
-        let mut large =
-            LargePages::of(Box::new(Far::default()), 4096, 1 << 20).expect("a multiple");
+        let (asked, waits) = channel();
+        let mut large = LargePages::of(Box::new(Far(asked)), 4096, 1 << 20).expect("a multiple");
         assert!(!large.would_wait(1 << 20) && large.would_wait(2 << 20));
-        let (sender, called) = std::sync::mpsc::channel();
-        large.when_ready(
-            2 << 20,
-            Box::new(move |result| sender.send(result.is_ok()).expect("open")),
-        );
-        assert_eq!(called.recv(), Ok(true));
-        assert!(!large.would_wait(2 << 20) && large.would_wait(3 << 20));
+        for fails in [false, true] {
+            let (sender, called) = channel();
+            let ready = move |result: Result<(), SourceError>| {
+                sender.send(result.is_ok()).expect("the test has the other end");
+            };
+            large.when_ready(2 << 20, Box::new(ready));
+            let mut asked: Vec<_> = waits.try_iter().collect();
+            assert!(asked.iter().map(|(at, _)| *at).eq((2 << 20..3 << 20).step_by(4096)));
+            // The last page comes first.
+            let (_, first) = asked.remove(0);
+            asked.into_iter().rev().for_each(|(_, ready)| ready(Ok(())));
+            assert!(called.try_recv().is_err());
+            match fails {
+                true => first(Err(SourceError::permanent("lost"))),
+                false => first(Ok(())),
+            }
+            assert_eq!(called.try_iter().collect::<Vec<_>>(), [!fails]);
+        }
     }
 
     #[test]
