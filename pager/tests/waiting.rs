@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use pager::{
     FailurePolicy, Load, LoadCost, LoadedPage, LoadedPages, PageReader, PageSource, Pager,
-    RetryPolicy, SourceError, WhenReady,
+    RetryPolicy, SourceError, Stats, WhenReady,
 };
 use support::{Memory, PAGE, stamp, stamped, userfaultfd_works};
 
@@ -135,6 +135,16 @@ fn start(test: &str, far: Far, slices: usize) -> Option<Fixture> {
     Some(Fixture { far, memory, pager })
 }
 
+/// A thread continues a moment before its fault is counted.
+#[track_caller]
+fn wait_until(pager: &Pager, is: impl Fn(&Stats) -> bool) {
+    let begun = Instant::now();
+    while !is(&pager.stats()) {
+        assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", pager.stats());
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
 #[test]
 fn other_faults_are_answered_meanwhile_and_a_chunk_is_loaded_once() {
     let name = "other_faults_are_answered_meanwhile_and_a_chunk_is_loaded_once";
@@ -144,16 +154,13 @@ fn other_faults_are_answered_meanwhile_and_a_chunk_is_loaded_once() {
     // The slice has one demand thread, and five of its faults wait.
     assert_eq!(memory.read_u64(3 * PAGE), stamp(3));
     assert_eq!(far.loads.load(Ordering::SeqCst), 1);
-    // The thread continues a moment before its page is counted.
-    let begun = Instant::now();
-    while pager.stats().pages.present != CHUNK as u64 {
-        assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", pager.stats());
-        thread::yield_now();
-    }
+    wait_until(&pager, |stats| stats.pages.present == CHUNK as u64);
     far.end(|| Ok(()));
     let read: Vec<u64> = touches.into_iter().map(|t| t.join().unwrap().unwrap()).collect();
     assert_eq!(read, [16, 17, 19, 32, 32].map(stamp));
     assert_eq!(memory.read_u64(18 * PAGE), stamp(18));
+    // A thread that another fault's load has woken continues before its own fault is answered.
+    wait_until(&pager, |stats| stats.times.service.count == 6);
     let stats = pager.stop();
     assert_eq!(far.loads.load(Ordering::SeqCst), 3);
     assert_eq!((stats.pages.present, stats.installed.demand), (3 * CHUNK as u64, 3));
@@ -273,16 +280,13 @@ fn faults_that_wait_for_a_second_are_stalled() {
     let waits = [touch(&memory, 16), touch(&memory, 20)];
     far.asked(2);
     let begun = Instant::now();
-    while pager.stats().stalled < 2 {
-        assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", pager.stats());
-        thread::sleep(Duration::from_millis(10));
-    }
+    wait_until(&pager, |stats| stats.stalled >= 2);
     assert!(begun.elapsed() > Duration::from_millis(900), "{:?}", begun.elapsed());
     far.end(|| Ok(()));
     for (waits, page) in waits.into_iter().zip([16, 20]) {
         assert_eq!(waits.join().unwrap().unwrap(), stamp(page));
     }
-    // A moment after a thread continues, its fault is counted.
+    wait_until(&pager, |stats| stats.stalls == 2 && stats.stalled == 0);
     let stats = pager.stop();
     assert_eq!((stats.stalled, stats.stalls), (0, 2));
 }
