@@ -2,8 +2,11 @@
 
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use tokio::sync::Notify;
+use tokio::time::timeout;
 
 use crate::cache::BLOCK_BYTES;
 use crate::error::ObjectError;
@@ -11,8 +14,12 @@ use crate::error::ObjectError;
 /// A request for some blocks that follow each other.
 pub(crate) struct Flight {
     blocks: Range<u64>,
+    /// A thread that answers faults has caused it.
+    is_demand: bool,
     progress: Mutex<Progress>,
     changed: Condvar,
+    /// The same for tasks.
+    changed_task: Notify,
 }
 
 #[derive(Default)]
@@ -22,11 +29,23 @@ struct Progress {
     failed: Option<Arc<ObjectError>>,
     /// Also all blocks that have arrived are stored.
     ended: bool,
+    /// The end of the blocks that faults wait for.
+    demanded: u64,
 }
 
 impl Flight {
-    pub(crate) fn new(blocks: Range<u64>) -> Self {
-        Self { blocks, progress: Mutex::default(), changed: Condvar::new() }
+    pub(crate) fn new(blocks: Range<u64>, is_demand: bool) -> Self {
+        let (progress, changed) = (Mutex::default(), Condvar::new());
+        Self { blocks, is_demand, progress, changed, changed_task: Notify::new() }
+    }
+
+    pub(crate) fn is_demand(&self) -> bool {
+        self.is_demand
+    }
+
+    fn notify(&self) {
+        self.changed.notify_all();
+        self.changed_task.notify_waiters();
     }
 
     pub(crate) fn blocks(&self) -> Range<u64> {
@@ -36,7 +55,7 @@ impl Flight {
     /// Adds the next block.
     pub(crate) fn push(&self, block: Bytes) {
         self.progress().come.push(block);
-        self.changed.notify_all();
+        self.notify();
     }
 
     /// The number of the next block to arrive.
@@ -47,7 +66,7 @@ impl Flight {
     /// The blocks that have not arrived will not arrive.
     pub(crate) fn fail(&self, error: ObjectError) {
         self.progress().failed = Some(Arc::new(error));
-        self.changed.notify_all();
+        self.notify();
     }
 
     /// Ends the request. Threads that wait for a block which has not arrived, after a panic, get an error.
@@ -59,21 +78,50 @@ impl Flight {
         }
         progress.ended = true;
         drop(progress);
-        self.changed.notify_all();
+        self.notify();
     }
 
     /// Waits for one of its blocks.
     pub(crate) fn wait(&self, block: u64) -> Result<Bytes, Arc<ObjectError>> {
         let at = block.saturating_sub(self.blocks.start) as usize;
-        let waiting =
-            |progress: &mut Progress| progress.come.len() <= at && progress.failed.is_none();
+        let waiting = |progress: &mut Progress| progress.of(at).is_none();
         let progress = self.changed.wait_while(self.progress(), waiting);
         let progress = progress.unwrap_or_else(PoisonError::into_inner);
-        match (progress.come.get(at), &progress.failed) {
-            (Some(bytes), _) => Ok(bytes.clone()),
-            (None, Some(error)) => Err(Arc::clone(error)),
-            // `wait_while` does not return in this case.
-            (None, None) => Err(Arc::new(ObjectError::Cancelled)),
+        // `wait_while` returns only then.
+        progress.of(at).unwrap_or_else(|| Err(Arc::new(ObjectError::Cancelled)))
+    }
+
+    /// The same for a task. A fault waits for the block, so that a late request may be sent again.
+    pub(crate) async fn demand(&self, block: u64) -> Result<Bytes, Arc<ObjectError>> {
+        let at = block.saturating_sub(self.blocks.start) as usize;
+        let further = self.progress().demand(block + 1);
+        if further {
+            self.changed_task.notify_waiters();
+        }
+        loop {
+            // From here on no change is missed.
+            let changed = self.changed_task.notified();
+            if let Some(result) = self.progress().of(at) {
+                return result;
+            }
+            changed.await;
+        }
+    }
+
+    /// Waits until nothing has arrived for `delay` while a fault waits for a block. Returns the blocks that faults wait
+    /// for. While there is no `delay`, this does not return.
+    pub(crate) async fn late(&self, delay: impl Fn() -> Option<Duration>) -> Range<u64> {
+        loop {
+            let changed = self.changed_task.notified();
+            let (next, end) = (self.next(), self.progress().demanded.min(self.blocks.end));
+            match delay().filter(|_| next < end) {
+                None => changed.await,
+                Some(delay) => {
+                    if timeout(delay, changed).await.is_err() && self.next() == next {
+                        return next..end;
+                    }
+                }
+            }
         }
     }
 
@@ -85,6 +133,21 @@ impl Flight {
 
     fn progress(&self) -> MutexGuard<'_, Progress> {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Progress {
+    /// What has become of the block at this place; `None` if it may still arrive.
+    fn of(&self, at: usize) -> Option<Result<Bytes, Arc<ObjectError>>> {
+        let come = self.come.get(at).map(|bytes| Ok(bytes.clone()));
+        come.or_else(|| self.failed.as_ref().map(|error| Err(Arc::clone(error))))
+    }
+
+    /// Returns whether faults did not wait for so many blocks before.
+    fn demand(&mut self, end: u64) -> bool {
+        let further = end > self.demanded;
+        self.demanded = self.demanded.max(end);
+        further
     }
 }
 
@@ -125,7 +188,7 @@ mod tests {
 
     #[test]
     fn a_waiter_continues_when_its_block_arrives() {
-        let flight = Arc::new(Flight::new(7..9));
+        let flight = Arc::new(Flight::new(7..9, false));
         let waiter = |block| {
             let flight = Arc::clone(&flight);
             thread::spawn(move || flight.wait(block))
@@ -139,7 +202,7 @@ mod tests {
         assert!(matches!(*error, ObjectError::NotFound { .. }));
         // Blocks that have arrived stay.
         assert!(flight.wait(7).is_ok());
-        let ended = Flight::new(7..8);
+        let ended = Flight::new(7..8, false);
         ended.end();
         assert!(matches!(*ended.wait(7).unwrap_err(), ObjectError::Cancelled));
     }

@@ -24,7 +24,9 @@ mod cache;
 mod cancel;
 mod error;
 mod fetch;
+mod fetcher;
 mod flight;
+mod hedge;
 mod look;
 mod name;
 mod open;
@@ -34,6 +36,7 @@ mod remote;
 mod retry;
 mod runtime;
 mod store;
+mod unstored;
 mod url;
 
 pub use cache::{Cache, Cached, DEFAULT_CACHE_BYTES, default_cache_folder};

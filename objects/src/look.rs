@@ -10,8 +10,9 @@ use object_store::GetRange;
 use crate::cache::{BLOCK_BYTES, Cache};
 use crate::error::ObjectError;
 use crate::fetch::{Identity, Source};
+use crate::fetcher::{LOOK_AGAIN, OTHERS};
 use crate::name::{self, Name};
-use crate::remote::{LOOK_AGAIN, OTHERS, RemoteObject};
+use crate::remote::RemoteObject;
 use crate::url::Scheme;
 
 /// The bytes at each end of an object that the first answers contain. The front has the header and the chunks that

@@ -112,7 +112,7 @@ pub use region::{PAGE_BYTES, Region, RegionError};
 pub use remote::{keep, serve, shared};
 pub use sched::placement::Placement;
 pub use source::error::{SourceError, SourceErrorKind};
-pub use source::load::{Load, LoadCost, LoadedPage, LoadedPages, PageReader};
+pub use source::load::{Load, LoadCost, LoadedPage, LoadedPages, PageReader, WhenReady};
 pub use source::page_source::PageSource;
 pub use source::retry::RetryPolicy;
 pub use source::sequence::{PageSequence, Wanted};

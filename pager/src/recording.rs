@@ -24,7 +24,7 @@ use crate::install::runs::Run;
 use crate::pagemap::{PageTableEntry, Pagemap};
 use crate::region::Region;
 use crate::source::error::SourceError;
-use crate::source::load::{Load, LoadedPage, LoadedPages, PageReader};
+use crate::source::load::{Load, LoadedPage, LoadedPages, PageReader, WhenReady};
 use crate::source::page_source::PageSource;
 
 const PAGE_BYTES: u64 = crate::region::PAGE_BYTES as u64;
@@ -252,5 +252,13 @@ impl PageReader for RecordedReader {
             }
             in_file @ Load::InFile { .. } => Ok(in_file),
         }
+    }
+
+    fn would_wait(&mut self, source_offset: u64) -> bool {
+        self.reader.would_wait(source_offset)
+    }
+
+    fn when_ready(&mut self, source_offset: u64, ready: WhenReady) {
+        self.reader.when_ready(source_offset, ready);
     }
 }

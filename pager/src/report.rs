@@ -1,5 +1,7 @@
 //! Collects the statistics of a pager from its threads.
 
+use std::time::Instant;
+
 use crate::fault::latency::Distributions;
 use crate::install::page_state::PageState;
 use crate::layout::Extent;
@@ -10,10 +12,13 @@ impl PagerState {
     pub(crate) fn stats(&self) -> Stats {
         let mut stats = Stats { page_bytes: self.layout.page_bytes(), ..Stats::default() };
         let mut all = Distributions::new();
+        let now = Instant::now();
         for slice in &self.slices {
             slice.counters.add_to(&mut stats);
+            stats.stalled += slice.waiting.stalled(now);
             slice.recorder.by_region().iter().for_each(|of_region| all.add(of_region));
         }
+        stats.stalls += stats.stalled;
         stats.times = all.times();
         stats.service_steps = all.service_steps();
         stats.population = self.population.state();

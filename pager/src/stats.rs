@@ -33,6 +33,10 @@ pub struct Stats {
     pub bytes_read: u64,
     /// Loads that were retried after a transient error.
     pub source_retries: u64,
+    /// Faults that have waited for longer than a second, and still wait. Usually for storage that does not answer.
+    pub stalled: u64,
+    /// All faults that have waited for longer than a second, also those that were answered.
+    pub stalls: u64,
     /// How long faults took, in nanoseconds.
     #[serde(flatten)]
     pub times: Times,

@@ -4,6 +4,8 @@
 //!     SNAP_CHAOS_SECONDS=600 SNAP_CHAOS_SEED=7 cargo test -p snapvm-pager --release --test chaos -- --nocapture
 #![allow(missing_docs)]
 
+#[path = "support/deferred.rs"]
+mod deferred;
 mod support;
 
 use std::sync::Arc;
@@ -11,6 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use deferred::Deferred;
 use pager::{Pager, Placement, Populate, Population, RetryPolicy, SourceError};
 use support::{
     Memory, PAGE, Random, chaos_seed, is_lost, number_from_env, rss_kib, source_of, stamp,
@@ -43,7 +46,13 @@ fn kind(page: usize, with_lost: bool) -> Kind {
     }
 }
 
+/// The pages come from another host for every second seed.
 fn source(with_lost: bool, seed: u64) -> Arc<dyn pager::PageSource> {
+    let source = near(with_lost, seed);
+    if seed.is_multiple_of(2) { Arc::new(Deferred::new(source, seed)) } else { source }
+}
+
+fn near(with_lost: bool, seed: u64) -> Arc<dyn pager::PageSource> {
     let calls = Arc::new(AtomicU64::new(seed));
     source_of(PAGES, move |offset, answer| {
         let page = offset as usize / PAGE;

@@ -76,6 +76,7 @@ mod section;
 mod snapshot;
 mod storage;
 mod verify;
+mod waiting;
 mod working_set;
 mod writeback;
 mod writer;
@@ -94,11 +95,12 @@ pub use memory_map::MemoryRegion;
 pub use metadata::{CodecUse, Metadata};
 pub use output::{Existing, Output};
 pub use parent::{Parent, ParentHint, Parents};
-pub use read_at::ReadAt;
+pub use read_at::{ReadAt, WhenHere};
 pub use section::{Section, SectionKind};
 pub use snapshot::{READ_AHEAD_BYTES, Snapshot, StateBlob};
 pub use storage::{Permanent, Storage};
 pub use verify::Verified;
+pub use waiting::WhenReadable;
 pub use working_set::{HotRun, Phase, WorkingSet};
 pub use writer::{
     Contents, OnProgress, Progress, WriteOptions, write_layer, write_snapshot, write_with_set,

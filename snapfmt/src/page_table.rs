@@ -72,11 +72,8 @@ impl PageTable {
 
     /// Announces to the storage which leaves will be read for these pages.
     pub(crate) fn expect<R: ReadAt>(&self, layers: &[Layer<R>], pages: &[PageIndex]) {
-        let unread = |page: &PageIndex| {
-            let (number, leaf) = &self.leaves[self.position(*page)?];
-            leaf.get().is_none().then_some(*number)
-        };
-        let mut numbers: Vec<u32> = pages.iter().filter_map(unread).collect();
+        let mut numbers: Vec<u32> =
+            pages.iter().filter_map(|page| self.unread_leaf(*page)).collect();
         numbers.sort_unstable();
         numbers.dedup();
         for layer in layers {
@@ -91,6 +88,12 @@ impl PageTable {
             }
             layer.storage.expect(expected);
         }
+    }
+
+    /// The number of the page's leaf, if it exists and was not read yet.
+    pub(crate) fn unread_leaf(&self, page: PageIndex) -> Option<u32> {
+        let (number, leaf) = &self.leaves[self.position(page)?];
+        leaf.get().is_none().then_some(*number)
     }
 
     /// The pages around a zero page, in the same leaf, that are zero too.

@@ -13,6 +13,9 @@ use rustix::io::{Errno, ReadWriteFlags};
 
 use crate::guard::Stamp;
 
+/// Called when bytes can be read without waiting: see [`ReadAt::when_here`].
+pub type WhenHere = Box<dyn FnOnce(io::Result<()>) + Send>;
+
 /// Storage that several threads can read concurrently, at any offset.
 ///
 /// For example a file, bytes in memory, an object that is read by ranged requests, or a test that injects faults.
@@ -55,6 +58,20 @@ pub trait ReadAt: Send + Sync {
     /// cache. The question itself may start a read. `None` means unknown, and is the default.
     fn is_cached(&self, _offset: u64) -> Option<bool> {
         None
+    }
+
+    /// Whether a read of these bytes would wait for another host. A thread with other work should then call
+    /// [`ReadAt::when_here`] instead. The answer itself must not wait. The default is `false`, also for files: whether a
+    /// disk has to be read is not checked, because that costs a system call.
+    fn would_wait(&self, _bytes: Range<u64>) -> bool {
+        false
+    }
+
+    /// Starts to read these bytes and returns without waiting. `here` is called when a read of them would no longer
+    /// wait, or with the error that the read would return. It may be called on any thread, also before this returns,
+    /// and must not wait. The default calls it immediately.
+    fn when_here(&self, _bytes: Range<u64>, here: WhenHere) {
+        here(Ok(()));
     }
 
     /// Announces that these bytes will not be read again soon, so that a cache can release them. The default does
@@ -193,6 +210,14 @@ impl<T: ReadAt + ?Sized> ReadAt for &T {
         (**self).is_cached(offset)
     }
 
+    fn would_wait(&self, bytes: Range<u64>) -> bool {
+        (**self).would_wait(bytes)
+    }
+
+    fn when_here(&self, bytes: Range<u64>, here: WhenHere) {
+        (**self).when_here(bytes, here);
+    }
+
     fn release(&self, bytes: Range<u64>) {
         (**self).release(bytes);
     }
@@ -233,6 +258,14 @@ impl<T: ReadAt + ?Sized> ReadAt for Arc<T> {
 
     fn is_cached(&self, offset: u64) -> Option<bool> {
         (**self).is_cached(offset)
+    }
+
+    fn would_wait(&self, bytes: Range<u64>) -> bool {
+        (**self).would_wait(bytes)
+    }
+
+    fn when_here(&self, bytes: Range<u64>, here: WhenHere) {
+        (**self).when_here(bytes, here);
     }
 
     fn release(&self, bytes: Range<u64>) {

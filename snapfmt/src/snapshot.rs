@@ -35,7 +35,7 @@ pub const READ_AHEAD_BYTES: u64 = 2 << 20;
 pub struct Snapshot<R = Storage> {
     /// The file itself, its parent, and so on.
     pub(crate) layers: Vec<Layer<R>>,
-    table: PageTable,
+    pub(crate) table: PageTable,
     /// Distinguishes this snapshot's chunks from another's in a buffer that was used for both.
     serial: u64,
 }

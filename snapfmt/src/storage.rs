@@ -7,7 +7,7 @@ use std::io;
 use std::ops::Range;
 
 use crate::guard::Stamp;
-use crate::read_at::ReadAt;
+use crate::read_at::{ReadAt, WhenHere};
 
 /// A file, or other storage, for example an object in a bucket.
 ///
@@ -98,6 +98,20 @@ impl ReadAt for Storage {
         match self {
             Self::File(file) => file.is_cached(offset),
             Self::Other(other) => other.is_cached(offset),
+        }
+    }
+
+    fn would_wait(&self, bytes: Range<u64>) -> bool {
+        match self {
+            Self::File(file) => file.would_wait(bytes),
+            Self::Other(other) => other.would_wait(bytes),
+        }
+    }
+
+    fn when_here(&self, bytes: Range<u64>, here: WhenHere) {
+        match self {
+            Self::File(file) => file.when_here(bytes, here),
+            Self::Other(other) => other.when_here(bytes, here),
         }
     }
 

@@ -33,6 +33,9 @@ struct Amount {
     hot_guest: [&'static str; 2],
 }
 
+/// Runs one part of the benchmark, and prints its figures.
+type Part = fn(Amount);
+
 fn main() {
     // `cargo bench` passes `--bench`; `cargo test --benches` does not, and only checks that it runs.
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -54,7 +57,7 @@ fn main() {
         },
     };
     let wanted: Vec<_> = args.iter().filter(|arg| !arg.starts_with('-')).collect();
-    let parts: [(&str, fn(Amount)); 4] = [
+    let parts: [(&str, Part); 4] = [
         ("opening", opening::measure),
         ("faults", faults::measure),
         ("working-set", working_set::measure),

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "not every test uses all of it")]
 
 pub(crate) mod fake;
+pub(crate) mod guest;
 pub(crate) mod processes;
 
 use std::ops::ControlFlow;

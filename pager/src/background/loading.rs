@@ -54,6 +54,11 @@ impl LoadingPages {
         }
     }
 
+    /// Whether a background thread is loading the page.
+    pub(crate) fn is_by_background(&self, page: u64) -> bool {
+        self.0.at(page).load(Ordering::Relaxed) == BY_BACKGROUND
+    }
+
     fn wait(&self, page: u64) {
         let began = Instant::now();
         let mut spins = 0;

@@ -12,9 +12,11 @@ use std::time::{Duration, Instant};
 use crate::background::populate::demand::WaitBucket;
 use crate::background::populate::start;
 use crate::failure::{Failure, FailureCause};
-use crate::fault::inbox::{Fault, Inbox};
+use crate::fault::inbox::Inbox;
 use crate::fault::latency::FaultTimes;
+use crate::fault::queued::{Fault, Waited};
 use crate::fault::resolver::{ResolveError, Resolver};
+use crate::fault::waiting::STALL;
 use crate::install::page_state::PageState;
 use crate::layout::Place;
 use crate::pager_state::PagerState;
@@ -55,7 +57,8 @@ struct Attempt {
     times: FaultTimes,
     /// When the pages of the last load were installed.
     installed_at: Option<Instant>,
-    failed_loads: u32,
+    /// The fault has waited while others were answered.
+    waited: Waited,
     /// The thread has waited for a background thread that was loading this page. It waits only once.
     has_waited: bool,
 }
@@ -65,9 +68,15 @@ struct Attempt {
 enum Outcome {
     /// The page is installed, or poisoned, or could not even be poisoned.
     Answered,
+    /// The page comes from another host. The fault is answered later.
+    Waits,
     /// The pager is stopping, cannot read messages, or has let the memory go.
     Abandoned,
 }
+
+/// A fault waits at most this often, and then the thread itself waits: for a part of the index, and for the chunk. The
+/// others are for blocks that a cache has dropped.
+const MOST_WAITS: u32 = 4;
 
 impl Handler {
     /// The thread's body. After a first panic it continues with a reader that only fails, so that every thread that
@@ -78,6 +87,8 @@ impl Handler {
         let priority = &shared.slices[self.slice].priority;
         priority.begin();
         self.serve_through_panic();
+        let own = &shared.slices[self.slice];
+        own.counters.stalled(own.waiting.clear());
         priority.end();
     }
 
@@ -91,6 +102,7 @@ impl Handler {
             // The reader may be in any state after its panic: even its destructor must not run.
             let panicked = std::mem::replace(&mut self.reader, Box::new(Panicked));
             std::mem::forget(panicked);
+            self.end_waits();
         }
         // The second panic does not come from the source. This thread ends.
         self.poison_all();
@@ -98,16 +110,23 @@ impl Handler {
 
     fn serve_until_stopped(&mut self) -> End {
         loop {
+            self.take_arrived();
             // A fault leaves the queue only after its answer, so that a panic in between does not lose it.
             while let Some(&fault) = self.inbox.faults.front() {
-                if self.serve(fault).is_err() || self.stopping() {
+                self.shared.slices[self.slice].waiting.answering(Some(&fault));
+                let outcome = self.serve(fault);
+                self.shared.slices[self.slice].waiting.answering(None);
+                let Ok(outcome) = outcome else { return End::Clean };
+                if self.stopping() {
                     return End::Clean;
                 }
                 if let Some(error) = self.inbox.broken.take() {
                     return End::Failed(FailureCause::Messages(error));
                 }
                 self.inbox.faults.pop_front();
-                self.follower.served(fault, self.last_now, &self.shared, self.slice);
+                if outcome != Outcome::Waits {
+                    self.follower.served(fault, self.last_now, &self.shared, self.slice);
+                }
             }
             if let Some(event) = self.inbox.unserved.take() {
                 // The thread continues: other events can still be read, and moved memory still fails here.
@@ -138,18 +157,38 @@ impl Handler {
         self.inbox.receive(&self.shared, self.slice)
     }
 
-    /// Waits until messages can be read. Returns why the thread has to end, if it has to.
+    /// Queues the faults whose waits have ended.
+    fn take_arrived(&mut self) {
+        let Inbox { faults, failed, .. } = &mut self.inbox;
+        self.shared.slices[self.slice].waiting.take_ended(|ticket, mut fault, error| {
+            let since = fault.waited.since.take();
+            fault.waited.wait_ns += since.map_or(0, |since| nanoseconds(since, Instant::now()));
+            fault.waited.ticket = ticket;
+            faults.push_back(fault);
+            failed.extend(error.map(|error| (ticket, error)));
+        });
+    }
+
+    /// Queues all faults that wait: the reader has panicked, and what it would have called may be lost with it.
+    fn end_waits(&mut self) {
+        let faults = &mut self.inbox.faults;
+        self.shared.slices[self.slice].waiting.end_all(|fault| faults.push_back(fault));
+    }
+
+    /// Waits until messages can be read, or the wait of a fault has ended. Returns why the thread has to end, if it has
+    /// to.
     fn wait_for_messages(&mut self) -> Option<End> {
         let slice = &self.shared.slices[self.slice];
         slice.answering.store(false, Ordering::Relaxed);
         self.follower.idle(slice);
         if let Some((how_long, meanwhile)) = self.follower.awake() {
             let began = Instant::now();
-            while began.elapsed() < how_long && !slice.filler.uffd.readable() && !self.stopping() {
+            let idle = || !slice.filler.uffd.readable() && !slice.waiting.have_ended();
+            while began.elapsed() < how_long && idle() && !self.stopping() {
                 meanwhile();
             }
         }
-        match slice.filler.uffd.wait(self.stop.as_fd()) {
+        match slice.filler.uffd.wait_with(self.stop.as_fd(), slice.waiting.event()) {
             Ok(Wait::Stop) => return Some(End::Clean),
             Ok(Wait::Readable) => slice.answering.store(true, Ordering::Relaxed),
             Err(error) => return Some(End::Failed(FailureCause::Messages(error))),
@@ -158,15 +197,18 @@ impl Handler {
     }
 
     /// Answers one fault, by the state of its page.
-    fn serve(&mut self, fault: Fault) -> Result<(), ProcessGone> {
+    fn serve(&mut self, fault: Fault) -> Result<Outcome, ProcessGone> {
         let own = &self.shared.slices[self.slice];
-        own.counters.fault();
+        let Waited { count, queue_ns, wait_ns, .. } = fault.waited;
+        if count == 0 {
+            own.counters.fault();
+        }
         // The fault has waited since it was read or, if that is later, since the answer to the fault before it.
-        let queue_ns = nanoseconds(fault.read_at, self.last_now);
+        let queue_ns = if count > 0 { queue_ns } else { nanoseconds(fault.read_at, self.last_now) };
         // Only registered memory faults, and the layout has all of it, unless the memory was moved.
         let Some(place) = self.shared.layout.at_host(fault.address) else {
             self.fail_outside(fault);
-            return Ok(());
+            return Ok(Outcome::Answered);
         };
         let source_offset = self.shared.layout.source_offset(place);
         #[cfg(feature = "tracing")]
@@ -174,22 +216,30 @@ impl Handler {
         let mut attempt = Attempt {
             place,
             source_offset,
-            times: FaultTimes { queue_ns, ..FaultTimes::default() },
+            times: FaultTimes { queue_ns, read_ns: wait_ns, ..FaultTimes::default() },
             installed_at: None,
-            failed_loads: 0,
+            waited: fault.waited,
             has_waited: false,
         };
         // Each fault that is counted is timed, also one that the end of the pager, or of the population, has answered.
-        let outcome = self.answer(&mut attempt)?;
+        let outcome = self.answer(fault, &mut attempt)?;
+        // If the page was removed meanwhile, the error of its load does not matter.
+        self.inbox.failed.remove(&fault.waited.ticket);
         let Attempt { mut times, installed_at, .. } = attempt;
         self.last_now = installed_at.unwrap_or_else(Instant::now);
+        if outcome == Outcome::Waits {
+            return Ok(outcome);
+        }
         times.service_ns = nanoseconds(fault.read_at, self.last_now);
         let region = self.shared.layout.extent(place.extent).region;
         self.shared.slices[self.slice].recorder.record(region, times);
+        if u128::from(times.service_ns) > STALL.as_nanos() {
+            self.shared.slices[self.slice].counters.stalled(1);
+        }
         if outcome == Outcome::Answered {
             self.waited(place, times.service_ns);
         }
-        Ok(())
+        Ok(outcome)
     }
 
     /// Answers a fault in memory that the layout does not have: it was registered and then moved.
@@ -207,10 +257,13 @@ impl Handler {
         }
     }
 
-    fn answer(&mut self, attempt: &mut Attempt) -> Result<Outcome, ProcessGone> {
+    fn answer(&mut self, fault: Fault, attempt: &mut Attempt) -> Result<Outcome, ProcessGone> {
         let place = attempt.place;
         loop {
             let answered = match self.shared.states.of(place.page) {
+                PageState::Missing if self.leaves_waiting(fault, attempt) => {
+                    return Ok(Outcome::Waits);
+                }
                 PageState::Missing => match self.load_and_install(attempt) {
                     Some(answered) => answered,
                     None => continue,
@@ -247,6 +300,34 @@ impl Handler {
         }
     }
 
+    /// If the load of a missing page would wait for another host: starts to fetch the page, and puts the fault aside
+    /// until it has come. Returns whether it did.
+    fn leaves_waiting(&mut self, fault: Fault, attempt: &Attempt) -> bool {
+        let (offset, waited) = (attempt.source_offset, attempt.waited);
+        if self.inbox.failed.contains_key(&waited.ticket)
+            || !self.reader.would_wait(offset)
+            || waited.count >= MOST_WAITS + waited.failed_loads
+        {
+            return false;
+        }
+        let own = &self.shared.slices[self.slice];
+        let times = &attempt.times;
+        let waited = Waited {
+            count: waited.count + 1,
+            since: Some(Instant::now()),
+            queue_ns: times.queue_ns,
+            wait_ns: times.read_ns,
+            ..waited
+        };
+        // Without a descriptor for the wait, this thread waits itself.
+        let Ok(ready) = own.waiting.add(Fault { waited, ..fault }) else { return false };
+        if self.shared.background() && self.shared.loading.is_by_background(attempt.place.page) {
+            self.shared.population.catch_up();
+        }
+        self.reader.when_ready(offset, ready);
+        true
+    }
+
     /// Loads a missing page and installs what was loaded. `None` means that the caller has to look at the page's state
     /// again.
     fn load_and_install(&mut self, attempt: &mut Attempt) -> Option<Result<bool, ResolveError>> {
@@ -265,7 +346,11 @@ impl Handler {
             },
             false => None,
         };
-        match traced!("load", source_offset, reader.load(source_offset)) {
+        let loaded = match inbox.failed.remove(&attempt.waited.ticket) {
+            Some(error) => Err(error),
+            None => traced!("load", source_offset, reader.load(source_offset)),
+        };
+        match loaded {
             Ok(load) => {
                 let cost = load.cost();
                 attempt.times.read_ns += cost.read_ns;
@@ -280,12 +365,12 @@ impl Handler {
             }
             Err(error)
                 if error.kind() == SourceErrorKind::Transient
-                    && attempt.failed_loads < retry.retries
+                    && attempt.waited.failed_loads < retry.retries
                     && !shared.stopping.load(Ordering::Relaxed) =>
             {
                 own.counters.retried();
-                thread::sleep(retry.pause(attempt.failed_loads));
-                attempt.failed_loads += 1;
+                thread::sleep(retry.pause(attempt.waited.failed_loads));
+                attempt.waited.failed_loads += 1;
                 None
             }
             Err(error) => Some(Err(ResolveError::Failed(FailureCause::Source(error)))),

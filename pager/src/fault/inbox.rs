@@ -1,25 +1,21 @@
 //! The messages of one slice. Events are applied when they are read; faults are queued.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::time::Instant;
 
+use crate::fault::queued::{Fault, Ticket, Waited};
 use crate::pager_state::PagerState;
+use crate::source::error::SourceError;
 use crate::uffd::{Journal, Message, MessageBatch};
-
-/// A thread waits for the page at `address`. `thread_id` is 0 if it is unknown.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Fault {
-    pub(crate) address: u64,
-    pub(crate) thread_id: u32,
-    pub(crate) read_at: Instant,
-}
 
 /// The messages that were read and not yet answered. They survive a panic of the handler, so that no fault is lost.
 #[derive(Debug)]
 pub(crate) struct Inbox {
     batch: MessageBatch,
     pub(crate) faults: VecDeque<Fault>,
+    /// The errors of faults among these that have waited. It is usually empty, and then costs nothing.
+    pub(crate) failed: BTreeMap<Ticket, SourceError>,
     /// An event that cannot be served.
     pub(crate) unserved: Option<Message>,
     /// The error of reading messages while a fault was being answered.
@@ -34,6 +30,7 @@ impl Inbox {
         Inbox {
             batch: MessageBatch::journaled(journal),
             faults: VecDeque::with_capacity(256),
+            failed: BTreeMap::new(),
             unserved,
             broken: None,
         }
@@ -51,7 +48,8 @@ impl Inbox {
             count += 1;
             match message {
                 Message::Pagefault { address, thread_id, .. } => {
-                    self.faults.push_back(Fault { address, thread_id, read_at });
+                    let waited = Waited::default();
+                    self.faults.push_back(Fault { address, thread_id, read_at, waited });
                 }
                 // If the page is in the file, the kernel would map it again without a fault: content that the guest
                 // has given away would come back.

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use crate::fault::latency::Recorder;
+use crate::fault::waiting::WaitingFaults;
 use crate::install::counters::Counters;
 use crate::install::kernel::Filler;
 use crate::install::slice_lock::SliceLock;
@@ -16,6 +17,7 @@ pub(crate) struct Slice {
     pub(crate) counters: Counters,
     pub(crate) recorder: Recorder,
     pub(crate) lock: SliceLock,
+    pub(crate) waiting: WaitingFaults,
     /// The demand thread has messages to answer. Background threads pause meanwhile.
     pub(crate) answering: AtomicBool,
     /// The CPU that the demand thread is bound to, or [`NOWHERE`].
@@ -32,6 +34,7 @@ impl Slice {
             counters: Counters::of(pages),
             recorder: Recorder::new(regions),
             lock: SliceLock::default(),
+            waiting: WaitingFaults::none(),
             answering: AtomicBool::new(false),
             bound_to: AtomicUsize::new(NOWHERE),
             priority: DemandPriority::default(),

@@ -28,6 +28,8 @@ pub(crate) struct Counters {
     spurious_faults: AtomicU64,
     bytes_read: AtomicU64,
     source_retries: AtomicU64,
+    /// Faults that have waited for longer than `STALL`, without those that still do.
+    stalls: AtomicU64,
 }
 
 impl Counters {
@@ -73,6 +75,10 @@ impl Counters {
         self.source_retries.fetch_add(1, Ordering::Relaxed);
     }
 
+    pub(crate) fn stalled(&self, faults: u64) {
+        self.stalls.fetch_add(faults, Ordering::Relaxed);
+    }
+
     pub(crate) fn add_to(&self, stats: &mut Stats) {
         let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let state = |state: PageState| of(&self.by_state[state as usize]);
@@ -94,6 +100,7 @@ impl Counters {
         stats.spurious_faults += of(&self.spurious_faults);
         stats.bytes_read += of(&self.bytes_read);
         stats.source_retries += of(&self.source_retries);
+        stats.stalls += of(&self.stalls);
     }
 }
 

@@ -75,6 +75,12 @@ struct World {
     released: bool,
     /// Whether the faulting thread is woken only after all loaded pages are installed.
     wakes_last: bool,
+    /// Whether pages have to come from another host.
+    remote: bool,
+    /// The faults that wait for that, while others are answered.
+    waiting: Vec<usize>,
+    /// The pages that have come.
+    come: [bool; 2],
     inbox: Vec<usize>,
     demand: Demand,
     populating: Populating,
@@ -322,7 +328,16 @@ fn step_demand(run: &Run) {
             }
             if world.inbox.is_empty() { Demand::Idle } else { Demand::Look(world.inbox.remove(0)) }
         }
-        Demand::Look(page) => Demand::Install(page, run.world.borrow().states[page]),
+        Demand::Look(page) => {
+            let mut world = run.world.borrow_mut();
+            match world.states[page] {
+                PageState::Missing if world.remote && !world.come[page] => {
+                    world.waiting.push(page);
+                    Demand::Idle
+                }
+                state => Demand::Install(page, state),
+            }
+        }
         Demand::Install(page, seen) => {
             let fault_page = page as u64;
             let answered = match seen {
@@ -361,6 +376,13 @@ fn step_demand(run: &Run) {
         }
     };
     run.world.borrow_mut().demand = next;
+}
+
+/// As `Handler::take_arrived`: the wait of the first fault has ended.
+fn arrive(world: &mut World) {
+    let page = world.waiting.remove(0);
+    world.come[page] = true;
+    world.inbox.push(page);
 }
 
 /// As `Loader::run`.
@@ -436,6 +458,11 @@ fn explore(start: World) -> usize {
         if world.demand_can_step() {
             next.extend(outcomes(&world, step_demand));
         }
+        if !world.waiting.is_empty() {
+            let mut world = world.clone();
+            arrive(&mut world);
+            next.push(world);
+        }
         if world.populating != Populating::Ended {
             next.extend(outcomes(&world, step_populating));
         }
@@ -477,6 +504,9 @@ fn world(
         states: [PageState::Missing; 2],
         released: false,
         wakes_last,
+        remote: false,
+        waiting: Vec::new(),
+        come: [false; 2],
         inbox: Vec::new(),
         demand: Demand::Idle,
         populating: if populated { Populating::Look(0) } else { Populating::Ended },
@@ -496,7 +526,8 @@ fn every_interleaving_reads_right_and_ends() {
                 &[(None, &[0]), (None, &[0]), (Some(0), &[])],
             ];
             for guests in guests {
-                worlds += explore(world(guests, populated, wakes_last, lost));
+                let start = world(guests, populated, wakes_last, lost);
+                worlds += explore(World { remote: true, ..start.clone() }) + explore(start);
             }
         }
     }

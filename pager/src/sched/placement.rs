@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::fault::inbox::Fault;
+use crate::fault::queued::Fault;
 use crate::fault::slice::Slice;
 use crate::pager_state::PagerState;
 use crate::sched::cpus::{Cpus, NOWHERE};
@@ -241,7 +241,7 @@ mod tests {
     use super::*;
 
     fn fault_of(thread_id: u32) -> Fault {
-        Fault { address: 0, thread_id, read_at: Instant::now() }
+        Fault { address: 0, thread_id, read_at: Instant::now(), waited: Default::default() }
     }
 
     #[test]

@@ -11,7 +11,25 @@ pub trait PageReader: Send {
     /// # Errors
     /// [`SourceError`]. The pager retries after a transient error, and fails the page after a permanent one.
     fn load(&mut self, source_offset: u64) -> Result<Load<'_>, SourceError>;
+
+    /// Whether [`PageReader::load`] of this page would wait for another host. Then the pager calls
+    /// [`PageReader::when_ready`], and answers other faults before it loads the page. This is called for each fault: it
+    /// must not wait, and should cost nothing where the answer is always `false`, which is the default.
+    fn would_wait(&mut self, _source_offset: u64) -> bool {
+        false
+    }
+
+    /// Starts to fetch what [`PageReader::load`] of this page would wait for, and returns without waiting. `ready` is
+    /// called when the page, or a part of what it needs, can be loaded without waiting, or with the error of the load.
+    /// It may be called on any thread, also before this returns. If it is dropped, the page fails. The default calls it
+    /// immediately.
+    fn when_ready(&mut self, _source_offset: u64, ready: WhenReady) {
+        ready(Ok(()));
+    }
 }
+
+/// Called when a page can be loaded: see [`PageReader::when_ready`].
+pub type WhenReady = Box<dyn FnOnce(Result<(), SourceError>) + Send>;
 
 /// The result of [`PageReader::load`].
 #[derive(Clone, Debug)]

@@ -4,12 +4,12 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use snapfmt::{ChunkBuffer, PageEntry, PageIndex, ReadAt, Snapshot};
+use snapfmt::{ChunkBuffer, PageEntry, PageIndex, ReadAt, ReadError, Snapshot};
 
 use crate::region::PAGE_BYTES;
 use crate::source::error::SourceError;
 use crate::source::large_pages::LargePages;
-use crate::source::load::{Load, LoadCost, LoadedPage, LoadedPages, PageReader};
+use crate::source::load::{Load, LoadCost, LoadedPage, LoadedPages, PageReader, WhenReady};
 use crate::source::page_source::PageSource;
 use crate::source::sequence::{PageByPage, PageSequence};
 use crate::source::shared_pages::SharedPages;
@@ -141,6 +141,28 @@ impl<R: ReadAt> PageReader for SnapshotReader<R> {
                 bytes_read: extent.len_bytes().into(),
             },
         }))
+    }
+
+    fn would_wait(&mut self, source_offset: u64) -> bool {
+        let Some(page) = PageIndex::containing(source_offset) else { return false };
+        if self.snapshot.entry_would_wait(page) {
+            return true;
+        }
+        match self.snapshot.entry(page) {
+            Ok(PageEntry::Data { chunk, slot }) => {
+                self.shared.find(chunk, slot).is_none() && self.snapshot.chunk_would_wait(chunk)
+            }
+            // The load returns the error.
+            _ => false,
+        }
+    }
+
+    fn when_ready(&mut self, source_offset: u64, ready: WhenReady) {
+        let Some(page) = PageIndex::containing(source_offset) else { return ready(Ok(())) };
+        let readable = move |result: Result<(), ReadError>| {
+            ready(result.map_err(|error| source_error(page, error)));
+        };
+        self.snapshot.when_readable(page, Box::new(readable));
     }
 }
 

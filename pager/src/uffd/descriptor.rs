@@ -269,15 +269,26 @@ impl Uffd {
     /// # Errors
     /// As poll(2), and an error for `POLLERR` or `POLLNVAL` of the userfaultfd.
     pub fn wait(&self, stop: BorrowedFd<'_>) -> io::Result<Wait> {
+        self.wait_with(stop, None)
+    }
+
+    /// As [`Uffd::wait`]. Also returns [`Wait::Readable`] when `event` is readable.
+    pub(crate) fn wait_with(
+        &self,
+        stop: BorrowedFd<'_>,
+        event: Option<BorrowedFd<'_>>,
+    ) -> io::Result<Wait> {
         let interest = |fd: BorrowedFd<'_>| libc::pollfd {
             fd: fd.as_raw_fd(),
             events: libc::POLLIN,
             revents: 0,
         };
-        let mut fds = [interest(self.file.as_fd()), interest(stop)];
+        let last = event.unwrap_or(stop);
+        let mut fds = [interest(self.file.as_fd()), interest(stop), interest(last)];
+        let count = if event.is_some() { 3 } else { 2 };
         loop {
-            // SAFETY: `fds` is an array of that many initialised `pollfd`.
-            let ready = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
+            // SAFETY: `fds` is an array of at least that many initialised `pollfd`.
+            let ready = unsafe { libc::poll(fds.as_mut_ptr(), count, -1) };
             if ready < 0 {
                 let error = io::Error::last_os_error();
                 if error.kind() == io::ErrorKind::Interrupted {
@@ -288,7 +299,7 @@ impl Uffd {
             if fds[1].revents != 0 {
                 return Ok(Wait::Stop);
             }
-            if fds[0].revents & libc::POLLIN != 0 {
+            if (fds[0].revents | fds[2].revents) & libc::POLLIN != 0 {
                 return Ok(Wait::Readable);
             }
             if fds[0].revents != 0 {

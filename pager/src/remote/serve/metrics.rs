@@ -19,6 +19,7 @@ pub(crate) struct Totals {
     faults: u64,
     bytes_read: u64,
     source_retries: u64,
+    stalls: u64,
     /// In the order of `ORIGINS`.
     installed: [u64; 5],
     guests: u64,
@@ -31,6 +32,7 @@ impl Totals {
         self.faults += stats.faults;
         self.bytes_read += stats.bytes_read;
         self.source_retries += stats.source_retries;
+        self.stalls += stats.stalls;
         let by = &stats.installed;
         let counts = [by.demand, by.fault_around, by.zero, by.existing, by.file];
         self.installed.iter_mut().zip(counts).for_each(|(total, count)| *total += count);
@@ -65,6 +67,7 @@ pub(super) fn text(mut totals: Totals, guests: &[Guest]) -> String {
         ("snap_faults_total", "Page faults answered.", totals.faults),
         ("snap_read_bytes_total", "Bytes read from the snapshot.", totals.bytes_read),
         ("snap_source_retries_total", "Loads tried again.", totals.source_retries),
+        ("snap_stalls_total", "Faults that have waited for more than a second.", totals.stalls),
     ] {
         add(name, COUNTER, help, vec![counter(&[], value)]);
     }
@@ -76,6 +79,9 @@ pub(super) fn text(mut totals: Totals, guests: &[Guest]) -> String {
     let metrics = of_guests.iter().flat_map(|(labels, stats)| pages(labels, &stats.pages));
     let help = "Pages of a guest, by what they are now.";
     add("snap_guest_pages", GAUGE, help, metrics.collect());
+    let metrics = of_guests.iter().map(|(labels, stats)| gauge(labels, stats.stalled));
+    let help = "Faults of a guest that have waited for more than a second, and still wait.";
+    add("snap_guest_stalled_faults", GAUGE, help, metrics.collect());
     let metrics = of_guests.iter().flat_map(|(labels, stats)| times(labels, &stats.times));
     let help = "Time of a guest's faults: all of it, and the steps of it.";
     add("snap_guest_fault_seconds", SUMMARY, help, metrics.collect());
@@ -173,7 +179,8 @@ mod tests {
 
     #[test]
     fn guests_that_have_ended_still_count() {
-        let mut stats = Stats { faults: 5, bytes_read: 7, ..Stats::default() };
+        let (stalled, stalls) = (1, 3);
+        let mut stats = Stats { faults: 5, bytes_read: 7, stalled, stalls, ..Stats::default() };
         stats.installed.zero = 3;
         stats.pages.missing = 9;
         stats.times.service =
@@ -192,6 +199,8 @@ mod tests {
             "snap_guests_total 2",
             "snap_faults_total 10",
             "snap_read_bytes_total 14",
+            "snap_stalls_total 6",
+            "snap_guest_stalled_faults{pid=\"42\"} 1",
             "snap_pages_installed_total{origin=\"zero\"} 6",
             "snap_guest_pages{pid=\"42\",state=\"missing\"} 9",
             "snap_guest_fault_seconds{pid=\"42\",step=\"service\",quantile=\"0.99\"} 0.000002",

@@ -17,7 +17,7 @@ use crate::install::runs::Run;
 use crate::layout::Layout;
 use crate::region::PAGE_BYTES;
 use crate::source::error::SourceError;
-use crate::source::load::{Load, LoadedPages, PageReader};
+use crate::source::load::{Load, LoadedPages, PageReader, WhenReady};
 use crate::source::page_source::PageSource;
 
 /// The seals of the file: its length is fixed, and only the first mapping can write.
@@ -136,6 +136,14 @@ impl PageReader for ImageReader {
             Load::Zero { range } => Ok(Load::Zero { range }),
             Load::InFile { .. } => Err(SourceError::permanent("a shared file of a shared file")),
         }
+    }
+
+    fn would_wait(&mut self, source_offset: u64) -> bool {
+        self.image.lacks(source_offset) && self.inner.would_wait(source_offset)
+    }
+
+    fn when_ready(&mut self, source_offset: u64, ready: WhenReady) {
+        self.inner.when_ready(source_offset, ready);
     }
 }
 

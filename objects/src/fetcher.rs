@@ -1,0 +1,260 @@
+//! Fetches blocks of one object into the cache.
+
+use std::io;
+use std::ops::Range;
+use std::pin::pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures_util::future::{Either, pending, select};
+use object_store::GetRange;
+use snapfmt::layout::HEADER_BYTES;
+use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::time::timeout;
+
+use crate::cache::{Cache, Claim, Entry};
+use crate::error::ObjectError;
+use crate::fetch::{Identity, Source};
+use crate::flight::{Blocks, Flight};
+use crate::hedge::Hedges;
+use crate::name;
+use crate::retry::Retry;
+use crate::unstored::Unstored;
+use crate::url::ObjectUrl;
+
+/// How long another process may take for a block, before this one fetches it too.
+pub(crate) const OTHERS: Duration = Duration::from_secs(10);
+/// The time between two looks at the cache for blocks that another process fetches.
+pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(2);
+/// How often an object may be replaced by itself during one request: a server may give another ETag in each answer.
+const MOST_COPIES: u32 = 3;
+/// The limit of concurrent requests of this process. Each may need a connection, and so a descriptor. A guest can have
+/// many more faults.
+const MOST_REQUESTS: usize = 128;
+static REQUESTS: Semaphore = Semaphore::const_new(MOST_REQUESTS);
+
+/// One object, and where its blocks are kept.
+pub(crate) struct Fetcher {
+    pub(crate) source: Source,
+    pub(crate) identity: Identity,
+    /// The version that requests are for. It differs from the opened one only after [`Fetcher::is_same_object`].
+    version: Mutex<Identity>,
+    cache: Arc<Cache>,
+    pub(crate) entry: Entry,
+    pub(crate) unstored: Unstored,
+    hedges: Hedges,
+    /// Bytes of all answers.
+    pub(crate) fetched_bytes: AtomicU64,
+}
+
+impl Fetcher {
+    pub(crate) fn new(
+        source: Source,
+        identity: Identity,
+        cache: Arc<Cache>,
+    ) -> Result<Self, ObjectError> {
+        let entry = cache.entry(&source.url, &identity)?;
+        let (unstored, hedges) = Default::default();
+        let fetched_bytes = AtomicU64::new(0);
+        let version = Mutex::new(identity.clone());
+        Ok(Self { source, identity, version, cache, entry, unstored, hedges, fetched_bytes })
+    }
+
+    /// Fetches all blocks of a request, or reads them from the cache if another process fetches them.
+    pub(crate) async fn fly(&self, flight: &Flight) -> Result<(), ObjectError> {
+        let end = flight.blocks().end;
+        let claim = self.claim(flight).await;
+        let mut copies = 0;
+        while flight.next() < end {
+            if let Some(bytes) = self.cached(flight.next()) {
+                flight.push(bytes);
+                continue;
+            }
+            let first = flight.next();
+            let last = (first + 1..end).find(|block| self.entry.has(*block)).unwrap_or(end);
+            let version = self.version().clone();
+            match self.fetch(flight, first..last).await {
+                Ok(()) => {}
+                Err(ObjectError::Replaced { .. })
+                    if copies < MOST_COPIES && self.is_same_object(&version).await? =>
+                {
+                    copies += 1;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        drop(claim);
+        Ok(())
+    }
+
+    /// Fetches the next blocks of a request. If nothing arrives for longer than usual while a fault waits, a second
+    /// request is sent for what it waits for. The first answer is taken; after that of the second request there may be
+    /// blocks left.
+    async fn fetch(&self, flight: &Flight, blocks: Range<u64>) -> Result<(), ObjectError> {
+        let _slot = slot(&REQUESTS, &self.source.retry, &self.source.url).await?;
+        let started = Instant::now();
+        let first = pin!(self.get(blocks, |block, bytes| self.landed(flight, block, bytes)));
+        let second = pin!(self.second(flight));
+        let result = match select(first, second).await {
+            Either::Left((result, _)) => result,
+            Either::Right((found, _)) => {
+                found.into_iter().for_each(|(block, bytes)| self.landed(flight, block, bytes));
+                Ok(())
+            }
+        };
+        if flight.is_demand() && result.is_ok() {
+            self.hedges.answered(started.elapsed());
+        }
+        result
+    }
+
+    /// The answer to a second request. Does not return if there is none, or it fails: then the first one decides.
+    async fn second(&self, flight: &Flight) -> Vec<(u64, Bytes)> {
+        let blocks = flight.late(|| self.hedges.delay()).await;
+        let Some(_slot) = REQUESTS.try_acquire().ok().filter(|_| self.hedges.take()) else {
+            return pending().await;
+        };
+        let mut found = Vec::new();
+        match self.get(blocks, |block, bytes| found.push((block, bytes))).await {
+            Ok(()) => found,
+            Err(_) => pending().await,
+        }
+    }
+
+    /// Requests blocks, and passes each to `on_block`.
+    async fn get(
+        &self,
+        blocks: Range<u64>,
+        mut on_block: impl FnMut(u64, Bytes) + Send,
+    ) -> Result<(), ObjectError> {
+        let range = self.entry.bytes_of(blocks.clone());
+        let (mut cut, mut at) = (Blocks::new(range.end - range.start), blocks.start);
+        let mut on_bytes = |bytes: Bytes| {
+            self.fetched_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            cut.push(bytes, &mut |block| {
+                on_block(at, block);
+                at += 1;
+            });
+        };
+        let version = self.version().clone();
+        self.source.range(&version, range, &mut on_bytes).await
+    }
+
+    /// Whether an object with an id in its key was replaced by itself, as a copy of a bucket does. Its header, which
+    /// covers the rest, is compared; further requests are for the new version.
+    async fn is_same_object(&self, replaced: &Identity) -> Result<bool, ObjectError> {
+        let Some(header) = self.cached(0).filter(|_| name::id_of(&self.source.url).is_some())
+        else {
+            return Ok(false);
+        };
+        let header = header.slice(..header.len().min(HEADER_BYTES));
+        let (found, _, bytes) =
+            self.source.first(GetRange::Bounded(0..header.len() as u64)).await?;
+        let same = found.len_bytes == self.identity.len_bytes && found != *replaced;
+        if !same || bytes != header {
+            return Ok(false);
+        }
+        *self.version() = found;
+        Ok(true)
+    }
+
+    fn version(&self) -> MutexGuard<'_, Identity> {
+        self.version.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A block of a request has arrived. It may have arrived before, by the other one of two requests.
+    fn landed(&self, flight: &Flight, block: u64, bytes: Bytes) {
+        if block == flight.next() {
+            flight.push(bytes.clone());
+            // The disk may be slow. Other requests continue meanwhile.
+            tokio::task::block_in_place(|| self.store(block, &bytes));
+        }
+    }
+
+    /// Waits while another process fetches these blocks. After some time they are fetched without a claim, because the
+    /// other process may be stopped.
+    async fn claim(&self, flight: &Flight) -> Option<Claim<'_>> {
+        let started = Instant::now();
+        while started.elapsed() < OTHERS {
+            match self.entry.claim(flight.next()..flight.blocks().end) {
+                Ok(Some(claim)) => return Some(claim),
+                Ok(None) => {}
+                // A file system without locks.
+                Err(_) => return None,
+            }
+            match self.cached(flight.next()) {
+                Some(bytes) => flight.push(bytes),
+                None => tokio::time::sleep(LOOK_AGAIN).await,
+            }
+            if flight.next() == flight.blocks().end {
+                return None;
+            }
+        }
+        None
+    }
+
+    fn cached(&self, block: u64) -> Option<Bytes> {
+        if !self.entry.has(block) {
+            return None;
+        }
+        let of_block = self.entry.bytes_of(block..block + 1);
+        let mut bytes = vec![0; (of_block.end - of_block.start) as usize];
+        let there = self.entry.read(of_block.start, &mut bytes).is_ok_and(|there| there);
+        there.then(|| bytes.into())
+    }
+
+    /// Stores a block in the cache, or keeps it for a short time.
+    pub(crate) fn store(&self, block: u64, bytes: &Bytes) {
+        match self.entry.store(block, bytes) {
+            Ok(()) => self.cache.stored(bytes.len() as u64, &self.entry),
+            Err(_) => self.unstored.keep(block, bytes.clone()),
+        }
+    }
+
+    /// Drops blocks, so that they are fetched again.
+    pub(crate) fn drop_blocks(&self, blocks: Range<u64>) -> io::Result<()> {
+        self.unstored.drop_blocks(&blocks);
+        self.entry.drop_blocks(blocks)
+    }
+}
+
+/// The right to send a request. While a server does not answer, all of them may be taken for as long as the patience:
+/// this wait does not last longer.
+async fn slot<'a>(
+    of: &'a Semaphore,
+    retry: &Retry,
+    url: &ObjectUrl,
+) -> Result<SemaphorePermit<'a>, ObjectError> {
+    match timeout(retry.patience, of.acquire()).await {
+        Ok(Ok(slot)) => Ok(slot),
+        Ok(Err(_)) => Err(ObjectError::Cancelled),
+        Err(_) => Err(ObjectError::Unavailable {
+            url: url.to_string(),
+            reason: format!("{MOST_REQUESTS} other requests of this process wait"),
+            attempts: 0,
+            waited: retry.patience,
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime;
+
+    #[test]
+    fn a_request_waits_for_others_only_as_long_as_the_patience() {
+        static ONE: Semaphore = Semaphore::const_new(1);
+        let retry = Retry { patience: Duration::from_millis(20), ..Retry::default() };
+        let url = "s3://bucket/key".parse().expect("an address");
+        let first = runtime::wait(slot(&ONE, &retry, &url)).expect("a runtime");
+        let second = runtime::wait(slot(&ONE, &retry, &url)).expect("a runtime");
+        assert!(
+            matches!(second, Err(ObjectError::Unavailable { waited, .. }) if waited == retry.patience)
+        );
+        drop(first);
+        assert!(runtime::wait(slot(&ONE, &retry, &url)).expect("a runtime").is_ok());
+    }
+}
