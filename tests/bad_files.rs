@@ -156,3 +156,41 @@ fn a_state_that_is_not_one() {
     let ran = snap(["restore".as_ref(), file.as_os_str()]);
     ran.failed(3, &["sample.snap"]);
 }
+
+/// Commands that copy a file would pass both on to a file that `verify` refuses.
+#[test]
+fn a_state_that_is_there_twice_is_refused_by_every_command() {
+    const TABLE_OFFSET: usize = 96;
+    const TABLE_CRC: usize = 108;
+    const RECORD_BYTES: usize = snapfmt::layout::SECTION_RECORD_BYTES;
+    let (folder, file) = sample();
+    let mut bytes = std::fs::read(&file).expect("it can be read");
+    let table =
+        u64::from_le_bytes(bytes[TABLE_OFFSET..][..8].try_into().expect("8 bytes")) as usize;
+    let record = |kind: u32| {
+        let mut records = (table..bytes.len()).step_by(RECORD_BYTES);
+        records.find(|at| bytes[*at..*at + 4] == kind.to_le_bytes()).expect("it has one")
+    };
+    let (state, metadata) = (record(5), record(6));
+    // Kind, tag and version.
+    bytes.copy_within(state..state + 12, metadata);
+    let crc = crc32(&bytes[table..]);
+    bytes[TABLE_CRC..][..4].copy_from_slice(&crc.to_le_bytes());
+    write_sealed(&file, bytes);
+    let message = "section state expected once, found 2 times";
+    all_refuse(&file, 3, &[message]);
+    let (name, out) = (file.to_string_lossy(), folder.path().join("out.snap"));
+    let out_name = out.to_string_lossy();
+    for command in [
+        &["flatten", &name, "-o", &out_name][..],
+        &["export", "--format", "raw", &name, "-o", &out_name],
+        &["optimize", &name, "-o", &out_name],
+        &["rebase", &name, "--onto", &name, "-o", &out_name],
+        &["pages", &name],
+        &["diff", &name, &name],
+        &["cat", "--gpa", "0", &name],
+    ] {
+        snap(command.iter().copied()).failed(3, &[message]);
+        assert!(!out.exists(), "{command:?}");
+    }
+}

@@ -9,7 +9,7 @@ use snapfmt::ReadError;
 use snapvm::OutputError;
 use snapvm::interchange::ImportError;
 
-use crate::{size, stderr};
+use crate::{foreign_text, size, stderr};
 
 /// The exit codes, for `snap --help`.
 pub(crate) const HELP: &str = "\
@@ -105,7 +105,7 @@ pub(crate) fn describe(error: &Error) -> String {
         }
         _ => about_files(error).into(),
     };
-    format!("{error:#}{advice}")
+    format!("{}{advice}", foreign_text::one_line(&format!("{error:#}")))
 }
 
 pub(crate) const FAILED: u8 = 1;

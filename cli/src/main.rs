@@ -10,6 +10,7 @@ mod config;
 mod descriptors;
 mod devices;
 mod exit;
+mod foreign_text;
 mod guest;
 mod guest_console;
 mod guest_output;

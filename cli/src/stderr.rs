@@ -4,6 +4,8 @@ use std::io::Write;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 
+use crate::foreign_text;
+
 /// Prints a line without waiting: the line is dropped if the reader of stderr does not read at the moment. For threads
 /// that have other work.
 pub(crate) fn say(line: &str) {
@@ -13,11 +15,11 @@ pub(crate) fn say(line: &str) {
     // A pipe that is ready takes PIPE_BUF bytes without waiting, and no line has more.
     if rustix::event::poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0) {
         // A closed stderr cannot be reported.
-        let _ = stderr.write_all(line.as_bytes());
+        let _ = stderr.write_all(foreign_text::lines(line).as_bytes());
     }
 }
 
 /// Prints text, and waits for the reader. A closed stderr is no error: the exit code has the result.
 pub(crate) fn print(text: &str) {
-    let _ = std::io::stderr().write_all(text.as_bytes());
+    let _ = std::io::stderr().write_all(foreign_text::lines(text).as_bytes());
 }

@@ -4,7 +4,9 @@ use std::fmt::Display;
 use std::io::{self, BufWriter, StdoutLock, Write};
 
 use anyhow::Result;
+use serde::Serialize;
 
+use crate::foreign_text;
 use crate::waits::Wait;
 
 /// Passes a buffered stdout to `write`. A reader that closes the pipe early, as `head` does, is no error.
@@ -39,12 +41,17 @@ impl Write for Awaited {
 
 /// Prints a line.
 pub(crate) fn print_line(line: impl Display) -> Result<()> {
-    to_stdout(|out| Ok(writeln!(out, "{line}")?))
+    print_text(format!("{line}\n"))
 }
 
 /// Prints text that has its own newlines.
 pub(crate) fn print_text(text: impl Display) -> Result<()> {
-    to_stdout(|out| Ok(write!(out, "{text}")?))
+    to_stdout(|out| Ok(out.write_all(foreign_text::lines(&text.to_string()).as_bytes())?))
+}
+
+/// Prints a value as JSON.
+pub(crate) fn print_json(value: &impl Serialize) -> Result<()> {
+    print_line(foreign_text::json(value)?)
 }
 
 fn is_closed(error: &anyhow::Error) -> bool {

@@ -29,6 +29,10 @@ impl SectionKind {
     pub const WORKING_SET: Self = Self(7);
     /// Of a layer: checksum of the parent's header, and where the parent may be found.
     pub const PARENT_HINT: Self = Self(8);
+
+    fn is_known(self) -> bool {
+        (Self::CHUNKS..=Self::PARENT_HINT).contains(&self)
+    }
 }
 
 impl fmt::Display for SectionKind {
@@ -121,7 +125,25 @@ pub(crate) fn parse_table(bytes: &[u8], table_offset: u64) -> Result<Vec<Section
         free_from = section.end();
         sections.push(section);
     }
+    no_section_twice(&sections, table_offset)?;
     Ok(sections)
+}
+
+/// Of two sections of one kind, or two states with one tag, readers would find only one. Sections of kinds that this
+/// version does not know are ignored, and may repeat.
+fn no_section_twice(sections: &[Section], table_offset: u64) -> Result<(), Corruption> {
+    let mut known: Vec<_> = sections
+        .iter()
+        .filter(|section| section.kind.is_known())
+        .map(|section| {
+            (section.kind, if section.kind == SectionKind::STATE { section.tag } else { 0 })
+        })
+        .collect();
+    known.sort_unstable();
+    let Some(twice) = known.windows(2).find(|pair| pair[0] == pair[1]) else { return Ok(()) };
+    let found = known.iter().filter(|section| **section == twice[0]).count();
+    let problem = Problem::SectionCount { kind: twice[0].0, found };
+    Err(Corruption::new(Part::SectionTable, table_offset, problem))
 }
 
 /// The one section of a kind that every file has exactly once.

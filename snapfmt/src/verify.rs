@@ -12,7 +12,7 @@ use crate::layout::{CHUNK_HEADER_BYTES, HEADER_BYTES, LEAF_PAGES};
 use crate::ordered;
 use crate::page_table::PageTable;
 use crate::read_at::ReadAt;
-use crate::section::{self, Section, SectionKind};
+use crate::section::{self, SectionKind};
 use crate::snapshot::Snapshot;
 use crate::writer::{OnProgress, Progress};
 
@@ -233,20 +233,10 @@ impl<R: ReadAt> Verifier<'_, R> {
         Ok(chunk.pages().len() as u64)
     }
 
-    /// The checksum of every section that has one, known or not; and that no two states have the
-    /// same tag, of which one could not be found.
+    /// The checksum of every section that has one, known or not, and the content of the working set.
     fn sections(&self, report: &dyn Fn(u64) -> Result<(), ReadError>) -> Result<(), ReadError> {
         let sections = &self.layer.sections;
-        for section in sections.iter().filter(|section| section.kind == SectionKind::STATE) {
-            let same = |other: &&Section| (other.kind, other.tag) == (section.kind, section.tag);
-            let found = sections.iter().filter(same).count();
-            if found > 1 {
-                let problem = Problem::SectionCount { kind: section.kind, found };
-                let place = self.layer.header.table_offset;
-                return Err(Corruption::new(Part::SectionTable, place, problem).into());
-            }
-        }
-        self.working_set()?;
+        self.layer.working_set()?;
         for section in sections.iter().filter(|section| section.has_crc()) {
             let part = Part::Section(section.kind);
             layer::healed(&self.layer.storage, section.offset..section.end(), || {
@@ -264,23 +254,6 @@ impl<R: ReadAt> Verifier<'_, R> {
             })?;
         }
         Ok(())
-    }
-
-    /// A working set lists no page twice. Opening the file only checks its limits.
-    fn working_set(&self) -> Result<(), ReadError> {
-        let Some(set) = self.layer.working_set()? else { return Ok(()) };
-        let mut runs = set.runs().to_vec();
-        runs.sort_unstable_by_key(|run| run.first);
-        let overlap = runs.windows(2).find(|pair| {
-            u64::from(pair[0].first.0) + u64::from(pair[0].pages) > u64::from(pair[1].first.0)
-        });
-        let Some(pair) = overlap else { return Ok(()) };
-        let kind = SectionKind::WORKING_SET;
-        let section = section::only(&self.layer.sections, kind, self.layer.header.table_offset)?;
-        let min = u64::from(pair[0].first.0) + u64::from(pair[0].pages);
-        let (field, found) = ("working_set.first_page", u64::from(pair[1].first.0));
-        let problem = Problem::Range { field, min, max: self.layer.header.pages(), found };
-        Err(Corruption::new(Part::Section(kind), section.offset, problem).into())
     }
 
     /// Checks that every entry refers to a slot of an existing chunk. Returns the number of data pages and

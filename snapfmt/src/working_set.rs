@@ -121,7 +121,7 @@ impl WorkingSet {
         &self.runs
     }
 
-    /// All pages, earliest first. In a file of an untrusted writer, a page may occur twice.
+    /// All pages, earliest first, each once.
     pub fn pages(&self) -> impl Iterator<Item = (PageIndex, Phase)> {
         self.runs.iter().flat_map(|run| {
             (run.first.0..=run.first.0.saturating_add(run.pages - 1))
@@ -221,8 +221,22 @@ impl WorkingSet {
             phase = Phase::ALL[usize::from(found)];
             runs.push(HotRun { first: PageIndex(first), pages, phase, seen: record[W_SEEN] });
         }
+        if let Some((number, least)) = overlap(&runs) {
+            let at = WORKING_SET_HEADER_BYTES + number * WORKING_SET_RECORD_BYTES;
+            range("working_set.first_page", at, least, memory_pages, runs[number].first.0.into())?;
+        }
         Ok(Some(Self { restores: u32_at(header, W_RESTORES), runs }))
     }
+}
+
+/// The number of a run that has a page of another run, and the first page after that one.
+fn overlap(runs: &[HotRun]) -> Option<(usize, u64)> {
+    let mut order: Vec<usize> = (0..runs.len()).collect();
+    order.sort_unstable_by_key(|number| runs[*number].first);
+    order.windows(2).find_map(|pair| {
+        let end = u64::from(runs[pair[0]].first.0) + u64::from(runs[pair[0]].pages);
+        (end > u64::from(runs[pair[1]].first.0)).then_some((pair[1], end))
+    })
 }
 
 #[cfg(test)]
@@ -289,6 +303,8 @@ mod tests {
         assert_eq!(place(&|bytes| (bytes[16], bytes[20]) = (0, 5)), 1024);
         assert_eq!(place(&|bytes| bytes[30] = 1), 1030);
         assert_eq!(place(&|bytes| bytes[30] = 4), 1030);
+        // Two runs with one page.
+        assert_eq!(place(&|bytes| bytes[24] = 3), 1024);
     }
 
     proptest! {

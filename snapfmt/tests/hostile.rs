@@ -156,6 +156,31 @@ fn overlapping_missing_and_doubled_sections_are_refused() {
     }
 }
 
+/// A command that does not use a section refuses its double too. Otherwise it would copy both.
+#[test]
+fn a_state_and_a_description_that_are_there_twice_are_refused_when_opened() {
+    let bytes = sample(Codec::Lz4);
+    let table = u64::from_le_bytes(bytes[96..104].try_into().unwrap()) as usize;
+    let record = |kind: SectionKind| {
+        let mut records = (table..bytes.len()).step_by(SECTION_RECORD_BYTES);
+        records.find(|at| bytes[*at..*at + 4] == kind.0.to_le_bytes()).expect("it has one")
+    };
+    let (state, metadata) = (record(SectionKind::STATE), record(SectionKind::METADATA));
+    for (from, to, kind) in
+        [(state, metadata, SectionKind::STATE), (metadata, state, SectionKind::METADATA)]
+    {
+        let mut forged = bytes.clone();
+        // Kind, tag and version.
+        forge(&mut forged, |b| b.copy_within(from..from + 12, to));
+        match Snapshot::new(&forged[..]) {
+            Err(ReadError::Corrupt(Corruption { problem, .. })) => {
+                assert_eq!(problem, Problem::SectionCount { kind, found: 2 });
+            }
+            other => panic!("{kind}: {:?}", other.map(drop)),
+        }
+    }
+}
+
 #[test]
 fn an_entry_that_points_outside_the_chunks_or_to_no_slot_is_refused() {
     let bytes = sample(Codec::Lz4);

@@ -5,8 +5,9 @@ use std::time::{Duration, SystemTime};
 use anyhow::Result;
 use serde_json::json;
 
+use crate::foreign_text::one_line;
 use crate::session::Session;
-use crate::stdout::print_line;
+use crate::stdout::{print_json, print_line};
 use crate::{bucket, size};
 
 /// Look at the cache of objects, and make it smaller.
@@ -56,7 +57,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             });
             let objects: Vec<_> = objects.collect();
             let result = json!({ "folder": cache.folder(), "objects": objects });
-            print_line(serde_json::to_string_pretty(&result)?)
+            print_json(&result)
         }
         What::Ls { json: false } => {
             for cached in cache.list()? {
@@ -67,7 +68,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
                     "{:>10} of {:>10}  {age} ago  {}{state}",
                     size::human(cached.cached_bytes),
                     size::human(cached.object_bytes),
-                    cached.url.escape_debug(),
+                    one_line(&cached.url),
                 ))?;
             }
             Ok(())

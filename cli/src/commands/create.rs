@@ -25,7 +25,7 @@ use crate::restoring::{self, snapshot_error};
 use crate::session::Session;
 use crate::size;
 use crate::stderr::say;
-use crate::stdout::print_line;
+use crate::stdout::{print_json, print_line};
 use crate::storage::Storage;
 use crate::summary::Summary;
 
@@ -144,7 +144,7 @@ impl Trigger {
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let summary = create(args, session)?;
     if args.json {
-        print_line(serde_json::to_string_pretty(&summary)?)?;
+        print_json(&summary)?;
     } else if !session.quiet {
         print_line(format_args!(
             "{}: memory {}, non-zero {}, file {} (ratio {:.2}), {:.0} ms, paused {:.0} ms",

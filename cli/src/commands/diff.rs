@@ -12,7 +12,7 @@ use crate::exit::Interrupted;
 use crate::input::Input;
 use crate::session::Session;
 use crate::size;
-use crate::stdout::print_line;
+use crate::stdout::{print_json, print_line};
 use crate::waits::Wait;
 
 /// Show which pages of two snapshots differ.
@@ -75,7 +75,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             "differing_bytes": pages * PAGE_BYTES as u64,
             "runs": runs,
         });
-        print_line(serde_json::to_string_pretty(&result)?)?;
+        print_json(&result)?;
         return Ok(());
     }
     print_line(format_args!(

@@ -11,13 +11,14 @@ use snapvm::interchange::{Import, ImportError, MemoryImage, VMSTATE};
 
 use super::cat::parse_address;
 use super::summary::Written;
+use crate::foreign_text::one_line;
 use crate::input::{reading, refuse_existing};
 use crate::progress::Bar;
 use crate::session::Session;
 use crate::size;
-use crate::stdio;
-use crate::stdout::print_line;
+use crate::stdout::{print_json, print_line};
 use crate::storage::Storage;
+use crate::{stderr, stdio};
 
 /// Import a memory image, or a snapshot of Firecracker or Cloud Hypervisor, into one file.
 ///
@@ -108,7 +109,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let written = Written::new(&args.out, &header, started);
     let summary = Summary { written, source: imported.kind() };
     if args.json {
-        print_line(serde_json::to_string_pretty(&summary)?)?;
+        print_json(&summary)?;
     } else if !session.quiet {
         print_line(format_args!(
             "{}: {} memory {}, non-zero {}, file {} (ratio {:.2}), {:.0} ms",
@@ -180,7 +181,8 @@ fn report_other_files(folder: &Path) -> Result<()> {
     for entry in std::fs::read_dir(folder).with_context(named)? {
         let name = entry.with_context(named)?.file_name();
         if !Import::cloud_hypervisor_files().iter().any(|ours| name == *ours) {
-            eprintln!("snap: {} is not stored", folder.join(name).display());
+            let path = folder.join(name).display().to_string();
+            stderr::print(&format!("snap: {} is not stored\n", one_line(&path)));
         }
     }
     Ok(())

@@ -13,10 +13,11 @@ use snapvm::OutputShape;
 use super::map::Picture;
 use super::summary::{Pages, ratio};
 use crate::exit::WrongOptions;
+use crate::foreign_text::one_line as one;
 use crate::input::{Input, reading, refuse_as_output};
 use crate::leftovers::staged_output;
 use crate::size;
-use crate::stdout::{print_line, print_text, to_stdout};
+use crate::stdout::{print_json, print_text, to_stdout};
 
 /// Show the content of a snapshot, without KVM.
 #[derive(clap::Args)]
@@ -66,7 +67,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let set = snapshot.working_set().with_context(|| file.display().to_string())?;
     drop(reading);
     if args.json {
-        print_line(serde_json::to_string_pretty(&as_json(&snapshot, &metadata, set.as_ref()))?)?;
+        print_json(&as_json(&snapshot, &metadata, set.as_ref()))?;
     } else {
         print_text(as_text(&snapshot, &metadata, set.as_ref()))?;
     }
@@ -173,14 +174,19 @@ fn as_text(snapshot: &Snapshot, metadata: &Metadata, set: Option<&WorkingSet>) -
     let mut lines = vec![
         format!("format     version {}{}", header.version, features(header)),
         format!("id         {}", header.id),
-        format!("created    {} by {} {}", created(header), metadata.tool, metadata.tool_version),
+        format!(
+            "created    {} by {} {}",
+            created(header),
+            one(&metadata.tool),
+            one(&metadata.tool_version)
+        ),
     ];
     for (depth, layer) in snapshot.headers().enumerate().skip(1) {
         let pages = layer.data_pages;
         lines.push(format!("parent {depth:<3} {}, {pages} data pages", layer.id));
     }
     for (name, value) in &metadata.other {
-        lines.push(format!("{name:<10} {}", one_line(value)));
+        lines.push(format!("{:<10} {}", one(name), one_line(value)));
     }
     let regions = snapshot.regions();
     for (number, region) in regions.iter().take(REGIONS_LISTED).enumerate() {
@@ -212,7 +218,8 @@ fn as_text(snapshot: &Snapshot, metadata: &Metadata, set: Option<&WorkingSet>) -
     for (codec, used) in &metadata.storage {
         let raw = used.pages * PAGE_BYTES as u64;
         lines.push(format!(
-            "codec      {codec}: {} pages in {} chunks, {} to {}, ratio {:.2}",
+            "codec      {}: {} pages in {} chunks, {} to {}, ratio {:.2}",
+            one(codec),
             used.pages,
             used.chunks,
             size::human(raw),
@@ -237,14 +244,12 @@ fn as_text(snapshot: &Snapshot, metadata: &Metadata, set: Option<&WorkingSet>) -
     lines.join("\n") + "\n"
 }
 
-/// A metadata value on one line. It comes from the file, so control characters, which could
-/// drive the terminal, are escaped.
+/// A metadata value on one line.
 fn one_line(value: &Value) -> String {
     match value {
-        Value::String(text) => text.escape_debug().to_string(),
+        Value::String(text) => one(text).into_owned(),
         Value::Object(fields) => {
-            let fields =
-                fields.iter().map(|(k, v)| format!("{} {}", k.escape_debug(), one_line(v)));
+            let fields = fields.iter().map(|(k, v)| format!("{} {}", one(k), one_line(v)));
             fields.collect::<Vec<_>>().join(", ")
         }
         Value::Array(values) => values.iter().map(one_line).collect::<Vec<_>>().join(", "),

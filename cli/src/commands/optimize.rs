@@ -14,7 +14,7 @@ use crate::input::{Input, refuse_as_output, refuse_existing};
 use crate::progress::Bar;
 use crate::session::Session;
 use crate::size;
-use crate::stdout::print_line;
+use crate::stdout::{print_json, print_line};
 use crate::storage::Storage;
 
 /// Write a copy of a snapshot with the pages of its working set at the front.
@@ -88,7 +88,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     if args.json {
         let hot_codec = args.hot_codec.name();
         let summary = Summary { written, hot_pages: set.len(), hot_codec };
-        return print_line(serde_json::to_string_pretty(&summary)?);
+        return print_json(&summary);
     }
     if !session.quiet {
         print_line(format_args!(

@@ -13,7 +13,7 @@ use crate::input::{Input, refuse_existing};
 use crate::progress::Bar;
 use crate::session::Session;
 use crate::size;
-use crate::stdout::print_line;
+use crate::stdout::{print_json, print_line};
 
 /// Copy a snapshot, and of a layer its parents, into a bucket, and give it a name there.
 ///
@@ -91,7 +91,7 @@ pub(crate) fn push(args: &PushArgs, session: &Session) -> Result<()> {
     let layers: Vec<_> = pushed.layers.iter().zip(snapshot.headers()).map(layer).collect();
     if args.json {
         let result = json!({ "name": url.to_string(), "layers": layers });
-        print_line(serde_json::to_string_pretty(&result)?)?;
+        print_json(&result)?;
     } else if !session.quiet {
         let sent = pushed.layers.iter().filter(|layer| !layer.was_there);
         let bytes = sent.clone().map(|layer| layer.file_bytes).sum();
@@ -119,7 +119,7 @@ pub(crate) fn pull(args: &PullArgs, session: &Session) -> Result<()> {
         };
         let layers: Vec<_> = pulled.iter().map(layer).collect();
         let result = json!({ "url": url.to_string(), "layers": layers });
-        print_line(serde_json::to_string_pretty(&result)?)?;
+        print_json(&result)?;
     } else if !session.quiet {
         for layer in &pulled {
             let (path, bytes) = (layer.path.display(), size::human(layer.file_bytes));

@@ -15,6 +15,7 @@ use snapvm::{MemoryFrom, Pace};
 use crate::api::ApiArgs;
 use crate::devices::SavedDeviceArgs;
 use crate::exit::Interrupted;
+use crate::foreign_text;
 use crate::guest_output::GuestOutput;
 use crate::input::Input;
 use crate::interrupt::Interrupt;
@@ -258,7 +259,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     }
     let (report, outcome) = restore.run(out, session, session.started)?;
     let text = match form {
-        ReportForm::Json => serde_json::to_string_pretty(&report)? + "\n",
+        ReportForm::Json => foreign_text::json(&report)? + "\n",
         ReportForm::Text if !session.quiet => report.to_string(),
         ReportForm::Text | ReportForm::None => String::new(),
     };

@@ -16,7 +16,7 @@ use crate::input::{Input, refuse_as_output, refuse_existing};
 use crate::progress::Bar;
 use crate::session::Session;
 use crate::size;
-use crate::stdout::print_line;
+use crate::stdout::{print_json, print_line};
 use crate::storage::Storage;
 
 /// Join a layer and all of its parents into one complete file.
@@ -144,7 +144,7 @@ impl Parts {
 
 fn print(written: &Written<'_>, json: bool, session: &Session) -> Result<()> {
     if json {
-        print_line(serde_json::to_string_pretty(written)?)?;
+        print_json(written)?;
     } else if !session.quiet {
         print_line(format_args!(
             "{}: {} data pages in {}, {} unchanged from the parent",

@@ -16,7 +16,7 @@ use crate::millis::ms;
 use crate::restored_run::{LAZY, Restore};
 use crate::restoring;
 use crate::session::Session;
-use crate::stdout::print_line;
+use crate::stdout::{print_json, print_line};
 use crate::working_set_file::Output;
 
 /// Restore a guest several times, record which pages it touches, and store them as the working set of a copy of the
@@ -108,7 +108,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         total_ms: ms(session.started.elapsed()),
     };
     if args.json {
-        return print_line(serde_json::to_string_pretty(&summary)?);
+        return print_json(&summary);
     }
     if !session.quiet {
         let phases = Phase::ALL.iter().zip(pages_by_phase).filter(|(_, pages)| *pages > 0);

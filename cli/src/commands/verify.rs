@@ -9,7 +9,7 @@ use crate::input::Input;
 use crate::progress::Bar;
 use crate::session::Session;
 use crate::size;
-use crate::stdout::print_line;
+use crate::stdout::{print_json, print_line};
 
 /// Check every byte of a snapshot, and of a layer's parents: checksums, index, padding.
 #[derive(clap::Args)]
@@ -63,7 +63,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             "chunks": verified.iter().map(|layer| layer.chunks).sum::<u64>(),
             "layers": layers.collect::<Vec<_>>(),
         });
-        print_line(serde_json::to_string_pretty(&result)?)?;
+        print_json(&result)?;
     } else if !session.quiet {
         for (verified, path) in verified.iter().zip(snapshot.paths()) {
             print_line(format_args!(

@@ -29,7 +29,7 @@ use self::steps::Steps;
 use self::subject::Subject;
 use crate::leftovers::staged_output;
 use crate::session::Session;
-use crate::stdout::{print_line, print_text};
+use crate::stdout::{print_json, print_text};
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     for (number, mode) in args.modes.iter().enumerate() {
@@ -67,7 +67,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     match args.json {
         true => {
             let all = to_json(args, &subject, &outcome, &ratios);
-            print_line(serde_json::to_string_pretty(&all)?)
+            print_json(&all)
         }
         false => {
             let (head, foot) = (headline(args, &subject, &outcome), footer(&subject, &outcome));

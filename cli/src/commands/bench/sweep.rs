@@ -16,7 +16,7 @@ use super::report::{headline, host_line, to_json};
 use super::run::Plan;
 use super::steps::Steps;
 use super::subject::Subject;
-use crate::stdout::{print_line, print_text};
+use crate::stdout::{print_json, print_text};
 
 pub(super) fn run(
     args: &Args,
@@ -57,7 +57,7 @@ pub(super) fn run(
         page.publish()?;
     }
     match args.json {
-        true => print_line(serde_json::to_string_pretty(&json!({ "sweep": all_json }))?),
+        true => print_json(&json!({ "sweep": all_json })),
         false => print_text(format!("{}: {head}\n\n{}", args.target.display(), table(&points))),
     }
 }
