@@ -81,6 +81,9 @@ fn image(folder: &Path, name: &str) -> PathBuf {
     path
 }
 
+/// The devices are not in the folders of the snapshots.
+const ANYWHERE: [&str; 2] = ["--allow-path", "/"];
+
 #[test]
 fn a_device_is_written_snapshotted_and_recognized() {
     needs_vm!();
@@ -99,7 +102,9 @@ fn a_device_is_written_snapshotted_and_recognized() {
     let long_ago = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1);
     device.open().set_modified(long_ago).expect("the time is set");
     for mode in ["", " --lazy"] {
-        let ran = place.snap(&format!("restore FOLDER/a.snap --disk-overlay memory{mode}")).ok();
+        let ran = place
+            .snap(&format!("restore FOLDER/a.snap --allow-path / --disk-overlay memory{mode}"))
+            .ok();
         assert_eq!(ran.stdout, "W\nd\nR\nR\nd\n", "{mode}");
     }
     assert_eq!(device.letters(), "dWd");
@@ -115,11 +120,11 @@ fn a_device_is_written_snapshotted_and_recognized() {
     let Some(other) = Loop::on(&copy) else { return };
     fs::remove_file(&link).expect("it is there");
     std::os::unix::fs::symlink(&other.device, &link).expect("a link");
-    assert_eq!(place.snap("restore FOLDER/a.snap").ok().stdout, "W\nd\nR\nR\nd\n");
+    assert_eq!(place.snap("restore FOLDER/a.snap --allow-path /").ok().stdout, "W\nd\nR\nR\nd\n");
     assert_eq!((other.letters(), device.letters()), ("dRR".into(), "dWd".into()));
     // That one has changed now: the sample differs.
-    place.snap("restore FOLDER/a.snap").failed(1, &["its sample's CRC-32"]);
-    place.snap("restore FOLDER/a.snap --force-disks").ok();
+    place.snap("restore FOLDER/a.snap --allow-path /").failed(1, &["its sample's CRC-32"]);
+    place.snap("restore FOLDER/a.snap --allow-path / --force-disks").ok();
 }
 
 #[test]
@@ -141,15 +146,15 @@ fn readers_and_overlays_share_a_device() {
     for args in [",overlay", ",ro"] {
         let guest = Guest::new();
         guest.stored_with(device.name() + args).ok();
-        let reader = guest.start("guest.snap");
-        guest.continues("guest.snap", &["--lazy"]);
+        let reader = guest.start("guest.snap", &ANYWHERE);
+        guest.continues("guest.snap", &["--lazy", ANYWHERE[0], ANYWHERE[1]]);
         // But no other guest may write it meanwhile.
         let messages = ["is in use: one guest writes a disk, or many read it"];
         Guest::new().stored_with(device.name()).failed(1, &messages);
         stop(reader);
     }
     let place = stored(&format!("{},overlay", device.name()));
-    assert_eq!(place.snap("restore FOLDER/a.snap").ok().stdout, "W\nd\nR\nR\nd\n");
+    assert_eq!(place.snap("restore FOLDER/a.snap --allow-path /").ok().stdout, "W\nd\nR\nR\nd\n");
     assert_eq!(device.letters(), "ddd");
 }
 
@@ -163,11 +168,11 @@ fn a_device_that_is_in_use_is_refused() {
     let Some(device) = Loop::on(&path) else { return };
     let guest = Guest::new();
     guest.stored_with(device.name()).ok();
-    let writer = guest.start("guest.snap");
+    let writer = guest.start("guest.snap", &ANYWHERE);
     let in_use = ["is in use: it is mounted, has a volume on it, or belongs to another guest"];
-    guest.is_refused(&[], &in_use);
+    guest.is_refused(&ANYWHERE, &in_use);
     stop(writer);
-    guest.continues("guest.snap", &[]);
+    guest.continues("guest.snap", &ANYWHERE);
 
     let mut mkfs = Command::new("mkfs.ext4");
     mkfs.arg("-q").arg(&device.device);

@@ -81,9 +81,9 @@ impl Guest {
     }
 
     /// A guest that uses the disk until this is dropped.
-    pub(crate) fn start(&self, file: &str) -> Child {
+    pub(crate) fn start(&self, file: &str, args: &[&str]) -> Child {
         let mut command = Command::new(SNAP);
-        command.args(["restore", "--lazy"]).arg(self.path(file)).stdin(Stdio::null());
+        command.args(["restore", "--lazy"]).arg(self.path(file)).args(args).stdin(Stdio::null());
         let mut child =
             command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("snap starts");
         let mut line = String::new();
@@ -138,13 +138,13 @@ fn a_changed_disk_is_refused() {
 fn one_guest_writes_a_disk_or_many_read_it() {
     needs_vm!();
     let guest = Guest::create(false);
-    let first = guest.start("guest.snap");
+    let first = guest.start("guest.snap", &[]);
     guest.is_refused(&[], &["disk", "is in use: one guest writes a disk"]);
     stop(first);
     guest.continues("guest.snap", &[]);
 
     let readers = Guest::create(true);
-    let first = readers.start("guest.snap");
+    let first = readers.start("guest.snap", &[]);
     readers.continues("guest.snap", &["--lazy"]);
     stop(first);
 }
@@ -159,7 +159,7 @@ fn a_layer_has_the_fingerprint_of_its_time() {
     let ran = guest.snap("restore", "layer.snap", &["--until", "\n"], &[]).ok();
     assert!(ran.stdout.starts_with(" here"), "{}", ran.stdout);
     // Both are refused while a guest uses the disk, and no file is left.
-    let first = guest.start("guest.snap");
+    let first = guest.start("guest.snap", &[]);
     guest
         .snap("create", "second.snap", &args, &[("--from", &base)])
         .failed(1, &["disk", "is in use"]);

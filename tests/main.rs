@@ -16,6 +16,7 @@ mod failing_restores;
 mod fake_objects;
 #[path = "../snapfmt/tests/common/mod.rs"]
 mod file_bytes;
+mod foreign_paths;
 mod foreign_text;
 mod fuse;
 mod golden_files;

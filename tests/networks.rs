@@ -80,11 +80,15 @@ fn a_network_stays_with_the_guest_and_can_be_moved() {
     let Some(tap) = HostTap::new("a_network_stays_with_the_guest", &name) else { return };
     let place = Place::new();
     place.create(&format!(" --net tap={name},mac=02:00:00:00:00:07")).ok();
-    place.snap("restore FOLDER/a.snap").ok();
+    place
+        .snap("restore FOLDER/a.snap")
+        .failed(1, &["names the tap", &format!("--net tap={name}"), "--allow-path /dev/net"]);
+    place.snap("restore FOLDER/a.snap --allow-path /dev/net").ok();
+    place.snap(&format!("restore FOLDER/a.snap --net tap={name}")).ok();
     let lo = place.create(" --force --net tap=lo");
     lo.failed(1, &["cannot attach to the tap lo", "Invalid argument"]);
     drop(tap);
-    place.snap("restore FOLDER/a.snap").failed(
+    place.snap("restore FOLDER/a.snap --allow-path /dev/net").failed(
         1,
         &["the guest's network interface (--net gives it another tap)", "there is no interface"],
     );

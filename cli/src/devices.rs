@@ -75,6 +75,12 @@ pub(crate) struct SavedDeviceArgs {
     /// interfaces, in their order.
     #[arg(long = "net", value_name = "tap=NAME[,mac=MAC]")]
     nets: Vec<NetArg>,
+
+    /// Use the paths in the snapshot also if they are in this folder or below it. Without it, only disks and sockets in
+    /// the snapshot's own folder are used; others are given by --disk, --vsock and --net. Taps count as in /dev/net. More
+    /// than once for several folders.
+    #[arg(long = "allow-path", value_name = "DIR")]
+    allowed_folders: Vec<PathBuf>,
 }
 
 /// `tap=NAME[,mac=MAC]`.
@@ -265,6 +271,7 @@ impl SavedDeviceArgs {
         let mut connections = DeviceConnections::default();
         connections.disks = self.disks.clone();
         connections.force_disks = self.force_disks;
+        connections.allowed_folders = self.allowed_folders.clone();
         connections.disk_overlay = self.disk_overlay.clone().map(|OverlayArg(place)| place);
         connections.vsock = self.vsock.clone().map(|VsockArg { cid, path }| (cid, path));
         connections.nets =

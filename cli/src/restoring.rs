@@ -9,6 +9,7 @@ use anyhow::{Context, Error, Result, anyhow, bail};
 use snapfmt::Progress;
 use snapvm::{DeviceError, Observer, RestoreConfig, RestoreError, RestoredVm, SnapshotError, Step};
 use vmm::Console;
+use vmm::virtio::DiskError;
 
 use crate::awaited_source::AwaitedSource;
 use crate::exit::GuestStopped;
@@ -136,6 +137,24 @@ fn device_error(error: DeviceError) -> Error {
             anyhow!("--net is given {given} times, and the guest has {found} network interfaces")
         }
         DeviceError::NoVsock => anyhow!("--vsock is given, and the guest has no vsock"),
+        DeviceError::Disk(DiskError::NotAllowed { path }) => {
+            let (path, folder) = (path.display(), folder_of(&path));
+            anyhow!(
+                "the snapshot names the disk {path}, which is not in the snapshot's folder: if the guest is to have it, \
+                 give --disk {path}, or --allow-path {folder}"
+            )
+        }
+        DeviceError::SocketNotAllowed { path } => {
+            let (path, folder) = (path.display(), folder_of(&path));
+            anyhow!(
+                "the snapshot names the socket {path} for its vsock, which is not in the snapshot's folder: give \
+                 --vsock CID,SOCKET, or --allow-path {folder}"
+            )
+        }
+        DeviceError::TapNotAllowed { tap } => anyhow!(
+            "the snapshot names the tap {tap}: if the guest is to be connected to it, give --net tap={tap}, or \
+             --allow-path /dev/net for all of its taps"
+        ),
         DeviceError::Disk(error) => Error::new(error).context(
             "the guest's disk (--disk gives its new path, --force-disks accepts its content)",
         ),
@@ -149,6 +168,10 @@ fn device_error(error: DeviceError) -> Error {
         }
         error => error.into(),
     }
+}
+
+fn folder_of(path: &Path) -> std::path::Display<'_> {
+    path.parent().unwrap_or(Path::new("/")).display()
 }
 
 /// Why a guest cannot be snapshotted, for the message and the exit code.

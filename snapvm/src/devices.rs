@@ -7,14 +7,15 @@ use snapfmt::{ReadError, Snapshot};
 use vmm::MmioDevice;
 use vmm::state::DeviceState;
 use vmm::virtio::{
-    BackendState, BlockState, Disk, DiskError, EventLoop, Host, MacAddress, OverlayPlace,
-    OverlayState, Tap, TapError, VirtioDevice, VirtioState, VirtioStateError, VsockError,
-    VsockHost,
+    AllowedFolders, BackendState, BlockState, Disk, DiskError, EventLoop, Host, ImagePath,
+    MacAddress, OverlayPlace, OverlayState, Tap, TapError, VirtioDevice, VirtioState,
+    VirtioStateError, VsockError, VsockHost,
 };
 
 use crate::observer::{Observer, Step};
 
-/// The files, sockets and taps of this host for a restored guest's devices. The default is those in the snapshot.
+/// The files, sockets and taps of this host for a restored guest's devices. The default is those in the snapshot, as far
+/// as they are in its own folder or in one of [`DeviceConnections::allowed_folders`].
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct DeviceConnections {
@@ -29,6 +30,9 @@ pub struct DeviceConnections {
     /// A tap for each of the guest's network interfaces, in their order, and optionally another Ethernet address.
     /// Empty: the taps in the snapshot.
     pub nets: Vec<(String, Option<MacAddress>)>,
+    /// Besides the snapshot's folder, where the paths in the snapshot may be: of disks, and of the vsock's socket. A tap
+    /// has no path of its own, and counts as one in `/dev/net`.
+    pub allowed_folders: Vec<PathBuf>,
 }
 
 /// A device that cannot be connected.
@@ -84,6 +88,21 @@ pub enum DeviceError {
         #[source]
         error: VsockError,
     },
+    /// The snapshot names a socket in a folder that is not allowed.
+    #[error(
+        "the snapshot names the socket {}, which is in none of the folders that are allowed for it",
+        path.display()
+    )]
+    SocketNotAllowed {
+        /// The path in the snapshot.
+        path: PathBuf,
+    },
+    /// The snapshot names a tap, and `/dev/net` is not allowed.
+    #[error("the snapshot names the tap {tap}, which nothing allows it")]
+    TapNotAllowed {
+        /// The name in the snapshot.
+        tap: String,
+    },
     /// The content of a device cannot be read from the snapshot.
     #[error("cannot read the content of device {place}")]
     Content {
@@ -107,12 +126,16 @@ pub enum DeviceError {
 
 type Devices = Vec<Box<dyn MmioDevice>>;
 
+/// All taps are opened by this device of the host.
+const TUN: &str = "/dev/net/tun";
+
 impl DeviceConnections {
-    /// Restores the saved devices and connects them.
+    /// Restores the saved devices and connects them. `file` is the path of the snapshot.
     pub(crate) fn restore(
         &self,
         saved: &[DeviceState],
         snapshot: &Snapshot,
+        file: &Path,
         observer: &dyn Observer,
     ) -> Result<Devices, DeviceError> {
         let devices = saved
@@ -125,12 +148,18 @@ impl DeviceConnections {
             return Ok(Vec::new());
         }
         let event_loop = EventLoop::start().map_err(DeviceError::Thread)?;
+        let own = match file.parent() {
+            Some(folder) if folder.as_os_str().is_empty() => Some(Path::new(".")),
+            folder => folder,
+        };
+        let folders = self.allowed_folders.iter().map(PathBuf::as_path).chain(own);
+        let allowed = AllowedFolders::new(folders.map(Path::to_owned));
         let mut paths = self.disks.iter().map(PathBuf::as_path);
         let mut nets = self.nets.iter();
         let mut restored: Devices = Vec::new();
         for (place, VirtioState { transport, device, .. }) in devices.into_iter().enumerate() {
             let content = || content(snapshot, place);
-            let host = self.host(device, &mut paths, &mut nets, content, observer)?;
+            let host = self.host(device, &allowed, &mut paths, &mut nets, content, observer)?;
             let device = VirtioDevice::restore(&event_loop, transport, host);
             restored.push(Box::new(device.map_err(DeviceError::Make)?));
         }
@@ -159,25 +188,31 @@ impl DeviceConnections {
     fn host<'a>(
         &self,
         saved: BackendState,
+        allowed: &'a AllowedFolders,
         paths: &mut impl Iterator<Item = &'a Path>,
         nets: &mut impl Iterator<Item = &'a (String, Option<MacAddress>)>,
         content: impl FnOnce() -> Result<Vec<u8>, DeviceError>,
         observer: &dyn Observer,
     ) -> Result<Host, DeviceError> {
+        let mut image = || paths.next().map_or(ImagePath::Saved(allowed), ImagePath::Given);
         Ok(match saved {
             BackendState::Block(disk) if disk.read_only || self.disk_overlay.is_none() => {
-                let opened = Disk::open_saved(&disk, paths.next(), self.force_disks);
+                let opened = Disk::open_saved(&disk, image(), self.force_disks);
                 Host::Disk(opened.map_err(DeviceError::Disk)?)
             }
-            BackendState::Block(disk) => self.disk_below(&disk, paths.next(), 0, &[])?,
+            BackendState::Block(disk) => self.disk_below(&disk, image(), 0, &[])?,
             BackendState::Overlay(OverlayState { disk, blocks, .. }) => {
-                self.disk_below(&disk, paths.next(), blocks, &content()?)?
+                self.disk_below(&disk, image(), blocks, &content()?)?
             }
             BackendState::Rng => Host::Entropy,
             BackendState::Balloon(balloon) => Host::Balloon(balloon),
             BackendState::Net(saved) => {
                 let connected = nets.next();
-                let tap = connected.map_or(&saved.tap, |(tap, _)| tap);
+                let tap = match connected {
+                    Some((tap, _)) => tap,
+                    None if allowed.allow_device(Path::new(TUN)) => &saved.tap,
+                    None => return Err(DeviceError::TapNotAllowed { tap: saved.tap }),
+                };
                 let opened = Tap::open(tap);
                 let given = connected.is_some();
                 let mac = connected.and_then(|(_, mac)| *mac).unwrap_or(saved.mac);
@@ -186,7 +221,8 @@ impl DeviceConnections {
             BackendState::Vsock(saved) => {
                 let (cid, path) = match &self.vsock {
                     Some((cid, path)) => (*cid, path),
-                    None => (saved.guest_cid, &saved.path),
+                    None if allowed.allow_name(&saved.path) => (saved.guest_cid, &saved.path),
+                    None => return Err(DeviceError::SocketNotAllowed { path: saved.path }),
                 };
                 let given = self.vsock.is_some();
                 let step = observer.step(Step::MakeSocket { path });
@@ -203,13 +239,13 @@ impl DeviceConnections {
     fn disk_below(
         &self,
         saved: &BlockState,
-        path: Option<&Path>,
+        image: ImagePath<'_>,
         blocks: u32,
         content: &[u8],
     ) -> Result<Host, DeviceError> {
         let place = self.disk_overlay.clone();
         let place = place.unwrap_or_else(|| OverlayPlace::Folder(std::env::temp_dir()));
-        let disk = Disk::open_saved_below(saved, path, self.force_disks, &place, blocks, content);
+        let disk = Disk::open_saved_below(saved, image, self.force_disks, &place, blocks, content);
         Ok(Host::Disk(disk.map_err(DeviceError::Disk)?))
     }
 }

@@ -220,7 +220,8 @@ impl RestoreConfig {
         let state = self.state()?;
         self.check_cpu(&state)?;
         // Devices come before anything slow, because a disk may be refused.
-        let devices = self.devices.restore(state.devices(), &self.snapshot, &*self.observer);
+        let devices =
+            self.devices.restore(state.devices(), &self.snapshot, &self.file, &*self.observer);
         let devices = devices.map_err(|error| RestoreError::Device { file: file(), error })?;
         drop(step);
         let opened_at = Instant::now();

@@ -1,12 +1,15 @@
 //! A disk image: a regular file, or a block device, that one guest writes, or that many read.
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, TryLockError};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::fs::{Mode, OFlags};
+
+use super::allowed_folders::{AllowedFolders, is_outside};
 use super::fault::Fault;
 use super::image_format;
 use super::memory::{DeviceMemory, Direction};
@@ -33,6 +36,15 @@ pub struct Disk {
     state: BlockState,
     /// Where the guest's writes go instead of the image.
     overlay: Option<Overlay>,
+}
+
+/// Where the image of a saved disk is.
+#[derive(Clone, Copy, Debug)]
+pub enum ImagePath<'a> {
+    /// At this path.
+    Given(&'a Path),
+    /// At the path in the snapshot, which must be in one of these folders.
+    Saved(&'a AllowedFolders),
 }
 
 /// A disk that a guest cannot have.
@@ -63,6 +75,12 @@ pub enum DiskError {
         path: PathBuf,
         /// Its length in bytes.
         len: u64,
+    },
+    /// The snapshot names an image that it must not choose.
+    #[error("the snapshot names the disk {}, which is in none of the folders that are allowed for it", path.display())]
+    NotAllowed {
+        /// The path in the snapshot.
+        path: PathBuf,
     },
     /// The path could not be stored.
     #[error("the path of the disk {} is not UTF-8", path.display())]
@@ -144,7 +162,7 @@ impl Disk {
     /// [`DiskError::Format`]; [`DiskError`] when it does not exist, or is not an image.
     pub fn refuse_formats(path: &Path) -> Result<(), DiskError> {
         let failed = |what| move |source| DiskError::Io { what, path: path.to_owned(), source };
-        let (file, _) = open_image(path, true)?;
+        let (file, _) = open_image(path, true, None)?;
         let len = len_bytes(&file).map_err(failed("examine"))?;
         match image_format::foreign(&file, len).map_err(failed("read"))? {
             Some(format) => Err(DiskError::Format { path: path.to_owned(), format }),
@@ -158,8 +176,16 @@ impl Disk {
     /// [`DiskError`] when it does not exist, is neither a regular file nor a block device of whole sectors, or is in
     /// use.
     pub fn open(path: &Path, read_only: bool) -> Result<Disk, DiskError> {
+        Self::open_within(path, read_only, None)
+    }
+
+    fn open_within(
+        path: &Path,
+        read_only: bool,
+        within: Option<&AllowedFolders>,
+    ) -> Result<Disk, DiskError> {
         let failed = |what| move |source| DiskError::Io { what, path: path.to_owned(), source };
-        let (file, is_device) = open_image(path, read_only)?;
+        let (file, is_device) = open_image(path, read_only, within)?;
         let len = len_bytes(&file).map_err(failed("examine"))?;
         if len == 0 || !len.is_multiple_of(SECTOR_BYTES) {
             return Err(DiskError::Size { path: path.to_owned(), len });
@@ -213,13 +239,13 @@ impl Disk {
     /// Those of [`Disk::open_saved`], and [`DiskError::Overlay`].
     pub fn open_saved_below(
         saved: &BlockState,
-        path: Option<&Path>,
+        image: ImagePath<'_>,
         force: bool,
         place: &OverlayPlace,
         blocks: u32,
         content: &[u8],
     ) -> Result<Disk, DiskError> {
-        let opened = Disk::open(path.unwrap_or(&saved.path), true)?;
+        let opened = Disk::at(image, saved, true)?;
         let mut disk = opened.check(saved, force)?.put_below(place)?;
         let path = disk.state.path.clone();
         if let Some(overlay) = &mut disk.overlay
@@ -231,17 +257,24 @@ impl Disk {
         Ok(disk)
     }
 
-    /// Opens the disk of a saved guest: at `path` if one is given, else at its saved path.
+    /// Opens the disk of a saved guest.
     ///
     /// # Errors
-    /// Those of [`Disk::open`], and [`DiskError::Changed`] when it has changed. With `force` only its length, which the
-    /// guest knows, must be the same.
+    /// Those of [`Disk::open`], [`DiskError::NotAllowed`] for a saved path, and [`DiskError::Changed`] when the image
+    /// has changed. With `force` only its length, which the guest knows, must be the same.
     pub fn open_saved(
         saved: &BlockState,
-        path: Option<&Path>,
+        image: ImagePath<'_>,
         force: bool,
     ) -> Result<Disk, DiskError> {
-        Disk::open(path.unwrap_or(&saved.path), saved.read_only)?.check(saved, force)
+        Disk::at(image, saved, saved.read_only)?.check(saved, force)
+    }
+
+    fn at(image: ImagePath<'_>, saved: &BlockState, read_only: bool) -> Result<Disk, DiskError> {
+        match image {
+            ImagePath::Given(path) => Disk::open(path, read_only),
+            ImagePath::Saved(allowed) => Disk::open_within(&saved.path, read_only, Some(allowed)),
+        }
     }
 
     /// Checks that it is the saved one.
@@ -325,20 +358,38 @@ impl Disk {
     }
 }
 
-/// Opens a regular file or a block device. The second value is true for a block device.
-fn open_image(path: &Path, read_only: bool) -> Result<(File, bool), DiskError> {
+/// Opens a regular file or a block device, below some folders or anywhere. The second value is true for a block device.
+fn open_image(
+    path: &Path,
+    read_only: bool,
+    within: Option<&AllowedFolders>,
+) -> Result<(File, bool), DiskError> {
     let failed = |what| move |source| DiskError::Io { what, path: path.to_owned(), source };
-    let is_device = path.metadata().map_err(failed("open"))?.file_type().is_block_device();
+    let open = |flags: OFlags| match within {
+        Some(allowed) => allowed.open(path, flags),
+        None => {
+            let opened = rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty());
+            opened.map(File::from).map_err(io::Error::from)
+        }
+    };
+    let refused = |what| {
+        move |error| match is_outside(&error) {
+            true => DiskError::NotAllowed { path: path.to_owned() },
+            false => failed(what)(error),
+        }
+    };
+    // A descriptor that only stands for the file: opening a device or a pipe by its name may have effects.
+    let found = open(OFlags::PATH).and_then(|file| file.metadata()).map_err(refused("open"))?;
+    let is_device = found.file_type().is_block_device();
+    let access = if read_only { OFlags::RDONLY } else { OFlags::RDWR };
     // O_EXCL, for a block device: it cannot be mounted or get a volume meanwhile, and it is refused if it is mounted or
     // has one already (open(2)). O_NONBLOCK: a pipe in the place of the image is refused below, not waited for.
-    let exclusive = if is_device && !read_only { libc::O_EXCL } else { 0 };
-    let mut options = OpenOptions::new();
-    options.read(true).write(!read_only).custom_flags(libc::O_NONBLOCK | exclusive);
-    let file = match options.open(path) {
+    let exclusive = if is_device && !read_only { OFlags::EXCL } else { OFlags::empty() };
+    let file = match open(access | OFlags::NONBLOCK | exclusive) {
         Err(error) if is_device && error.raw_os_error() == Some(libc::EBUSY) => {
             return Err(DiskError::DeviceInUse { path: path.to_owned() });
         }
-        opened => opened.map_err(failed("open"))?,
+        opened => opened.map_err(refused("open"))?,
     };
     let kind = file.metadata().map_err(failed("examine"))?.file_type();
     match (kind.is_file(), kind.is_block_device()) {

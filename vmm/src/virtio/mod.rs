@@ -9,6 +9,7 @@
 //! - `memory`: the only code that touches guest memory, without the risk of a SIGBUS.
 //! - `balloon`, `block`, `net`, `rng`, `vsock`: the handling of a device's requests.
 
+mod allowed_folders;
 mod balloon;
 mod block;
 mod device;
@@ -35,8 +36,9 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
+pub use allowed_folders::AllowedFolders;
 pub use device::VirtioDevice;
-pub use disk::{Disk, DiskError};
+pub use disk::{Disk, DiskError, ImagePath};
 pub use event_loop::EventLoop;
 #[cfg(fuzzing)]
 pub use hostile::any_queue;

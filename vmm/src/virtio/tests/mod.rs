@@ -10,7 +10,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::fake_driver::*;
 use super::{
-    BackendState, Disk, DiskError, EventLoop, Host, OverlayPlace, VirtioDevice, VirtioState,
+    AllowedFolders, BackendState, Disk, DiskError, EventLoop, Host, ImagePath, OverlayPlace,
+    VirtioDevice, VirtioState,
 };
 use crate::control::Stop;
 use crate::devices::MmioDevice;
@@ -327,7 +328,7 @@ fn queued_requests_are_served_after_a_restore() {
     let saved = VirtioState::decode(&state).unwrap();
     assert_eq!(saved.encode(), state);
     let BackendState::Block(disk) = saved.device else { panic!("{saved:?}") };
-    let disk = Disk::open_saved(&disk, None, false).unwrap();
+    let disk = Disk::open_saved(&disk, ImagePath::Saved(&anywhere()), false).unwrap();
     let event_loop = EventLoop::start().unwrap();
     let device = VirtioDevice::restore(&event_loop, saved.transport, Host::Disk(disk)).unwrap();
     let mut driver = Driver::attach(device, memory);
@@ -366,34 +367,40 @@ fn a_disk_has_one_writer_or_many_readers() {
     assert!(matches!(Disk::open(image.path(), false), Err(DiskError::InUse { .. })));
 }
 
+fn anywhere() -> AllowedFolders {
+    AllowedFolders::new(["/".into()])
+}
+
 #[test]
 fn a_disk_that_changed_is_refused_unless_forced() {
     let image = image();
     let saved = Disk::open(image.path(), false).unwrap().state().clone();
-    Disk::open_saved(&saved, None, false).unwrap();
+    Disk::open_saved(&saved, ImagePath::Saved(&anywhere()), false).unwrap();
+    let refused = Disk::open_saved(&saved, ImagePath::Saved(&AllowedFolders::default()), false);
+    assert!(matches!(refused, Err(DiskError::NotAllowed { .. })), "{refused:?}");
 
     let copy = tempfile::NamedTempFile::new().unwrap();
     std::fs::copy(image.path(), copy.path()).unwrap();
     let times = std::fs::FileTimes::new();
     let mtime = image.as_file().metadata().unwrap().modified().unwrap();
     copy.as_file().set_times(times.set_modified(mtime)).unwrap();
-    Disk::open_saved(&saved, Some(copy.path()), false).expect("a copy with its times");
+    Disk::open_saved(&saved, ImagePath::Given(copy.path()), false).expect("a copy with its times");
 
     // Another content with the same times; then other times.
     std::os::unix::fs::FileExt::write_all_at(copy.as_file(), b"other", 9000).unwrap();
     copy.as_file().set_times(times.set_modified(mtime)).unwrap();
-    let refused = Disk::open_saved(&saved, Some(copy.path()), false).unwrap_err();
+    let refused = Disk::open_saved(&saved, ImagePath::Given(copy.path()), false).unwrap_err();
     assert!(refused.to_string().contains("CRC-32"), "{refused}");
     copy.as_file().set_times(times.set_modified(std::time::UNIX_EPOCH)).unwrap();
-    let refused = Disk::open_saved(&saved, Some(copy.path()), false).unwrap_err();
+    let refused = Disk::open_saved(&saved, ImagePath::Given(copy.path()), false).unwrap_err();
     assert!(refused.to_string().contains("change time"), "{refused}");
-    Disk::open_saved(&saved, Some(copy.path()), true).expect("forced");
+    Disk::open_saved(&saved, ImagePath::Given(copy.path()), true).expect("forced");
 
     copy.as_file().set_len(512).unwrap();
-    let refused = Disk::open_saved(&saved, Some(copy.path()), true).unwrap_err();
+    let refused = Disk::open_saved(&saved, ImagePath::Given(copy.path()), true).unwrap_err();
     assert!(refused.to_string().contains("length in bytes is 512"), "{refused}");
     std::fs::remove_file(copy.path()).unwrap();
-    let missing = Disk::open_saved(&saved, Some(copy.path()), true);
+    let missing = Disk::open_saved(&saved, ImagePath::Given(copy.path()), true);
     assert!(matches!(missing, Err(DiskError::Io { what: "open", .. })), "{missing:?}");
 }
 
@@ -459,7 +466,14 @@ fn an_overlay_takes_the_writes_and_ends_with_the_guest() {
         assert_eq!(overlay.blocks, 6);
         assert_eq!(content.len(), 4 + 6 * (4 + 4096));
         let reopen = |content: &[u8], blocks| {
-            Disk::open_saved_below(&overlay.disk, None, false, &place, blocks, content)
+            Disk::open_saved_below(
+                &overlay.disk,
+                ImagePath::Saved(&anywhere()),
+                false,
+                &place,
+                blocks,
+                content,
+            )
         };
         let disk = reopen(&content, 6).unwrap();
         let event_loop = EventLoop::start().unwrap();
