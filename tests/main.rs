@@ -8,6 +8,7 @@ mod block_devices;
 mod command_line;
 mod continuity;
 mod control;
+mod core_dumps;
 mod disks;
 mod failing_restores;
 #[cfg(feature = "objects")]

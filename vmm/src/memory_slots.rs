@@ -66,6 +66,17 @@ pub(crate) enum MmioAt {
     Outside,
 }
 
+/// Guest memory has the secrets of the guest, and gigabytes. Where the kernel has no core dumps it does not know the
+/// advice, and nothing is to do.
+fn keep_out_of_core_dumps(memory: &GuestMemoryMmap) {
+    for region in memory.iter() {
+        // SAFETY: the advice changes no bytes of the mapping, which exists as long as `memory`.
+        unsafe {
+            libc::madvise(region.as_ptr().cast(), region.len() as usize, libc::MADV_DONTDUMP);
+        }
+    }
+}
+
 impl MemorySlots {
     /// Registers the slots of `first`, widened to 2 MiB; all slots when `first` is `None`.
     pub(crate) fn register_first(
@@ -73,6 +84,7 @@ impl MemorySlots {
         memory: Arc<GuestMemoryMmap>,
         first: Option<&[Range<u64>]>,
     ) -> Result<MemorySlots, KvmError> {
+        keep_out_of_core_dumps(&memory);
         let regions: Vec<Slot> = memory
             .iter()
             .map(|region| Slot {
