@@ -203,6 +203,10 @@ impl ReadAt for RemoteObject {
         self.0.fetcher.drop_blocks(blocks).is_ok()
     }
 
+    fn is_remote(&self) -> bool {
+        true
+    }
+
     /// Whether some of their blocks are neither in the cache nor in memory.
     fn would_wait(&self, bytes: Range<u64>) -> bool {
         let end = bytes.end.min(self.0.fetcher.identity.len_bytes);

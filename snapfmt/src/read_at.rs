@@ -60,6 +60,12 @@ pub trait ReadAt: Send + Sync {
         None
     }
 
+    /// Whether reads may wait for another host. Only then [`ReadAt::would_wait`] needs to be called. The default is
+    /// `false`.
+    fn is_remote(&self) -> bool {
+        false
+    }
+
     /// Whether a read of these bytes would wait for another host. A thread with other work should then call
     /// [`ReadAt::when_here`] instead. The answer itself must not wait. The default is `false`, also for files: whether a
     /// disk has to be read is not checked, because that costs a system call.
@@ -210,6 +216,10 @@ impl<T: ReadAt + ?Sized> ReadAt for &T {
         (**self).is_cached(offset)
     }
 
+    fn is_remote(&self) -> bool {
+        (**self).is_remote()
+    }
+
     fn would_wait(&self, bytes: Range<u64>) -> bool {
         (**self).would_wait(bytes)
     }
@@ -258,6 +268,10 @@ impl<T: ReadAt + ?Sized> ReadAt for Arc<T> {
 
     fn is_cached(&self, offset: u64) -> Option<bool> {
         (**self).is_cached(offset)
+    }
+
+    fn is_remote(&self) -> bool {
+        (**self).is_remote()
     }
 
     fn would_wait(&self, bytes: Range<u64>) -> bool {

@@ -101,6 +101,13 @@ impl ReadAt for Storage {
         }
     }
 
+    fn is_remote(&self) -> bool {
+        match self {
+            Self::File(file) => file.is_remote(),
+            Self::Other(other) => other.is_remote(),
+        }
+    }
+
     fn would_wait(&self, bytes: Range<u64>) -> bool {
         match self {
             Self::File(file) => file.would_wait(bytes),

@@ -14,6 +14,11 @@ use crate::snapshot::Snapshot;
 pub type WhenReadable = Box<dyn FnOnce(Result<(), ReadError>) + Send>;
 
 impl<R: ReadAt> Snapshot<R> {
+    /// Whether a part of it is on another host. Otherwise no read waits for one, and the following need not be called.
+    pub fn is_remote(&self) -> bool {
+        self.layers.iter().any(|layer| layer.storage.is_remote())
+    }
+
     /// Whether [`Snapshot::entry`] would wait for another host: see [`ReadAt::would_wait`]. Does not wait itself.
     pub fn entry_would_wait(&self, page: PageIndex) -> bool {
         self.awaited_leaves(page).next().is_some()

@@ -39,6 +39,10 @@ impl ReadAt for Far {
         self.bytes.len_bytes()
     }
 
+    fn is_remote(&self) -> bool {
+        true
+    }
+
     fn would_wait(&self, bytes: Range<u64>) -> bool {
         !self.come.lock().unwrap().iter().any(|come| come.contains(&bytes.start))
     }

@@ -46,6 +46,7 @@ impl<R: ReadAt + 'static> PageSource for SnapshotSource<R> {
         }
         let most = self.snapshot.header().chunk_pages as usize;
         Ok(Box::new(SnapshotReader {
+            is_remote: self.snapshot.is_remote(),
             snapshot: Arc::clone(&self.snapshot),
             buffer: ChunkBuffer::new(),
             shared: SharedPages::default(),
@@ -76,6 +77,7 @@ const AROUND_PAGES: u32 = 16;
 
 struct SnapshotReader<R: ReadAt> {
     snapshot: Arc<Snapshot<R>>,
+    is_remote: bool,
     buffer: ChunkBuffer,
     shared: SharedPages,
     pages: Vec<LoadedPage>,
@@ -144,6 +146,10 @@ impl<R: ReadAt> PageReader for SnapshotReader<R> {
     }
 
     fn would_wait(&mut self, source_offset: u64) -> bool {
+        // The look-up below reads from a disk, which may be slow too: that is for `load` to do.
+        if !self.is_remote {
+            return false;
+        }
         let Some(page) = PageIndex::containing(source_offset) else { return false };
         if self.snapshot.entry_would_wait(page) {
             return true;
