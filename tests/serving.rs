@@ -95,6 +95,33 @@ fn the_socket_is_private_kept_and_replaced() {
     assert_eq!(Serving::start(&sample).end("INT"), Some(130));
 }
 
+#[test]
+fn a_socket_can_be_given_to_other_users_who_are_allowed() {
+    needs_vm!();
+    let sample = Sample::small();
+    let socket = sample.folder.path().join("pages.sock");
+    let refused = |owner: &str, why: &str| {
+        let mut command = Command::new(SNAP);
+        command.arg("serve").arg(&sample.file).arg("--listen").arg(&socket);
+        command.args(["--socket-owner", owner]);
+        crate::support::run(command).failed(if owner == "4321" { 1 } else { 2 }, &[why]);
+        assert!(!socket.exists());
+    };
+    refused("4321", "user 4321, who is not served: add --allow-uid 4321");
+    refused("me", "is not the number of an id");
+    let serving = Serving::with(&sample, &["--socket-mode", "0666", "--allow-gid", "4322"]);
+    let mode = socket.symlink_metadata().expect("it is there").permissions().mode();
+    assert_eq!(mode & 0o777, 0o666);
+    assert_eq!(serving.end("TERM"), Some(130));
+    if rustix::process::geteuid().is_root() {
+        let owner = ["--allow-uid", "4321", "--socket-owner", "4321:4322"];
+        let serving = Serving::with(&sample, &owner);
+        let found = socket.symlink_metadata().expect("it is there");
+        assert_eq!((found.uid(), found.gid(), found.mode() & 0o777), (4321, 4322, 0o600));
+        assert_eq!(serving.end("TERM"), Some(130));
+    }
+}
+
 /// The number in "ended after N faults".
 fn faults(line: &str) -> u64 {
     let mut fields = line.split(' ').skip_while(|field| *field != "after");

@@ -34,8 +34,21 @@ impl Daemon {
     /// Starts one of `pages` stamped pages. With the policy `lossy` it poisons, some pages cannot be loaded, and some
     /// loads fail once. The test binary must have a test `daemon_process` that calls [`run`].
     pub fn start(folder: &Path, pages: usize, policy: &str) -> Daemon {
+        let own = Command::new(std::env::current_exe().expect("this test"));
+        Daemon::start_by(own, folder, pages, policy)
+    }
+
+    /// In a PID namespace of its own, from which it does not see this process. That takes root.
+    pub fn start_apart(folder: &Path, pages: usize, policy: &str) -> Daemon {
+        let mut apart = Command::new("unshare");
+        apart.args(["--pid", "--fork", "--kill-child"]);
+        apart.arg(std::env::current_exe().expect("this test"));
+        Daemon::start_by(apart, folder, pages, policy)
+    }
+
+    fn start_by(mut program: Command, folder: &Path, pages: usize, policy: &str) -> Daemon {
         let settings = format!("{pages} {policy} {}", folder.display());
-        let mut child = Command::new(std::env::current_exe().expect("this test"))
+        let mut child = program
             .args(["--exact", "daemon_process", "--nocapture", "--test-threads=1"])
             .env(SETTINGS, settings)
             .stdin(Stdio::null())

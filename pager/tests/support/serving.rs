@@ -1,13 +1,14 @@
 //! A server in the process of a test, and its events.
 #![allow(dead_code, missing_docs, unreachable_pub)]
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use pager::serve::{ServeEvent, ServeOptions, Server, ServerHandle};
+use pager::serve::{ServeEvent, ServeOptions, Server, ServerHandle, Socket, SocketAccess};
 use pager::{PageSource, Stats, VecSource, with_causes};
 
 use super::support::{PAGE, stamped};
@@ -27,7 +28,18 @@ pub struct Serving {
 
 impl Serving {
     pub fn start(source: Arc<dyn PageSource>, options: ServeOptions) -> Serving {
+        Serving::for_users(source, options, SocketAccess::default())
+    }
+
+    /// With a socket of this owner and mode, in a folder that every user can enter.
+    pub fn for_users(
+        source: Arc<dyn PageSource>,
+        options: ServeOptions,
+        access: SocketAccess,
+    ) -> Serving {
         let folder = tempfile::tempdir().expect("a folder");
+        let everyone = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(folder.path(), everyone).expect("its mode can be set");
         let socket = folder.path().join("pager.sock");
         let (sender, events) = channel();
         let on_event = move |event: ServeEvent<'_>| {
@@ -42,7 +54,8 @@ impl Serving {
             };
             let _ = sender.send(text);
         };
-        let server = Server::bind(&socket, source, options, on_event).expect("it binds");
+        let bound = Socket::bind_for(&socket, access).expect("it binds");
+        let server = Server::at(bound, source, options, on_event).expect("it starts");
         let handle = server.handle();
         let (reader, stop) = std::io::pipe().expect("a pipe");
         let thread = thread::spawn(move || {

@@ -16,7 +16,7 @@ use super::link::Kept;
 use super::wire::{self, DESCRIPTORS, FromKeeper, ToKeeper, VERSION};
 use crate::failure::FailurePolicy;
 use crate::remote::serve::wire::timespec;
-use crate::remote::serve::{BindError, SnapshotName, Socket};
+use crate::remote::serve::{BindError, SnapshotName, Socket, SocketAccess};
 
 /// The options of a keeper.
 #[derive(Clone, Debug)]
@@ -114,7 +114,11 @@ impl Keeper {
         on_event: impl Fn(KeepEvent<'_>) + Send + 'static,
     ) -> Result<Keeper, BindError> {
         Ok(Keeper {
-            socket: Socket::bind_kind(path.as_ref(), SocketType::SEQPACKET)?,
+            socket: Socket::bind_kind(
+                path.as_ref(),
+                SocketType::SEQPACKET,
+                SocketAccess::default(),
+            )?,
             options,
             on_event: Box::new(on_event),
             servers: BTreeMap::new(),

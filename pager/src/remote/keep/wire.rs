@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use super::error::KeepError;
 use crate::failure::FailurePolicy;
 use crate::remote::serve::SnapshotName;
+use crate::remote::serve::credentials;
 use crate::remote::serve::wire::connect_kind;
 
 /// The version of the messages and of the handover state. A keeper and a server need the same version.
@@ -91,15 +92,13 @@ pub(super) fn connect(path: &Path, timeout: Duration) -> Result<OwnedFd, KeepErr
 }
 
 /// Checks that the other side runs as this user or as root, because each side relies on the other. Returns its process
-/// id.
+/// id; 0 if it is in another PID namespace.
 pub(super) fn trusted(socket: &OwnedFd) -> Result<i32, KeepError> {
-    let credentials = rustix::net::sockopt::socket_peercred(socket)
-        .map_err(system("get the user of the other side"))?;
-    match credentials.uid {
-        uid if uid == rustix::process::geteuid() || uid.is_root() => {
-            Ok(credentials.pid.as_raw_nonzero().get())
-        }
-        uid => Err(KeepError::User { uid: uid.as_raw() }),
+    let what = "get the user of the other side";
+    let found = credentials::of(socket).map_err(|error| KeepError::System { what, error })?;
+    match found.uid {
+        uid if uid == rustix::process::geteuid().as_raw() || uid == 0 => Ok(found.pid),
+        uid => Err(KeepError::User { uid }),
     }
 }
 

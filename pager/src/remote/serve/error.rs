@@ -59,17 +59,37 @@ pub enum BindError {
 #[non_exhaustive]
 pub enum RefuseError {
     /// The client runs as another user.
-    #[error("the client runs as user {uid}; only the server's own user and root are served")]
+    #[error("the client runs as user {uid}, which is not allowed")]
     User {
         /// The id of that user.
         uid: u32,
     },
-    /// Its process has ended, or is not visible here (another process namespace).
+    /// Its process has ended.
     #[error("the client's process {pid} cannot be found")]
     Process {
-        /// The process id.
+        /// The process id; 0 if it is in another PID namespace.
         pid: i32,
         /// The error of the system call.
+        #[source]
+        error: io::Error,
+    },
+    /// Its process is in another PID namespace, so that it has no process id here, and the kernel has no other
+    /// name for it (`SO_PEERPIDFD`, Linux 6.5).
+    #[error(
+        "the client's process is in another PID namespace, where this kernel does not identify it: that takes Linux \
+         6.5. Run server and client in the same PID namespace, or the server in one above the client's"
+    )]
+    PidNamespace,
+    /// The policy is to kill clients, and this process may not kill this one.
+    #[error(
+        "the policy is to kill a client whose pages cannot be loaded, and this server may not signal process {pid}: it \
+         runs as another user, which takes CAP_KILL, or in a PID namespace that is not below the server's. Use the \
+         policy `poison`"
+    )]
+    Unkillable {
+        /// The process id; 0 if it is in another PID namespace.
+        pid: i32,
+        /// The error of pidfd_send_signal(2).
         #[source]
         error: io::Error,
     },

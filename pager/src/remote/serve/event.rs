@@ -18,9 +18,12 @@ pub enum Consequence {
     Poisoned,
     /// Its process was killed by SIGKILL.
     Killed,
+    /// Its process should have been killed, and this process may not do that: its threads may wait forever. It runs as
+    /// another user, or in a PID namespace that is not below the one of this process.
+    NotKilled,
 }
 
-/// An event of a server.
+/// An event of a server. A process in another PID namespace has the process id 0.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum ServeEvent<'a> {

@@ -43,6 +43,9 @@ impl Totals {
 /// A guest that is served now.
 #[derive(serde::Serialize)]
 pub(super) struct Guest {
+    /// Its number in this server.
+    #[serde(skip)]
+    pub(super) id: u64,
     pub(super) pid: i32,
     pub(super) stats: Stats,
     pub(super) regions: Vec<RegionStats>,
@@ -130,8 +133,12 @@ fn times(labels: &[LabelPair], times: &Times) -> [Metric; 5] {
     steps.map(|(step, latency)| summary(&[labels, &[label("step", step)]].concat(), latency))
 }
 
+/// The process id. Several guests in other PID namespaces have process id 0: their numbers make the labels differ.
 fn pid(guest: &Guest) -> LabelPair {
-    label("pid", &guest.pid.to_string())
+    match guest.pid {
+        0 => label("pid", &format!("0/{}", guest.id)),
+        pid => label("pid", &pid.to_string()),
+    }
 }
 
 fn label(name: &str, value: &str) -> LabelPair {
@@ -193,7 +200,7 @@ mod tests {
             RegionStats { source_offset, pages, times, ..RegionStats::default() }
         };
         let regions = vec![region(0), region(0x5000)];
-        let text = text(ended, &[Guest { pid: 42, stats, regions }]);
+        let text = text(ended, &[Guest { id: 3, pid: 42, stats, regions }]);
         for line in [
             "snap_guests 1",
             "snap_guests_total 2",

@@ -5,6 +5,7 @@
 //! trusted, and what happens after failures: `docs/serving.md`.
 
 mod client;
+pub(crate) mod credentials;
 mod error;
 mod event;
 mod given;
@@ -27,8 +28,8 @@ pub use event::{Consequence, OnEvent, ServeEvent};
 pub(crate) use handshake::Answer;
 pub use handshake::SnapshotName;
 pub use metrics::METRICS_CONTENT_TYPE;
-pub use options::{KeepAt, Prefetched, ServeOptions};
+pub use options::{AllowedUsers, KeepAt, Prefetched, ServeOptions};
 pub use peer::check_user;
 pub use server::{Server, ServerHandle};
-pub use socket::{LOCK_TIMEOUT, Socket};
+pub use socket::{LOCK_TIMEOUT, Socket, SocketAccess};
 pub use wire::connect;

@@ -15,6 +15,7 @@ use super::spare::Spare;
 use super::state::ServerState;
 use super::wire::SocketReader;
 use crate::causes::with_causes;
+use crate::failure::FailurePolicy;
 
 /// How long the server waits for the message of such a client.
 const HEAR_TIMEOUT: Duration = Duration::from_millis(100);
@@ -25,8 +26,13 @@ impl ServerState {
     /// # Errors
     /// [`RefuseError`], with the process id if that is known.
     pub(super) fn peer_of(&self, stream: &UnixStream) -> Result<Peer, (Option<i32>, RefuseError)> {
-        let pid = peer::allowed(stream).map_err(|error| (None, error))?;
-        Peer::of(stream, pid).map_err(|error| (Some(pid.as_raw_nonzero().get()), error))
+        let found = peer::allowed(stream, &self.options.allow).map_err(|error| (None, error))?;
+        let named = |error| (Some(found.pid), error);
+        let peer = Peer::of(stream, found).map_err(named)?;
+        if self.options.on_error == FailurePolicy::Kill {
+            peer.check_kill().map_err(named)?;
+        }
+        Ok(peer)
     }
 
     /// Accepts a connection with the reserved descriptors, and refuses it. Returns whether that was possible.
@@ -79,10 +85,7 @@ impl ServerState {
                 }
                 Err(_) => reader.into_given().is_guest(),
             };
-            let consequence = if is_guest { Consequence::Killed } else { Consequence::Closed };
-            if is_guest {
-                peer.kill();
-            }
+            let consequence = if is_guest { peer.kill() } else { Consequence::Closed };
             self.refuse(Some(peer.pid), error, consequence);
         });
     }

@@ -32,8 +32,20 @@ pub struct ServeOptions {
     pub populate: Populate,
     /// See [`PagerBuilder::fault_overhead`](crate::PagerBuilder::fault_overhead). It is not used for clones.
     pub fault_overhead: Option<Duration>,
+    /// The users that are served besides root and the user of this process.
+    pub allow: AllowedUsers,
     /// The keeper that holds the handover state for the next server, if this one dies: see [`crate::keep`].
     pub keep: Option<KeepAt>,
+}
+
+/// Users that may connect besides root and the user of the server. The default is none.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct AllowedUsers {
+    /// User ids: the effective user of the client at the time of connect(2).
+    pub uids: Vec<u32>,
+    /// Group ids: the effective group of the client, or one of its supplementary groups.
+    pub gids: Vec<u32>,
 }
 
 /// A function that lists pages, called on the thread that loads them. The list is a hint: see
@@ -79,6 +91,7 @@ impl Default for ServeOptions {
             prefetch: None,
             populate: Populate::Auto,
             fault_overhead: None,
+            allow: AllowedUsers::default(),
             keep: None,
         }
     }

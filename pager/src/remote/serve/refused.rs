@@ -33,14 +33,12 @@ pub(crate) fn end(server: &Arc<ServerState>, peer: &Arc<Peer>, given: Given, err
     let poisons = server.options.on_error == FailurePolicy::Poison;
     let fillers = if poisons { given.userfaultfds() } else { Vec::new() };
     if fillers.is_empty() {
-        peer.kill();
-        return server.refuse(pid, error, Consequence::Killed);
+        return server.refuse(pid, error, peer.kill());
     }
     let _listed = server.list_refused(peer);
     server.refuse(pid, error, Consequence::Poisoned);
     if let Err(error) = poison_touched_pages(peer, &fillers) {
-        peer.kill();
-        server.refuse(pid, &RefuseError::Poison(error), Consequence::Killed);
+        server.refuse(pid, &RefuseError::Poison(error), peer.kill());
     }
 }
 

@@ -165,7 +165,8 @@ impl ServerHandle {
             !(keeper && session.kept.is_some()) && session.pager.stats().pages.missing > 0
         });
         let refused: Vec<_> = self.0.guests().refused.values().cloned().collect();
-        needing.map(|session| &session.peer).chain(&refused).map(|peer| peer.kill()).count()
+        let peers = needing.map(|session| &session.peer).chain(&refused);
+        peers.filter(|peer| peer.kill() == Consequence::Killed).count()
     }
 }
 
@@ -205,10 +206,7 @@ impl ServerState {
         if let Err(error) = given {
             let consequence = match (needs_server, process) {
                 // The keeper believes that this server serves the client: it would wait forever.
-                (true, Ok(process)) => {
-                    Peer::kept(0, process).kill();
-                    Consequence::Killed
-                }
+                (true, Ok(process)) => Peer::kept(0, process).kill(),
                 _ => Consequence::Closed,
             };
             self.refuse(None, &error, consequence);

@@ -19,8 +19,8 @@ pub(crate) struct Session {
 
 impl Session {
     pub(super) fn stats(&self) -> Guest {
-        let Session { peer, pager, .. } = self;
-        Guest { pid: peer.pid, stats: pager.stats(), regions: pager.region_stats() }
+        let Session { id, peer, pager, .. } = self;
+        Guest { id: *id, pid: peer.pid, stats: pager.stats(), regions: pager.region_stats() }
     }
 }
 

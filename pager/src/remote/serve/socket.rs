@@ -1,16 +1,16 @@
-//! The listening socket of a server. Only the same user and root may connect. The name of a dead server is taken over,
-//! that of a live one is not.
+//! The listening socket of a server. By default only the same user and root may connect. The name of a dead server is
+//! taken over, that of a live one is not.
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{FlockOperation, Mode};
+use rustix::fs::{AtFlags, CWD, FileType, FlockOperation, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -21,7 +21,20 @@ const BACKLOG: i32 = 1024;
 /// How long [`Socket::bind`] waits for the lock of the folder.
 pub const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A listening unix socket. Only this user and root can connect. Dropping it removes its name.
+/// The owner and the mode of a socket's name, which decide about other users. The default: mode 0600, and the owner is
+/// this process.
+#[derive(Clone, Copy, Debug, Default)]
+#[non_exhaustive]
+pub struct SocketAccess {
+    /// The permission bits, at most 0o777. Connecting takes the permission to write.
+    pub mode: Option<u32>,
+    /// The id of the owning user. Another user than that of this process takes `CAP_CHOWN`.
+    pub uid: Option<u32>,
+    /// The id of the owning group.
+    pub gid: Option<u32>,
+}
+
+/// A listening unix socket. Dropping it removes its name.
 #[derive(Debug)]
 pub struct Socket {
     listener: UnixListener,
@@ -36,10 +49,22 @@ impl Socket {
     /// # Errors
     /// [`BindError`] if the name belongs to a live server, is not a socket, or cannot be used.
     pub fn bind(path: &Path) -> Result<Socket, BindError> {
-        Socket::bind_kind(path, SocketType::STREAM)
+        Socket::bind_for(path, SocketAccess::default())
     }
 
-    pub(crate) fn bind_kind(path: &Path, kind: SocketType) -> Result<Socket, BindError> {
+    /// As [`Socket::bind`], with this owner and mode. Connections are possible only when it has both.
+    ///
+    /// # Errors
+    /// As [`Socket::bind`], and [`BindError::System`] if the owner or the mode cannot be set.
+    pub fn bind_for(path: &Path, access: SocketAccess) -> Result<Socket, BindError> {
+        Socket::bind_kind(path, SocketType::STREAM, access)
+    }
+
+    pub(crate) fn bind_kind(
+        path: &Path,
+        kind: SocketType,
+        access: SocketAccess,
+    ) -> Result<Socket, BindError> {
         let system = |what| move |error: Errno| BindError::System { what, error: error.into() };
         let address =
             SocketAddrUnix::new(path).map_err(|_| BindError::Name { path: path.to_owned() })?;
@@ -65,6 +90,7 @@ impl Socket {
             }
             bound => bound.map_err(system("bind the socket"))?,
         }
+        access.apply(path).map_err(system("set the socket's owner and mode"))?;
         rustix::net::listen(&socket, BACKLOG).map_err(system("listen"))?;
         let named = fs::symlink_metadata(path)
             .map_err(|error| BindError::System { what: "check the socket's name", error })?;
@@ -86,6 +112,35 @@ impl Socket {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
             Err(error) => Err(error),
         }
+    }
+}
+
+impl SocketAccess {
+    /// Changes the name of a socket that this process has just bound, before it listens.
+    fn apply(self, path: &Path) -> Result<(), Errno> {
+        let SocketAccess { mode, uid, gid } = self;
+        if mode.is_none() && uid.is_none() && gid.is_none() {
+            return Ok(());
+        }
+        // A descriptor of the name itself: if another user can write to the folder, the name may be a link by now.
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let name = rustix::fs::open(path, flags, Mode::empty())?;
+        let found = rustix::fs::fstat(&name)?;
+        let is_ours = FileType::from_raw_mode(found.st_mode) == FileType::Socket
+            && found.st_uid == rustix::process::geteuid().as_raw();
+        if !is_ours {
+            return Err(Errno::PERM);
+        }
+        if let Some(mode) = mode {
+            // fchmod(2) takes no descriptor of this kind, its name in /proc does.
+            let name = format!("/proc/self/fd/{}", name.as_raw_fd());
+            rustix::fs::chmodat(CWD, name, Mode::from_raw_mode(mode & 0o777), AtFlags::empty())?;
+        }
+        if uid.is_some() || gid.is_some() {
+            let (uid, gid) = (uid.map(Uid::from_raw), gid.map(Gid::from_raw));
+            rustix::fs::chownat(&name, "", uid, gid, AtFlags::EMPTY_PATH)?;
+        }
+        Ok(())
     }
 }
 
@@ -162,6 +217,28 @@ mod tests {
         assert!(socket.accept().expect("it listens").is_none());
         drop(socket);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn the_name_gets_the_owner_and_the_mode() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("s");
+        let own = rustix::process::getuid().as_raw();
+        let mut access = SocketAccess { mode: Some(0o666), ..SocketAccess::default() };
+        if own == 0 {
+            (access.uid, access.gid) = (Some(4321), Some(4322));
+        }
+        let _socket = Socket::bind_for(&path, access).expect("it binds");
+        let found = fs::symlink_metadata(&path).expect("it has a name");
+        // Whatever the umask.
+        assert_eq!(found.permissions().mode() & 0o777, 0o666);
+        if own == 0 {
+            assert_eq!((found.uid(), found.gid()), (4321, 4322));
+        }
+        // Another file under that name is not changed.
+        let link = folder.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).expect("it can be made");
+        assert_eq!(access.apply(&link), Err(Errno::PERM));
     }
 
     #[test]

@@ -22,6 +22,7 @@ use vm_memory::{
 use super::image::SEALS;
 use crate::install::kernel::{self, Drained, Fill, Filler, InstallObserver, Target};
 use crate::region::PAGE_BYTES;
+use crate::remote::serve::credentials;
 use crate::remote::serve::handshake::{RegionMessage, Request};
 use crate::remote::serve::wire::{self, SocketReader};
 use crate::remote::serve::{Answer, RefuseError, SnapshotName};
@@ -254,12 +255,10 @@ fn accepted(reader: &mut SocketReader<'_>, timeout: Duration) -> Result<(), Shar
 
 /// Checks that the server runs as this user or as root, because it decides what the guest runs.
 fn trusted(stream: &UnixStream) -> Result<(), ShareError> {
-    let credentials = rustix::net::sockopt::socket_peercred(stream).map_err(|error| {
-        ShareError::System { what: "get the user of the server", error: error.into() }
-    })?;
-    match credentials.uid {
-        uid if uid == rustix::process::geteuid() || uid.is_root() => Ok(()),
-        uid => Err(ShareError::User { uid: uid.as_raw() }),
+    let failed = |error| ShareError::System { what: "get the user of the server", error };
+    match credentials::of(stream).map_err(failed)?.uid {
+        uid if uid == rustix::process::geteuid().as_raw() || uid == 0 => Ok(()),
+        uid => Err(ShareError::User { uid }),
     }
 }
 

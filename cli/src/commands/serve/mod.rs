@@ -1,5 +1,8 @@
 //! `snap serve`: serves memory to guests of other programs.
 
+mod access;
+mod events;
+
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
@@ -9,12 +12,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
-use pager::serve::{Consequence, KeepAt, Prefetched, ServeEvent, ServeOptions, Server, Socket};
+use pager::serve::{KeepAt, Prefetched, ServeEvent, ServeOptions, Server, Socket};
 use pager::{Populate, SnapshotSource, keep};
 use snapfmt::Snapshot;
 use snapvm::interchange::has_async_page_faults;
 use snapvm::{remote_fault_overhead, snapshot_name, with_causes, working_set_pages};
 
+use self::access::Access;
 use crate::api::private_socket;
 use crate::awaited_source::AwaitedSource;
 use crate::descriptors::allow_many_descriptors;
@@ -28,7 +32,8 @@ use crate::{metrics, size};
 
 /// Serve a snapshot's memory to guests of Firecracker, and to clones that share it.
 ///
-/// Listens at a unix socket that only this user can connect to, and loads pages when a guest touches them, for any
+/// Listens at a unix socket that only this user can connect to (unless --allow-uid, --allow-gid, --socket-owner and
+/// --socket-mode say otherwise), and loads pages when a guest touches them, for any
 /// number of guests. Firecracker loads its snapshot with `mem_backend` of the type `Uffd` and this socket as
 /// `backend_path`. `snap restore --lazy --share SOCKET` makes clones that share the pages that they do not write to.
 /// Ctrl-C: accepts no new guests, and ends when the last one has ended; again: kills guests that still need pages,
@@ -36,7 +41,8 @@ use crate::{metrics, size};
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
-  snap import mem --vmstate state -o fc.snap && snap serve fc.snap --listen /run/user/1000/fc.sock")]
+  snap import mem --vmstate state -o fc.snap && snap serve fc.snap --listen /run/user/1000/fc.sock
+  snap serve fc.snap --listen /srv/jailer/firecracker/a/root/mem.sock --allow-uid 123 --socket-owner 123:100")]
 pub(crate) struct Args {
     #[command(flatten)]
     input: Input,
@@ -44,6 +50,9 @@ pub(crate) struct Args {
     /// The socket. A socket of a dead server is replaced.
     #[arg(long, value_name = "SOCKET")]
     listen: PathBuf,
+
+    #[command(flatten)]
+    access: Access,
 
     /// Send the `snap keep` at this socket the state that lets another server take over the guests if this one dies,
     /// and take over those of a dead server.
@@ -96,6 +105,7 @@ impl From<PopulateArg> for Populate {
 }
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
+    args.access.check()?;
     let snapshot = Arc::new(args.input.open()?);
     let reading_set = reading(&args.input.file);
     let mut options = ServeOptions::default();
@@ -109,7 +119,9 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let keep_at =
         |socket: &PathBuf| KeepAt { socket: socket.clone(), snapshot: snapshot_name(&snapshot) };
     options.keep = args.keep.as_ref().map(keep_at);
-    let socket = private_socket(&args.listen, || Socket::bind(&args.listen))?;
+    options.allow = args.access.allowed();
+    let access = args.access.socket();
+    let socket = private_socket(&args.listen, || Socket::bind_for(&args.listen, access))?;
     let keeping = args.keep.clone().map(|keeper| {
         let keeper = move || format!("the keeper at {} to answer", keeper.display());
         Wait::new(keeper).at_most(keep::ANSWER_TIMEOUT).begin()
@@ -125,7 +137,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             say(ADVICE);
         }
         // If the reader of stderr does not read, guests are served anyway.
-        message(&file, &event, quiet).iter().for_each(|line| say(line));
+        events::message(&file, &event, quiet).iter().for_each(|line| say(line));
     })?;
     drop(keeping);
     allow_many_descriptors();
@@ -169,66 +181,4 @@ fn prefetched(which: PrefetchArg, snapshot: &Arc<Snapshot>) -> Option<Prefetched
         pages.push(0..snapshot.header().memory_bytes);
     }
     (!pages.is_empty()).then(|| Prefetched::new(move || pages.clone()))
-}
-
-/// The message of an event. With --quiet only failures have one.
-fn message(file: &str, event: &ServeEvent<'_>, quiet: bool) -> Option<String> {
-    Some(match event {
-        ServeEvent::Failed { pid, failure } => {
-            format!("snap: {file}, for process {pid}: {}\n", with_causes(failure))
-        }
-        ServeEvent::Refused { pid, error, consequence } => {
-            let client = pid.map_or("a client".into(), |pid| format!("process {pid}"));
-            let then = match consequence {
-                Consequence::Poisoned => "; its missing pages fail when it touches them",
-                Consequence::Killed => "; it was killed",
-                _ => "",
-            };
-            format!("snap: {client} is not served: {}{then}\n", with_causes(error))
-        }
-        ServeEvent::NotKept { pid, error } => {
-            format!(
-                "snap: process {pid} would not survive the end of this server: {}\n",
-                with_causes(error)
-            )
-        }
-        ServeEvent::Accept { error } => format!("snap: cannot accept: {error}\n"),
-        _ if quiet => return None,
-        ServeEvent::Served { pid, memory_bytes } => {
-            format!("process {pid}: {} are served\n", size::human(*memory_bytes))
-        }
-        ServeEvent::TakenOver { pid, memory_bytes } => {
-            format!(
-                "process {pid}: {} are served, taken over from a dead server\n",
-                size::human(*memory_bytes)
-            )
-        }
-        ServeEvent::Ended { pid, stats } => {
-            let loaded = stats.pages.total - stats.pages.missing;
-            let (faults, total) = (stats.faults, stats.pages.total);
-            format!("process {pid}: ended after {faults} faults, {loaded} of {total} pages\n")
-        }
-        _ => return None,
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use pager::serve::RefuseError;
-
-    use super::*;
-
-    #[test]
-    fn the_consequence_of_a_refusal_is_reported_with_quiet_too() {
-        let printed = |pid, consequence| {
-            let event = ServeEvent::Refused { pid, error: &RefuseError::NoRegion, consequence };
-            message("a.snap", &event, true).unwrap_or_default()
-        };
-        let why = "process 7 is not served: the message has no region";
-        assert_eq!(printed(Some(7), Consequence::Closed), format!("snap: {why}\n"));
-        assert_eq!(printed(Some(7), Consequence::Killed), format!("snap: {why}; it was killed\n"));
-        let poisoned = "; its missing pages fail when it touches them";
-        assert_eq!(printed(Some(7), Consequence::Poisoned), format!("snap: {why}{poisoned}\n"));
-        assert!(printed(None, Consequence::Closed).starts_with("snap: a client is not served"));
-    }
 }
