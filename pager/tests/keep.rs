@@ -252,3 +252,77 @@ fn a_server_with_too_many_guests_continues_without_its_keeper() {
     server.kill();
     assert_eq!(keeping.finish(), 0);
 }
+
+/// The number of kills: `SNAP_KILLS`, by default few.
+fn kills() -> u32 {
+    let asked = std::env::var("SNAP_KILLS").ok().and_then(|kills| kills.parse().ok());
+    asked.unwrap_or(30)
+}
+
+/// The server is killed 0 to 2 ms after a guest has begun to connect: before it has accepted the connection, while it
+/// reads the message, before and after the keeper has the guest. The next server serves that guest.
+#[test]
+fn a_kill_at_any_moment_of_a_load_leaves_no_guest_waiting() {
+    if !userfaultfd_works("a_kill_at_any_moment_of_a_load_leaves_no_guest_waiting") {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path();
+    let keeping = Keeping::start(folder, FOREVER);
+    let mut server = Daemon::start(folder, PAGES, "poison");
+    let (kills, mut hung) = (kills(), Vec::new());
+    for kill in 0..kills {
+        let mut vmm = Vmm::start(&daemon::socket(folder));
+        vmm.ok(&format!("map {PAGES}"));
+        let moment = Duration::from_millis(2) * kill / kills;
+        vmm.say("body new");
+        thread::sleep(moment);
+        server.end();
+        assert_eq!(vmm.answer().as_deref(), Some("ok"));
+        server = Daemon::start(folder, PAGES, "poison");
+        let found = vmm.ask_within(&format!("check 0 {PAGES} {kill}"), Duration::from_secs(20));
+        if found.as_deref() != Some("ok") {
+            hung.push((moment, found));
+        }
+    }
+    assert!(hung.is_empty(), "{} of {kills}: {hung:?}", hung.len());
+    server.kill();
+    keeping.finish();
+}
+
+/// A guest whose connection no server has taken fails like others, and does not wait forever.
+#[test]
+fn a_guest_that_has_just_connected_fails_when_no_server_comes_back() {
+    if !userfaultfd_works("a_guest_that_has_just_connected_fails_when_no_server_comes_back") {
+        return;
+    }
+    for policy in ["poison", "kill"] {
+        let folder = tempfile::tempdir().expect("a folder");
+        let folder = folder.path();
+        let keeping = Keeping::start(folder, Duration::from_millis(500));
+        let mut server = Daemon::start(folder, PAGES, policy);
+        let mut vmm = Vmm::start(&daemon::socket(folder));
+        vmm.ok(&format!("map {PAGES}"));
+        server.end();
+        keeping.expect("Lost");
+        // The keeper still has the listening socket.
+        vmm.ok("body new");
+        let answer = vmm.ask("syscall 512");
+        keeping.expect("GivenUp { guests: 1, killed: [] }");
+        match policy {
+            "poison" => assert_eq!(answer, Some(format!("errno {}", libc::EFAULT))),
+            _ => assert_eq!(vmm.child.wait().expect("it ends").signal(), Some(libc::SIGKILL)),
+        }
+        // Later clients see that no server listens.
+        let late = std::os::unix::net::UnixStream::connect(daemon::socket(folder));
+        assert_eq!(
+            late.map(drop).map_err(|error| error.kind()),
+            Err(std::io::ErrorKind::ConnectionRefused)
+        );
+        let server = Daemon::start(folder, PAGES, policy);
+        drop(vmm_of(folder, &server));
+        server.expect("Ended");
+        server.kill();
+        assert_eq!(keeping.finish(), usize::from(policy == "poison"));
+    }
+}

@@ -7,13 +7,14 @@ mod support;
 #[path = "support/vmm.rs"]
 mod vmm;
 
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pager::serve::{Prefetched, ServeOptions, SnapshotName};
+use pager::serve::{Prefetched, ServeOptions, Server, SnapshotName};
 use pager::{FailurePolicy, PageSource, Populate, SourceError, VecSource};
 use serving::{HUNG, Serving};
 use support::{PAGE, source_of, stamped, userfaultfd_works};
@@ -409,4 +410,70 @@ fn a_file_that_was_written_to_is_not_shared_again() {
     second.ok("check 0 64 3");
     drop((first, second));
     serving.finish();
+}
+
+/// The handshake may take a minute here, but a server that ends does not wait for it.
+#[test]
+fn a_client_in_the_handshake_is_closed_when_the_server_ends() {
+    if !userfaultfd_works("a_client_in_the_handshake_is_closed_when_the_server_ends") {
+        return;
+    }
+    let mut fastest = HUNG;
+    for round in 0..5 {
+        let mut options = ServeOptions::default();
+        options.handshake_timeout = HUNG;
+        let source = Arc::new(VecSource::new(stamped(64), 16 * PAGE));
+        let mut serving = Serving::start(source, options);
+        let mut good = Vmm::start(&serving.socket);
+        good.ok("map 64");
+        good.ok("body new");
+        serving.expect("served");
+        let form = ["silent", "half-open"][round % 2];
+        let mut vmm = Vmm::start(&serving.socket);
+        vmm.ok("map 64");
+        vmm.ok(&format!("body {form}"));
+        // The server waits for the rest of its message.
+        thread::sleep(Duration::from_millis(20));
+        let begun = Instant::now();
+        serving.stop();
+        assert_eq!(vmm.ask("failure").as_deref(), Some(""));
+        fastest = fastest.min(begun.elapsed());
+        match form {
+            "silent" => serving.expect("the server is ending; Closed"),
+            _ => {
+                serving.expect("the server is ending; Poisoned");
+                assert_eq!(vmm.ask("syscall 3"), Some(format!("errno {}", libc::EFAULT)));
+            }
+        }
+        assert!(!serving.socket.exists());
+        // A guest that is served already is served to its end.
+        good.ok("check 0 64 1");
+        drop((good, vmm));
+        serving.finish();
+    }
+    assert!(fastest < Duration::from_millis(100), "{fastest:?}");
+}
+
+/// A client whose whole message waits in the queue when the server ends has got its place.
+#[test]
+fn a_client_in_the_queue_is_served_by_a_server_that_ends() {
+    if !userfaultfd_works("a_client_in_the_queue_is_served_by_a_server_that_ends") {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let socket = folder.path().join("pager.sock");
+    let source = Arc::new(VecSource::new(stamped(64), 16 * PAGE));
+    let server = Server::bind(&socket, source, ServeOptions::default(), |_| {}).expect("it binds");
+    let mut vmms = [Vmm::start(&socket), Vmm::start(&socket)];
+    for vmm in &mut vmms {
+        vmm.ok("map 64");
+        vmm.ok("body new");
+    }
+    let (stopped, _) = std::io::pipe().expect("a pipe");
+    let serving = thread::spawn(move || server.run(stopped.as_fd()).expect("it can poll"));
+    for vmm in &mut vmms {
+        assert_eq!(vmm.ask_within("check 0 64 1", HUNG).as_deref(), Some("ok"));
+    }
+    drop(vmms);
+    serving.join().expect("no panic");
 }

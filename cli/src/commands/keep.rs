@@ -18,7 +18,8 @@ use crate::stderr::say;
 /// Keep guests alive whose page server dies, until another one takes them over.
 ///
 /// `snap serve --keep SOCKET` sends this process duplicates of the descriptors of its guests. When a server dies for
-/// any reason, its guests wait at their next missing page. The next `snap serve --keep SOCKET` of the same snapshot
+/// any reason, its guests wait at their next missing page, and new ones at its socket, of which this process has a
+/// duplicate. The next `snap serve --keep SOCKET` of the same snapshot
 /// takes them over, and they do not notice. Ctrl-C: ends, and kills the guests that have no server.
 #[derive(clap::Args)]
 #[command(after_help = "\

@@ -95,8 +95,13 @@ impl Serving {
         guests.into_iter().find(|(pid, _)| *pid as u32 == vmm.pid()).map(|(_, stats)| stats)
     }
 
-    pub fn finish(mut self) {
+    /// From now on it accepts no clients.
+    pub fn stop(&mut self) {
         drop(self.stop.take());
+    }
+
+    pub fn finish(mut self) {
+        self.stop();
         self.thread.take().expect("once").join().expect("the server does not panic");
     }
 }

@@ -63,6 +63,21 @@ impl Vmm {
         self.answer()
     }
 
+    /// As `ask`. A process that does not answer in time is killed: `None`.
+    pub fn ask_within(&mut self, command: &str, limit: std::time::Duration) -> Option<String> {
+        let (done, timer) = std::sync::mpsc::channel::<()>();
+        let pid = self.pid().to_string();
+        let watch = std::thread::spawn(move || {
+            if timer.recv_timeout(limit) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+                let _ = Command::new("kill").args(["-KILL", &pid]).status();
+            }
+        });
+        let answer = self.ask(command);
+        drop(done);
+        watch.join().expect("no panic");
+        answer
+    }
+
     pub fn answer(&mut self) -> Option<String> {
         let mut line = String::new();
         while self.stdout.read_line(&mut line).is_ok_and(|len| len > 0) {
@@ -217,17 +232,13 @@ impl State {
             // `user UID GID GROUP`: from now on it is another user, with one supplementary group. Its userfaultfd is
             // open already, as that of a program that gives up its rights.
             "user" => {
-                let id = |at| number(at) as u32;
-                // SAFETY: takes numbers, and one number by a valid address.
-                let outcomes = unsafe {
-                    let group = id(3);
-                    [
-                        libc::setgroups(1, &raw const group),
-                        libc::setresgid(id(2), id(2), id(2)),
-                        libc::setresuid(id(1), id(1), id(1)),
-                    ]
-                };
-                assert_eq!(outcomes, [0, 0, 0]);
+                let [uid, gid, group] = [1, 2, 3].map(|at| number(at) as u32);
+                // SAFETY: takes one number by a valid address.
+                assert_eq!(unsafe { libc::setgroups(1, &raw const group) }, 0);
+                // SAFETY: takes numbers.
+                assert_eq!(unsafe { libc::setresgid(gid, gid, gid) }, 0);
+                // SAFETY: takes numbers.
+                assert_eq!(unsafe { libc::setresuid(uid, uid, uid) }, 0);
                 "ok".into()
             }
             "hang-up" => {

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
-use pager::serve::{KeepAt, Prefetched, ServeEvent, ServeOptions, Server, Socket};
+use pager::serve::{KeepAt, KeeperLink, Prefetched, ServeEvent, ServeOptions, Server, Socket};
 use pager::{Populate, SnapshotSource, keep};
 use snapfmt::Snapshot;
 use snapvm::interchange::has_async_page_faults;
@@ -120,12 +120,16 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         |socket: &PathBuf| KeepAt { socket: socket.clone(), snapshot: snapshot_name(&snapshot) };
     options.keep = args.keep.as_ref().map(keep_at);
     options.allow = args.access.allowed();
-    let access = args.access.socket();
-    let socket = private_socket(&args.listen, || Socket::bind_for(&args.listen, access))?;
     let keeping = args.keep.clone().map(|keeper| {
         let keeper = move || format!("the keeper at {} to answer", keeper.display());
         Wait::new(keeper).at_most(keep::ANSWER_TIMEOUT).begin()
     });
+    let keeper = KeeperLink::connect(&options, &args.listen)?;
+    let access = args.access.socket();
+    let socket = private_socket(&args.listen, || match keeper {
+        Some(keeper) => keeper.bind(access),
+        None => Socket::bind_for(&args.listen, access),
+    })?;
     let (file, quiet) = (args.input.file.display().to_string(), session.quiet);
     let source = Arc::new(SnapshotSource::new(Arc::clone(&snapshot)));
     let source = Arc::new(AwaitedSource::new(source, &args.input.file));

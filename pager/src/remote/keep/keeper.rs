@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
@@ -11,12 +12,13 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, SocketType};
 
 use super::error::KeepError;
+use super::front::Front;
 use super::guest::{Guest, Served};
 use super::link::Kept;
-use super::wire::{self, DESCRIPTORS, FromKeeper, ToKeeper, VERSION};
-use crate::failure::FailurePolicy;
+use super::unserved::{self, Policy};
+use super::wire::{self, DESCRIPTORS, FromKeeper, Orphan, ToKeeper, VERSION};
 use crate::remote::serve::wire::timespec;
-use crate::remote::serve::{BindError, SnapshotName, Socket, SocketAccess};
+use crate::remote::serve::{BindError, Consequence, Peer, SnapshotName, Socket, SocketAccess};
 
 /// The options of a keeper.
 #[derive(Clone, Debug)]
@@ -85,16 +87,27 @@ pub struct Keeper {
     on_event: Box<dyn Fn(KeepEvent<'_>) + Send>,
     servers: BTreeMap<u64, Server>,
     guests: Vec<Guest>,
+    fronts: Vec<Front>,
+    /// Processes whose missing pages fail, because no server has taken their connection.
+    unserved: Vec<Arc<Peer>>,
     next_server: u64,
 }
 
 struct Server {
     socket: OwnedFd,
     pid: i32,
-    /// The snapshot that it serves, and its policy. Known after `hello`.
-    serves: Option<(SnapshotName, FailurePolicy)>,
+    /// What it serves. Known after `hello`.
+    serves: Option<Serves>,
     /// The number of guests that it has taken over since the last event about that.
     taken: usize,
+}
+
+/// What a server serves, and where.
+#[derive(Clone)]
+struct Serves {
+    snapshot: SnapshotName,
+    policy: Policy,
+    path: Vec<u8>,
 }
 
 impl std::fmt::Debug for Keeper {
@@ -123,6 +136,8 @@ impl Keeper {
             on_event: Box::new(on_event),
             servers: BTreeMap::new(),
             guests: Vec::new(),
+            fronts: Vec::new(),
+            unserved: Vec::new(),
             next_server: 0,
         })
     }
@@ -144,6 +159,7 @@ impl Keeper {
             // A live server reports the end of its guests itself.
             let alone = |guest: &&Guest| !matches!(guest.served, Served::By { .. });
             fds.extend(self.guests.iter().filter(alone).flat_map(|guest| guest.kept.end()));
+            fds.extend(self.fronts.iter().filter_map(Front::events));
             let wait = self.next_deadline().map(|at| at.saturating_duration_since(Instant::now()));
             match rustix::event::poll(&mut fds, wait.map(timespec).as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
@@ -157,10 +173,25 @@ impl Keeper {
             if called {
                 self.accept();
             }
+            self.pass_on();
             self.give_up_late();
         }
         let alone = self.guests.iter().filter(|guest| !matches!(guest.served, Served::By { .. }));
-        Ok(alone.inspect(|guest| guest.kill()).count())
+        let guests = alone.inspect(|guest| guest.kill()).count();
+        let waiting = self.fronts.into_iter().map(Front::kill_waiting).sum::<usize>();
+        let unserved = self.unserved.iter().filter(|peer| !unserved::has_ended(peer));
+        let failed = unserved.filter(|peer| peer.kill() == Consequence::Killed).count();
+        Ok(guests + waiting + failed)
+    }
+
+    /// Passes the connections of clients on to their servers.
+    fn pass_on(&mut self) {
+        for front in &mut self.fronts {
+            if let Err(error) = front.pass_on() {
+                (self.on_event)(KeepEvent::Accept { error: &error });
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        }
     }
 
     fn accept(&mut self) {
@@ -205,10 +236,20 @@ impl Keeper {
         while let Some(server) = self.servers.get(&number) {
             match wire::receive(&server.socket, RecvFlags::DONTWAIT) {
                 Ok(None) => return,
-                Ok(Some((ToKeeper::Keep { id, shares }, descriptors))) => {
+                Ok(Some((ToKeeper::Keep { id, shares, connection }, descriptors))) => {
                     if let Err(error) = self.keep(number, id, shares, descriptors) {
                         return self.lose(number, error);
                     }
+                    connection.into_iter().for_each(|connection| self.release(number, connection));
+                }
+                Ok(Some((ToKeeper::Release { connection }, _))) => self.release(number, connection),
+                Ok(Some((ToKeeper::Listen { identity }, descriptors))) => {
+                    if let Err(error) = self.listen(number, identity, descriptors) {
+                        return self.lose(number, error);
+                    }
+                }
+                Ok(Some((ToKeeper::Close {}, _))) => {
+                    self.fronts.iter_mut().filter(|front| front.is_of(number)).for_each(Front::close);
                 }
                 Ok(Some((ToKeeper::Forget { id }, _))) => self.guests.retain(
                     |guest| !matches!(guest.served, Served::By { server, id: own } if (server, own) == (number, id)),
@@ -219,6 +260,33 @@ impl Keeper {
         }
     }
 
+    fn release(&mut self, server: u64, connection: u64) {
+        let fronts = self.fronts.iter_mut().filter(|front| front.is_of(server));
+        fronts.for_each(|front| front.release(connection));
+    }
+
+    fn listen(
+        &mut self,
+        number: u64,
+        identity: (u64, u64),
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<(), KeepError> {
+        let serves = self.servers.get(&number).and_then(|server| server.serves.clone());
+        let Serves { policy, path, .. } =
+            serves.ok_or_else(|| wire::unclear("`listen` before `hello`"))?;
+        let [listener, door] = <[OwnedFd; 2]>::try_from(descriptors)
+            .map_err(|_| wire::unclear("`listen` without its descriptors"))?;
+        let mut front = Front::new(path, identity, policy, listener, number, door);
+        let before = self.fronts.iter().position(|other| {
+            other.path == front.path && (other.is_orphaned() || other.is_of(number))
+        });
+        if let Some(before) = before {
+            front = self.fronts.swap_remove(before).succeeded_by(front);
+        }
+        self.fronts.push(front);
+        Ok(())
+    }
+
     fn keep(
         &mut self,
         server: u64,
@@ -227,7 +295,9 @@ impl Keeper {
         descriptors: Vec<OwnedFd>,
     ) -> Result<(), KeepError> {
         let serves = self.servers.get(&server).and_then(|server| server.serves.clone());
-        let (snapshot, on_error) = serves.ok_or_else(|| wire::unclear("a guest before `hello`"))?;
+        let Serves { snapshot, policy, .. } =
+            serves.ok_or_else(|| wire::unclear("a guest before `hello`"))?;
+        let on_error = policy.on_error;
         let descriptors = <[OwnedFd; DESCRIPTORS]>::try_from(descriptors);
         let [uffd, connection, process, handover] =
             descriptors.map_err(|_| wire::unclear("a guest without its descriptors"))?;
@@ -244,16 +314,22 @@ impl Keeper {
             return Ok(());
         };
         match request {
-            ToKeeper::Hello { version, snapshot, on_error } => {
+            ToKeeper::Hello { version, snapshot, on_error, allow, path } => {
+                let ours = |front: &&mut Front| front.is_orphaned() && front.path == path;
+                let front = self.fronts.iter_mut().find(ours);
+                let orphan = front.as_ref().map(|front| Orphan { identity: front.identity });
+                let listener = front.and_then(|front| front.claim(number));
+                let (orphan, descriptors) = (listener.and(orphan), listener.map(AsFd::as_fd));
+                let welcome = FromKeeper::Welcome { version: VERSION, orphan };
+                wire::send(&server.socket, &welcome, descriptors.as_slice(), SendFlags::DONTWAIT)?;
                 if version == VERSION {
-                    server.serves = Some((snapshot, on_error.into()));
+                    let policy = Policy { on_error: on_error.into(), allow };
+                    server.serves = Some(Serves { snapshot, policy, path });
                 }
-                let welcome = FromKeeper::Welcome { version: VERSION };
-                wire::send(&server.socket, &welcome, &[], SendFlags::DONTWAIT)?;
                 (self.on_event)(KeepEvent::Connected { server: server.pid });
             }
             ToKeeper::Take { id } => {
-                let (snapshot, on_error) =
+                let Serves { snapshot, policy, .. } =
                     server.serves.clone().ok_or_else(|| wire::unclear("`take` before `hello`"))?;
                 let orphan = |guest: &&mut Guest| {
                     guest.snapshot == snapshot && !matches!(guest.served, Served::By { .. })
@@ -261,7 +337,7 @@ impl Keeper {
                 if let Some(guest) = self.guests.iter_mut().find(orphan) {
                     // Only one process may answer the faults of a guest. If that was the keeper, its pager stops here.
                     guest.served = Served::By { server: number, id };
-                    guest.on_error = on_error;
+                    guest.on_error = policy.on_error;
                     let descriptors = guest.kept.descriptors();
                     let answer = FromKeeper::Guest { shares: guest.kept.shares };
                     wire::send(&server.socket, &answer, &descriptors, SendFlags::DONTWAIT)?;
@@ -275,7 +351,12 @@ impl Keeper {
                     }
                 }
             }
-            ToKeeper::Keep { .. } | ToKeeper::Forget { .. } => {}
+            // Handled when they are received.
+            ToKeeper::Keep { .. }
+            | ToKeeper::Forget { .. }
+            | ToKeeper::Listen { .. }
+            | ToKeeper::Close {}
+            | ToKeeper::Release { .. } => {}
         }
         Ok(())
     }
@@ -290,8 +371,12 @@ impl Keeper {
             |guest: &Guest| matches!(guest.served, Served::By { server, .. } if server == number);
         if !matches!(error, KeepError::Gone) {
             self.guests.retain(|guest| !of_server(guest));
+            // The server notices that, and accepts its connections itself.
+            self.fronts.retain(|front| !front.is_of(number));
             return (self.on_event)(KeepEvent::Refused { error: &error });
         }
+        self.fronts.iter_mut().filter(|front| front.is_of(number)).for_each(Front::lose_server);
+        self.fronts.retain(|front| !front.is_empty());
         let since = Instant::now();
         let mut guests = 0;
         for guest in self.guests.iter_mut().filter(|guest| of_server(guest)) {
@@ -312,13 +397,20 @@ impl Keeper {
             Served::Orphaned { since } => Some(since + self.options.takeover_timeout),
             _ => None,
         });
-        waiting.min()
+        let orphans = self.fronts.iter().filter(|front| front.is_orphaned());
+        waiting.chain(orphans.map(|front| front.since + self.options.takeover_timeout)).min()
     }
 
     fn give_up_late(&mut self) {
         let (now, timeout) = (Instant::now(), self.options.takeover_timeout);
         let late = |guest: &&mut Guest| matches!(guest.served, Served::Orphaned { since } if since + timeout <= now);
         let (mut guests, mut killed) = (0, Vec::new());
+        let late_front = |front: &mut Front| front.is_orphaned() && front.since + timeout <= now;
+        let given_up: Vec<Arc<Peer>> =
+            self.fronts.extract_if(.., late_front).flat_map(Front::give_up).collect();
+        guests += given_up.len();
+        self.unserved.retain(|peer| !unserved::has_ended(peer));
+        self.unserved.extend(given_up);
         for guest in self.guests.iter_mut().filter(late) {
             guests += 1;
             killed.extend(guest.give_up().err());

@@ -1,19 +1,20 @@
 //! The connection of a server to its keeper.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
 use super::error::KeepError;
-use super::wire::{self, DESCRIPTORS, FromKeeper, ToKeeper, VERSION};
+use super::wire::{self, Accepted, DESCRIPTORS, FromKeeper, Orphan, ToKeeper, VERSION};
 use crate::failure::FailurePolicy;
-use crate::remote::serve::SnapshotName;
 use crate::remote::serve::wire::timespec;
+use crate::remote::serve::{AllowedUsers, KeepAt};
 
 /// How long a server waits for each answer of its keeper, and for space in its queue.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -38,21 +39,55 @@ pub(crate) struct Kept {
 }
 
 impl Link {
-    /// Connects to the keeper at `path`, and sends it the name of the served snapshot.
+    /// Connects to the keeper, and sends it what this server serves, and where. Returns the listening socket of a dead
+    /// server at the same path, too.
     pub(crate) fn connect(
-        path: &Path,
-        snapshot: &SnapshotName,
+        keep: &KeepAt,
         on_error: FailurePolicy,
-    ) -> Result<Link, KeepError> {
-        let link = Link { socket: wire::connect(path, ANSWER_TIMEOUT)?, turn: Mutex::new(()) };
-        let (snapshot, on_error) = (snapshot.clone(), on_error.into());
-        match link.ask(&ToKeeper::Hello { version: VERSION, snapshot, on_error })? {
-            (FromKeeper::Welcome { version: VERSION }, _) => Ok(link),
-            (FromKeeper::Welcome { version }, _) => {
+        allow: &AllowedUsers,
+        path: &Path,
+    ) -> Result<(Link, Option<(OwnedFd, Orphan)>), KeepError> {
+        let socket = wire::connect(&keep.socket, ANSWER_TIMEOUT)?;
+        let link = Link { socket, turn: Mutex::new(()) };
+        let hello = ToKeeper::Hello {
+            version: VERSION,
+            snapshot: keep.snapshot.clone(),
+            on_error: on_error.into(),
+            allow: allow.clone(),
+            path: path.as_os_str().as_bytes().to_vec(),
+        };
+        match link.ask(&hello)? {
+            (FromKeeper::Welcome { version: VERSION, orphan }, descriptors) => {
+                Ok((link, descriptors.into_iter().next().zip(orphan)))
+            }
+            (FromKeeper::Welcome { version, .. }, _) => {
                 Err(KeepError::Version { found: version, wanted: VERSION })
             }
             (other, _) => Err(wire::unclear(format!("{other:?}"))),
         }
+    }
+
+    /// Gives the keeper a duplicate of the listening socket. The keeper accepts its connections from now on.
+    pub(crate) fn listen(
+        &self,
+        listener: BorrowedFd<'_>,
+        identity: (u64, u64),
+    ) -> Result<Door, KeepError> {
+        let (here, there) = rustix::net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .map_err(wire::system("create a pair of sockets"))?;
+        self.send(&ToKeeper::Listen { identity }, &[listener, there.as_fd()])?;
+        Ok(Door(here))
+    }
+
+    /// The server listens no longer.
+    pub(crate) fn close(&self) {
+        // A keeper that has ended accepts nothing.
+        let _ = self.send(&ToKeeper::Close {}, &[]);
     }
 
     /// Takes over the next guest of a dead server, under the number `id`.
@@ -74,8 +109,15 @@ impl Link {
         id: u64,
         descriptors: [BorrowedFd<'_>; DESCRIPTORS],
         shares: bool,
+        connection: Option<u64>,
     ) -> Result<(), KeepError> {
-        self.send(&ToKeeper::Keep { id, shares }, &descriptors)
+        self.send(&ToKeeper::Keep { id, shares, connection }, &descriptors)
+    }
+
+    /// If this process dies, the client of this connection is not served by the next server.
+    pub(crate) fn release(&self, connection: u64) {
+        // A keeper that has ended holds nothing.
+        let _ = self.send(&ToKeeper::Release { connection }, &[]);
     }
 
     pub(crate) fn forget(&self, id: u64) {
@@ -85,8 +127,7 @@ impl Link {
 
     /// Whether the keeper lives.
     pub(crate) fn is_alive(&self) -> bool {
-        let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
-        // The keeper sends only answers. Anything readable now is the end of the connection.
+        let mut fds = [PollFd::new(&self.socket, PollFlags::empty())];
         matches!(rustix::event::poll(&mut fds, Some(&timespec(Duration::ZERO))), Ok(0))
     }
 
@@ -123,6 +164,33 @@ impl Link {
             Ok(_) | Err(Errno::INTR) => Ok(()),
             Err(error) => Err(wire::system("wait for the keeper")(error)),
         }
+    }
+}
+
+/// Where the connections arrive that a keeper has accepted.
+#[derive(Debug)]
+pub(crate) struct Door(OwnedFd);
+
+impl Door {
+    /// The next connection and its number, if one has arrived.
+    ///
+    /// # Errors
+    /// [`KeepError::Gone`]: the keeper has ended, or the server listens no longer and this was the last connection.
+    pub(crate) fn next(&self) -> Result<Option<(OwnedFd, u64)>, KeepError> {
+        match wire::receive::<Accepted>(&self.0, RecvFlags::DONTWAIT)? {
+            None => Ok(None),
+            Some((Accepted { connection }, descriptors)) => {
+                let stream = descriptors.into_iter().next();
+                let stream = stream.ok_or_else(|| wire::unclear("no connection"))?;
+                Ok(Some((stream, connection)))
+            }
+        }
+    }
+}
+
+impl AsFd for Door {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

@@ -17,12 +17,12 @@ use serde::{Deserialize, Serialize};
 
 use super::error::KeepError;
 use crate::failure::FailurePolicy;
-use crate::remote::serve::SnapshotName;
 use crate::remote::serve::credentials;
 use crate::remote::serve::wire::connect_kind;
+use crate::remote::serve::{AllowedUsers, SnapshotName};
 
 /// The version of the messages and of the handover state. A keeper and a server need the same version.
-pub(super) const VERSION: u32 = 2;
+pub(super) const VERSION: u32 = 3;
 /// The limit of a packet.
 const PACKET_LIMIT_BYTES: usize = 64 << 10;
 /// Userfaultfd, connection, process (a pidfd), handover state.
@@ -33,12 +33,28 @@ pub(super) const DESCRIPTORS: usize = 4;
 #[serde(rename_all = "snake_case")]
 pub(super) enum ToKeeper {
     /// The first message. The answer is `Welcome`.
-    Hello { version: u32, snapshot: SnapshotName, on_error: OnError },
+    Hello {
+        version: u32,
+        snapshot: SnapshotName,
+        on_error: OnError,
+        #[serde(default)]
+        allow: AllowedUsers,
+        /// The absolute path of the socket at which it is going to listen.
+        #[serde(default)]
+        path: Vec<u8>,
+    },
     /// The server takes over a guest of a dead server, under this id. The answer is `Guest` or `NoGuest`.
     Take { id: u64 },
+    /// The server listens. With its listening socket, and the socket to which the keeper sends its connections, each
+    /// as [`Accepted`]. There is no answer.
+    Listen { identity: (u64, u64) },
+    /// The server listens no longer. The keeper sends the connections that are left, and then closes that socket.
+    Close {},
     /// A guest, with its descriptors. There is no answer. If it `shares` memory, it has ended when it closes its
-    /// connection.
-    Keep { id: u64, shares: bool },
+    /// connection. It is the client of this `connection`, which waits no longer.
+    Keep { id: u64, shares: bool, connection: Option<u64> },
+    /// The client of this connection does not wait for a server any more. There is no answer.
+    Release { connection: u64 },
     /// The guest with this id has ended. There is no answer.
     Forget { id: u64 },
 }
@@ -47,14 +63,29 @@ pub(super) enum ToKeeper {
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum FromKeeper {
+    /// With the listening socket of a dead server at the same path, if there is one.
     Welcome {
         version: u32,
+        orphan: Option<Orphan>,
     },
     Guest {
         shares: bool,
     },
     #[serde(rename = "nobody")]
     NoGuest {},
+}
+
+/// The listening socket of a dead server: the device and the inode of its name.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
+pub(crate) struct Orphan {
+    pub(crate) identity: (u64, u64),
+}
+
+/// A connection that the keeper has accepted for a server, with its descriptor. The keeper has a duplicate until it
+/// gets `Keep` or `Release`.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
+pub(super) struct Accepted {
+    pub(super) connection: u64,
 }
 
 /// [`FailurePolicy`] in messages.
@@ -198,7 +229,9 @@ mod tests {
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(16))];
             let mut control = SendAncillaryBuffer::new(&mut space);
             assert!(control.push(SendAncillaryMessage::ScmRights(&descriptors)));
-            let bytes = serde_json::to_vec(&ToKeeper::Keep { id: 1, shares: false }).expect("JSON");
+            let bytes =
+                serde_json::to_vec(&ToKeeper::Keep { id: 1, shares: false, connection: None })
+                    .expect("JSON");
             let sent = rustix::net::sendmsg(
                 &one,
                 &[IoSlice::new(&bytes)],

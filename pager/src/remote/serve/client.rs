@@ -1,6 +1,7 @@
 //! The thread of one client, from its first message to its end.
 
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, PoisonError};
@@ -15,7 +16,7 @@ use super::given::Given;
 use super::handshake::{self, Answer, Hello, RegionMessage, Request, SnapshotName};
 use super::peer::Peer;
 use super::refused;
-use super::session::{KeptGuest, Session};
+use super::session::{Held, KeptGuest, Session};
 use super::state::{ServerState, SharedFile};
 use super::wire::{self, SocketReader};
 use crate::background::populate::population::Populate;
@@ -38,7 +39,7 @@ struct Sharing {
 }
 
 /// The body of the thread of a client.
-pub(crate) fn attend(server: &Arc<ServerState>, stream: UnixStream) {
+pub(crate) fn attend(server: &Arc<ServerState>, stream: UnixStream, mut held: Option<Held>) {
     let peer = match server.peer_of(&stream) {
         Ok(peer) => Arc::new(peer),
         Err((_, error @ RefuseError::Shortage(_))) => {
@@ -46,9 +47,12 @@ pub(crate) fn attend(server: &Arc<ServerState>, stream: UnixStream) {
         }
         Err((pid, error)) => return server.refuse(pid, &error, Consequence::Closed),
     };
-    let mut reader = SocketReader::new(&stream, server.options.handshake_timeout);
-    if let Err(error) = attend_peer(server, &stream, &peer, &mut reader) {
+    let mut reader = SocketReader::new(&stream, server.options.handshake_timeout)
+        .ended_by(server.ending.as_fd());
+    if let Err(error) = attend_peer(server, &stream, &peer, &mut reader, &mut held) {
         let given = reader.into_given();
+        // The keeper may have a duplicate.
+        let _ = stream.shutdown(Shutdown::Both);
         drop(stream);
         refused::end(server, &peer, given, &error);
     }
@@ -60,8 +64,21 @@ fn attend_peer(
     stream: &UnixStream,
     peer: &Arc<Peer>,
     reader: &mut SocketReader<'_>,
+    held: &mut Option<Held>,
 ) -> Result<(), RefuseError> {
-    match handshake::receive(reader)? {
+    let hello = match held {
+        Some(_) => handshake::peek(reader)?,
+        None => None,
+    };
+    let hello = match hello {
+        Some(hello) => hello,
+        None => {
+            // The next server would not find the parts that are read here.
+            *held = None;
+            handshake::receive(reader)?
+        }
+    };
+    match hello {
         Hello::Fill { regions, descriptor } => {
             // If the client is refused below, its pages are poisoned with this duplicate.
             let second = descriptor.try_clone();
@@ -75,7 +92,7 @@ fn attend_peer(
             reader.descriptors.push(second);
             let uffd = handshake::userfaultfd(descriptor)?;
             let memory = handshake::regions(&regions)?;
-            let kept = keep(server, stream, peer, &uffd, &regions, false);
+            let kept = keep(server, stream, peer, &uffd, &regions, Client::Guest(held.take()));
             let served = served(peer, &memory);
             let session = start(server, Arc::clone(peer), uffd, memory, None, kept)?;
             reader.descriptors.clear();
@@ -112,7 +129,7 @@ fn share(
     let failures = stream.try_clone().map_err(|error| system("duplicate a connection", error))?;
     let memory = handshake::regions(&regions)?;
     let served = served(peer, &memory);
-    let kept = keep(server, stream, peer, &uffd, &regions, true);
+    let kept = keep(server, stream, peer, &uffd, &regions, Client::Clone);
     let sharing = Sharing { source: file.image.as_source(), failures, ahead: file.ahead };
     let session = start(server, Arc::clone(peer), uffd, memory, Some(sharing), kept)?;
     Answer::Accepted {}.send(stream, None)?;
@@ -199,17 +216,31 @@ fn start(
     Ok(Arc::new(Session { id, peer, pager, kept }))
 }
 
-/// Sends the keeper, if there is one, the handover state for the next server. This happens before the first message is
-/// read, because only this process knows a message after that.
+/// What the keeper gets.
+enum Client {
+    /// A guest, whose connection the keeper may hold.
+    Guest(Option<Held>),
+    /// A clone that shares memory.
+    Clone,
+}
+
+/// Sends the keeper, if there is one, the handover state for the next server. This happens before the first message of
+/// the userfaultfd is read, because only this process knows a message after that. From now on the keeper has the guest,
+/// not its connection.
 fn keep(
     server: &Arc<ServerState>,
     stream: &UnixStream,
     peer: &Peer,
     uffd: &ForeignUffd,
     regions: &[RegionMessage],
-    shares: bool,
+    client: Client,
 ) -> Option<(Records, KeptGuest)> {
     let link = server.keeper()?;
+    let (mut held, shares) = match client {
+        Client::Guest(held) => (held, false),
+        Client::Clone => (None, true),
+    };
+    let connection = held.as_ref().and_then(Held::connection);
     let kept = || -> Result<(Records, KeptGuest), KeepError> {
         let record = Record { pid: peer.pid, regions: regions.to_vec() };
         let pages = |region: &RegionMessage| {
@@ -222,12 +253,17 @@ fn keep(
         let records = records.map_err(|error| KeepError::System { what: "map it", error })?;
         let id = server.new_id();
         let descriptors = [uffd.as_fd(), stream.as_fd(), peer.process(), handover.as_fd()];
-        link.keep(id, descriptors, shares)?;
+        link.keep(id, descriptors, shares, connection)?;
         Ok((records, KeptGuest { keeper: Arc::clone(link), id }))
     }();
     match kept {
-        Ok(kept) => Some(kept),
+        Ok(kept) => {
+            held.iter_mut().for_each(Held::replaced);
+            Some(kept)
+        }
         Err(error) => {
+            // Before its memory changes: the next server could not know that.
+            drop(held);
             (server.on_event)(ServeEvent::NotKept { pid: peer.pid, error: &error });
             None
         }

@@ -109,6 +109,9 @@ pub enum RefuseError {
         /// The number of received descriptors.
         descriptors: usize,
     },
+    /// The server ends, and the client has not completed its handshake.
+    #[error("the server is ending")]
+    Ending,
     /// The client has closed the connection during the handshake.
     #[error(
         "the client has closed the connection after {bytes} bytes and {descriptors} descriptors"

@@ -116,6 +116,22 @@ pub(crate) fn receive(reader: &mut SocketReader<'_>) -> Result<Hello, RefuseErro
     Ok(Hello::Fill { regions, descriptor: reader.descriptor()? })
 }
 
+/// Waits for a message, and reads it without taking it out of the queue, so that another server finds it there. `None`:
+/// it is of another kind, or it is not whole in one part, as Firecracker sends it.
+pub(crate) fn peek(reader: &mut SocketReader<'_>) -> Result<Option<Hello>, RefuseError> {
+    let (bytes, descriptors) = reader.peek()?;
+    let Ok([descriptor]) = <[OwnedFd; 1]>::try_from(descriptors) else {
+        return Ok(None);
+    };
+    match serde_json::from_slice(&bytes) {
+        Ok(regions) => {
+            reader.bytes = bytes;
+            Ok(Some(Hello::Fill { regions, descriptor }))
+        }
+        Err(_) => Ok(None),
+    }
+}
+
 /// The regions, each checked by itself. The start of the pager checks that they fit together and into the source.
 pub(crate) fn regions(messages: &[RegionMessage]) -> Result<Vec<Region>, RefuseError> {
     if messages.is_empty() {

@@ -6,11 +6,11 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::arrivals::Arrival;
 use super::error::RefuseError;
 use super::event::{Consequence, ServeEvent};
 use super::handshake::{self, Answer, Hello};
 use super::peer::{self, Peer};
-use super::socket::Socket;
 use super::spare::Spare;
 use super::state::ServerState;
 use super::wire::SocketReader;
@@ -38,13 +38,13 @@ impl ServerState {
     /// Accepts a connection with the reserved descriptors, and refuses it. Returns whether that was possible.
     pub(super) fn accept_by_spare(
         self: &Arc<ServerState>,
-        socket: &Socket,
+        accept: impl FnOnce() -> io::Result<Option<Arrival>>,
         error: io::Error,
     ) -> bool {
-        let accepted = self.spare().released(|| socket.accept());
+        let accepted = self.spare().released(accept);
         match accepted {
             Ok(None) => true,
-            Ok(Some(stream)) => {
+            Ok(Some((stream, _held))) => {
                 self.refuse_without_room(&stream, &RefuseError::Shortage(error));
                 true
             }

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use super::handshake::SnapshotName;
 use crate::background::populate::population::Populate;
 use crate::failure::FailurePolicy;
@@ -39,7 +41,7 @@ pub struct ServeOptions {
 }
 
 /// Users that may connect besides root and the user of the server. The default is none.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[non_exhaustive]
 pub struct AllowedUsers {
     /// User ids: the effective user of the client at the time of connect(2).

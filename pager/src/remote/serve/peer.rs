@@ -54,6 +54,14 @@ pub(crate) struct Peer {
 }
 
 impl Peer {
+    /// The process that has connected, if its user is allowed.
+    ///
+    /// # Errors
+    /// [`RefuseError`]; why it may not be served.
+    pub(crate) fn allowed(stream: &UnixStream, others: &AllowedUsers) -> Result<Peer, RefuseError> {
+        Peer::of(stream, allowed(stream, others)?)
+    }
+
     /// The process that has connected. `allowed` has returned `found`.
     pub(crate) fn of(stream: &UnixStream, found: Credentials) -> Result<Peer, RefuseError> {
         let Credentials { pid, .. } = found;

@@ -1,7 +1,7 @@
 //! The server: accepts connections, and starts a thread for each client.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::AtomicU64;
@@ -9,17 +9,18 @@ use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags};
-use rustix::io::Errno;
+use rustix::event::EventfdFlags;
 
+use super::arrivals::{Arrival, Arrivals};
 use super::client;
 use super::error::{BindError, RefuseError};
 use super::event::{Consequence, ServeEvent};
+use super::kept_socket::KeeperLink;
 use super::metrics::{self, Totals};
 use super::options::ServeOptions;
 use super::peer::{self, Peer};
-use super::session::KeptGuest;
-use super::socket::Socket;
+use super::session::{Held, KeptGuest};
+use super::socket::{Socket, SocketAccess};
 use super::spare::Spare;
 use super::state::{CountedThread, ServerState};
 use crate::remote::keep::{Kept, Link};
@@ -29,7 +30,7 @@ use crate::stats::Stats;
 /// A listening server.
 #[derive(Debug)]
 pub struct Server {
-    socket: Socket,
+    arrivals: Arrivals,
     state: Arc<ServerState>,
 }
 
@@ -45,7 +46,12 @@ impl Server {
         options: ServeOptions,
         on_event: impl Fn(ServeEvent<'_>) + Send + Sync + 'static,
     ) -> Result<Server, BindError> {
-        Server::at(Socket::bind(path.as_ref())?, source, options, on_event)
+        let path = path.as_ref();
+        let socket = match KeeperLink::connect(&options, path)? {
+            Some(keeper) => keeper.bind(SocketAccess::default())?,
+            None => Socket::bind(path)?,
+        };
+        Server::at(socket, source, options, on_event)
     }
 
     /// As [`Server::bind`], with an existing socket. If there is a keeper, this waits for each of its answers, at most
@@ -54,18 +60,20 @@ impl Server {
     /// # Errors
     /// [`BindError`].
     pub fn at(
-        socket: Socket,
+        mut socket: Socket,
         source: Arc<dyn PageSource>,
         options: ServeOptions,
         on_event: impl Fn(ServeEvent<'_>) + Send + Sync + 'static,
     ) -> Result<Server, BindError> {
-        let keeper = options.keep.as_ref().map(|keep| {
-            Link::connect(&keep.socket, &keep.snapshot, options.on_error)
-                .map(Arc::new)
-                .map_err(BindError::Keep)
-        });
+        let keeper = match socket.keeper.take() {
+            Some(keeper) => Some(keeper),
+            None => KeeperLink::connect(&options, &socket.path)?.map(KeeperLink::into_link),
+        };
+        let ending = rustix::event::eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| {
+            BindError::System { what: "create an eventfd", error: error.into() }
+        })?;
         let state = ServerState {
-            keeper: keeper.transpose()?,
+            keeper,
             source,
             options,
             on_event: Box::new(on_event),
@@ -73,24 +81,25 @@ impl Server {
             guests: Mutex::default(),
             spare: Mutex::new(Spare::full()),
             emptied: Condvar::new(),
+            ending,
             next_id: AtomicU64::new(0),
         };
-        let server = Server { socket, state: Arc::new(state) };
-        server.take_over()?;
-        Ok(server)
+        let state = Arc::new(state);
+        Server::take_over(&state)?;
+        Ok(Server { arrivals: Arrivals::new(socket, state.keeper())?, state })
     }
 
     /// Takes over the clients of a dead server.
-    fn take_over(&self) -> Result<(), BindError> {
-        let Some(keeper) = self.state.keeper() else {
+    fn take_over(state: &Arc<ServerState>) -> Result<(), BindError> {
+        let Some(keeper) = state.keeper() else {
             return Ok(());
         };
         loop {
-            let id = self.state.new_id();
+            let id = state.new_id();
             let Some(kept) = keeper.take(id).map_err(BindError::Keep)? else {
                 return Ok(());
             };
-            self.state.resume(keeper, id, kept);
+            state.resume(keeper, id, kept);
         }
     }
 
@@ -99,38 +108,21 @@ impl Server {
         ServerHandle(Arc::clone(&self.state))
     }
 
-    /// Serves until `stop` is readable or hung up. Then it accepts no more clients, and returns when the last one has
-    /// ended.
+    /// Serves until `stop` is readable or hung up. Then no client can connect any more. Clients that have connected and
+    /// have sent their message are still served, others are refused. Returns when the last client has ended.
     ///
     /// # Errors
     /// As poll(2).
     pub fn run(self, stop: BorrowedFd<'_>) -> io::Result<()> {
-        let Server { socket, state } = self;
-        loop {
-            let mut fds = [
-                PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::IN),
-                PollFd::from_borrowed_fd(stop, PollFlags::IN),
-            ];
-            match rustix::event::poll(&mut fds, None) {
-                Ok(_) => {}
-                Err(Errno::INTR) => continue,
-                Err(error) => return Err(error.into()),
-            }
-            if !fds[1].revents().is_empty() {
-                break;
-            }
-            match socket.accept() {
-                Ok(Some(stream)) => state.receive(stream),
-                Ok(None) => {}
-                Err(error) => {
-                    if !peer::is_shortage(&error) || !state.accept_by_spare(&socket, error) {
-                        // Other clients may end meanwhile. The connection waits.
-                        thread::sleep(Duration::from_millis(50));
-                    }
-                }
-            }
+        let Server { mut arrivals, state } = self;
+        while !arrivals.wait(stop)? {
+            state.receive_next(|| arrivals.take());
         }
-        drop(socket);
+        arrivals.close();
+        // Threads that wait for a message stop waiting.
+        let _ = rustix::io::write(&state.ending, &1_u64.to_ne_bytes());
+        while state.receive_next(|| arrivals.take_last()) {}
+        drop(arrivals);
         state.wait_until_empty();
         Ok(())
     }
@@ -171,8 +163,30 @@ impl ServerHandle {
 }
 
 impl ServerState {
+    /// Serves the next connection. Returns whether there was one.
+    fn receive_next(
+        self: &Arc<ServerState>,
+        mut take: impl FnMut() -> io::Result<Option<Arrival>>,
+    ) -> bool {
+        match take() {
+            Ok(Some((stream, held))) => {
+                self.receive(stream, held);
+                true
+            }
+            Ok(None) => false,
+            Err(error) => {
+                let accepted = peer::is_shortage(&error) && self.accept_by_spare(take, error);
+                if !accepted {
+                    // Other clients may end meanwhile. The connection waits.
+                    thread::sleep(Duration::from_millis(50));
+                }
+                accepted
+            }
+        }
+    }
+
     /// Starts the thread of a connection.
-    fn receive(self: &Arc<ServerState>, stream: UnixStream) {
+    fn receive(self: &Arc<ServerState>, stream: UnixStream, held: Option<Held>) {
         let limit = self.options.clients;
         {
             let mut guests = self.guests();
@@ -185,13 +199,13 @@ impl ServerState {
         // The connection is handed over after the start of the thread: if that fails, it is still here.
         let (give, take) = mpsc::channel();
         let given = self.give_thread(move |server| {
-            if let Ok(stream) = take.recv() {
-                client::attend(server, stream);
+            if let Ok((stream, held)) = take.recv() {
+                client::attend(server, stream, held);
             }
         });
         match given {
             // The thread waits for the connection.
-            Ok(()) => drop(give.send(stream)),
+            Ok(()) => drop(give.send((stream, held))),
             Err(error) => self.refuse_without_room(&stream, &error),
         }
     }

@@ -36,3 +36,33 @@ impl Drop for KeptGuest {
         self.keeper.forget(self.id);
     }
 }
+
+/// A connection that the keeper holds for the next server. Dropping this makes the keeper forget it.
+#[derive(Debug)]
+pub(crate) struct Held {
+    keeper: Arc<Link>,
+    connection: Option<u64>,
+}
+
+impl Held {
+    pub(super) fn new(keeper: &Arc<Link>, connection: u64) -> Held {
+        Held { keeper: Arc::clone(keeper), connection: Some(connection) }
+    }
+
+    pub(super) fn connection(&self) -> Option<u64> {
+        self.connection
+    }
+
+    /// The keeper has the guest of this connection by now.
+    pub(super) fn replaced(&mut self) {
+        self.connection = None;
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if let Some(connection) = self.connection {
+            self.keeper.release(connection);
+        }
+    }
+}

@@ -7,15 +7,17 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{AtFlags, CWD, FileType, FlockOperation, Gid, Mode, OFlags, Uid};
+use rustix::fs::{AtFlags, CWD, FileType, FlockOperation, Gid, Mode, OFlags, Stat, Uid};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::error::BindError;
 use super::wire::RETRY;
+use crate::remote::keep::Link;
 
 const BACKLOG: i32 = 1024;
 /// How long [`Socket::bind`] waits for the lock of the folder.
@@ -37,10 +39,12 @@ pub struct SocketAccess {
 /// A listening unix socket. Dropping it removes its name.
 #[derive(Debug)]
 pub struct Socket {
-    listener: UnixListener,
-    path: PathBuf,
+    pub(super) listener: UnixListener,
+    pub(super) path: PathBuf,
     /// Device and inode of the name, so that only this name is removed.
-    identity: (u64, u64),
+    pub(super) identity: (u64, u64),
+    /// The keeper that has a duplicate, or will get one.
+    pub(super) keeper: Option<Arc<Link>>,
 }
 
 impl Socket {
@@ -90,15 +94,33 @@ impl Socket {
             }
             bound => bound.map_err(system("bind the socket"))?,
         }
-        access.apply(path).map_err(system("set the socket's owner and mode"))?;
+        let name = Name::open(path).map_err(system("check the socket's name"))?;
+        access.apply(&name).map_err(system("set the socket's owner and mode"))?;
         rustix::net::listen(&socket, BACKLOG).map_err(system("listen"))?;
-        let named = fs::symlink_metadata(path)
-            .map_err(|error| BindError::System { what: "check the socket's name", error })?;
         Ok(Socket {
             listener: UnixListener::from(socket),
             path: path.to_owned(),
-            identity: (named.dev(), named.ino()),
+            identity: name.identity(),
+            keeper: None,
         })
+    }
+
+    /// The listening socket of a dead server, if it still has this name.
+    pub(super) fn adopt(
+        listener: OwnedFd,
+        path: &Path,
+        identity: (u64, u64),
+        access: SocketAccess,
+    ) -> Result<Option<Socket>, BindError> {
+        let system = |what| move |error: Errno| BindError::System { what, error: error.into() };
+        let name = match Name::open(path) {
+            Ok(name) if name.identity() == identity => name,
+            Ok(_) | Err(Errno::NOENT) => return Ok(None),
+            Err(error) => return Err(system("check the socket's name")(error)),
+        };
+        access.apply(&name).map_err(system("set the socket's owner and mode"))?;
+        let listener = UnixListener::from(listener);
+        Ok(Some(Socket { listener, path: path.to_owned(), identity, keeper: None }))
     }
 
     /// The next connection, if one is waiting. Its process may still belong to another user: see
@@ -115,30 +137,44 @@ impl Socket {
     }
 }
 
-impl SocketAccess {
-    /// Changes the name of a socket that this process has just bound, before it listens.
-    fn apply(self, path: &Path) -> Result<(), Errno> {
-        let SocketAccess { mode, uid, gid } = self;
-        if mode.is_none() && uid.is_none() && gid.is_none() {
-            return Ok(());
-        }
-        // A descriptor of the name itself: if another user can write to the folder, the name may be a link by now.
+/// The name of a socket. A name that is replaced by another file meanwhile does not change what this is.
+struct Name {
+    descriptor: OwnedFd,
+    found: Stat,
+}
+
+impl Name {
+    fn open(path: &Path) -> Result<Name, Errno> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let name = rustix::fs::open(path, flags, Mode::empty())?;
-        let found = rustix::fs::fstat(&name)?;
-        let is_ours = FileType::from_raw_mode(found.st_mode) == FileType::Socket
-            && found.st_uid == rustix::process::geteuid().as_raw();
-        if !is_ours {
-            return Err(Errno::PERM);
+        let descriptor = rustix::fs::open(path, flags, Mode::empty())?;
+        let found = rustix::fs::fstat(&descriptor)?;
+        Ok(Name { descriptor, found })
+    }
+
+    fn identity(&self) -> (u64, u64) {
+        (self.found.st_dev, self.found.st_ino)
+    }
+}
+
+impl SocketAccess {
+    /// Gives the name this owner and mode.
+    fn apply(self, Name { descriptor, found }: &Name) -> Result<(), Errno> {
+        if FileType::from_raw_mode(found.st_mode) != FileType::Socket {
+            return Err(Errno::NOTSOCK);
         }
-        if let Some(mode) = mode {
+        let mode = Mode::from_raw_mode(self.mode.unwrap_or(0o600) & 0o777);
+        let is = Mode::from_raw_mode(found.st_mode & 0o777);
+        // A new name has at most mode 0600, less the umask.
+        if mode != is && (self.mode.is_some() || !mode.contains(is)) {
             // fchmod(2) takes no descriptor of this kind, its name in /proc does.
-            let name = format!("/proc/self/fd/{}", name.as_raw_fd());
-            rustix::fs::chmodat(CWD, name, Mode::from_raw_mode(mode & 0o777), AtFlags::empty())?;
+            let name = format!("/proc/self/fd/{}", descriptor.as_raw_fd());
+            rustix::fs::chmodat(CWD, name, mode, AtFlags::empty())?;
         }
-        if uid.is_some() || gid.is_some() {
-            let (uid, gid) = (uid.map(Uid::from_raw), gid.map(Gid::from_raw));
-            rustix::fs::chownat(&name, "", uid, gid, AtFlags::EMPTY_PATH)?;
+        let uid = self.uid.map_or_else(rustix::process::geteuid, Uid::from_raw);
+        let uid = (uid.as_raw() != found.st_uid).then_some(uid);
+        if uid.is_some() || self.gid.is_some() {
+            let gid = self.gid.map(Gid::from_raw);
+            rustix::fs::chownat(descriptor, "", uid, gid, AtFlags::EMPTY_PATH)?;
         }
         Ok(())
     }
@@ -150,13 +186,20 @@ impl AsFd for Socket {
     }
 }
 
-impl Drop for Socket {
-    fn drop(&mut self) {
+impl Socket {
+    /// Removes the name, unless it names another file by now.
+    pub(super) fn remove_name(&self) {
         if fs::symlink_metadata(&self.path)
             .is_ok_and(|named| (named.dev(), named.ino()) == self.identity)
         {
             let _ = fs::remove_file(&self.path);
         }
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        self.remove_name();
     }
 }
 
@@ -238,7 +281,8 @@ mod tests {
         // Another file under that name is not changed.
         let link = folder.path().join("link");
         std::os::unix::fs::symlink(&path, &link).expect("it can be made");
-        assert_eq!(access.apply(&link), Err(Errno::PERM));
+        let name = Name::open(&link).expect("a link can be opened");
+        assert_eq!(access.apply(&name), Err(Errno::NOTSOCK));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -27,6 +28,8 @@ pub(crate) struct ServerState {
     pub(super) guests: Mutex<Guests>,
     pub(super) spare: Mutex<Spare>,
     pub(super) emptied: Condvar,
+    /// An eventfd that is readable from the moment on at which the server accepts no more clients.
+    pub(super) ending: OwnedFd,
     pub(super) next_id: AtomicU64,
     pub(super) keeper: Option<Arc<Link>>,
 }

@@ -23,6 +23,10 @@ use super::given::Given;
 pub(crate) const MESSAGE_LIMIT_BYTES: usize = 1 << 20;
 /// The number of descriptors that are received with one part. The kernel closes any further ones.
 const DESCRIPTORS_RECEIVED: usize = 4;
+/// How much is read of a message that is left in the queue. The kernel cuts longer messages of a sender into parts.
+const PEEKED_BYTES: usize = 64 << 10;
+/// How long a server that ends waits for the message of a client that has connected before.
+const LAST_MOMENT: Duration = Duration::from_millis(50);
 /// The pause between two attempts, where poll(2) cannot report when the next one succeeds.
 pub(crate) const RETRY: Duration = Duration::from_millis(10);
 
@@ -32,6 +36,9 @@ pub(crate) struct SocketReader<'a> {
     stream: &'a UnixStream,
     deadline: Instant,
     allowed: Duration,
+    /// Readable when the server ends.
+    ending: Option<BorrowedFd<'a>>,
+    is_ending: bool,
     /// Received bytes that were not used yet.
     pub(crate) bytes: Vec<u8>,
     pub(crate) descriptors: Vec<OwnedFd>,
@@ -44,7 +51,49 @@ impl<'a> SocketReader<'a> {
     pub(crate) fn new(stream: &'a UnixStream, allowed: Duration) -> SocketReader<'a> {
         let deadline = Instant::now() + allowed;
         let (bytes, descriptors) = (Vec::new(), Vec::new());
-        SocketReader { stream, deadline, allowed, bytes, descriptors, lost: false }
+        SocketReader {
+            stream,
+            deadline,
+            allowed,
+            ending: None,
+            is_ending: false,
+            bytes,
+            descriptors,
+            lost: false,
+        }
+    }
+
+    /// From the moment on at which `ending` is readable, this waits only for a message that is already there, or almost.
+    pub(crate) fn ended_by(self, ending: BorrowedFd<'a>) -> SocketReader<'a> {
+        SocketReader { ending: Some(ending), ..self }
+    }
+
+    /// Waits for a message, and reads its beginning without taking it out of the queue. Returns its bytes and
+    /// descriptors.
+    pub(crate) fn peek(&mut self) -> Result<(Vec<u8>, Vec<OwnedFd>), RefuseError> {
+        self.wait()?;
+        let mut buffer = vec![0; PEEKED_BYTES];
+        let mut space =
+            [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_RECEIVED))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let received = rustix::net::recvmsg(
+            self.stream,
+            &mut [IoSliceMut::new(&mut buffer)],
+            &mut control,
+            RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT | RecvFlags::PEEK,
+        );
+        let received = match received {
+            Ok(received) => received,
+            Err(Errno::INTR | Errno::AGAIN) => return Ok((Vec::new(), Vec::new())),
+            Err(Errno::CONNRESET) => return Err(self.left()),
+            Err(error) => return Err(system("receive")(error)),
+        };
+        buffer.truncate(received.bytes);
+        let descriptors = control.drain().filter_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(descriptors) => Some(descriptors),
+            _ => None,
+        });
+        Ok((buffer, descriptors.flatten().collect()))
     }
 
     /// Waits for more bytes or descriptors.
@@ -128,22 +177,37 @@ impl<'a> SocketReader<'a> {
         RefuseError::Left { bytes: self.bytes.len(), descriptors: self.descriptors.len() }
     }
 
-    fn wait(&self) -> Result<(), RefuseError> {
+    fn wait(&mut self) -> Result<(), RefuseError> {
         loop {
+            let mut fds = vec![PollFd::new(self.stream, PollFlags::IN)];
+            fds.extend(self.ending.map(|ending| PollFd::from_borrowed_fd(ending, PollFlags::IN)));
             let left = self.deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(RefuseError::TimedOut {
-                    after: self.allowed,
-                    bytes: self.bytes.len(),
-                    descriptors: self.descriptors.len(),
-                });
-            }
-            let mut fds = [PollFd::new(self.stream, PollFlags::IN)];
             match rustix::event::poll(&mut fds, Some(&timespec(left))) {
-                Ok(0) | Err(Errno::INTR) => {}
-                Ok(_) => return Ok(()),
+                Err(Errno::INTR) => continue,
                 Err(error) => return Err(system("wait for the client")(error)),
+                Ok(_) => {}
             }
+            if !fds[0].revents().is_empty() && !left.is_zero() {
+                return Ok(());
+            }
+            if fds.get(1).is_some_and(|ending| !ending.revents().is_empty()) {
+                self.ending = None;
+                self.is_ending = true;
+                self.deadline = self.deadline.min(Instant::now() + LAST_MOMENT);
+            } else if left.is_zero() {
+                return Err(self.late());
+            }
+        }
+    }
+
+    fn late(&self) -> RefuseError {
+        if self.is_ending {
+            return RefuseError::Ending;
+        }
+        RefuseError::TimedOut {
+            after: self.allowed,
+            bytes: self.bytes.len(),
+            descriptors: self.descriptors.len(),
         }
     }
 }
