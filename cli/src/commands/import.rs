@@ -1,18 +1,19 @@
 //! `snap import`: store a memory image, or a snapshot of another virtual machine monitor.
 
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use serde::Serialize;
 use snapvm::interchange::{Import, ImportError, MemoryImage, VMSTATE};
 
 use super::cat::parse_address;
 use super::summary::Written;
 use crate::foreign_text::one_line;
-use crate::input::{reading, refuse_existing};
+use crate::input::{self, reading, refuse_as_output, refuse_existing};
 use crate::progress::Bar;
 use crate::session::Session;
 use crate::size;
@@ -29,6 +30,7 @@ use crate::{stderr, stdio};
 Examples:
   snap import memory.raw -o guest.snap                      a flat dump of memory
   snap import mem.file --vmstate vm.state -o guest.snap     a Firecracker snapshot
+  snap import diff.mem --vmstate diff.state --base guest.snap -o later.snap     a Firecracker diff snapshot
   snap import snapshot-dir -o guest.snap                    a Cloud Hypervisor snapshot
   snap import pc.ram -o guest.snap --region 0:3G --region 4G:1G
   zstd -dc memory.raw.zst | snap import - -o guest.snap
@@ -45,6 +47,21 @@ pub(crate) struct Args {
     /// The vmstate file of a Firecracker snapshot; its memory file is then MEMORY.
     #[arg(long, value_name = "FILE")]
     vmstate: Option<PathBuf>,
+
+    /// MEMORY is of a Firecracker diff snapshot: take what it does not have, its holes, from this snapshot, and write a
+    /// whole one. BASE.snap is the full snapshot with the diffs before this one.
+    #[arg(
+        long,
+        value_name = "BASE.snap",
+        requires = "vmstate",
+        conflicts_with = "holes_are_zeros"
+    )]
+    base: Option<PathBuf>,
+
+    /// The holes of a Firecracker snapshot's MEMORY are zeros: it is a full one that was copied sparsely, as by
+    /// `cp --sparse` or `snap export`.
+    #[arg(long, requires = "vmstate")]
+    holes_are_zeros: bool,
 
     /// Where a part of MEMORY lies in the guest, in the order of the file; once for each part.
     /// The default: memory starts at 0 without gaps, or where Firecracker puts it.
@@ -103,6 +120,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     };
     let memory = imported.memory_metadata().context("cannot look at the memory file")?;
     snapvm::refuse_same(&args.out, &memory)?;
+    refuse_as_output(&args.out, imported.base())?;
     let options = args.storage.options()?;
     let bar = Bar::new("importing", session.quiet, &session.interrupt);
     let header = imported.write(&args.out, &options, &|progress| bar.update(progress))?;
@@ -134,9 +152,16 @@ fn firecracker(args: &Args, vmstate: &Path) -> Result<Import> {
     let imported = in_regions(args, |ranges| Import::firecracker(image, state, ranges));
     imported.map_err(|error| match error.downcast_ref() {
         Some(ImportError::NoVmstate) => error.context(format!("{} (--region)", vmstate.display())),
+        Some(ImportError::Holes { .. }) => anyhow!("{error}. {HOLES}"),
+        Some(ImportError::OtherBase { .. }) => error.context("--base"),
         _ => error,
     })
 }
+
+/// What to do about a memory file with holes.
+const HOLES: &str = "\
+If it is one, give the snapshot on which it is based by --base. If it is a full one that was copied sparsely, give \
+--holes-are-zeros";
 
 fn cloud_hypervisor(folder: &Path, quiet: bool) -> Result<Import> {
     let imported = {
@@ -164,15 +189,29 @@ fn in_regions(
 
 /// The memory image: a file, or stdin.
 fn memory_image(args: &Args) -> Result<MemoryImage> {
-    if !stdio::is_meant(&args.input) {
-        let _reading = reading(&args.input);
-        return Ok(MemoryImage::open(&args.input)?);
-    }
+    let image = match stdio::is_meant(&args.input) {
+        false => {
+            let _reading = reading(&args.input);
+            MemoryImage::open(&args.input)?
+        }
+        true => image_from_stdin(&args.out)?,
+    };
+    Ok(match &args.base {
+        Some(base) => image.with_base(input::open(base, &[])?),
+        None if args.holes_are_zeros => image.holes_are_zeros(),
+        None => image,
+    })
+}
+
+fn image_from_stdin(out: &Path) -> Result<MemoryImage> {
     let path = Path::new("stdin");
-    let folder = args.out.parent().filter(|folder| *folder != Path::new(""));
+    let folder = out.parent().filter(|folder| *folder != Path::new(""));
     let folder = folder.unwrap_or(Path::new("."));
     let file = stdio::stdin(folder, |start| Ok(MemoryImage::check_start(path, start)?))?;
-    Ok(MemoryImage::from_file(file, path)?)
+    let is_copy = file.metadata().context("cannot use stdin")?.nlink() == 0;
+    let image = MemoryImage::from_file(file, path)?;
+    // The copy of a stream has holes where the stream had zeros.
+    Ok(if is_copy { image.holes_are_zeros() } else { image })
 }
 
 /// Reports each file in the folder that does not belong to the snapshot: it is not imported.

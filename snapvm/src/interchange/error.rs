@@ -119,6 +119,40 @@ pub enum ImportError {
         /// The sum of the lengths of its ranges.
         expected_bytes: u64,
     },
+    /// The memory image is not as long as the memory of the guest to which the vmstate belongs.
+    #[error(
+        "{} is {found_bytes} bytes long, but the vmstate is of a guest with {expected_bytes} bytes of memory: they do \
+         not belong together, or the file was cut short",
+        path.display()
+    )]
+    OtherVmstate {
+        /// The image.
+        path: PathBuf,
+        /// Its length.
+        found_bytes: u64,
+        /// The size in the vmstate.
+        expected_bytes: u64,
+    },
+    /// The memory file of a Firecracker snapshot has holes. In that of a diff snapshot they mean memory of its base, in
+    /// one that was copied sparsely they mean zeros.
+    #[error(
+        "{} has holes, {hole_bytes} bytes of {len_bytes}, as the memory file of a diff snapshot has",
+        path.display()
+    )]
+    Holes {
+        /// The image.
+        path: PathBuf,
+        /// The sum of the lengths of its holes.
+        hole_bytes: u64,
+        /// Its length.
+        len_bytes: u64,
+    },
+    /// The base of a diff snapshot has its memory at other addresses.
+    #[error("{} is not a diff of this base: their memory maps differ", path.display())]
+    OtherBase {
+        /// The image.
+        path: PathBuf,
+    },
     /// The vmstate has no magic of Firecracker, so the memory ranges are not known.
     #[error(
         "the file does not start like a vmstate of Firecracker; if it is one, give the guest's memory ranges"
@@ -203,6 +237,8 @@ impl ImportError {
             | Self::Folder { .. }
             | Self::NotRegular { .. }
             | Self::Ranges(_)
+            | Self::Holes { .. }
+            | Self::OtherBase { .. }
             | Self::Write { .. } => false,
             _ => true,
         }

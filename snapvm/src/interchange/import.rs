@@ -7,7 +7,8 @@ use std::path::Path;
 
 use serde_json::json;
 use snapfmt::{
-    Contents, Header, Metadata, OnProgress, StateBlob, WriteError, WriteOptions, write_snapshot,
+    Contents, Header, Metadata, OnProgress, Snapshot, StateBlob, WriteError, WriteOptions,
+    write_snapshot,
 };
 
 use super::cloud_hypervisor::{self, CONFIG, STATE};
@@ -51,25 +52,38 @@ impl Import {
     /// `None`: the ranges that Firecracker uses for memory of that size on the architecture of the vmstate.
     ///
     /// # Errors
-    /// [`ImportError::Ranges`]; without `ranges` also [`ImportError::NotMebibytes`], [`ImportError::NoVmstate`].
+    /// [`ImportError::Ranges`]; [`ImportError::OtherVmstate`] if the memory is smaller than the vmstate says, or, without
+    /// `ranges`, larger; [`ImportError::Holes`]; [`ImportError::OtherBase`]; without `ranges` also
+    /// [`ImportError::NotMebibytes`], [`ImportError::NoVmstate`].
     pub fn firecracker(
         image: MemoryImage,
         vmstate: StateBlob,
         ranges: Option<&[Range<u64>]>,
     ) -> Result<Self, ImportError> {
         let arch = GuestArch::of_vmstate(&vmstate.bytes);
-        let memory = match (ranges, arch) {
-            (Some(ranges), _) => in_ranges(image, ranges)?,
+        if let Some(expected_bytes) = firecracker::memory_bytes(&vmstate.bytes) {
+            let (path, found_bytes) = (image.path(), image.len_bytes());
+            // The ranges may have memory that was plugged in.
+            if found_bytes < expected_bytes || (found_bytes > expected_bytes && ranges.is_none()) {
+                let path = path.to_owned();
+                return Err(ImportError::OtherVmstate { path, found_bytes, expected_bytes });
+            }
+        }
+        let own;
+        let ranges = match (ranges, arch) {
+            (Some(ranges), _) => ranges,
             (None, _) if !image.len_bytes().is_multiple_of(firecracker::MEMORY_UNIT) => {
                 let (path, len_bytes) = (image.path().to_owned(), image.len_bytes());
                 return Err(ImportError::NotMebibytes { path, len_bytes });
             }
             (None, None) => return Err(ImportError::NoVmstate),
             (None, Some(arch)) => {
-                let ranges = arch.ranges(image.len_bytes());
-                in_ranges(image, &ranges)?
+                own = arch.ranges(image.len_bytes());
+                &own
             }
         };
+        image.check_holes()?;
+        let memory = in_ranges(image, ranges)?;
         Ok(Self { source: Source::Firecracker(arch), memory, states: vec![vmstate] })
     }
 
@@ -89,6 +103,12 @@ impl Import {
         let image = MemoryImage::open(&folder.join(cloud_hypervisor::MEMORY)).map_err(in_folder)?;
         let memory = image.laid_out(layout)?;
         Ok(Self { source: Source::CloudHypervisor, memory, states: vec![config, state] })
+    }
+
+    /// The snapshot whose memory is in the holes of the memory file, if the caller has given one.
+    #[must_use]
+    pub fn base(&self) -> Option<&Snapshot> {
+        self.memory.base()
     }
 
     /// The kind of import: `raw`, `firecracker` or `cloud-hypervisor`.
@@ -128,7 +148,7 @@ impl Import {
         progress: OnProgress<'_>,
     ) -> Result<Header, ImportError> {
         let path = &self.memory.path;
-        let data = self.memory.data().map_err(ImportError::io(path))?;
+        let data = self.memory.data();
         let mut source = json!({ "kind": self.kind() });
         if let Source::Firecracker(arch) = self.source {
             source["arch"] = json!(arch.map(GuestArch::name));

@@ -1,5 +1,6 @@
 //! A file of guest memory that another program has written.
 
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
 use std::ops::Range;
@@ -8,7 +9,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 use snapfmt::layout::{MAGIC, PAGE_BYTES};
-use snapfmt::{MemoryRegion, ReadAt};
+use snapfmt::{MemoryRegion, ReadAt, Snapshot};
 
 use super::error::{ImportError, NotMemory};
 use super::foreign_file;
@@ -21,6 +22,23 @@ pub struct MemoryImage {
     file: File,
     path: PathBuf,
     len_bytes: u64,
+    holes: Option<Holes>,
+}
+
+/// What the holes of a memory file mean.
+#[derive(Debug)]
+enum Holes {
+    Zeros,
+    Base(Base),
+}
+
+/// The snapshot to which a diff snapshot belongs.
+struct Base(Box<Snapshot>);
+
+impl fmt::Debug for Base {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Base").field(&self.0.header().id).finish()
+    }
 }
 
 impl MemoryImage {
@@ -49,7 +67,7 @@ impl MemoryImage {
         if !len_bytes.is_multiple_of(PAGE_BYTES as u64) {
             return Err(ImportError::NotPages { path, len_bytes });
         }
-        Ok(Self { file, path, len_bytes })
+        Ok(Self { file, path, len_bytes, holes: None })
     }
 
     /// Refuses a file that begins with the magic of a snapshot or an ELF file. Its first 8 bytes are enough.
@@ -67,6 +85,37 @@ impl MemoryImage {
         Err(ImportError::NotMemory { path: path.to_owned(), found })
     }
 
+    /// Its holes are zeros, as in a sparse copy of a full memory file. Only for Firecracker's files this is not assumed:
+    /// in the memory file of a diff snapshot they are memory that has not changed.
+    #[must_use]
+    pub fn holes_are_zeros(self) -> Self {
+        Self { holes: Some(Holes::Zeros), ..self }
+    }
+
+    /// Its holes are memory of `base`, as in the memory file of a diff snapshot. The base is the full snapshot, with all
+    /// diffs between them.
+    #[must_use]
+    pub fn with_base(self, base: Snapshot) -> Self {
+        Self { holes: Some(Holes::Base(Base(Box::new(base)))), ..self }
+    }
+
+    /// Refuses holes of which the caller has not said what they mean.
+    pub(super) fn check_holes(&self) -> Result<(), ImportError> {
+        if self.holes.is_some() {
+            return Ok(());
+        }
+        let data =
+            data_between(&self.file, 0..self.len_bytes).map_err(ImportError::io(&self.path))?;
+        let data_bytes: u64 = data.iter().map(|range| range.end - range.start).sum();
+        match self.len_bytes - data_bytes {
+            0 => Ok(()),
+            hole_bytes => {
+                let (path, len_bytes) = (self.path.clone(), self.len_bytes);
+                Err(ImportError::Holes { path, hole_bytes, len_bytes })
+            }
+        }
+    }
+
     /// The path of the image, for errors.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -81,13 +130,22 @@ impl MemoryImage {
 
     /// Adds the layout, which must be as long as the image.
     pub(super) fn laid_out(self, layout: ImageLayout) -> Result<LaidOutImage, ImportError> {
-        let Self { file, path, len_bytes: found_bytes } = self;
+        let Self { file, path, len_bytes: found_bytes, holes } = self;
         let expected_bytes = layout.memory_bytes();
         if found_bytes != expected_bytes {
             return Err(ImportError::Length { path, found_bytes, expected_bytes });
         }
+        let base = match holes {
+            Some(Holes::Base(base)) if base.0.regions() != layout.regions => {
+                return Err(ImportError::OtherBase { path });
+            }
+            Some(Holes::Base(base)) => Some(base),
+            Some(Holes::Zeros) | None => None,
+        };
         let file = StableFile::new(file).map_err(ImportError::io(&path))?;
-        Ok(LaidOutImage { file, path, layout })
+        let mut image = LaidOutImage { file, path, layout, base, own: Vec::new() };
+        image.own = image.own_data().map_err(ImportError::io(&image.path))?;
+        Ok(image)
     }
 }
 
@@ -97,6 +155,10 @@ pub(super) struct LaidOutImage {
     pub(super) file: StableFile,
     pub(super) path: PathBuf,
     layout: ImageLayout,
+    /// The memory that the file does not have.
+    base: Option<Base>,
+    /// The parts of the source space that are not holes of the file, ascending.
+    own: Vec<Range<u64>>,
 }
 
 impl LaidOutImage {
@@ -104,30 +166,29 @@ impl LaidOutImage {
         &self.layout.regions
     }
 
-    /// The parts of the source space that are not holes of the file (lseek(2), `SEEK_DATA`).
-    pub(super) fn data(&self) -> io::Result<Vec<Range<u64>>> {
-        let mut data = Vec::new();
-        for extent in &self.layout.extents {
-            let end = extent.file_offset + extent.len;
-            let to_source = |offset: u64| extent.source_offset + (offset - extent.file_offset);
-            let mut at = extent.file_offset;
-            while at < end {
-                let start = match rustix::fs::seek(self.file.file(), SeekFrom::Data(at)) {
-                    Ok(start) if start < end => start,
-                    // There is no data from there on, or not before the end.
-                    Ok(_) | Err(Errno::NXIO) => break,
-                    Err(error) => return Err(error.into()),
-                };
-                at = rustix::fs::seek(self.file.file(), SeekFrom::Hole(start))?.min(end);
-                data.push(to_source(start)..to_source(at));
-            }
-        }
-        Ok(data)
+    /// The snapshot whose memory is in the holes.
+    pub(super) fn base(&self) -> Option<&Snapshot> {
+        self.base.as_ref().map(|base| &*base.0)
     }
-}
 
-impl ReadAt for LaidOutImage {
-    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+    /// The parts of the source space that may not be zero.
+    pub(super) fn data(&self) -> Vec<Range<u64>> {
+        let base = self.base.iter().flat_map(|base| base.0.populated());
+        self.own.iter().cloned().chain(base).collect()
+    }
+
+    fn own_data(&self) -> io::Result<Vec<Range<u64>>> {
+        let mut own = Vec::new();
+        for extent in &self.layout.extents {
+            let file = extent.file_offset..extent.file_offset + extent.len;
+            let to_source = |offset: u64| extent.source_offset + (offset - extent.file_offset);
+            let data = data_between(self.file.file(), file)?;
+            own.extend(data.into_iter().map(|data| to_source(data.start)..to_source(data.end)));
+        }
+        Ok(own)
+    }
+
+    fn read_own(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         let mut rest = buf;
         for (at, len) in self.layout.parts(offset..offset + rest.len() as u64) {
             let (now, later) = rest.split_at_mut(len);
@@ -135,6 +196,50 @@ impl ReadAt for LaidOutImage {
             rest = later;
         }
         if rest.is_empty() { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+    }
+}
+
+/// The parts of a range of a file that are not holes (lseek(2), `SEEK_DATA`), ascending.
+fn data_between(file: &File, range: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+    let mut data = Vec::new();
+    let mut at = range.start;
+    while at < range.end {
+        let start = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Ok(start) if start < range.end => start,
+            // There is no data from there on, or not before the end.
+            Ok(_) | Err(Errno::NXIO) => break,
+            Err(error) => return Err(error.into()),
+        };
+        at = rustix::fs::seek(file, SeekFrom::Hole(start))?.min(range.end);
+        data.push(start..at);
+    }
+    Ok(data)
+}
+
+impl ReadAt for LaidOutImage {
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        let Some(base) = &self.base else {
+            return self.read_own(buf, offset);
+        };
+        let base = base.0.memory();
+        let (mut rest, mut at) = (buf, offset);
+        while !rest.is_empty() {
+            let next = self.own.partition_point(|own| own.end <= at);
+            let (own, end) = match self.own.get(next) {
+                Some(own) if own.start <= at => (true, own.end),
+                Some(later) => (false, later.start),
+                None => (false, u64::MAX),
+            };
+            let len = usize::try_from(end - at).unwrap_or(usize::MAX).min(rest.len());
+            let (now, later) = rest.split_at_mut(len);
+            if own {
+                self.read_own(now, at)?;
+            } else {
+                base.read_exact_at(now, at)?;
+            }
+            (rest, at) = (later, at + len as u64);
+        }
+        Ok(())
     }
 
     fn len_bytes(&self) -> io::Result<u64> {
