@@ -290,6 +290,31 @@ fn a_kill_at_any_moment_of_a_load_leaves_no_guest_waiting() {
     keeping.finish();
 }
 
+/// The keeper has a duplicate of the connection, which must not keep it open.
+#[test]
+fn a_guest_that_cannot_be_served_is_disconnected_promptly() {
+    if !userfaultfd_works("a_guest_that_cannot_be_served_is_disconnected_promptly") {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path();
+    let keeping = Keeping::start(folder, FOREVER);
+    let server = Daemon::start(folder, PAGES, "poison");
+    let mut fastest = FOREVER;
+    for _ in 0..5 {
+        let mut vmm = Vmm::start(&daemon::socket(folder));
+        vmm.ok(&format!("map {PAGES}"));
+        let begun = std::time::Instant::now();
+        vmm.ok("body beyond");
+        assert_eq!(vmm.ask("failure").as_deref(), Some(""));
+        fastest = fastest.min(begun.elapsed());
+        server.expect("Refused");
+    }
+    server.kill();
+    assert_eq!(keeping.finish(), 0);
+    assert!(fastest < Duration::from_millis(100), "{fastest:?}");
+}
+
 /// A guest whose connection no server has taken fails like others, and does not wait forever.
 #[test]
 fn a_guest_that_has_just_connected_fails_when_no_server_comes_back() {

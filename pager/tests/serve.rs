@@ -412,6 +412,29 @@ fn a_file_that_was_written_to_is_not_shared_again() {
     serving.finish();
 }
 
+/// A guest that cannot be served sees the end of its connection, instead of waiting for an answer.
+#[test]
+fn a_guest_that_cannot_be_served_is_disconnected_promptly() {
+    if !userfaultfd_works("a_guest_that_cannot_be_served_is_disconnected_promptly") {
+        return;
+    }
+    let source = Arc::new(VecSource::new(stamped(64), 16 * PAGE));
+    let serving = Serving::start(source, ServeOptions::default());
+    let mut fastest = HUNG;
+    for _ in 0..5 {
+        let mut vmm = Vmm::start(&serving.socket);
+        vmm.ok("map 64");
+        let begun = Instant::now();
+        // Its memory is larger than the snapshot's.
+        vmm.ok("body beyond");
+        assert_eq!(vmm.ask("failure").as_deref(), Some(""));
+        fastest = fastest.min(begun.elapsed());
+        serving.expect("a region ends at source offset");
+    }
+    serving.finish();
+    assert!(fastest < Duration::from_millis(100), "{fastest:?}");
+}
+
 /// The handshake may take a minute here, but a server that ends does not wait for it.
 #[test]
 fn a_client_in_the_handshake_is_closed_when_the_server_ends() {
