@@ -2,10 +2,11 @@
 //! the library.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
@@ -120,6 +121,108 @@ fn a_socket_can_be_given_to_other_users_who_are_allowed() {
         assert_eq!((found.uid(), found.gid(), found.mode() & 0o777), (4321, 4322, 0o600));
         assert_eq!(serving.end("TERM"), Some(130));
     }
+}
+
+/// What systemd does: it listens, passes the socket as descriptor 3, and waits for READY=1.
+#[test]
+fn a_service_manager_passes_the_socket_and_is_notified() {
+    needs_vm!();
+    let sample = Sample::small();
+    let folder = sample.folder.path();
+    let (socket, notified) = (folder.join("pages.sock"), folder.join("notify.sock"));
+    let manager = UnixListener::bind(&socket).expect("it binds");
+    let notices = UnixDatagram::bind(&notified).expect("it binds");
+    notices.set_read_timeout(Some(Duration::from_secs(60))).expect("it can be set");
+    let start = |options: &str| {
+        // The shell keeps its process id, which LISTEN_PID must be.
+        let script = format!(r#"LISTEN_PID=$$ exec "{SNAP}" serve "$0" {options} 3<&0 </dev/null"#);
+        let mut command = Command::new("sh");
+        command.arg("-c").arg(script).arg(&sample.file);
+        command.env("LISTEN_FDS", "1").env("NOTIFY_SOCKET", &notified);
+        command
+            .stdin(OwnedFd::from(manager.try_clone().expect("a duplicate")))
+            .stderr(Stdio::piped());
+        command
+    };
+    let mut state = [0; 64];
+    for _ in 0..2 {
+        let mut server = start("").spawn().expect("it starts");
+        let len = notices.recv(&mut state).expect("it is ready");
+        assert_eq!(&state[..len], b"READY=1");
+        let share = ["--lazy", "--share", socket.to_str().expect("text"), "--beats", "1"];
+        restore(&sample.file, &share).ok();
+        signal(server.id(), "TERM");
+        assert_eq!(server.wait().expect("it ends").code(), Some(130));
+        // The next one gets it.
+        assert!(socket.exists());
+        UnixStream::connect(&socket).expect("the manager still listens");
+    }
+    let both = start("--listen other.sock").output().expect("it starts");
+    assert_eq!(both.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&both.stderr).contains("has passed a socket already"));
+    let neither = snap(["serve", sample.file.to_str().expect("text")]);
+    neither.failed(1, &["--listen SOCKET"]);
+}
+
+#[test]
+fn a_folder_of_snapshots_is_served_while_files_come_and_go() {
+    needs_vm!();
+    let sample = Sample::small();
+    let (files, sockets) = (sample.folder.path().join("files"), sample.folder.path().join("at"));
+    for folder in [&files, &sockets] {
+        std::fs::create_dir(folder).expect("it can be created");
+    }
+    // As every program that writes a snapshot does: it appears when it is complete.
+    let add = |name: &str| {
+        let hidden = files.join(".new");
+        std::fs::copy(&sample.file, &hidden).expect("it can be copied");
+        std::fs::rename(&hidden, files.join(name)).expect("it can be renamed");
+    };
+    let runs = |socket: &str| {
+        let socket = sockets.join(socket);
+        let share = ["--lazy", "--share", socket.to_str().expect("text"), "--beats", "1"];
+        restore(&sample.file, &share).ok();
+    };
+    let command = |at: &Path| {
+        let mut command = Command::new(SNAP);
+        command.arg("serve").arg(&files).arg("--listen").arg(at);
+        command
+    };
+    let file = files.join("file");
+    crate::support::run(command(&file)).failed(1, &["is a folder: --listen must be a folder"]);
+    add("a.snap");
+    std::fs::write(files.join("notes"), "").expect("it can be written");
+    let mut server = start(command(&sockets));
+    let mut lines = BufReader::new(server.stderr.take().expect("a pipe")).lines();
+    let mut prints = |what: &str| loop {
+        let line = lines.next().expect("another line").expect("text");
+        if line.contains(what) {
+            return;
+        }
+    };
+    prints("/a.sock");
+    prints("serving 1 snapshots of");
+    runs("a.sock");
+    add("b.c.snap");
+    prints("/b.c.sock");
+    runs("b.c.sock");
+    // A file that cannot be served disturbs no other, and is reported once.
+    std::fs::write(files.join("d.snap"), "no snapshot").expect("it can be written");
+    prints("d.snap is not served");
+    std::fs::remove_file(files.join("a.snap")).expect("it can be removed");
+    let begun = Instant::now();
+    while sockets.join("a.sock").exists() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "the socket is still there");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    runs("b.c.sock");
+    // Another file of the same name.
+    add("b.c.snap");
+    prints("/b.c.sock");
+    runs("b.c.sock");
+    signal(server.id(), "TERM");
+    assert_eq!(end_of(server).status.code(), Some(130));
+    assert_eq!(std::fs::read_dir(&sockets).expect("it is there").count(), 0);
 }
 
 /// The number in "ended after N faults".

@@ -36,9 +36,27 @@ struct Shared {
     children: Mutex<Vec<Weak<OwnedFd>>>,
 }
 
-/// A server, or a keeper, which has no handle; dropping this stops it.
+/// The guests of one server or of several.
+pub(crate) trait Guests: Send + Sync {
+    /// How many are served.
+    fn count(&self) -> usize;
+    /// Kills those that still need a server.
+    fn kill(&self);
+}
+
+impl Guests for ServerHandle {
+    fn count(&self) -> usize {
+        self.guests().len()
+    }
+
+    fn kill(&self) {
+        let _ = self.kill_guests();
+    }
+}
+
+/// Servers, or a keeper, whose guests are not known; dropping this stops them.
 struct Serving {
-    server: Option<ServerHandle>,
+    guests: Option<Arc<dyn Guests>>,
     stop: Option<PipeWriter>,
     /// What it waits for then.
     draining: Option<Waiting>,
@@ -161,7 +179,7 @@ impl Interrupt {
     /// Ends the process immediately, after removing its sockets and hidden files.
     fn end_immediately(&self, code: u8) -> ! {
         if let Some(serving) = &*self.server() {
-            let _ = serving.server.as_ref().map(ServerHandle::kill_guests);
+            serving.guests.iter().for_each(|guests| guests.kill());
         }
         leftovers::remove();
         terminal::restore();
@@ -184,8 +202,8 @@ impl Interrupt {
 
     /// The first interrupt drops `stop`; the second kills the guests that still need the server, because they would
     /// wait forever.
-    pub(crate) fn stops(&self, server: Option<ServerHandle>, stop: PipeWriter) {
-        *self.server() = Some(Serving { server, stop: Some(stop), draining: None });
+    pub(crate) fn stops(&self, guests: Option<Arc<dyn Guests>>, stop: PipeWriter) {
+        *self.server() = Some(Serving { guests, stop: Some(stop), draining: None });
         if self.requested() {
             self.stop_server();
         }
@@ -220,9 +238,9 @@ impl Interrupt {
     fn stop_server(&self) {
         if let Some(serving) = &mut *self.server() {
             drop(serving.stop.take());
-            serving.draining = serving.server.clone().map(|server| {
+            serving.draining = serving.guests.clone().map(|guests| {
                 let guests = move || {
-                    let guests = server.guests().len();
+                    let guests = guests.count();
                     format!("{guests} guests to end; Ctrl-C kills those that still need pages")
                 };
                 Wait::new(guests).outlasts().begin()

@@ -27,6 +27,7 @@ mod progress;
 mod report;
 mod restored_run;
 mod restoring;
+mod service;
 mod session;
 mod size;
 mod stderr;

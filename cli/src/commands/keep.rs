@@ -12,6 +12,7 @@ use snapvm::with_causes;
 use crate::api::private_socket;
 use crate::descriptors::allow_many_descriptors;
 use crate::exit::Interrupted;
+use crate::service;
 use crate::session::Session;
 use crate::stderr::say;
 
@@ -55,6 +56,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         let line = format!("keeping at {}\n", args.listen.display());
         let _ = std::io::stderr().write_all(line.as_bytes());
     }
+    service::ready();
     let killed = keeper.run(stopped.as_fd()).context("cannot keep")?;
     if killed > 0 {
         let line = format!("snap: {killed} guests without a server were killed\n");

@@ -15,11 +15,11 @@ pub(crate) struct Access {
     allow_gid: Vec<u32>,
 
     /// Give the socket to this user, or this group, by numbers. Another user than this one takes root.
-    #[arg(long, value_name = "UID[:GID]", value_parser = parse_owner)]
+    #[arg(long, value_name = "UID[:GID]", value_parser = parse_owner, requires = "listen")]
     socket_owner: Option<Owner>,
 
     /// The permissions of the socket, in octal; connecting takes the permission to write. [default: 600]
-    #[arg(long, value_name = "MODE", value_parser = parse_mode)]
+    #[arg(long, value_name = "MODE", value_parser = parse_mode, requires = "listen")]
     socket_mode: Option<u32>,
 }
 

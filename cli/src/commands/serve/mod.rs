@@ -2,18 +2,19 @@
 
 mod access;
 mod events;
+mod folder;
 
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use pager::serve::{KeepAt, KeeperLink, Prefetched, ServeEvent, ServeOptions, Server, Socket};
-use pager::{Populate, SnapshotSource, keep};
+use pager::{PageSource, Populate, SnapshotSource, keep};
 use snapfmt::Snapshot;
 use snapvm::interchange::has_async_page_faults;
 use snapvm::{remote_fault_overhead, snapshot_name, with_causes, working_set_pages};
@@ -25,9 +26,10 @@ use crate::descriptors::allow_many_descriptors;
 use crate::exit::Interrupted;
 use crate::input::{Input, reading};
 use crate::pager_args::{OnError, PrefetchArg};
+use crate::service;
 use crate::session::Session;
 use crate::stderr::{self, say};
-use crate::waits::Wait;
+use crate::waits::{Wait, Waiting};
 use crate::{metrics, size};
 
 /// Serve a snapshot's memory to guests of Firecracker, and to clones that share it.
@@ -36,20 +38,24 @@ use crate::{metrics, size};
 /// --socket-mode say otherwise), and loads pages when a guest touches them, for any
 /// number of guests. Firecracker loads its snapshot with `mem_backend` of the type `Uffd` and this socket as
 /// `backend_path`. `snap restore --lazy --share SOCKET` makes clones that share the pages that they do not write to.
+/// If FILE is a folder, each NAME.snap in it is served at NAME.sock in the folder of --listen; files may be added and
+/// removed meanwhile.
 /// Ctrl-C: accepts no new guests, and ends when the last one has ended; again: kills guests that still need pages,
 /// unless a keeper has them.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
   snap import mem --vmstate state -o fc.snap && snap serve fc.snap --listen /run/user/1000/fc.sock
+  snap serve /srv/snapshots --listen /run/user/1000/pages
   snap serve fc.snap --listen /srv/jailer/firecracker/a/root/mem.sock --allow-uid 123 --socket-owner 123:100")]
 pub(crate) struct Args {
     #[command(flatten)]
     input: Input,
 
-    /// The socket. A socket of a dead server is replaced.
-    #[arg(long, value_name = "SOCKET")]
-    listen: PathBuf,
+    /// The socket, or, if FILE is a folder, the folder of the sockets. A socket of a dead server is replaced.
+    /// Without this, the socket that a service manager has passed (LISTEN_FDS).
+    #[arg(long, value_name = "SOCKET|FOLDER")]
+    listen: Option<PathBuf>,
 
     #[command(flatten)]
     access: Access,
@@ -106,34 +112,66 @@ impl From<PopulateArg> for Populate {
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     args.access.check()?;
+    if args.input.file.is_dir() {
+        return folder::run(args, session);
+    }
     let snapshot = Arc::new(args.input.open()?);
-    let reading_set = reading(&args.input.file);
+    let options = options(args, &args.input.file, &snapshot)?;
+    let socket = socket(args, &options)?;
+    let listening = socket.path().display().to_string();
+    let source = Arc::new(SnapshotSource::new(Arc::clone(&snapshot)));
+    let server = server(&args.input.file, source, socket, options, session.quiet)?;
+    allow_many_descriptors();
+    let metrics = args.metrics.map(|at| metrics::serve(at, server.handle())).transpose()?;
+    let (stopped, stop) = std::io::pipe().context("cannot create a pipe")?;
+    session.interrupt.stops(Some(Arc::new(server.handle())), stop);
+    if !session.quiet {
+        let figures =
+            metrics.map_or(String::new(), |at| format!(", figures at http://{at}/metrics"));
+        let served = served(&args.input.file, &snapshot);
+        stderr::print(&format!("serving {served} at {listening}{figures}\n"));
+    }
+    service::ready();
+    server.run(stopped.as_fd()).context("cannot serve")?;
+    match session.interrupt.requested() {
+        true => Err(Interrupted.into()),
+        false => Ok(()),
+    }
+}
+
+/// The memory of a snapshot, for messages.
+fn served(file: &Path, snapshot: &Snapshot) -> String {
+    format!("{} of {}", size::human(snapshot.header().memory_bytes), file.display())
+}
+
+fn options(args: &Args, file: &Path, snapshot: &Arc<Snapshot>) -> Result<ServeOptions> {
+    let _reading_set = reading(file);
     let mut options = ServeOptions::default();
     options.on_error = args.on_error.into();
-    options.share = Some(snapshot_name(&snapshot));
+    options.share = Some(snapshot_name(snapshot));
     options.populate = args.populate.into();
-    let halts = has_async_page_faults(&snapshot)?;
-    options.fault_overhead = halts.then_some(HALT).or_else(|| remote_fault_overhead(&snapshot));
-    options.prefetch = prefetched(args.prefetch, &snapshot);
-    drop(reading_set);
+    let halts = has_async_page_faults(snapshot)?;
+    options.fault_overhead = halts.then_some(HALT).or_else(|| remote_fault_overhead(snapshot));
+    options.prefetch = prefetched(args.prefetch, snapshot);
     let keep_at =
-        |socket: &PathBuf| KeepAt { socket: socket.clone(), snapshot: snapshot_name(&snapshot) };
+        |socket: &PathBuf| KeepAt { socket: socket.clone(), snapshot: snapshot_name(snapshot) };
     options.keep = args.keep.as_ref().map(keep_at);
     options.allow = args.access.allowed();
-    let keeping = args.keep.clone().map(|keeper| {
-        let keeper = move || format!("the keeper at {} to answer", keeper.display());
-        Wait::new(keeper).at_most(keep::ANSWER_TIMEOUT).begin()
-    });
-    let keeper = KeeperLink::connect(&options, &args.listen)?;
-    let access = args.access.socket();
-    let socket = private_socket(&args.listen, || match keeper {
-        Some(keeper) => keeper.bind(access),
-        None => Socket::bind_for(&args.listen, access),
-    })?;
-    let (file, quiet) = (args.input.file.display().to_string(), session.quiet);
-    let source = Arc::new(SnapshotSource::new(Arc::clone(&snapshot)));
-    let source = Arc::new(AwaitedSource::new(source, &args.input.file));
-    let advised = AtomicBool::new(!halts || quiet);
+    Ok(options)
+}
+
+/// A server of one snapshot, which prints its events.
+fn server(
+    file: &Path,
+    source: Arc<dyn PageSource>,
+    socket: Socket,
+    options: ServeOptions,
+    quiet: bool,
+) -> Result<Server> {
+    let _answering = answering(&options);
+    let source = Arc::new(AwaitedSource::new(source, file));
+    let advised = AtomicBool::new(options.fault_overhead != Some(HALT) || quiet);
+    let file = file.display().to_string();
     let server = Server::at(socket, source, options, move |event| {
         if let ServeEvent::Served { .. } = event
             && !advised.swap(true, Ordering::Relaxed)
@@ -143,24 +181,44 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         // If the reader of stderr does not read, guests are served anyway.
         events::message(&file, &event, quiet).iter().for_each(|line| say(line));
     })?;
-    drop(keeping);
-    allow_many_descriptors();
-    let metrics = args.metrics.map(|at| metrics::serve(at, server.handle())).transpose()?;
-    let (stopped, stop) = std::io::pipe().context("cannot create a pipe")?;
-    session.interrupt.stops(Some(server.handle()), stop);
-    if !session.quiet {
-        let (file, socket) = (args.input.file.display(), args.listen.display());
-        let memory = size::human(snapshot.header().memory_bytes);
-        let figures =
-            metrics.map_or(String::new(), |at| format!(", figures at http://{at}/metrics"));
-        let line = format!("serving {memory} of {file} at {socket}{figures}\n");
-        stderr::print(&line);
-    }
-    server.run(stopped.as_fd()).context("cannot serve")?;
-    match session.interrupt.requested() {
-        true => Err(Interrupted.into()),
-        false => Ok(()),
-    }
+    Ok(server)
+}
+
+/// The keeper may be slow.
+fn answering(options: &ServeOptions) -> Option<Waiting> {
+    let keeper = options.keep.as_ref()?.socket.clone();
+    let keeper = move || format!("the keeper at {} to answer", keeper.display());
+    Some(Wait::new(keeper).at_most(keep::ANSWER_TIMEOUT).begin())
+}
+
+/// The socket of --listen, or the one that was passed.
+fn socket(args: &Args, options: &ServeOptions) -> Result<Socket> {
+    let path = match (service::passed_socket()?, &args.listen) {
+        (None, Some(path)) => path,
+        (Some(listener), None) => {
+            return Socket::passed(listener).context("the passed socket cannot be used");
+        }
+        (Some(_), Some(_)) => {
+            bail!("--listen: the service manager has passed a socket already (LISTEN_FDS)")
+        }
+        (None, None) => {
+            bail!("give the socket by --listen SOCKET; none was passed by a service manager")
+        }
+    };
+    bind(path, args, options)
+}
+
+/// A new socket, or that of a dead server with the clients that wait there.
+fn bind(path: &Path, args: &Args, options: &ServeOptions) -> Result<Socket> {
+    let keeper = {
+        let _answering = answering(options);
+        KeeperLink::connect(options, path)?
+    };
+    let access = args.access.socket();
+    private_socket(path, || match keeper {
+        Some(keeper) => keeper.bind(access),
+        None => Socket::bind_for(path, access),
+    })
 }
 
 /// The cost of a fault for a guest with KVM's asynchronous page faults: it halts, and "page ready" comes late.

@@ -23,6 +23,8 @@ pub(super) struct Front {
     pub(super) path: Vec<u8>,
     pub(super) identity: (u64, u64),
     pub(super) policy: Policy,
+    /// A service manager has the listening socket, too.
+    pub(super) passed: bool,
     /// `None`: the server listens no longer.
     listener: Option<UnixListener>,
     /// The number of the server. `None`: it is dead.
@@ -55,6 +57,7 @@ impl Front {
             path,
             identity,
             policy,
+            passed: false,
             listener: Some(listener.into()),
             server: Some(server),
             door: Some(door),
@@ -179,10 +182,10 @@ impl Front {
         self.is_orphaned() && self.listener.is_none() && self.waiting.is_empty()
     }
 
-    /// No server has come. Clients can connect no longer, and those that have are failed by the policy. Returns their
-    /// processes.
+    /// No server has come. Clients can connect no longer, except to a service manager's socket. Those that have are failed
+    /// by the policy. Returns their processes.
     pub(super) fn give_up(mut self) -> Vec<Arc<Peer>> {
-        if let Some(listener) = &self.listener {
+        if let Some(listener) = self.listener.as_ref().filter(|_| !self.passed) {
             // From now on connect(2) fails, so that no client enters the queue after it was emptied.
             let _ = rustix::net::shutdown(listener, Shutdown::Read);
         }

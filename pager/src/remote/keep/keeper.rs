@@ -243,8 +243,8 @@ impl Keeper {
                     connection.into_iter().for_each(|connection| self.release(number, connection));
                 }
                 Ok(Some((ToKeeper::Release { connection }, _))) => self.release(number, connection),
-                Ok(Some((ToKeeper::Listen { identity }, descriptors))) => {
-                    if let Err(error) = self.listen(number, identity, descriptors) {
+                Ok(Some((ToKeeper::Listen { identity, passed }, descriptors))) => {
+                    if let Err(error) = self.listen(number, identity, passed, descriptors) {
                         return self.lose(number, error);
                     }
                 }
@@ -269,6 +269,7 @@ impl Keeper {
         &mut self,
         number: u64,
         identity: (u64, u64),
+        passed: bool,
         descriptors: Vec<OwnedFd>,
     ) -> Result<(), KeepError> {
         let serves = self.servers.get(&number).and_then(|server| server.serves.clone());
@@ -277,6 +278,7 @@ impl Keeper {
         let [listener, door] = <[OwnedFd; 2]>::try_from(descriptors)
             .map_err(|_| wire::unclear("`listen` without its descriptors"))?;
         let mut front = Front::new(path, identity, policy, listener, number, door);
+        front.passed = passed;
         let before = self.fronts.iter().position(|other| {
             other.path == front.path && (other.is_orphaned() || other.is_of(number))
         });

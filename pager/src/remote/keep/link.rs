@@ -72,6 +72,7 @@ impl Link {
         &self,
         listener: BorrowedFd<'_>,
         identity: (u64, u64),
+        passed: bool,
     ) -> Result<Door, KeepError> {
         let (here, there) = rustix::net::socketpair(
             AddressFamily::UNIX,
@@ -80,7 +81,7 @@ impl Link {
             None,
         )
         .map_err(wire::system("create a pair of sockets"))?;
-        self.send(&ToKeeper::Listen { identity }, &[listener, there.as_fd()])?;
+        self.send(&ToKeeper::Listen { identity, passed }, &[listener, there.as_fd()])?;
         Ok(Door(here))
     }
 

@@ -46,8 +46,8 @@ pub(super) enum ToKeeper {
     /// The server takes over a guest of a dead server, under this id. The answer is `Guest` or `NoGuest`.
     Take { id: u64 },
     /// The server listens. With its listening socket, and the socket to which the keeper sends its connections, each
-    /// as [`Accepted`]. There is no answer.
-    Listen { identity: (u64, u64) },
+    /// as [`Accepted`]. There is no answer. A `passed` socket is also that of a service manager.
+    Listen { identity: (u64, u64), passed: bool },
     /// The server listens no longer. The keeper sends the connections that are left, and then closes that socket.
     Close {},
     /// A guest, with its descriptors. There is no answer. If it `shares` memory, it has ended when it closes its

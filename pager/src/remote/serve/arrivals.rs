@@ -39,7 +39,9 @@ pub(super) type Arrival = (UnixStream, Option<Held>);
 impl Arrivals {
     pub(super) fn new(socket: Socket, keeper: Option<&Arc<Link>>) -> Result<Arrivals, BindError> {
         let keeper = keeper.map(|link| {
-            let door = link.listen(socket.as_fd(), socket.identity).map_err(BindError::Keep)?;
+            let door = link
+                .listen(socket.as_fd(), socket.identity, socket.passed)
+                .map_err(BindError::Keep)?;
             Ok((Arc::clone(link), door))
         });
         Ok(Arrivals { socket, keeper: keeper.transpose()?, waiting_since: None })
@@ -105,11 +107,13 @@ impl Arrivals {
         }
     }
 
-    /// From now on no client can connect. Those that have are left to be taken.
+    /// From now on no client can connect, except to a socket that the next server has, too. Those that have are left to be taken.
     pub(super) fn close(&mut self) {
-        self.socket.remove_name();
-        // A client may just have found the name. This makes its connect(2) fail.
-        let _ = rustix::net::shutdown(&self.socket, Shutdown::Read);
+        if !self.socket.passed {
+            self.socket.remove_name();
+            // A client may just have found the name. This makes its connect(2) fail.
+            let _ = rustix::net::shutdown(&self.socket, Shutdown::Read);
+        }
         if let Some((link, _)) = &self.keeper {
             link.close();
         }
@@ -129,6 +133,10 @@ impl Arrivals {
             } else if let Some(arrival) = self.take()? {
                 return Ok(Some(arrival));
             }
+        }
+        if self.socket.passed {
+            // Those in its queue wait for the next server.
+            return Ok(None);
         }
         match self.socket.accept() {
             Ok(accepted) => Ok(accepted.map(|stream| (stream, None))),

@@ -32,6 +32,9 @@ pub enum BindError {
         /// The name of the socket.
         path: PathBuf,
     },
+    /// A socket that was passed has no name in the file system, or another file has it by now.
+    #[error("the socket has no name in the file system")]
+    Unnamed,
     /// Another process holds the lock of the folder of the socket.
     #[error(
         "the socket's folder has been locked by another process for {after:?}; choose another folder, or see lslocks(8)"

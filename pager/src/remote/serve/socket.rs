@@ -43,6 +43,8 @@ pub struct Socket {
     pub(super) path: PathBuf,
     /// Device and inode of the name, so that only this name is removed.
     pub(super) identity: (u64, u64),
+    /// Another program has created it, and keeps using it.
+    pub(super) passed: bool,
     /// The keeper that has a duplicate, or will get one.
     pub(super) keeper: Option<Arc<Link>>,
 }
@@ -101,6 +103,7 @@ impl Socket {
             listener: UnixListener::from(socket),
             path: path.to_owned(),
             identity: name.identity(),
+            passed: false,
             keeper: None,
         })
     }
@@ -120,7 +123,28 @@ impl Socket {
         };
         access.apply(&name).map_err(system("set the socket's owner and mode"))?;
         let listener = UnixListener::from(listener);
-        Ok(Some(Socket { listener, path: path.to_owned(), identity, keeper: None }))
+        Ok(Some(Socket { listener, path: path.to_owned(), identity, passed: false, keeper: None }))
+    }
+
+    /// Takes a listening socket that another program has created, such as a service manager, which may pass it to the
+    /// next server, too. So its name, owner and mode stay as they are, also when this is dropped.
+    ///
+    /// # Errors
+    /// [`BindError::Unnamed`]; [`BindError::System`].
+    pub fn passed(listener: UnixListener) -> Result<Socket, BindError> {
+        let system = |what| move |error| BindError::System { what, error };
+        listener.set_nonblocking(true).map_err(system("make the socket non-blocking"))?;
+        let address = listener.local_addr().map_err(system("get the socket's name"))?;
+        let path = address.as_pathname().ok_or(BindError::Unnamed)?.to_owned();
+        let name = Name::open(&path).map_err(|_| BindError::Unnamed)?;
+        let identity = name.identity();
+        Ok(Socket { listener, path, identity, passed: true, keeper: None })
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// The next connection, if one is waiting. Its process may still belong to another user: see
@@ -189,8 +213,9 @@ impl AsFd for Socket {
 impl Socket {
     /// Removes the name, unless it names another file by now.
     pub(super) fn remove_name(&self) {
-        if fs::symlink_metadata(&self.path)
-            .is_ok_and(|named| (named.dev(), named.ino()) == self.identity)
+        if !self.passed
+            && fs::symlink_metadata(&self.path)
+                .is_ok_and(|named| (named.dev(), named.ino()) == self.identity)
         {
             let _ = fs::remove_file(&self.path);
         }
@@ -283,6 +308,21 @@ mod tests {
         std::os::unix::fs::symlink(&path, &link).expect("it can be made");
         let name = Name::open(&link).expect("a link can be opened");
         assert_eq!(access.apply(&name), Err(Errno::NOTSOCK));
+    }
+
+    #[test]
+    fn a_passed_socket_keeps_its_name() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("s");
+        let manager = UnixListener::bind(&path).expect("it binds");
+        let socket =
+            Socket::passed(manager.try_clone().expect("a duplicate")).expect("it has a name");
+        assert_eq!(socket.path(), path);
+        assert!(socket.accept().expect("it listens").is_none());
+        drop(socket);
+        UnixStream::connect(&path).expect("the manager still listens");
+        fs::remove_file(&path).expect("it is there");
+        assert!(matches!(Socket::passed(manager), Err(BindError::Unnamed)));
     }
 
     #[test]
