@@ -40,6 +40,7 @@ mod object_store_s3;
 mod overlays;
 mod overwritten;
 mod page_cache;
+mod recorded_serving;
 mod running;
 mod scattered_memory;
 #[path = "../snapfmt/fuzz/harness/seal.rs"]

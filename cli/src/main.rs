@@ -24,6 +24,7 @@ mod metrics;
 mod millis;
 mod pager_args;
 mod progress;
+mod recorded_source;
 mod report;
 mod restored_run;
 mod restoring;

@@ -33,10 +33,12 @@ pub struct Vmm {
 }
 
 impl Vmm {
-    /// Starts one. The test binary must have a test `vmm_process` that calls [`run`].
+    /// Starts one. The module that includes this one must have a test `vmm_process` that calls [`run`].
     pub fn start(socket: &Path) -> Vmm {
+        let (_crate, own) = module_path!().split_once("::").expect("a module");
+        let process = format!("{}vmm_process", own.strip_suffix("vmm").expect("its name"));
         let mut child = Command::new(std::env::current_exe().expect("this test"))
-            .args(["--exact", "vmm_process", "--nocapture", "--test-threads=1"])
+            .args(["--exact", &process, "--nocapture", "--test-threads=1"])
             .env(SOCKET, socket)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

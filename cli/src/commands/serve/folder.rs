@@ -75,6 +75,9 @@ pub(super) fn run(args: &Args, session: &Session) -> Result<()> {
     let Some(sockets) = args.listen.as_deref().filter(|sockets| sockets.is_dir()) else {
         bail!("{} is a folder: --listen must be a folder, too", args.input.file.display());
     };
+    if args.record {
+        bail!("--record takes one snapshot, and {} is a folder", args.input.file.display());
+    }
     if args.metrics.is_some() {
         bail!(
             "--metrics takes the figures of one snapshot, and {} is a folder",

@@ -3,6 +3,7 @@
 mod access;
 mod events;
 mod folder;
+mod recording;
 
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
@@ -20,6 +21,7 @@ use snapvm::interchange::has_async_page_faults;
 use snapvm::{remote_fault_overhead, snapshot_name, with_causes, working_set_pages};
 
 use self::access::Access;
+use self::recording::Recording;
 use crate::api::private_socket;
 use crate::awaited_source::AwaitedSource;
 use crate::descriptors::allow_many_descriptors;
@@ -46,6 +48,7 @@ use crate::{metrics, size};
 #[command(after_help = "\
 Examples:
   snap import mem --vmstate state -o fc.snap && snap serve fc.snap --listen /run/user/1000/fc.sock
+  snap serve fc.snap --listen fc.sock --record -o trained.snap && snap optimize trained.snap -o fast.snap
   snap serve /srv/snapshots --listen /run/user/1000/pages
   snap serve fc.snap --listen /srv/jailer/firecracker/a/root/mem.sock --allow-uid 123 --socket-owner 123:100")]
 pub(crate) struct Args {
@@ -59,6 +62,15 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     access: Access,
+
+    /// Record which pages the guests touch, and write a copy of FILE with them as its working set when the last one has
+    /// ended. Meanwhile only touched pages are loaded, one at a time, and clones that share memory are refused.
+    #[arg(long, requires = "out", conflicts_with_all = ["prefetch", "populate"])]
+    record: bool,
+
+    /// The file for --record. It appears when it is complete.
+    #[arg(short, long, value_name = "OUT.snap", requires = "record")]
+    out: Option<PathBuf>,
 
     /// Send the `snap keep` at this socket the state that lets another server take over the guests if this one dies,
     /// and take over those of a dead server.
@@ -116,10 +128,19 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         return folder::run(args, session);
     }
     let snapshot = Arc::new(args.input.open()?);
-    let options = options(args, &args.input.file, &snapshot)?;
+    let mut options = options(args, &args.input.file, &snapshot)?;
+    let recording = args.out.as_deref().map(|out| Recording::new(out, &snapshot)).transpose()?;
+    if recording.is_some() {
+        // What is loaded before it is touched is not recorded.
+        (options.share, options.prefetch, options.populate) = (None, None, Populate::Off);
+    }
     let socket = socket(args, &options)?;
     let listening = socket.path().display().to_string();
     let source = Arc::new(SnapshotSource::new(Arc::clone(&snapshot)));
+    let source: Arc<dyn PageSource> = match &recording {
+        Some(recording) => recording.of(source),
+        None => source,
+    };
     let server = server(&args.input.file, source, socket, options, session.quiet)?;
     allow_many_descriptors();
     let metrics = args.metrics.map(|at| metrics::serve(at, server.handle())).transpose()?;
@@ -133,6 +154,9 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     }
     service::ready();
     server.run(stopped.as_fd()).context("cannot serve")?;
+    if let Some(recording) = recording {
+        recording.write(&snapshot, session)?;
+    }
     match session.interrupt.requested() {
         true => Err(Interrupted.into()),
         false => Ok(()),
