@@ -96,13 +96,20 @@ impl Socket {
             }
             bound => bound.map_err(system("bind the socket"))?,
         }
-        let name = Name::open(path).map_err(system("check the socket's name"))?;
-        access.apply(&name).map_err(system("set the socket's owner and mode"))?;
-        rustix::net::listen(&socket, BACKLOG).map_err(system("listen"))?;
+        let listening = || {
+            let name = Name::open(path).map_err(system("check the socket's name"))?;
+            access.apply(&name).map_err(system("set the socket's owner and mode"))?;
+            rustix::net::listen(&socket, BACKLOG).map_err(system("listen"))?;
+            Ok(name.identity())
+        };
+        let identity = listening().inspect_err(|_| {
+            // The lock of the folder is held, so the name is still the one that was just made.
+            let _ = fs::remove_file(path);
+        })?;
         Ok(Socket {
             listener: UnixListener::from(socket),
             path: path.to_owned(),
-            identity: name.identity(),
+            identity,
             passed: false,
             keeper: None,
         })
