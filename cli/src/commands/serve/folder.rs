@@ -14,7 +14,8 @@ use pager::SnapshotSource;
 use pager::serve::ServerHandle;
 use rustix::event::{PollFd, PollFlags, Timespec};
 
-use super::{Args, bind, options, served, server};
+use super::args::Args;
+use super::one::{bind, options, served, server};
 use crate::descriptors::allow_many_descriptors;
 use crate::exit::Interrupted;
 use crate::input::open;
