@@ -117,6 +117,8 @@ fn removed_pages_of_a_client_read_as_zero() {
         assert_eq!(vmm.ask(&format!("read {page}")).as_deref(), Some("0"), "page {page}");
     }
     vmm.ok("check 24 40 1");
+    // Its pages are served before it is listed.
+    serving.expect("served");
     serving.until_loaded(&vmm);
     drop(vmm);
     serving.finish();
