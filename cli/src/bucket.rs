@@ -1,4 +1,5 @@
-//! Snapshots in object storage: addresses with `s3://`, `gs://`, `az://`, `http://`, `https://` and `file://`.
+//! Snapshots in object storage: addresses with `s3://`, `gs://`, `az://`, `http://`, `https://`, `file://` and
+//! `oci://`.
 
 use std::path::Path;
 
@@ -6,7 +7,7 @@ use anyhow::{Context, Result};
 use snapfmt::Snapshot;
 
 /// The schemes of addresses, also in a build that cannot read them.
-const SCHEMES: [&str; 6] = ["s3", "gs", "az", "http", "https", "file"];
+const SCHEMES: [&str; 7] = ["s3", "gs", "az", "http", "https", "file", "oci"];
 
 /// Whether this is the address of an object, and not a path.
 pub(crate) fn is_meant(path: &Path) -> bool {
@@ -67,7 +68,8 @@ mod tests {
     fn the_library_has_the_same_schemes() {
         for scheme in SCHEMES {
             let host = if scheme == "file" { "" } else { "host" };
-            format!("{scheme}://{host}/key").parse::<objects::ObjectUrl>().expect(scheme);
+            let tag = if scheme == "oci" { ":tag" } else { "" };
+            format!("{scheme}://{host}/key{tag}").parse::<objects::ObjectUrl>().expect(scheme);
         }
     }
 

@@ -20,8 +20,8 @@ pub(crate) enum Seen {
     Status(u16),
     /// No answer, and why.
     NoAnswer(String),
-    /// The server has no certificate that this host trusts.
-    Untrusted(String),
+    /// Another try changes nothing: the server has no certificate that this host trusts, or its answer is not valid.
+    Refused(String),
 }
 
 /// Runs a request, and returns its result and the last answer to it.
@@ -41,9 +41,14 @@ pub(crate) fn status(status: u16) {
 /// Records that no answer has arrived.
 pub(crate) fn none(error: &HttpError) {
     note(match causes(error).find_map(untrusted) {
-        Some(reason) => Seen::Untrusted(reason),
+        Some(reason) => Seen::Refused(reason),
         None => Seen::NoAnswer(reason(error)),
     });
+}
+
+/// Records that an answer is not valid.
+pub(crate) fn refused(what: &str) {
+    note(Seen::Refused(what.to_owned()));
 }
 
 fn causes<'a>(error: &'a HttpError) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
@@ -105,7 +110,7 @@ pub(crate) enum Meaning {
     NoRanges,
     /// 409, and 412 of a request that creates: it is there already.
     Exists,
-    /// Any other error, with the store's code for it, or with the error of its certificate.
+    /// Any other error, with the store's code for it, or with what is wrong with its certificate or answer.
     Refused(Option<u16>, Option<String>),
 }
 
@@ -118,7 +123,7 @@ pub(crate) fn meaning(error: &StoreError, seen: Seen) -> Meaning {
     }
     match seen {
         Seen::NoAnswer(reason) => Meaning::Passing(reason),
-        Seen::Untrusted(reason) => Meaning::Refused(None, Some(reason)),
+        Seen::Refused(reason) => Meaning::Refused(None, Some(reason)),
         Seen::Nothing => match error {
             StoreError::PermissionDenied { .. } => Meaning::Credentials(403),
             StoreError::Unauthenticated { .. } => Meaning::Credentials(401),

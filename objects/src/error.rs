@@ -45,6 +45,14 @@ pub enum ObjectError {
         /// The length by an answer, in bytes.
         found: u64,
     },
+    /// A blob of a registry has other bytes than its digest says.
+    #[error("{url}: its bytes have the digest {found}")]
+    WrongDigest {
+        /// Its address, with the digest.
+        url: String,
+        /// The digest of the received bytes.
+        found: String,
+    },
     /// The object is empty.
     #[error("{url}: the object is empty")]
     Empty {

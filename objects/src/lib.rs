@@ -28,6 +28,7 @@ mod fetcher;
 mod flight;
 mod hedge;
 mod name;
+mod oci;
 mod open;
 mod pull;
 mod push;

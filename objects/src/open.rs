@@ -1,7 +1,7 @@
 //! Opens a snapshot in a bucket. One round trip brings the first and the last MiB.
 
 use std::fs::File;
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -14,6 +14,7 @@ use crate::cancel::{Cancelled, unless_cancelled};
 use crate::error::ObjectError;
 use crate::fetch::{Identity, Source};
 use crate::name::{self, Name};
+use crate::oci::Manifest;
 use crate::remote::RemoteObject;
 use crate::retry::Retry;
 use crate::runtime;
@@ -136,6 +137,9 @@ async fn chain(
     top: Source,
     options: &Options,
 ) -> Result<(Vec<RemoteObject>, Option<Name>), ObjectError> {
+    if top.url.scheme() == Scheme::Oci {
+        return Ok((in_registry(&top, options).await?, None));
+    }
     let (top, name) = match first_look(top, options).await? {
         Looked::Object(object) => return Ok((parents(object, options).await?, None)),
         Looked::Name(source, name) => (source, name),
@@ -170,6 +174,62 @@ async fn parents(top: RemoteObject, options: &Options) -> Result<Vec<RemoteObjec
         }
     }
     Ok(objects)
+}
+
+/// The objects of a chain in a registry. Its manifest gives their digests and lengths, so they stay the same also when
+/// the tag is given to another manifest.
+async fn in_registry(source: &Source, options: &Options) -> Result<Vec<RemoteObject>, ObjectError> {
+    let bytes = match source.first(GetRange::Offset(0)).await {
+        Ok((_, _, bytes)) => bytes,
+        // It may be the digest of a blob.
+        Err(error @ ObjectError::NotFound { .. }) => {
+            return one_blob(source, options, error).await.map(|object| vec![object]);
+        }
+        Err(error) => return Err(error),
+    };
+    let manifest = Manifest::parse(&bytes)
+        .map_err(|reason| ObjectError::Name { url: source.url.to_string(), reason })?;
+    let objects = manifest.layers.into_iter().map(|layer| async move {
+        let source = Source { url: source.url.with_digest(&layer.digest)?, ..source.clone() };
+        let identity = Identity { etag: layer.digest, len_bytes: layer.len_bytes };
+        let object =
+            RemoteObject::new(source.clone(), identity.clone(), Arc::clone(&options.cache))?;
+        if !object.has_ends() {
+            let len = identity.len_bytes;
+            let part = |range: Range<u64>| {
+                let (source, identity) = (&source, &identity);
+                async move {
+                    let mut bytes = Vec::new();
+                    let start = range.start;
+                    source.range(identity, range, &mut |part| bytes.extend(part)).await?;
+                    Ok::<_, ObjectError>((start, bytes))
+                }
+            };
+            let tail = len.saturating_sub(END_BYTES + BLOCK_BYTES)..len;
+            let (head, tail) = futures_util::try_join!(part(0..END_BYTES.min(len)), part(tail))?;
+            tokio::task::block_in_place(|| {
+                object.fill(head.0, &head.1);
+                object.fill(tail.0, &tail.1);
+            });
+        }
+        Ok::<_, ObjectError>(object)
+    });
+    try_join_all(objects).await
+}
+
+/// Opens the blob with the digest of an address. `error` is why its manifest cannot be read.
+async fn one_blob(
+    source: &Source,
+    options: &Options,
+    error: ObjectError,
+) -> Result<RemoteObject, ObjectError> {
+    if !source.url.key().as_ref().contains('@') {
+        return Err(error);
+    }
+    let (identity, start, bytes) = source.first(GetRange::Bounded(0..END_BYTES)).await?;
+    let object = RemoteObject::new(source.clone(), identity, Arc::clone(&options.cache))?;
+    tokio::task::block_in_place(|| object.fill(start, &bytes));
+    Ok(object)
 }
 
 fn not_a_snapshot(source: &Source) -> ObjectError {

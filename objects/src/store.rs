@@ -1,7 +1,6 @@
 //! The client of one bucket. It is built from the environment, and built again when its credentials are refused.
 
 use std::sync::{Arc, Once, PoisonError, RwLock};
-use std::time::Duration;
 
 use async_trait::async_trait;
 use object_store::aws::AmazonS3Builder;
@@ -16,7 +15,8 @@ use object_store::{BackoffConfig, ClientOptions, ObjectStore, RetryConfig};
 
 use crate::answer;
 use crate::error::ObjectError;
-use crate::retry::Retry;
+use crate::oci::Registry;
+use crate::retry::{CONNECT, IDLE, Retry, SILENCE};
 use crate::url::{ObjectUrl, Scheme};
 
 /// The client of the bucket, server or file system of an address.
@@ -24,14 +24,28 @@ use crate::url::{ObjectUrl, Scheme};
 pub(crate) struct Store {
     of: ObjectUrl,
     retry: RetryConfig,
-    client: RwLock<Arc<dyn ObjectStore>>,
+    for_writing: bool,
+    client: RwLock<Connected>,
+}
+
+#[derive(Clone, Debug)]
+struct Connected {
+    objects: Arc<dyn ObjectStore>,
+    /// The same, if it is a registry.
+    registry: Option<Arc<Registry>>,
+}
+
+impl<T: ObjectStore> From<T> for Connected {
+    fn from(store: T) -> Self {
+        Self { objects: Arc::new(store), registry: None }
+    }
 }
 
 impl Store {
     /// A client that the environment configures, in each provider's own variables. It retries no request: `fetch` does,
     /// because it knows the bytes that were received.
     pub(crate) fn open(url: &ObjectUrl) -> Result<Self, ObjectError> {
-        Self::with(url, RetryConfig { max_retries: 0, ..RetryConfig::default() })
+        Self::with(url, RetryConfig { max_retries: 0, ..RetryConfig::default() }, false)
     }
 
     /// A client that retries requests itself, because only it knows the state of an upload.
@@ -42,21 +56,30 @@ impl Store {
             base: 2.0,
         };
         let retry = RetryConfig { backoff, max_retries: usize::MAX, retry_timeout: retry.patience };
-        Self::with(url, retry)
+        Self::with(url, retry, true)
     }
 
-    fn with(url: &ObjectUrl, retry: RetryConfig) -> Result<Self, ObjectError> {
-        let client = RwLock::new(connect(url, &retry)?);
-        Ok(Self { of: url.clone(), retry, client })
+    fn with(url: &ObjectUrl, retry: RetryConfig, for_writing: bool) -> Result<Self, ObjectError> {
+        let client = RwLock::new(connect(url, &retry, for_writing)?);
+        Ok(Self { of: url.clone(), retry, for_writing, client })
     }
 
     pub(crate) fn client(&self) -> Arc<dyn ObjectStore> {
-        Arc::clone(&self.client.read().unwrap_or_else(PoisonError::into_inner))
+        self.connected().objects
+    }
+
+    /// The registry, if it is one.
+    pub(crate) fn registry(&self) -> Option<Arc<Registry>> {
+        self.connected().registry
+    }
+
+    fn connected(&self) -> Connected {
+        self.client.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Reads the credentials again: from the environment, the files that it names, or the instance's metadata service.
     pub(crate) fn renew(&self) -> Result<(), ObjectError> {
-        let client = connect(&self.of, &self.retry)?;
+        let client = connect(&self.of, &self.retry, self.for_writing)?;
         *self.client.write().unwrap_or_else(PoisonError::into_inner) = client;
         Ok(())
     }
@@ -67,18 +90,18 @@ impl Store {
             Scheme::S3 => &["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"],
             Scheme::Az => &["AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ENDPOINT"],
             Scheme::Gs => &["GOOGLE_BASE_URL"],
-            Scheme::Http | Scheme::Https | Scheme::File => &[],
+            Scheme::Http | Scheme::Https | Scheme::File | Scheme::Oci => &[],
         };
         let values = names.iter().map(|name| std::env::var(name).unwrap_or_default());
         values.collect::<Vec<_>>().join("\n")
     }
 }
 
-/// A busy store sends the first byte sooner. A guest should not wait longer.
-const SILENCE: Duration = Duration::from_secs(10);
-const CONNECT: Duration = Duration::from_secs(5);
-
-fn connect(url: &ObjectUrl, retry: &RetryConfig) -> Result<Arc<dyn ObjectStore>, ObjectError> {
+fn connect(
+    url: &ObjectUrl,
+    retry: &RetryConfig,
+    for_writing: bool,
+) -> Result<Connected, ObjectError> {
     static TLS: Once = Once::new();
     // Another library of the process may have chosen one already.
     TLS.call_once(|| _ = rustls::crypto::ring::default_provider().install_default());
@@ -89,42 +112,51 @@ fn connect(url: &ObjectUrl, retry: &RetryConfig) -> Result<Arc<dyn ObjectStore>,
         .with_timeout_disabled()
         .with_read_timeout(SILENCE)
         .with_connect_timeout(CONNECT)
-        .with_pool_idle_timeout(Duration::from_secs(60));
-    let built: object_store::Result<Arc<dyn ObjectStore>> = match url.scheme() {
+        .with_pool_idle_timeout(IDLE);
+    let built: object_store::Result<Connected> = match url.scheme() {
         Scheme::S3 => AmazonS3Builder::from_env()
             .with_bucket_name(url.host())
             .with_client_options(s3_options(options))
             .with_retry(retry.clone())
             .with_http_connector(Watching)
             .build()
-            .map(|store| Arc::new(store) as _),
+            .map(Connected::from),
         Scheme::Gs => GoogleCloudStorageBuilder::from_env()
             .with_bucket_name(url.host())
             .with_client_options(options)
             .with_retry(retry.clone())
             .with_http_connector(Watching)
             .build()
-            .map(|store| Arc::new(store) as _),
+            .map(Connected::from),
         Scheme::Az => MicrosoftAzureBuilder::from_env()
             .with_container_name(url.host())
             .with_client_options(options)
             .with_retry(retry.clone())
             .with_http_connector(Watching)
             .build()
-            .map(|store| Arc::new(store) as _),
+            .map(Connected::from),
         Scheme::Http | Scheme::Https => HttpBuilder::new()
             .with_url(format!("{}://{}", scheme_name(url), url.host()))
             .with_client_options(options)
             .with_retry(retry.clone())
             .with_http_connector(Watching)
             .build()
-            .map(|store| Arc::new(store) as _),
-        Scheme::File => Ok(Arc::new(LocalFileSystem::new()) as _),
+            .map(Connected::from),
+        Scheme::File => Ok(LocalFileSystem::new().into()),
+        Scheme::Oci => return connect_registry(url, for_writing),
     };
     built.map_err(|error| ObjectError::Configuration {
         url: url.to_string(),
         reason: without_secrets(&error.to_string(), std::env::vars_os()),
     })
+}
+
+fn connect_registry(url: &ObjectUrl, for_writing: bool) -> Result<Connected, ObjectError> {
+    let registry = Registry::new(url.host(), url.key().as_ref(), for_writing);
+    let registry = registry
+        .map_err(|reason| ObjectError::Configuration { url: url.to_string(), reason })
+        .map(Arc::new)?;
+    Ok(Connected { objects: registry.clone(), registry: Some(registry) })
 }
 
 fn scheme_name(url: &ObjectUrl) -> &'static str {

@@ -1,28 +1,20 @@
-//! Uploads the files of a snapshot as objects of a bucket, and writes a name for it.
+//! Uploads one file to a bucket.
 
-use std::fs::DirBuilder;
 use std::ops::ControlFlow;
-use std::os::unix::fs::DirBuilderExt;
-use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use object_store::{GetRange, ObjectStoreExt, PutMode, PutOptions};
+use object_store::{GetRange, ObjectStoreExt};
 use snapfmt::layout::HEADER_BYTES;
-use snapfmt::{Header, OnProgress, Progress, ReadAt, ReadError, Snapshot, Storage};
+use snapfmt::{Header, ReadAt, ReadError, Storage};
 
 use crate::answer::{Meaning, meaning, watched};
 use crate::cancel::unless_cancelled;
 use crate::error::ObjectError;
-use crate::fetch::{Source, Tries};
-use crate::name::{LayerName, Name};
-use crate::retry::Retry;
-use crate::runtime;
-use crate::store::Store;
-use crate::url::{ObjectUrl, Scheme};
+use crate::fetch::Source;
+use crate::url::ObjectUrl;
 
 /// Bytes of a part. Files of more than 70 GiB have larger parts, because an upload has 10,000 parts at most.
 const PART_BYTES: u64 = 8 << 20;
@@ -33,140 +25,22 @@ const PARTS: usize = 4;
 const ABORT: Duration = Duration::from_secs(1);
 
 /// Called with the uploaded bytes of a file; `Break` cancels.
-type OnBytes<'a> = &'a (dyn Fn(u64) -> ControlFlow<()> + Sync);
-
-/// The result of a push.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct Pushed {
-    /// The objects of the snapshot, its parent, and so on.
-    pub layers: Vec<PushedLayer>,
-}
-
-/// One object.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct PushedLayer {
-    /// Its address.
-    pub url: ObjectUrl,
-    /// Its length in bytes.
-    pub file_bytes: u64,
-    /// Whether it was there already.
-    pub was_there: bool,
-}
-
-/// Uploads the files of a snapshot that are not in the bucket yet, parents first, and then writes its name. The objects
-/// are in the folder `objects` beside the name. An interrupted push leaves no name.
-///
-/// A name that is taken is an error, unless `replace` is set, or the name is already that of this snapshot.
-///
-/// # Errors
-/// [`ObjectError`]
-pub fn push(
-    snapshot: &Snapshot,
-    name: &ObjectUrl,
-    replace: bool,
-    retry: Retry,
-    progress: OnProgress<'_>,
-) -> Result<Pushed, ObjectError> {
-    if matches!(name.scheme(), Scheme::Http | Scheme::Https) {
-        let what = "a snapshot is not pushed to an HTTP server, only read from one";
-        return Err(ObjectError::Unsupported { url: name.to_string(), what });
-    }
-    if name.scheme() == Scheme::File {
-        make_private_folder(&name.beside("objects")?)?;
-    }
-    let store = Arc::new(Store::open_to_write(name, retry)?);
-    let source = Source::new(name, store, retry);
-    runtime::wait(push_all(snapshot, &source, replace, progress)).map_err(ObjectError::Runtime)?
-}
-
-async fn push_all(
-    snapshot: &Snapshot,
-    name: &Source,
-    replace: bool,
-    progress: OnProgress<'_>,
-) -> Result<Pushed, ObjectError> {
-    let layer_name = |header: &Header| LayerName {
-        id: header.id.to_string(),
-        header_crc: header.crc,
-        file_bytes: header.file_bytes,
-    };
-    let named = Name::new(snapshot.headers().map(layer_name).collect());
-    let content = Bytes::from(named.encode());
-    let total_bytes = snapshot.headers().map(|header| header.file_bytes).sum();
-    let mut done_bytes = 0;
-    let begun = || progress(Progress::new(0, total_bytes));
-    // This is checked before the upload, which may take hours.
-    if !replace && unless_cancelled(&begun, holds(name, &content)).await?? == Some(false) {
-        return Err(ObjectError::NameTaken { url: name.url.to_string() });
-    }
-    let mut layers = Vec::new();
-    let files: Vec<_> = snapshot.headers().zip(snapshot.storages()).zip(&named.layers).collect();
-    for ((header, storage), layer) in files.into_iter().rev() {
-        let to = Source { url: name.url.beside(&layer.key())?, ..name.clone() };
-        let file = File::of(header, storage, &to.url)?;
-        let before = done_bytes;
-        let progress_of = |bytes| progress(Progress::new(before + bytes, total_bytes));
-        let was_there = unless_cancelled(&|| progress_of(0), file.is_at(&to)).await??;
-        if !was_there {
-            file.upload(&to, &progress_of).await?;
-        }
-        done_bytes += header.file_bytes;
-        if progress(Progress::new(done_bytes, total_bytes)).is_break() {
-            return Err(ObjectError::Cancelled);
-        }
-        layers.push(PushedLayer { url: to.url, file_bytes: header.file_bytes, was_there });
-    }
-    layers.reverse();
-    let all = || progress(Progress::new(total_bytes, total_bytes));
-    unless_cancelled(&all, give_name(name, content, replace)).await??;
-    Ok(Pushed { layers })
-}
-
-/// Whether the object there has this content; `None` if there is none.
-async fn holds(source: &Source, content: &Bytes) -> Result<Option<bool>, ObjectError> {
-    match source.first(GetRange::Bounded(0..content.len() as u64 + 1)).await {
-        Ok((_, _, found)) => Ok(Some(found == content[..])),
-        Err(ObjectError::NotFound { .. }) => Ok(None),
-        Err(ObjectError::Empty { .. }) => Ok(Some(false)),
-        Err(error) => Err(error),
-    }
-}
-
-/// Writes the name, after all objects.
-async fn give_name(name: &Source, content: Bytes, replace: bool) -> Result<(), ObjectError> {
-    let mode = if replace { PutMode::Overwrite } else { PutMode::Create };
-    let mut tries = Tries::new(name);
-    loop {
-        let options = PutOptions { mode: mode.clone(), ..PutOptions::default() };
-        let client = name.store.client();
-        let put = client.put_opts(name.url.key(), content.clone().into(), options);
-        let (result, seen) = watched(put).await;
-        let Err(error) = result else { return Ok(()) };
-        match meaning(&error, seen) {
-            // A try whose answer was lost may have written it.
-            Meaning::Exists | Meaning::Replaced => {
-                return match holds(name, &content).await? {
-                    Some(true) => Ok(()),
-                    _ => Err(ObjectError::NameTaken { url: name.url.to_string() }),
-                };
-            }
-            failure => tries.after(failure, None).await?,
-        }
-    }
-}
+pub(super) type OnBytes<'a> = &'a (dyn Fn(u64) -> ControlFlow<()> + Sync);
 
 /// A file that is pushed. It must not change meanwhile.
-struct File<'a> {
-    header: &'a Header,
-    storage: &'a Storage,
+pub(super) struct File<'a> {
+    pub(super) header: &'a Header,
+    pub(super) storage: &'a Storage,
     stamp: Option<snapfmt::Stamp>,
     first_bytes: Box<[u8; HEADER_BYTES]>,
 }
 
 impl<'a> File<'a> {
-    fn of(header: &'a Header, storage: &'a Storage, to: &ObjectUrl) -> Result<Self, ObjectError> {
+    pub(super) fn of(
+        header: &'a Header,
+        storage: &'a Storage,
+        to: &ObjectUrl,
+    ) -> Result<Self, ObjectError> {
         let mut first_bytes = Box::new([0; HEADER_BYTES]);
         let stamp = storage.stamp().map_err(|error| unreadable(to, 0, HEADER_BYTES, error))?;
         storage
@@ -178,7 +52,7 @@ impl<'a> File<'a> {
     }
 
     /// Checks that the header and the stamp are still those of the opened snapshot.
-    fn check_unchanged(&self, to: &ObjectUrl) -> Result<(), ObjectError> {
+    pub(super) fn check_unchanged(&self, to: &ObjectUrl) -> Result<(), ObjectError> {
         let found = self.storage.stamp().map_err(|error| unreadable(to, 0, HEADER_BYTES, error))?;
         let same_header = self.first_bytes.ends_with(&self.header.crc.to_le_bytes());
         match (self.stamp, found) {
@@ -191,7 +65,7 @@ impl<'a> File<'a> {
     }
 
     /// Whether the object is there. The header covers the index, and with the id the chunks.
-    async fn is_at(&self, to: &Source) -> Result<bool, ObjectError> {
+    pub(super) async fn is_at(&self, to: &Source) -> Result<bool, ObjectError> {
         match to.first(GetRange::Bounded(0..HEADER_BYTES as u64)).await {
             Ok((identity, _, found)) => {
                 let same =
@@ -207,7 +81,11 @@ impl<'a> File<'a> {
         }
     }
 
-    async fn upload(&self, to: &Source, progress: OnBytes<'_>) -> Result<(), ObjectError> {
+    pub(super) async fn upload(
+        &self,
+        to: &Source,
+        progress: OnBytes<'_>,
+    ) -> Result<(), ObjectError> {
         if self.storage.file().is_none() {
             let what = "a snapshot in a bucket is not pushed to another one: pull it first";
             return Err(ObjectError::Unsupported { url: to.url.to_string(), what });
@@ -274,7 +152,11 @@ impl<'a> File<'a> {
 }
 
 /// The error of a failed upload. The client has retried it until the patience was over.
-fn failure(to: &Source, error: &object_store::Error, seen: crate::answer::Seen) -> ObjectError {
+pub(super) fn failure(
+    to: &Source,
+    error: &object_store::Error,
+    seen: crate::answer::Seen,
+) -> ObjectError {
     let url = to.url.to_string();
     match meaning(error, seen) {
         Meaning::Passing(reason) => {
@@ -291,15 +173,13 @@ fn failure(to: &Source, error: &object_store::Error, seen: crate::answer::Seen) 
     }
 }
 
-fn unreadable(to: &ObjectUrl, offset: u64, len: usize, source: std::io::Error) -> ObjectError {
+pub(super) fn unreadable(
+    to: &ObjectUrl,
+    offset: u64,
+    len: usize,
+    source: std::io::Error,
+) -> ObjectError {
     let part = snapfmt::Part::Header;
     let error = ReadError::Io { part, offset, len: len as u64, source };
     ObjectError::Snapshot { name: to.to_string(), error }
-}
-
-/// Guest memory contains secrets, and the client would create a folder that all users can read.
-fn make_private_folder(url: &ObjectUrl) -> Result<(), ObjectError> {
-    let folder = Path::new("/").join(url.key().as_ref());
-    let made = DirBuilder::new().recursive(true).mode(0o700).create(&folder);
-    made.map_err(|error| ObjectError::Cache { what: "make", path: folder, error })
 }
