@@ -33,6 +33,8 @@ mod networks;
 #[cfg(feature = "objects")]
 mod object_storage;
 #[cfg(feature = "objects")]
+mod object_store_oci;
+#[cfg(feature = "objects")]
 mod object_store_s3;
 mod overlays;
 mod overwritten;

@@ -3,13 +3,13 @@
 //! The program `moto_server` is taken from `$SNAP_MOTO`, otherwise from `$PATH`. Without it the tests are skipped; with
 //! `SNAP_REQUIRE_MOTO` set, a skip is a failure.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::support::{Ran, SNAP, Sample, needs_vm, run, skip, snap};
+use crate::support::{Ran, SNAP, Sample, end_of, needs_vm, run, signal, skip, snap, start};
 
 const SECRET: &str = "hunter2hunter2hunter2";
 
@@ -58,17 +58,29 @@ impl Moto {
 
     /// The status of the answer.
     fn request(&self, method: &str, path: &str) -> u16 {
+        self.request_with(method, path, b"")
+    }
+
+    fn request_with(&self, method: &str, path: &str, body: &[u8]) -> u16 {
         let mut stream = TcpStream::connect(self.address).expect("moto listens");
         let head = format!("{method} {path} HTTP/1.1\r\nhost: {}\r\n", self.address);
-        let rest = "connection: close\r\ncontent-length: 0\r\n\r\n";
-        stream.write_all((head + rest).as_bytes()).expect("it is sent");
+        let rest = format!("connection: close\r\ncontent-length: {}\r\n\r\n", body.len());
+        stream.write_all((head + &rest).as_bytes()).expect("it is sent");
+        stream.write_all(body).expect("it is sent");
         let mut answer = String::new();
         stream.read_to_string(&mut answer).expect("it answers");
         let status = answer.split(' ').nth(1).and_then(|status| status.parse().ok());
         status.expect("a status")
     }
 
+    #[track_caller]
     fn snap(&self, cache: &Path, args: &[&str]) -> Ran {
+        let ran = run(self.command(cache, args));
+        assert!(!ran.stderr.contains(SECRET) && !ran.stdout.contains(SECRET), "{}", ran.stderr);
+        ran
+    }
+
+    fn command(&self, cache: &Path, args: &[&str]) -> Command {
         let mut command = Command::new(SNAP);
         command
             .args(args)
@@ -78,9 +90,7 @@ impl Moto {
             .env("AWS_REGION", "us-east-1")
             .env("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE")
             .env("AWS_SECRET_ACCESS_KEY", SECRET);
-        let ran = run(command);
-        assert!(!ran.stderr.contains(SECRET) && !ran.stdout.contains(SECRET), "{}", ran.stderr);
-        ran
+        command
     }
 }
 
@@ -122,6 +132,50 @@ fn a_guest_goes_into_an_s3_bucket_and_comes_back() {
     let path = object.strip_prefix("s3:/").expect("its scheme");
     assert_eq!(moto.request("DELETE", path), 204);
     snap_s3(&["verify", object]).failed(1, &["there is no such object", object]);
+}
+
+#[test]
+fn a_guest_survives_that_its_object_is_replaced_or_deleted_in_a_bucket_with_versions() {
+    needs_vm!();
+    let Some(moto) = Moto::start() else { return };
+    let rule = "<VersioningConfiguration xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\">\
+                <Status>Enabled</Status></VersioningConfiguration>";
+    moto.request("PUT", "/versions");
+    assert_eq!(moto.request_with("PUT", "/versions?versioning", rule.as_bytes()), 200);
+    // It touches little in each beat, so that most of it is fetched later, for the hash.
+    let how = ["--memory", "128M", "--work", "32M", "--walk", "1", "--codec", "raw"];
+    let sample = Sample::create(&how);
+    let folder = sample.folder.path();
+    let file = sample.file.to_str().unwrap();
+    let of_file = snap(["restore", file, "--beats", "6", "--hash", "--report", "none"]).ok().stdout;
+    let snap_s3 = |args: &[&str]| moto.snap(&folder.join("cache"), args);
+    for (bucket, method) in [("bucket", "PUT"), ("versions", "PUT"), ("versions", "DELETE")] {
+        let url = format!("s3://{bucket}/{method}/guest");
+        let pushed = snap_s3(&["push", file, &url, "--json"]).ok().json();
+        let object = pushed["layers"][0]["url"].as_str().expect("an address");
+        let args = ["restore", "--lazy", "--populate", "off", object, "--beats", "6", "--hash"];
+        let args = [&args[..], &["--report", "none"]].concat();
+        let mut guest = start(moto.command(&folder.join("cache"), &args));
+        let mut stdout = BufReader::new(guest.stdout.take().expect("a pipe"));
+        let mut said = String::new();
+        stdout.read_line(&mut said).expect("it says something");
+        signal(guest.id(), "STOP");
+        let path = object.strip_prefix("s3:/").expect("its scheme");
+        assert!((200..300).contains(&moto.request_with(method, path, b"another object")));
+        signal(guest.id(), "CONT");
+        stdout.read_to_string(&mut said).expect("text");
+        let ran = Ran::from(end_of(guest));
+        if bucket == "bucket" {
+            // So it needed pages after that.
+            ran.failed(5, &["the object was replaced while it was read", object]);
+            continue;
+        }
+        ran.ok();
+        assert_eq!(said, of_file);
+        // One that opens it now gets what is there now.
+        let code = if method == "DELETE" { 1 } else { 3 };
+        snap_s3(&["restore", object]).failed(code, &[object]);
+    }
 }
 
 #[test]

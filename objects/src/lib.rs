@@ -38,6 +38,7 @@ mod runtime;
 mod store;
 mod unstored;
 mod url;
+mod version;
 
 pub use cache::{Cache, Cached, DEFAULT_CACHE_BYTES, default_cache_folder};
 pub use error::ObjectError;

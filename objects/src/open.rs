@@ -179,19 +179,17 @@ async fn parents(top: RemoteObject, options: &Options) -> Result<Vec<RemoteObjec
 /// The objects of a chain in a registry. Its manifest gives their digests and lengths, so they stay the same also when
 /// the tag is given to another manifest.
 async fn in_registry(source: &Source, options: &Options) -> Result<Vec<RemoteObject>, ObjectError> {
-    let bytes = match source.first(GetRange::Offset(0)).await {
-        Ok((_, _, bytes)) => bytes,
-        // It may be the digest of a blob.
-        Err(error @ ObjectError::NotFound { .. }) => {
-            return one_blob(source, options, error).await.map(|object| vec![object]);
-        }
-        Err(error) => return Err(error),
-    };
+    if source.url.key().as_ref().contains('@')
+        && let Some(object) = one_blob(source, options).await?
+    {
+        return Ok(vec![object]);
+    }
+    let (_, _, bytes) = source.first(GetRange::Offset(0)).await?;
     let manifest = Manifest::parse(&bytes)
         .map_err(|reason| ObjectError::Name { url: source.url.to_string(), reason })?;
     let objects = manifest.layers.into_iter().map(|layer| async move {
         let source = Source { url: source.url.with_digest(&layer.digest)?, ..source.clone() };
-        let identity = Identity { etag: layer.digest, len_bytes: layer.len_bytes };
+        let identity = Identity { etag: layer.digest, len_bytes: layer.len_bytes, version: None };
         let object =
             RemoteObject::new(source.clone(), identity.clone(), Arc::clone(&options.cache))?;
         if !object.has_ends() {
@@ -217,19 +215,18 @@ async fn in_registry(source: &Source, options: &Options) -> Result<Vec<RemoteObj
     try_join_all(objects).await
 }
 
-/// Opens the blob with the digest of an address. `error` is why its manifest cannot be read.
-async fn one_blob(
-    source: &Source,
-    options: &Options,
-    error: ObjectError,
-) -> Result<RemoteObject, ObjectError> {
-    if !source.url.key().as_ref().contains('@') {
-        return Err(error);
-    }
-    let (identity, start, bytes) = source.first(GetRange::Bounded(0..END_BYTES)).await?;
+/// Opens the blob with the digest of an address. `None`: it may be the digest of a manifest. The blob is requested
+/// first, because a registry may answer a request for a manifest that is none with a temporary error.
+async fn one_blob(source: &Source, options: &Options) -> Result<Option<RemoteObject>, ObjectError> {
+    let (identity, start, bytes) = match source.first(GetRange::Bounded(0..END_BYTES)).await {
+        // Some registries give a manifest as a blob, too.
+        Ok(found) if Name::is_meant(&found.2) => return Ok(None),
+        Err(ObjectError::NotFound { .. }) => return Ok(None),
+        found => found?,
+    };
     let object = RemoteObject::new(source.clone(), identity, Arc::clone(&options.cache))?;
     tokio::task::block_in_place(|| object.fill(start, &bytes));
-    Ok(object)
+    Ok(Some(object))
 }
 
 fn not_a_snapshot(source: &Source) -> ObjectError {
