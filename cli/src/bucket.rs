@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use snapfmt::Snapshot;
+use snapfmt::{ReadError, Snapshot};
 
 /// The schemes of addresses, also in a build that cannot read them.
 const SCHEMES: [&str; 7] = ["s3", "gs", "az", "http", "https", "file", "oci"];
@@ -15,16 +15,53 @@ pub(crate) fn is_meant(path: &Path) -> bool {
     text.split_once("://").is_some_and(|(scheme, _)| SCHEMES.contains(&scheme))
 }
 
-/// Opens the snapshot at an address.
+/// Opens the snapshot at an address, whose parents may also be in `from`.
 #[cfg(feature = "objects")]
-pub(crate) fn open(path: &Path) -> Result<Snapshot> {
-    let opened = objects::open(&url(path)?, &options()?)?;
-    Ok(opened.snapshot)
+pub(crate) fn open(path: &Path, from: &[String]) -> Result<Snapshot> {
+    let opened = objects::open(&url(path)?, &options_from(from)?);
+    Ok(opened.map_err(to_error)?.snapshot)
 }
 
 #[cfg(not(feature = "objects"))]
-pub(crate) fn open(path: &Path) -> Result<Snapshot> {
+pub(crate) fn open(path: &Path, _: &[String]) -> Result<Snapshot> {
     Err(missing()).with_context(|| path.display().to_string())
+}
+
+/// Opens a layer in a file whose parent is no file, as `error` says, but perhaps an object in `from`.
+#[cfg(feature = "objects")]
+pub(crate) fn open_layer(path: &Path, from: &[String], error: ReadError) -> Result<Snapshot> {
+    let failed = || anyhow::Error::new(error).context(path.display().to_string());
+    let address = || {
+        let file = std::fs::File::open(path).ok()?;
+        let hint = Snapshot::parent_hint_of(snapfmt::Storage::from(file)).ok()??;
+        hint.path.to_str()?.parse::<objects::ObjectUrl>().ok()
+    };
+    match address() {
+        None => Err(failed()),
+        Some(url) if from.is_empty() => Err(failed().context(format!(
+            "{}: its parent is an object, {url}: --allow-parents-from URL lets it be read there",
+            path.display()
+        ))),
+        Some(_) => objects::open_over(path, None, &options_from(from)?).map_err(to_error),
+    }
+}
+
+#[cfg(not(feature = "objects"))]
+pub(crate) fn open_layer(path: &Path, _: &[String], error: ReadError) -> Result<Snapshot> {
+    Err(error).with_context(|| path.display().to_string())
+}
+
+/// Converts an error: an interrupt has the exit code that it has in all commands, and the option that helps is named.
+#[cfg(feature = "objects")]
+pub(crate) fn to_error(error: objects::ObjectError) -> anyhow::Error {
+    use objects::ObjectError;
+    match error {
+        ObjectError::Cancelled => crate::exit::Interrupted.into(),
+        ObjectError::Write(error) => error.into(),
+        ObjectError::ParentElsewhere { .. } => anyhow::Error::new(error)
+            .context("a parent in another place is only read with --allow-parents-from URL"),
+        error => error.into(),
+    }
 }
 
 /// The error of a build without object storage.
@@ -38,6 +75,13 @@ pub(crate) fn missing() -> anyhow::Error {
 pub(crate) fn url(path: &Path) -> Result<objects::ObjectUrl> {
     let text = path.to_str().context("an address is UTF-8")?;
     Ok(text.parse()?)
+}
+
+/// As [`options`], with other places of parents.
+#[cfg(feature = "objects")]
+pub(crate) fn options_from(from: &[String]) -> Result<objects::Options> {
+    let prefix = |text: &String| text.parse().context("--allow-parents-from");
+    Ok(options()?.parents_from(from.iter().map(prefix).collect::<Result<_>>()?))
 }
 
 /// How objects are read. `$SNAP_CACHE` is the folder of the cache, `$SNAP_CACHE_BYTES` its limit.

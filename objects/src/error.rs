@@ -140,6 +140,16 @@ pub enum ObjectError {
         /// The error.
         reason: String,
     },
+    /// The parent of a layer is in another bucket or on another server, and the caller does not allow that.
+    #[error(
+        "{layer}: its parent is in another place, {parent}, which is not read unless that is allowed"
+    )]
+    ParentElsewhere {
+        /// The path or address of the layer.
+        layer: String,
+        /// The address of its parent.
+        parent: String,
+    },
     /// The cache on disk cannot be used.
     #[error("cannot use the cache: {what} {}", path.display())]
     Cache {

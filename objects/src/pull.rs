@@ -12,7 +12,9 @@ use crate::cancel::unless_cancelled;
 use crate::error::ObjectError;
 use crate::fetch::{Identity, Source};
 use crate::oci;
-use crate::open::{Opened, Options, open_unless};
+use crate::open::{Opened, open_unless};
+use crate::options::Options;
+use crate::place::address_in;
 use crate::remote::RemoteObject;
 use crate::runtime;
 use crate::url::{ObjectUrl, Scheme};
@@ -86,7 +88,9 @@ fn local_paths(
             error,
         })?;
         // Only the last part is used: a snapshot from a bucket must not choose the folder.
-        let name = hint.as_ref().and_then(|hint| hint.path.file_name());
+        // The name of a parent that was in a bucket is its id: a digest would be no good name for a file.
+        let hint = hint.as_ref().filter(|hint| address_in(hint).is_none());
+        let name = hint.and_then(|hint| hint.path.file_name());
         let name = name.map_or_else(|| format!("{}.snap", header.id).into(), ToOwned::to_owned);
         let path = top.with_file_name(name);
         if paths.contains(&path) {

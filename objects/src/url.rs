@@ -41,6 +41,11 @@ impl Scheme {
         (Self::Oci, "oci"),
     ];
 
+    /// Whether addresses begin with this.
+    pub(crate) fn is_known(name: &str) -> bool {
+        Self::ALL.iter().any(|(_, known)| *known == name)
+    }
+
     fn name(self) -> &'static str {
         let found = Self::ALL.iter().find(|(scheme, _)| *scheme == self);
         found.map_or("", |(_, name)| name)

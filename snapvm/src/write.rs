@@ -102,8 +102,11 @@ impl Vm {
             .metadata(GuestMetadata::here(guest_of(snapshot)?).to_metadata());
         let path = match snapshot.storage().file() {
             Some(_) => path_of_parent(&restored.file, out)?,
-            // Of a snapshot in a bucket: the name that its object has there.
-            None => format!("{}.snap", snapshot.header().id).into(),
+            // Of a snapshot in a bucket: the address of its object.
+            None => match snapshot.paths().next().flatten() {
+                Some(address) => address.to_owned(),
+                None => format!("{}.snap", snapshot.header().id).into(),
+            },
         };
         let parent = Parent::new(snapshot, path);
         Ok(write_layer(out, contents, &parent, options, progress)?.0)

@@ -11,6 +11,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Arc;
 
+use object_store::GetRange;
 use snapfmt::{OnProgress, Snapshot};
 
 use crate::error::ObjectError;
@@ -37,10 +38,7 @@ pub fn push(
     retry: Retry,
     progress: OnProgress<'_>,
 ) -> Result<Pushed, ObjectError> {
-    if matches!(name.scheme(), Scheme::Http | Scheme::Https) {
-        let what = "a snapshot is not pushed to an HTTP server, only read from one";
-        return Err(ObjectError::Unsupported { url: name.to_string(), what });
-    }
+    check_writable(name)?;
     if name.scheme() == Scheme::File {
         make_private_folder(&name.beside("objects")?)?;
     }
@@ -53,6 +51,32 @@ pub fn push(
         }
     });
     pushed.map_err(ObjectError::Runtime)?
+}
+
+/// Whether a push would replace this name, or tag.
+///
+/// # Errors
+/// [`ObjectError`]
+pub fn is_taken(name: &ObjectUrl, retry: Retry) -> Result<bool, ObjectError> {
+    check_writable(name)?;
+    let source = Source::new(name, Arc::new(Store::open(name)?), retry);
+    let range = match name.scheme() {
+        Scheme::Oci => GetRange::Offset(0),
+        _ => GetRange::Bounded(0..1),
+    };
+    match runtime::wait(source.first(range)).map_err(ObjectError::Runtime)? {
+        Ok(_) | Err(ObjectError::Empty { .. }) => Ok(true),
+        Err(ObjectError::NotFound { .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+fn check_writable(name: &ObjectUrl) -> Result<(), ObjectError> {
+    if matches!(name.scheme(), Scheme::Http | Scheme::Https) {
+        let what = "a snapshot is not pushed to an HTTP server, only read from one";
+        return Err(ObjectError::Unsupported { url: name.to_string(), what });
+    }
+    Ok(())
 }
 
 /// Guest memory contains secrets, and the client would create a folder that all users can read.

@@ -1,0 +1,40 @@
+//! How objects are read.
+
+use std::sync::Arc;
+
+use crate::cache::Cache;
+use crate::prefix::UrlPrefix;
+use crate::retry::Retry;
+
+/// How objects are read.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where blocks are kept.
+    pub cache: Arc<Cache>,
+    /// How temporary errors are retried.
+    pub retry: Retry,
+    /// Where the parents of a layer may be, besides the bucket or registry of the layer.
+    pub parents_from: Vec<UrlPrefix>,
+}
+
+impl Options {
+    /// With this cache, and 30 seconds of patience.
+    #[must_use]
+    pub fn new(cache: Cache) -> Self {
+        Self { cache: Arc::new(cache), retry: Retry::default(), parents_from: Vec::new() }
+    }
+
+    /// Sets [`Options::retry`].
+    #[must_use]
+    pub fn retry(mut self, retry: Retry) -> Self {
+        self.retry = retry;
+        self
+    }
+
+    /// Sets [`Options::parents_from`].
+    #[must_use]
+    pub fn parents_from(mut self, places: Vec<UrlPrefix>) -> Self {
+        self.parents_from = places;
+        self
+    }
+}
