@@ -144,6 +144,19 @@ fn a_guest_goes_into_a_registry_and_comes_back() {
     registry.snap(&["verify", &url]).ok();
     let info = registry.snap(&["info", &blob, "--json"]).ok().stdout;
     assert_eq!(info.replace(&blob, file), snap(["info", file, "--json"]).ok().stdout);
+    // A layer on what is only in the registry, and another that is created there.
+    let (third, fourth) = (folder.join("third.snap"), registry.url("team/guest:v4"));
+    let third = third.to_str().unwrap();
+    registry.snap(&["create", third, "--from", &url, "--when", "output:beat 9"]).ok();
+    let pushed = registry.snap(&["push", third, &registry.url("team/guest:v3"), "--json"]);
+    let pushed = pushed.ok().json();
+    let was_there = |number: usize| pushed["layers"][number]["was_there"].as_bool();
+    assert_eq!([0, 1, 2].map(was_there), [Some(false), Some(true), Some(true)], "{pushed}");
+    let other = registry.url("other/guest:v1");
+    registry.snap(&["push", third, &other]).failed(1, &["pull it first"]);
+    registry.snap(&["create", &fourth, "--from", &url, "--when", "output:beat 11"]).ok();
+    registry.snap(&["verify", &fourth]).ok();
+
     let out = folder.join("pulled/layer.snap");
     fs::create_dir(folder.join("pulled")).unwrap();
     registry.snap(&["pull", &url, out.to_str().unwrap()]).ok();

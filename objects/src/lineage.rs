@@ -1,9 +1,10 @@
 //! The objects of a layer and its parents.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use futures_util::future::try_join_all;
-use snapfmt::{ParentHint, Snapshot};
+use snapfmt::{ParentHint, Snapshot, Storage};
 
 use crate::error::ObjectError;
 use crate::fetch::Source;
@@ -18,21 +19,46 @@ use crate::url::{ObjectUrl, Scheme};
 /// Most layers of a chain, as in `snapfmt`.
 const MOST_LAYERS: usize = 256;
 
-/// The objects of a chain, and the name that lists them.
-pub(crate) async fn chain(
-    top: Source,
-    options: &Options,
-) -> Result<(Vec<RemoteObject>, Option<Name>), ObjectError> {
+/// The objects of a layer and its parents.
+pub(crate) struct Lineage {
+    /// The top one is first.
+    pub(crate) objects: Vec<RemoteObject>,
+    /// The name that lists them.
+    pub(crate) name: Option<Name>,
+    /// The address of the manifest that lists them, by its digest. It finds the parents, too, which the digest of a blob
+    /// does not.
+    pub(crate) manifest: Option<ObjectUrl>,
+}
+
+impl Lineage {
+    /// The layers with their addresses.
+    pub(crate) fn layers(&self) -> impl Iterator<Item = (Storage, PathBuf)> {
+        let own = self.objects.iter().map(RemoteObject::url);
+        let addresses = self.manifest.iter().chain(own.skip(usize::from(self.manifest.is_some())));
+        let named = self.objects.iter().zip(addresses);
+        named.map(|(object, url)| (Storage::other(object.clone()), url.to_string().into()))
+    }
+}
+
+/// Opens the objects of a chain.
+pub(crate) async fn chain(top: Source, options: &Options) -> Result<Lineage, ObjectError> {
     let (top, name) = match look(top.clone(), options).await? {
-        None => return Ok((all_blobs(&top, options).await?, None)),
-        Some(Looked::Object(object)) => return Ok((parents(object, options).await?, None)),
+        None => {
+            let (objects, manifest) = all_blobs(&top, options).await?;
+            return Ok(Lineage { objects, name: None, manifest: Some(manifest) });
+        }
+        Some(Looked::Object(object)) => {
+            let objects = parents(object, options).await?;
+            return Ok(Lineage { objects, name: None, manifest: None });
+        }
         Some(Looked::Name(source, name)) => (source, name),
     };
     let layers = name.layers.iter().map(|layer| async {
         let source = Source { url: top.url.beside(&layer.key())?, ..top.clone() };
         object(first_look(source, options).await?)
     });
-    Ok((try_join_all(layers).await?, Some(name)))
+    let objects = try_join_all(layers).await?;
+    Ok(Lineage { objects, name: Some(name), manifest: None })
 }
 
 /// What is at an address; `None`: a manifest in a registry.
@@ -63,56 +89,60 @@ async fn parents(top: RemoteObject, options: &Options) -> Result<Vec<RemoteObjec
         // Opening the chain reports an error.
         let hint = tokio::task::block_in_place(|| Snapshot::parent_hint_of(last.clone()));
         let Ok(Some(hint)) = hint else { break };
-        let Some(parent) = parent(last, &hint, options).await? else { break };
-        let is_loop = objects.iter().any(|object| object.url() == parent.url());
-        if is_loop || objects.len() == MOST_LAYERS {
+        let found = parent(last, &hint, options).await?;
+        let is_known = |one: &RemoteObject| objects.iter().any(|object| object.url() == one.url());
+        if found.is_empty() || found.iter().any(is_known) || objects.len() >= MOST_LAYERS {
             break;
         }
-        objects.push(parent);
+        objects.extend(found);
     }
     Ok(objects)
 }
 
-/// The parent of an object: in the same folder by its id, or else at the address that the object has for it. `None`: it
-/// has none.
+/// The parent of an object: in the same folder by its id, or else at the address that the object has for it. If that is
+/// of a manifest, also its parents. Empty: there is no such address.
 async fn parent(
     child: &RemoteObject,
     hint: &ParentHint,
     options: &Options,
-) -> Result<Option<RemoteObject>, ObjectError> {
+) -> Result<Vec<RemoteObject>, ObjectError> {
     let address = address_in(hint);
     if child.url().scheme() != Scheme::Oci {
         let url = child.url().beside(&file_name(hint.id))?;
         let source = Source { url, ..child.source().clone() };
         match first_look(source, options).await {
             Err(ObjectError::NotFound { .. }) if address.is_some() => {}
-            looked => return object(looked?).map(Some),
+            looked => return object(looked?).map(|parent| vec![parent]),
         }
     }
-    let Some(url) = address else { return Ok(None) };
+    let Some(url) = address else { return Ok(Vec::new()) };
     check_place(&child.url().to_string(), Some(child.url()), &url, options)?;
-    look(source_at(&url, options)?, options).await?.map(object).transpose()
+    let source = source_at(&url, options)?;
+    match look(source.clone(), options).await? {
+        Some(looked) => object(looked).map(|parent| vec![parent]),
+        None => all_blobs(&source, options).await.map(|(objects, _)| objects),
+    }
 }
 
 /// The parent of a layer in a file, and its parents: in the folder `objects` beside `name`, or else at the address that
-/// the layer has for it.
+/// the layer has for it. `None`: it has none.
 pub(crate) async fn parents_of_file(
     layer: &str,
     hint: &ParentHint,
     name: Option<&ObjectUrl>,
     options: &Options,
-) -> Result<Vec<RemoteObject>, ObjectError> {
+) -> Result<Option<Lineage>, ObjectError> {
     let address = address_in(hint);
     if let Some(name) = name.filter(|name| name.scheme() != Scheme::Oci) {
         let url = name.beside(&format!("objects/{}", file_name(hint.id)))?;
         match chain(source_at(&url, options)?, options).await {
             Err(ObjectError::NotFound { .. }) if address.is_some() => {}
-            found => return Ok(found?.0),
+            found => return found.map(Some),
         }
     }
-    let Some(url) = address else { return Ok(Vec::new()) };
+    let Some(url) = address else { return Ok(None) };
     check_place(layer, name, &url, options)?;
-    Ok(chain(source_at(&url, options)?, options).await?.0)
+    chain(source_at(&url, options)?, options).await.map(Some)
 }
 
 /// How the object at an address is requested.

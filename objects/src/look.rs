@@ -13,7 +13,7 @@ use crate::name::Name;
 use crate::oci::{Layer, Manifest};
 use crate::options::Options;
 use crate::remote::RemoteObject;
-use crate::url::Scheme;
+use crate::url::{ObjectUrl, Scheme};
 
 /// The bytes at each end of an object that the first answers contain. The front has the header and the chunks that
 /// `snap optimize` puts there. The end has the index of up to 400 MiB of memory in use, and all that is read to open
@@ -84,15 +84,16 @@ async fn ends(source: &Source) -> Result<(Part, Part), ObjectError> {
 }
 
 /// The objects of a chain in a registry. Its manifest gives their digests and lengths, so they stay the same also when
-/// the tag is given to another manifest.
+/// the tag is given to another manifest. Also returns the address of the manifest by its digest.
 pub(crate) async fn all_blobs(
     source: &Source,
     options: &Options,
-) -> Result<Vec<RemoteObject>, ObjectError> {
-    let (_, _, bytes) = source.first(GetRange::Offset(0)).await?;
+) -> Result<(Vec<RemoteObject>, ObjectUrl), ObjectError> {
+    let (found, _, bytes) = source.first(GetRange::Offset(0)).await?;
     let manifest = Manifest::parse(&bytes)
         .map_err(|reason| ObjectError::Name { url: source.url.to_string(), reason })?;
-    try_join_all(manifest.layers.into_iter().map(|layer| blob(source, layer, options))).await
+    let blobs = manifest.layers.into_iter().map(|layer| blob(source, layer, options));
+    Ok((try_join_all(blobs).await?, source.url.with_digest(&found.etag)?))
 }
 
 async fn blob(

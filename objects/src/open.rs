@@ -2,13 +2,13 @@
 
 use std::fs::File;
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use snapfmt::{ReadError, Snapshot, Storage};
 
 use crate::cancel::{Cancelled, unless_cancelled};
 use crate::error::ObjectError;
-use crate::lineage::{chain, parents_of_file, source_at};
+use crate::lineage::{Lineage, chain, parents_of_file, source_at};
 use crate::options::Options;
 use crate::remote::RemoteObject;
 use crate::runtime;
@@ -40,10 +40,10 @@ pub(crate) fn open_unless(
 ) -> Result<Opened, ObjectError> {
     let chain = chain(source_at(url, options)?, options);
     let opened = runtime::wait(unless_cancelled(cancelled, chain));
-    let (objects, name) = opened.map_err(ObjectError::Runtime)???;
-    let snapshot = Snapshot::named_chain(with_names(&objects))
+    let lineage = opened.map_err(ObjectError::Runtime)???;
+    let snapshot = Snapshot::named_chain(lineage.layers())
         .map_err(|error| ObjectError::Snapshot { name: url.to_string(), error })?;
-    if let Some(name) = name {
+    if let Some(name) = &lineage.name {
         let same = snapshot.headers().zip(&name.layers).all(|(header, layer)| {
             (header.id.to_string(), header.crc) == (layer.id.clone(), layer.header_crc)
         });
@@ -52,7 +52,7 @@ pub(crate) fn open_unless(
             return Err(ObjectError::Name { url: url.to_string(), reason });
         }
     }
-    Ok(Opened { snapshot, objects })
+    Ok(Opened { snapshot, objects: lineage.objects })
 }
 
 /// Opens a layer in a file whose parents are objects: those in the folder `objects` beside `name`, or at the address that
@@ -75,14 +75,9 @@ pub fn open_over(
     let parents = match &hint {
         Some(hint) => runtime::wait(parents_of_file(&shown, hint, name, options))
             .map_err(ObjectError::Runtime)??,
-        None => Vec::new(),
+        None => None,
     };
     let named = [(Storage::from(open()?), file.to_owned())];
-    Snapshot::named_chain(named.into_iter().chain(with_names(&parents))).map_err(failed)
-}
-
-fn with_names(objects: &[RemoteObject]) -> impl Iterator<Item = (Storage, PathBuf)> {
-    objects
-        .iter()
-        .map(|object| (Storage::other(object.clone()), PathBuf::from(object.url().to_string())))
+    Snapshot::named_chain(named.into_iter().chain(parents.iter().flat_map(Lineage::layers)))
+        .map_err(failed)
 }

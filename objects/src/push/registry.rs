@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::stream;
+use object_store::GetRange;
 use sha2::{Digest, Sha256};
 use snapfmt::layout::HEADER_BYTES;
 use snapfmt::{Header, OnProgress, Progress, ReadAt, Snapshot, Storage};
@@ -20,7 +21,7 @@ use crate::answer::{Meaning, meaning, watched};
 use crate::cancel::unless_cancelled;
 use crate::error::ObjectError;
 use crate::fetch::{Source, Tries};
-use crate::name::file_name;
+use crate::name::{Name, file_name};
 use crate::oci::{At, EMPTY_CONFIG, Layer, Manifest, Reference, Registry, digest_of, named};
 use crate::url::ObjectUrl;
 
@@ -35,8 +36,7 @@ pub(super) async fn push_all(
     replace: bool,
     progress: OnProgress<'_>,
 ) -> Result<Pushed, ObjectError> {
-    let key = name.url.key().as_ref();
-    if !matches!(Reference::parse(key).map(|reference| reference.at), Some(At::Tag(_))) {
+    if !matches!(at(&name.url), Some(At::Tag(_))) {
         let what = "a push gives a tag to the snapshot: oci://HOST/REPOSITORY:TAG";
         return Err(ObjectError::Unsupported { url: name.url.to_string(), what });
     }
@@ -48,8 +48,14 @@ pub(super) async fn push_all(
     for ((header, storage), path) in &files {
         let before = done_bytes;
         let on_bytes = |bytes| progress(Progress::new(before + bytes, total_bytes));
-        layers.push(layer(header, storage, *path, &name.url, &on_bytes)?);
-        done_bytes += header.file_bytes;
+        let there = digest_there(name, storage, *path);
+        let digest = match unless_cancelled(&|| on_bytes(0), there).await?? {
+            Some(digest) => digest,
+            None => digest_of_file(header, storage, &name.url, &on_bytes)?,
+        };
+        let (len_bytes, file_name) = (header.file_bytes, file_name(header.id));
+        layers.push(Layer { digest, len_bytes, file_name });
+        done_bytes += len_bytes;
     }
     let manifest = Manifest { layers };
     let content = Bytes::from(manifest.encode());
@@ -80,21 +86,48 @@ pub(super) async fn push_all(
     Ok(Pushed { layers: pushed })
 }
 
-/// The blob that a file is. Of a parent in a registry, its address has the digest.
-fn layer(
-    header: &Header,
+/// The digest of a parent that is a blob in the same repository. `None`: it is a file.
+async fn digest_there(
+    name: &Source,
     storage: &Storage,
     path: Option<&Path>,
+) -> Result<Option<String>, ObjectError> {
+    if storage.file().is_some() {
+        return Ok(None);
+    }
+    let what = "a parent is in a bucket or in another repository: pull it first";
+    let elsewhere = || ObjectError::Unsupported { url: name.url.to_string(), what };
+    let url = path.and_then(Path::to_str).and_then(|text| text.parse::<ObjectUrl>().ok());
+    let url = url.ok_or_else(elsewhere)?;
+    let Some(At::Digest(digest)) = at(&url) else { return Err(elsewhere()) };
+    if name.url.with_digest(digest).as_ref() != Ok(&url) {
+        return Err(elsewhere());
+    }
+    // It is the digest of a blob, or that of a manifest, whose first blob it is then.
+    let source = Source { url: url.clone(), ..name.clone() };
+    match source.first(GetRange::Bounded(0..1)).await {
+        Ok((_, _, byte)) if !Name::is_meant(&byte) => return Ok(Some(digest.to_owned())),
+        Ok(_) | Err(ObjectError::NotFound { .. }) => {}
+        Err(error) => return Err(error),
+    }
+    let (_, _, bytes) = source.first(GetRange::Offset(0)).await?;
+    let manifest = Manifest::parse(&bytes)
+        .map_err(|reason| ObjectError::Name { url: url.to_string(), reason })?;
+    Ok(manifest.layers.into_iter().next().map(|layer| layer.digest))
+}
+
+fn at(url: &ObjectUrl) -> Option<At<'_>> {
+    Reference::parse(url.key().as_ref()).map(|reference| reference.at)
+}
+
+/// The digest of a file.
+fn digest_of_file(
+    header: &Header,
+    storage: &Storage,
     to: &ObjectUrl,
     on_bytes: OnBytes<'_>,
-) -> Result<Layer, ObjectError> {
-    let (len_bytes, file_name) = (header.file_bytes, file_name(header.id));
-    let url = path.filter(|_| storage.file().is_none()).and_then(Path::to_str);
-    let url = url.and_then(|text| text.parse::<ObjectUrl>().ok());
-    let reference = url.as_ref().and_then(|url| Reference::parse(url.key().as_ref()));
-    if let Some(At::Digest(digest)) = reference.map(|reference| reference.at) {
-        return Ok(Layer { digest: digest.to_owned(), len_bytes, file_name });
-    }
+) -> Result<String, ObjectError> {
+    let len_bytes = header.file_bytes;
     let file = File::of(header, storage, to)?;
     let mut hash = Sha256::new();
     let mut bytes = vec![0; PART_BYTES as usize];
@@ -108,7 +141,7 @@ fn layer(
         }
     }
     file.check_unchanged(to)?;
-    Ok(Layer { digest: named(&hash.finalize()), len_bytes, file_name })
+    Ok(named(&hash.finalize()))
 }
 
 /// The registry to push to. The address is one in a registry.
