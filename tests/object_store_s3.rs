@@ -9,6 +9,8 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::fake_objects::Fake;
+use crate::secrets;
 use crate::support::{Ran, SNAP, Sample, end_of, needs_vm, run, signal, skip, snap, start};
 
 const SECRET: &str = "hunter2hunter2hunter2";
@@ -128,6 +130,19 @@ fn a_guest_goes_into_an_s3_bucket_and_comes_back() {
     snap_s3(&["pull", url, out.to_str().unwrap()]).ok();
     assert!(std::fs::read(&out).unwrap() == std::fs::read(file).unwrap());
 
+    // A layer has the address of its parent, and no credentials.
+    let layer = folder.join("layer.snap");
+    let from = ["create", layer.to_str().unwrap(), "--from", url, "--when", "output:beat 7"];
+    snap_s3(&from).ok();
+    snap_s3(&["push", layer.to_str().unwrap(), "s3://bucket/team/layer"]).ok();
+    secrets::not_in_folder(folder, &[SECRET]);
+
+    for args in
+        [&["info", "s3://none/a"][..], &["push", file, "s3://none/a"], &["create", "s3://none/a"]]
+    {
+        snap_s3(args).failed(1, &["s3://none/a: there is no such bucket"]);
+    }
+
     // A cached block of an object that is gone: the name of the object is told.
     let path = object.strip_prefix("s3:/").expect("its scheme");
     assert_eq!(moto.request("DELETE", path), 204);
@@ -160,6 +175,7 @@ fn a_guest_survives_that_its_object_is_replaced_or_deleted_in_a_bucket_with_vers
         let mut said = String::new();
         stdout.read_line(&mut said).expect("it says something");
         signal(guest.id(), "STOP");
+        secrets::not_in_proc(guest.id(), &[SECRET]);
         let path = object.strip_prefix("s3:/").expect("its scheme");
         assert!((200..300).contains(&moto.request_with(method, path, b"another object")));
         signal(guest.id(), "CONT");
@@ -176,6 +192,30 @@ fn a_guest_survives_that_its_object_is_replaced_or_deleted_in_a_bucket_with_vers
         let code = if method == "DELETE" { 1 } else { 3 };
         snap_s3(&["restore", object]).failed(code, &[object]);
     }
+}
+
+#[test]
+fn a_host_without_credentials_is_told_from_a_missing_object() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let info = |metadata: &str| {
+        let mut command = Command::new(SNAP);
+        command
+            .args(["info", "s3://bucket/guest"])
+            .env("SNAP_CACHE", folder.path())
+            .env("AWS_METADATA_ENDPOINT", metadata)
+            .env("AWS_REGION", "us-east-1")
+            .env_remove("AWS_ACCESS_KEY_ID")
+            .env_remove("AWS_SECRET_ACCESS_KEY");
+        run(command).failed(1, &["s3://bucket/guest: there are no credentials"])
+    };
+    let started = Instant::now();
+    // Nothing listens there.
+    let refused = info("http://127.0.0.1:9");
+    assert!(refused.stderr.contains("cannot connect to the metadata service"));
+    let fake = Fake::start(Duration::ZERO);
+    let none = info(&fake.url(""));
+    assert!(none.stderr.contains("HTTP 404"), "{}", none.stderr);
+    assert!(started.elapsed() < Duration::from_secs(10));
 }
 
 #[test]

@@ -9,6 +9,9 @@ use snapfmt::{ReadError, Snapshot};
 /// The schemes of addresses, also in a build that cannot read them.
 const SCHEMES: [&str; 7] = ["s3", "gs", "az", "http", "https", "file", "oci"];
 
+/// How addresses begin.
+pub(crate) const BEGINNINGS: &str = "s3://, gs://, az://, http://, https://, oci:// or file://";
+
 /// Whether this is the address of an object, and not a path.
 pub(crate) fn is_meant(path: &Path) -> bool {
     let text = path.to_str().unwrap_or_default();

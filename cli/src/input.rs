@@ -1,5 +1,6 @@
 //! Snapshots that are read, and outputs that must not be one of them.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
@@ -23,6 +24,12 @@ pub(crate) fn open(path: &Path, parents: &ParentArgs) -> Result<Snapshot> {
         folders: std::env::split_paths(&folders).filter(|f| *f != Path::new("")).collect(),
     };
     Snapshot::open_with(path, &local).or_else(|error| match error {
+        // It is repeated only if it is a path: an address may have a password in it.
+        ReadError::Open { source, .. }
+            if source.kind() == ErrorKind::NotFound && path.to_string_lossy().contains("://") =>
+        {
+            bail!("it is no file, and an address begins with {}", bucket::BEGINNINGS)
+        }
         // This error names the file itself.
         ReadError::Open { .. } => Err(error.into()),
         _ if lacks_parent(&error) => bucket::open_layer(path, &parents.from, error),
@@ -43,6 +50,7 @@ pub(crate) fn reading(path: &Path) -> Waiting {
 
 /// Refuses an output of a snapshot that exists already, or is stdout, before any useless work.
 pub(crate) fn refuse_existing(out: &Path, force: bool) -> Result<()> {
+    refuse_address(out)?;
     if stdio::is_meant(out) {
         bail!(
             "a snapshot is not written from front to back, as stdout would have it; give a file (one whose name is `-` \
@@ -55,11 +63,22 @@ pub(crate) fn refuse_existing(out: &Path, force: bool) -> Result<()> {
     Ok(())
 }
 
-/// Refuses an output that is a file of one of these snapshots.
+/// Refuses an output that is the address of an object. The error does not repeat it: it may have a password in it.
+fn refuse_address(out: &Path) -> Result<()> {
+    if bucket::is_meant(out) {
+        bail!(
+            "the output is an address, to which only snap create and snap push write: give a file"
+        );
+    }
+    Ok(())
+}
+
+/// Refuses an output that is a file of one of these snapshots, or no file.
 pub(crate) fn refuse_as_output<'a>(
     out: &Path,
     snapshots: impl IntoIterator<Item = &'a Snapshot>,
 ) -> Result<()> {
+    refuse_address(out)?;
     snapshots.into_iter().try_for_each(|snapshot| Ok(snapvm::refuse_as_output(out, snapshot)?))
 }
 
@@ -83,7 +102,7 @@ pub(crate) struct ParentArgs {
     pub(crate) files: Vec<PathBuf>,
 
     /// For a layer with the address of its parent: read it there if the address begins with this (s3://bucket/folder).
-    /// Without this option, only addresses in the bucket or registry of the layer are read.
+    /// Without this option, only addresses in the bucket or repository of the layer are read.
     #[arg(long = "allow-parents-from", value_name = "URL")]
     pub(crate) from: Vec<String>,
 }

@@ -219,8 +219,13 @@ impl<'a> Tries<'a> {
                 self.source.store.renew()?;
                 return Ok(());
             }
-            Meaning::Credentials(status) => ObjectError::Denied { url: url(), status },
+            Meaning::Credentials(status) => {
+                let hint = self.source.store.when_denied();
+                ObjectError::Denied { url: url(), status, hint }
+            }
+            Meaning::NoCredentials(reason) => ObjectError::NoCredentials { url: url(), reason },
             Meaning::NotFound => ObjectError::NotFound { url: url() },
+            Meaning::NoBucket => ObjectError::NoBucket { url: url() },
             Meaning::Replaced => match opened {
                 Some(opened) => {
                     let expected = opened.etag.clone();

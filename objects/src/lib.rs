@@ -45,6 +45,7 @@ mod store;
 mod unstored;
 mod url;
 mod version;
+mod watching;
 
 pub use cache::{Cache, Cached, DEFAULT_CACHE_BYTES, default_cache_folder};
 pub use error::ObjectError;
@@ -52,7 +53,7 @@ pub use open::{Opened, open, open_over};
 pub use options::Options;
 pub use prefix::UrlPrefix;
 pub use pull::{Pulled, pull};
-pub use push::{Pushed, PushedLayer, is_taken, push};
+pub use push::{Pushed, PushedLayer, check_parents, is_taken, push};
 pub use remote::RemoteObject;
 pub use retry::Retry;
 pub use url::{ObjectUrl, UrlError};

@@ -24,7 +24,7 @@ pub struct Opened {
 
 /// Opens the snapshot at an address: that of an object, or a name that a push has written. The parents of a layer are
 /// in the same folder of the same bucket, or at the address that the layer has for them, if that is in the same bucket or
-/// registry or in [`Options::parents_from`].
+/// repository or in [`Options::parents_from`].
 ///
 /// # Errors
 /// [`ObjectError`]
@@ -56,7 +56,7 @@ pub(crate) fn open_unless(
 }
 
 /// Opens a layer in a file whose parents are objects: those in the folder `objects` beside `name`, or at the address that
-/// the layer has for its parent. That must be in [`Options::parents_from`], or in the bucket or registry of `name`.
+/// the layer has for its parent. That must be in [`Options::parents_from`], or in the bucket or repository of `name`.
 ///
 /// # Errors
 /// [`ObjectError`]

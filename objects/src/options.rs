@@ -13,7 +13,7 @@ pub struct Options {
     pub cache: Arc<Cache>,
     /// How temporary errors are retried.
     pub retry: Retry,
-    /// Where the parents of a layer may be, besides the bucket or registry of the layer.
+    /// Where the parents of a layer may be, besides the bucket or repository of the layer.
     pub parents_from: Vec<UrlPrefix>,
 }
 

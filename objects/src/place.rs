@@ -12,8 +12,8 @@ pub(crate) fn address_in(hint: &ParentHint) -> Option<ObjectUrl> {
     hint.path.to_str()?.parse().ok()
 }
 
-/// Checks that the parent of `layer` may be read at `parent`: it is in the same bucket or registry as `child`, or the
-/// caller allows it. `child` is `None` for a layer in a file, which is in no bucket.
+/// Checks that the parent of `layer` may be read at `parent`: it is in the same bucket as `child`, or the caller allows
+/// it. `child` is `None` for a layer in a file, which is in no bucket.
 pub(crate) fn check_place(
     layer: &str,
     child: Option<&ObjectUrl>,
@@ -31,12 +31,40 @@ pub(crate) fn check_place(
     }
 }
 
-/// Whether two addresses are of the same bucket or registry. Of files, the folder is the bucket.
+/// Whether two addresses are of the same bucket. Of files, the folder is the bucket; of a registry, which many users may
+/// share, the repository.
 fn is_same_place(child: &ObjectUrl, parent: &ObjectUrl) -> bool {
     let folder = |url: &ObjectUrl| {
         let folder = url.key().as_ref().rsplit_once('/').map_or("", |(folder, _)| folder);
         format!("{folder}/")
     };
     (child.scheme(), child.host()) == (parent.scheme(), parent.host())
-        && (child.scheme() != Scheme::File || folder(parent).starts_with(&folder(child)))
+        && match child.scheme() {
+            Scheme::File => folder(parent).starts_with(&folder(child)),
+            Scheme::Oci => child.repository() == parent.repository(),
+            _ => true,
+        }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bucket_a_server_a_folder_or_a_repository_is_one_place() {
+        let same = |child: &str, parent: &str| {
+            is_same_place(&child.parse().unwrap(), &parent.parse().unwrap())
+        };
+        assert!(same("s3://bucket/a/b", "s3://bucket/c"));
+        assert!(!same("s3://bucket/a", "s3://other/a"));
+        assert!(!same("s3://bucket/a", "gs://bucket/a"));
+        assert!(same("https://host/a", "https://host/b/c"));
+        assert!(!same("https://host/a", "https://host:8443/a"));
+        assert!(!same("https://host/a", "http://host/a"));
+        assert!(same("file:///srv/a", "file:///srv/b/c"));
+        assert!(!same("file:///srv/a/b", "file:///srv/b"));
+        assert!(!same("file:///srv/a/b", "file:///srv/ab/b"));
+        assert!(same("oci://host/team/guest:a", "oci://host/team/guest:b"));
+        assert!(!same("oci://host/team/guest:a", "oci://host/team/other:a"));
+    }
 }

@@ -1,54 +1,52 @@
 //! The client of one bucket. It is built from the environment, and built again when its credentials are refused.
 
+use std::fmt;
 use std::sync::{Arc, Once, PoisonError, RwLock};
 
-use async_trait::async_trait;
 use object_store::aws::AmazonS3Builder;
 use object_store::azure::MicrosoftAzureBuilder;
-use object_store::client::{
-    HttpClient, HttpConnector, HttpError, HttpRequest, HttpResponse, HttpService, ReqwestConnector,
-};
 use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::http::HttpBuilder;
 use object_store::local::LocalFileSystem;
 use object_store::{BackoffConfig, ClientOptions, ObjectStore, RetryConfig};
 
-use crate::answer;
 use crate::error::ObjectError;
 use crate::oci::Registry;
 use crate::retry::{CONNECT, IDLE, Retry, SILENCE};
 use crate::url::{ObjectUrl, Scheme};
+use crate::watching::Watching;
 
-/// The client of the bucket, server or file system of an address.
-#[derive(Debug)]
+/// The clients of the bucket, server or file system of an address.
 pub(crate) struct Store {
     of: ObjectUrl,
-    retry: RetryConfig,
-    for_writing: bool,
-    client: RwLock<Connected>,
+    /// How uploads are retried; `None`: this store is only read.
+    uploads: Option<RetryConfig>,
+    watching: Watching,
+    clients: RwLock<Clients>,
 }
 
-#[derive(Clone, Debug)]
-struct Connected {
-    objects: Arc<dyn ObjectStore>,
+#[derive(Clone)]
+struct Clients {
+    reading: Arc<dyn ObjectStore>,
+    uploading: Arc<dyn ObjectStore>,
     /// The same, if it is a registry.
     registry: Option<Arc<Registry>>,
 }
 
-impl<T: ObjectStore> From<T> for Connected {
-    fn from(store: T) -> Self {
-        Self { objects: Arc::new(store), registry: None }
+/// The clients are not shown: not all of them hide their credentials.
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Store").field(&self.of.to_string()).finish()
     }
 }
 
 impl Store {
-    /// A client that the environment configures, in each provider's own variables. It retries no request: `fetch` does,
-    /// because it knows the bytes that were received.
+    /// A client that the environment configures, in each provider's own variables.
     pub(crate) fn open(url: &ObjectUrl) -> Result<Self, ObjectError> {
-        Self::with(url, RetryConfig { max_retries: 0, ..RetryConfig::default() }, false)
+        Self::with(url, None)
     }
 
-    /// A client that retries requests itself, because only it knows the state of an upload.
+    /// As [`Store::open`], with a client that retries uploads.
     pub(crate) fn open_to_write(url: &ObjectUrl, retry: Retry) -> Result<Self, ObjectError> {
         let backoff = BackoffConfig {
             init_backoff: retry.first_pause,
@@ -56,32 +54,52 @@ impl Store {
             base: 2.0,
         };
         let retry = RetryConfig { backoff, max_retries: usize::MAX, retry_timeout: retry.patience };
-        Self::with(url, retry, true)
+        Self::with(url, Some(retry))
     }
 
-    fn with(url: &ObjectUrl, retry: RetryConfig, for_writing: bool) -> Result<Self, ObjectError> {
-        let client = RwLock::new(connect(url, &retry, for_writing)?);
-        Ok(Self { of: url.clone(), retry, for_writing, client })
+    fn with(url: &ObjectUrl, uploads: Option<RetryConfig>) -> Result<Self, ObjectError> {
+        let watching = Watching::default();
+        let clients = RwLock::new(connect(url, uploads.as_ref(), &watching)?);
+        Ok(Self { of: url.clone(), uploads, watching, clients })
     }
 
+    /// A client that retries no request: `fetch` does, because it knows the bytes that were received.
     pub(crate) fn client(&self) -> Arc<dyn ObjectStore> {
-        self.connected().objects
+        self.clients().reading
+    }
+
+    /// A client that retries requests itself, because only it knows the state of an upload.
+    pub(crate) fn uploading(&self) -> Arc<dyn ObjectStore> {
+        self.clients().uploading
     }
 
     /// The registry, if it is one.
     pub(crate) fn registry(&self) -> Option<Arc<Registry>> {
-        self.connected().registry
+        self.clients().registry
     }
 
-    fn connected(&self) -> Connected {
-        self.client.read().unwrap_or_else(PoisonError::into_inner).clone()
+    fn clients(&self) -> Clients {
+        self.clients.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Reads the credentials again: from the environment, the files that it names, or the instance's metadata service.
     pub(crate) fn renew(&self) -> Result<(), ObjectError> {
-        let client = connect(&self.of, &self.retry, self.for_writing)?;
-        *self.client.write().unwrap_or_else(PoisonError::into_inner) = client;
+        let clients = connect(&self.of, self.uploads.as_ref(), &self.watching)?;
+        *self.clients.write().unwrap_or_else(PoisonError::into_inner) = clients;
         Ok(())
+    }
+
+    /// What is said after "access is denied".
+    pub(crate) fn when_denied(&self) -> &'static str {
+        match (self.of.scheme(), self.registry()) {
+            (Scheme::Http | Scheme::Https, _) => "; an HTTP server gets no credentials",
+            (_, Some(registry)) if !registry.has_credentials() => {
+                "; docker's configuration has no credentials for this registry"
+            }
+            _ => {
+                ", also with credentials that were read again; some stores answer so for an object that is not there"
+            }
+        }
     }
 
     /// The server that the environment configures. It distinguishes objects of the same address.
@@ -99,13 +117,42 @@ impl Store {
 
 fn connect(
     url: &ObjectUrl,
-    retry: &RetryConfig,
-    for_writing: bool,
-) -> Result<Connected, ObjectError> {
+    uploads: Option<&RetryConfig>,
+    watching: &Watching,
+) -> Result<Clients, ObjectError> {
     static TLS: Once = Once::new();
     // Another library of the process may have chosen one already.
     TLS.call_once(|| _ = rustls::crypto::ring::default_provider().install_default());
     check_endpoint(url)?;
+    if url.scheme() == Scheme::Oci {
+        let registry = Registry::new(url.host(), url.key().as_ref(), uploads.is_some());
+        let registry = registry
+            .map_err(|reason| ObjectError::Configuration { url: url.to_string(), reason })
+            .map(Arc::new)?;
+        let (reading, uploading) = (registry.clone(), registry.clone());
+        return Ok(Clients { reading, uploading, registry: Some(registry) });
+    }
+    let never = RetryConfig { max_retries: 0, ..RetryConfig::default() };
+    let client = |retry| {
+        client(url, retry, watching).map_err(|error| ObjectError::Configuration {
+            url: url.to_string(),
+            reason: without_secrets(&error.to_string(), std::env::vars_os()),
+        })
+    };
+    let reading = client(never)?;
+    let uploading = match uploads {
+        Some(retry) => client(retry.clone())?,
+        None => Arc::clone(&reading),
+    };
+    Ok(Clients { reading, uploading, registry: None })
+}
+
+/// A client of a bucket, server or file system.
+fn client(
+    url: &ObjectUrl,
+    retry: RetryConfig,
+    watching: &Watching,
+) -> object_store::Result<Arc<dyn ObjectStore>> {
     let options = ClientOptions::new()
         .with_allow_http(url.scheme() == Scheme::Http)
         // The time of a whole answer has no limit, but the time without bytes has one.
@@ -113,50 +160,42 @@ fn connect(
         .with_read_timeout(SILENCE)
         .with_connect_timeout(CONNECT)
         .with_pool_idle_timeout(IDLE);
-    let built: object_store::Result<Connected> = match url.scheme() {
-        Scheme::S3 => AmazonS3Builder::from_env()
-            .with_bucket_name(url.host())
-            .with_client_options(s3_options(options))
-            .with_retry(retry.clone())
-            .with_http_connector(Watching)
-            .build()
-            .map(Connected::from),
-        Scheme::Gs => GoogleCloudStorageBuilder::from_env()
-            .with_bucket_name(url.host())
-            .with_client_options(options)
-            .with_retry(retry.clone())
-            .with_http_connector(Watching)
-            .build()
-            .map(Connected::from),
-        Scheme::Az => MicrosoftAzureBuilder::from_env()
-            .with_container_name(url.host())
-            .with_client_options(options)
-            .with_retry(retry.clone())
-            .with_http_connector(Watching)
-            .build()
-            .map(Connected::from),
-        Scheme::Http | Scheme::Https => HttpBuilder::new()
-            .with_url(format!("{}://{}", scheme_name(url), url.host()))
-            .with_client_options(options)
-            .with_retry(retry.clone())
-            .with_http_connector(Watching)
-            .build()
-            .map(Connected::from),
-        Scheme::File => Ok(LocalFileSystem::new().into()),
-        Scheme::Oci => return connect_registry(url, for_writing),
-    };
-    built.map_err(|error| ObjectError::Configuration {
-        url: url.to_string(),
-        reason: without_secrets(&error.to_string(), std::env::vars_os()),
+    let watching = watching.clone();
+    Ok(match url.scheme() {
+        Scheme::S3 => Arc::new(
+            AmazonS3Builder::from_env()
+                .with_bucket_name(url.host())
+                .with_client_options(s3_options(options))
+                .with_retry(retry)
+                .with_http_connector(watching)
+                .build()?,
+        ),
+        Scheme::Gs => Arc::new(
+            GoogleCloudStorageBuilder::from_env()
+                .with_bucket_name(url.host())
+                .with_client_options(options)
+                .with_retry(retry)
+                .with_http_connector(watching)
+                .build()?,
+        ),
+        Scheme::Az => Arc::new(
+            MicrosoftAzureBuilder::from_env()
+                .with_container_name(url.host())
+                .with_client_options(options)
+                .with_retry(retry)
+                .with_http_connector(watching)
+                .build()?,
+        ),
+        Scheme::Http | Scheme::Https | Scheme::Oci => Arc::new(
+            HttpBuilder::new()
+                .with_url(format!("{}://{}", scheme_name(url), url.host()))
+                .with_client_options(options)
+                .with_retry(retry)
+                .with_http_connector(watching)
+                .build()?,
+        ),
+        Scheme::File => Arc::new(LocalFileSystem::new()),
     })
-}
-
-fn connect_registry(url: &ObjectUrl, for_writing: bool) -> Result<Connected, ObjectError> {
-    let registry = Registry::new(url.host(), url.key().as_ref(), for_writing);
-    let registry = registry
-        .map_err(|reason| ObjectError::Configuration { url: url.to_string(), reason })
-        .map(Arc::new)?;
-    Ok(Connected { objects: registry.clone(), registry: Some(registry) })
 }
 
 fn scheme_name(url: &ObjectUrl) -> &'static str {
@@ -205,35 +244,16 @@ fn without_secrets(
     text
 }
 
-/// Records a server's answer before the client turns it into an error without a status.
-#[derive(Debug)]
-struct Watching;
-
-#[derive(Debug)]
-struct Watched(HttpClient);
-
-impl HttpConnector for Watching {
-    fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
-        let client = ReqwestConnector::default().connect(options)?;
-        Ok(HttpClient::new(Watched(client)))
-    }
-}
-
-#[async_trait]
-impl HttpService for Watched {
-    async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
-        let answer = self.0.execute(request).await;
-        match &answer {
-            Ok(response) => answer::status(response.status().as_u16()),
-            Err(error) => answer::none(error),
-        }
-        answer
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_store_shows_no_secret() {
+        let url: ObjectUrl = "s3://bucket/guest".parse().unwrap();
+        let store = Store::open(&url).unwrap();
+        assert_eq!(format!("{store:?}"), r#"Store("s3://bucket/guest")"#);
+    }
 
     #[test]
     fn the_values_of_secret_variables_are_not_shown() {

@@ -99,6 +99,12 @@ impl ObjectUrl {
         Ok(Self { key: parsed.ok_or(UrlError::Key)?, ..self.clone() })
     }
 
+    /// The repository of an address in a registry.
+    pub(crate) fn repository(&self) -> Option<&str> {
+        let reference = Reference::parse(self.key.as_ref()).filter(|_| self.scheme == Scheme::Oci);
+        reference.map(|reference| reference.repository)
+    }
+
     /// The address of the blob or manifest with a digest, in the same repository.
     pub(crate) fn with_digest(&self, digest: &str) -> Result<Self, UrlError> {
         let reference = Reference::parse(self.key.as_ref()).ok_or(UrlError::Reference)?;

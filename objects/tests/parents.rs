@@ -1,4 +1,4 @@
-//! Layers that have an address for their parent: it is read in the same bucket or registry, or where the caller allows.
+//! Layers that have an address for their parent: it is read in the same bucket or repository, or where the caller allows.
 
 mod support;
 

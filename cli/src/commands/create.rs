@@ -177,9 +177,16 @@ pub(crate) fn create(args: &Args, session: &Session) -> Result<Summary> {
         #[cfg(not(feature = "objects"))]
         return Err(bucket::missing());
         #[cfg(feature = "objects")]
-        return super::create_in_bucket::create(args.out(), args.storage.force, session, |file| {
-            create_file(args, file, session)
-        });
+        {
+            let plan = super::create_in_bucket::Plan {
+                address: args.out(),
+                base: args.parent.as_deref(),
+                force: args.storage.force,
+                stop: args.stop,
+            };
+            let create = |file: &Path| create_file(args, file, session);
+            return super::create_in_bucket::create(&plan, session, create);
+        }
     }
     refuse_existing(args.out(), args.storage.force)?;
     create_file(args, args.out(), session)

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Error, Result};
+use anyhow::{Error, Result, anyhow};
 use objects::{ObjectError, ObjectUrl, Pushed, Retry};
 use serde_json::json;
 use snapfmt::{Existing, ReadError, Snapshot};
@@ -55,7 +55,7 @@ pub(crate) struct PullArgs {
     #[arg(value_name = "FILE")]
     out: PathBuf,
 
-    /// Read a parent in another bucket or registry if its address begins with this.
+    /// Read a parent in another bucket or repository if its address begins with this.
     #[arg(long = "allow-parents-from", value_name = "URL")]
     parents_from: Vec<String>,
 
@@ -136,8 +136,14 @@ pub(crate) fn send(
     let snapshot = match input::open(file, parents) {
         Err(error) if is_incomplete(&error) => {
             let options = bucket::options_from(&parents.from)?;
-            let both = |other| to_error(other).context(format!("{error:#}; and in the bucket"));
-            objects::open_over(file, Some(url), &options).map_err(both)?
+            let failed = |other| match other {
+                ObjectError::ParentElsewhere { layer, parent, .. } => anyhow!(
+                    "{layer}: its parent is in another place, {parent}: pull it with snap pull, and give it with \
+                     --parent"
+                ),
+                other => to_error(other).context(format!("{error:#}; and in the bucket")),
+            };
+            objects::open_over(file, Some(url), &options).map_err(failed)?
         }
         opened => opened?,
     };

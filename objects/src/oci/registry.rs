@@ -68,6 +68,11 @@ impl Registry {
         })
     }
 
+    /// Whether docker's configuration has credentials for it.
+    pub(crate) fn has_credentials(&self) -> bool {
+        self.credentials.is_some()
+    }
+
     /// A manifest, by tag or digest.
     pub(super) async fn manifest(&self, reference: &str) -> Result<Response, StoreError> {
         let url = self.url("manifests", reference)?;

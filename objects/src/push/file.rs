@@ -87,11 +87,12 @@ impl<'a> File<'a> {
         progress: OnBytes<'_>,
     ) -> Result<(), ObjectError> {
         if self.storage.file().is_none() {
-            let what = "a snapshot in a bucket is not pushed to another one: pull it first";
+            let what =
+                "a snapshot in a bucket is not pushed to another bucket or folder: pull it first";
             return Err(ObjectError::Unsupported { url: to.url.to_string(), what });
         }
         let failed = |(error, seen)| failure(to, &error, seen);
-        let client = to.store.client();
+        let client = to.store.uploading();
         if self.header.file_bytes <= PART_BYTES {
             let bytes = self.part(to, 0, self.header.file_bytes)?;
             self.check_unchanged(&to.url)?;
@@ -158,13 +159,16 @@ pub(super) fn failure(
     seen: crate::answer::Seen,
 ) -> ObjectError {
     let url = to.url.to_string();
-    match meaning(error, seen) {
+    match meaning(error, seen).of_write() {
         Meaning::Passing(reason) => {
             let waited = to.retry.patience;
             ObjectError::Unavailable { url, reason, attempts: 1, waited }
         }
-        Meaning::Credentials(status) => ObjectError::Denied { url, status },
-        Meaning::NotFound => ObjectError::NotFound { url },
+        Meaning::Credentials(status) => {
+            ObjectError::Denied { url, status, hint: to.store.when_denied() }
+        }
+        Meaning::NoCredentials(reason) => ObjectError::NoCredentials { url, reason },
+        Meaning::NoBucket | Meaning::NotFound => ObjectError::NoBucket { url },
         Meaning::Exists => ObjectError::NameTaken { url },
         Meaning::Refused(status, code) => ObjectError::Refused { url, status, code },
         Meaning::Replaced | Meaning::NoSuchRange | Meaning::NoRanges => {

@@ -12,10 +12,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use object_store::GetRange;
-use snapfmt::{OnProgress, Snapshot};
+use snapfmt::{Header, OnProgress, Snapshot};
 
 use crate::error::ObjectError;
 use crate::fetch::Source;
+use crate::name::file_name;
 use crate::retry::Retry;
 use crate::runtime;
 use crate::store::Store;
@@ -71,6 +72,32 @@ pub fn is_taken(name: &ObjectUrl, retry: Retry) -> Result<bool, ObjectError> {
     }
 }
 
+/// Checks that a layer on `parent` could be pushed: a parent that is an object must be where the push looks for it.
+///
+/// # Errors
+/// [`ObjectError::Unsupported`]
+pub fn check_parents(parent: &Snapshot, name: &ObjectUrl) -> Result<(), ObjectError> {
+    let objects = parent.headers().zip(parent.storages()).zip(parent.paths());
+    let mut objects = objects.filter(|((_, storage), _)| storage.file().is_none());
+    let is_there = |((header, _), path): ((&Header, _), Option<&Path>)| {
+        let url = path.and_then(Path::to_str).and_then(|path| path.parse::<ObjectUrl>().ok());
+        url.is_some_and(|url| match name.repository() {
+            Some(_) => {
+                let is_same = (url.host(), url.repository()) == (name.host(), name.repository());
+                url.scheme() == Scheme::Oci && is_same
+            }
+            None => name.beside(&format!("objects/{}", file_name(header.id))) == Ok(url),
+        })
+    };
+    match objects.all(is_there) {
+        true => Ok(()),
+        false => Err(ObjectError::Unsupported {
+            url: name.to_string(),
+            what: "a parent is in another bucket, folder or repository: pull it first",
+        }),
+    }
+}
+
 fn check_writable(name: &ObjectUrl) -> Result<(), ObjectError> {
     if matches!(name.scheme(), Scheme::Http | Scheme::Https) {
         let what = "a snapshot is not pushed to an HTTP server, only read from one";
@@ -83,5 +110,5 @@ fn check_writable(name: &ObjectUrl) -> Result<(), ObjectError> {
 fn make_private_folder(url: &ObjectUrl) -> Result<(), ObjectError> {
     let folder = Path::new("/").join(url.key().as_ref());
     let made = DirBuilder::new().recursive(true).mode(0o700).create(&folder);
-    made.map_err(|error| ObjectError::Cache { what: "make", path: folder, error })
+    made.map_err(|error| ObjectError::Folder { path: folder, error })
 }

@@ -31,7 +31,7 @@ pub(super) async fn give_name(
         let put = client.put_opts(name.url.key(), content.clone().into(), options);
         let (result, seen) = watched(put).await;
         let Err(error) = result else { return Ok(()) };
-        match meaning(&error, seen) {
+        match meaning(&error, seen).of_write() {
             // A try whose answer was lost may have written it.
             Meaning::Exists | Meaning::Replaced => {
                 return match holds(name, &content).await? {

@@ -195,7 +195,7 @@ async fn upload(
         };
         let failure = match unless_cancelled(&stop, push).await {
             Ok((Ok(()), _)) => return file.check_unchanged(&to.url),
-            Ok((Err(error), seen)) => meaning(&error, seen),
+            Ok((Err(error), seen)) => meaning(&error, seen).of_write(),
             Err(_) if on_bytes(sent()).is_break() => return Err(ObjectError::Cancelled),
             Err(_) => {
                 let waited = begun.elapsed().as_secs();
