@@ -421,6 +421,10 @@ fn hostile_clients_delay_no_others() {
     let (status, fault) = vm.ask("PUT", "/snapshot/create", &json!({ "snapshot_path": "x" }));
     assert_eq!(status, 400);
     assert!(fault["fault_message"].as_str().expect("a text").contains("relative"), "{fault}");
+    let address = json!({ "snapshot_path": "s3://bucket/guest" });
+    let (status, fault) = vm.ask("PUT", "/snapshot/create", &address);
+    assert_eq!(status, 400);
+    assert!(fault["fault_message"].as_str().expect("a text").contains("address"), "{fault}");
     vm.interrupt();
 }
 

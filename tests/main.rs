@@ -36,7 +36,11 @@ mod networks;
 #[cfg(feature = "objects")]
 mod object_storage;
 #[cfg(feature = "objects")]
+mod object_store_oci;
+#[cfg(feature = "objects")]
 mod object_store_s3;
+#[cfg(feature = "objects")]
+mod object_store_tls;
 mod overlays;
 mod overwritten;
 mod page_cache;
@@ -46,6 +50,8 @@ mod scattered_memory;
 #[path = "../snapfmt/fuzz/harness/seal.rs"]
 #[allow(dead_code, reason = "shared with the fuzz targets")]
 mod seal;
+#[cfg(feature = "objects")]
+mod secrets;
 mod serving;
 mod slow_disks;
 mod slow_readers;

@@ -208,6 +208,15 @@ fn a_pushed_guest_is_restored_by_its_name_and_pulled_bit_by_bit() {
     };
     assert_eq!(restore(&url), restore(layer));
 
+    // The same layer onto the object, by its name.
+    let rebased = folder.join("rebased.snap");
+    let rebased = rebased.to_str().unwrap();
+    let base = format!("{url}-base");
+    run(with_cache(&cache, &["push", file, &base])).ok();
+    run(with_cache(&cache, &["rebase", layer, "--onto", &base, "-o", rebased])).ok();
+    run(with_cache(&cache, &["push", rebased, &format!("{url}-rebased")])).ok();
+    assert_eq!(restore(&format!("{url}-rebased")), restore(layer));
+
     // A layer on what is only in the bucket.
     let (second, third) = (folder.join("second.snap"), format!("{url}-3"));
     let second = second.to_str().unwrap();
@@ -253,8 +262,159 @@ fn wrong_addresses_are_refused_without_repeating_their_secrets() {
         let ran = run(with_cache(folder.path(), &["info", url])).failed(1, &[says]);
         assert!(!ran.stderr.contains("hunter2"), "{}", ran.stderr);
     }
+    // An output with a secret is not repeated, either.
+    let address = "s3://bucket/hunter2";
+    for args in [
+        ["flatten", "a.snap", "-o", address],
+        ["rebase", "a.snap", "--onto=b.snap", &format!("--out={address}")],
+        ["import", "a.mem", "-o", address],
+        ["pull", "s3://bucket/a", address, "--force"],
+    ] {
+        let ran = run(with_cache(folder.path(), &args));
+        let ran = ran.failed(1, &["only snap create and snap push write"]);
+        assert!(!ran.stderr.contains("hunter2"), "{}", ran.stderr);
+    }
+    run(with_cache(folder.path(), &["info", "S3://bucket/hunter2"]))
+        .failed(1, &["an address begins with s3://"]);
     let with_parent = ["info", "s3://bucket/a", "--parent", "b.snap"];
     run(with_cache(folder.path(), &with_parent)).failed(1, &["in the same bucket"]);
+}
+
+#[test]
+fn a_guest_is_snapshotted_straight_into_a_bucket_also_while_it_runs_and_as_a_layer() {
+    needs_vm!();
+    let folder = tempfile::tempdir().expect("a folder");
+    let cache = folder.path().join("cache");
+    let snap_in = |args: &[&str]| run(with_cache(&cache, args));
+    let bucket = format!("file://{}/bucket", folder.path().display());
+    let (base, layer) = (format!("{bucket}/base"), format!("{bucket}/layer"));
+    let how = ["--memory", "16M", "--work", "4M", "--json"];
+    let created = snap_in(&[&["create", &base], &how[..]].concat()).ok().json();
+    assert_eq!(created["file"], base.as_str());
+    let beats = |what: &str, number: &str| {
+        snap_in(&["restore", "--lazy", what, "--beats", number, "--report", "none"]).ok().stdout
+    };
+    assert!(beats(&base, "3").contains("beat 3 "));
+    snap_in(&[&["create", &base], &how[..]].concat()).failed(1, &["the name is taken", &base]);
+    snap_in(&["create", "http://127.0.0.1:9/a"]).failed(1, &["not pushed to an HTTP server"]);
+
+    let from = ["create", &layer, "--from", &base, "--when", "output:beat 5", "--json"];
+    let elsewhere = from.map(|arg| if arg == layer { "file:///none/other/layer" } else { arg });
+    snap_in(&elsewhere).failed(1, &["a parent is in another bucket", "pull it first"]);
+    let created = snap_in(&from).ok().json();
+    assert!(created["parent_id"].is_string(), "{created}");
+    assert!(beats(&layer, "3").contains("beat 8 "));
+
+    let socket = folder.path().join("vm.sock");
+    let socket = socket.to_str().expect("UTF-8");
+    let args = ["restore", "--lazy", &base, "--api", socket, "--report", "none"];
+    let guest = start(with_cache(&cache, &args));
+    let waiting = Instant::now();
+    while !Path::new(socket).exists() {
+        assert!(waiting.elapsed() < Duration::from_secs(30), "there is no socket");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    for (name, more) in [("whole", &["--stop"][..]), ("changes", &["--diff"][..])].iter().rev() {
+        let url = format!("{bucket}/{name}");
+        snap_in(&[&["create", &url, "--vm", socket], *more].concat()).ok();
+        assert!(beats(&url, "2").contains("beat "));
+    }
+    end_of(guest);
+    // Nothing is left of the files that were pushed.
+    let left: Vec<_> = std::fs::read_dir(&cache).expect("it is there").flatten().collect();
+    assert!(left.iter().all(|entry| entry.path().is_file()), "{left:?}");
+}
+
+#[test]
+fn an_interrupted_snapshot_into_a_bucket_leaves_no_name_and_no_file() {
+    needs_vm!();
+    let folder = tempfile::tempdir().expect("a folder");
+    let cache = folder.path().join("cache");
+    // This guest is never ready.
+    let url = format!("file://{}/bucket/guest", folder.path().display());
+    let args = ["create", &url, "--memory", "16M", "--work", "4M", "--when", "output:no such text"];
+    let child = start(with_cache(&cache, &args));
+    wait_for_handlers(child.id());
+    std::thread::sleep(Duration::from_millis(1500));
+    signal(child.id(), "INT");
+    Ran::from(end_of(child)).failed(130, &["interrupted"]);
+    assert!(!folder.path().join("bucket").exists());
+    assert_eq!(std::fs::read_dir(&cache).expect("it is there").count(), 0);
+}
+
+#[test]
+fn the_snapshot_of_an_ended_guest_is_kept_if_its_push_fails() {
+    needs_vm!();
+    let sample = Sample::small();
+    let folder = sample.folder.path();
+    let (cache, socket) = (folder.join("cache"), folder.join("vm.sock"));
+    let socket = socket.to_str().expect("UTF-8");
+    let file = sample.file.to_str().expect("UTF-8");
+    let guest = start(with_cache(&cache, &["restore", file, "--api", socket, "--report", "none"]));
+    let waiting = Instant::now();
+    while !Path::new(socket).exists() {
+        assert!(waiting.elapsed() < Duration::from_secs(30), "there is no socket");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let fake = Fake::start(Duration::ZERO);
+    fake.decide(|_, request| match request.method.as_str() {
+        "GET" | "HEAD" => Fate::Answer,
+        _ => Fate::Status(403, "AccessDenied"),
+    });
+    for (more, is_kept) in [(&[][..], false), (&["--stop"], true)] {
+        let args = [&["create", "s3://bucket/name", "--vm", socket], more].concat();
+        let mut command = with_cache(&cache, &args);
+        command.envs([
+            ("AWS_ENDPOINT_URL", &*fake.url("")),
+            ("AWS_ALLOW_HTTP", "true"),
+            ("AWS_ACCESS_KEY_ID", "hunter2key"),
+            ("AWS_SECRET_ACCESS_KEY", "hunter2secret"),
+            ("AWS_REGION", "us-east-1"),
+        ]);
+        let ran = run(command).failed(1, &["access is denied (HTTP 403)"]);
+        let kept = ran.stderr.split_once("the guest's snapshot is in ");
+        assert_eq!(kept.is_some(), is_kept, "{}", ran.stderr);
+        if let Some((_, kept)) = kept {
+            let (kept, _) = kept.split_once(',').expect("more text");
+            snap(["verify", kept]).ok();
+        }
+        let folders = std::fs::read_dir(&cache).expect("it is there").flatten();
+        let folders = folders.filter(|entry| entry.path().is_dir()).count();
+        assert_eq!(folders, usize::from(is_kept));
+    }
+    end_of(guest);
+}
+
+/// A layer from somebody else, with an address for its parent.
+#[test]
+fn the_address_of_a_parent_is_followed_only_with_the_option() {
+    needs_vm!();
+    let served = Served::start(Duration::ZERO);
+    let folder = served.sample.folder.path().join("layers");
+    std::fs::create_dir(&folder).expect("it is made");
+    let layer = folder.join("layer.snap");
+    let layer = layer.to_str().expect("UTF-8");
+    served.snap(&["create", layer, "--from", &served.url, "--when", "output:beat 5"]).ok();
+    served.fake.take_received();
+    let option = "--allow-parents-from";
+    served.snap(&["info", layer]).failed(3, &[option, &served.url]);
+    served.snap(&["info", layer, option, "https://other.example"]).failed(1, &[option]);
+    assert!(served.fake.take_received().is_empty());
+    let args = ["restore", layer, option, &served.url, "--beats", "2", "--report", "none"];
+    assert!(served.snap(&args).ok().stdout.contains("beat 7 "));
+
+    let other = Fake::start(Duration::ZERO);
+    other.put("/layers/top.snap", std::fs::read(layer).expect("it is there"));
+    let url = other.url("/layers/top.snap");
+    served.snap(&["verify", &url]).failed(1, &[option, &served.url]);
+    served.snap(&["verify", &url, option, &served.url]).ok();
+    let out = folder.join("pulled/top.snap");
+    std::fs::create_dir(folder.join("pulled")).expect("it is made");
+    let out = out.to_str().expect("UTF-8");
+    served.snap(&["pull", &url, out]).failed(1, &[option]);
+    served.snap(&["pull", &url, out, option, &served.url]).ok();
+    // The parent is beside it now.
+    served.snap(&["verify", out]).ok();
 }
 
 /// A server that takes connections and sends nothing.

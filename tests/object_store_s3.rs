@@ -3,13 +3,15 @@
 //! The program `moto_server` is taken from `$SNAP_MOTO`, otherwise from `$PATH`. Without it the tests are skipped; with
 //! `SNAP_REQUIRE_MOTO` set, a skip is a failure.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::support::{Ran, SNAP, Sample, needs_vm, run, skip, snap};
+use crate::fake_objects::Fake;
+use crate::secrets;
+use crate::support::{Ran, SNAP, Sample, end_of, needs_vm, run, signal, skip, snap, start};
 
 const SECRET: &str = "hunter2hunter2hunter2";
 
@@ -58,17 +60,29 @@ impl Moto {
 
     /// The status of the answer.
     fn request(&self, method: &str, path: &str) -> u16 {
+        self.request_with(method, path, b"")
+    }
+
+    fn request_with(&self, method: &str, path: &str, body: &[u8]) -> u16 {
         let mut stream = TcpStream::connect(self.address).expect("moto listens");
         let head = format!("{method} {path} HTTP/1.1\r\nhost: {}\r\n", self.address);
-        let rest = "connection: close\r\ncontent-length: 0\r\n\r\n";
-        stream.write_all((head + rest).as_bytes()).expect("it is sent");
+        let rest = format!("connection: close\r\ncontent-length: {}\r\n\r\n", body.len());
+        stream.write_all((head + &rest).as_bytes()).expect("it is sent");
+        stream.write_all(body).expect("it is sent");
         let mut answer = String::new();
         stream.read_to_string(&mut answer).expect("it answers");
         let status = answer.split(' ').nth(1).and_then(|status| status.parse().ok());
         status.expect("a status")
     }
 
+    #[track_caller]
     fn snap(&self, cache: &Path, args: &[&str]) -> Ran {
+        let ran = run(self.command(cache, args));
+        assert!(!ran.stderr.contains(SECRET) && !ran.stdout.contains(SECRET), "{}", ran.stderr);
+        ran
+    }
+
+    fn command(&self, cache: &Path, args: &[&str]) -> Command {
         let mut command = Command::new(SNAP);
         command
             .args(args)
@@ -78,9 +92,7 @@ impl Moto {
             .env("AWS_REGION", "us-east-1")
             .env("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE")
             .env("AWS_SECRET_ACCESS_KEY", SECRET);
-        let ran = run(command);
-        assert!(!ran.stderr.contains(SECRET) && !ran.stdout.contains(SECRET), "{}", ran.stderr);
-        ran
+        command
     }
 }
 
@@ -118,10 +130,92 @@ fn a_guest_goes_into_an_s3_bucket_and_comes_back() {
     snap_s3(&["pull", url, out.to_str().unwrap()]).ok();
     assert!(std::fs::read(&out).unwrap() == std::fs::read(file).unwrap());
 
+    // A layer has the address of its parent, and no credentials.
+    let layer = folder.join("layer.snap");
+    let from = ["create", layer.to_str().unwrap(), "--from", url, "--when", "output:beat 7"];
+    snap_s3(&from).ok();
+    snap_s3(&["push", layer.to_str().unwrap(), "s3://bucket/team/layer"]).ok();
+    secrets::not_in_folder(folder, &[SECRET]);
+
+    for args in
+        [&["info", "s3://none/a"][..], &["push", file, "s3://none/a"], &["create", "s3://none/a"]]
+    {
+        snap_s3(args).failed(1, &["s3://none/a: there is no such bucket"]);
+    }
+
     // A cached block of an object that is gone: the name of the object is told.
     let path = object.strip_prefix("s3:/").expect("its scheme");
     assert_eq!(moto.request("DELETE", path), 204);
     snap_s3(&["verify", object]).failed(1, &["there is no such object", object]);
+}
+
+#[test]
+fn a_guest_survives_that_its_object_is_replaced_or_deleted_in_a_bucket_with_versions() {
+    needs_vm!();
+    let Some(moto) = Moto::start() else { return };
+    let rule = "<VersioningConfiguration xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\">\
+                <Status>Enabled</Status></VersioningConfiguration>";
+    moto.request("PUT", "/versions");
+    assert_eq!(moto.request_with("PUT", "/versions?versioning", rule.as_bytes()), 200);
+    // It touches little in each beat, so that most of it is fetched later, for the hash.
+    let how = ["--memory", "128M", "--work", "32M", "--walk", "1", "--codec", "raw"];
+    let sample = Sample::create(&how);
+    let folder = sample.folder.path();
+    let file = sample.file.to_str().unwrap();
+    let of_file = snap(["restore", file, "--beats", "6", "--hash", "--report", "none"]).ok().stdout;
+    let snap_s3 = |args: &[&str]| moto.snap(&folder.join("cache"), args);
+    for (bucket, method) in [("bucket", "PUT"), ("versions", "PUT"), ("versions", "DELETE")] {
+        let url = format!("s3://{bucket}/{method}/guest");
+        let pushed = snap_s3(&["push", file, &url, "--json"]).ok().json();
+        let object = pushed["layers"][0]["url"].as_str().expect("an address");
+        let args = ["restore", "--lazy", "--populate", "off", object, "--beats", "6", "--hash"];
+        let args = [&args[..], &["--report", "none"]].concat();
+        let mut guest = start(moto.command(&folder.join("cache"), &args));
+        let mut stdout = BufReader::new(guest.stdout.take().expect("a pipe"));
+        let mut said = String::new();
+        stdout.read_line(&mut said).expect("it says something");
+        signal(guest.id(), "STOP");
+        secrets::not_in_proc(guest.id(), &[SECRET]);
+        let path = object.strip_prefix("s3:/").expect("its scheme");
+        assert!((200..300).contains(&moto.request_with(method, path, b"another object")));
+        signal(guest.id(), "CONT");
+        stdout.read_to_string(&mut said).expect("text");
+        let ran = Ran::from(end_of(guest));
+        if bucket == "bucket" {
+            // So it needed pages after that.
+            ran.failed(5, &["the object was replaced while it was read", object]);
+            continue;
+        }
+        ran.ok();
+        assert_eq!(said, of_file);
+        // One that opens it now gets what is there now.
+        let code = if method == "DELETE" { 1 } else { 3 };
+        snap_s3(&["restore", object]).failed(code, &[object]);
+    }
+}
+
+#[test]
+fn a_host_without_credentials_is_told_from_a_missing_object() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let info = |metadata: &str| {
+        let mut command = Command::new(SNAP);
+        command
+            .args(["info", "s3://bucket/guest"])
+            .env("SNAP_CACHE", folder.path())
+            .env("AWS_METADATA_ENDPOINT", metadata)
+            .env("AWS_REGION", "us-east-1")
+            .env_remove("AWS_ACCESS_KEY_ID")
+            .env_remove("AWS_SECRET_ACCESS_KEY");
+        run(command).failed(1, &["s3://bucket/guest: there are no credentials"])
+    };
+    let started = Instant::now();
+    // Nothing listens there.
+    let refused = info("http://127.0.0.1:9");
+    assert!(refused.stderr.contains("cannot connect to the metadata service"));
+    let fake = Fake::start(Duration::ZERO);
+    let none = info(&fake.url(""));
+    assert!(none.stderr.contains("HTTP 404"), "{}", none.stderr);
+    assert!(started.elapsed() < Duration::from_secs(10));
 }
 
 #[test]

@@ -1,12 +1,16 @@
-//! Snapshots in object storage: addresses with `s3://`, `gs://`, `az://`, `http://`, `https://` and `file://`.
+//! Snapshots in object storage: addresses with `s3://`, `gs://`, `az://`, `http://`, `https://`, `file://` and
+//! `oci://`.
 
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use snapfmt::Snapshot;
+use snapfmt::{ReadError, Snapshot};
 
 /// The schemes of addresses, also in a build that cannot read them.
-const SCHEMES: [&str; 6] = ["s3", "gs", "az", "http", "https", "file"];
+const SCHEMES: [&str; 7] = ["s3", "gs", "az", "http", "https", "file", "oci"];
+
+/// How addresses begin.
+pub(crate) const BEGINNINGS: &str = "s3://, gs://, az://, http://, https://, oci:// or file://";
 
 /// Whether this is the address of an object, and not a path.
 pub(crate) fn is_meant(path: &Path) -> bool {
@@ -14,25 +18,63 @@ pub(crate) fn is_meant(path: &Path) -> bool {
     text.split_once("://").is_some_and(|(scheme, _)| SCHEMES.contains(&scheme))
 }
 
-/// Opens the snapshot at an address.
+/// Opens the snapshot at an address, whose parents may also be in `from`.
 #[cfg(feature = "objects")]
-pub(crate) fn open(path: &Path) -> Result<Snapshot> {
-    let opened = objects::open(&url(path)?, &options()?)?;
-    Ok(opened.snapshot)
+pub(crate) fn open(path: &Path, from: &[String]) -> Result<Snapshot> {
+    let opened = objects::open(&url(path)?, &options_from(from)?);
+    Ok(opened.map_err(to_error)?.snapshot)
 }
 
 /// As [`open`]. The objects must be in the bucket, even if all of them is cached.
 #[cfg(feature = "objects")]
-pub(crate) fn open_to_verify(path: &Path) -> Result<Snapshot> {
-    Ok(objects::open(&url(path)?, &options()?.asks_server(true))?.snapshot)
+pub(crate) fn open_to_verify(path: &Path, from: &[String]) -> Result<Snapshot> {
+    let opened = objects::open(&url(path)?, &options_from(from)?.asks_server(true));
+    Ok(opened.map_err(to_error)?.snapshot)
 }
 
 #[cfg(not(feature = "objects"))]
 pub(crate) use open as open_to_verify;
 
 #[cfg(not(feature = "objects"))]
-pub(crate) fn open(path: &Path) -> Result<Snapshot> {
+pub(crate) fn open(path: &Path, _: &[String]) -> Result<Snapshot> {
     Err(missing()).with_context(|| path.display().to_string())
+}
+
+/// Opens a layer in a file whose parent is no file, as `error` says, but perhaps an object in `from`.
+#[cfg(feature = "objects")]
+pub(crate) fn open_layer(path: &Path, from: &[String], error: ReadError) -> Result<Snapshot> {
+    let failed = || anyhow::Error::new(error).context(path.display().to_string());
+    let address = || {
+        let file = std::fs::File::open(path).ok()?;
+        let hint = Snapshot::parent_hint_of(snapfmt::Storage::from(file)).ok()??;
+        hint.path.to_str()?.parse::<objects::ObjectUrl>().ok()
+    };
+    match address() {
+        None => Err(failed()),
+        Some(url) if from.is_empty() => Err(failed().context(format!(
+            "{}: its parent is an object, {url}: --allow-parents-from URL lets it be read there",
+            path.display()
+        ))),
+        Some(_) => objects::open_over(path, None, &options_from(from)?).map_err(to_error),
+    }
+}
+
+#[cfg(not(feature = "objects"))]
+pub(crate) fn open_layer(path: &Path, _: &[String], error: ReadError) -> Result<Snapshot> {
+    Err(error).with_context(|| path.display().to_string())
+}
+
+/// Converts an error: an interrupt has the exit code that it has in all commands, and the option that helps is named.
+#[cfg(feature = "objects")]
+pub(crate) fn to_error(error: objects::ObjectError) -> anyhow::Error {
+    use objects::ObjectError;
+    match error {
+        ObjectError::Cancelled => crate::exit::Interrupted.into(),
+        ObjectError::Write(error) => error.into(),
+        ObjectError::ParentElsewhere { .. } => anyhow::Error::new(error)
+            .context("a parent in another place is only read with --allow-parents-from URL"),
+        error => error.into(),
+    }
 }
 
 /// The error of a build without object storage.
@@ -46,6 +88,13 @@ pub(crate) fn missing() -> anyhow::Error {
 pub(crate) fn url(path: &Path) -> Result<objects::ObjectUrl> {
     let text = path.to_str().context("an address is UTF-8")?;
     Ok(text.parse()?)
+}
+
+/// As [`options`], with other places of parents.
+#[cfg(feature = "objects")]
+pub(crate) fn options_from(from: &[String]) -> Result<objects::Options> {
+    let prefix = |text: &String| text.parse().context("--allow-parents-from");
+    Ok(options()?.parents_from(from.iter().map(prefix).collect::<Result<_>>()?))
 }
 
 /// How objects are read. `$SNAP_CACHE` is the folder of the cache, `$SNAP_CACHE_BYTES` its limit.
@@ -76,7 +125,8 @@ mod tests {
     fn the_library_has_the_same_schemes() {
         for scheme in SCHEMES {
             let host = if scheme == "file" { "" } else { "host" };
-            format!("{scheme}://{host}/key").parse::<objects::ObjectUrl>().expect(scheme);
+            let tag = if scheme == "oci" { ":tag" } else { "" };
+            format!("{scheme}://{host}/key{tag}").parse::<objects::ObjectUrl>().expect(scheme);
         }
     }
 

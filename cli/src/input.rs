@@ -1,40 +1,53 @@
 //! Snapshots that are read, and outputs that must not be one of them.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
-use snapfmt::{Parents, ReadError, Snapshot};
+use snapfmt::{ChainError, Parents, ReadError, Snapshot};
 
 use crate::waits::{Wait, Waiting};
 use crate::{bucket, stdio};
 
 /// Opens a snapshot, and the parents of a layer; the error names the file.
-pub(crate) fn open(path: &Path, parents: &[PathBuf]) -> Result<Snapshot> {
+pub(crate) fn open(path: &Path, parents: &ParentArgs) -> Result<Snapshot> {
     open_with(path, parents, bucket::open)
 }
 
 fn open_with(
     path: &Path,
-    parents: &[PathBuf],
-    open_object: fn(&Path) -> Result<Snapshot>,
+    parents: &ParentArgs,
+    open_object: fn(&Path, &[String]) -> Result<Snapshot>,
 ) -> Result<Snapshot> {
     let _opening = reading(path);
     if bucket::is_meant(path) {
-        if !parents.is_empty() {
+        if !parents.files.is_empty() {
             bail!("--parent: the parents of a snapshot in a bucket are in the same bucket");
         }
-        return open_object(path);
+        return open_object(path, &parents.from);
     }
     let folders = std::env::var_os("SNAP_PATH").unwrap_or_default();
-    let parents = Parents {
-        files: parents.to_vec(),
+    let local = Parents {
+        files: parents.files.clone(),
         folders: std::env::split_paths(&folders).filter(|f| *f != Path::new("")).collect(),
     };
-    Snapshot::open_with(path, &parents).map_err(|error| match error {
+    Snapshot::open_with(path, &local).or_else(|error| match error {
+        // It is repeated only if it is a path: an address may have a password in it.
+        ReadError::Open { source, .. }
+            if source.kind() == ErrorKind::NotFound && path.to_string_lossy().contains("://") =>
+        {
+            bail!("it is no file, and an address begins with {}", bucket::BEGINNINGS)
+        }
         // This error names the file itself.
-        ReadError::Open { .. } => error.into(),
-        _ => anyhow::Error::new(error).context(path.display().to_string()),
+        ReadError::Open { .. } => Err(error.into()),
+        _ if lacks_parent(&error) => bucket::open_layer(path, &parents.from, error),
+        _ => Err(anyhow::Error::new(error).context(path.display().to_string())),
     })
+}
+
+/// Whether a parent is not among the files.
+pub(crate) fn lacks_parent(error: &ReadError) -> bool {
+    matches!(error.root(), ReadError::Chain(ChainError::NotFound { .. }))
 }
 
 /// Waits for a file that may be on a slow disk.
@@ -45,6 +58,7 @@ pub(crate) fn reading(path: &Path) -> Waiting {
 
 /// Refuses an output of a snapshot that exists already, or is stdout, before any useless work.
 pub(crate) fn refuse_existing(out: &Path, force: bool) -> Result<()> {
+    refuse_address(out)?;
     if stdio::is_meant(out) {
         bail!(
             "a snapshot is not written from front to back, as stdout would have it; give a file (one whose name is `-` \
@@ -57,11 +71,22 @@ pub(crate) fn refuse_existing(out: &Path, force: bool) -> Result<()> {
     Ok(())
 }
 
-/// Refuses an output that is a file of one of these snapshots.
+/// Refuses an output that is the address of an object. The error does not repeat it: it may have a password in it.
+fn refuse_address(out: &Path) -> Result<()> {
+    if bucket::is_meant(out) {
+        bail!(
+            "the output is an address, to which only snap create and snap push write: give a file"
+        );
+    }
+    Ok(())
+}
+
+/// Refuses an output that is a file of one of these snapshots, or no file.
 pub(crate) fn refuse_as_output<'a>(
     out: &Path,
     snapshots: impl IntoIterator<Item = &'a Snapshot>,
 ) -> Result<()> {
+    refuse_address(out)?;
     snapshots.into_iter().try_for_each(|snapshot| Ok(snapvm::refuse_as_output(out, snapshot)?))
 }
 
@@ -72,10 +97,22 @@ pub(crate) struct Input {
     #[arg(value_name = "FILE")]
     pub(crate) file: PathBuf,
 
+    #[command(flatten)]
+    pub(crate) parents: ParentArgs,
+}
+
+/// Where the parents of a layer are.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub(crate) struct ParentArgs {
     /// For a layer: a file that may be its parent, or its parent's parent. By default parents are searched at the path
     /// in the layer, and in the folders of $SNAP_PATH, by name and then by id.
     #[arg(long = "parent", value_name = "FILE")]
-    pub(crate) parents: Vec<PathBuf>,
+    pub(crate) files: Vec<PathBuf>,
+
+    /// For a layer with the address of its parent: read it there if the address begins with this (s3://bucket/folder).
+    /// Without this option, only addresses in the bucket or repository of the layer are read.
+    #[arg(long = "allow-parents-from", value_name = "URL")]
+    pub(crate) from: Vec<String>,
 }
 
 impl Input {

@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Error, Result, anyhow, bail};
@@ -13,7 +13,7 @@ use vmm::virtio::DiskError;
 
 use crate::awaited_source::AwaitedSource;
 use crate::exit::GuestStopped;
-use crate::input::open;
+use crate::input::{ParentArgs, open};
 use crate::interrupt::Interrupt;
 use crate::progress::Bar;
 use crate::session::Session;
@@ -23,7 +23,7 @@ use crate::{leftovers, size};
 /// A lazy restore of the snapshot at `file`, whose guest must have `memory_bytes` of memory if that is given.
 pub(crate) fn config(
     file: &Path,
-    parents: &[PathBuf],
+    parents: &ParentArgs,
     memory_bytes: Option<u64>,
     session: &Session,
 ) -> Result<RestoreConfig> {

@@ -33,9 +33,10 @@ impl Output<'_> {
     ) -> Result<Header> {
         let mut metadata = snapshot.metadata()?;
         metadata.other.insert("rewritten_from".into(), json!([snapshot.header().id.to_string()]));
-        let parent = snapshot.paths().nth(1).flatten();
+        let parent = snapshot.storages().zip(snapshot.paths()).nth(1);
+        let parent = parent.and_then(|(storage, path)| Some((storage, path?)));
         let parent_path: Option<PathBuf> =
-            parent.map(|parent| path_of_parent(parent, self.path)).transpose()?;
+            parent.map(|(storage, path)| path_of_parent(storage, path, self.path)).transpose()?;
         let existing = if self.replace { Existing::Replace } else { Existing::Keep };
         let changes = Changes::new(set, metadata).parent_path(parent_path).existing(existing);
         let bar = Bar::new("writing", session.quiet, &session.interrupt);

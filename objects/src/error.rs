@@ -22,6 +22,20 @@ pub enum ObjectError {
         /// Its address.
         url: String,
     },
+    /// There is no such bucket, or the registry has no such repository and does not create it.
+    #[error("{url}: there is no such bucket or repository")]
+    NoBucket {
+        /// The address of an object in it.
+        url: String,
+    },
+    /// The environment has no credentials, and neither has the metadata service of this host.
+    #[error("{url}: there are no credentials in the environment; {reason}")]
+    NoCredentials {
+        /// The address of the object.
+        url: String,
+        /// Why the metadata service gives none.
+        reason: String,
+    },
     /// Its key has another object now (412, or another ETag in an answer).
     #[error(
         "{url}: the object was replaced while it was read: ETag {expected} then, {} now",
@@ -45,6 +59,14 @@ pub enum ObjectError {
         /// The length by an answer, in bytes.
         found: u64,
     },
+    /// A blob of a registry has other bytes than its digest says.
+    #[error("{url}: its bytes have the digest {found}")]
+    WrongDigest {
+        /// Its address, with the digest.
+        url: String,
+        /// The digest of the received bytes.
+        found: String,
+    },
     /// The object is empty.
     #[error("{url}: the object is empty")]
     Empty {
@@ -63,16 +85,15 @@ pub enum ObjectError {
         /// Its address.
         url: String,
     },
-    /// The store does not accept the credentials (401, 403), also after they were read again.
-    #[error(
-        "{url}: access is denied (HTTP {status}), also with credentials that were read again; some stores answer so for \
-         an object that is not there"
-    )]
+    /// The store does not accept the credentials (401, 403), also after they were read again, or it got none.
+    #[error("{url}: access is denied (HTTP {status}){hint}")]
     Denied {
         /// Its address.
         url: String,
         /// The HTTP status.
         status: u16,
+        /// What may be the reason, as the end of a sentence.
+        hint: &'static str,
     },
     /// The store refuses the request.
     #[error("{url}: the store refuses the request{}{}", status.map_or(String::new(), |status| format!(" (HTTP {status})")), code.as_deref().map_or(String::new(), |code| format!(": {code}")))]
@@ -132,6 +153,16 @@ pub enum ObjectError {
         /// The error.
         reason: String,
     },
+    /// The parent of a layer is in another bucket or on another server, and the caller does not allow that.
+    #[error(
+        "{layer}: its parent is in another place, {parent}, which is not read unless that is allowed"
+    )]
+    ParentElsewhere {
+        /// The path or address of the layer.
+        layer: String,
+        /// The address of its parent.
+        parent: String,
+    },
     /// The cache on disk cannot be used.
     #[error("cannot use the cache: {what} {}", path.display())]
     Cache {
@@ -140,6 +171,15 @@ pub enum ObjectError {
         /// The folder or file.
         path: PathBuf,
         /// How it failed.
+        #[source]
+        error: io::Error,
+    },
+    /// The folder of a bucket in `file://` cannot be made.
+    #[error("cannot make the folder {}", path.display())]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// The error.
         #[source]
         error: io::Error,
     },
@@ -167,8 +207,8 @@ impl ObjectError {
     /// Converts to an I/O error. It is permanent, because the retries are over.
     pub(crate) fn to_io(self: &Arc<Self>) -> io::Error {
         let kind = match **self {
-            Self::NotFound { .. } => io::ErrorKind::NotFound,
-            Self::Denied { .. } => io::ErrorKind::PermissionDenied,
+            Self::NotFound { .. } | Self::NoBucket { .. } => io::ErrorKind::NotFound,
+            Self::Denied { .. } | Self::NoCredentials { .. } => io::ErrorKind::PermissionDenied,
             Self::Unavailable { .. } => io::ErrorKind::TimedOut,
             _ => io::ErrorKind::Other,
         };

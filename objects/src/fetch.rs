@@ -13,12 +13,15 @@ use crate::error::ObjectError;
 use crate::retry::{Attempts, Retry};
 use crate::store::Store;
 use crate::url::ObjectUrl;
+use crate::version::{Version, Wanted};
 
 /// The version of an object that was opened.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Identity {
     pub(crate) etag: String,
     pub(crate) len_bytes: u64,
+    /// If the bucket keeps versions, as an answer says.
+    pub(crate) version: Option<Version>,
 }
 
 /// Where an object is, and how it is requested.
@@ -44,7 +47,7 @@ impl Source {
             let client = self.store.client()?;
             let (result, seen) = watched(client.head(self.url.key())).await;
             match result {
-                Ok(meta) => return self.identity_of(meta.e_tag, meta.size),
+                Ok(meta) => return self.identity_of(meta.e_tag, meta.size, meta.version),
                 Err(error) => tries.after(meaning(&error, seen), None).await?,
             }
         }
@@ -78,10 +81,12 @@ impl Source {
     ) -> Result<(Identity, u64), ObjectError> {
         let mut tries = Tries::new(self);
         let mut first_start = None;
+        let mut wanted = Wanted::new(identity.as_ref().and_then(|opened| opened.version.clone()));
         loop {
             let options = GetOptions {
                 range: Some(range.clone()),
                 if_match: identity.as_ref().and_then(strong_etag),
+                version: wanted.id(),
                 ..GetOptions::default()
             };
             let client = self.store.client()?;
@@ -89,12 +94,15 @@ impl Source {
             let answer = match result {
                 Ok(answer) => answer,
                 Err(error) => {
-                    tries.after(meaning(&error, seen), identity.as_ref()).await?;
+                    if let Some(failure) = wanted.failed(meaning(&error, seen)) {
+                        tries.after(failure, identity.as_ref()).await?;
+                    }
                     continue;
                 }
             };
             let found = self.check(&answer, identity.as_ref())?;
-            let found = identity.insert(found).clone();
+            wanted.answered();
+            let found = identity.get_or_insert(found).clone();
             let whole = answer.range.clone();
             let start = *first_start.get_or_insert(whole.start);
             let mut at = whole.start;
@@ -124,7 +132,11 @@ impl Source {
         answer: &GetResult,
         expected: Option<&Identity>,
     ) -> Result<Identity, ObjectError> {
-        let found = self.identity_of(answer.meta.e_tag.clone(), answer.meta.size)?;
+        let found = self.identity_of(
+            answer.meta.e_tag.clone(),
+            answer.meta.size,
+            answer.meta.version.clone(),
+        )?;
         match expected {
             Some(expected) if expected.etag != found.etag => Err(ObjectError::Replaced {
                 url: self.url.to_string(),
@@ -142,13 +154,19 @@ impl Source {
         }
     }
 
-    fn identity_of(&self, etag: Option<String>, len_bytes: u64) -> Result<Identity, ObjectError> {
+    fn identity_of(
+        &self,
+        etag: Option<String>,
+        len_bytes: u64,
+        version: Option<String>,
+    ) -> Result<Identity, ObjectError> {
         let url = || self.url.to_string();
         if len_bytes == 0 {
             return Err(ObjectError::Empty { url: url() });
         }
         let etag = etag.filter(|etag| !etag.is_empty() && etag.len() <= MOST_ETAG_BYTES);
-        etag.map(|etag| Identity { etag, len_bytes })
+        let version = Version::new(version);
+        etag.map(|etag| Identity { etag, len_bytes, version })
             .ok_or_else(|| ObjectError::NoEtag { url: url() })
     }
 
@@ -201,8 +219,13 @@ impl<'a> Tries<'a> {
                 self.source.store.renew()?;
                 return Ok(());
             }
-            Meaning::Credentials(status) => ObjectError::Denied { url: url(), status },
+            Meaning::Credentials(status) => {
+                let hint = self.source.store.when_denied();
+                ObjectError::Denied { url: url(), status, hint }
+            }
+            Meaning::NoCredentials(reason) => ObjectError::NoCredentials { url: url(), reason },
             Meaning::NotFound => ObjectError::NotFound { url: url() },
+            Meaning::NoBucket => ObjectError::NoBucket { url: url() },
             Meaning::Replaced => match opened {
                 Some(opened) => {
                     let expected = opened.etag.clone();

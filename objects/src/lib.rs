@@ -1,7 +1,8 @@
-//! Snapshots in object storage: S3, Google Cloud Storage, Azure, HTTP servers, and folders as buckets.
+//! Snapshots in object storage: S3, Google Cloud Storage, Azure, HTTP servers, OCI registries, and folders as
+//! buckets.
 //!
 //! - [`open`] opens a snapshot in a bucket, to be read or restored like a file;
-//! - [`push`] copies a snapshot file into a bucket, and [`pull`] copies it back;
+//! - [`push`] copies a snapshot file into a bucket or registry, and [`pull`] copies it back;
 //! - [`Cache`] holds the blocks that were fetched, on disk, for all processes of a user;
 //! - [`ObjectUrl`] is the address of an object.
 //!
@@ -20,6 +21,7 @@
 
 mod ahead;
 mod answer;
+mod blobs;
 mod cache;
 mod cancel;
 mod error;
@@ -27,9 +29,14 @@ mod fetch;
 mod fetcher;
 mod flight;
 mod hedge;
+mod lineage;
 mod look;
 mod name;
+mod oci;
 mod open;
+mod options;
+mod place;
+mod prefix;
 mod pull;
 mod push;
 mod remote;
@@ -38,12 +45,16 @@ mod runtime;
 mod store;
 mod unstored;
 mod url;
+mod version;
+mod watching;
 
 pub use cache::{Cache, Cached, DEFAULT_CACHE_BYTES, default_cache_folder};
 pub use error::ObjectError;
-pub use open::{Opened, Options, open, open_over};
+pub use open::{Opened, open, open_over};
+pub use options::Options;
+pub use prefix::UrlPrefix;
 pub use pull::{Pulled, pull};
-pub use push::{Pushed, PushedLayer, push};
+pub use push::{Pushed, PushedLayer, check_parents, is_taken, push};
 pub use remote::RemoteObject;
 pub use retry::Retry;
 pub use url::{ObjectUrl, UrlError};

@@ -18,9 +18,9 @@ use crate::url::Scheme;
 /// The bytes at each end of an object that the first answers contain. The front has the header and the chunks that
 /// `snap optimize` puts there. The end has the index of up to 400 MiB of memory in use, and all that is read to open
 /// it.
-const END_BYTES: u64 = 1 << 20;
+pub(crate) const END_BYTES: u64 = 1 << 20;
 /// Blocks of which only a part comes are left out.
-const SUFFIX_BYTES: u64 = END_BYTES + BLOCK_BYTES;
+pub(crate) const SUFFIX_BYTES: u64 = END_BYTES + BLOCK_BYTES;
 /// Enough to distinguish a snapshot from a name, and for a name of 25 layers.
 const PEEK_BYTES: u64 = 4096;
 

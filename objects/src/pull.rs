@@ -5,15 +5,20 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
+use sha2::{Digest, Sha256};
 use snapfmt::{Existing, OnProgress, Output, Progress, ReadError, Snapshot, Storage, WriteError};
 
 use crate::cancel::unless_cancelled;
 use crate::error::ObjectError;
 use crate::fetch::{Identity, Source};
-use crate::open::{Opened, Options, Trust, open_unless};
+use crate::lineage::Trust;
+use crate::oci;
+use crate::open::{Opened, open_unless};
+use crate::options::Options;
+use crate::place::address_in;
 use crate::remote::RemoteObject;
 use crate::runtime;
-use crate::url::ObjectUrl;
+use crate::url::{ObjectUrl, Scheme};
 
 /// Bytes of one request, and requests at the same time.
 const PART_BYTES: u64 = 8 << 20;
@@ -84,7 +89,9 @@ fn local_paths(
             error,
         })?;
         // Only the last part is used: a snapshot from a bucket must not choose the folder.
-        let name = hint.as_ref().and_then(|hint| hint.path.file_name());
+        // The name of a parent that was in a bucket is its id: a digest would be no good name for a file.
+        let hint = hint.as_ref().filter(|hint| address_in(hint).is_none());
+        let name = hint.and_then(|hint| hint.path.file_name());
         let name = name.map_or_else(|| format!("{}.snap", header.id).into(), ToOwned::to_owned);
         let path = top.with_file_name(name);
         if paths.contains(&path) {
@@ -166,14 +173,20 @@ async fn download(
     });
     let mut parts = stream::iter(parts).buffered(PARTS);
     let mut done_bytes = 0;
+    let mut hash = Sha256::new();
     while let Some((start, bytes)) =
         unless_cancelled(&|| progress(done_bytes), parts.try_next()).await??
     {
         output.write_at(&bytes, start)?;
+        hash.update(&bytes);
         done_bytes = start + bytes.len() as u64;
         if progress(done_bytes).is_break() {
             return Err(ObjectError::Cancelled);
         }
+    }
+    let found = oci::named(&hash.finalize());
+    if source.url.scheme() == Scheme::Oci && found != identity.etag {
+        return Err(ObjectError::WrongDigest { url: source.url.to_string(), found });
     }
     Ok(())
 }

@@ -4,6 +4,13 @@ use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::time::{Duration, Instant};
 
+/// The longest silence of a server. A busy one sends the first byte sooner, and a guest should not wait longer.
+pub(crate) const SILENCE: Duration = Duration::from_secs(10);
+/// The longest time that a connection may take to be made.
+pub(crate) const CONNECT: Duration = Duration::from_secs(5);
+/// How long a connection is kept for the next request.
+pub(crate) const IDLE: Duration = Duration::from_secs(60);
+
 /// How temporary errors are retried: a busy server, a lost connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Retry {

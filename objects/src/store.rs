@@ -1,41 +1,53 @@
 //! The client of one bucket. It is built from the environment, and built again when its credentials are refused.
 
+use std::fmt;
 use std::sync::{Arc, Once, PoisonError, RwLock};
-use std::time::Duration;
 
-use async_trait::async_trait;
 use object_store::aws::AmazonS3Builder;
 use object_store::azure::MicrosoftAzureBuilder;
-use object_store::client::{
-    HttpClient, HttpConnector, HttpError, HttpRequest, HttpResponse, HttpService, ReqwestConnector,
-};
 use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::http::HttpBuilder;
 use object_store::local::LocalFileSystem;
 use object_store::{BackoffConfig, ClientOptions, ObjectStore, RetryConfig};
 
-use crate::answer;
 use crate::error::ObjectError;
-use crate::retry::Retry;
+use crate::oci::Registry;
+use crate::retry::{CONNECT, IDLE, Retry, SILENCE};
 use crate::url::{ObjectUrl, Scheme};
+use crate::watching::Watching;
 
-/// The client of the bucket, server or file system of an address.
-#[derive(Debug)]
+/// The clients of the bucket, server or file system of an address.
 pub(crate) struct Store {
     of: ObjectUrl,
-    retry: RetryConfig,
+    /// How uploads are retried; `None`: this store is only read.
+    uploads: Option<RetryConfig>,
+    watching: Watching,
     /// Built for the first request: that reads all certificates which this host trusts, in about 5 ms. `None`: not yet.
-    client: RwLock<Option<Arc<dyn ObjectStore>>>,
+    clients: RwLock<Option<Clients>>,
+}
+
+#[derive(Clone)]
+struct Clients {
+    reading: Arc<dyn ObjectStore>,
+    uploading: Arc<dyn ObjectStore>,
+    /// The same, if it is a registry.
+    registry: Option<Arc<Registry>>,
+}
+
+/// The clients are not shown: not all of them hide their credentials.
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Store").field(&self.of.to_string()).finish()
+    }
 }
 
 impl Store {
-    /// A client that the environment configures, in each provider's own variables. It retries no request: `fetch` does,
-    /// because it knows the bytes that were received.
+    /// A client that the environment configures, in each provider's own variables.
     pub(crate) fn open(url: &ObjectUrl) -> Result<Self, ObjectError> {
-        Self::with(url, RetryConfig { max_retries: 0, ..RetryConfig::default() })
+        Self::with(url, None)
     }
 
-    /// A client that retries requests itself, because only it knows the state of an upload.
+    /// As [`Store::open`], with a client that retries uploads.
     pub(crate) fn open_to_write(url: &ObjectUrl, retry: Retry) -> Result<Self, ObjectError> {
         let backoff = BackoffConfig {
             init_backoff: retry.first_pause,
@@ -43,30 +55,63 @@ impl Store {
             base: 2.0,
         };
         let retry = RetryConfig { backoff, max_retries: usize::MAX, retry_timeout: retry.patience };
-        Self::with(url, retry)
+        Self::with(url, Some(retry))
     }
 
-    fn with(url: &ObjectUrl, retry: RetryConfig) -> Result<Self, ObjectError> {
+    fn with(url: &ObjectUrl, uploads: Option<RetryConfig>) -> Result<Self, ObjectError> {
         check_endpoint(url)?;
-        Ok(Self { of: url.clone(), retry, client: RwLock::default() })
+        let (watching, clients) = Default::default();
+        Ok(Self { of: url.clone(), uploads, watching, clients })
     }
 
+    /// A client that retries no request: `fetch` does, because it knows the bytes that were received.
     pub(crate) fn client(&self) -> Result<Arc<dyn ObjectStore>, ObjectError> {
-        if let Some(client) = &*self.client.read().unwrap_or_else(PoisonError::into_inner) {
-            return Ok(Arc::clone(client));
+        Ok(self.clients()?.reading)
+    }
+
+    /// A client that retries requests itself, because only it knows the state of an upload.
+    pub(crate) fn uploading(&self) -> Result<Arc<dyn ObjectStore>, ObjectError> {
+        Ok(self.clients()?.uploading)
+    }
+
+    /// The registry, if it is one.
+    pub(crate) fn registry(&self) -> Result<Option<Arc<Registry>>, ObjectError> {
+        Ok(self.clients()?.registry)
+    }
+
+    fn clients(&self) -> Result<Clients, ObjectError> {
+        if let Some(clients) = &*self.clients.read().unwrap_or_else(PoisonError::into_inner) {
+            return Ok(clients.clone());
         }
-        let mut client = self.client.write().unwrap_or_else(PoisonError::into_inner);
-        match &*client {
-            Some(client) => Ok(Arc::clone(client)),
-            None => Ok(Arc::clone(client.insert(connect(&self.of, &self.retry)?))),
+        let mut clients = self.clients.write().unwrap_or_else(PoisonError::into_inner);
+        match &*clients {
+            Some(clients) => Ok(clients.clone()),
+            None => Ok(clients.insert(self.connect()?).clone()),
         }
+    }
+
+    fn connect(&self) -> Result<Clients, ObjectError> {
+        connect(&self.of, self.uploads.as_ref(), &self.watching)
     }
 
     /// Reads the credentials again: from the environment, the files that it names, or the instance's metadata service.
     pub(crate) fn renew(&self) -> Result<(), ObjectError> {
-        let client = connect(&self.of, &self.retry)?;
-        *self.client.write().unwrap_or_else(PoisonError::into_inner) = Some(client);
+        let clients = self.connect()?;
+        *self.clients.write().unwrap_or_else(PoisonError::into_inner) = Some(clients);
         Ok(())
+    }
+
+    /// What is said after "access is denied".
+    pub(crate) fn when_denied(&self) -> &'static str {
+        match (self.of.scheme(), self.registry()) {
+            (Scheme::Http | Scheme::Https, _) => "; an HTTP server gets no credentials",
+            (_, Ok(Some(registry))) if !registry.has_credentials() => {
+                "; docker's configuration has no credentials for this registry"
+            }
+            _ => {
+                ", also with credentials that were read again; some stores answer so for an object that is not there"
+            }
+        }
     }
 
     /// The server that the environment configures. It distinguishes objects of the same address.
@@ -75,62 +120,92 @@ impl Store {
             Scheme::S3 => &["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"],
             Scheme::Az => &["AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ENDPOINT"],
             Scheme::Gs => &["GOOGLE_BASE_URL"],
-            Scheme::Http | Scheme::Https | Scheme::File => &[],
+            Scheme::Http | Scheme::Https | Scheme::File | Scheme::Oci => &[],
         };
         let values = names.iter().map(|name| std::env::var(name).unwrap_or_default());
         values.collect::<Vec<_>>().join("\n")
     }
 }
 
-/// A busy store sends the first byte sooner. A guest should not wait longer.
-const SILENCE: Duration = Duration::from_secs(10);
-const CONNECT: Duration = Duration::from_secs(5);
-
-fn connect(url: &ObjectUrl, retry: &RetryConfig) -> Result<Arc<dyn ObjectStore>, ObjectError> {
+fn connect(
+    url: &ObjectUrl,
+    uploads: Option<&RetryConfig>,
+    watching: &Watching,
+) -> Result<Clients, ObjectError> {
     static TLS: Once = Once::new();
     // Another library of the process may have chosen one already.
     TLS.call_once(|| _ = rustls::crypto::ring::default_provider().install_default());
+    if url.scheme() == Scheme::Oci {
+        let registry = Registry::new(url.host(), url.key().as_ref(), uploads.is_some());
+        let registry = registry
+            .map_err(|reason| ObjectError::Configuration { url: url.to_string(), reason })
+            .map(Arc::new)?;
+        let (reading, uploading) = (registry.clone(), registry.clone());
+        return Ok(Clients { reading, uploading, registry: Some(registry) });
+    }
+    let never = RetryConfig { max_retries: 0, ..RetryConfig::default() };
+    let client = |retry| {
+        client(url, retry, watching).map_err(|error| ObjectError::Configuration {
+            url: url.to_string(),
+            reason: without_secrets(&error.to_string(), std::env::vars_os()),
+        })
+    };
+    let reading = client(never)?;
+    let uploading = match uploads {
+        Some(retry) => client(retry.clone())?,
+        None => Arc::clone(&reading),
+    };
+    Ok(Clients { reading, uploading, registry: None })
+}
+
+/// A client of a bucket, server or file system.
+fn client(
+    url: &ObjectUrl,
+    retry: RetryConfig,
+    watching: &Watching,
+) -> object_store::Result<Arc<dyn ObjectStore>> {
     let options = ClientOptions::new()
         .with_allow_http(url.scheme() == Scheme::Http)
         // The time of a whole answer has no limit, but the time without bytes has one.
         .with_timeout_disabled()
         .with_read_timeout(SILENCE)
         .with_connect_timeout(CONNECT)
-        .with_pool_idle_timeout(Duration::from_secs(60));
-    let built: object_store::Result<Arc<dyn ObjectStore>> = match url.scheme() {
-        Scheme::S3 => AmazonS3Builder::from_env()
-            .with_bucket_name(url.host())
-            .with_client_options(s3_options(options))
-            .with_retry(retry.clone())
-            .with_http_connector(Watching)
-            .build()
-            .map(|store| Arc::new(store) as _),
-        Scheme::Gs => GoogleCloudStorageBuilder::from_env()
-            .with_bucket_name(url.host())
-            .with_client_options(options)
-            .with_retry(retry.clone())
-            .with_http_connector(Watching)
-            .build()
-            .map(|store| Arc::new(store) as _),
-        Scheme::Az => MicrosoftAzureBuilder::from_env()
-            .with_container_name(url.host())
-            .with_client_options(options)
-            .with_retry(retry.clone())
-            .with_http_connector(Watching)
-            .build()
-            .map(|store| Arc::new(store) as _),
-        Scheme::Http | Scheme::Https => HttpBuilder::new()
-            .with_url(format!("{}://{}", scheme_name(url), url.host()))
-            .with_client_options(options)
-            .with_retry(retry.clone())
-            .with_http_connector(Watching)
-            .build()
-            .map(|store| Arc::new(store) as _),
-        Scheme::File => Ok(Arc::new(LocalFileSystem::new()) as _),
-    };
-    built.map_err(|error| ObjectError::Configuration {
-        url: url.to_string(),
-        reason: without_secrets(&error.to_string(), std::env::vars_os()),
+        .with_pool_idle_timeout(IDLE);
+    let watching = watching.clone();
+    Ok(match url.scheme() {
+        Scheme::S3 => Arc::new(
+            AmazonS3Builder::from_env()
+                .with_bucket_name(url.host())
+                .with_client_options(s3_options(options))
+                .with_retry(retry)
+                .with_http_connector(watching)
+                .build()?,
+        ),
+        Scheme::Gs => Arc::new(
+            GoogleCloudStorageBuilder::from_env()
+                .with_bucket_name(url.host())
+                .with_client_options(options)
+                .with_retry(retry)
+                .with_http_connector(watching)
+                .build()?,
+        ),
+        Scheme::Az => Arc::new(
+            MicrosoftAzureBuilder::from_env()
+                .with_container_name(url.host())
+                .with_client_options(options)
+                .with_retry(retry)
+                .with_http_connector(watching)
+                .build()?,
+        ),
+        Scheme::Http | Scheme::Https | Scheme::Oci => Arc::new(
+            HttpBuilder::new()
+                .with_url(format!("{}://{}", scheme_name(url), url.host()))
+                .with_client_options(options)
+                .with_retry(retry)
+                .with_http_connector(watching)
+                .build()?,
+        ),
+        Scheme::File => Arc::new(LocalFileSystem::new()),
     })
 }
 
@@ -180,35 +255,16 @@ fn without_secrets(
     text
 }
 
-/// Records a server's answer before the client turns it into an error without a status.
-#[derive(Debug)]
-struct Watching;
-
-#[derive(Debug)]
-struct Watched(HttpClient);
-
-impl HttpConnector for Watching {
-    fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
-        let client = ReqwestConnector::default().connect(options)?;
-        Ok(HttpClient::new(Watched(client)))
-    }
-}
-
-#[async_trait]
-impl HttpService for Watched {
-    async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
-        let answer = self.0.execute(request).await;
-        match &answer {
-            Ok(response) => answer::status(response.status().as_u16()),
-            Err(error) => answer::none(error),
-        }
-        answer
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_store_shows_no_secret() {
+        let url: ObjectUrl = "s3://bucket/guest".parse().unwrap();
+        let store = Store::open(&url).unwrap();
+        assert_eq!(format!("{store:?}"), r#"Store("s3://bucket/guest")"#);
+    }
 
     #[test]
     fn the_values_of_secret_variables_are_not_shown() {

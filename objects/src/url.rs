@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 use object_store::path::Path;
 
+use crate::oci::Reference;
+
 /// The address of an object, for example `s3://bucket/team/guest`.
 ///
 /// It holds no credentials: an address with a user, a password or a query, which may be a signature, is refused.
@@ -25,17 +27,24 @@ pub(crate) enum Scheme {
     Http,
     Https,
     File,
+    Oci,
 }
 
 impl Scheme {
-    const ALL: [(Self, &str); 6] = [
+    const ALL: [(Self, &str); 7] = [
         (Self::S3, "s3"),
         (Self::Gs, "gs"),
         (Self::Az, "az"),
         (Self::Http, "http"),
         (Self::Https, "https"),
         (Self::File, "file"),
+        (Self::Oci, "oci"),
     ];
+
+    /// Whether addresses begin with this.
+    pub(crate) fn is_known(name: &str) -> bool {
+        Self::ALL.iter().any(|(_, known)| *known == name)
+    }
 
     fn name(self) -> &'static str {
         let found = Self::ALL.iter().find(|(scheme, _)| *scheme == self);
@@ -48,7 +57,7 @@ impl Scheme {
 #[non_exhaustive]
 pub enum UrlError {
     /// The part before `://` is missing or unknown.
-    #[error("an address begins with s3://, gs://, az://, http://, https:// or file://")]
+    #[error("an address begins with s3://, gs://, az://, http://, https://, oci:// or file://")]
     Scheme,
     /// There is a user or a password in it.
     #[error(
@@ -64,14 +73,22 @@ pub enum UrlError {
     /// There is no key, or one that no object can have.
     #[error("the address has no key of an object after the bucket or host")]
     Key,
+    /// It does not have the form of an address in a registry.
+    #[error(
+        "an address in a registry is oci://HOST/REPOSITORY:TAG or oci://HOST/REPOSITORY@sha256:DIGEST"
+    )]
+    Reference,
 }
 
 impl ObjectUrl {
     /// The address of another object in the same bucket: `name` in the folder of this one.
     ///
     /// # Errors
-    /// [`UrlError::Key`]
+    /// [`UrlError::Key`]; [`UrlError::Reference`] in a registry, whose objects have digests and no names.
     pub fn beside(&self, name: &str) -> Result<Self, UrlError> {
+        if self.scheme == Scheme::Oci {
+            return Err(UrlError::Reference);
+        }
         let folder = self.key.as_ref().rsplit_once('/').map_or("", |(folder, _)| folder);
         let key = match folder {
             "" => name.to_owned(),
@@ -80,6 +97,20 @@ impl ObjectUrl {
         // The parser would remove a slash at the end.
         let parsed = Path::parse(&key).ok().filter(|_| !name.is_empty() && !name.ends_with('/'));
         Ok(Self { key: parsed.ok_or(UrlError::Key)?, ..self.clone() })
+    }
+
+    /// The repository of an address in a registry.
+    pub(crate) fn repository(&self) -> Option<&str> {
+        let reference = Reference::parse(self.key.as_ref()).filter(|_| self.scheme == Scheme::Oci);
+        reference.map(|reference| reference.repository)
+    }
+
+    /// The address of the blob or manifest with a digest, in the same repository.
+    pub(crate) fn with_digest(&self, digest: &str) -> Result<Self, UrlError> {
+        let reference = Reference::parse(self.key.as_ref()).ok_or(UrlError::Reference)?;
+        let key = format!("{}@{digest}", reference.repository);
+        Reference::parse(&key).ok_or(UrlError::Reference)?;
+        Ok(Self { key: Path::parse(key).map_err(|_| UrlError::Reference)?, ..self.clone() })
     }
 
     pub(crate) fn scheme(&self) -> Scheme {
@@ -120,9 +151,17 @@ impl FromStr for ObjectUrl {
             Scheme::Http | Scheme::Https => Path::from_url_path(key),
             _ => Path::parse(key),
         };
+        if scheme == Scheme::Oci && (!is_host(host) || Reference::parse(key).is_none()) {
+            return Err(UrlError::Reference);
+        }
         let key = parsed.ok().filter(|key| !key.as_ref().is_empty() && !rest.ends_with('/'));
         Ok(Self { scheme, host: host.to_owned(), key: key.ok_or(UrlError::Key)? })
     }
+}
+
+/// Whether this is the name or address of a host, perhaps with a port. It becomes a part of each request's address.
+fn is_host(text: &str) -> bool {
+    text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b".-:[]".contains(&byte))
 }
 
 impl fmt::Display for ObjectUrl {
@@ -144,6 +183,8 @@ mod tests {
             "http://127.0.0.1:8000/guest.snap",
             "https://host.example/folder/guest.snap",
             "file:///tmp/bucket/guest",
+            "oci://registry.example:5000/team/guest:v1.2_3",
+            "oci://[::1]:5000/guest@sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
         ] {
             let url: ObjectUrl = text.parse().expect(text);
             assert_eq!(url.to_string(), text);
@@ -174,5 +215,11 @@ mod tests {
         assert_eq!(refused("file://host/key"), UrlError::Host);
         assert_eq!(refused("s3://bucket/a/../b"), UrlError::Key);
         assert_eq!(refused("ftp://host/key"), UrlError::Scheme);
+        for text in
+            ["oci://host/repo", "oci://host/repo:", "oci://host/Repo:tag", "oci://h%st/repo:tag"]
+        {
+            assert_eq!(refused(text), UrlError::Reference, "{text}");
+        }
+        assert_eq!(refused("oci://user:hunter2@host/repo:tag"), UrlError::Credentials);
     }
 }

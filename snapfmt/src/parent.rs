@@ -34,7 +34,8 @@ pub struct ParentHint {
     pub id: Uuid,
     /// Checksum of the parent's header. The parent must have it.
     pub header_crc: u32,
-    /// Where the parent was, relative to the layer's own folder or absolute. Only a hint.
+    /// Where the parent was: a path, relative to the layer's own folder or absolute, or the address of an object. Only a
+    /// hint. This crate never follows an address.
     pub path: PathBuf,
 }
 
@@ -53,6 +54,11 @@ impl ParentHint {
         };
         let path = PathBuf::from(std::ffi::OsStr::from_bytes(&bytes[4..]));
         Ok(Self { id, header_crc: u32_at(bytes, 0), path })
+    }
+
+    /// Whether the parent was an object in a bucket, and not a file.
+    fn is_address(&self) -> bool {
+        self.path.to_str().is_some_and(|path| path.contains("://"))
     }
 
     pub(crate) fn encode(&self) -> Vec<u8> {
@@ -82,7 +88,7 @@ pub struct Parent<'a> {
 
 impl<'a> Parent<'a> {
     /// The given snapshot as the parent. `path` is the path of the parent that the layer will store:
-    /// relative to the layer's folder, or absolute.
+    /// relative to the layer's folder, or absolute; or the address of its object.
     pub fn new<R: ReadAt>(snapshot: &'a Snapshot<R>, path: impl Into<PathBuf>) -> Self {
         let header = snapshot.header();
         let hint = ParentHint { id: header.id, header_crc: header.crc, path: path.into() };
@@ -154,8 +160,11 @@ impl Parents {
         hint: &ParentHint,
         catalogue: &OnceCell<Catalogue>,
     ) -> Result<(PathBuf, Layer<Storage>), ReadError> {
-        let beside = child.parent().unwrap_or(Path::new("")).join(&hint.path);
-        let name = hint.path.file_name().unwrap_or_default();
+        // A parent that was pulled from a bucket has its id as its name.
+        let of_id = PathBuf::from(format!("{}.snap", hint.id));
+        let path = if hint.is_address() { &of_id } else { &hint.path };
+        let beside = child.parent().unwrap_or(Path::new("")).join(path);
+        let name = path.file_name().unwrap_or_default();
         let in_folders = self.folders.iter().map(|folder| folder.join(name));
         let places: Vec<_> = self.files.iter().cloned().chain([beside]).chain(in_folders).collect();
         let there = places.iter().map(PathBuf::as_path).filter(|place| place.is_file());

@@ -167,6 +167,14 @@ impl<R: ReadAt> Snapshot<R> {
         self.top().parent_hint().map_err(|error| self.top().named(0, error))
     }
 
+    /// The information about its parent in a file that is opened without its parents. `None`: it is not a layer.
+    ///
+    /// # Errors
+    /// [`ReadError`] when the file is not a snapshot, or the section is damaged.
+    pub fn parent_hint_of(storage: R) -> Result<Option<ParentHint>, ReadError> {
+        Layer::open(storage)?.parent_hint()
+    }
+
     /// The file's sections, in the order in which they are in the file.
     pub fn sections(&self) -> &[Section] {
         &self.top().sections

@@ -101,9 +101,12 @@ impl Vm {
             .states(&states)
             .metadata(GuestMetadata::here(guest_of(snapshot)?).to_metadata());
         let path = match snapshot.storage().file() {
-            Some(_) => path_of_parent(&restored.file, out)?,
-            // Of a snapshot in a bucket: the name that its object has there.
-            None => format!("{}.snap", snapshot.header().id).into(),
+            Some(_) => path_of_parent(snapshot.storage(), &restored.file, out)?,
+            // Of a snapshot in a bucket: the address of its object.
+            None => match snapshot.paths().next().flatten() {
+                Some(address) => address.to_owned(),
+                None => format!("{}.snap", snapshot.header().id).into(),
+            },
         };
         let parent = Parent::new(snapshot, path);
         Ok(write_layer(out, contents, &parent, options, progress)?.0)
@@ -159,11 +162,19 @@ pub fn refuse_same(out: &Path, input: &Metadata) -> Result<(), SnapshotError> {
     }
 }
 
-/// The path of the parent that a layer stores: its name if both are in the same folder, otherwise its absolute path.
+/// The path of the parent that a layer stores: its name if both are in the same folder, otherwise its absolute path. Of
+/// a parent that is no file, `parent` is its address, which is stored as it is.
 ///
 /// # Errors
 /// [`SnapshotError::ParentPath`]
-pub fn path_of_parent(parent: &Path, layer: &Path) -> Result<PathBuf, SnapshotError> {
+pub fn path_of_parent(
+    storage: &Storage,
+    parent: &Path,
+    layer: &Path,
+) -> Result<PathBuf, SnapshotError> {
+    if storage.file().is_none() {
+        return Ok(parent.to_owned());
+    }
     let folder = |path: &Path| {
         let folder = path.parent().filter(|folder| *folder != Path::new(""));
         folder.unwrap_or(Path::new(".")).canonicalize()

@@ -15,6 +15,7 @@ use serde_json::json;
 use snapfmt::{Codec, Existing, WriteOptions};
 
 use super::response::Response;
+use crate::bucket;
 use crate::http::Request;
 use crate::live::{Answer, Command, Refused, Remote, StoreRequest};
 
@@ -187,6 +188,10 @@ impl Routes {
             Ok(wanted) => wanted,
             Err(refused) => return refused,
         };
+        if bucket::is_meant(&wanted.snapshot_path) {
+            let message = "snapshot_path is an address: snap create URL --vm SOCKET writes to one";
+            return Response::fault(400, message);
+        }
         if !wanted.snapshot_path.is_absolute() {
             let message = "snapshot_path is relative, and the guest's working folder is not yours";
             return Response::fault(400, message);

@@ -14,11 +14,12 @@ use vmm::{SNAPSHOT_TRIGGER_PORT, Stop};
 
 use crate::activity::Activity;
 use crate::api::client;
+use crate::bucket;
 use crate::config::ConfigArgs;
 use crate::exit::{GuestStopped, Interrupted};
 use crate::guest::{self, GuestArgs};
 use crate::guest_console::{GuestConsole, READY, Seen, Until};
-use crate::input::refuse_existing;
+use crate::input::{ParentArgs, refuse_existing};
 use crate::live;
 use crate::progress::Bar;
 use crate::restoring::{self, snapshot_error};
@@ -40,9 +41,10 @@ Examples:
   snap create linux.snap --kernel vmlinuz --initrd initrd.img --memory 512M --cpus 2 \
       --cmdline 'console=ttyS0 quiet' --when output:'login:'
   snap create layer.snap --from demo.snap --when output:'beat 5'
-  snap create now.snap --vm vm.sock           a guest that runs with --api vm.sock")]
+  snap create now.snap --vm vm.sock           a guest that runs with --api vm.sock
+  snap create s3://bucket/team/guest          into a bucket (see snap push)")]
 pub(crate) struct Args {
-    /// The file to write. It appears when it is complete.
+    /// The file to write, or the address of a name in a bucket. It appears when it is complete.
     #[arg(value_name = "OUT.snap", required_unless_present = "out", conflicts_with = "out")]
     pub(crate) file: Option<PathBuf>,
 
@@ -167,25 +169,43 @@ impl Args {
     }
 }
 
-/// Writes the snapshot. No file is at the output path if this fails.
+/// Writes the snapshot. No file or name is at the output path if this fails.
 pub(crate) fn create(args: &Args, session: &Session) -> Result<Summary> {
-    let started = Instant::now();
     // Before the guest's boot, which would be useless.
     args.storage.options()?;
+    if bucket::is_meant(args.out()) {
+        #[cfg(not(feature = "objects"))]
+        return Err(bucket::missing());
+        #[cfg(feature = "objects")]
+        {
+            let plan = super::create_in_bucket::Plan {
+                address: args.out(),
+                base: args.parent.as_deref(),
+                force: args.storage.force,
+                stop: args.stop,
+            };
+            let create = |file: &Path| create_file(args, file, session);
+            return super::create_in_bucket::create(&plan, session, create);
+        }
+    }
     refuse_existing(args.out(), args.storage.force)?;
+    create_file(args, args.out(), session)
+}
+
+fn create_file(args: &Args, out: &Path, session: &Session) -> Result<Summary> {
+    let started = Instant::now();
     if let Some(socket) = &args.vm {
-        let (changes_only, stop) = (args.diff, args.stop);
-        return client::create(socket, args.out(), changes_only, stop, &args.storage, session);
+        return client::create(socket, out, args.diff, args.stop, &args.storage, session);
     }
     let (header, ready_at, paused_at) = match &args.parent {
-        None => create_whole(args, session)?,
-        Some(base) => create_layer(args, base, session)?,
+        None => create_whole(args, out, session)?,
+        Some(base) => create_layer(args, base, out, session)?,
     };
-    Ok(Summary::new(args.out(), &header, started, ready_at, paused_at))
+    Ok(Summary::new(out, &header, started, ready_at, paused_at))
 }
 
 /// Boots a guest and snapshots all of it. Also returns when it ran and when it was paused.
-fn create_whole(args: &Args, session: &Session) -> Result<(Header, Instant, Instant)> {
+fn create_whole(args: &Args, out: &Path, session: &Session) -> Result<(Header, Instant, Instant)> {
     let when = match &args.when {
         Some(Trigger::Ready) if args.guest.is_linux() => bail!(
             "--when ready is only for the demo guest: give --when output:TEXT, after:TIME or request"
@@ -199,14 +219,19 @@ fn create_whole(args: &Args, session: &Session) -> Result<(Header, Instant, Inst
     let (mut guest, paused_at) = run_until_ready(vm, args, &when, &seen, session)?;
     let bar = Bar::new("storing", session.quiet, &session.interrupt);
     let options = args.storage.options()?;
-    let written = guest.snapshot(args.out(), &options, &|p| bar.update(p));
+    let written = guest.snapshot(out, &options, &|p| bar.update(p));
     let header = written.map_err(snapshot_error)?;
     Ok((header, paused_at, paused_at))
 }
 
 /// Restores a guest, lets it run, and stores what has changed. Pages that it never touched are not read: they are
 /// unchanged from the parent.
-fn create_layer(args: &Args, base: &Path, session: &Session) -> Result<(Header, Instant, Instant)> {
+fn create_layer(
+    args: &Args,
+    base: &Path,
+    out: &Path,
+    session: &Session,
+) -> Result<(Header, Instant, Instant)> {
     let Some(when) = args.when.clone().filter(|when| *when != Trigger::Ready) else {
         bail!(
             "a restored guest was ready before: give --when output:TEXT, after:TIME or \
@@ -214,7 +239,7 @@ fn create_layer(args: &Args, base: &Path, session: &Session) -> Result<(Header, 
         );
     };
     let (console, seen) = GuestConsole::new(std::io::sink(), when.until());
-    let config = restoring::config(base, &[], None, session)?
+    let config = restoring::config(base, &ParentArgs::default(), None, session)?
         .memory(MemoryFrom::Lazy)
         .populate(Populate::Off, None)
         .prefetch(Prefetch::Off)
@@ -228,7 +253,7 @@ fn create_layer(args: &Args, base: &Path, session: &Session) -> Result<(Header, 
     let (mut guest, paused_at) = ran?;
     let bar = Bar::new("storing", session.quiet, &session.interrupt);
     let options = args.storage.options()?;
-    let written = guest.snapshot_layer(args.out(), &options, &|p| bar.update(p));
+    let written = guest.snapshot_layer(out, &options, &|p| bar.update(p));
     let header = written.map_err(snapshot_error)?;
     let _ending = live::ending("the threads that serve the guest's pages to end", &memory);
     drop((guest, memory));

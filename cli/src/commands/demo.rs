@@ -9,6 +9,7 @@ use super::create;
 use crate::config::ConfigArgs;
 use crate::guest::GuestArgs;
 use crate::guest_console::{BEAT, Until};
+use crate::input::ParentArgs;
 use crate::leftovers;
 use crate::report::RestoreReport;
 use crate::restored_run::{EAGER, LAZY, Restore};
@@ -62,7 +63,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     ))?;
 
     let restore = |from, mode| -> Result<RestoreReport> {
-        let config = restoring::config(&file, &[], None, session)?;
+        let config = restoring::config(&file, &ParentArgs::default(), None, session)?;
         let restore = Restore {
             config: config.memory(from).prefetch(Prefetch::Off),
             mode,

@@ -6,6 +6,8 @@ mod cache;
 mod cat;
 mod completions;
 mod create;
+#[cfg(feature = "objects")]
+mod create_in_bucket;
 mod demo;
 mod diff;
 mod export;

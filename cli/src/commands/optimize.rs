@@ -67,7 +67,10 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     };
     let parent = open_parent(&snapshot, args)?;
     let parent_layer = match &parent {
-        Some((snapshot, path)) => Some(Parent::new(snapshot, path_of_parent(path, &args.out)?)),
+        Some((snapshot, path)) => {
+            let path = path_of_parent(snapshot.storage(), path, &args.out)?;
+            Some(Parent::new(snapshot, path))
+        }
         None => None,
     };
     let data: Vec<_> = snapshot.populated().collect();

@@ -1,33 +1,33 @@
 //! `snap push` and `snap pull`: copy snapshots to and from a bucket.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Error, Result};
-use objects::{ObjectError, Retry};
+use anyhow::{Error, Result, anyhow};
+use objects::{ObjectError, ObjectUrl, Pushed, Retry};
 use serde_json::json;
-use snapfmt::{ChainError, Existing, ReadError};
+use snapfmt::{Existing, ReadError, Snapshot};
 
-use crate::bucket;
-use crate::exit::Interrupted;
-use crate::input::{Input, refuse_existing};
+use crate::bucket::{self, to_error};
+use crate::input::{self, Input, ParentArgs, lacks_parent, refuse_existing};
 use crate::progress::Bar;
 use crate::session::Session;
 use crate::size;
 use crate::stdout::{print_json, print_line};
 
-/// Copy a snapshot, and of a layer its parents, into a bucket, and give it a name there.
+/// Copy a snapshot, and of a layer its parents, into a bucket or registry, and give it a name there.
 ///
 /// Objects that are there already are not sent again. The name appears last, when all of its objects are complete.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
   snap push guest.snap s3://bucket/team/guest
+  snap push guest.snap oci://registry.example/team/guest:v1
   snap push layer.snap file:///srv/snapshots/guest-2")]
 pub(crate) struct PushArgs {
     #[command(flatten)]
     input: Input,
 
-    /// The name, as an address: s3://, gs://, az:// or file://.
+    /// The name, as an address: s3://, gs://, az://, oci:// or file://.
     #[arg(value_name = "URL")]
     url: PathBuf,
 
@@ -40,7 +40,7 @@ pub(crate) struct PushArgs {
     json: bool,
 }
 
-/// Copy a snapshot out of a bucket, and of a layer its parents, and verify every byte.
+/// Copy a snapshot out of a bucket or registry, and of a layer its parents, and verify every byte.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -55,6 +55,10 @@ pub(crate) struct PullArgs {
     #[arg(value_name = "FILE")]
     out: PathBuf,
 
+    /// Read a parent in another bucket or repository if its address begins with this.
+    #[arg(long = "allow-parents-from", value_name = "URL")]
+    parents_from: Vec<String>,
+
     /// Replace the file if it exists. Parents are never replaced.
     #[arg(short, long)]
     force: bool,
@@ -66,20 +70,8 @@ pub(crate) struct PullArgs {
 
 pub(crate) fn push(args: &PushArgs, session: &Session) -> Result<()> {
     let url = bucket::url(&args.url)?;
-    let snapshot = match args.input.open() {
-        // The parents of the layer may be in the bucket.
-        Err(error) if lacks_parent(&error) => {
-            objects::open_over(&args.input.file, &url, &bucket::options()?).map_err(|other| {
-                Error::new(other).context(format!("{error:#}; and in the bucket"))
-            })?
-        }
-        opened => opened?,
-    };
-    let bar = Bar::of_transfer("pushing", session.quiet, &session.interrupt);
-    let retry = Retry::default();
-    let pushed = objects::push(&snapshot, &url, args.force, retry, &|p| bar.update(p));
-    let pushed = pushed.map_err(to_error)?;
-    drop(bar);
+    let input = &args.input;
+    let (snapshot, pushed) = send(&input.file, &input.parents, &url, args.force, session)?;
     let layer = |(layer, header): (&objects::PushedLayer, &snapfmt::Header)| {
         json!({
             "url": layer.url.to_string(),
@@ -106,7 +98,8 @@ pub(crate) fn pull(args: &PullArgs, session: &Session) -> Result<()> {
     refuse_existing(&args.out, args.force)?;
     let bar = Bar::of_transfer("pulling", session.quiet, &session.interrupt);
     let existing = if args.force { Existing::Replace } else { Existing::Keep };
-    let pulled = objects::pull(&url, &args.out, existing, &bucket::options()?, &|p| bar.update(p));
+    let options = bucket::options_from(&args.parents_from)?;
+    let pulled = objects::pull(&url, &args.out, existing, &options, &|p| bar.update(p));
     let pulled = pulled.map_err(to_error)?;
     drop(bar);
     if args.json {
@@ -132,17 +125,37 @@ pub(crate) fn pull(args: &PullArgs, session: &Session) -> Result<()> {
     Ok(())
 }
 
-/// Whether a parent is not among the files.
-fn lacks_parent(error: &Error) -> bool {
-    let read = error.chain().find_map(|cause| cause.downcast_ref::<ReadError>());
-    matches!(read.map(ReadError::root), Some(ReadError::Chain(ChainError::NotFound { .. })))
+/// Pushes a file, and the parents of a layer, which may be in the bucket.
+pub(crate) fn send(
+    file: &Path,
+    parents: &ParentArgs,
+    url: &ObjectUrl,
+    force: bool,
+    session: &Session,
+) -> Result<(Snapshot, Pushed)> {
+    let snapshot = match input::open(file, parents) {
+        Err(error) if is_incomplete(&error) => {
+            let options = bucket::options_from(&parents.from)?;
+            let failed = |other| match other {
+                ObjectError::ParentElsewhere { layer, parent, .. } => anyhow!(
+                    "{layer}: its parent is in another place, {parent}: pull it with snap pull, and give it with \
+                     --parent"
+                ),
+                other => to_error(other).context(format!("{error:#}; and in the bucket")),
+            };
+            objects::open_over(file, Some(url), &options).map_err(failed)?
+        }
+        opened => opened?,
+    };
+    let bar = Bar::of_transfer("pushing", session.quiet, &session.interrupt);
+    let pushed = objects::push(&snapshot, url, force, Retry::default(), &|p| bar.update(p));
+    Ok((snapshot, pushed.map_err(to_error)?))
 }
 
-/// Converts an error, so that an interrupt has the exit code that it has in all commands.
-fn to_error(error: ObjectError) -> Error {
-    match error {
-        ObjectError::Cancelled => Interrupted.into(),
-        ObjectError::Write(error) => error.into(),
-        error => error.into(),
-    }
+/// Whether a parent is not among the files, or is an object in a place that is not allowed.
+fn is_incomplete(error: &Error) -> bool {
+    error.chain().any(|cause| {
+        let elsewhere = matches!(cause.downcast_ref(), Some(ObjectError::ParentElsewhere { .. }));
+        elsewhere || cause.downcast_ref::<ReadError>().is_some_and(lacks_parent)
+    })
 }

@@ -95,7 +95,9 @@ pub(crate) fn rebase(args: &RebaseArgs, session: &Session) -> Result<()> {
     let memory = snapshot.memory();
     let parts = Parts::of(&snapshot).with_context(|| args.input.file.display().to_string())?;
     let contents = parts.contents(&snapshot, &memory, &data);
-    let parent = Parent::new(&onto, path_of_parent(&args.onto, &args.out)?);
+    // In a bucket, it is the object that the name has now.
+    let onto_path = onto.paths().next().flatten().unwrap_or(&args.onto);
+    let parent = Parent::new(&onto, path_of_parent(onto.storage(), onto_path, &args.out)?);
     let written = write_layer(&args.out, contents, &parent, &options, &|p| bar.update(p));
     let (header, _) = written.map_err(|error| named(error, &args.input.file, &args.onto))?;
     drop(bar);

@@ -252,7 +252,7 @@ pub(crate) fn describe(path: &Path) -> Option<(String, Identity)> {
     let (len_bytes, rest) = rest.split_first_chunk::<8>()?;
     let (url, rest) = text(rest)?;
     let (etag, _) = text(rest)?;
-    Some((url, Identity { etag, len_bytes: u64::from_le_bytes(*len_bytes) }))
+    Some((url, Identity { etag, len_bytes: u64::from_le_bytes(*len_bytes), version: None }))
 }
 
 fn encode(url: &str, identity: &Identity) -> io::Result<Box<[u8; HEADER_BYTES]>> {
@@ -281,7 +281,7 @@ mod tests {
     use super::*;
 
     fn identity() -> Identity {
-        Identity { etag: "\"abc\"".into(), len_bytes: 2 * BLOCK_BYTES + 5 }
+        Identity { etag: "\"abc\"".into(), len_bytes: 2 * BLOCK_BYTES + 5, version: None }
     }
 
     #[test]

@@ -240,7 +240,7 @@ mod tests {
     use super::*;
 
     fn identity(etag: &str) -> Identity {
-        Identity { etag: etag.into(), len_bytes: 3 * BLOCK_BYTES }
+        Identity { etag: etag.into(), len_bytes: 3 * BLOCK_BYTES, version: None }
     }
 
     fn filled(cache: &Cache, key: &str) -> Entry {

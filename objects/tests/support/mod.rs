@@ -4,6 +4,7 @@
 pub(crate) mod fake;
 pub(crate) mod guest;
 pub(crate) mod processes;
+pub(crate) mod registry;
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};

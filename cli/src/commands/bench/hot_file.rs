@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use snapfmt::Snapshot;
 
-use crate::input;
+use crate::input::{self, ParentArgs};
 
 /// A file with its working set at the front.
 pub(super) struct Hot {
@@ -17,7 +17,8 @@ pub(super) struct Hot {
 
 impl Hot {
     pub(super) fn open(parents: &[PathBuf], file: PathBuf) -> Result<Self> {
-        let snapshot = input::open(&file, parents)?;
+        let snapshot =
+            input::open(&file, &ParentArgs { files: parents.to_vec(), from: Vec::new() })?;
         let pages = snapshot.working_set()?.map_or(0, |set| set.len());
         Ok(Self { file, snapshot, pages })
     }

@@ -16,7 +16,8 @@ use super::child::Snap;
 use super::hot_file::Hot;
 use super::mode::Mode;
 use crate::exit::WrongOptions;
-use crate::{input, size};
+use crate::input::{self, ParentArgs};
+use crate::size;
 
 /// A guest to restore. Dropping it removes its temporary files.
 pub(super) struct Subject {
@@ -64,7 +65,8 @@ impl Subject {
             }
             false => args.target.clone(),
         };
-        let snapshot = input::open(&file, &args.parents)?;
+        let snapshot =
+            input::open(&file, &ParentArgs { files: args.parents.clone(), from: Vec::new() })?;
         let guest = snapshot.metadata()?.other.remove("guest").unwrap_or_default();
         let is_demo = guest.get("kind").and_then(Value::as_str) == Some("demo");
         let work = args.work(is_demo)?;
