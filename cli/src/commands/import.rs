@@ -197,7 +197,7 @@ fn memory_image(args: &Args) -> Result<MemoryImage> {
         true => image_from_stdin(&args.out)?,
     };
     Ok(match &args.base {
-        Some(base) => image.with_base(input::open(base, &[])?),
+        Some(base) => image.with_base(input::open(base, &Default::default())?),
         None if args.holes_are_zeros => image.holes_are_zeros(),
         None => image,
     })
