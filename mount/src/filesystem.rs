@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -154,6 +155,7 @@ impl Filesystem for SnapshotFiles {
     fn forget(&self, _: &Request, inode: INodeNo, _: u64) {
         if let Some(file) = self.tree.file(inode.0) {
             file.loaded.clear();
+            file.opened.store(false, Ordering::Relaxed);
         }
     }
 
@@ -166,12 +168,13 @@ impl Filesystem for SnapshotFiles {
 
     fn open(&self, _: &Request, inode: INodeNo, _: OpenFlags, reply: ReplyOpen) {
         let Some(file) = self.tree.file(inode.0) else { return reply.error(Errno::EISDIR) };
-        reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH);
-        if file.loaded.is_empty() {
+        // Before the answer, so that no page is read before.
+        if !file.opened.swap(true, Ordering::Relaxed) {
             let places = self.prefetch.iter().flat_map(|range| file.view.places(range.clone()));
             let position = |bytes| Position { inode: inode.0, bytes };
             self.activity.enqueue(places.map(position));
         }
+        reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH);
     }
 
     fn read(

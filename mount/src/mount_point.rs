@@ -34,14 +34,15 @@ impl MountPoint {
     /// Mounts on an empty folder; returns the connection, too.
     pub(crate) fn attach(folder: &Path, allow_other: bool) -> Result<(Self, OwnedFd), MountError> {
         let folder = usable(folder)?;
-        let connection = match OpenOptions::new().read(true).write(true).open(FUSE) {
-            Ok(fuse) => attach_directly(&folder, fuse.into(), allow_other)?,
-            // fusermount3 can open it.
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                attach_by_fusermount(&folder, allow_other, error)?
-            }
-            Err(error) => return Err(MountError::NoFuse(error)),
+        // fusermount3 opens it as this user, too.
+        let fuse = OpenOptions::new().read(true).write(true).open(FUSE);
+        let fuse = fuse.map_err(MountError::NoFuse)?.into();
+        let connection = match attach_directly(&folder, fuse, allow_other) {
+            Err(Errno::PERM) => attach_by_fusermount(&folder, allow_other),
+            attached => attached.map_err(io::Error::from),
         };
+        let connection =
+            connection.map_err(|error| MountError::Mount { folder: folder.clone(), error })?;
         let device = device(&folder)
             .map_err(|errno| MountError::Folder { folder: folder.clone(), error: errno.into() })?;
         Ok((Self { folder, device }, connection))
@@ -95,46 +96,40 @@ fn device(folder: &Path) -> Result<(u32, u32), Errno> {
     Ok((stat.stx_dev_major, stat.stx_dev_minor))
 }
 
-/// Mounts with the privilege of this process, or else by fusermount3.
-fn attach_directly(folder: &Path, fuse: OwnedFd, allow_other: bool) -> Result<OwnedFd, MountError> {
+/// Mounts with the privilege of this process.
+fn attach_directly(folder: &Path, fuse: OwnedFd, allow_other: bool) -> Result<OwnedFd, Errno> {
     let (user, group) = (geteuid().as_raw(), getegid().as_raw());
     let mut options =
         format!("fd={},rootmode=40000,user_id={user},group_id={group}", fuse.as_raw_fd());
     if allow_other {
         options.push_str(",allow_other");
     }
-    let options = CString::new(options).unwrap_or_default();
+    let options = CString::new(options).map_err(|_| Errno::INVAL)?;
     let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOATIME;
-    match mount("snap", folder, "fuse.snap", flags, options.as_c_str()) {
-        Ok(()) => Ok(fuse),
-        Err(Errno::PERM) => attach_by_fusermount(folder, allow_other, Errno::PERM.into()),
-        Err(errno) => Err(MountError::Mount { folder: folder.to_owned(), error: errno.into() }),
-    }
+    mount("snap", folder, "fuse.snap", flags, options.as_c_str())?;
+    Ok(fuse)
 }
 
 /// fusermount3 mounts, and sends the connection to the socket that `_FUSE_COMMFD` names: its stdin.
-fn attach_by_fusermount(
-    folder: &Path,
-    allow_other: bool,
-    refused: io::Error,
-) -> Result<OwnedFd, MountError> {
-    let failed = |error| MountError::Mount { folder: folder.to_owned(), error };
-    let (ours, theirs) = UnixStream::pair().map_err(MountError::Start)?;
+fn attach_by_fusermount(folder: &Path, allow_other: bool) -> io::Result<OwnedFd> {
+    let (ours, theirs) = UnixStream::pair()?;
     let mut options = "ro,nosuid,nodev,noatime,fsname=snap,subtype=snap".to_owned();
     if allow_other {
         options.push_str(",allow_other");
     }
-    let output = fusermount(&["-o", &options], folder)
-        .env("_FUSE_COMMFD", "0")
-        .stdin(OwnedFd::from(theirs))
-        .output()
-        .map_err(|error| {
-            failed(if error.kind() == io::ErrorKind::NotFound { refused } else { error })
-        })?;
+    let mut command = fusermount(&["-o", &options], folder);
+    command.env("_FUSE_COMMFD", "0").stdin(OwnedFd::from(theirs));
+    let output = command.output().map_err(|error| match error.kind() {
+        // The program does not exist.
+        io::ErrorKind::NotFound => Errno::PERM.into(),
+        _ => error,
+    })?;
     if !output.status.success() {
-        return Err(failed(message(&output)));
+        return Err(message(&output));
     }
-    received(&ours).map_err(failed)
+    // If it has sent nothing, this is the end of the stream.
+    drop(command);
+    received(&ours)
 }
 
 fn fusermount(arguments: &[&str], folder: &Path) -> Command {

@@ -38,12 +38,6 @@ impl LoadedPages {
         })
     }
 
-    /// Whether the kernel has been given none.
-    pub(crate) fn is_empty(&self) -> bool {
-        let mut words = self.0.iter().flat_map(|range| &range.words);
-        words.all(|word| word.load(Ordering::Relaxed) == 0)
-    }
-
     /// The kernel has dropped them all.
     pub(crate) fn clear(&self) {
         let words = self.0.iter().flat_map(|range| &range.words);
