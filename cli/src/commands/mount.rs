@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use mount::{Mount, MountEvent, MountOptions, Populate};
+use snapvm::interchange::has_async_page_faults;
 use snapvm::{with_causes, working_set_pages};
 
 use crate::descriptors::allow_many_descriptors;
@@ -46,7 +47,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "off|hot|all", default_value = "hot", hide_possible_values = true)]
     prefetch: PrefetchArg,
 
-    /// Load pages that were not read in the background. `auto`: while readers wait for pages a good part of their time.
+    /// Load pages that were not read in the background. `auto`: while readers wait for pages a good part of their time;
+    /// for a guest with KVM's asynchronous page faults everything, from when a file is opened first.
     #[arg(long, value_name = "off|auto", default_value = "auto", hide_possible_values = true)]
     populate: PopulateArg,
 }
@@ -73,7 +75,9 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             Vec::new()
         });
     }
-    if matches!(args.prefetch, PrefetchArg::All) {
+    // A guest of Firecracker halts for each page that it waits for, if it has KVM's asynchronous page faults.
+    let halts = options.populate == Populate::Auto && has_async_page_faults(&snapshot)?;
+    if halts || matches!(args.prefetch, PrefetchArg::All) {
         options.prefetch.push(0..snapshot.header().memory_bytes);
     }
     let (file, folder) = (args.input.file.clone(), args.folder.clone());
