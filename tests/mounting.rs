@@ -14,7 +14,7 @@ use snapfmt::{PageEntry, PageIndex, Snapshot};
 use crate::import_export::{GIB, MIB, PAGE, Place, assert_same, cloud_hypervisor, noise, vmstate};
 use crate::layers::two;
 use crate::mounts::{Mounted, cached_bytes, host_can_mount, python};
-use crate::support::{SNAP, names, run, signal, skip, snap};
+use crate::support::{SNAP, Sample, names, needs_vm, run, signal, skip, snap};
 
 /// Skips the rest of a test where nothing can be mounted.
 macro_rules! needs_mount {
@@ -354,6 +354,58 @@ fn other_users_read_if_they_are_allowed() {
     }
 }
 
+/// Waits until this many bytes of a file are in the page cache.
+#[track_caller]
+fn wait_for_cached(file: &Path, bytes: u64) {
+    let began = Instant::now();
+    while cached_bytes(file) < bytes {
+        assert!(began.elapsed() < Duration::from_secs(60), "{} bytes", cached_bytes(file));
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// A guest of Firecracker that halts for each page that it waits for gets them all.
+#[test]
+fn memory_of_a_guest_with_asynchronous_page_faults_is_loaded_when_it_is_opened() {
+    needs_mount!("memory_of_a_guest_with_asynchronous_page_faults_is_loaded_when_it_is_opened");
+    let place = Place::new();
+    let bytes: Vec<u8> = (0..1024).flat_map(|number| noise(number * 977 + 1)).collect();
+    std::fs::write(place.path("image"), &bytes).expect("it can be written");
+    for enabled in [true, false] {
+        let mut state = vmstate(0x8664);
+        // The MSR and its value.
+        state.extend(0x4b56_4d02_u64.to_le_bytes());
+        state.extend(u64::from(enabled).to_le_bytes());
+        std::fs::write(place.path("state"), state).expect("it can be written");
+        place.import(&place.path("image"), &["--vmstate", &place.text("state"), "--force"]).ok();
+        let mounted = Mounted::start(&place.path("a.snap"), &[]);
+        let memory = mounted.file("firecracker/memory");
+        let _open = File::open(&memory).expect("it opens");
+        if enabled {
+            wait_for_cached(&memory, bytes.len() as u64);
+        } else {
+            assert_eq!(cached_bytes(&memory), 0);
+        }
+    }
+}
+
+#[test]
+fn a_working_set_is_loaded_when_a_file_is_opened() {
+    needs_mount!("a_working_set_is_loaded_when_a_file_is_opened");
+    needs_vm!();
+    let sample = Sample::small();
+    let file = sample.file.to_string_lossy();
+    let trained = sample.folder.path().join("trained.snap");
+    snap(["train", &file, "--beats", "1", "-o", &trained.to_string_lossy()]).ok();
+    let info = snap(["info", "--json", &trained.to_string_lossy()]).ok().json();
+    let pages = info["working_set"]["pages"].as_u64().expect("a number");
+    let mounted = Mounted::start(&trained, &["--populate", "off"]);
+    let memory = mounted.file("memory.raw");
+    let _open = File::open(&memory).expect("it opens");
+    wait_for_cached(&memory, pages * PAGE);
+    assert_eq!(cached_bytes(&memory), pages * PAGE);
+}
+
 /// Opening a file loads what is to be there before it is touched.
 #[test]
 fn files_are_loaded_ahead() {
@@ -370,12 +422,10 @@ fn files_are_loaded_ahead() {
         let file = File::open(mounted.file("memory.raw")).expect("it opens");
         let cached = || cached_bytes(&mounted.file("memory.raw"));
         assert_eq!(page(7, &file).expect("it can be read"), bytes[7 * 4096..8 * 4096]);
-        let began = Instant::now();
-        while loaded && cached() < bytes.len() as u64 {
-            assert!(began.elapsed() < Duration::from_secs(60), "{} bytes", cached());
-            std::thread::sleep(Duration::from_millis(10));
+        match loaded {
+            true => wait_for_cached(&mounted.file("memory.raw"), bytes.len() as u64),
+            false => assert!(cached() < MIB, "{} bytes", cached()),
         }
-        assert!(loaded || cached() < MIB, "{} bytes", cached());
         let whole = std::fs::read(mounted.file("memory.raw")).expect("it can be read");
         assert!(whole == bytes);
     }

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use mount::{Mount, MountEvent, MountOptions, Populate};
+use snapfmt::Snapshot;
 use snapvm::interchange::has_async_page_faults;
 use snapvm::{with_causes, working_set_pages};
 
@@ -61,25 +62,7 @@ enum PopulateArg {
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let snapshot = Arc::new(args.input.open()?);
-    let reading_state = reading(&args.input.file);
-    let mut options = MountOptions::default();
-    options.allow_other = args.allow_other;
-    options.populate = match args.populate {
-        PopulateArg::Off => Populate::Off,
-        PopulateArg::Auto => Populate::Auto,
-    };
-    if !matches!(args.prefetch, PrefetchArg::Off) {
-        // A damaged working set is reported, and not used.
-        options.prefetch = working_set_pages(&snapshot).unwrap_or_else(|error| {
-            stderr::print(&format!("snap: the working set is not used: {}\n", with_causes(&error)));
-            Vec::new()
-        });
-    }
-    // A guest of Firecracker halts for each page that it waits for, if it has KVM's asynchronous page faults.
-    let halts = options.populate == Populate::Auto && has_async_page_faults(&snapshot)?;
-    if halts || matches!(args.prefetch, PrefetchArg::All) {
-        options.prefetch.push(0..snapshot.header().memory_bytes);
-    }
+    let options = options(args, &snapshot)?;
     let (file, folder) = (args.input.file.clone(), args.folder.clone());
     let draining = Mutex::new(None::<Waiting>);
     let on_event = move |event: MountEvent<'_>| match event {
@@ -101,7 +84,6 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         _ => {}
     };
     let mount = Mount::new(&snapshot, &args.folder, &options, on_event)?;
-    drop(reading_state);
     allow_many_descriptors();
     let (stopped, stop) = std::io::pipe().context("cannot create a pipe")?;
     session.interrupt.stops(None, stop);
@@ -114,4 +96,28 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         true => Err(Interrupted.into()),
         false => Ok(()),
     }
+}
+
+/// Reads what is to be loaded ahead.
+fn options(args: &Args, snapshot: &Snapshot) -> Result<MountOptions> {
+    let _reading = reading(&args.input.file);
+    let mut options = MountOptions::default();
+    options.allow_other = args.allow_other;
+    options.populate = match args.populate {
+        PopulateArg::Off => Populate::Off,
+        PopulateArg::Auto => Populate::Auto,
+    };
+    if !matches!(args.prefetch, PrefetchArg::Off) {
+        // A damaged working set is reported, and not used.
+        options.prefetch = working_set_pages(snapshot).unwrap_or_else(|error| {
+            stderr::print(&format!("snap: the working set is not used: {}\n", with_causes(&error)));
+            Vec::new()
+        });
+    }
+    // A guest of Firecracker halts for each page that it waits for, if it has KVM's asynchronous page faults.
+    let halts = options.populate == Populate::Auto && has_async_page_faults(snapshot)?;
+    if halts || matches!(args.prefetch, PrefetchArg::All) {
+        options.prefetch.push(0..snapshot.header().memory_bytes);
+    }
+    Ok(options)
 }

@@ -270,6 +270,16 @@ mod tests {
                 last = range.end as usize;
             }
             assert!(expected[last..].iter().all(|byte| *byte == 0));
+            assert_eq!(view.next_data(last as u64), None);
+            for range in view.data() {
+                assert_eq!(view.next_data(range.start), Some(range.start));
+                assert_eq!(view.next_data(range.end - 1), Some(range.end - 1));
+                assert_eq!(view.next_hole(range.start), Some(range.end));
+                if range.end < view.len_bytes() {
+                    assert_eq!(view.next_hole(range.end), Some(range.end));
+                }
+            }
+            assert_eq!(view.next_hole(view.len_bytes()), None);
             let data: u64 = view.data().iter().map(|range| range.end - range.start).sum();
             assert!(data < view.len_bytes(), "holes are known");
         }
