@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -16,6 +17,10 @@ const LOADS_FOR: Duration = Duration::from_millis(50);
 pub(crate) struct Activity {
     state: Mutex<State>,
     changed: Condvar,
+    /// The loader waits for the answers to its own requests.
+    answered: Condvar,
+    /// The thread that loads ahead; 0 before it runs.
+    loader: AtomicU32,
     /// Whether busy readers start the loader.
     ahead: bool,
 }
@@ -59,7 +64,40 @@ impl Activity {
             queue: VecDeque::new(),
             ending: false,
         };
-        Self { state: Mutex::new(state), changed: Condvar::new(), ahead }
+        Self {
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            answered: Condvar::new(),
+            loader: AtomicU32::new(0),
+            ahead,
+        }
+    }
+
+    /// The requests of this thread are no reader's.
+    pub(crate) fn loader_is_this_thread(&self) {
+        self.loader.store(
+            rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned(),
+            Ordering::Relaxed,
+        );
+    }
+
+    pub(crate) fn is_loader(&self, thread: u32) -> bool {
+        self.loader.load(Ordering::Relaxed) == thread
+    }
+
+    /// A request of the loader was answered.
+    pub(crate) fn loaded(&self) {
+        self.answered.notify_all();
+    }
+
+    /// Waits for an answer to a request of the loader, for this time at most.
+    pub(crate) fn wait_for_answer(&self, most: Duration) {
+        let state = self.state();
+        drop(self.answered.wait_timeout(state, most));
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.state().ending
     }
 
     /// A reader waited for these bytes from `began` to `ended`.
@@ -101,8 +139,13 @@ impl Activity {
         self.changed.notify_all();
     }
 
-    /// Waits until there is something to load. `after_done` is a read after which nothing is missing.
-    pub(crate) fn next(&self, after_done: Option<&Position>) -> Work {
+    /// Waits until there is something to load. `after_done` is a read after which nothing is missing; `before_wait` is
+    /// called before each wait.
+    pub(crate) fn next(
+        &self,
+        after_done: Option<&Position>,
+        mut before_wait: impl FnMut(),
+    ) -> Work {
         let mut state = self.state();
         loop {
             if state.ending {
@@ -115,6 +158,7 @@ impl Activity {
             if loads && after_done != Some(&state.last_read) {
                 return Work::After(state.last_read.clone());
             }
+            before_wait();
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
@@ -153,7 +197,7 @@ mod tests {
             activity.read(at(u64::from(number)), now, now + step);
         }
         assert!(loads(&activity));
-        assert_eq!(activity.next(None), Work::After(at(99)));
+        assert_eq!(activity.next(None, || {}), Work::After(at(99)));
     }
 
     #[test]
@@ -162,8 +206,8 @@ mod tests {
         let now = Instant::now();
         activity.read(at(7), now, now + Duration::from_secs(1));
         activity.enqueue([at(1), at(2)]);
-        assert_eq!(activity.next(None), Work::Range(at(1)));
+        assert_eq!(activity.next(None, || {}), Work::Range(at(1)));
         activity.end();
-        assert_eq!(activity.next(None), Work::End);
+        assert_eq!(activity.next(None, || {}), Work::End);
     }
 }

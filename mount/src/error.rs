@@ -63,6 +63,8 @@ pub enum MountError {
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum MountEvent<'a> {
+    /// Readers are answered.
+    Ready,
     /// A read got EIO. A chunk that is damaged is reported once.
     Failed(&'a ReadFailure),
     /// The folder is unmounted. Files that are open or mapped are served until the last one is closed.

@@ -9,9 +9,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use fuser::{
-    Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
-    KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyEntry,
-    ReplyLseek, ReplyOpen, Request,
+    Errno, FileAttr, FileHandle, FileType, Filesystem, Generation, INodeNo, KernelConfig,
+    LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyEntry, ReplyLseek, ReplyOpen,
+    Request,
 };
 use rustix::process::{getegid, geteuid};
 use snapvm::snapfmt::layout::PAGE_BYTES;
@@ -28,6 +28,8 @@ const FOREVER: Duration = Duration::from_secs(u32::MAX as u64);
 const MAX_READ_BYTES: u32 = 1 << 20;
 /// Read-ahead requests that may wait for an answer, for all readers together.
 const MAX_BACKGROUND: u16 = 64;
+/// VM_READAHEAD_PAGES in linux/mm.h.
+const KERNEL_READ_AHEAD_BYTES: u32 = 128 << 10;
 /// After this many different failures, the first may be reported again.
 const REPORTED: usize = 1000;
 /// `whence` of lseek(2).
@@ -40,7 +42,7 @@ pub(crate) struct SnapshotFiles {
     pub(crate) snapshot: Arc<Snapshot>,
     pub(crate) tree: Arc<Tree>,
     pub(crate) activity: Arc<Activity>,
-    /// Source offsets of guest memory that are loaded when a file with memory is opened first.
+    /// Source offsets of guest memory that are loaded when a file with memory is read first.
     pub(crate) prefetch: Vec<Range<u64>>,
     /// Whether other users may read.
     pub(crate) allow_other: bool,
@@ -56,6 +58,12 @@ pub(crate) struct SnapshotFiles {
 pub(crate) struct Buffers {
     bytes: Vec<u8>,
     chunk: ChunkBuffer,
+}
+
+/// What the kernel reads around a page that is touched: as much as is decoded together, and no more than the kernel
+/// allows by default.
+pub(crate) fn read_ahead_bytes(snapshot: &Snapshot) -> u32 {
+    (snapshot.header().chunk_pages * PAGE_BYTES as u32).min(KERNEL_READ_AHEAD_BYTES)
 }
 
 impl SnapshotFiles {
@@ -131,10 +139,8 @@ impl SnapshotFiles {
 
 impl Filesystem for SnapshotFiles {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        // Around a page that is touched the kernel reads as much as is decoded together. If that is more than it
-        // allows, the error is what it allows.
-        let span_bytes = self.snapshot.header().chunk_pages * PAGE_BYTES as u32;
-        if let Err(most) = config.set_max_readahead(span_bytes) {
+        // If it is more than the kernel allows, the error is what it allows.
+        if let Err(most) = config.set_max_readahead(read_ahead_bytes(&self.snapshot)) {
             let _ = config.set_max_readahead(most);
         }
         // It bounds reads, too.
@@ -155,7 +161,7 @@ impl Filesystem for SnapshotFiles {
     fn forget(&self, _: &Request, inode: INodeNo, _: u64) {
         if let Some(file) = self.tree.file(inode.0) {
             file.loaded.clear();
-            file.opened.store(false, Ordering::Relaxed);
+            file.was_read.store(false, Ordering::Relaxed);
         }
     }
 
@@ -167,19 +173,16 @@ impl Filesystem for SnapshotFiles {
     }
 
     fn open(&self, _: &Request, inode: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        let Some(file) = self.tree.file(inode.0) else { return reply.error(Errno::EISDIR) };
-        // Before the answer, so that no page is read before.
-        if !file.opened.swap(true, Ordering::Relaxed) {
-            let places = self.prefetch.iter().flat_map(|range| file.view.places(range.clone()));
-            let position = |bytes| Position { inode: inode.0, bytes };
-            self.activity.enqueue(places.map(position));
+        if self.tree.file(inode.0).is_none() {
+            return reply.error(Errno::EISDIR);
         }
-        reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH);
+        // From then on the kernel opens files itself, and keeps their pages, as with FOPEN_KEEP_CACHE.
+        reply.error(Errno::ENOSYS);
     }
 
     fn read(
         &self,
-        _: &Request,
+        request: &Request,
         inode: INodeNo,
         _: FileHandle,
         offset: u64,
@@ -192,6 +195,15 @@ impl Filesystem for SnapshotFiles {
         let began = Instant::now();
         let end = offset.saturating_add(size.into()).min(file.view.len_bytes());
         let bytes = offset.min(end)..end;
+        if self.activity.is_loader(request.pid()) {
+            self.answer(inode.0, file, bytes, reply);
+            return self.activity.loaded();
+        }
+        if !file.was_read.swap(true, Ordering::Relaxed) {
+            let places = self.prefetch.iter().flat_map(|range| file.view.places(range.clone()));
+            let position = |bytes| Position { inode: inode.0, bytes };
+            self.activity.enqueue(places.map(position));
+        }
         self.answer(inode.0, file, bytes.clone(), reply);
         let position = Position { inode: inode.0, bytes };
         self.activity.read(position, began, Instant::now());

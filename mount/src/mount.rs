@@ -16,7 +16,7 @@ use snapvm::snapfmt::Snapshot;
 
 use crate::activity::Activity;
 use crate::error::{MountError, MountEvent};
-use crate::filesystem::{OnEvent, SnapshotFiles};
+use crate::filesystem::{OnEvent, SnapshotFiles, read_ahead_bytes};
 use crate::loader::Loader;
 use crate::mount_point::MountPoint;
 use crate::tree::Tree;
@@ -30,7 +30,7 @@ pub struct MountOptions {
     pub allow_other: bool,
     /// When pages that readers have not touched are loaded in the background.
     pub populate: Populate,
-    /// Guest memory to load into a file when it is opened first: source offsets in bytes, in this order.
+    /// Guest memory to load into a file when it is read first: source offsets in bytes, in this order.
     pub prefetch: Vec<Range<u64>>,
 }
 
@@ -52,7 +52,7 @@ pub struct Mount {
     point: MountPoint,
     activity: Arc<Activity>,
     tree: Arc<Tree>,
-    snapshot: Arc<Snapshot>,
+    span_bytes: u64,
     on_event: Arc<OnEvent>,
 }
 
@@ -83,13 +83,14 @@ impl Mount {
             idle: Mutex::new(Vec::new()),
             failed: Mutex::new(HashSet::new()),
         };
+        let span_bytes = read_ahead_bytes(snapshot);
         let (point, connection) = MountPoint::attach(folder, options.allow_other)?;
         let mut config = Config::default();
         config.n_threads = Some(threads());
         // The kernel lets only those users in that the mount is for.
         let session = Session::from_fd(files, connection, SessionACL::All, config);
         let session = session.map_err(MountError::Serve)?;
-        Ok(Self { session, point, activity, tree, snapshot: Arc::clone(snapshot), on_event })
+        Ok(Self { session, point, activity, tree, span_bytes: span_bytes.into(), on_event })
     }
 
     /// Answers readers until the other end of the pipe `stop` is closed, or the folder is unmounted. In both cases files
@@ -98,17 +99,21 @@ impl Mount {
     /// # Errors
     /// [`MountError::Start`], [`MountError::Serve`], [`MountError::Unmount`].
     pub fn run(self, stop: BorrowedFd<'_>) -> Result<(), MountError> {
-        let Self { session, point, activity, tree, snapshot, on_event } = self;
-        let notifier = session.notifier();
-        let loader = Loader { snapshot, tree, activity: Arc::clone(&activity), notifier };
+        let Self { session, point, activity, tree, span_bytes, on_event } = self;
+        let folder = point.folder().to_owned();
+        let loader = Loader { folder, span_bytes, tree, activity: Arc::clone(&activity) };
         let (ended, end) = io::pipe().map_err(MountError::Start)?;
         let serve = move || {
             let _end = end;
             session.run()
         };
         let server = start("mount", serve)?;
+        loader.prepare();
+        on_event(MountEvent::Ready);
         let loader = start("mount-loader", move || loader.run())?;
         if wait_for_either(stop, ended.as_fd())? {
+            // Its files would keep the mount from ending.
+            activity.end();
             point.detach()?;
             on_event(MountEvent::Detached);
         }

@@ -48,6 +48,11 @@ impl MountPoint {
         Ok((Self { folder, device }, connection))
     }
 
+    /// Its absolute path.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// Removes the mount from the folder. Files that are open or mapped stay usable.
     pub(crate) fn detach(&self) -> Result<(), MountError> {
         // It may have been unmounted before, and another file system may be there now.

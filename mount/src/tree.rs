@@ -24,8 +24,8 @@ pub(crate) struct MountedFile {
     pub(crate) view: FileView,
     /// Which of its pages the kernel has been given.
     pub(crate) loaded: LoadedPages,
-    /// Whether it was opened since the kernel has known the inode.
-    pub(crate) opened: AtomicBool,
+    /// Whether it was read since the kernel has known the inode.
+    pub(crate) was_read: AtomicBool,
 }
 
 /// The formats that have a folder of their own.
@@ -58,7 +58,7 @@ impl Tree {
     fn add(&mut self, parent: u64, views: Vec<FileView>) {
         for view in views {
             let loaded = LoadedPages::new(view.data());
-            let file = Some(MountedFile { view, loaded, opened: AtomicBool::new(false) });
+            let file = Some(MountedFile { view, loaded, was_read: AtomicBool::new(false) });
             let name = file.as_ref().map_or("", |file| file.view.name());
             self.push(Node { name, parent, file });
         }

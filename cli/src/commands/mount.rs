@@ -43,13 +43,13 @@ pub(crate) struct Args {
     #[arg(long)]
     allow_other: bool,
 
-    /// Load pages into a file when it is opened first. `hot`: those of the snapshot's working set (`snap train` records
+    /// Load pages into a file when it is read first. `hot`: those of the snapshot's working set (`snap train` records
     /// one); `all`: then all other pages.
     #[arg(long, value_name = "off|hot|all", default_value = "hot", hide_possible_values = true)]
     prefetch: PrefetchArg,
 
     /// Load pages that were not read in the background. `auto`: while readers wait for pages a good part of their time;
-    /// for a guest with KVM's asynchronous page faults everything, from when a file is opened first.
+    /// for a guest with KVM's asynchronous page faults everything, from when a file is read first.
     #[arg(long, value_name = "off|auto", default_value = "auto", hide_possible_values = true)]
     populate: PopulateArg,
 }
@@ -65,7 +65,11 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let options = options(args, &snapshot)?;
     let (file, folder) = (args.input.file.clone(), args.folder.clone());
     let draining = Mutex::new(None::<Waiting>);
+    let quiet = session.quiet;
     let on_event = move |event: MountEvent<'_>| match event {
+        MountEvent::Ready if !quiet => {
+            stderr::print(&format!("{} is mounted at {}\n", file.display(), folder.display()));
+        }
         // If the reader of stderr does not read, the files are served anyway.
         MountEvent::Failed(failure) => {
             say(&format!("snap: {}, {}\n", file.display(), with_causes(failure)));
@@ -87,10 +91,6 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     allow_many_descriptors();
     let (stopped, stop) = std::io::pipe().context("cannot create a pipe")?;
     session.interrupt.stops(None, stop);
-    if !session.quiet {
-        let (file, folder) = (args.input.file.display(), args.folder.display());
-        stderr::print(&format!("{file} is mounted at {folder}\n"));
-    }
     mount.run(stopped.as_fd())?;
     match session.interrupt.requested() {
         true => Err(Interrupted.into()),
