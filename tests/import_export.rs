@@ -103,7 +103,7 @@ fn data_ranges(file: &File, len: u64) -> Vec<std::ops::Range<u64>> {
     ranges
 }
 
-fn vmstate(arch: u64) -> Vec<u8> {
+pub(crate) fn vmstate(arch: u64) -> Vec<u8> {
     let mut bytes = (0x0710_1984_0000_0000 | arch << 16).to_le_bytes().to_vec();
     bytes.extend((0..50_000u32).flat_map(u32::to_le_bytes));
     // The odd length shows whether padding is exported.

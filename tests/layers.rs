@@ -10,7 +10,7 @@ use crate::support::{SNAP, Sample, names, needs_vm, restore, run, snap};
 
 /// A folder with two complete snapshots, `a.snap` and `b.snap`, of 2048 pages, of which 700 are
 /// not zero and 5 differ: one of them is zero in b.
-fn two() -> (tempfile::TempDir, PathBuf, PathBuf) {
+pub(crate) fn two() -> (tempfile::TempDir, PathBuf, PathBuf) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let mut memory = vec![0; 2048 * PAGE_BYTES];
     for (number, page) in memory.chunks_mut(PAGE_BYTES).enumerate().take(700) {

@@ -32,6 +32,8 @@ mod layers;
 mod limits;
 mod linux_guests;
 mod looking_inside;
+mod mounting;
+mod mounts;
 mod networks;
 #[cfg(feature = "objects")]
 mod object_storage;

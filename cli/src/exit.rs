@@ -19,7 +19,7 @@ Exit codes:
   2    the command line is wrong
   3    the file is not a snapshot, or not what import takes; it is damaged, needs a newer
        snap, lacks its parent, or was written to while it was read
-  4    this host lacks something: KVM, userfaultfd, or the permission to use them
+  4    this host lacks something: KVM, userfaultfd, FUSE, or the permission to use them
   5    the guest stopped by itself: triple fault, reset, unreadable memory, or
        power off before it was snapshotted
   130  interrupted: Ctrl-C, SIGTERM, SIGHUP (a closed terminal), or no CPU time left
@@ -140,6 +140,7 @@ fn code(error: &Error) -> u8 {
                 cause.downcast_ref(),
                 Some(pager::StartError::Open(_) | pager::StartError::PoisonUnavailable)
             )
+            || matches!(cause.downcast_ref(), Some(mount::MountError::NoFuse(_)))
             || matches!(cause.downcast_ref(), Some(pager::shared::ShareError::Open(_)));
         if host {
             code = HOST;

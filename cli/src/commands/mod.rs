@@ -15,6 +15,7 @@ mod import;
 mod info;
 mod keep;
 mod map;
+mod mount;
 mod optimize;
 mod pages;
 #[cfg(feature = "objects")]
@@ -56,6 +57,7 @@ pub(crate) enum Command {
     Cache(cache::Args),
     Serve(serve::Args),
     Keep(keep::Args),
+    Mount(mount::Args),
     Demo(demo::Args),
     Bench(bench::Args),
     Completions(completions::CompletionsArgs),
@@ -94,6 +96,7 @@ pub(crate) fn run(
         Command::Cache(args) => cache::run(&args, &session),
         Command::Serve(args) => serve::run(&args, &session),
         Command::Keep(args) => keep::run(&args, &session),
+        Command::Mount(args) => mount::run(&args, &session),
         Command::Demo(args) => demo::run(&args, &session),
         Command::Bench(args) => bench::run(&args, &session),
         Command::Completions(args) => completions::completions(&args, cli()),

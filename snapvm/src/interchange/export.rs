@@ -12,6 +12,7 @@ use snapfmt::{ChunkBuffer, OnProgress, PageIndex, Progress, ReadError, Snapshot}
 
 use super::cloud_hypervisor::{self, CONFIG, STATE};
 use super::error::ExportError;
+use super::file_view::FileView;
 use super::firecracker::{self, GuestArch, VMSTATE};
 use super::layout::ImageLayout;
 use super::{async_pf, elf};
@@ -100,6 +101,21 @@ impl<'a> Export<'a> {
                 OutputShape::Folder(&[CONFIG.name, STATE.name, cloud_hypervisor::MEMORY])
             }
         }
+    }
+
+    /// The files of the output, to be read without writing them. A format of one file has the name `memory.raw` or
+    /// `memory.core`.
+    #[must_use]
+    pub fn views(&self) -> Vec<FileView> {
+        let memory = match self.format {
+            ExportFormat::Raw => "memory.raw",
+            ExportFormat::Elf => "memory.core",
+            ExportFormat::Firecracker => firecracker::MEMORY,
+            ExportFormat::CloudHypervisor => cloud_hypervisor::MEMORY,
+        };
+        let bytes = self.files.iter().map(|(name, bytes)| FileView::of_bytes(name, bytes.clone()));
+        let memory = FileView::of_memory(memory, &self.head, &self.layout, self.snapshot);
+        bytes.chain([memory]).collect()
     }
 
     /// Writes the output, with pages of zeros as holes. [`StagedOutput::publish`] renames it to its path.
