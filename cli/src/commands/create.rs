@@ -13,7 +13,7 @@ use snapvm::{MemoryFrom, Prefetch, Vm};
 use vmm::{SNAPSHOT_TRIGGER_PORT, Stop};
 
 use crate::activity::Activity;
-use crate::api::client;
+use crate::api::client::{self, Kind};
 use crate::config::ConfigArgs;
 use crate::exit::{GuestStopped, Interrupted};
 use crate::guest::{self, GuestArgs};
@@ -40,7 +40,8 @@ Examples:
   snap create linux.snap --kernel vmlinuz --initrd initrd.img --memory 512M --cpus 2 \
       --cmdline 'console=ttyS0 quiet' --when output:'login:'
   snap create layer.snap --from demo.snap --when output:'beat 5'
-  snap create now.snap --vm vm.sock           a guest that runs with --api vm.sock")]
+  snap create now.snap --vm vm.sock           a guest that runs with --api vm.sock
+  snap create now.snap --vm vm.sock --live    the same, and it runs on meanwhile")]
 pub(crate) struct Args {
     /// The file to write. It appears when it is complete.
     #[arg(value_name = "OUT.snap", required_unless_present = "out", conflicts_with = "out")]
@@ -69,6 +70,10 @@ pub(crate) struct Args {
     /// With --vm: store only the pages that have changed since the snapshot that the guest was restored from.
     #[arg(long, requires = "vm")]
     pub(crate) diff: bool,
+
+    /// With --vm: let the guest run while the file is written. It is paused for milliseconds.
+    #[arg(long, requires = "vm", conflicts_with = "stop")]
+    pub(crate) live: bool,
 
     /// With --vm: end the guest after the snapshot.
     #[arg(long, requires = "vm")]
@@ -174,8 +179,8 @@ pub(crate) fn create(args: &Args, session: &Session) -> Result<Summary> {
     args.storage.options()?;
     refuse_existing(args.out(), args.storage.force)?;
     if let Some(socket) = &args.vm {
-        let (changes_only, stop) = (args.diff, args.stop);
-        return client::create(socket, args.out(), changes_only, stop, &args.storage, session);
+        let kind = Kind { diff: args.diff, live: args.live, stop: args.stop };
+        return client::create(socket, args.out(), kind, &args.storage, session);
     }
     let (header, ready_at, paused_at) = match &args.parent {
         None => create_whole(args, session)?,
