@@ -67,11 +67,10 @@ impl PagerState {
         for pages in self.layout.pages_in(slice, range) {
             let mut left = [0; 4];
             for page in pages {
-                let from = self.states.set(page, PageState::Removed);
-                left[from as usize] += 1;
                 if let Some(core) = &window {
-                    page_moved(core, page, from, PageState::Removed);
+                    page_moved(core, page, self.states.of(page), PageState::Removed);
                 }
+                left[self.states.set(page, PageState::Removed) as usize] += 1;
             }
             for from in [PageState::Missing, PageState::Present, PageState::Poisoned] {
                 self.slices[slice].counters.moved(from, PageState::Removed, left[from as usize]);
@@ -81,12 +80,14 @@ impl PagerState {
 
     /// Changes the state of a page and the counters of its slice. The caller holds the slice lock.
     pub(crate) fn moved(&self, slice: usize, page: u64, to: PageState) {
+        if let (Some(core), from) = (self.window.get(), self.states.of(page))
+            && from != to
+        {
+            page_moved(&core, page, from, to);
+        }
         let from = self.states.set(page, to);
         if from != to {
             self.slices[slice].counters.moved(from, to, 1);
-            if let Some(core) = self.window.get() {
-                page_moved(&core, page, from, to);
-            }
         }
     }
 }

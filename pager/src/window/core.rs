@@ -31,6 +31,10 @@ const ROUNDS: u32 = 4;
 /// Protects pages from writes, and takes the protection away. A range is in one extent of the layout.
 pub(crate) trait Protect {
     fn protect(&self, host_addr: u64, len: u64, on: bool) -> Result<(), Errno>;
+
+    /// Whether a page is in memory, so that reading it does not wait for a pager. If it was installed after the cut,
+    /// [`Core::installed`] has been called.
+    fn is_present(&self, page: u64) -> bool;
 }
 
 /// The state of a window, for the threads that answer write faults and those that save pages.
@@ -101,7 +105,7 @@ impl Core {
         Ok(())
     }
 
-    /// A page was installed: it is not protected. The caller holds the slice lock.
+    /// A page was installed: it is not protected. The caller holds the slice lock, and then sets its state.
     pub(crate) fn installed(&self, page: u64, was_missing: bool) {
         let mut phase = self.lock();
         match phase.cut {
@@ -146,13 +150,14 @@ impl Core {
         if self.staging.is_short() {
             block = place.page..place.page + 1;
         }
-        self.stage(block.clone());
+        self.stage(protect, block.clone());
         self.unprotect_now(protect, block)
     }
 
     /// Copies the pages of a block that are not saved. If the window is closed meanwhile, they are not needed.
-    fn stage(&self, block: Range<u64>) {
-        if block.clone().all(|page| self.is_done(page)) {
+    fn stage(&self, protect: &dyn Protect, block: Range<u64>) {
+        let needed = |page: &u64| !self.is_done(*page) && protect.is_present(*page);
+        if !block.clone().any(|page| needed(&page)) {
             return;
         }
         // Before a page is claimed: the sweep, which makes room, waits for claimed pages.
@@ -161,7 +166,7 @@ impl Core {
             return;
         }
         let mut used = 0;
-        for page in block.clone().filter(|&page| self.states.claim(page)) {
+        for page in block.clone().filter(needed).filter(|&page| self.states.claim(page)) {
             let mut bytes = vec![0; PAGE_BYTES].into_boxed_slice();
             if let Some(place) = self.layout.at_page(page)
                 && let Err(error) = (self.read)(self.layout.source_offset(place), &mut bytes)

@@ -1,7 +1,7 @@
 //! The window of memory that a pager serves: its userfaultfds also report the writes.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::core::{Core, Protect};
@@ -59,6 +59,13 @@ impl Protect for PagerState {
         let Some(place) = self.layout.at_host(host_addr) else { return Ok(()) };
         let slice = self.layout.extent(place.extent).slice;
         self.slices[slice].filler.uffd.write_protect(host_addr, len, on)
+    }
+
+    fn is_present(&self, page: u64) -> bool {
+        let present = self.states.of(page) == PageState::Present;
+        // What was done before the state was set is seen after this.
+        fence(Ordering::Acquire);
+        present
     }
 }
 
@@ -169,7 +176,7 @@ pub(super) fn own_pages(shared: &PagerState, core: &Core) -> Vec<Range<u64>> {
     own
 }
 
-/// What a change of a page's state means for the window. The caller holds the slice lock.
+/// What a change of a page's state means for the window. The caller holds the slice lock, and sets the state after it.
 pub(crate) fn page_moved(core: &Core, page: u64, from: PageState, to: PageState) {
     let was_missing = from == PageState::Missing;
     match to {
@@ -177,4 +184,5 @@ pub(crate) fn page_moved(core: &Core, page: u64, from: PageState, to: PageState)
         PageState::Present | PageState::Poisoned => core.installed(page, was_missing),
         PageState::Missing => {}
     }
+    fence(Ordering::Release);
 }

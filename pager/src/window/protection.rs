@@ -30,6 +30,10 @@ impl Protect for Protection {
     fn protect(&self, host_addr: u64, len: u64, on: bool) -> Result<(), Errno> {
         self.uffd.write_protect(host_addr, len, on)
     }
+
+    fn is_present(&self, _page: u64) -> bool {
+        true
+    }
 }
 
 impl Protection {
