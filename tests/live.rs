@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::control::Vm;
+use crate::overlays::Place;
 use crate::support::{SNAP, Sample, end_of, names, needs_vm, restore, signal, snap, start};
 
 fn folder() -> TempDir {
@@ -63,7 +64,7 @@ fn a_live_snapshot_is_whole_and_its_guest_runs_on() {
         runs(&out);
         if guest[0] == "restore" {
             let layer = sample.folder.path().join("layer.snap");
-            let summary = vm.create(&layer, &["--live", "--diff", "--json"]).ok().json();
+            let summary = vm.create(&layer, &["--live", "--diff", "--force", "--json"]).ok().json();
             assert!(summary["parent_id"].is_string(), "{summary}");
             vm.beats(2);
             runs(&layer);
@@ -278,4 +279,26 @@ fn what_cannot_be_live_says_what_to_do() {
     vm.create(&out, &["--live", "--diff"]).failed(1, &["a mapping of an image", paused]);
     assert!(!out.exists());
     vm.interrupt();
+}
+
+/// The writes to a disk with an overlay are in the snapshot; a disk that is written itself would be newer than it.
+#[test]
+fn a_disk_with_an_overlay_is_frozen_and_one_without_is_refused() {
+    needs_vm!();
+    let place = Place::new();
+    place.create("");
+    let folder = place.0.path();
+    let (file, out) = (folder.join("a.snap"), folder.join("live.snap"));
+    let file = file.to_str().expect("text");
+    for (disk, refused) in [(&[][..], true), (&["--disk-overlay", "memory"][..], false)] {
+        let vm = Vm::start_paused(folder, &[&["restore", file, "--paused"][..], disk].concat());
+        vm.wait_until_paused();
+        let ran = vm.create(&out, &["--live"]);
+        match refused {
+            true => drop(ran.failed(1, &["disk.img", "newer than the snapshot", "overlay"])),
+            false => drop(ran.ok()),
+        }
+    }
+    assert_eq!(place.snap("restore FOLDER/live.snap").ok().stdout, "W\nd\nR\nR\nd\n");
+    assert_eq!(place.image(), "dWd");
 }

@@ -15,7 +15,7 @@ use snapfmt::{
     write_snapshot,
 };
 use vm_memory::GuestAddress;
-use vmm::HeldDiscards;
+use vmm::{FrozenContent, HeldDiscards};
 
 use crate::error::SnapshotError;
 use crate::guest_memory::GuestBytes;
@@ -24,7 +24,7 @@ use crate::metadata::GuestMetadata;
 use crate::pagemap::private_pages;
 use crate::room;
 use crate::vm::{RunningVm, Vm};
-use crate::write::{Overlay, check_room, guest_of, parent_of, states};
+use crate::write::{Overlay, check_room, device_content, guest_of, machine_state, parent_of};
 
 /// A guest whose memory is protected from writes, for [`Vm::cut`]. Dropping it takes the protection away.
 #[derive(Debug)]
@@ -42,7 +42,8 @@ pub struct Armed {
 pub struct Cut {
     window: Window,
     _discards: HeldDiscards,
-    states: Vec<StateBlob>,
+    state: StateBlob,
+    contents: Vec<Option<FrozenContent>>,
     memory: Arc<VmMemory>,
 }
 
@@ -85,10 +86,11 @@ impl Vm {
     /// [`SnapshotError`]. The guest can be resumed after an error, too.
     pub fn cut(&mut self, armed: Armed) -> Result<Cut, SnapshotError> {
         // First, because KVM may write to memory while its state is read.
-        let states = states(&mut self.machine)?;
+        let state = machine_state(&mut self.machine)?;
+        let contents = self.machine.freeze_device_contents().map_err(SnapshotError::Device)?;
         armed.window.cut().map_err(SnapshotError::Window)?;
         let Armed { window, discards, memory } = armed;
-        Ok(Cut { window, _discards: discards, states, memory })
+        Ok(Cut { window, _discards: discards, state, contents, memory })
     }
 }
 
@@ -104,11 +106,11 @@ impl Cut {
         options: &WriteOptions,
         progress: OnProgress<'_>,
     ) -> Result<Header, SnapshotError> {
-        let saved = Saved(self);
+        let (saved, states) = (Saved(self), self.states()?);
         let write = |bytes: &dyn ReadAt, data: &[Range<u64>], guest: Value| {
             let check = || self.window.check();
             check_room(data, options, true)?;
-            let contents = self.contents(bytes, data, guest).read_once(&check);
+            let contents = self.contents(bytes, data, &states, guest).read_once(&check);
             Ok(write_snapshot(out, contents, options, progress)?.0)
         };
         let restored = match &self.memory.origin {
@@ -156,8 +158,9 @@ impl Cut {
             }
         };
         check_room(&data, options, true)?;
-        let (saved, check) = (Saved(self), || self.window.check());
-        let contents = self.contents(&saved, &data, guest_of(snapshot)?).read_once(&check);
+        let (saved, states) = (Saved(self), self.states()?);
+        let (guest, check) = (guest_of(snapshot)?, || self.window.check());
+        let contents = self.contents(&saved, &data, &states, guest).read_once(&check);
         let parent = Parent::new(snapshot, parent_of(restored, out)?);
         Ok(write_layer(out, contents, &parent, options, progress)?.0)
     }
@@ -172,11 +175,23 @@ impl Cut {
         &'a self,
         bytes: &'a dyn ReadAt,
         data: &'a [Range<u64>],
+        states: &'a [StateBlob],
         guest: Value,
     ) -> Contents<'a> {
         Contents::new(&self.memory.regions, bytes, data)
-            .states(&self.states)
+            .states(states)
             .metadata(GuestMetadata::here(guest).to_metadata())
+    }
+
+    /// The state of the machine, and the contents of its devices.
+    fn states(&self) -> Result<Vec<StateBlob>, SnapshotError> {
+        let mut states = vec![self.state.clone()];
+        for (place, content) in self.contents.iter().enumerate() {
+            let Some(content) = content else { continue };
+            let bytes = content().map_err(SnapshotError::Device)?;
+            states.extend(device_content(place, bytes));
+        }
+        Ok(states)
     }
 
     /// Pages that may not be zero: those in memory now. Each page that was in memory at the cut still is.

@@ -250,16 +250,23 @@ impl ReadAt for ImageBytes<'_> {
 }
 
 /// The state of the machine, and the contents of its devices.
-pub(crate) fn states(machine: &mut vmm::PausedVm) -> Result<Vec<StateBlob>, SnapshotError> {
-    let bytes = machine.state()?.encode();
-    let state =
-        StateBlob { tag: vmm::state::STATE_KIND, version: vmm::state::STATE_VERSION, bytes };
-    let mut states = vec![state];
+fn states(machine: &mut vmm::PausedVm) -> Result<Vec<StateBlob>, SnapshotError> {
+    let mut states = vec![machine_state(machine)?];
     let contents = machine.device_contents().map_err(SnapshotError::Device)?;
     for (place, content) in contents.into_iter().enumerate() {
-        if let (Some(bytes), Some(tag)) = (content, vmm::state::device_content_kind(place)) {
-            states.push(StateBlob { tag, version: vmm::state::DEVICE_CONTENT_VERSION, bytes });
-        }
+        states.extend(content.and_then(|bytes| device_content(place, bytes)));
     }
     Ok(states)
+}
+
+/// The state of the machine, without the contents of its devices.
+pub(crate) fn machine_state(machine: &mut vmm::PausedVm) -> Result<StateBlob, SnapshotError> {
+    let bytes = machine.state()?.encode();
+    Ok(StateBlob { tag: vmm::state::STATE_KIND, version: vmm::state::STATE_VERSION, bytes })
+}
+
+/// The content of the device at `place`.
+pub(crate) fn device_content(place: usize, bytes: Vec<u8>) -> Option<StateBlob> {
+    let tag = vmm::state::device_content_kind(place)?;
+    Some(StateBlob { tag, version: vmm::state::DEVICE_CONTENT_VERSION, bytes })
 }

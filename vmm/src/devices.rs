@@ -40,6 +40,9 @@ pub fn device_window(index: usize) -> Option<(Range<u64>, u32)> {
     Some((start..start + DEVICE_WINDOW_BYTES, irq))
 }
 
+/// Data of a device at one point in time: see [`MmioDevice::freeze_content`].
+pub type FrozenContent = Box<dyn Fn() -> io::Result<Vec<u8>> + Send + Sync>;
+
 /// A device in a window of guest physical addresses.
 ///
 /// The machine calls [`attach`](MmioDevice::attach) once, before the guest runs. After that it calls
@@ -78,6 +81,15 @@ pub trait MmioDevice: Send {
     /// Why it cannot be saved.
     fn content(&self) -> io::Result<Option<Vec<u8>>> {
         Ok(None)
+    }
+
+    /// The same data, as it is now. It is called while the device is paused, and takes microseconds. The result is called
+    /// later, while the device may be in use.
+    ///
+    /// # Errors
+    /// Why it cannot be saved.
+    fn freeze_content(&mut self) -> io::Result<Option<FrozenContent>> {
+        Ok(self.content()?.map(|bytes| -> FrozenContent { Box::new(move || Ok(bytes.clone())) }))
     }
 
     /// A file that the guest changes by this device and that is not part of its state, if there is one. Such a guest
@@ -210,6 +222,10 @@ impl Devices {
 
     pub(crate) fn contents(&self) -> io::Result<Vec<Option<Vec<u8>>>> {
         self.all().map(|device| device.content()).collect()
+    }
+
+    pub(crate) fn freeze_contents(&self) -> io::Result<Vec<Option<FrozenContent>>> {
+        self.all().map(|mut device| device.freeze_content()).collect()
     }
 
     pub(crate) fn outside_file(&self) -> Option<PathBuf> {

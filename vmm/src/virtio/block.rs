@@ -14,8 +14,10 @@ use super::device::Backend;
 use super::disk::{Disk, SECTOR_BYTES};
 use super::fault::Fault;
 use super::memory::{DeviceMemory, Direction};
+use super::overlay::Overlay;
 use super::rings::{Buffers, Rings, write_byte};
 use super::state::{BackendState, OverlayState};
+use crate::devices::FrozenContent;
 
 /// Block device.
 pub(super) const DEVICE_ID: u32 = 2;
@@ -173,6 +175,10 @@ impl Backend for Block {
 
     fn content(&self) -> io::Result<Option<Vec<u8>>> {
         self.disk.overlay().map(|overlay| overlay.content()).transpose()
+    }
+
+    fn freeze_content(&mut self) -> io::Result<Option<FrozenContent>> {
+        self.disk.overlay_mut().map(Overlay::freeze).transpose()
     }
 
     fn outside_file(&self) -> Option<PathBuf> {

@@ -21,7 +21,7 @@ use super::rings::Rings;
 use super::state::{BackendState, QUEUES_MAX, TransportState, VirtioState};
 use super::transport::{Action, CONFIG_OFFSET, Transport};
 use crate::control::VmHandle;
-use crate::devices::{DeviceContext, MmioDevice};
+use crate::devices::{DeviceContext, FrozenContent, MmioDevice};
 use crate::state::DeviceState;
 
 /// The functions of one kind of device, without transport and threads.
@@ -80,6 +80,11 @@ pub(super) trait Backend: Send {
     /// # Errors
     /// Why it cannot be saved.
     fn content(&self) -> io::Result<Option<Vec<u8>>> {
+        Ok(None)
+    }
+
+    /// As [`MmioDevice::freeze_content`].
+    fn freeze_content(&mut self) -> io::Result<Option<FrozenContent>> {
         Ok(None)
     }
 
@@ -278,6 +283,10 @@ impl MmioDevice for VirtioDevice {
 
     fn content(&self) -> io::Result<Option<Vec<u8>>> {
         self.core.lock().backend.content()
+    }
+
+    fn freeze_content(&mut self) -> io::Result<Option<FrozenContent>> {
+        self.core.lock().backend.freeze_content()
     }
 
     fn outside_file(&self) -> Option<PathBuf> {

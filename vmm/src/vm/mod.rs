@@ -19,7 +19,7 @@ use crate::arch::{self, GENERATION_ID_GPA, IoPorts, IrqchipState, Vcpu};
 use crate::boot::Board;
 use crate::console::Console;
 use crate::control::{Control, Stop, VmHandle};
-use crate::devices::{DeviceError, Devices, MmioDevice};
+use crate::devices::{DeviceError, Devices, FrozenContent, MmioDevice};
 use crate::discards::HeldDiscards;
 use crate::generation;
 use crate::host;
@@ -235,6 +235,14 @@ impl PausedVm {
     /// Why one of them cannot be saved.
     pub fn device_contents(&self) -> io::Result<Vec<Option<Vec<u8>>>> {
         self.machine.shared.devices.contents()
+    }
+
+    /// The same data as it is now, to be read later: see [`MmioDevice::freeze_content`].
+    ///
+    /// # Errors
+    /// Why one of them cannot be saved.
+    pub fn freeze_device_contents(&mut self) -> io::Result<Vec<Option<FrozenContent>>> {
+        self.machine.shared.devices.freeze_contents()
     }
 
     /// As [`RunningVm::outside_file`].
