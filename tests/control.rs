@@ -19,9 +19,9 @@ const LONG: Duration = Duration::from_secs(60);
 
 /// A guest that runs with a control socket; it is killed when this is dropped.
 pub(crate) struct Vm {
-    child: Option<Child>,
+    pub(crate) child: Option<Child>,
     lines: std::io::Lines<BufReader<ChildStdout>>,
-    socket: PathBuf,
+    pub(crate) socket: PathBuf,
 }
 
 impl Vm {
@@ -46,13 +46,13 @@ impl Vm {
     }
 
     #[track_caller]
-    fn booted(folder: &Path) -> Vm {
+    pub(crate) fn booted(folder: &Path) -> Vm {
         Vm::start(folder, &["run", "--memory", "64M", "--work", "8M"])
     }
 
     /// Reads a number of beats of the guest, all of which are ok.
     #[track_caller]
-    fn beats(&mut self, count: usize) {
+    pub(crate) fn beats(&mut self, count: usize) {
         let mut seen = 0;
         while seen < count {
             let line = self.lines.next().map(|line| line.expect("it can be read"));
@@ -67,7 +67,7 @@ impl Vm {
         }
     }
 
-    fn connect(&self) -> UnixStream {
+    pub(crate) fn connect(&self) -> UnixStream {
         connected(&self.socket)
     }
 
@@ -101,7 +101,7 @@ impl Vm {
     }
 
     /// `snap create OUT --vm SOCKET`.
-    fn create(&self, out: &Path, options: &[&str]) -> Ran {
+    pub(crate) fn create(&self, out: &Path, options: &[&str]) -> Ran {
         let args = ["create".as_ref(), out.as_os_str(), "--vm".as_ref(), self.socket.as_os_str()];
         snap(args.into_iter().chain(options.iter().map(std::ffi::OsStr::new)))
     }
@@ -126,7 +126,7 @@ impl Vm {
     }
 
     #[track_caller]
-    fn interrupt(mut self) {
+    pub(crate) fn interrupt(mut self) {
         signal(self.child.as_ref().expect("it runs").id(), "INT");
         self.end().failed(130, &["interrupted"]);
         assert!(!self.socket.exists());

@@ -31,6 +31,7 @@ mod kernel;
 mod layers;
 mod limits;
 mod linux_guests;
+mod live;
 mod looking_inside;
 mod mounting;
 mod mounts;

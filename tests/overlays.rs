@@ -60,13 +60,13 @@ impl Place {
         snap(self.args(args))
     }
 
-    fn create(&self, disk: &str) {
+    pub(crate) fn create(&self, disk: &str) {
         let args = "create FOLDER/a.snap --kernel FOLDER/kernel --disk FOLDER/disk.img";
         self.snap(&format!("{args}{disk}")).ok();
     }
 
     /// The first letters of sectors 0 to 2 of the image itself.
-    fn image(&self) -> String {
+    pub(crate) fn image(&self) -> String {
         let bytes = fs::read(self.0.path().join("disk.img")).expect("it is there");
         [0, 512, 1024].map(|at| char::from(bytes[at])).iter().collect()
     }

@@ -24,8 +24,24 @@ pub(crate) struct Summary {
     pub(crate) total_ms: f64,
     /// Until the guest was ready to be snapshotted, or restored.
     pub(crate) ready_ms: f64,
-    /// How long the guest was paused: reading its state and writing the file.
+    /// How long the guest was paused: reading its state, and writing the file unless it runs meanwhile.
     pub(crate) pause_ms: f64,
+    /// Of a guest that ran while the file was written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) live: Option<LiveFigures>,
+}
+
+/// What it took to let a guest run while its file was written.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct LiveFigures {
+    /// Protecting memory from writes, before the pause.
+    pub(crate) arm_ms: f64,
+    /// Writes of the guest that had to wait.
+    pub(crate) faults: u64,
+    /// Memory that was copied before the guest wrote to it.
+    pub(crate) copied_bytes: u64,
+    /// Writes that had to wait until the file had more of the memory.
+    pub(crate) waits: u64,
 }
 
 impl Summary {
@@ -49,6 +65,7 @@ impl Summary {
             total_ms: ms(now - started),
             ready_ms: ms(ready - started),
             pause_ms: ms(now - paused),
+            live: None,
         }
     }
 }

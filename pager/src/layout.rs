@@ -19,7 +19,7 @@ pub(crate) struct Extent {
 }
 
 /// All extents. The pages are numbered from 0 in the order of addresses.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Layout {
     /// Sorted by address, and so by slice and by page number, too.
     extents: Vec<Extent>,
@@ -109,6 +109,10 @@ impl Layout {
 
     pub(crate) fn extents_of(&self, slice: usize) -> &[Extent] {
         &self.extents[self.slices[slice].clone()]
+    }
+
+    pub(crate) fn extents(&self) -> &[Extent] {
+        &self.extents
     }
 
     pub(crate) fn extent(&self, index: usize) -> &Extent {

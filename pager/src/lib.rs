@@ -51,11 +51,12 @@
 //! - While threads wait for pages a good part of the time, more pages are loaded in the background ([`Populate`]).
 //!   Faults go first. When all pages are loaded, neither the pager nor the source is needed any more.
 //! - It can be recorded which pages are touched: [`Pager::recording`].
+//! - Its memory can be saved as of one point in time while threads write to it: [`window`].
 //! - [`Stats`]: pages by state and by origin, and how long faults took. For each region: [`Pager::region_stats`].
 //!
 //! # What it does not do
 //! - It does not write back: the source is never changed.
-//! - It does not serve minor faults or write protection.
+//! - It does not serve minor faults.
 //! - Forked children do not have the memory: touching it ends them by SIGSEGV.
 //! - It needs Linux, because only Linux has userfaultfd. Poisoning needs Linux 6.6.
 //! - After [`Pager::stop`], missing pages read as zero. That is right only if the population was complete.
@@ -96,6 +97,7 @@ mod start;
 mod stats;
 mod traced;
 pub mod uffd;
+pub mod window;
 
 pub use background::populate::population::{Populate, Population};
 pub use background::prefetch_progress::Prefetch;

@@ -126,6 +126,8 @@ impl Pager {
 
     fn end(&mut self) {
         self.shared.stopping.store(true, Ordering::SeqCst);
+        // Its writes would wait for threads that end.
+        self.shared.end_window("the pager was stopped");
         // First, because demand threads with lowered priority might not get CPU time to end.
         self.shared.watchdog.stop(self.shared.slices.iter().map(|slice| &slice.priority));
         drop(self.stop.take());

@@ -14,6 +14,7 @@ use crate::layout::Layout;
 use crate::region::Region;
 use crate::sched::watchdog::Watchdog;
 use crate::uffd::Errno;
+use crate::window::of_pager::{WindowSlot, page_moved};
 
 /// The state that all threads of a pager share. Its fields drop in order: the userfaultfds before the mappings.
 #[derive(Debug)]
@@ -29,6 +30,7 @@ pub(crate) struct PagerState {
     pub(crate) population: Progress,
     pub(crate) prefetch: PrefetchProgress,
     pub(crate) watchdog: Watchdog,
+    pub(crate) window: WindowSlot,
     pub(crate) _regions: Vec<Region>,
 }
 
@@ -45,8 +47,9 @@ impl PagerState {
             .any(|slice| slice.answering.load(Ordering::Relaxed) || slice.filler.uffd.readable())
     }
 
-    /// Unregisters the memory, slice by slice, after all of it is loaded.
+    /// Unregisters the memory, slice by slice, after all of it is loaded. It waits while a window is open.
     pub(crate) fn release(&self) -> Result<(), Errno> {
+        self.window.refuse();
         for (index, slice) in self.slices.iter().enumerate() {
             let _lock = slice.lock.for_background();
             for extent in self.layout.extents_of(index) {
@@ -60,9 +63,13 @@ impl PagerState {
 
     /// Marks a range as given back by the guest. The caller holds the slice lock.
     pub(crate) fn removed(&self, slice: usize, range: Range<u64>) {
+        let window = self.window.get();
         for pages in self.layout.pages_in(slice, range) {
             let mut left = [0; 4];
             for page in pages {
+                if let Some(core) = &window {
+                    page_moved(core, page, self.states.of(page), PageState::Removed);
+                }
                 left[self.states.set(page, PageState::Removed) as usize] += 1;
             }
             for from in [PageState::Missing, PageState::Present, PageState::Poisoned] {
@@ -73,6 +80,11 @@ impl PagerState {
 
     /// Changes the state of a page and the counters of its slice. The caller holds the slice lock.
     pub(crate) fn moved(&self, slice: usize, page: u64, to: PageState) {
+        if let (Some(core), from) = (self.window.get(), self.states.of(page))
+            && from != to
+        {
+            page_moved(&core, page, from, to);
+        }
         let from = self.states.set(page, to);
         if from != to {
             self.slices[slice].counters.moved(from, to, 1);

@@ -36,6 +36,7 @@ use crate::source::load::PageReader;
 use crate::source::page_source::PageSource;
 use crate::source::retry::RetryPolicy;
 use crate::uffd::{Features, ForeignUffd, Uffd};
+use crate::window::of_pager::WindowSlot;
 
 /// Pages that are given back, and memory that `mremap` moves. Without the second event, moved memory would read as
 /// zeros.
@@ -98,6 +99,7 @@ impl PagerBuilder {
             stopping: AtomicBool::new(false),
             backed,
             watchdog: Watchdog::default(),
+            window: WindowSlot::default(),
             _regions: regions,
         });
         let unserved = match &journal {

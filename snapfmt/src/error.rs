@@ -409,6 +409,12 @@ pub enum WriteError {
         /// The memory's own error.
         source: io::Error,
     },
+    /// The memory that was read is not to be stored: see [`crate::Contents::read_once`].
+    #[error("the memory that was read is not that of one point in time")]
+    Inconsistent {
+        /// The reason.
+        source: io::Error,
+    },
     /// The memory to be stored comes from a snapshot that could not be read.
     #[error("cannot read the memory at source offset {source_offset}")]
     Snapshot {

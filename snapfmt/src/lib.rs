@@ -103,5 +103,6 @@ pub use verify::Verified;
 pub use waiting::WhenReadable;
 pub use working_set::{HotRun, Phase, WorkingSet};
 pub use writer::{
-    Contents, OnProgress, Progress, WriteOptions, write_layer, write_snapshot, write_with_set,
+    CheckRead, Contents, OnProgress, Progress, WriteOptions, write_layer, write_snapshot,
+    write_with_set,
 };

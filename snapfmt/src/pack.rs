@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use crate::chunk::{self, ChunkBuffer};
 use crate::codec::{Appended, Codec, Compressor};
-use crate::dedupe::{self, Dedupe, Ticket};
+use crate::dedupe::{Dedupe, Ticket};
 use crate::entry::PageIndex;
 use crate::error::WriteError;
 use crate::layout::{LEAF_SPAN_BYTES, PAGE_BYTES};
@@ -119,7 +119,7 @@ pub(crate) struct Packer<'a> {
     raw: Vec<u8>,
     gathered: usize,
     /// With dedupe: a hash of each of them.
-    hashes: Vec<u32>,
+    hashes: Vec<u128>,
     /// With dedupe: the page that each of them may be equal to.
     candidates: Vec<Option<PageIndex>>,
 }
@@ -253,8 +253,8 @@ impl<'a> Packer<'a> {
                     (false, Some(there)) if there == bytes => {}
                     (false, _) => {
                         // While the page is in the core's cache.
-                        if self.dedupe.is_some() {
-                            self.hashes.push(dedupe::hash(bytes));
+                        if let Some(dedupe) = self.dedupe {
+                            self.hashes.push(dedupe.hash(bytes));
                         }
                         packed.pages.push(page);
                         if at != self.gathered {
@@ -283,19 +283,21 @@ impl<'a> Packer<'a> {
         });
         // Many pages may be equal to the same one: it is read once.
         let (mut other, mut other_is) = ([0; PAGE_BYTES], None);
+        // The memory of a guest that runs may have other bytes by now, so it is not read again.
+        let compares = self.dedupe.is_some_and(Dedupe::compares);
         let mut kept = 0;
         for (at, candidate) in self.candidates.iter().enumerate() {
             let page = packed.pages[at];
             let bytes = at * PAGE_BYTES..(at + 1) * PAGE_BYTES;
             if let Some(earlier) = *candidate {
-                if other_is != Some(earlier) {
+                if compares && other_is != Some(earlier) {
                     let source_offset = earlier.source_offset();
                     self.memory.read_exact_at(&mut other, source_offset).map_err(|source| {
                         WriteError::memory(source_offset, PAGE_BYTES as u64, source)
                     })?;
                     other_is = Some(earlier);
                 }
-                if self.raw[bytes.clone()] == other {
+                if !compares || self.raw[bytes.clone()] == other {
                     packed.duplicates.push((page, earlier));
                     continue;
                 }

@@ -1,6 +1,6 @@
 //! Boots a new guest.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use serde_json::Value;
 use vmm::{BootOptions, Console, MmioDevice, PausedVm, Payload, memory_layout};
@@ -47,6 +47,7 @@ impl BootConfig {
         let machine = PausedVm::boot_with(mapped, &self.payload, console, &self.options, devices)
             .map_err(BootError::Machine)?;
         let memory = VmMemory {
+            protection: Mutex::default(),
             mapped: Arc::clone(&file.mapped),
             regions: to_regions(&ranges),
             origin: Origin::Booted { file, guest: self.metadata.clone() },

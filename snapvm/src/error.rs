@@ -203,6 +203,29 @@ pub enum SnapshotError {
     /// A layer needs a parent, and the guest was not restored from a snapshot.
     #[error("the guest was not restored from a snapshot, which a layer needs as its parent")]
     NotRestored,
+    /// The guest writes to a file that is not part of its state. While the guest runs, that file changes, and no longer
+    /// matches the snapshot.
+    #[error(
+        "the guest writes to {}, which would be newer than the snapshot: give it an overlay for its disks, or let the guest \
+         be paused until the snapshot is complete", path.display()
+    )]
+    OutsideFile {
+        /// The disk.
+        path: PathBuf,
+    },
+    /// Such a guest cannot be written while it runs.
+    #[error(
+        "a guest {what} cannot be snapshotted while it runs: let it be paused until the snapshot is complete"
+    )]
+    NotLive {
+        /// What its memory is.
+        what: &'static str,
+    },
+    /// The guest's memory cannot be protected from writes, so it cannot be written while it runs.
+    #[error(
+        "the guest's memory cannot be protected while it runs: let it be paused until the snapshot is complete"
+    )]
+    Window(#[source] pager::window::WindowError),
     /// The writer has too little address space: see RLIMIT_AS. Fewer threads need less.
     #[error("no memory to snapshot the guest ({} MiB; fewer threads need less)", needed_bytes >> 20)]
     NoRoom {

@@ -6,6 +6,7 @@
 //! - [`RestoreConfig`] restores a guest from a snapshot: lazily, eagerly, or sharing memory with others;
 //! - [`BootConfig`] boots a new guest;
 //! - [`Vm::snapshot`] and [`Vm::snapshot_layer`] write a paused VM to a file;
+//! - [`RunningVm::arm`], [`Vm::cut`] and [`Cut::write`] write one that runs, with a pause of milliseconds;
 //! - [`interchange`] imports and exports memory images, Firecracker's and Cloud Hypervisor's snapshots, ELF cores;
 //! - [`record`] records which pages a guest touches first, for a working set.
 //!
@@ -39,6 +40,7 @@ mod devices;
 mod error;
 mod guest_memory;
 pub mod interchange;
+mod live;
 mod memory;
 mod memory_map;
 mod metadata;
@@ -57,6 +59,7 @@ pub use boot::BootConfig;
 pub use devices::{DeviceConnections, DeviceError};
 pub use error::{BootError, GuestFailure, MemoryError, RestoreError, SnapshotError};
 pub use guest_memory::ArrivingBytes;
+pub use live::{Armed, Cut};
 pub use memory::VmMemory;
 pub use memory_map::{gpa_ranges, to_ranges, to_regions};
 pub use metadata::GuestMetadata;

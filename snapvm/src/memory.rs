@@ -2,10 +2,11 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, JoinHandle};
 
 use pager::shared::SharedClone;
+use pager::window::Protection;
 use pager::{Pager, Recording};
 use serde_json::Value;
 use snapfmt::{Loaded, MemoryRegion, Snapshot};
@@ -18,6 +19,8 @@ use crate::stable_file::StableFile;
 /// Guest memory, and the service that provides its pages. A [`Vm`](crate::Vm) owns it for as long as it can run, so
 /// that a missing page is never read as zeros.
 pub struct VmMemory {
+    /// For memory without a pager, after its first live snapshot.
+    pub(crate) protection: Mutex<Option<Arc<Protection>>>,
     // Fields drop in this order: a pager ends before its mapping is unmapped.
     pub(crate) origin: Origin,
     pub(crate) mapped: Arc<GuestMemoryMmap>,

@@ -232,6 +232,7 @@ impl RestoreConfig {
             self.serve_memory(state.vcpus().len(), &guest)?;
         let memory_ready_at = Instant::now();
         let memory = VmMemory {
+            protection: Mutex::default(),
             regions: self.snapshot.regions().to_vec(),
             mapped: Arc::clone(&mapped),
             origin: Origin::Restored(Restored {

@@ -34,14 +34,23 @@ pub(crate) fn of_guest(memory_bytes: u64) -> usize {
 }
 
 /// The address space that a writer needs at most for `data_bytes` of memory: see [`snapfmt::write_snapshot`].
-pub(crate) fn of_writer(options: &WriteOptions, data_bytes: u64) -> usize {
+pub(crate) fn of_writer(options: &WriteOptions, data_bytes: u64, read_once: bool) -> usize {
     // Results and buffers have a fixed size. The memory of a compressor grows with the chunk.
     let thread = THREAD_BYTES + (14 << 20) + 24 * options.chunk_pages * PAGE_BYTES;
     let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get());
     // The index, and a table of pages, which exists twice while it grows.
     let pages = data_bytes / PAGE_BYTES as u64;
-    let tables = pages * 8 + pages.min(1 << 20) * 48;
+    // A longer hash identifies a page that is read once.
+    let entry_bytes = if read_once { 112 } else { 48 };
+    let tables = pages * 8 + pages.min(1 << 20) * entry_bytes;
     thread * options.threads.get().min(4 * cpus) + usize::try_from(tables).unwrap_or(usize::MAX / 2)
+}
+
+/// The address space that a window needs at most: copies of pages, a byte for each page, and a thread.
+pub(crate) fn of_window(staging_bytes: usize, memory_bytes: u64) -> usize {
+    let pages = usize::try_from(memory_bytes / PAGE_BYTES as u64).unwrap_or(usize::MAX / 4);
+    // An allocator rounds up.
+    (staging_bytes + staging_bytes / 4).saturating_add(pages).saturating_add(THREAD_BYTES)
 }
 
 #[cfg(test)]

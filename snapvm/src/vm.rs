@@ -17,8 +17,8 @@ pub struct Vm {
 
 /// A running VM.
 pub struct RunningVm {
-    machine: vmm::RunningVm,
-    memory: Arc<VmMemory>,
+    pub(crate) machine: vmm::RunningVm,
+    pub(crate) memory: Arc<VmMemory>,
 }
 
 impl fmt::Debug for Vm {

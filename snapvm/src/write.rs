@@ -39,7 +39,7 @@ impl Vm {
         let regions = &memory.regions[..];
         let mapped = GuestBytes { memory: &memory.mapped, regions };
         let write = |bytes: &dyn ReadAt, data: &[Range<u64>], guest| {
-            check_room(data, options)?;
+            check_room(data, options, false)?;
             let metadata = GuestMetadata::here(guest).to_metadata();
             let contents = Contents::new(regions, bytes, data).states(&states).metadata(metadata);
             Ok(write_snapshot(out, contents, options, progress)?.0)
@@ -59,7 +59,7 @@ impl Vm {
             Service::Lazy { .. } => {
                 let data: Vec<_> = with_rest();
                 let rest = restored.snapshot.memory();
-                write(&Overlay { mapped, own: &own, rest }, &data, guest)
+                write(&Overlay { mapped: &mapped, own: &own, rest }, &data, guest)
             }
             // These are read through the mapping: missing pages are loaded, and damaged pages are errors.
             Service::Shared(_) | Service::Recorded { .. } => {
@@ -94,28 +94,24 @@ impl Vm {
             // A page that the guest gave back is no longer mapped, but has content in the snapshot.
             data.extend(snapshot.populated());
         }
-        check_room(&data, options)?;
+        check_room(&data, options, false)?;
         let states = states(&mut self.machine)?;
         let mapped = GuestBytes { memory: &memory.mapped, regions: &memory.regions };
         let contents = Contents::new(&memory.regions, &mapped, &data)
             .states(&states)
             .metadata(GuestMetadata::here(guest_of(snapshot)?).to_metadata());
-        let path = match snapshot.storage().file() {
-            Some(_) => path_of_parent(snapshot.storage(), &restored.file, out)?,
-            // Of a snapshot in a bucket: the address of its object.
-            None => match snapshot.paths().next().flatten() {
-                Some(address) => address.to_owned(),
-                None => format!("{}.snap", snapshot.header().id).into(),
-            },
-        };
-        let parent = Parent::new(snapshot, path);
+        let parent = Parent::new(snapshot, parent_of(restored, out)?);
         Ok(write_layer(out, contents, &parent, options, progress)?.0)
     }
 }
 
 impl VmMemory {
     /// Refuses to write memory that lacks pages, and to replace a file from which missing pages are read.
-    fn check_complete(&self, restored: &Restored, out: &Path) -> Result<(), SnapshotError> {
+    pub(crate) fn check_complete(
+        &self,
+        restored: &Restored,
+        out: &Path,
+    ) -> Result<(), SnapshotError> {
         if let Some(failure) = self.failure() {
             return Err(SnapshotError::Failed(failure));
         }
@@ -133,8 +129,21 @@ impl VmMemory {
 }
 
 /// The description of the guest in the metadata of its snapshot.
-fn guest_of(snapshot: &Snapshot) -> Result<Value, SnapshotError> {
+pub(crate) fn guest_of(snapshot: &Snapshot) -> Result<Value, SnapshotError> {
     Ok(GuestMetadata::read(&snapshot.metadata()?).guest)
+}
+
+/// The path of the parent that a layer at `out` stores.
+pub(crate) fn parent_of(restored: &Restored, out: &Path) -> Result<PathBuf, SnapshotError> {
+    let snapshot = &restored.snapshot;
+    Ok(match snapshot.storage().file() {
+        Some(_) => path_of_parent(snapshot.storage(), &restored.file, out)?,
+        // Of a snapshot in a bucket: the address of its object.
+        None => match snapshot.paths().next().flatten() {
+            Some(address) => address.to_owned(),
+            None => format!("{}.snap", snapshot.header().id).into(),
+        },
+    })
 }
 
 /// Refuses an output that is the snapshot's file, or a parent's: replacing it would break the layers on it.
@@ -189,18 +198,22 @@ pub fn path_of_parent(
 }
 
 /// Refuses to write if the address space is not enough: a failed allocation would end the process, and the guest.
-fn check_room(data: &[Range<u64>], options: &WriteOptions) -> Result<(), SnapshotError> {
+pub(crate) fn check_room(
+    data: &[Range<u64>],
+    options: &WriteOptions,
+    read_once: bool,
+) -> Result<(), SnapshotError> {
     let data_bytes = data.iter().map(|range| range.end - range.start).sum();
-    let needed_bytes = room::of_writer(options, data_bytes);
+    let needed_bytes = room::of_writer(options, data_bytes, read_once);
     room::check(needed_bytes).map_err(|error| SnapshotError::NoRoom { needed_bytes, error })
 }
 
 /// Guest memory of which some pages are mapped here, and the others are only in the snapshot.
-struct Overlay<'a> {
-    mapped: GuestBytes<'a>,
+pub(crate) struct Overlay<'a> {
+    pub(crate) mapped: &'a dyn ReadAt,
     /// Ranges of source offsets that are mapped here, ascending.
-    own: &'a [Range<u64>],
-    rest: SnapshotMemory<'a, Storage>,
+    pub(crate) own: &'a [Range<u64>],
+    pub(crate) rest: SnapshotMemory<'a, Storage>,
 }
 
 impl ReadAt for Overlay<'_> {
@@ -250,15 +263,22 @@ impl ReadAt for ImageBytes<'_> {
 
 /// The state of the machine, and the contents of its devices.
 fn states(machine: &mut vmm::PausedVm) -> Result<Vec<StateBlob>, SnapshotError> {
-    let bytes = machine.state()?.encode();
-    let state =
-        StateBlob { tag: vmm::state::STATE_KIND, version: vmm::state::STATE_VERSION, bytes };
-    let mut states = vec![state];
+    let mut states = vec![machine_state(machine)?];
     let contents = machine.device_contents().map_err(SnapshotError::Device)?;
     for (place, content) in contents.into_iter().enumerate() {
-        if let (Some(bytes), Some(tag)) = (content, vmm::state::device_content_kind(place)) {
-            states.push(StateBlob { tag, version: vmm::state::DEVICE_CONTENT_VERSION, bytes });
-        }
+        states.extend(content.and_then(|bytes| device_content(place, bytes)));
     }
     Ok(states)
+}
+
+/// The state of the machine, without the contents of its devices.
+pub(crate) fn machine_state(machine: &mut vmm::PausedVm) -> Result<StateBlob, SnapshotError> {
+    let bytes = machine.state()?.encode();
+    Ok(StateBlob { tag: vmm::state::STATE_KIND, version: vmm::state::STATE_VERSION, bytes })
+}
+
+/// The content of the device at `place`.
+pub(crate) fn device_content(place: usize, bytes: Vec<u8>) -> Option<StateBlob> {
+    let tag = vmm::state::device_content_kind(place)?;
+    Some(StateBlob { tag, version: vmm::state::DEVICE_CONTENT_VERSION, bytes })
 }

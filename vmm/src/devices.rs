@@ -6,6 +6,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::{IoEventAddress, VmFd};
@@ -14,6 +15,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::arch::DEVICE_IRQS;
 use crate::control::VmHandle;
+use crate::discards::Discards;
 use crate::error::{KvmError, NameCall};
 use crate::layout::PAGE_BYTES;
 use crate::state::DeviceState;
@@ -37,6 +39,9 @@ pub fn device_window(index: usize) -> Option<(Range<u64>, u32)> {
     let start = DEVICE_WINDOWS_GPA + index as u64 * DEVICE_WINDOW_BYTES;
     Some((start..start + DEVICE_WINDOW_BYTES, irq))
 }
+
+/// Data of a device at one point in time: see [`MmioDevice::freeze_content`].
+pub type FrozenContent = Box<dyn Fn() -> io::Result<Vec<u8>> + Send + Sync>;
 
 /// A device in a window of guest physical addresses.
 ///
@@ -77,6 +82,21 @@ pub trait MmioDevice: Send {
     fn content(&self) -> io::Result<Option<Vec<u8>>> {
         Ok(None)
     }
+
+    /// The same data, as it is now. It is called while the device is paused, and takes microseconds. The result is called
+    /// later, while the device may be in use.
+    ///
+    /// # Errors
+    /// Why it cannot be saved.
+    fn freeze_content(&mut self) -> io::Result<Option<FrozenContent>> {
+        Ok(self.content()?.map(|bytes| -> FrozenContent { Box::new(move || Ok(bytes.clone())) }))
+    }
+
+    /// A file that the guest changes by this device and that is not part of its state, if there is one. Such a guest
+    /// cannot run while it is saved, because the file would be that of a later time.
+    fn outside_file(&self) -> Option<PathBuf> {
+        None
+    }
 }
 
 /// The parts of the machine that a device uses.
@@ -90,6 +110,8 @@ pub struct DeviceContext {
     /// number, as 32 bits, to offset 0x50 of the window (KVM_IOEVENTFD). Such writes do not call
     /// [`MmioDevice::write`].
     pub queue_events: Vec<EventFd>,
+    /// Asked before memory is returned to the host.
+    pub discards: Discards,
     /// Stops the guest when the device cannot continue.
     pub handle: VmHandle,
 }
@@ -130,14 +152,18 @@ pub enum DeviceError {
 
 /// All devices of a machine, by place.
 #[derive(Default)]
-pub(crate) struct Devices(Vec<Mutex<Box<dyn MmioDevice>>>);
+pub(crate) struct Devices {
+    places: Vec<Mutex<Box<dyn MmioDevice>>>,
+    pub(crate) discards: Discards,
+}
 
 impl Devices {
     pub(crate) fn new(devices: Vec<Box<dyn MmioDevice>>) -> Result<Devices, DeviceError> {
         if devices.len() > DEVICES_MAX {
             return Err(DeviceError::TooMany { count: devices.len() });
         }
-        Ok(Devices(devices.into_iter().map(Mutex::new).collect()))
+        let places = devices.into_iter().map(Mutex::new).collect();
+        Ok(Devices { places, discards: Discards::default() })
     }
 
     /// Refuses devices that are not of the kinds of the saved ones.
@@ -166,8 +192,9 @@ impl Devices {
                 vm.register_ioevent(&event, &notify, queue).call("KVM_IOEVENTFD")?;
                 queue_events.push(event);
             }
-            let memory = Arc::clone(memory);
-            let context = DeviceContext { memory, interrupt, queue_events, handle: handle.clone() };
+            let (memory, discards) = (Arc::clone(memory), self.discards.clone());
+            let handle = handle.clone();
+            let context = DeviceContext { memory, interrupt, queue_events, discards, handle };
             device.attach(context).map_err(failed)?;
         }
         Ok(())
@@ -177,7 +204,7 @@ impl Devices {
     pub(crate) fn at(&self, gpa: u64) -> Option<(MutexGuard<'_, Box<dyn MmioDevice>>, u64)> {
         let from_first = gpa.checked_sub(DEVICE_WINDOWS_GPA)?;
         let index = usize::try_from(from_first / DEVICE_WINDOW_BYTES).ok()?;
-        let device = self.0.get(index)?;
+        let device = self.places.get(index)?;
         Some((lock(device), from_first % DEVICE_WINDOW_BYTES))
     }
 
@@ -197,8 +224,16 @@ impl Devices {
         self.all().map(|device| device.content()).collect()
     }
 
+    pub(crate) fn freeze_contents(&self) -> io::Result<Vec<Option<FrozenContent>>> {
+        self.all().map(|mut device| device.freeze_content()).collect()
+    }
+
+    pub(crate) fn outside_file(&self) -> Option<PathBuf> {
+        self.all().find_map(|device| device.outside_file())
+    }
+
     fn all(&self) -> impl Iterator<Item = MutexGuard<'_, Box<dyn MmioDevice>>> {
-        self.0.iter().map(lock)
+        self.places.iter().map(lock)
     }
 }
 

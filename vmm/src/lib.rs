@@ -77,6 +77,7 @@ mod console;
 mod control;
 pub mod demo;
 mod devices;
+mod discards;
 mod error;
 mod frozen;
 mod generation;
@@ -96,9 +97,10 @@ pub use arch::{HostCpu, SNAPSHOT_TRIGGER_PORT, VcpuError};
 pub use console::{Console, ConsoleFlow};
 pub use control::{Stop, VcpuActivity, VmHandle};
 pub use devices::{
-    DEVICE_WINDOW_BYTES, DEVICE_WINDOWS_GPA, DEVICES_MAX, DeviceContext, DeviceError, MmioDevice,
-    device_window,
+    DEVICE_WINDOW_BYTES, DEVICE_WINDOWS_GPA, DEVICES_MAX, DeviceContext, DeviceError,
+    FrozenContent, MmioDevice, device_window,
 };
+pub use discards::{Discards, HeldDiscards};
 pub use error::KvmError;
 pub use frozen::Frozen;
 pub use host::{FeaturesError, HostReport, KVM_DEVICE, ProbeError, missing_features, probe};

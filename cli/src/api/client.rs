@@ -12,7 +12,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use snapfmt::Progress;
 
-use super::routes::{CreateSnapshot, SnapshotType};
+use super::routes::{CreateSnapshot, Pausing, SnapshotType};
 use crate::exit::Interrupted;
 use crate::http::read_response;
 use crate::progress::Bar;
@@ -28,19 +28,30 @@ const STATE: Duration = Duration::from_secs(1);
 /// The time within which a guest's process must accept the request.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// What is wanted of a guest.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Kind {
+    /// Only what has changed since the snapshot that it was restored from.
+    pub(crate) diff: bool,
+    /// Let it run while the file is written.
+    pub(crate) live: bool,
+    /// End it afterwards.
+    pub(crate) stop: bool,
+}
+
 /// Makes the guest at this socket write its snapshot to `out`, a path of its own file system. An interrupt cancels it.
 pub(crate) fn create(
     socket: &Path,
     out: &Path,
-    changes_only: bool,
-    stop: bool,
+    kind: Kind,
     storage: &Storage,
     session: &Session,
 ) -> Result<Summary> {
     let wanted = CreateSnapshot {
         snapshot_path: std::path::absolute(out).context("cannot find the working folder")?,
-        snapshot_type: if changes_only { SnapshotType::Diff } else { SnapshotType::Full },
-        stop,
+        snapshot_type: if kind.diff { SnapshotType::Diff } else { SnapshotType::Full },
+        pausing: if kind.live { Pausing::Live } else { Pausing::Paused },
+        stop: kind.stop,
         force: storage.force,
         codec: Some(storage.codec.to_string()),
         level: storage.level,
@@ -98,8 +109,8 @@ fn progress(socket: &Path) -> Option<Progress> {
     };
     send(&stream, "GET", "/vm", &Value::Null, STATE).ok()?;
     let (_, mut state) = receive(stream, &in_time).ok()?;
-    let Storing { done_bytes, total_bytes } =
-        serde_json::from_value(state["storing"].take()).ok()?;
+    let at = ["storing", "saving"].into_iter().find(|at| !state[at].is_null())?;
+    let Storing { done_bytes, total_bytes } = serde_json::from_value(state[at].take()).ok()?;
     Some(Progress::new(done_bytes, total_bytes))
 }
 

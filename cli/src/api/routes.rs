@@ -68,6 +68,8 @@ pub(super) struct CreateSnapshot {
     pub(super) snapshot_path: PathBuf,
     #[serde(default)]
     pub(super) snapshot_type: SnapshotType,
+    #[serde(default, rename = "type")]
+    pub(super) pausing: Pausing,
     #[serde(default)]
     pub(super) stop: bool,
     #[serde(default)]
@@ -120,6 +122,16 @@ pub(super) enum SnapshotType {
     Diff,
 }
 
+/// Whether the guest is paused until the file is complete, or runs meanwhile.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub(super) enum Pausing {
+    #[default]
+    #[serde(rename = "paused")]
+    Paused,
+    #[serde(rename = "live")]
+    Live,
+}
+
 /// The interval of checks whether a client still waits.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -136,7 +148,8 @@ impl Routes {
             },
             "/snapshot/create" => match request.method.as_str() {
                 "PUT" => return self.create(&request.body, stream),
-                _ => "PUT",
+                "DELETE" => return self.cancel(),
+                _ => "PUT or DELETE",
             },
             path => {
                 let message = format!("{path:?} is not here; see docs/api.md");
@@ -155,6 +168,7 @@ impl Routes {
             "vmm_version": env!("CARGO_PKG_VERSION"),
             "state": self.remote.state(),
             "storing": self.remote.storing(),
+            "saving": self.remote.saving(),
             "memory_bytes": facts.memory_bytes,
             "vcpus": facts.vcpus,
             "restored_from": facts.restored_from,
@@ -183,6 +197,13 @@ impl Routes {
         }
     }
 
+    fn cancel(&self) -> Response {
+        match self.remote.cancel() {
+            true => Response { status: 204, body: None },
+            false => Response::fault(409, "the guest is not being snapshotted"),
+        }
+    }
+
     fn create(&self, body: &[u8], stream: &UnixStream) -> Response {
         let wanted: CreateSnapshot = match parse(body) {
             Ok(wanted) => wanted,
@@ -196,6 +217,9 @@ impl Routes {
             let message = "snapshot_path is relative, and the guest's working folder is not yours";
             return Response::fault(400, message);
         }
+        if wanted.stop && wanted.pausing == Pausing::Live {
+            return Response::fault(400, "stop: a live snapshot is for a guest that runs on");
+        }
         let options = match wanted.options() {
             Ok(options) => options,
             Err(error) => return Response::fault(400, error),
@@ -208,6 +232,7 @@ impl Routes {
         let request = StoreRequest {
             out: wanted.snapshot_path,
             changes_only: matches!(wanted.snapshot_type, SnapshotType::Diff),
+            live: wanted.pausing == Pausing::Live,
             stop: wanted.stop,
             options,
             cancelled: Arc::clone(&cancelled),

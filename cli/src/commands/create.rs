@@ -13,7 +13,7 @@ use snapvm::{MemoryFrom, Prefetch, Vm};
 use vmm::{SNAPSHOT_TRIGGER_PORT, Stop};
 
 use crate::activity::Activity;
-use crate::api::client;
+use crate::api::client::{self, Kind};
 use crate::bucket;
 use crate::config::ConfigArgs;
 use crate::exit::{GuestStopped, Interrupted};
@@ -42,6 +42,7 @@ Examples:
       --cmdline 'console=ttyS0 quiet' --when output:'login:'
   snap create layer.snap --from demo.snap --when output:'beat 5'
   snap create now.snap --vm vm.sock           a guest that runs with --api vm.sock
+  snap create now.snap --vm vm.sock --live    the same, and it runs on meanwhile
   snap create s3://bucket/team/guest          into a bucket (see snap push)")]
 pub(crate) struct Args {
     /// The file to write, or the address of a name in a bucket. It appears when it is complete.
@@ -71,6 +72,10 @@ pub(crate) struct Args {
     /// With --vm: store only the pages that have changed since the snapshot that the guest was restored from.
     #[arg(long, requires = "vm")]
     pub(crate) diff: bool,
+
+    /// With --vm: let the guest run while the file is written. It is paused for milliseconds.
+    #[arg(long, requires = "vm", conflicts_with = "stop")]
+    pub(crate) live: bool,
 
     /// With --vm: end the guest after the snapshot.
     #[arg(long, requires = "vm")]
@@ -195,7 +200,8 @@ pub(crate) fn create(args: &Args, session: &Session) -> Result<Summary> {
 fn create_file(args: &Args, out: &Path, session: &Session) -> Result<Summary> {
     let started = Instant::now();
     if let Some(socket) = &args.vm {
-        return client::create(socket, out, args.diff, args.stop, &args.storage, session);
+        let kind = Kind { diff: args.diff, live: args.live, stop: args.stop };
+        return client::create(socket, out, kind, &args.storage, session);
     }
     let (header, ready_at, paused_at) = match &args.parent {
         None => create_whole(args, out, session)?,

@@ -115,6 +115,7 @@ fn create_args(args: &Args, out: std::path::PathBuf) -> create::Args {
         parent: None,
         vm: None,
         diff: false,
+        live: false,
         stop: false,
         storage: Storage::default(),
         when: None,

@@ -1,9 +1,11 @@
 //! Runs a guest until an event ends it, and judges the result.
 
 mod remote;
+mod saving;
 
 use std::io::ErrorKind;
 use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
@@ -22,6 +24,7 @@ use crate::summary::Summary;
 use crate::waits::{Wait, Waiting};
 use remote::Event;
 pub(crate) use remote::{Answer, Command, Events, Refused, Remote, State, StoreRequest, remote};
+use saving::Saving;
 
 /// When a run ends without an interrupt.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -117,6 +120,10 @@ enum Next {
     End(End, Result<Guest, PauseError>),
 }
 
+fn is_busy(saving: &Option<Saving>) -> bool {
+    saving.as_ref().is_some_and(|saving| !saving.is_finished())
+}
+
 impl Live<'_> {
     /// Runs the guest until it stops, is stopped by its console, a client or an interrupt, or its time is up.
     pub(crate) fn run(self, vm: Vm) -> Result<Ended> {
@@ -133,6 +140,7 @@ impl Live<'_> {
         let resumed = || "a client to resume the guest, by its control socket".into();
         let mut unresumed = self.begins_paused.then(|| Wait::new(resumed).hears().begin());
         let mut deadline = None;
+        let mut saving = None;
         let (end, guest) = loop {
             if let Guest::Running(_) = guest {
                 unresumed = None;
@@ -152,6 +160,13 @@ impl Live<'_> {
                     Some(stop) => break (End::Stopped(stop), Ok(guest)),
                     None => Next::Go(guest),
                 },
+                Ok(Event::Command(Command::Store(request), answer)) if request.live => {
+                    self.save(guest, request, &answer, &mut saving)?
+                }
+                Ok(Event::Command(Command::Store(_), answer)) if is_busy(&saving) => {
+                    let _ = answer.send(Err(Refused::Busy));
+                    Next::Go(guest)
+                }
                 Ok(Event::Command(command, answer)) => self.handle(guest, command, &answer)?,
                 // It cannot be disconnected, because this thread has a sender.
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
@@ -178,6 +193,8 @@ impl Live<'_> {
         if let Ok(vm) = &paused {
             (first_entry, first_exit) = (vm.first_entry(), vm.first_exit());
         }
+        // The file is that of an earlier point in time, and may still become complete.
+        drop(saving);
         Ok(Ended { end, at, first_entry, first_exit, paused })
     }
 
@@ -232,9 +249,9 @@ impl Live<'_> {
             Command::Pause => (Ok(None), false, false),
             Command::Resume => (Ok(None), true, false),
             Command::Store(request) => {
-                self.events.status.storing(true);
+                self.events.status.storing(Some(Arc::clone(&request.cancelled)));
                 let stored = self.store(&mut vm, &request, paused_at);
-                self.events.status.storing(false);
+                self.events.status.storing(None);
                 let stop = stored.is_ok() && request.stop;
                 let done = stored.map(Some);
                 (done.map_err(|error| Refused::Failed(exit::describe(&error))), was_running, stop)

@@ -31,10 +31,12 @@ pub(crate) struct StoreRequest {
     pub(crate) out: PathBuf,
     /// Store only what differs from the snapshot that the guest was restored from.
     pub(crate) changes_only: bool,
+    /// Let it run while the file is written.
+    pub(crate) live: bool,
     /// End the guest afterwards; otherwise it returns to its former state.
     pub(crate) stop: bool,
     pub(crate) options: WriteOptions,
-    /// Set when the client has disconnected.
+    /// Set when the client has disconnected, or a client cancels the snapshot.
     pub(crate) cancelled: Arc<AtomicBool>,
 }
 
@@ -73,7 +75,10 @@ pub(crate) struct Storing {
 /// The state of the guest, for all threads.
 pub(super) struct Status {
     state: Mutex<State>,
-    storing: AtomicBool,
+    /// Of a guest that is paused for it.
+    storing: Mutex<Cancel>,
+    /// Of a guest that runs on.
+    saving: Mutex<Cancel>,
     done_bytes: AtomicU64,
     total_bytes: AtomicU64,
 }
@@ -83,9 +88,16 @@ impl Status {
         *self.lock() = state;
     }
 
-    pub(super) fn storing(&self, on: bool) {
+    /// A snapshot of a paused guest begins, or ends.
+    pub(super) fn storing(&self, cancel: Cancel) {
         self.progress(Progress::new(0, 0));
-        self.storing.store(on, Ordering::SeqCst);
+        *lock(&self.storing) = cancel;
+    }
+
+    /// A snapshot of a guest that runs on begins, or ends.
+    pub(super) fn saving(&self, cancel: Cancel) {
+        self.progress(Progress::new(0, 0));
+        *lock(&self.saving) = cancel;
     }
 
     pub(super) fn progress(&self, progress: Progress) {
@@ -94,8 +106,22 @@ impl Status {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
+
+    fn at(&self) -> Storing {
+        Storing {
+            done_bytes: self.done_bytes.load(Ordering::SeqCst),
+            total_bytes: self.total_bytes.load(Ordering::SeqCst),
+        }
+    }
+}
+
+/// While there is a snapshot: what cancels it.
+type Cancel = Option<Arc<AtomicBool>>;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Sends commands to the guest, from any thread. After the guest has ended it returns an error.
@@ -117,7 +143,8 @@ pub(crate) fn remote() -> (Remote, Events) {
     let (sender, received) = channel();
     let status = Arc::new(Status {
         state: Mutex::new(State::NotStarted),
-        storing: AtomicBool::new(false),
+        storing: Mutex::default(),
+        saving: Mutex::default(),
         done_bytes: AtomicU64::new(0),
         total_bytes: AtomicU64::new(0),
     });
@@ -130,18 +157,28 @@ impl Remote {
         *self.status.lock()
     }
 
-    /// The progress, while the guest is being snapshotted.
+    /// The progress, while the guest is paused for its snapshot.
     pub(crate) fn storing(&self) -> Option<Storing> {
-        let status = &self.status;
-        status.storing.load(Ordering::SeqCst).then(|| Storing {
-            done_bytes: status.done_bytes.load(Ordering::SeqCst),
-            total_bytes: status.total_bytes.load(Ordering::SeqCst),
-        })
+        lock(&self.status.storing).as_ref().map(|_| self.status.at())
+    }
+
+    /// The progress of the snapshot of a guest that runs on.
+    pub(crate) fn saving(&self) -> Option<Storing> {
+        lock(&self.status.saving).as_ref().map(|_| self.status.at())
+    }
+
+    /// Cancels the snapshot that is being written. Returns whether there is one.
+    pub(crate) fn cancel(&self) -> bool {
+        let cancels = [lock(&self.status.storing).clone(), lock(&self.status.saving).clone()];
+        let cancels: Vec<_> = cancels.into_iter().flatten().collect();
+        cancels.iter().for_each(|cancel| cancel.store(true, Ordering::SeqCst));
+        !cancels.is_empty()
     }
 
     /// Sends a command. Its answer comes when it is done; a closed channel means that the guest has ended.
     pub(crate) fn ask(&self, command: Command) -> Result<Receiver<Answer>, Refused> {
-        if self.storing().is_some() {
+        let saving = self.saving().is_some() && matches!(command, Command::Store(_));
+        if saving || self.storing().is_some() {
             return Err(Refused::Busy);
         }
         let (sender, answer) = channel();

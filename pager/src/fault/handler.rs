@@ -26,7 +26,7 @@ use crate::source::load::PageReader;
 use crate::source::panicked::Panicked;
 use crate::source::retry::RetryPolicy;
 use crate::traced::traced;
-use crate::uffd::Wait;
+use crate::uffd::{Errno, Wait};
 
 /// The state of a demand thread.
 pub(crate) struct Handler {
@@ -89,6 +89,8 @@ impl Handler {
         self.serve_through_panic();
         let own = &shared.slices[self.slice];
         own.counters.stalled(own.waiting.clear());
+        // Write faults of this slice are not answered any more.
+        shared.end_window("a thread of the pager has ended");
         priority.end();
     }
 
@@ -198,6 +200,10 @@ impl Handler {
 
     /// Answers one fault, by the state of its page.
     fn serve(&mut self, fault: Fault) -> Result<Outcome, ProcessGone> {
+        if fault.write_protected {
+            self.serve_write(fault);
+            return Ok(Outcome::Answered);
+        }
         let own = &self.shared.slices[self.slice];
         let Waited { count, queue_ns, wait_ns, .. } = fault.waited;
         if count == 0 {
@@ -240,6 +246,21 @@ impl Handler {
             self.waited(place, times.service_ns);
         }
         Ok(outcome)
+    }
+
+    /// Lets a thread write to a page that a window has protected.
+    fn serve_write(&mut self, fault: Fault) {
+        // A queued event has to be read before the kernel changes the protection.
+        while self.shared.answer_write(fault.address) == Err(Errno(libc::EAGAIN)) {
+            if let Err(error) = self.receive() {
+                self.inbox.broken = Some(error);
+            }
+            if !self.may_continue() {
+                break;
+            }
+            thread::yield_now();
+        }
+        self.last_now = Instant::now();
     }
 
     /// Answers a fault in memory that the layout does not have: it was registered and then moved.

@@ -47,9 +47,10 @@ impl Inbox {
         for message in self.batch.messages() {
             count += 1;
             match message {
-                Message::Pagefault { address, thread_id, .. } => {
-                    let waited = Waited::default();
-                    self.faults.push_back(Fault { address, thread_id, read_at, waited });
+                Message::Pagefault { address, thread_id, kind } => {
+                    let (write_protected, waited) = (kind.write_protected, Waited::default());
+                    let fault = Fault { address, thread_id, write_protected, read_at, waited };
+                    self.faults.push_back(fault);
                 }
                 // If the page is in the file, the kernel would map it again without a fault: content that the guest
                 // has given away would come back.

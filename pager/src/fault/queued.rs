@@ -7,6 +7,8 @@ use std::time::Instant;
 pub(crate) struct Fault {
     pub(crate) address: u64,
     pub(crate) thread_id: u32,
+    /// It waits to write to a protected page: see [`crate::window`].
+    pub(crate) write_protected: bool,
     pub(crate) read_at: Instant,
     pub(crate) waited: Waited,
 }

@@ -172,7 +172,7 @@ mod tests {
     use super::*;
 
     fn fault(address: u64, read_at: Instant) -> Fault {
-        Fault { address, thread_id: 0, read_at, waited: Default::default() }
+        Fault { address, thread_id: 0, write_protected: false, read_at, waited: Default::default() }
     }
 
     fn ended(waiting: &WaitingFaults) -> Vec<(u64, Option<String>)> {

@@ -241,7 +241,8 @@ mod tests {
     use super::*;
 
     fn fault_of(thread_id: u32) -> Fault {
-        Fault { address: 0, thread_id, read_at: Instant::now(), waited: Default::default() }
+        let (read_at, waited) = (Instant::now(), Default::default());
+        Fault { address: 0, thread_id, write_protected: false, read_at, waited }
     }
 
     #[test]

@@ -8,13 +8,14 @@ use std::mem::{offset_of, size_of};
 
 use linux_raw_sys::general::{
     _UFFDIO_API, _UFFDIO_COPY, _UFFDIO_POISON, _UFFDIO_REGISTER, _UFFDIO_UNREGISTER, _UFFDIO_WAKE,
-    _UFFDIO_ZEROPAGE, UFFDIO, uffd_msg,
+    _UFFDIO_WRITEPROTECT, _UFFDIO_ZEROPAGE, UFFDIO, uffd_msg,
 };
 pub(crate) use linux_raw_sys::general::{
     UFFD_API, UFFD_EVENT_FORK, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMAP, UFFD_EVENT_REMOVE,
     UFFD_EVENT_UNMAP, UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WP, UFFD_PAGEFAULT_FLAG_WRITE,
     UFFDIO_COPY_MODE_DONTWAKE, UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP, uffdio_api,
-    uffdio_copy, uffdio_poison, uffdio_range, uffdio_register, uffdio_zeropage,
+    uffdio_copy, uffdio_poison, uffdio_range, uffdio_register, uffdio_writeprotect,
+    uffdio_zeropage,
 };
 use linux_raw_sys::ioctl;
 
@@ -39,10 +40,17 @@ pub(crate) const UFFDIO_WAKE: u32 = ioc(READ, _UFFDIO_WAKE, size_of::<uffdio_ran
 pub(crate) const UFFDIO_COPY: u32 = ioc(READ | WRITE, _UFFDIO_COPY, size_of::<uffdio_copy>());
 pub(crate) const UFFDIO_ZEROPAGE: u32 =
     ioc(READ | WRITE, _UFFDIO_ZEROPAGE, size_of::<uffdio_zeropage>());
+pub(crate) const UFFDIO_WRITEPROTECT: u32 =
+    ioc(READ | WRITE, _UFFDIO_WRITEPROTECT, size_of::<uffdio_writeprotect>());
 pub(crate) const UFFDIO_POISON: u32 = ioc(READ | WRITE, _UFFDIO_POISON, size_of::<uffdio_poison>());
+
+/// Of `UFFDIO_WRITEPROTECT`: protect; without it, take the protection away. `linux-raw-sys` lacks it.
+pub(crate) const UFFDIO_WRITEPROTECT_MODE_WP: u64 = 1;
 
 /// The bit of `UFFDIO_ZEROPAGE` in the set of ioctls that `UFFDIO_REGISTER` answers.
 pub(crate) const ZEROPAGE_IOCTL_BIT: u64 = 1 << _UFFDIO_ZEROPAGE;
+/// The bit of `UFFDIO_WRITEPROTECT` there.
+pub(crate) const WRITEPROTECT_IOCTL_BIT: u64 = 1 << _UFFDIO_WRITEPROTECT;
 
 const _: () = {
     assert!(UFFDIO_API == ioctl::UFFDIO_API);
@@ -51,6 +59,7 @@ const _: () = {
     assert!(UFFDIO_WAKE == ioctl::UFFDIO_WAKE);
     assert!(UFFDIO_COPY == ioctl::UFFDIO_COPY);
     assert!(UFFDIO_ZEROPAGE == ioctl::UFFDIO_ZEROPAGE);
+    assert!(UFFDIO_WRITEPROTECT == ioctl::UFFDIO_WRITEPROTECT);
     assert!(UFFDIO_POISON == 0xc020_aa08);
     assert!(USERFAULTFD_IOC_NEW == 0xaa00);
 
@@ -60,6 +69,7 @@ const _: () = {
     assert!(size_of::<uffdio_copy>() == 40);
     assert!(size_of::<uffdio_zeropage>() == 32);
     assert!(size_of::<uffdio_poison>() == 32);
+    assert!(size_of::<uffdio_writeprotect>() == 24);
 
     // `message.rs` reads the fields at these offsets.
     assert!(MESSAGE_BYTES == 32);

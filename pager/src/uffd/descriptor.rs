@@ -310,7 +310,7 @@ impl Uffd {
 
     /// # Safety
     /// `request` is a userfaultfd ioctl whose argument is a `T`, and its effect on memory is sound.
-    unsafe fn ioctl<T>(&self, request: u32, argument: &mut T) -> Result<(), Errno> {
+    pub(super) unsafe fn ioctl<T>(&self, request: u32, argument: &mut T) -> Result<(), Errno> {
         // SAFETY: the descriptor is open, and `argument` is valid for reads and writes of the type that `request` takes
         // by the contract of this function.
         unsafe { ioctl(self.file.as_fd(), request, argument) }

@@ -28,6 +28,15 @@ impl Features {
     /// Shared memory (memfd) may be registered.
     pub const MISSING_SHMEM: Features = Features(kernel::UFFD_FEATURE_MISSING_SHMEM as u64);
 
+    /// Faults of write-protected pages are reported, for anonymous memory (Linux 5.7).
+    pub const WRITE_PROTECT: Features = Features(kernel::UFFD_FEATURE_PAGEFAULT_FLAG_WP as u64);
+    /// The same for shared memory (memfd) and hugetlbfs (Linux 5.19).
+    pub const WRITE_PROTECT_SHMEM: Features =
+        Features(kernel::UFFD_FEATURE_WP_HUGETLBFS_SHMEM as u64);
+    /// Pages of anonymous memory that are not there yet can be write-protected, too (Linux 6.4).
+    pub const WRITE_PROTECT_UNPOPULATED: Features =
+        Features(kernel::UFFD_FEATURE_WP_UNPOPULATED as u64);
+
     /// Whether all of `other` is in this set.
     pub const fn contains(self, other: Features) -> bool {
         self.0 & other.0 == other.0

@@ -16,6 +16,7 @@ mod foreign;
 mod journal;
 mod message;
 mod open;
+mod protect;
 #[cfg(feature = "userfaultfd")]
 mod userfaultfd;
 

@@ -1,6 +1,7 @@
 //! The block device (virtio 1.2, 5.2): reads, writes, flushes a disk image, one request at a time.
 
 use std::io;
+use std::path::PathBuf;
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX,
@@ -13,8 +14,10 @@ use super::device::Backend;
 use super::disk::{Disk, SECTOR_BYTES};
 use super::fault::Fault;
 use super::memory::{DeviceMemory, Direction};
+use super::overlay::Overlay;
 use super::rings::{Buffers, Rings, write_byte};
 use super::state::{BackendState, OverlayState};
+use crate::devices::FrozenContent;
 
 /// Block device.
 pub(super) const DEVICE_ID: u32 = 2;
@@ -172,5 +175,14 @@ impl Backend for Block {
 
     fn content(&self) -> io::Result<Option<Vec<u8>>> {
         self.disk.overlay().map(|overlay| overlay.content()).transpose()
+    }
+
+    fn freeze_content(&mut self) -> io::Result<Option<FrozenContent>> {
+        self.disk.overlay_mut().map(Overlay::freeze).transpose()
+    }
+
+    fn outside_file(&self) -> Option<PathBuf> {
+        let state = self.disk.state();
+        (!state.read_only && self.disk.overlay().is_none()).then(|| state.path.clone())
     }
 }

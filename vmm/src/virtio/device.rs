@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -20,7 +21,7 @@ use super::rings::Rings;
 use super::state::{BackendState, QUEUES_MAX, TransportState, VirtioState};
 use super::transport::{Action, CONFIG_OFFSET, Transport};
 use crate::control::VmHandle;
-use crate::devices::{DeviceContext, MmioDevice};
+use crate::devices::{DeviceContext, FrozenContent, MmioDevice};
 use crate::state::DeviceState;
 
 /// The functions of one kind of device, without transport and threads.
@@ -80,6 +81,16 @@ pub(super) trait Backend: Send {
     /// Why it cannot be saved.
     fn content(&self) -> io::Result<Option<Vec<u8>>> {
         Ok(None)
+    }
+
+    /// As [`MmioDevice::freeze_content`].
+    fn freeze_content(&mut self) -> io::Result<Option<FrozenContent>> {
+        Ok(None)
+    }
+
+    /// As [`MmioDevice::outside_file`].
+    fn outside_file(&self) -> Option<PathBuf> {
+        None
     }
 }
 
@@ -173,7 +184,7 @@ impl MmioDevice for VirtioDevice {
     }
 
     fn attach(&mut self, context: DeviceContext) -> io::Result<()> {
-        let memory = DeviceMemory::new(context.memory);
+        let memory = DeviceMemory::new(context.memory).with_discards(context.discards);
         let mut inner = self.core.lock();
         if let Some(saved) = self.saved.take() {
             let impossible = || io::Error::new(io::ErrorKind::InvalidData, NOT_THIS_DEVICE);
@@ -272,6 +283,14 @@ impl MmioDevice for VirtioDevice {
 
     fn content(&self) -> io::Result<Option<Vec<u8>>> {
         self.core.lock().backend.content()
+    }
+
+    fn freeze_content(&mut self) -> io::Result<Option<FrozenContent>> {
+        self.core.lock().backend.freeze_content()
+    }
+
+    fn outside_file(&self) -> Option<PathBuf> {
+        self.core.lock().backend.outside_file()
     }
 }
 

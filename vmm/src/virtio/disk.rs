@@ -313,6 +313,10 @@ impl Disk {
         self.overlay.as_ref()
     }
 
+    pub(super) fn overlay_mut(&mut self) -> Option<&mut Overlay> {
+        self.overlay.as_mut()
+    }
+
     /// Moves data of the guest, all inside the disk.
     pub(super) fn transfer(
         &mut self,

@@ -62,6 +62,7 @@ fn context(
         memory: Arc::clone(memory),
         interrupt: interrupt.try_clone().unwrap(),
         queue_events: (0..queues).map(|_| EventFd::new(EFD_NONBLOCK).unwrap()).collect(),
+        discards: crate::discards::Discards::default(),
         handle: VmHandle::new(Arc::clone(control), io_ports),
     }
 }

@@ -24,6 +24,7 @@ use vm_memory::{
 };
 
 use super::fault::Fault;
+use crate::discards::Discards;
 use crate::layout::PAGE_BYTES;
 
 /// Buffers of one system call (IOV_MAX).
@@ -32,6 +33,7 @@ const IOVECS_MAX: usize = 1024;
 /// Guest memory as devices see it.
 pub(super) struct DeviceMemory {
     memory: Arc<GuestMemoryMmap>,
+    discards: Discards,
     /// An address in the first page that could not be read. `virtio-queue` treats any error of memory as
     /// the end of a chain, so the address is recorded here.
     unreadable_gpa: Cell<Option<u64>>,
@@ -55,7 +57,12 @@ pub(super) enum Direction {
 
 impl DeviceMemory {
     pub(super) fn new(memory: Arc<GuestMemoryMmap>) -> DeviceMemory {
-        DeviceMemory { memory, unreadable_gpa: Cell::new(None) }
+        DeviceMemory { memory, discards: Discards::default(), unreadable_gpa: Cell::new(None) }
+    }
+
+    /// Asks `discards` before memory is discarded.
+    pub(super) fn with_discards(self, discards: Discards) -> DeviceMemory {
+        DeviceMemory { discards, ..self }
     }
 
     /// A fault if a page could not be read since this was created.
@@ -109,9 +116,13 @@ impl DeviceMemory {
     }
 
     /// Discards the whole pages of a segment: they read as zeros from now on, and use no memory until they are
-    /// written. Returns the number of bytes. Private mappings of a file are left out, because the content of the
+    /// written, unless discards are held. Returns the number of bytes. Private mappings of a file are left out, because the content of the
     /// file would appear there instead of zeros.
     pub(super) fn discard(&self, segment: Segment) -> u64 {
+        self.discards.unless_held(|| self.discard_now(segment))
+    }
+
+    fn discard_now(&self, segment: Segment) -> u64 {
         let mut discarded = 0;
         for region in self.memory.iter() {
             let advice = match (region.file_offset(), region.flags() & libc::MAP_SHARED != 0) {

@@ -3,18 +3,21 @@
 //! The file has no name and is deleted with the guest. Each block has the same offset as on the disk, and the rest
 //! is holes. A set in memory, not the holes, records which blocks the file has.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use rustix::fs::MemfdFlags;
 
 use super::fault::Fault;
 use super::memory::{DeviceMemory, Direction};
 use super::rings::Buffers;
+use crate::devices::FrozenContent;
 
 /// The unit that is copied when a part of it changes.
 const BLOCK_BYTES: u64 = 4096;
@@ -33,9 +36,11 @@ pub enum OverlayPlace {
 
 #[derive(Debug)]
 pub(super) struct Overlay {
-    file: File,
+    file: Arc<File>,
     disk_bytes: u64,
     changed: BTreeSet<u32>,
+    /// The content of an earlier time that is still needed.
+    frozen: Weak<FrozenBlocks>,
 }
 
 impl Overlay {
@@ -56,7 +61,12 @@ impl Overlay {
                 .open(folder)?,
         };
         file.set_len(disk_bytes)?;
-        Ok(Overlay { file, disk_bytes, changed: BTreeSet::new() })
+        Ok(Overlay {
+            file: Arc::new(file),
+            disk_bytes,
+            changed: BTreeSet::new(),
+            frozen: Weak::new(),
+        })
     }
 
     /// Reads from the disk with the guest's changes.
@@ -97,6 +107,9 @@ impl Overlay {
         let end = start + data.len() as u64;
         if start == end {
             return Ok(Ok(0));
+        }
+        if let Some(frozen) = self.frozen.upgrade() {
+            frozen.keep(block_of(start)..=block_of(end - 1));
         }
         // The blocks at both ends keep what is beside the new data.
         for edge in [start, end - 1] {
@@ -141,6 +154,25 @@ impl Overlay {
     /// # Errors
     /// The error of the file, or `FileTooLarge` for more than a snapshot stores.
     pub(super) fn content(&self) -> io::Result<Vec<u8>> {
+        self.frozen_now()?.content()
+    }
+
+    /// The content as it is now, to be read later, also after these blocks were written. It takes microseconds.
+    ///
+    /// # Errors
+    /// `FileTooLarge`, as [`Overlay::content`].
+    pub(super) fn freeze(&mut self) -> io::Result<FrozenContent> {
+        // Two of them would need two copies of a block.
+        if self.frozen.strong_count() > 0 {
+            let text = "an earlier content of the disk is still being saved";
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, text));
+        }
+        let frozen = Arc::new(self.frozen_now()?);
+        self.frozen = Arc::downgrade(&frozen);
+        Ok(Box::new(move || frozen.content()))
+    }
+
+    fn frozen_now(&self) -> io::Result<FrozenBlocks> {
         let len = 4 + self.changed.len() * (4 + BLOCK_BYTES as usize);
         if len > CONTENT_MAX_BYTES {
             let text = format!(
@@ -150,18 +182,9 @@ impl Overlay {
             );
             return Err(io::Error::new(io::ErrorKind::FileTooLarge, text));
         }
-        let mut content = Vec::with_capacity(len);
-        content.extend(self.block_count().to_le_bytes());
-        self.changed.iter().for_each(|block| content.extend(block.to_le_bytes()));
-        for block in &self.changed {
-            let mut bytes = [0; BLOCK_BYTES as usize];
-            let first = u64::from(*block) * BLOCK_BYTES;
-            let len = BLOCK_BYTES.min(self.disk_bytes - first) as usize;
-            let (part, _) = bytes.split_at_mut(len);
-            self.file.read_exact_at(part, first)?;
-            content.extend(bytes);
-        }
-        Ok(content)
+        let blocks = self.changed.iter().map(|block| (*block, Block::InFile)).collect();
+        let (file, disk_bytes) = (Arc::clone(&self.file), self.disk_bytes);
+        Ok(FrozenBlocks { file, disk_bytes, blocks: Mutex::new(blocks) })
     }
 
     /// Restores the content that [`Overlay::content`] returned, with this number of blocks.
@@ -198,7 +221,96 @@ impl Overlay {
     }
 }
 
+/// The blocks that the guest had changed at one point in time.
+#[derive(Debug)]
+struct FrozenBlocks {
+    file: Arc<File>,
+    disk_bytes: u64,
+    blocks: Mutex<BTreeMap<u32, Block>>,
+}
+
+/// The place of the bytes of a block.
+#[derive(Debug)]
+enum Block {
+    /// It was not written since.
+    InFile,
+    Copied(Box<[u8; BLOCK_BYTES as usize]>),
+    /// It could not be read before it was written.
+    Lost(io::ErrorKind),
+}
+
+impl FrozenBlocks {
+    /// Copies blocks that are about to be written.
+    fn keep(&self, numbers: RangeInclusive<u32>) {
+        for (number, block) in self.lock().range_mut(numbers) {
+            if let Block::InFile = block {
+                *block = match self.read(*number) {
+                    Ok(bytes) => Block::Copied(bytes),
+                    Err(error) => Block::Lost(error.kind()),
+                };
+            }
+        }
+    }
+
+    /// See [`Overlay::content`]. A write waits for the reading of one block.
+    fn content(&self) -> io::Result<Vec<u8>> {
+        let numbers: Vec<u32> = self.lock().keys().copied().collect();
+        let mut content = Vec::with_capacity(4 + numbers.len() * (4 + BLOCK_BYTES as usize));
+        content.extend((numbers.len() as u32).to_le_bytes());
+        numbers.iter().for_each(|number| content.extend(number.to_le_bytes()));
+        for number in numbers {
+            match self.lock().get(&number) {
+                Some(Block::Copied(bytes)) => content.extend(&**bytes),
+                Some(Block::Lost(kind)) => return Err((*kind).into()),
+                Some(Block::InFile) | None => content.extend(&*self.read(number)?),
+            }
+        }
+        Ok(content)
+    }
+
+    fn read(&self, number: u32) -> io::Result<Box<[u8; BLOCK_BYTES as usize]>> {
+        let mut bytes = Box::new([0; BLOCK_BYTES as usize]);
+        let first = u64::from(number) * BLOCK_BYTES;
+        let len = BLOCK_BYTES.min(self.disk_bytes - first) as usize;
+        let (part, _) = bytes.split_at_mut(len);
+        self.file.read_exact_at(part, first)?;
+        Ok(bytes)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u32, Block>> {
+        // The data is consistent whenever the lock is released.
+        self.blocks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// The number of the block that has this byte. `Overlay::new` makes sure that it fits.
 fn block_of(at: u64) -> u32 {
     (at / BLOCK_BYTES) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_frozen_content_does_not_change() {
+        let mut overlay = Overlay::new(&OverlayPlace::Memory, 16 << 10).unwrap();
+        for number in [0, 2] {
+            overlay.file.write_all_at(&[7; 4096], u64::from(number) * 4096).unwrap();
+            overlay.changed.insert(number);
+        }
+        let expected = overlay.content().unwrap();
+        let frozen = overlay.freeze().unwrap();
+        assert_eq!(overlay.freeze().err().unwrap().kind(), io::ErrorKind::ResourceBusy);
+        // As a write does.
+        for number in [1, 2] {
+            overlay.frozen.upgrade().unwrap().keep(number..=number);
+            overlay.file.write_all_at(&[9; 4096], u64::from(number) * 4096).unwrap();
+            overlay.changed.insert(number);
+        }
+        assert!(frozen().unwrap() == expected);
+        assert!(overlay.content().unwrap() != expected);
+        drop(frozen);
+        drop(overlay.freeze().unwrap());
+    }
 }

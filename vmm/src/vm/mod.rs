@@ -4,6 +4,7 @@ mod error;
 mod options;
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -18,7 +19,8 @@ use crate::arch::{self, GENERATION_ID_GPA, IoPorts, IrqchipState, Vcpu};
 use crate::boot::Board;
 use crate::console::Console;
 use crate::control::{Control, Stop, VmHandle};
-use crate::devices::{DeviceError, Devices, MmioDevice};
+use crate::devices::{DeviceError, Devices, FrozenContent, MmioDevice};
+use crate::discards::HeldDiscards;
 use crate::generation;
 use crate::host;
 use crate::kick;
@@ -235,6 +237,25 @@ impl PausedVm {
         self.machine.shared.devices.contents()
     }
 
+    /// The same data as it is now, to be read later: see [`MmioDevice::freeze_content`].
+    ///
+    /// # Errors
+    /// Why one of them cannot be saved.
+    pub fn freeze_device_contents(&mut self) -> io::Result<Vec<Option<FrozenContent>>> {
+        self.machine.shared.devices.freeze_contents()
+    }
+
+    /// As [`RunningVm::outside_file`].
+    #[must_use]
+    pub fn outside_file(&self) -> Option<PathBuf> {
+        self.machine.shared.devices.outside_file()
+    }
+
+    /// As [`RunningVm::hold_discards`].
+    pub fn hold_discards(&self) -> HeldDiscards {
+        self.machine.shared.devices.discards.hold()
+    }
+
     /// Lets the guest run.
     ///
     /// # Errors
@@ -319,6 +340,18 @@ impl RunningVm {
             Some(stop) if !stop.is_resumable() => Err(PauseError { stop }),
             _ => Ok(PausedVm { vcpus, machine }),
         }
+    }
+
+    /// A file that the guest changes and that is not part of its state: see [`MmioDevice::outside_file`].
+    #[must_use]
+    pub fn outside_file(&self) -> Option<PathBuf> {
+        self.machine.shared.devices.outside_file()
+    }
+
+    /// Lets the devices discard no memory while the returned value exists. What a balloon gives back meanwhile keeps
+    /// its content, and its memory in use.
+    pub fn hold_discards(&self) -> HeldDiscards {
+        self.machine.shared.devices.discards.hold()
     }
 
     /// A handle for other threads.

@@ -1,0 +1,52 @@
+//! Write protection: a thread that writes to a protected page waits until the protection is taken away.
+//!
+//! Protection changes no content and removes no page. So its operations are safe: what they can do to a program is to
+//! let its writes wait.
+
+use super::abi;
+use super::descriptor::Uffd;
+use super::errno::Errno;
+
+impl Uffd {
+    /// Registers `len` bytes at `host_addr` for write protection (`UFFDIO_REGISTER`). Nothing is protected yet. With
+    /// `missing`, the memory is registered with this userfaultfd for missing faults, and stays so.
+    ///
+    /// # Errors
+    /// `EBUSY`: registered with another userfaultfd. `EINVAL`: not mapped, misaligned, or memory of a kind that cannot be
+    /// protected in this way, such as a mapping of a file; or a kernel without it.
+    pub(crate) fn register_protection(
+        &self,
+        host_addr: u64,
+        len: u64,
+        missing: bool,
+    ) -> Result<(), Errno> {
+        let missing = if missing { abi::UFFDIO_REGISTER_MODE_MISSING } else { 0 };
+        let mut argument = abi::uffdio_register {
+            range: abi::uffdio_range { start: host_addr, len },
+            mode: u64::from(abi::UFFDIO_REGISTER_MODE_WP | missing),
+            ioctls: 0,
+        };
+        // SAFETY: UFFDIO_REGISTER takes a `uffdio_register`. Registering for write protection changes no content.
+        // `missing` is set only for memory that `Uffd::register` has registered in the same way before.
+        unsafe { self.ioctl(abi::UFFDIO_REGISTER, &mut argument) }?;
+        match argument.ioctls & abi::WRITEPROTECT_IOCTL_BIT {
+            0 => Err(Errno(libc::EINVAL)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Protects the pages of a range from writes, or takes the protection away and wakes the threads that wait there
+    /// (`UFFDIO_WRITEPROTECT`). Pages that are not there are left out, unless
+    /// [`Features::WRITE_PROTECT_UNPOPULATED`](super::Features) was granted or the memory is shared.
+    ///
+    /// # Errors
+    /// `EAGAIN`: an event is queued, and has to be read first. `ENOENT`: the range is not registered for it.
+    pub(crate) fn write_protect(&self, host_addr: u64, len: u64, on: bool) -> Result<(), Errno> {
+        let mut argument = abi::uffdio_writeprotect {
+            range: abi::uffdio_range { start: host_addr, len },
+            mode: if on { abi::UFFDIO_WRITEPROTECT_MODE_WP } else { 0 },
+        };
+        // SAFETY: UFFDIO_WRITEPROTECT takes a `uffdio_writeprotect`. It changes no content.
+        unsafe { self.ioctl(abi::UFFDIO_WRITEPROTECT, &mut argument) }
+    }
+}

@@ -1,0 +1,147 @@
+//! Memory that has no pager: it gets a userfaultfd for write protection only.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+
+use super::core::{Core, Protect};
+use super::{Memory, ReadMemory, Window, WindowError, WindowOptions};
+use crate::layout::Layout;
+use crate::region::{PAGE_BYTES, Region};
+use crate::uffd::{Errno, Features, Message, MessageBatch, Uffd, Wait};
+
+const FEATURES: Features = Features::WRITE_PROTECT
+    .with(Features::WRITE_PROTECT_SHMEM)
+    .with(Features::WRITE_PROTECT_UNPOPULATED);
+
+/// Memory that can be protected from writes: anonymous, or a memfd. It may be kept for one window after the other.
+/// Without a window, nothing is protected and it costs nothing.
+#[derive(Debug)]
+pub struct Protection {
+    uffd: Uffd,
+    layout: Layout,
+    busy: AtomicBool,
+    _regions: Vec<Region>,
+}
+
+impl Protect for Protection {
+    fn protect(&self, host_addr: u64, len: u64, on: bool) -> Result<(), Errno> {
+        self.uffd.write_protect(host_addr, len, on)
+    }
+
+    fn is_present(&self, _page: u64) -> bool {
+        true
+    }
+}
+
+impl Protection {
+    /// Registers the memory of `regions` for write protection. The source offset of a region is the offset that
+    /// [`ReadMemory`] gets.
+    ///
+    /// # Errors
+    /// [`WindowError`]; [`WindowError::Register`] for memory with a pager, or a mapping of a regular file.
+    pub fn new(regions: Vec<Region>) -> Result<Protection, WindowError> {
+        let supported = |region: &Region| region.page_bytes() == PAGE_BYTES && !region.is_foreign();
+        if !regions.iter().all(supported) {
+            return Err(WindowError::Unsupported);
+        }
+        let uffd = Uffd::open(FEATURES, Features::NONE).map_err(WindowError::Open)?;
+        let layout = Layout::cut(&regions, 1);
+        for extent in layout.extents() {
+            let (host_addr, len) = (extent.host.start, extent.host.end - extent.host.start);
+            uffd.register_protection(host_addr, len, false)
+                .map_err(|errno| WindowError::Register { host_addr, errno })?;
+        }
+        Ok(Protection { uffd, layout, busy: AtomicBool::new(false), _regions: regions })
+    }
+
+    pub(super) fn free(&self) {
+        self.busy.store(false, Ordering::SeqCst);
+    }
+}
+
+impl Window {
+    /// Protects all memory, which takes about 20 ms for each GiB that is in use, while threads write to it. `read`
+    /// reads it.
+    ///
+    /// # Errors
+    /// [`WindowError`]. Then nothing is protected.
+    pub fn open(
+        protection: Arc<Protection>,
+        read: ReadMemory,
+        options: WindowOptions,
+    ) -> Result<Window, WindowError> {
+        let core = Core::new(protection.layout.clone(), read, options.staging_bytes)
+            .map_err(|error| WindowError::System { what: "memory for the page states", error })?;
+        if protection.busy.swap(true, Ordering::SeqCst) {
+            return Err(WindowError::Busy);
+        }
+        let core = Arc::new(core);
+        // From here on, dropping the window makes all memory writable.
+        let mut window = Window {
+            core: Arc::clone(&core),
+            memory: Memory::Protected { protection: Arc::clone(&protection), answering: None },
+        };
+        // Before the first page is protected: its writer waits for this thread.
+        let started = Answering::start(Arc::clone(&protection), Arc::clone(&core))
+            .map_err(|error| WindowError::System { what: "a thread", error })?;
+        if let Memory::Protected { answering, .. } = &mut window.memory {
+            *answering = Some(started);
+        }
+        core.arm(&*protection)?;
+        Ok(window)
+    }
+}
+
+/// The thread that answers write faults. Dropping it ends the thread.
+pub(super) struct Answering {
+    stop: Option<io::PipeWriter>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Answering {
+    fn start(protection: Arc<Protection>, core: Arc<Core>) -> io::Result<Answering> {
+        let (stopped, stop) = io::pipe()?;
+        let answer = move || {
+            let mut batch = MessageBatch::new();
+            loop {
+                match protection.uffd.wait(stopped.as_fd()) {
+                    Ok(Wait::Readable) => {}
+                    Ok(Wait::Stop) => return,
+                    Err(error) => return give_up(&protection, &core, &error),
+                }
+                if let Err(error) = protection.uffd.read(&mut batch) {
+                    return give_up(&protection, &core, &error);
+                }
+                for message in batch.messages() {
+                    let Message::Pagefault { address, .. } = message else { continue };
+                    if let Err(errno) = core.answer(&*protection, address) {
+                        core.fail(format!(
+                            "cannot make the page at {address:#x} writable: {errno}"
+                        ));
+                    }
+                }
+            }
+        };
+        let thread = thread::Builder::new().name("window".into()).spawn(answer)?;
+        Ok(Answering { stop: Some(stop), thread: Some(thread) })
+    }
+}
+
+/// Without this thread no page may stay protected.
+fn give_up(protection: &Protection, core: &Core, error: &io::Error) {
+    core.fail(format!("cannot read write faults: {error}"));
+    core.close(protection);
+}
+
+impl Drop for Answering {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            // Nothing in it panics.
+            let _ = thread.join();
+        }
+    }
+}
