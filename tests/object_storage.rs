@@ -385,7 +385,7 @@ fn the_snapshot_of_an_ended_guest_is_kept_if_its_push_fails() {
     end_of(guest);
 }
 
-/// A layer from somebody else, with an address for its parent.
+/// An untrusted layer, with an address for its parent.
 #[test]
 fn the_address_of_a_parent_is_followed_only_with_the_option() {
     needs_vm!();

@@ -136,7 +136,7 @@ pub(crate) enum Meaning {
     Passing(String),
     /// The credentials are not accepted: 401, 403, or an expired token.
     Credentials(u16),
-    /// There are no credentials, and why.
+    /// The environment has no credentials, and why.
     NoCredentials(String),
     /// 404.
     NotFound,

@@ -1,4 +1,4 @@
-//! Where the parent of a layer may be. A layer may come from somebody else, and must not choose the servers and files
+//! Where the parent of a layer may be. A layer may come from an untrusted source, and must not choose the servers and files
 //! that this host reads.
 
 use snapfmt::ParentHint;

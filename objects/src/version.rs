@@ -1,4 +1,4 @@
-//! Versions of an object, in a bucket that keeps them: a guest goes on with the opened version when the object is
+//! Versions of an object, in a bucket that keeps them: a guest continues with the opened version when the object is
 //! replaced or deleted.
 
 use std::sync::Arc;

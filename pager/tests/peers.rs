@@ -106,7 +106,7 @@ fn other_users_are_kept_out_by_the_socket_and_by_the_server() {
         drop(vmm);
         serving.finish();
     }
-    // A socket for everyone does not make everyone a client.
+    // Access to the socket alone does not make a user a client.
     let serving = serving(&[USER + 1], &[GROUP + 1], access(None, None, 0o666));
     let mut vmm = other_user(&serving);
     let answer = vmm.ask("body new").expect("it lives");

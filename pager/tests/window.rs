@@ -1,4 +1,4 @@
-//! Memory at one point in time, while threads go on writing to it.
+//! Memory at one point in time, while threads continue to write to it.
 #![allow(missing_docs)]
 
 mod support;
@@ -46,7 +46,7 @@ fn ends(memory: &Memory, page: usize, value: u8) {
     memory.write(page * PAGE + PAGE - 1, value);
 }
 
-/// Reads parts of the window in any order, on two threads, while the writer goes on.
+/// Reads parts of the window in any order, on two threads, while the writer continues.
 fn sweep(window: &Window, parts: &[Range<usize>]) -> Vec<(usize, u8)> {
     let next = Mutex::new(parts.iter());
     let found = Mutex::new(Vec::new());

@@ -1,4 +1,4 @@
-//! One point in time of memory that threads go on writing: which pages are protected, and who copies them.
+//! One point in time of memory that threads continue to write: which pages are protected, and which thread copies them.
 
 use std::collections::BTreeSet;
 use std::fmt;

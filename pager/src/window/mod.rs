@@ -1,4 +1,4 @@
-//! One point in time of memory that threads go on writing.
+//! One point in time of memory that threads continue to write.
 //!
 //! All pages are protected from writes while the threads run ([`Window::open`] or [`Pager::window`](crate::Pager::window)).
 //! Then they pause for a moment, and [`Window::cut`] fixes the bytes of all pages. When they run again, a write to a

@@ -94,7 +94,7 @@ impl PagerState {
         }
     }
 
-    /// Lets a write go on that waits at `host_addr`.
+    /// Lets a write continue that waits at `host_addr`.
     ///
     /// # Errors
     /// `EAGAIN`: an event is queued. The caller reads it and calls again.

@@ -1,5 +1,5 @@
 //! The folders in which a path that a snapshot stores may be used. A snapshot may name any path of the host: without a
-//! limit, whoever restores the file of somebody else opens, and writes, what that file says.
+//! limit, an untrusted file would choose what is opened, and what its guest writes.
 
 use std::fs::File;
 use std::io;

@@ -124,7 +124,7 @@ impl Front {
         };
         for (connection, waiting) in self.waiting.iter_mut().filter(|(_, waiting)| !waiting.sent) {
             let accepted = Accepted { connection: *connection };
-            // If the queue is full, this is tried again. If the server is dead, its link says so.
+            // If the queue is full, this is tried again. If the server is dead, its link is closed.
             if wire::send(door, &accepted, &[waiting.stream.as_fd()], SendFlags::DONTWAIT).is_err()
             {
                 break;
