@@ -82,7 +82,7 @@ fn imports_are_mounted_in_their_own_form() {
     let place = Place::new();
     let memory = place.image("mem", 3 * GIB + MIB, &[0, MIB, 3 * GIB - PAGE, 3 * GIB]);
     std::fs::write(place.path("state"), vmstate(0x8664)).expect("it can be written");
-    place.import(&memory, &["--vmstate", &place.text("state")]).ok();
+    place.import(&memory, &["--vmstate", &place.text("state"), "--holes-are-zeros"]).ok();
     let mounted = Mounted::start(&place.path("a.snap"), &[]);
     assert_eq!(names(&mounted.folder()), ["firecracker", "memory.core", "memory.raw"]);
     assert_same(&memory, &mounted.file("firecracker/memory"));
