@@ -179,7 +179,9 @@ fn a_clone_whose_served_snapshot_is_overwritten_stops() {
         let two = Two::new(codec, bound);
         let socket = two.folder().join("pages.sock");
         let mut serve = Command::new(SNAP);
-        serve.args(["serve", text(two.file()), "--prefetch", "off", "--listen"]).arg(&socket);
+        // Otherwise all pages may be loaded before the file is overwritten.
+        let little = ["--prefetch", "off", "--populate", "off"];
+        serve.args(["serve", text(two.file()), "--listen"]).arg(&socket).args(little);
         let mut server = serve.stderr(std::process::Stdio::null()).spawn().expect("it starts");
         let began = Instant::now();
         while !socket.exists() {
