@@ -14,7 +14,7 @@ use crate::layout::Layout;
 use crate::region::Region;
 use crate::sched::watchdog::Watchdog;
 use crate::uffd::Errno;
-use crate::window::of_pager::{WindowSlot, page_moved};
+use crate::window::slot::{WindowSlot, page_moved};
 
 /// The state that all threads of a pager share. Its fields drop in order: the userfaultfds before the mappings.
 #[derive(Debug)]

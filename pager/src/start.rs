@@ -36,7 +36,7 @@ use crate::source::load::PageReader;
 use crate::source::page_source::PageSource;
 use crate::source::retry::RetryPolicy;
 use crate::uffd::{Features, ForeignUffd, Uffd};
-use crate::window::of_pager::WindowSlot;
+use crate::window::slot::WindowSlot;
 
 /// Pages that are given back, and memory that `mremap` moves. Without the second event, moved memory would read as
 /// zeros.

@@ -1,6 +1,7 @@
 //! Runs a guest until an event ends it, and judges the result.
 
 mod remote;
+mod save;
 mod saving;
 
 use std::io::ErrorKind;
@@ -24,7 +25,7 @@ use crate::summary::Summary;
 use crate::waits::{Wait, Waiting};
 use remote::Event;
 pub(crate) use remote::{Answer, Command, Events, Refused, Remote, State, StoreRequest, remote};
-use saving::Saving;
+use saving::is_busy;
 
 /// When a run ends without an interrupt.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -118,10 +119,6 @@ enum Next {
     Go(Guest),
     /// It has ended, or could not be paused because it had.
     End(End, Result<Guest, PauseError>),
-}
-
-fn is_busy(saving: &Option<Saving>) -> bool {
-    saving.as_ref().is_some_and(|saving| !saving.is_finished())
 }
 
 impl Live<'_> {

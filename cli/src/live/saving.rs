@@ -1,5 +1,6 @@
-//! Snapshots a guest that runs on: a short pause fixes its memory, and a thread of its own writes the file.
+//! The thread that writes the file of a guest that continues to run.
 
+use std::io;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -7,12 +8,10 @@ use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
-use pager::window::WindowOptions;
-use snapvm::{Cut, SnapshotError};
+use anyhow::Result;
+use snapvm::Cut;
 
 use super::remote::{Answer, Refused, Status, StoreRequest};
-use super::{End, Guest, Live, Next, is_busy, pause};
 use crate::exit;
 use crate::interrupt::Interrupt;
 use crate::millis::ms;
@@ -20,13 +19,12 @@ use crate::progress::Steps;
 use crate::restoring::snapshot_error;
 use crate::summary::{LiveFigures, Summary};
 use crate::waits::Wait;
-use vmm::Stop;
 
 /// The thread that writes the file of a guest that runs on. Dropping it waits for the file.
 pub(super) struct Saving(Option<JoinHandle<()>>);
 
 impl Saving {
-    pub(super) fn is_finished(&self) -> bool {
+    fn is_finished(&self) -> bool {
         self.0.as_ref().is_none_or(JoinHandle::is_finished)
     }
 }
@@ -42,101 +40,31 @@ impl Drop for Saving {
     }
 }
 
-/// A file to be written, of a guest at one point in time.
-struct Save {
-    cut: Cut,
-    request: StoreRequest,
-    answer: Sender<Answer>,
-    status: Arc<Status>,
-    interrupt: Interrupt,
-    started: Instant,
-    pause: Duration,
-    arm: Duration,
+/// Whether a file is being written.
+pub(super) fn is_busy(saving: &Option<Saving>) -> bool {
+    saving.as_ref().is_some_and(|saving| !saving.is_finished())
 }
 
-impl Live<'_> {
-    /// Takes the guest's point in time, and starts the thread that writes it. The guest is then as it was before.
-    pub(super) fn save(
-        &self,
-        guest: Guest,
-        request: StoreRequest,
-        answer: &Sender<Answer>,
-        saving: &mut Option<Saving>,
-    ) -> Result<Next> {
-        // The command is done even if the client does not wait for the answer.
-        let refuse = |refused| drop(answer.send(Err(refused)));
-        if is_busy(saving) {
-            refuse(Refused::Busy);
-            return Ok(Next::Go(guest));
-        }
-        let failed = |error: SnapshotError| {
-            Refused::Failed(exit::describe(&snapshot_error(error).context("no live snapshot")))
-        };
-        let started = Instant::now();
-        let options = WindowOptions::default();
-        let armed = match &guest {
-            Guest::Running(vm) => vm.arm(options),
-            Guest::Paused(vm) => vm.arm(options),
-        };
-        let armed = match armed {
-            Ok(armed) => armed,
-            Err(error) => {
-                refuse(failed(error));
-                return Ok(Next::Go(guest));
-            }
-        };
-        let paused_at = Instant::now();
-        let (mut vm, was_running) = match guest {
-            Guest::Paused(vm) => (vm, false),
-            Guest::Running(vm) => match pause(vm) {
-                Ok(vm) => (vm, true),
-                Err(error) => {
-                    refuse(Refused::Failed(error.to_string()));
-                    return Ok(Next::End(End::Stopped(error.stop.clone()), Err(error)));
-                }
-            },
-        };
-        let cut = vm.cut(armed);
-        if self.seen.is_done() {
-            // The console has requested the end at the moment of the pause.
-            refuse(Refused::Ended);
-            return Ok(Next::End(End::Stopped(Stop::ConsolePause), Ok(Guest::Paused(vm))));
-        }
-        let guest = if was_running { self.resume(vm)? } else { Guest::Paused(vm) };
-        let pause = if was_running { paused_at.elapsed() } else { Duration::ZERO };
-        let cut = match cut {
-            Ok(cut) => cut,
-            Err(error) => {
-                refuse(failed(error));
-                return Ok(Next::Go(guest));
-            }
-        };
-        let save = Save {
-            cut,
-            request,
-            answer: answer.clone(),
-            status: Arc::clone(&self.events.status),
-            interrupt: self.session.interrupt.clone(),
-            started,
-            pause,
-            arm: paused_at - started,
-        };
-        self.events.status.saving(Some(Arc::clone(&save.request.cancelled)));
-        let spawned = snapvm::room::check(snapvm::room::THREAD_BYTES).and_then(|()| {
-            std::thread::Builder::new().name("save".into()).spawn(move || save.run())
-        });
-        match spawned.context("there is no thread to write the snapshot") {
-            Ok(thread) => *saving = Some(Saving(Some(thread))),
-            Err(error) => {
-                self.events.status.saving(None);
-                refuse(Refused::Failed(exit::describe(&error)));
-            }
-        }
-        Ok(Next::Go(guest))
-    }
+/// A file to be written, of a guest at one point in time.
+pub(super) struct Save {
+    pub(super) cut: Cut,
+    pub(super) request: StoreRequest,
+    pub(super) answer: Sender<Answer>,
+    pub(super) status: Arc<Status>,
+    pub(super) interrupt: Interrupt,
+    pub(super) started: Instant,
+    pub(super) pause: Duration,
+    pub(super) arm: Duration,
 }
 
 impl Save {
+    /// Starts the thread that writes the file.
+    pub(super) fn start(self) -> io::Result<Saving> {
+        snapvm::room::check(snapvm::room::THREAD_BYTES)?;
+        let thread = std::thread::Builder::new().name("save".into()).spawn(move || self.run())?;
+        Ok(Saving(Some(thread)))
+    }
+
     fn run(self) {
         let written = self.write();
         let Save { cut, answer, status, .. } = self;

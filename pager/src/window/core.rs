@@ -9,9 +9,10 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use super::error::WindowError;
+use super::options::{ReadMemory, WindowStats};
 use super::staging::Staging;
 use super::states::{CutState, CutStates};
-use super::{ReadMemory, WindowError, WindowStats};
 use crate::install::page_state::PageState;
 use crate::layout::Layout;
 use crate::region::PAGE_BYTES;

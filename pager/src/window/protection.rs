@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
 use super::core::{Core, Protect};
-use super::{Memory, ReadMemory, Window, WindowError, WindowOptions};
+use super::error::WindowError;
 use crate::layout::Layout;
 use crate::region::{PAGE_BYTES, Region};
 use crate::uffd::{Errno, Features, Message, MessageBatch, Uffd, Wait};
@@ -21,8 +21,8 @@ const FEATURES: Features = Features::WRITE_PROTECT
 #[derive(Debug)]
 pub struct Protection {
     uffd: Uffd,
-    layout: Layout,
-    busy: AtomicBool,
+    pub(super) layout: Layout,
+    pub(super) busy: AtomicBool,
     _regions: Vec<Region>,
 }
 
@@ -38,7 +38,7 @@ impl Protect for Protection {
 
 impl Protection {
     /// Registers the memory of `regions` for write protection. The source offset of a region is the offset that
-    /// [`ReadMemory`] gets.
+    /// [`ReadMemory`](super::ReadMemory) gets.
     ///
     /// # Errors
     /// [`WindowError`]; [`WindowError::Register`] for memory with a pager, or a mapping of a regular file.
@@ -62,39 +62,6 @@ impl Protection {
     }
 }
 
-impl Window {
-    /// Protects all memory, which takes about 20 ms for each GiB that is in use, while threads write to it. `read`
-    /// reads it.
-    ///
-    /// # Errors
-    /// [`WindowError`]. Then nothing is protected.
-    pub fn open(
-        protection: Arc<Protection>,
-        read: ReadMemory,
-        options: WindowOptions,
-    ) -> Result<Window, WindowError> {
-        let core = Core::new(protection.layout.clone(), read, options.staging_bytes)
-            .map_err(|error| WindowError::System { what: "memory for the page states", error })?;
-        if protection.busy.swap(true, Ordering::SeqCst) {
-            return Err(WindowError::Busy);
-        }
-        let core = Arc::new(core);
-        // From here on, dropping the window makes all memory writable.
-        let mut window = Window {
-            core: Arc::clone(&core),
-            memory: Memory::Protected { protection: Arc::clone(&protection), answering: None },
-        };
-        // Before the first page is protected: its writer waits for this thread.
-        let started = Answering::start(Arc::clone(&protection), Arc::clone(&core))
-            .map_err(|error| WindowError::System { what: "a thread", error })?;
-        if let Memory::Protected { answering, .. } = &mut window.memory {
-            *answering = Some(started);
-        }
-        core.arm(&*protection)?;
-        Ok(window)
-    }
-}
-
 /// The thread that answers write faults. Dropping it ends the thread.
 pub(super) struct Answering {
     stop: Option<io::PipeWriter>,
@@ -102,7 +69,7 @@ pub(super) struct Answering {
 }
 
 impl Answering {
-    fn start(protection: Arc<Protection>, core: Arc<Core>) -> io::Result<Answering> {
+    pub(super) fn start(protection: Arc<Protection>, core: Arc<Core>) -> io::Result<Answering> {
         let (stopped, stop) = io::pipe()?;
         let answer = move || {
             let mut batch = MessageBatch::new();

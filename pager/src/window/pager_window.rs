@@ -1,0 +1,49 @@
+//! Opens the window of a pager.
+
+use std::sync::Arc;
+
+use super::core::Core;
+use super::error::WindowError;
+use super::memory_window::{Memory, Window};
+use super::options::{ReadMemory, WindowOptions};
+use crate::pager::Pager;
+use crate::region::{PAGE_BYTES, Region};
+
+impl Pager {
+    /// Protects all memory that was installed from writes, while threads use it: see [`Window`]. `read` reads a page
+    /// that is in memory.
+    ///
+    /// # Errors
+    /// [`WindowError`]. Then nothing is protected. [`WindowError::Released`]: the population is complete.
+    pub fn window(&self, read: ReadMemory, options: WindowOptions) -> Result<Window, WindowError> {
+        let shared = &self.shared;
+        let foreign = shared._regions.iter().any(Region::is_foreign);
+        if foreign || shared.backed || shared.layout.page_bytes() != PAGE_BYTES as u64 {
+            return Err(WindowError::Unsupported);
+        }
+        let core = Core::new(shared.layout.clone(), read, options.staging_bytes)
+            .map_err(|error| WindowError::System { what: "memory for the page states", error })?;
+        let core = Arc::new(core);
+        {
+            let mut state = shared.window.lock();
+            if state.released {
+                return Err(WindowError::Released);
+            }
+            if state.core.is_some() {
+                return Err(WindowError::Busy);
+            }
+            state.core = Some(Arc::clone(&core));
+        }
+        // From here on, dropping the window makes all memory writable.
+        let window = Window { core: Arc::clone(&core), memory: Memory::Paged(Arc::clone(shared)) };
+        shared.set_window(Some(Arc::clone(&core)));
+        for extent in shared.layout.extents() {
+            let (host_addr, len) = (extent.host.start, extent.host.end - extent.host.start);
+            let uffd = &shared.slices[extent.slice].filler.uffd;
+            uffd.register_protection(host_addr, len, true)
+                .map_err(|errno| WindowError::Register { host_addr, errno })?;
+        }
+        core.arm(&**shared)?;
+        Ok(window)
+    }
+}
