@@ -213,7 +213,7 @@ impl ReadAt for RemoteObject {
         (bytes.start / BLOCK_BYTES..end.div_ceil(BLOCK_BYTES)).any(|block| !self.has(block))
     }
 
-    /// If a request is late, it is sent a second time: see [`crate::hedge`].
+    /// If a request is late, it is sent a second time: see `docs/storage.md`.
     fn when_here(&self, bytes: Range<u64>, here: WhenHere) {
         let end = bytes.end.min(self.0.fetcher.identity.len_bytes);
         let blocks = bytes.start / BLOCK_BYTES..end.div_ceil(BLOCK_BYTES);
