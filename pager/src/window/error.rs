@@ -35,7 +35,7 @@ pub enum WindowError {
     /// There is a window already.
     #[error("another window of this memory is open")]
     Busy,
-    /// The pager has loaded all pages and has let the memory go: [`Protection`] is for it now.
+    /// The pager has loaded all pages and has let the memory go: [`Protection`](super::Protection) is for it now.
     #[error("the pager does not serve the memory any more")]
     Released,
     /// Another system call failed.

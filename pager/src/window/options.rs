@@ -12,7 +12,7 @@ pub type ReadMemory = Arc<dyn Fn(u64, &mut [u8]) -> io::Result<()> + Send + Sync
 #[non_exhaustive]
 pub struct WindowOptions {
     /// The most memory for copies of pages that were written before they were saved, in bytes. When it is full, writes
-    /// wait for [`Window::read`].
+    /// wait for [`Window::read`](super::Window::read).
     pub staging_bytes: usize,
 }
 
