@@ -92,7 +92,7 @@ pub(crate) fn assert_same(one: &Path, other: &Path) {
     }
 }
 
-fn data_ranges(file: &File, len: u64) -> Vec<std::ops::Range<u64>> {
+pub(crate) fn data_ranges(file: &File, len: u64) -> Vec<std::ops::Range<u64>> {
     use rustix::fs::{SeekFrom, seek};
     let mut ranges = Vec::new();
     let mut at = 0;
@@ -495,85 +495,6 @@ fn invalid_imports_are_named_and_leave_no_files() {
     place.export("elf", "core").ok();
     place.import(&place.path("core"), &["--force"]).failed(3, &["core", "ELF"]);
     assert_eq!(names(place.0.path()), ["a.snap", "core", "cut", "empty", "image", "odd", "state"]);
-}
-
-/// A vmstate as Firecracker 1.16 begins it, of a guest with this memory.
-fn sized_vmstate(mib: u8) -> Vec<u8> {
-    let magic = 0x0710_1984_8664_0000_u64.to_le_bytes();
-    [&[0], &magic[..], &[6], b"10.0.0", &[6, mib], &[7; 1000]].concat()
-}
-
-#[test]
-fn memory_of_another_length_than_the_vmstate_says_is_refused() {
-    let place = Place::new();
-    let state = place.text("state");
-    std::fs::write(&state, sized_vmstate(64)).expect("it can be written");
-    let import = |name: &str, mib: u64, more: &[&str]| {
-        let memory = place.image(name, mib * MIB, &[0]);
-        place.import(&memory, &[&["--vmstate", &state, "--holes-are-zeros"], more].concat())
-    };
-    let mib_64 = "67108864";
-    import("short", 32, &[]).failed(3, &["short", "33554432", mib_64, "do not belong together"]);
-    import("long", 128, &[]).failed(3, &["long", "134217728", mib_64]);
-    import("short", 32, &["--region", "0:32M"]).failed(3, &["short", mib_64]);
-    assert_eq!(names(place.0.path()), ["long", "short", "state"]);
-    // The caller knows of memory that can be plugged in.
-    import("long", 128, &["--region", "0:64M", "--region", "8G:64M"]).ok();
-    import("right", 64, &["--force"]).ok();
-}
-
-#[test]
-fn a_diff_snapshot_is_merged_with_its_base() {
-    let place = Place::new();
-    let pages = |seed: u8| -> Vec<u8> {
-        (0..MIB / PAGE)
-            .flat_map(|page| [(page as u8).wrapping_mul(7) ^ seed; PAGE as usize])
-            .collect()
-    };
-    let full: Vec<u8> = (0..4).flat_map(pages).collect();
-    std::fs::write(place.path("full"), &full).expect("it can be written");
-    for state in ["full.state", "diff.state"] {
-        std::fs::write(place.path(state), sized_vmstate(4)).expect("it can be written");
-    }
-    place.import(&place.path("full"), &["--vmstate", &place.text("full.state")]).ok();
-
-    // Changed pages, of which one is zeros now: data of the file, not a hole.
-    let zeroed = 2 * MIB + PAGE;
-    let diff = place.image("diff", 4 * MIB, &[0, 5 * PAGE, zeroed, 4 * MIB - PAGE]);
-    let mut merged = full;
-    for range in data_ranges(&File::open(&diff).expect("it is there"), 4 * MIB) {
-        let mut bytes = vec![0; (range.end - range.start) as usize];
-        File::open(&diff)
-            .and_then(|file| file.read_exact_at(&mut bytes, range.start))
-            .expect("it can be read");
-        merged[range.start as usize..range.end as usize].copy_from_slice(&bytes);
-    }
-    assert!(merged[zeroed as usize..][..PAGE as usize] == [0; PAGE as usize]);
-    std::fs::write(place.path("merged"), &merged).expect("it can be written");
-
-    let import = |name: &str, out: &str, options: &[&str]| {
-        let (memory, out) = (place.text(name), place.text(out));
-        let state = place.text("diff.state");
-        snap([&["import", &memory, "-o", &out, "--vmstate", &state][..], options].concat())
-    };
-    let base = place.text("a.snap");
-    let holes = ["diff has holes", "diff snapshot", "--base", "--holes-are-zeros"];
-    import("diff", "b.snap", &[]).failed(1, &holes);
-    assert!(!place.path("b.snap").exists());
-    import("diff", "b.snap", &["--base", &base]).ok();
-    std::fs::remove_file(place.path("a.snap")).expect("it can be removed");
-    snap(["export", &place.text("b.snap"), "--format", "firecracker", "-o", &place.text("out")])
-        .ok();
-    assert_same(&place.path("merged"), &place.path("out/memory"));
-    assert_same(&place.path("diff.state"), &place.path("out/vmstate"));
-
-    // A base of another guest, and one that would be replaced.
-    let merged = place.text("b.snap");
-    import("diff", "b.snap", &["--base", &merged, "--force"]).failed(1, &["b.snap"]);
-    let larger = place.image("larger", 5 * MIB, &[0]);
-    place.import(&larger, &[]).ok();
-    import("diff", "c.snap", &["--base", &base]).failed(1, &["--base", "memory maps differ"]);
-    assert!(!place.path("c.snap").exists());
 }
 
 #[test]

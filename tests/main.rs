@@ -9,6 +9,7 @@ mod command_line;
 mod continuity;
 mod control;
 mod core_dumps;
+mod diff_imports;
 mod disks;
 mod failing_restores;
 #[cfg(feature = "objects")]

@@ -206,7 +206,7 @@ fn a_host_without_credentials_is_told_from_a_missing_object() {
             .env("AWS_REGION", "us-east-1")
             .env_remove("AWS_ACCESS_KEY_ID")
             .env_remove("AWS_SECRET_ACCESS_KEY");
-        run(command).failed(1, &["s3://bucket/guest: there are no credentials"])
+        run(command).failed(1, &["s3://bucket/guest: the environment has no credentials"])
     };
     let started = Instant::now();
     // Nothing listens there.

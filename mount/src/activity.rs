@@ -73,7 +73,7 @@ impl Activity {
         }
     }
 
-    /// The requests of this thread are no reader's.
+    /// Records that this thread is the loader, whose requests do not count as those of readers.
     pub(crate) fn loader_is_this_thread(&self) {
         self.loader.store(
             rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned(),

@@ -29,7 +29,7 @@ pub enum ObjectError {
         url: String,
     },
     /// The environment has no credentials, and neither has the metadata service of this host.
-    #[error("{url}: there are no credentials in the environment; {reason}")]
+    #[error("{url}: the environment has no credentials; {reason}")]
     NoCredentials {
         /// The address of the object.
         url: String,

@@ -84,7 +84,7 @@ struct All(Mutex<(usize, Option<WhenReadable>)>);
 impl All {
     fn of(reads: usize, readable: WhenReadable) -> All {
         let all = All(Mutex::new((reads + 1, Some(readable))));
-        // So that `readable` is called even if there are no reads.
+        // This calls `readable` if the number of reads is 0.
         all.one(Ok(()));
         all
     }

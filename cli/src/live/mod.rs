@@ -5,9 +5,7 @@ mod save;
 mod saving;
 
 use std::io::ErrorKind;
-use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
@@ -18,14 +16,13 @@ use vmm::{PauseError, Stop};
 use crate::exit::{self, GuestStopped, Interrupted};
 use crate::guest_console::{BEAT, Seen, Until};
 use crate::guest_output::Hold;
-use crate::progress::Steps;
 use crate::restoring::snapshot_error;
 use crate::session::Session;
 use crate::summary::Summary;
 use crate::waits::{Wait, Waiting};
 use remote::Event;
 pub(crate) use remote::{Answer, Command, Events, Refused, Remote, State, StoreRequest, remote};
-use saving::is_busy;
+use saving::{is_busy, progress_of};
 
 /// When a run ends without an interrupt.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -272,16 +269,7 @@ impl Live<'_> {
     fn store(&self, vm: &mut Vm, request: &StoreRequest, paused_at: Instant) -> Result<Summary> {
         let out = &request.out;
         let (status, interrupt) = (&self.events.status, &self.session.interrupt);
-        let steps = Steps::begin("storing");
-        let progress = |progress| {
-            status.progress(progress);
-            steps.moved(progress);
-            let cancelled = request.cancelled.load(Ordering::SeqCst);
-            match cancelled || interrupt.requested() {
-                true => ControlFlow::Break(()),
-                false => ControlFlow::Continue(()),
-            }
-        };
+        let progress = progress_of(request, status, interrupt);
         let written = match request.changes_only {
             false => vm.snapshot(out, &request.options, &progress),
             true => vm.snapshot_layer(out, &request.options, &progress),

@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use snapfmt::Progress;
 use snapvm::Cut;
 
 use super::remote::{Answer, Refused, Status, StoreRequest};
@@ -36,6 +37,24 @@ impl Drop for Saving {
         if let Some(thread) = self.0.take() {
             // A panic in the thread has been printed already.
             let _ = thread.join();
+        }
+    }
+}
+
+/// Reports the progress of a file, and cancels it when its client or the user has requested that.
+pub(super) fn progress_of<'a>(
+    request: &'a StoreRequest,
+    status: &'a Status,
+    interrupt: &'a Interrupt,
+) -> impl Fn(Progress) -> ControlFlow<()> + Sync + 'a {
+    let steps = Steps::begin("storing");
+    move |progress| {
+        status.progress(progress);
+        steps.moved(progress);
+        let cancelled = request.cancelled.load(Ordering::SeqCst);
+        match cancelled || interrupt.requested() {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
         }
     }
 }
@@ -77,16 +96,7 @@ impl Save {
 
     fn write(&self) -> Result<Summary> {
         let Save { cut, request, status, interrupt, started, .. } = self;
-        let steps = Steps::begin("storing");
-        let progress = |progress| {
-            status.progress(progress);
-            steps.moved(progress);
-            let cancelled = request.cancelled.load(Ordering::SeqCst);
-            match cancelled || interrupt.requested() {
-                true => ControlFlow::Break(()),
-                false => ControlFlow::Continue(()),
-            }
-        };
+        let progress = progress_of(request, status, interrupt);
         let (out, options) = (&request.out, &request.options);
         let written = match request.changes_only {
             false => cut.write(out, options, &progress),

@@ -72,61 +72,58 @@ impl<'a> SocketReader<'a> {
     /// descriptors.
     pub(crate) fn peek(&mut self) -> Result<(Vec<u8>, Vec<OwnedFd>), RefuseError> {
         self.wait()?;
-        let mut buffer = vec![0; PEEKED_BYTES];
+        let (mut buffer, mut descriptors) = (vec![0; PEEKED_BYTES], Vec::new());
+        let received = self.receive_now(&mut buffer, &mut descriptors, RecvFlags::PEEK)?;
+        buffer.truncate(received.map_or(0, |(bytes, _)| bytes));
+        Ok((buffer, descriptors))
+    }
+
+    /// What has arrived, by one recvmsg(2): its number of bytes. `None`: nothing.
+    fn receive_now(
+        &self,
+        buffer: &mut [u8],
+        descriptors: &mut Vec<OwnedFd>,
+        more: RecvFlags,
+    ) -> Result<Option<(usize, ReturnFlags)>, RefuseError> {
         let mut space =
             [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_RECEIVED))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let received = rustix::net::recvmsg(
             self.stream,
-            &mut [IoSliceMut::new(&mut buffer)],
+            &mut [IoSliceMut::new(buffer)],
             &mut control,
-            RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT | RecvFlags::PEEK,
+            RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT | more,
         );
         let received = match received {
             Ok(received) => received,
-            Err(Errno::INTR | Errno::AGAIN) => return Ok((Vec::new(), Vec::new())),
+            Err(Errno::INTR | Errno::AGAIN) => return Ok(None),
             Err(Errno::CONNRESET) => return Err(self.left()),
             Err(error) => return Err(system("receive")(error)),
         };
-        buffer.truncate(received.bytes);
-        let descriptors = control.drain().filter_map(|message| match message {
-            RecvAncillaryMessage::ScmRights(descriptors) => Some(descriptors),
-            _ => None,
-        });
-        Ok((buffer, descriptors.flatten().collect()))
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(arrived) = message {
+                descriptors.extend(arrived);
+            }
+        }
+        Ok(Some((received.bytes, received.flags)))
     }
 
     /// Waits for more bytes or descriptors.
     pub(crate) fn receive(&mut self) -> Result<(), RefuseError> {
         loop {
             self.wait()?;
-            let mut buffer = [0; 16 << 10];
-            let mut space =
-                [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_RECEIVED))];
-            let mut control = RecvAncillaryBuffer::new(&mut space);
-            let received = rustix::net::recvmsg(
-                self.stream,
-                &mut [IoSliceMut::new(&mut buffer)],
-                &mut control,
-                RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT,
-            );
-            let received = match received {
-                Ok(received) => received,
-                Err(Errno::INTR | Errno::AGAIN) => continue,
-                Err(Errno::CONNRESET) => return Err(self.left()),
-                Err(error) => return Err(system("receive")(error)),
+            let (mut buffer, mut descriptors) = ([0; 16 << 10], Vec::new());
+            let Some((bytes, flags)) =
+                self.receive_now(&mut buffer, &mut descriptors, RecvFlags::empty())?
+            else {
+                continue;
             };
-            let before = self.descriptors.len();
-            for message in control.drain() {
-                if let RecvAncillaryMessage::ScmRights(descriptors) = message {
-                    self.descriptors.extend(descriptors);
-                }
-            }
-            let arrived = self.descriptors.len() - before;
-            self.lost |= received.flags.contains(ReturnFlags::CTRUNC);
-            let fits = self.bytes.len() + received.bytes <= MESSAGE_LIMIT_BYTES;
+            let arrived = descriptors.len();
+            self.descriptors.append(&mut descriptors);
+            self.lost |= flags.contains(ReturnFlags::CTRUNC);
+            let fits = self.bytes.len() + bytes <= MESSAGE_LIMIT_BYTES;
             if fits {
-                self.bytes.extend_from_slice(&buffer[..received.bytes]);
+                self.bytes.extend_from_slice(&buffer[..bytes]);
             }
             // There was space for more descriptors, so that another reason has lost one.
             if self.lost && arrived < DESCRIPTORS_RECEIVED {
@@ -137,7 +134,7 @@ impl<'a> SocketReader<'a> {
                 let found = self.descriptors.len();
                 return Err(RefuseError::Descriptors { found, expected: 1 });
             }
-            if received.bytes == 0 {
+            if bytes == 0 {
                 return Err(self.left());
             }
             if !fits {
