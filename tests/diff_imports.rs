@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use crate::import_export::{MIB, PAGE, Place, assert_same, data_ranges};
-use crate::support::{names, snap};
+use crate::support::{SNAP, names, run, snap};
 
 /// A vmstate as Firecracker 1.16 begins it, of a guest with this memory.
 fn sized_vmstate(mib: u8) -> Vec<u8> {
@@ -75,6 +75,19 @@ fn a_diff_snapshot_is_merged_with_its_base() {
         .ok();
     assert_same(&place.path("merged"), &place.path("out/memory"));
     assert_same(&place.path("diff.state"), &place.path("out/vmstate"));
+
+    // A pipe has no holes.
+    let script =
+        "cat \"$DIFF\" | \"$SNAP\" import - -o \"$OUT\" --vmstate \"$STATE\" --base \"$BASE\"";
+    let mut piped = std::process::Command::new("sh");
+    piped.args(["-c", script]).env("SNAP", SNAP).env("DIFF", place.text("diff"));
+    piped.env("OUT", place.text("piped.snap")).env("STATE", place.text("diff.state"));
+    run({
+        piped.env("BASE", place.text("b.snap"));
+        piped
+    })
+    .failed(1, &["--base", "do not come through a pipe"]);
+    assert!(!place.path("piped.snap").exists());
 
     // A base of another guest, and one that would be replaced.
     let merged = place.text("b.snap");

@@ -29,10 +29,22 @@ pub(crate) fn is_meant(path: &Path) -> bool {
     path == Path::new("-")
 }
 
+/// Where the bytes of a file from stdin come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Origin {
+    /// The user has redirected a file.
+    File,
+    /// They were copied from a pipe: zeros became holes.
+    Stream,
+}
+
 /// All of stdin as a file that can be read at any offset. A regular file is used directly. The bytes of a pipe are
 /// copied, zeros as holes, to a file without a name in `folder`. `check` gets the first 8 bytes, or all of a shorter
 /// input, before the rest is read.
-pub(crate) fn stdin(folder: &Path, check: impl FnOnce(&[u8]) -> Result<()>) -> Result<File> {
+pub(crate) fn stdin(
+    folder: &Path,
+    check: impl FnOnce(&[u8]) -> Result<()>,
+) -> Result<(File, Origin)> {
     let stdin = io::stdin();
     if stdin.is_terminal() {
         bail!("stdin is a terminal; give a file, or the output of another program by a pipe");
@@ -45,7 +57,7 @@ pub(crate) fn stdin(folder: &Path, check: impl FnOnce(&[u8]) -> Result<()>) -> R
         let len = stdin.metadata().context("cannot use stdin")?.len().min(8) as usize;
         stdin.read_exact_at(&mut start[..len], 0).context("cannot read stdin")?;
         check(&start[..len])?;
-        return Ok(stdin);
+        return Ok((stdin, Origin::File));
     }
     let failed = || format!("cannot copy stdin to {}", folder.display());
     let copy = tempfile::tempfile_in(folder).with_context(failed)?;
@@ -63,7 +75,7 @@ pub(crate) fn stdin(folder: &Path, check: impl FnOnce(&[u8]) -> Result<()>) -> R
         len = 0;
     }
     copy.set_len(at).with_context(failed)?;
-    Ok(copy)
+    Ok((copy, Origin::Stream))
 }
 
 /// Writes the pages that are not zero; the others stay holes.

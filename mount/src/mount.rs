@@ -99,7 +99,7 @@ impl Mount {
     /// # Errors
     /// [`MountError::Start`], [`MountError::Serve`], [`MountError::Unmount`].
     pub fn run(self, stop: BorrowedFd<'_>) -> Result<(), MountError> {
-        let Self { session, point, activity, tree, span_bytes, on_event } = self;
+        let Self { session, mut point, activity, tree, span_bytes, on_event } = self;
         let folder = point.folder().to_owned();
         let loader = Loader { folder, span_bytes, tree, activity: Arc::clone(&activity) };
         let (ended, end) = io::pipe().map_err(MountError::Start)?;
@@ -116,6 +116,8 @@ impl Mount {
             activity.end();
             point.detach()?;
             on_event(MountEvent::Detached);
+        } else {
+            point.forget();
         }
         let served = join(server);
         activity.end();

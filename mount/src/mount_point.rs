@@ -28,6 +28,8 @@ pub(crate) struct MountPoint {
     folder: PathBuf,
     /// Major and minor number of the mounted file system, which no other has as long as it exists.
     device: (u32, u32),
+    /// It was unmounted by another process.
+    gone: bool,
 }
 
 impl MountPoint {
@@ -45,7 +47,7 @@ impl MountPoint {
             connection.map_err(|error| MountError::Mount { folder: folder.clone(), error })?;
         let device = device(&folder)
             .map_err(|errno| MountError::Folder { folder: folder.clone(), error: errno.into() })?;
-        Ok((Self { folder, device }, connection))
+        Ok((Self { folder, device, gone: false }, connection))
     }
 
     /// Its absolute path.
@@ -53,10 +55,15 @@ impl MountPoint {
         &self.folder
     }
 
+    /// It was unmounted by another process, and the folder may have another mount now.
+    pub(crate) fn forget(&mut self) {
+        self.gone = true;
+    }
+
     /// Removes the mount from the folder. Files that are open or mapped stay usable.
     pub(crate) fn detach(&self) -> Result<(), MountError> {
         // It may have been unmounted before, and another file system may be there now.
-        if device(&self.folder).ok() != Some(self.device) {
+        if self.gone || device(&self.folder).ok() != Some(self.device) {
             return Ok(());
         }
         let failed = |error| MountError::Unmount { folder: self.folder.clone(), error };

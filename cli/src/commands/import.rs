@@ -1,7 +1,6 @@
 //! `snap import`: store a memory image, or a snapshot of another virtual machine monitor.
 
 use std::ops::Range;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Instant;
@@ -17,6 +16,7 @@ use crate::input::{self, reading, refuse_as_output, refuse_existing};
 use crate::progress::Bar;
 use crate::session::Session;
 use crate::size;
+use crate::stdio::Origin;
 use crate::stdout::{print_json, print_line};
 use crate::storage::Storage;
 use crate::{stderr, stdio};
@@ -194,7 +194,7 @@ fn memory_image(args: &Args) -> Result<MemoryImage> {
             let _reading = reading(&args.input);
             MemoryImage::open(&args.input)?
         }
-        true => image_from_stdin(&args.out)?,
+        true => image_from_stdin(args)?,
     };
     Ok(match &args.base {
         Some(base) => image.with_base(input::open(base, &Default::default())?),
@@ -203,15 +203,20 @@ fn memory_image(args: &Args) -> Result<MemoryImage> {
     })
 }
 
-fn image_from_stdin(out: &Path) -> Result<MemoryImage> {
+fn image_from_stdin(args: &Args) -> Result<MemoryImage> {
     let path = Path::new("stdin");
-    let folder = out.parent().filter(|folder| *folder != Path::new(""));
+    let folder = args.out.parent().filter(|folder| *folder != Path::new(""));
     let folder = folder.unwrap_or(Path::new("."));
-    let file = stdio::stdin(folder, |start| Ok(MemoryImage::check_start(path, start)?))?;
-    let is_copy = file.metadata().context("cannot use stdin")?.nlink() == 0;
+    let (file, origin) = stdio::stdin(folder, |start| Ok(MemoryImage::check_start(path, start)?))?;
     let image = MemoryImage::from_file(file, path)?;
-    // The copy of a stream has holes where the stream had zeros.
-    Ok(if is_copy { image.holes_are_zeros() } else { image })
+    Ok(match origin {
+        Origin::File => image,
+        Origin::Stream if args.base.is_some() => bail!(
+            "--base: a diff is told from zeros by its holes, which do not come through a pipe; give the file, or redirect \
+             it (< FILE)"
+        ),
+        Origin::Stream => image.holes_are_zeros(),
+    })
 }
 
 /// Reports each file in the folder that does not belong to the snapshot: it is not imported.

@@ -3,13 +3,14 @@
 use pager::serve::{Consequence, ServeEvent};
 use snapvm::with_causes;
 
+use crate::foreign_text::one_line;
 use crate::size;
 
 /// The message of an event. With --quiet only failures have one.
 pub(super) fn message(file: &str, event: &ServeEvent<'_>, quiet: bool) -> Option<String> {
     Some(match event {
         ServeEvent::Failed { pid, failure } => {
-            format!("snap: {file}, for {}: {}\n", process(*pid), with_causes(failure))
+            format!("snap: {file}, for {}: {}\n", process(*pid), causes(failure))
         }
         ServeEvent::Refused { pid, error, consequence } => {
             let client = pid.map_or("a client".into(), process);
@@ -21,13 +22,13 @@ pub(super) fn message(file: &str, event: &ServeEvent<'_>, quiet: bool) -> Option
                 }
                 _ => "",
             };
-            format!("snap: {client} is not served: {}{then}\n", with_causes(error))
+            format!("snap: {client} is not served: {}{then}\n", causes(error))
         }
         ServeEvent::NotKept { pid, error } => {
             format!(
                 "snap: {} would not survive the end of this server: {}\n",
                 process(*pid),
-                with_causes(error)
+                causes(error)
             )
         }
         ServeEvent::Accept { error } => format!("snap: cannot accept: {error}\n"),
@@ -50,6 +51,11 @@ pub(super) fn message(file: &str, event: &ServeEvent<'_>, quiet: bool) -> Option
         }
         _ => return None,
     })
+}
+
+/// Parts of these messages are the client's words.
+fn causes(error: &dyn std::error::Error) -> String {
+    one_line(&with_causes(error)).into_owned()
 }
 
 /// A process that is in another PID namespace has no id here.
@@ -80,5 +86,18 @@ mod tests {
         let unknown = printed(Some(0), Consequence::Closed);
         assert!(unknown.contains("a process of another PID namespace is not"), "{unknown}");
         assert!(printed(None, Consequence::Closed).starts_with("snap: a client is not served"));
+    }
+
+    #[test]
+    fn a_client_cannot_print_a_line_of_its_own() {
+        #[derive(Debug, serde::Deserialize)]
+        enum Known {}
+        let message_of = serde_json::from_str::<Known>("\"x\\nsnap: all is well\"").unwrap_err();
+        assert!(message_of.to_string().contains('\n'), "{message_of}");
+        let error = RefuseError::Message(message_of);
+        let event =
+            ServeEvent::Refused { pid: None, error: &error, consequence: Consequence::Closed };
+        let printed = message("a.snap", &event, true).unwrap_or_default();
+        assert_eq!(printed.lines().count(), 1, "{printed}");
     }
 }

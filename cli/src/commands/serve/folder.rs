@@ -16,7 +16,6 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::args::Args;
 use super::one::{bind, options, served, server};
-use crate::descriptors::allow_many_descriptors;
 use crate::exit::Interrupted;
 use crate::input::open;
 use crate::interrupt::Guests;
@@ -85,7 +84,6 @@ pub(super) fn run(args: &Args, session: &Session) -> Result<()> {
             args.input.file.display()
         );
     }
-    allow_many_descriptors();
     let (stopped, stop) = std::io::pipe().context("cannot create a pipe")?;
     let all = Arc::new(All::default());
     let guests: Arc<dyn Guests> = Arc::<All>::clone(&all);

@@ -24,6 +24,8 @@ use crate::{metrics, service, stderr};
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     args.access.check()?;
+    // Before the guests of a dead server are taken over: each needs some.
+    allow_many_descriptors();
     if args.input.file.is_dir() {
         return folder::run(args, session);
     }
@@ -42,7 +44,6 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         None => source,
     };
     let server = server(&args.input.file, source, socket, options, session.quiet)?;
-    allow_many_descriptors();
     let metrics = args.metrics.map(|at| metrics::serve(at, server.handle())).transpose()?;
     let (stopped, stop) = std::io::pipe().context("cannot create a pipe")?;
     session.interrupt.stops(Some(Arc::new(server.handle())), stop);

@@ -5,12 +5,13 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
+use std::sync::Weak;
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags};
 use rustix::net::{SendFlags, Shutdown};
 
+use super::error::KeepError;
 use super::unserved::{self, Policy};
 use super::wire::{self, Accepted};
 use crate::remote::serve::Peer;
@@ -123,13 +124,17 @@ impl Front {
             return accepted;
         };
         for (connection, waiting) in self.waiting.iter_mut().filter(|(_, waiting)| !waiting.sent) {
-            let accepted = Accepted { connection: *connection };
-            // If the queue is full, this is tried again. If the server is dead, its link is closed.
-            if wire::send(door, &accepted, &[waiting.stream.as_fd()], SendFlags::DONTWAIT).is_err()
-            {
-                break;
+            let packet = Accepted { connection: *connection };
+            match wire::send(door, &packet, &[waiting.stream.as_fd()], SendFlags::DONTWAIT) {
+                Ok(()) => waiting.sent = true,
+                // The server is dead, or accepts its connections itself from now on.
+                Err(KeepError::Gone) => {
+                    self.door = None;
+                    return accepted;
+                }
+                // If the queue is full, this is tried again.
+                Err(_) => break,
             }
-            waiting.sent = true;
         }
         if self.listener.is_none() && self.waiting.values().all(|waiting| waiting.sent) {
             // The server has closed its socket, and gets no more connections.
@@ -172,8 +177,11 @@ impl Front {
     }
 
     pub(super) fn lose_server(&mut self) {
+        // A server that never got so far as to listen does not give the clients more time.
+        if self.door.is_some() {
+            self.since = Instant::now();
+        }
         (self.server, self.door) = (None, None);
-        self.since = Instant::now();
         self.waiting.values_mut().for_each(|waiting| waiting.sent = false);
     }
 
@@ -184,7 +192,7 @@ impl Front {
 
     /// No server has come. Clients can connect no longer, except to a service manager's socket. Those that have are failed
     /// by the policy. Returns their processes.
-    pub(super) fn give_up(mut self) -> Vec<Arc<Peer>> {
+    pub(super) fn give_up(mut self) -> Vec<Weak<Peer>> {
         if let Some(listener) = self.listener.as_ref().filter(|_| !self.passed) {
             // From now on connect(2) fails, so that no client enters the queue after it was emptied.
             let _ = rustix::net::shutdown(listener, Shutdown::Read);

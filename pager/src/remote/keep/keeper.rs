@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::Weak;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
@@ -89,7 +89,7 @@ pub struct Keeper {
     guests: Vec<Guest>,
     fronts: Vec<Front>,
     /// Processes whose missing pages fail, because no server has taken their connection.
-    unserved: Vec<Arc<Peer>>,
+    unserved: Vec<Weak<Peer>>,
     next_server: u64,
 }
 
@@ -179,7 +179,12 @@ impl Keeper {
         let alone = self.guests.iter().filter(|guest| !matches!(guest.served, Served::By { .. }));
         let guests = alone.inspect(|guest| guest.kill()).count();
         let waiting = self.fronts.into_iter().map(Front::kill_waiting).sum::<usize>();
-        let unserved = self.unserved.iter().filter(|peer| !unserved::has_ended(peer));
+        if self.unserved.iter().any(|peer| peer.strong_count() > 0) {
+            // Until it is known which of them are guests.
+            std::thread::sleep(unserved::HEAR_TIMEOUT);
+        }
+        let unserved = self.unserved.iter().filter_map(Weak::upgrade);
+        let unserved = unserved.filter(|peer| !unserved::has_ended(peer));
         let failed = unserved.filter(|peer| peer.kill() == Consequence::Killed).count();
         Ok(guests + waiting + failed)
     }
@@ -318,7 +323,7 @@ impl Keeper {
         match request {
             ToKeeper::Hello { version, snapshot, on_error, allow, path } => {
                 let ours = |front: &&mut Front| front.is_orphaned() && front.path == path;
-                let front = self.fronts.iter_mut().find(ours);
+                let front = self.fronts.iter_mut().find(ours).filter(|_| version == VERSION);
                 let orphan = front.as_ref().map(|front| Orphan { identity: front.identity });
                 let listener = front.and_then(|front| front.claim(number));
                 let (orphan, descriptors) = (listener.and(orphan), listener.map(AsFd::as_fd));
@@ -408,10 +413,10 @@ impl Keeper {
         let late = |guest: &&mut Guest| matches!(guest.served, Served::Orphaned { since } if since + timeout <= now);
         let (mut guests, mut killed) = (0, Vec::new());
         let late_front = |front: &mut Front| front.is_orphaned() && front.since + timeout <= now;
-        let given_up: Vec<Arc<Peer>> =
+        let given_up: Vec<Weak<Peer>> =
             self.fronts.extract_if(.., late_front).flat_map(Front::give_up).collect();
         guests += given_up.len();
-        self.unserved.retain(|peer| !unserved::has_ended(peer));
+        self.unserved.retain(|peer| peer.strong_count() > 0);
         self.unserved.extend(given_up);
         for guest in self.guests.iter_mut().filter(late) {
             guests += 1;

@@ -177,15 +177,19 @@ impl Door {
     ///
     /// # Errors
     /// [`KeepError::Gone`]: the keeper has ended, or the server listens no longer and this was the last connection.
+    /// [`KeepError::DescriptorLost`]: the limit of descriptors is reached. The connection can be taken later.
     pub(crate) fn next(&self) -> Result<Option<(OwnedFd, u64)>, KeepError> {
-        match wire::receive::<Accepted>(&self.0, RecvFlags::DONTWAIT)? {
-            None => Ok(None),
-            Some((Accepted { connection }, descriptors)) => {
-                let stream = descriptors.into_iter().next();
-                let stream = stream.ok_or_else(|| wire::unclear("no connection"))?;
-                Ok(Some((stream, connection)))
-            }
-        }
+        let flags = RecvFlags::DONTWAIT;
+        let Some((Accepted { connection }, descriptors)) =
+            wire::receive::<Accepted>(&self.0, flags | RecvFlags::PEEK)?
+        else {
+            return Ok(None);
+        };
+        // The descriptor of the first look is a duplicate, and is kept. The packet itself is dropped.
+        wire::drop_next(&self.0, flags)?;
+        let stream = descriptors.into_iter().next();
+        let stream = stream.ok_or_else(|| wire::unclear("no connection"))?;
+        Ok(Some((stream, connection)))
     }
 }
 

@@ -1,7 +1,7 @@
 //! Clients that have connected to a dead server, and that no server has taken.
 
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use crate::remote::serve::wire::{SocketReader, timespec};
 use crate::remote::serve::{AllowedUsers, Consequence, Given, Peer, poison};
 
 /// How long the keeper waits for the message of such a client. It had all the time that guests wait for a server.
-const HEAR_TIMEOUT: Duration = Duration::from_millis(100);
+pub(super) const HEAR_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// What the dead server would have done with clients that it does not serve.
 #[derive(Clone, Debug)]
@@ -23,10 +23,12 @@ pub(super) struct Policy {
 }
 
 /// Makes the missing pages of a client fail by the policy, on a thread of its own, until its process ends. Returns the
-/// process. `None` for one that would not have been served, which is left alone.
-pub(super) fn fail(stream: UnixStream, policy: &Policy) -> Option<Arc<Peer>> {
-    let peer = Arc::new(Peer::allowed(&stream, &policy.allow).ok()?);
-    let (own, poisons) = (Arc::clone(&peer), policy.on_error == FailurePolicy::Poison);
+/// process, which is forgotten when the thread ends: after [`HEAR_TIMEOUT`], if it turns out that the client is no guest.
+/// `None` for one that would not have been served, which is left alone.
+pub(super) fn fail(stream: UnixStream, policy: &Policy) -> Option<Weak<Peer>> {
+    let own = Arc::new(Peer::allowed(&stream, &policy.allow).ok()?);
+    let (peer, poisons) = (Arc::downgrade(&own), policy.on_error == FailurePolicy::Poison);
+    let failed = Arc::clone(&own);
     let failing = move || {
         let given = given(&stream);
         drop(stream);
@@ -39,7 +41,7 @@ pub(super) fn fail(stream: UnixStream, policy: &Policy) -> Option<Arc<Peer>> {
         }
     };
     if thread::Builder::new().name("unserved".into()).spawn(failing).is_err() {
-        peer.kill();
+        failed.kill();
     }
     Some(peer)
 }

@@ -202,6 +202,17 @@ pub(super) fn receive<T: DeserializeOwned>(
     Ok(Some((message, descriptors)))
 }
 
+/// Drops the next packet, with its descriptors.
+pub(super) fn drop_next(socket: &OwnedFd, flags: RecvFlags) -> Result<(), KeepError> {
+    loop {
+        match rustix::net::recv(socket, &mut [0_u8; 1], flags) {
+            Ok(_) => return Ok(()),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(system("receive")(error)),
+        }
+    }
+}
+
 pub(super) fn unclear(why: impl std::fmt::Display) -> KeepError {
     KeepError::Message { why: why.to_string() }
 }

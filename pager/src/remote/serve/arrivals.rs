@@ -16,7 +16,7 @@ use super::error::BindError;
 use super::session::Held;
 use super::socket::Socket;
 use super::wire::timespec;
-use crate::remote::keep::{Door, Link};
+use crate::remote::keep::{Door, KeepError, Link};
 
 /// After this time the server accepts a connection itself. The keeper may be stopped, or may have no descriptors.
 const KEEPER_ACCEPTS: Duration = Duration::from_millis(100);
@@ -83,6 +83,7 @@ impl Arrivals {
                 return Ok(Some((stream, Some(Held::new(link, connection)))));
             }
             Ok(None) => {}
+            Err(KeepError::DescriptorLost { .. }) => return Err(Errno::MFILE.into()),
             Err(_) => {
                 self.keeper = None;
                 self.waiting_since = None;
