@@ -48,6 +48,11 @@ pub(crate) fn none(error: &HttpError) {
     });
 }
 
+/// Records that no request was sent, because of a temporary error.
+pub(crate) fn missing(reason: &str) {
+    note(Seen::NoAnswer(reason.to_owned()));
+}
+
 /// Records an answer of a metadata service. It is the last one only if it has no credentials in it.
 pub(crate) fn metadata_status(status: u16) {
     let reason = format!("{METADATA} answers with HTTP {status}");

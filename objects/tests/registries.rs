@@ -205,6 +205,18 @@ fn what_is_not_there_is_permanent_and_a_short_answer_is_continued() {
 }
 
 #[test]
+fn an_answer_with_a_shorter_range_than_the_requested_one_is_refused() {
+    let test = Pushing::start(4000);
+    test.push();
+    let opened = test.open("team/guest:v1").expect("it opens");
+    test.registry.state().most_range_bytes = Some(1000);
+    test.registry.take_received();
+    let error = test.bench.fail_page(&opened.snapshot, 1000);
+    assert!(chain(&error).contains("an answer has another range"), "{}", chain(&error));
+    assert_eq!(test.registry.take_received().len(), 1);
+}
+
+#[test]
 fn bytes_with_another_digest_are_not_pulled() {
     let test = Pushing::start(100);
     test.push();

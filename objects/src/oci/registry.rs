@@ -3,11 +3,13 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use object_store::Error as StoreError;
 use object_store::client::{HttpError, HttpErrorKind};
 use reqwest::header::{ACCEPT, LOCATION, RANGE, WWW_AUTHENTICATE};
 use reqwest::{Client, RequestBuilder, Response, Url, redirect};
+use tokio::sync::MutexGuard;
 
 use super::credentials::{self, Credentials};
 use super::reference::Reference;
@@ -156,7 +158,7 @@ impl Registry {
         &self,
         request: impl Fn(&Client) -> RequestBuilder,
     ) -> Result<Response, StoreError> {
-        let access = self.access.lock().await.clone();
+        let access = locked(&self.access, SILENCE).await?.clone();
         let response = execute(with(request(&self.client), &access)).await?;
         if response.status().as_u16() != 401 {
             return Ok(response);
@@ -169,7 +171,7 @@ impl Registry {
 
     /// The access that the answer to a request with `used` asks for. Requests that fail at the same time get one token.
     async fn renew(&self, used: &Access, answer: &Response) -> Result<Option<Access>, StoreError> {
-        let mut access = self.access.lock().await;
+        let mut access = locked(&self.access, SILENCE).await?;
         if *access != *used {
             return Ok(Some(access.clone()));
         }
@@ -218,19 +220,31 @@ impl Registry {
 
     /// How requests of `oci-client` are authorized. A registry may ask for nothing before the first write.
     pub(super) async fn access(&self) -> Result<Access, StoreError> {
-        let known = self.access.lock().await.clone();
+        let known = locked(&self.access, SILENCE).await?.clone();
         if known != Access::Anonymous {
             return Ok(known);
         }
         let base = self.url("", "")?.join("/v2/");
         let base = base.map_err(|_| invalid("the name of the registry's host is not valid"))?;
         self.send(|client| client.get(base.clone())).await?;
-        let found = self.access.lock().await.clone();
+        let found = locked(&self.access, SILENCE).await?.clone();
         Ok(match (found, &self.credentials) {
             (Access::Anonymous, Some(credentials)) => Access::Basic(credentials.clone()),
             (found, _) => found,
         })
     }
+}
+
+/// The access, when no other request renews it. The wait has a limit: while the token server is silent, requests would
+/// otherwise wait for it one after the other, each for the time of all before it.
+async fn locked(
+    access: &tokio::sync::Mutex<Access>,
+    limit: Duration,
+) -> Result<MutexGuard<'_, Access>, StoreError> {
+    tokio::time::timeout(limit, access.lock()).await.map_err(|_| {
+        answer::missing("the token server does not answer another request in time");
+        failed("the token server does not answer")
+    })
 }
 
 fn with(request: RequestBuilder, access: &Access) -> RequestBuilder {
@@ -310,6 +324,17 @@ mod tests {
         for host in ["registry.example:5000", "localhost.example", "127.0.0.1.example:80", "::1"] {
             assert!(!is_plain(host), "{host}");
         }
+    }
+
+    #[tokio::test]
+    async fn the_wait_for_another_request_s_token_has_a_limit_and_is_a_temporary_failure() {
+        let access = tokio::sync::Mutex::new(Access::Anonymous);
+        let renewing = access.lock().await;
+        let (result, seen) = answer::watched(locked(&access, Duration::from_millis(5))).await;
+        let error = result.err().expect("it is locked");
+        assert!(matches!(answer::meaning(&error, seen), answer::Meaning::Passing(_)));
+        drop(renewing);
+        assert!(locked(&access, Duration::from_millis(5)).await.is_ok());
     }
 
     #[test]

@@ -36,6 +36,8 @@ pub(crate) struct State {
     signed: usize,
     /// Answers with ranges of blobs end after this many bytes, this many times.
     pub(crate) truncated: (usize, usize),
+    /// Answers with ranges of blobs have at most this many bytes, and say so.
+    pub(crate) most_range_bytes: Option<usize>,
     /// The status of the next uploads.
     pub(crate) failing_uploads: Vec<u16>,
 }
@@ -227,6 +229,7 @@ impl State {
         };
         let start: usize = start.parse().expect("a number");
         let end = (last.parse::<usize>().expect("a number") + 1).min(bytes.len());
+        let end = self.most_range_bytes.map_or(end, |most| end.min(start + most));
         let header = format!("content-range: bytes {start}-{}/{}\r\n", end - 1, bytes.len());
         (206, header, bytes[start..end].to_vec())
     }
