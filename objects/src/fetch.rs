@@ -11,7 +11,7 @@ use object_store::{GetOptions, GetRange, GetResult, ObjectStoreExt};
 use crate::answer::{Meaning, meaning, watched};
 use crate::error::ObjectError;
 use crate::retry::{Attempts, Retry};
-use crate::store::Store;
+use crate::store::{Clients, Store};
 use crate::url::ObjectUrl;
 use crate::version::{Version, Wanted};
 
@@ -30,6 +30,8 @@ pub(crate) struct Source {
     pub(crate) url: ObjectUrl,
     pub(crate) store: Arc<Store>,
     pub(crate) retry: Retry,
+    /// Whether the credentials are read again when a request is refused.
+    pub(crate) renews: bool,
 }
 
 /// Called with the bytes of an answer, in order.
@@ -37,14 +39,14 @@ pub(crate) type OnBytes<'a> = &'a mut (dyn FnMut(Bytes) + Send);
 
 impl Source {
     pub(crate) fn new(url: &ObjectUrl, store: Arc<Store>, retry: Retry) -> Self {
-        Self { url: url.clone(), store, retry }
+        Self { url: url.clone(), store, retry, renews: true }
     }
 
     /// The object's current version. This is one request without a body.
     pub(crate) async fn identity(&self) -> Result<Identity, ObjectError> {
         let mut tries = Tries::new(self);
         loop {
-            let client = self.store.client()?;
+            let client = tries.clients()?.reading;
             let (result, seen) = watched(client.head(self.url.key())).await;
             match result {
                 Ok(meta) => return self.identity_of(meta.e_tag, meta.size, meta.version),
@@ -63,14 +65,16 @@ impl Source {
         Ok((identity, start, bytes))
     }
 
-    /// The bytes of a range of the object that was opened.
+    /// The bytes of a range of the object that was opened. Returns its identity, with the id of the version if the answer
+    /// gives it.
     pub(crate) async fn range(
         &self,
         identity: &Identity,
         range: Range<u64>,
         on_bytes: OnBytes<'_>,
-    ) -> Result<(), ObjectError> {
-        self.get(Some(identity.clone()), GetRange::Bounded(range), on_bytes).await.map(drop)
+    ) -> Result<Identity, ObjectError> {
+        let answered = self.get(Some(identity.clone()), GetRange::Bounded(range), on_bytes);
+        answered.await.map(|(identity, _)| identity)
     }
 
     async fn get(
@@ -89,7 +93,7 @@ impl Source {
                 version: wanted.id(),
                 ..GetOptions::default()
             };
-            let client = self.store.client()?;
+            let client = tries.clients()?.reading;
             let (result, seen) = watched(client.get_opts(self.url.key(), options)).await;
             let answer = match result {
                 Ok(answer) => answer,
@@ -101,8 +105,11 @@ impl Source {
                 }
             };
             let found = self.check(&answer, identity.as_ref())?;
-            wanted.answered();
-            let found = identity.get_or_insert(found).clone();
+            let opened = identity.get_or_insert_with(|| found.clone());
+            // The cache may not know the version of an object that was opened from it.
+            opened.version = opened.version.take().or(found.version);
+            wanted.answered(opened.version.as_ref());
+            let opened = opened.clone();
             let whole = answer.range.clone();
             let start = *first_start.get_or_insert(whole.start);
             let mut at = whole.start;
@@ -116,7 +123,7 @@ impl Source {
                 on_bytes(bytes);
             }
             if at == whole.end {
-                return Ok((found, start));
+                return Ok((opened, start));
             }
             let got = at - whole.start;
             let reason =
@@ -170,7 +177,7 @@ impl Source {
             .ok_or_else(|| ObjectError::NoEtag { url: url() })
     }
 
-    fn refused(&self, code: &str) -> ObjectError {
+    pub(crate) fn refused(&self, code: &str) -> ObjectError {
         ObjectError::Refused { url: self.url.to_string(), status: None, code: Some(code.into()) }
     }
 }
@@ -188,11 +195,18 @@ pub(crate) struct Tries<'a> {
     source: &'a Source,
     attempts: Attempts,
     renewed: bool,
+    /// Those of the last try.
+    clients: Option<Clients>,
 }
 
 impl<'a> Tries<'a> {
     pub(crate) fn new(source: &'a Source) -> Self {
-        Self { source, attempts: Attempts::default(), renewed: false }
+        Self { source, attempts: Attempts::default(), renewed: !source.renews, clients: None }
+    }
+
+    /// The clients for the next try.
+    pub(crate) fn clients(&mut self) -> Result<Clients, ObjectError> {
+        Ok(self.clients.insert(self.source.store.clients()?).clone())
     }
 
     /// Pauses before the next try after a failure, or returns why there is none.
@@ -216,7 +230,9 @@ impl<'a> Tries<'a> {
             },
             Meaning::Credentials(_) if !self.renewed => {
                 self.renewed = true;
-                self.source.store.renew()?;
+                if let Some(refused) = &self.clients {
+                    self.source.store.renew(refused).await?;
+                }
                 return Ok(());
             }
             Meaning::Credentials(status) => {

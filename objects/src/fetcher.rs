@@ -39,7 +39,8 @@ static REQUESTS: Semaphore = Semaphore::const_new(MOST_REQUESTS);
 pub(crate) struct Fetcher {
     pub(crate) source: Source,
     pub(crate) identity: Identity,
-    /// The version that requests are for. It differs from the opened one only after [`Fetcher::is_same_object`].
+    /// The version that requests are for. It differs from the opened one after [`Fetcher::is_same_object`], or by the id
+    /// that an answer gives: the cache may not know it.
     version: Mutex<Identity>,
     cache: Arc<Cache>,
     pub(crate) entry: Entry,
@@ -76,6 +77,9 @@ impl Fetcher {
             let last = (first + 1..end).find(|block| self.entry.has(*block)).unwrap_or(end);
             let version = self.version().clone();
             match self.fetch(flight, first..last).await {
+                Ok(()) if flight.next() == first => {
+                    return Err(self.source.refused("an answer without a whole block"));
+                }
                 Ok(()) => {}
                 Err(ObjectError::Replaced { .. })
                     if copies < MOST_COPIES && self.is_same_object(&version).await? =>
@@ -113,11 +117,14 @@ impl Fetcher {
     /// The answer to a second request. Does not return if there is none, or it fails: then the first one decides.
     async fn second(&self, flight: &Flight) -> Vec<(u64, Bytes)> {
         let blocks = flight.late(|| self.hedges.delay()).await;
-        let Some(_slot) = REQUESTS.try_acquire().ok().filter(|_| self.hedges.take()) else {
+        let Some(slot) = REQUESTS.try_acquire().ok().filter(|_| self.hedges.take()) else {
             return pending().await;
         };
         let mut found = Vec::new();
-        match self.get(blocks, |block, bytes| found.push((block, bytes))).await {
+        let result = self.get(blocks, |block, bytes| found.push((block, bytes))).await;
+        // The first request may take longer.
+        drop(slot);
+        match result {
             Ok(()) => found,
             Err(_) => pending().await,
         }
@@ -139,7 +146,12 @@ impl Fetcher {
             });
         };
         let version = self.version().clone();
-        self.source.range(&version, range, &mut on_bytes).await
+        let found = self.source.range(&version, range, &mut on_bytes).await?;
+        let mut version = self.version();
+        if version.version.is_none() && version.etag == found.etag {
+            version.version = found.version;
+        }
+        Ok(())
     }
 
     /// Whether an object with an id in its key was replaced by itself, as a copy of a bucket does. Its header, which
@@ -241,8 +253,19 @@ async fn slot<'a>(
 
 #[cfg(test)]
 mod tests {
+    use futures_util::stream::BoxStream;
+    use object_store::memory::InMemory;
+    use object_store::path::Path;
+    use object_store::{
+        CopyOptions, Error as StoreError, GetOptions, GetResult, ListResult, MultipartUpload,
+        ObjectMeta, ObjectStore, ObjectStoreExt, PutMultipartOptions, PutOptions, PutPayload,
+        PutResult, Result,
+    };
+
     use super::*;
+    use crate::cache::BLOCK_BYTES;
     use crate::runtime;
+    use crate::store::Store;
 
     #[test]
     fn a_request_waits_for_others_only_as_long_as_the_patience() {
@@ -256,5 +279,101 @@ mod tests {
         );
         drop(first);
         assert!(runtime::wait(slot(&ONE, &retry, &url)).expect("a runtime").is_ok());
+    }
+
+    /// A bucket with an object that keeps its version when it is deleted.
+    #[derive(Debug, Default)]
+    struct Versions {
+        current: InMemory,
+        /// How requests for the current object fail, if it is deleted.
+        deleted: Mutex<Option<fn() -> StoreError>>,
+    }
+
+    impl std::fmt::Display for Versions {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("versions")
+        }
+    }
+
+    #[async_trait::async_trait]
+    impl ObjectStore for Versions {
+        async fn get_opts(&self, path: &Path, mut options: GetOptions) -> Result<GetResult> {
+            let deleted = *self.deleted.lock().unwrap();
+            match (options.version.take(), deleted) {
+                (None, Some(error)) => return Err(error()),
+                (Some(id), _) => assert_eq!(id, "v1"),
+                (None, None) => {}
+            }
+            let mut found = self.current.get_opts(path, options).await?;
+            found.meta.version = Some("v1".into());
+            Ok(found)
+        }
+
+        async fn put_opts(
+            &self,
+            path: &Path,
+            payload: PutPayload,
+            options: PutOptions,
+        ) -> Result<PutResult> {
+            self.current.put_opts(path, payload, options).await
+        }
+
+        async fn put_multipart_opts(
+            &self,
+            path: &Path,
+            options: PutMultipartOptions,
+        ) -> Result<Box<dyn MultipartUpload>> {
+            self.current.put_multipart_opts(path, options).await
+        }
+
+        fn delete_stream(
+            &self,
+            paths: BoxStream<'static, Result<Path>>,
+        ) -> BoxStream<'static, Result<Path>> {
+            self.current.delete_stream(paths)
+        }
+
+        fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
+            self.current.list(prefix)
+        }
+
+        async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
+            self.current.list_with_delimiter(prefix).await
+        }
+
+        async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
+            self.current.copy_opts(from, to, options).await
+        }
+    }
+
+    #[test]
+    fn an_object_that_was_opened_from_the_cache_is_read_on_after_it_was_deleted() {
+        let not_found = || StoreError::NotFound { path: "key".into(), source: "404".into() };
+        let denied = || StoreError::PermissionDenied { path: "key".into(), source: "403".into() };
+        for deleted in [not_found as fn() -> StoreError, denied] {
+            let url: ObjectUrl = "s3://bucket/key".parse().expect("an address");
+            let bucket = Arc::new(Versions::default());
+            let bytes = Bytes::from(vec![7; 3 * BLOCK_BYTES as usize]);
+            let put = bucket.current.put(url.key(), bytes.into());
+            let etag = runtime::wait(put).expect("a runtime").expect("it is put").e_tag;
+            // As the cache describes it: without a version.
+            let (etag, len_bytes) = (etag.expect("an ETag"), 3 * BLOCK_BYTES);
+            let identity = Identity { etag, len_bytes, version: None };
+            let folder = tempfile::tempdir().expect("a folder");
+            let cache = Arc::new(Cache::open(folder.path(), 1 << 30).expect("a cache"));
+            let store = Arc::new(Store::of_client(&url, bucket.clone()));
+            let source = Source::new(&url, store, Retry::default());
+            let fetcher = Fetcher::new(source, identity, cache).expect("a cache");
+            let fetch = |block| {
+                let flight = Flight::new(block..block + 1, false);
+                runtime::wait(fetcher.fly(&flight)).expect("a runtime")?;
+                Ok::<_, ObjectError>(flight.wait(block).expect("it has arrived"))
+            };
+            fetch(0).expect("it is there");
+            *bucket.deleted.lock().unwrap() = Some(deleted);
+            for block in 1..3 {
+                assert!(fetch(block).expect("its version is there").iter().all(|byte| *byte == 7));
+            }
+        }
     }
 }

@@ -9,6 +9,7 @@ use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::http::HttpBuilder;
 use object_store::local::LocalFileSystem;
 use object_store::{BackoffConfig, ClientOptions, ObjectStore, RetryConfig};
+use tokio::sync::Mutex;
 
 use crate::error::ObjectError;
 use crate::oci::Registry;
@@ -24,14 +25,18 @@ pub(crate) struct Store {
     watching: Watching,
     /// Built for the first request: that reads all certificates which this host trusts, in about 5 ms. `None`: not yet.
     clients: RwLock<Option<Clients>>,
+    /// One request reads the credentials again. Others that were refused meanwhile wait for it.
+    renewing: Mutex<()>,
 }
 
 #[derive(Clone)]
-struct Clients {
-    reading: Arc<dyn ObjectStore>,
-    uploading: Arc<dyn ObjectStore>,
+pub(crate) struct Clients {
+    /// It retries no request: `fetch` does, because it knows the bytes that were received.
+    pub(crate) reading: Arc<dyn ObjectStore>,
+    /// It retries requests itself, because only it knows the state of an upload.
+    pub(crate) uploading: Arc<dyn ObjectStore>,
     /// The same, if it is a registry.
-    registry: Option<Arc<Registry>>,
+    pub(crate) registry: Option<Arc<Registry>>,
 }
 
 /// The clients are not shown: not all of them hide their credentials.
@@ -60,26 +65,20 @@ impl Store {
 
     fn with(url: &ObjectUrl, uploads: Option<RetryConfig>) -> Result<Self, ObjectError> {
         check_endpoint(url)?;
-        let (watching, clients) = Default::default();
-        Ok(Self { of: url.clone(), uploads, watching, clients })
+        let (watching, clients, renewing) = Default::default();
+        Ok(Self { of: url.clone(), uploads, watching, clients, renewing })
     }
 
-    /// A client that retries no request: `fetch` does, because it knows the bytes that were received.
-    pub(crate) fn client(&self) -> Result<Arc<dyn ObjectStore>, ObjectError> {
-        Ok(self.clients()?.reading)
+    /// A store with this client.
+    #[cfg(test)]
+    pub(crate) fn of_client(url: &ObjectUrl, client: Arc<dyn ObjectStore>) -> Self {
+        let clients = Clients { reading: client.clone(), uploading: client, registry: None };
+        let store = Self::open(url).expect("its settings are valid");
+        Self { clients: RwLock::new(Some(clients)), ..store }
     }
 
-    /// A client that retries requests itself, because only it knows the state of an upload.
-    pub(crate) fn uploading(&self) -> Result<Arc<dyn ObjectStore>, ObjectError> {
-        Ok(self.clients()?.uploading)
-    }
-
-    /// The registry, if it is one.
-    pub(crate) fn registry(&self) -> Result<Option<Arc<Registry>>, ObjectError> {
-        Ok(self.clients()?.registry)
-    }
-
-    fn clients(&self) -> Result<Clients, ObjectError> {
+    /// The clients for the next request.
+    pub(crate) fn clients(&self) -> Result<Clients, ObjectError> {
         if let Some(clients) = &*self.clients.read().unwrap_or_else(PoisonError::into_inner) {
             return Ok(clients.clone());
         }
@@ -91,11 +90,17 @@ impl Store {
     }
 
     fn connect(&self) -> Result<Clients, ObjectError> {
-        connect(&self.of, self.uploads.as_ref(), &self.watching)
+        // This may run a credential helper. Other requests continue meanwhile.
+        tokio::task::block_in_place(|| connect(&self.of, self.uploads.as_ref(), &self.watching))
     }
 
     /// Reads the credentials again: from the environment, the files that it names, or the instance's metadata service.
-    pub(crate) fn renew(&self) -> Result<(), ObjectError> {
+    /// `refused` are the clients of the request that has failed: if another request has replaced them, nothing is read.
+    pub(crate) async fn renew(&self, refused: &Clients) -> Result<(), ObjectError> {
+        let _renewing = self.renewing.lock().await;
+        if !Arc::ptr_eq(&self.clients()?.reading, &refused.reading) {
+            return Ok(());
+        }
         let clients = self.connect()?;
         *self.clients.write().unwrap_or_else(PoisonError::into_inner) = Some(clients);
         Ok(())
@@ -103,9 +108,10 @@ impl Store {
 
     /// What is said after "access is denied".
     pub(crate) fn when_denied(&self) -> &'static str {
-        match (self.of.scheme(), self.registry()) {
+        let registry = self.clients().ok().and_then(|clients| clients.registry);
+        match (self.of.scheme(), registry) {
             (Scheme::Http | Scheme::Https, _) => "; an HTTP server gets no credentials",
-            (_, Ok(Some(registry))) if !registry.has_credentials() => {
+            (_, Some(registry)) if !registry.has_credentials() => {
                 "; docker's configuration has no credentials for this registry"
             }
             _ => {
@@ -118,8 +124,22 @@ impl Store {
     pub(crate) fn endpoint(url: &ObjectUrl) -> String {
         let names: &[&str] = match url.scheme() {
             Scheme::S3 => &["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"],
-            Scheme::Az => &["AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ENDPOINT"],
-            Scheme::Gs => &["GOOGLE_BASE_URL"],
+            Scheme::Az => &[
+                "AZURE_STORAGE_ACCOUNT_NAME",
+                "AZURE_STORAGE_ENDPOINT",
+                "AZURE_ENDPOINT",
+                "AZURE_USE_FABRIC_ENDPOINT",
+                "AZURE_STORAGE_USE_EMULATOR",
+                "AZURITE_BLOB_STORAGE_URL",
+            ],
+            // A service account's file may have the address of a server.
+            Scheme::Gs => &[
+                "GOOGLE_BASE_URL",
+                "GOOGLE_SERVICE_ACCOUNT",
+                "GOOGLE_SERVICE_ACCOUNT_PATH",
+                "GOOGLE_SERVICE_ACCOUNT_KEY",
+                "SERVICE_ACCOUNT",
+            ],
             Scheme::Http | Scheme::Https | Scheme::File | Scheme::Oci => &[],
         };
         let values = names.iter().map(|name| std::env::var(name).unwrap_or_default());
@@ -258,12 +278,30 @@ fn without_secrets(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::runtime;
 
     #[test]
     fn a_store_shows_no_secret() {
         let url: ObjectUrl = "s3://bucket/guest".parse().unwrap();
         let store = Store::open(&url).unwrap();
         assert_eq!(format!("{store:?}"), r#"Store("s3://bucket/guest")"#);
+    }
+
+    #[test]
+    fn concurrent_refusals_read_the_credentials_again_once() {
+        let store = Store::open(&"http://host/guest".parse().unwrap()).unwrap();
+        let reading = || store.clients().unwrap().reading;
+        let refused = store.clients().unwrap();
+        let both = async { futures_util::join!(store.renew(&refused), store.renew(&refused)) };
+        let renewed = runtime::wait(async {
+            store.renew(&refused).await.unwrap();
+            let renewed = reading();
+            let (first, second) = both.await;
+            first.and(second).unwrap();
+            renewed
+        });
+        let renewed = renewed.unwrap();
+        assert!(!Arc::ptr_eq(&renewed, &refused.reading) && Arc::ptr_eq(&renewed, &reading()));
     }
 
     #[test]

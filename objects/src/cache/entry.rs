@@ -2,7 +2,7 @@
 //!
 //! | offset | |
 //! |---|---|
-//! | 0 | header, 4096 bytes: which object this is |
+//! | 0 | header, 4096 bytes: which object this is, and the id of its version if that is known |
 //! | 4096 | one byte for each block: 0, or any other value if the block is there |
 //! | a multiple of 4096 after that | the blocks, each at its place |
 //!
@@ -25,6 +25,7 @@ use rustix::fs::{FallocateFlags, fallocate};
 
 use super::lock::{self, Kind};
 use crate::fetch::{Identity, MOST_ETAG_BYTES};
+use crate::version::Version;
 
 /// Bytes of a block. The last block of an object may be shorter.
 pub(crate) const BLOCK_BYTES: u64 = 256 << 10;
@@ -34,6 +35,8 @@ const HEADER_BYTES: usize = 4096;
 const STATES_OFFSET: u64 = HEADER_BYTES as u64;
 /// The longest address that the header has room for.
 const MOST_URL_BYTES: usize = 3072;
+/// A longer id of a version is left out.
+const MOST_VERSION_BYTES: usize = 512;
 
 /// These bytes are only locked: a user of the file has a shared lock on the first, its creator has a lock on the
 /// second.
@@ -54,7 +57,7 @@ pub(crate) struct Entry {
 
 impl Entry {
     pub(crate) fn open(path: &Path, url: &str, identity: &Identity) -> io::Result<Self> {
-        let header = encode(url, identity)?;
+        let (header, same_bytes) = encode(url, identity)?;
         let started = Instant::now();
         while started.elapsed() < MAKING {
             let file = OpenOptions::new()
@@ -78,10 +81,15 @@ impl Entry {
             if entry.file.metadata()?.len() == 0 {
                 entry.file.set_len(entry.data_offset() + len_bytes)?;
                 entry.file.write_all_at(&header[..], 0)?;
-            } else if entry.file.read_exact_at(&mut found, 0).is_err() || found != *header {
+            } else if entry.file.read_exact_at(&mut found, 0).is_err()
+                || found[..same_bytes] != header[..same_bytes]
+            {
                 // It has another version, or is damaged. Processes that have it open keep it.
                 fs::remove_file(path)?;
                 continue;
+            } else if identity.version.is_some() && found != *header {
+                // A copy of the object has the same ETag and another version.
+                entry.file.write_all_at(&header[..], 0)?;
             }
             lock::unlock(&entry.file, MAKE);
             // If that fails, the file is only removed earlier.
@@ -251,23 +259,27 @@ pub(crate) fn describe(path: &Path) -> Option<(String, Identity)> {
     let rest = header.strip_prefix(&MAGIC)?;
     let (len_bytes, rest) = rest.split_first_chunk::<8>()?;
     let (url, rest) = text(rest)?;
-    let (etag, _) = text(rest)?;
-    Some((url, Identity { etag, len_bytes: u64::from_le_bytes(*len_bytes), version: None }))
+    let (etag, rest) = text(rest)?;
+    let version = Version::new(text(rest).map(|(id, _)| id));
+    Some((url, Identity { etag, len_bytes: u64::from_le_bytes(*len_bytes), version }))
 }
 
-fn encode(url: &str, identity: &Identity) -> io::Result<Box<[u8; HEADER_BYTES]>> {
+/// The header, and the length of what is the same for all users of the object: all but the id of its version.
+fn encode(url: &str, identity: &Identity) -> io::Result<(Box<[u8; HEADER_BYTES]>, usize)> {
     if url.len() > MOST_URL_BYTES || identity.etag.len() > MOST_ETAG_BYTES {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "the address is too long"));
     }
     let mut parts = MAGIC.to_vec();
     parts.extend(identity.len_bytes.to_le_bytes());
-    for text in [url, &identity.etag] {
+    let version = identity.version.as_ref().map_or("", Version::id);
+    let version = if version.len() <= MOST_VERSION_BYTES { version } else { "" };
+    for text in [url, &identity.etag, version] {
         parts.extend((text.len() as u16).to_le_bytes());
         parts.extend(text.as_bytes());
     }
     let mut header = Box::new([0; HEADER_BYTES]);
     header[..parts.len()].copy_from_slice(&parts);
-    Ok(header)
+    Ok((header, parts.len() - 2 - version.len()))
 }
 
 fn text(bytes: &[u8]) -> Option<(String, &[u8])> {
@@ -301,6 +313,26 @@ mod tests {
         assert_eq!(bytes, [1, 1, 1, 1, 2, 2, 2, 2]);
         other.drop_blocks(2..3).unwrap();
         assert!(!one.has(2) && one.has(1));
+    }
+
+    #[test]
+    fn the_last_version_is_kept_and_another_one_with_the_same_etag_has_the_same_blocks() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.blocks");
+        let open = |version: &str| {
+            let version = Version::new(Some(version.into()));
+            Entry::open(&path, "s3://a/b", &Identity { version, ..identity() }).unwrap()
+        };
+        let version = || describe(&path).unwrap().1.version;
+        open("").store(2, &[2; 5]).unwrap();
+        assert_eq!(version(), None);
+        let long = "v".repeat(MOST_VERSION_BYTES + 1);
+        for (found, expected) in [("v1", "v1"), ("", "v1"), ("v22", "v22"), ("v3", "v3")] {
+            assert!(open(found).has(2));
+            assert_eq!(version(), Version::new(Some(expected.into())));
+        }
+        assert!(open(&long).has(2));
+        assert_eq!(version(), None);
     }
 
     #[test]

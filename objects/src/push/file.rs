@@ -92,7 +92,7 @@ impl<'a> File<'a> {
             return Err(ObjectError::Unsupported { url: to.url.to_string(), what });
         }
         let failed = |(error, seen)| failure(to, &error, seen);
-        let client = to.store.uploading()?;
+        let client = to.store.clients()?.uploading;
         if self.header.file_bytes <= PART_BYTES {
             let bytes = self.part(to, 0, self.header.file_bytes)?;
             self.check_unchanged(&to.url)?;

@@ -27,7 +27,7 @@ pub(super) async fn give_name(
     let mut tries = Tries::new(name);
     loop {
         let options = PutOptions { mode: mode.clone(), ..PutOptions::default() };
-        let client = name.store.client()?;
+        let client = tries.clients()?.reading;
         let put = client.put_opts(name.url.key(), content.clone().into(), options);
         let (result, seen) = watched(put).await;
         let Err(error) = result else { return Ok(()) };

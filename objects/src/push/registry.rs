@@ -145,16 +145,17 @@ fn digest_of_file(
 }
 
 /// The registry to push to. The address is one in a registry.
-fn registry(to: &Source) -> Result<Arc<Registry>, ObjectError> {
+fn registry(to: &Source, tries: &mut Tries<'_>) -> Result<Arc<Registry>, ObjectError> {
     let what = "it is not in a registry";
-    to.store.registry()?.ok_or_else(|| ObjectError::Unsupported { url: to.url.to_string(), what })
+    let registry = tries.clients()?.registry;
+    registry.ok_or_else(|| ObjectError::Unsupported { url: to.url.to_string(), what })
 }
 
 /// Whether the blob is there.
 async fn is_there(to: &Source, digest: &str) -> Result<bool, ObjectError> {
     let mut tries = Tries::new(to);
     loop {
-        let registry = registry(to)?;
+        let registry = registry(to, &mut tries)?;
         let (result, seen) = watched(registry.has_blob(digest)).await;
         match result {
             Ok(there) => return Ok(there),
@@ -179,7 +180,7 @@ async fn upload(
     loop {
         let reading = Arc::new(Reading::default());
         let stream = reading.stream(opened.try_clone().map_err(failed)?, layer.len_bytes);
-        let registry = registry(to)?;
+        let registry = registry(to, &mut tries)?;
         let push = watched(registry.push_blob(&layer.digest, layer.len_bytes, stream));
         let sent = || reading.sent_bytes.load(Ordering::Relaxed);
         let (moved, begun) = (Mutex::new((Instant::now(), 0)), Instant::now());
@@ -249,7 +250,7 @@ async fn push_config(name: &Source) -> Result<(), ObjectError> {
     }
     let mut tries = Tries::new(name);
     loop {
-        let registry = registry(name)?;
+        let registry = registry(name, &mut tries)?;
         let bytes = stream::iter([Ok(Bytes::from_static(EMPTY_CONFIG))]);
         let pushed = registry.push_blob(&digest, EMPTY_CONFIG.len() as u64, bytes);
         match watched(pushed).await {
