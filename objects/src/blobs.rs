@@ -3,12 +3,12 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use futures_util::future::try_join_all;
+use futures_util::stream::{self, StreamExt, TryStreamExt};
 use object_store::GetRange;
 
 use crate::error::ObjectError;
 use crate::fetch::{Identity, Source};
-use crate::look::{END_BYTES, SUFFIX_BYTES};
+use crate::look::{END_BYTES, LAYERS, SUFFIX_BYTES};
 use crate::name::Name;
 use crate::oci::{Layer, Manifest};
 use crate::options::Options;
@@ -25,7 +25,8 @@ pub(crate) async fn all_blobs(
     let manifest = Manifest::parse(&bytes)
         .map_err(|reason| ObjectError::Name { url: source.url.to_string(), reason })?;
     let blobs = manifest.layers.into_iter().map(|layer| blob(source, layer, options));
-    Ok((try_join_all(blobs).await?, source.url.with_digest(&found.etag)?))
+    let objects = stream::iter(blobs).buffered(LAYERS).try_collect().await?;
+    Ok((objects, source.url.with_digest(&found.etag)?))
 }
 
 async fn blob(

@@ -3,14 +3,14 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use futures_util::future::try_join_all;
+use futures_util::stream::{self, StreamExt, TryStreamExt};
 use object_store::GetRange;
 use snapfmt::{ParentHint, Snapshot, Storage};
 
 use crate::blobs::{all_blobs, one_blob};
 use crate::error::ObjectError;
 use crate::fetch::Source;
-use crate::look::{Known, Looked, first_look};
+use crate::look::{Known, LAYERS, Looked, first_look};
 use crate::name::{self, Name, file_name};
 use crate::options::Options;
 use crate::place::{address_in, check_place};
@@ -82,7 +82,7 @@ pub(crate) async fn chain(
         let known = Known { len_bytes: Some(layer.file_bytes), ..known };
         object(first_look(Source { url, ..from.clone() }, known, &options.cache).await?)
     });
-    let rest = try_join_all(rest).await?;
+    let rest: Vec<_> = stream::iter(rest).buffered(LAYERS).try_collect().await?;
     let objects = top.into_iter().chain(rest).collect();
     Ok(Lineage { objects, list: Some(list), manifest: None })
 }
@@ -114,8 +114,18 @@ async fn list_of(
         return Ok(None);
     }
     let url = top.url.beside(&name::list_name(id))?;
-    let source = Source { url, ..top.clone() };
+    // The usual refusal below is no reason to read the credentials again.
+    let source = Source { url, renews: false, ..top.clone() };
+    let is_http = matches!(source.url.scheme(), Scheme::Http | Scheme::Https);
     let (identity, _, bytes) = match source.first(GetRange::Bounded(0..name::MOST_BYTES)).await {
+        // A web server may answer with a page instead of 404.
+        Ok((_, _, bytes)) if is_http && !Name::is_meant(&bytes) => return Ok(None),
+        Err(
+            ObjectError::NoRanges { .. }
+            | ObjectError::NoEtag { .. }
+            | ObjectError::Empty { .. }
+            | ObjectError::Refused { .. },
+        ) if is_http => return Ok(None),
         Ok(found) => found,
         // A snapshot without a parent has none. Without the right to list a bucket, the answer is 403.
         Err(ObjectError::NotFound { .. } | ObjectError::Denied { .. }) => return Ok(None),
@@ -173,7 +183,9 @@ async fn parent(
         let url = child.url().beside(&file_name(hint.id))?;
         let source = Source { url, ..child.source().clone() };
         match first_look(source, known, &options.cache).await {
-            Err(ObjectError::NotFound { .. }) if address.is_some() => {}
+            // Without the right to list a bucket, the answer for an object that is not there is 403.
+            Err(ObjectError::NotFound { .. } | ObjectError::Denied { .. }) if address.is_some() => {
+            }
             looked => return object(looked?).map(|parent| vec![parent]),
         }
     }
@@ -198,7 +210,8 @@ pub(crate) async fn parents_of_file(
     if let Some(name) = name.filter(|name| name.scheme() != Scheme::Oci) {
         let url = name.beside(&format!("objects/{}", file_name(hint.id)))?;
         match chain(source_at(&url, options)?, Trust::Server, options).await {
-            Err(ObjectError::NotFound { .. }) if address.is_some() => {}
+            Err(ObjectError::NotFound { .. } | ObjectError::Denied { .. }) if address.is_some() => {
+            }
             found => return found.map(Some),
         }
     }

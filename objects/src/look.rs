@@ -24,6 +24,9 @@ pub(crate) const SUFFIX_BYTES: u64 = END_BYTES + BLOCK_BYTES;
 /// Enough to distinguish a snapshot from a name, and for a name of 25 layers.
 const PEEK_BYTES: u64 = 4096;
 
+/// The limit of layers that are opened at the same time. Each has up to two requests under way.
+pub(crate) const LAYERS: usize = 32;
+
 /// What is known of an object before any request.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Known {

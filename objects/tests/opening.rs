@@ -120,6 +120,18 @@ fn eight_layers_are_three_round_trips_away_from_a_page() {
 }
 
 #[test]
+fn the_layers_of_a_long_chain_are_not_all_requested_together() {
+    let bench = Bench::start(PAGES, Duration::from_millis(50));
+    push_chain(&bench, 80);
+    let url = bench.fake.url("/bucket/guest").parse().unwrap();
+    let opened = objects::open(&url, &bench.options()).unwrap();
+    assert_eq!(opened.snapshot.headers().len(), 80);
+    // 32 layers, and both ends of the base.
+    let most = bench.fake.most_concurrent();
+    assert!((16..=33).contains(&most), "{most}");
+}
+
+#[test]
 fn a_chain_without_a_list_is_opened_layer_by_layer() {
     let mut bench = Bench::start(PAGES, LATENCY);
     let (object, memory) = push_chain(&bench, 8);

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use objects::{ObjectError, ObjectUrl, Options, UrlPrefix, open, open_over};
 use snapfmt::{Contents, MemoryRegion, Parent, Snapshot, WriteOptions, write_layer};
-use support::fake::Fake;
+use support::fake::{Fake, Fate};
 use support::{Bench, chain};
 
 /// A layer on the snapshot of the bench, with this address for its parent.
@@ -52,6 +52,27 @@ fn a_parent_on_the_same_server_is_read() {
     let address = bench.url().to_string();
     let opened = open_with(&bench, &address, &[]).expect("it opens");
     bench.check_page(&opened, 50);
+}
+
+#[test]
+fn a_parent_is_read_at_its_address_if_its_id_is_refused_in_the_folder_of_the_layer() {
+    let bench = Bench::start(100, Duration::ZERO);
+    let address = bench.url().to_string();
+    bench.fake.decide(|_, received| {
+        let is_by_id = received.path.starts_with("/bucket/layers/")
+            && received.path != "/bucket/layers/top.snap";
+        if is_by_id { Fate::Status(403, "AccessDenied") } else { Fate::Answer }
+    });
+    bench.check_page(&open_with(&bench, &address, &[]).expect("it opens"), 50);
+    // The same of a layer in a file that is pushed beside its parent.
+    let name = bench.fake.url("/bucket/name").parse().expect("an address");
+    bench.fake.decide(|_, received| match received.path.starts_with("/bucket/objects/") {
+        true => Fate::Status(403, "AccessDenied"),
+        false => Fate::Answer,
+    });
+    let file = layer(&bench, &address);
+    let opened = open_over(&file, Some(&name), &with(bench.options(), &[]));
+    bench.check_page(&opened.expect("it opens"), 50);
 }
 
 #[test]
