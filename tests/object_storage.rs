@@ -301,6 +301,12 @@ fn a_guest_is_snapshotted_straight_into_a_bucket_also_while_it_runs_and_as_a_lay
     let from = ["create", &layer, "--from", &base, "--when", "output:beat 5", "--json"];
     let elsewhere = from.map(|arg| if arg == layer { "file:///none/other/layer" } else { arg });
     snap_in(&elsewhere).failed(1, &["a parent is in another bucket", "pull it first"]);
+    // The cache has all that is read to open the base, but its layer could not be restored elsewhere.
+    let objects = folder.path().join("bucket/objects");
+    let hidden = folder.path().join("hidden");
+    std::fs::rename(&objects, &hidden).expect("it is there");
+    snap_in(&from).failed(1, &["there is no such object", "/objects/"]);
+    std::fs::rename(&hidden, &objects).expect("it is there");
     let created = snap_in(&from).ok().json();
     assert!(created["parent_id"].is_string(), "{created}");
     assert!(beats(&layer, "3").contains("beat 8 "));

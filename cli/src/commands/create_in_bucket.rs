@@ -11,7 +11,7 @@ use objects::{ObjectUrl, Retry};
 
 use super::push;
 use crate::bucket::{self, to_error};
-use crate::input::{self, ParentArgs};
+use crate::input::{Input, ParentArgs};
 use crate::leftovers;
 use crate::millis::ms;
 use crate::session::Session;
@@ -74,6 +74,8 @@ pub(super) fn create(
 /// Refuses a base from which a layer could not be pushed.
 fn check_base(base: Option<&Path>, url: &ObjectUrl) -> Result<()> {
     let Some(base) = base else { return Ok(()) };
-    let base = input::open(base, &ParentArgs::default())?;
+    let base = Input { file: base.to_owned(), parents: ParentArgs::default() };
+    // The cache may have objects that were deleted in the bucket.
+    let base = base.open_to_verify()?;
     objects::check_parents(&base, url).map_err(to_error)
 }
