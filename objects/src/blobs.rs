@@ -44,7 +44,7 @@ async fn blob(
     let part = |range: Range<u64>| async {
         let (mut bytes, start) = (Vec::new(), range.start);
         let mut on_bytes = |part| bytes.extend(part);
-        object.source().range(object.identity(), range, &mut on_bytes).await?;
+        object.source().range(&object.identity().expected(), range, &mut on_bytes).await?;
         Ok::<_, ObjectError>((start, bytes))
     };
     let tail = len.saturating_sub(SUFFIX_BYTES)..len;

@@ -15,6 +15,13 @@ use crate::store::{Clients, Store};
 use crate::url::ObjectUrl;
 use crate::version::{Version, Wanted};
 
+impl Identity {
+    /// The version that an answer has given.
+    pub(crate) fn expected(&self) -> Expected {
+        Expected { identity: self.clone(), is_answered: true }
+    }
+}
+
 /// The version of an object that was opened.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Identity {
@@ -32,6 +39,23 @@ pub(crate) struct Source {
     pub(crate) retry: Retry,
     /// Whether the credentials are read again when a request is refused.
     pub(crate) renews: bool,
+}
+
+/// The version of an object that was opened.
+#[derive(Clone, Debug)]
+pub(crate) struct Expected {
+    pub(crate) identity: Identity,
+    /// Whether an answer has given it. Otherwise it is from the cache, and a copy of the object may have another ETag.
+    pub(crate) is_answered: bool,
+}
+
+impl Expected {
+    /// What the next answer must match. A weak ETag never matches an `If-Match`. It is compared only with the ETag of
+    /// each answer.
+    fn strong_etag(&self) -> Option<String> {
+        let is_strong = self.is_answered && !self.identity.etag.starts_with("W/");
+        is_strong.then(|| self.identity.etag.clone())
+    }
 }
 
 /// Called with the bytes of an answer, in order.
@@ -66,30 +90,32 @@ impl Source {
     }
 
     /// The bytes of a range of the object that was opened. Returns its identity, with the id of the version if the answer
-    /// gives it.
+    /// gives it. If the object never changes and no answer has given its ETag yet, another ETag and the same length are
+    /// those of a copy.
     pub(crate) async fn range(
         &self,
-        identity: &Identity,
+        opened: &Expected,
         range: Range<u64>,
         on_bytes: OnBytes<'_>,
     ) -> Result<Identity, ObjectError> {
-        let answered = self.get(Some(identity.clone()), GetRange::Bounded(range), on_bytes);
+        let answered = self.get(Some(opened.clone()), GetRange::Bounded(range), on_bytes);
         answered.await.map(|(identity, _)| identity)
     }
 
     async fn get(
         &self,
-        mut identity: Option<Identity>,
+        mut opened: Option<Expected>,
         mut range: GetRange,
         on_bytes: OnBytes<'_>,
     ) -> Result<(Identity, u64), ObjectError> {
         let mut tries = Tries::new(self);
         let mut first_start = None;
-        let mut wanted = Wanted::new(identity.as_ref().and_then(|opened| opened.version.clone()));
+        let version = opened.as_ref().and_then(|opened| opened.identity.version.clone());
+        let mut wanted = Wanted::new(version);
         loop {
             let options = GetOptions {
                 range: Some(range.clone()),
-                if_match: identity.as_ref().and_then(strong_etag),
+                if_match: opened.as_ref().and_then(Expected::strong_etag),
                 version: wanted.id(),
                 ..GetOptions::default()
             };
@@ -99,17 +125,17 @@ impl Source {
                 Ok(answer) => answer,
                 Err(error) => {
                     if let Some(failure) = wanted.failed(meaning(&error, seen)) {
-                        tries.after(failure, identity.as_ref()).await?;
+                        tries.after(failure, opened.as_ref().map(|one| &one.identity)).await?;
                     }
                     continue;
                 }
             };
-            let found = self.check(&answer, identity.as_ref())?;
-            let opened = identity.get_or_insert_with(|| found.clone());
+            let mut identity = self.check(&answer, opened.as_ref())?;
             // The cache may not know the version of an object that was opened from it.
-            opened.version = opened.version.take().or(found.version);
-            wanted.answered(opened.version.as_ref());
-            let opened = opened.clone();
+            let known = opened.take().and_then(|opened| opened.identity.version);
+            identity.version = known.or(identity.version);
+            wanted.answered(identity.version.as_ref());
+            opened = Some(identity.expected());
             let whole = answer.range.clone();
             let start = *first_start.get_or_insert(whole.start);
             let mut at = whole.start;
@@ -123,13 +149,13 @@ impl Source {
                 on_bytes(bytes);
             }
             if at == whole.end {
-                return Ok((opened, start));
+                return Ok((identity, start));
             }
             let got = at - whole.start;
             let reason =
                 format!("an answer broke off after {got} of {} bytes", whole.end - whole.start);
             range = GetRange::Bounded(at..whole.end);
-            tries.after(Meaning::Passing(reason), identity.as_ref()).await?;
+            tries.after(Meaning::Passing(reason), Some(&identity)).await?;
         }
     }
 
@@ -137,15 +163,16 @@ impl Source {
     fn check(
         &self,
         answer: &GetResult,
-        expected: Option<&Identity>,
+        opened: Option<&Expected>,
     ) -> Result<Identity, ObjectError> {
         let found = self.identity_of(
             answer.meta.e_tag.clone(),
             answer.meta.size,
             answer.meta.version.clone(),
         )?;
-        match expected {
-            Some(expected) if expected.etag != found.etag => Err(ObjectError::Replaced {
+        let binds = opened.is_some_and(|opened| opened.is_answered);
+        match opened.map(|opened| &opened.identity) {
+            Some(expected) if binds && expected.etag != found.etag => Err(ObjectError::Replaced {
                 url: self.url.to_string(),
                 expected: expected.etag.clone(),
                 found: Some(found.etag),
@@ -184,11 +211,6 @@ impl Source {
 
 /// No store's ETag is longer.
 pub(crate) const MOST_ETAG_BYTES: usize = 256;
-
-/// A weak ETag never matches an `If-Match`. It is compared only with the ETag of each answer.
-fn strong_etag(identity: &Identity) -> Option<String> {
-    (!identity.etag.starts_with("W/")).then(|| identity.etag.clone())
-}
 
 /// The tries of one request.
 pub(crate) struct Tries<'a> {

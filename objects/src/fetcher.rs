@@ -16,7 +16,7 @@ use tokio::time::timeout;
 
 use crate::cache::{Cache, Claim, Entry};
 use crate::error::ObjectError;
-use crate::fetch::{Identity, Source};
+use crate::fetch::{Expected, Identity, Source};
 use crate::flight::{Blocks, Flight};
 use crate::hedge::Hedges;
 use crate::name;
@@ -39,9 +39,9 @@ static REQUESTS: Semaphore = Semaphore::const_new(MOST_REQUESTS);
 pub(crate) struct Fetcher {
     pub(crate) source: Source,
     pub(crate) identity: Identity,
-    /// The version that requests are for. It differs from the opened one after [`Fetcher::is_same_object`], or by the id
-    /// that an answer gives: the cache may not know it.
-    version: Mutex<Identity>,
+    /// The version that requests are for. It differs from the opened one after [`Fetcher::is_same_object`], and if the
+    /// first answer gives another one than the cache.
+    version: Mutex<Expected>,
     cache: Arc<Cache>,
     pub(crate) entry: Entry,
     pub(crate) unstored: Unstored,
@@ -53,13 +53,14 @@ pub(crate) struct Fetcher {
 impl Fetcher {
     pub(crate) fn new(
         source: Source,
-        identity: Identity,
+        opened: Expected,
         cache: Arc<Cache>,
     ) -> Result<Self, ObjectError> {
+        let identity = opened.identity.clone();
         let entry = cache.entry(&source.url, &identity)?;
         let (unstored, hedges) = Default::default();
         let fetched_bytes = AtomicU64::new(0);
-        let version = Mutex::new(identity.clone());
+        let version = Mutex::new(opened);
         Ok(Self { source, identity, version, cache, entry, unstored, hedges, fetched_bytes })
     }
 
@@ -82,7 +83,7 @@ impl Fetcher {
                 }
                 Ok(()) => {}
                 Err(ObjectError::Replaced { .. })
-                    if copies < MOST_COPIES && self.is_same_object(&version).await? =>
+                    if copies < MOST_COPIES && self.is_same_object(&version.identity).await? =>
                 {
                     copies += 1;
                 }
@@ -148,8 +149,9 @@ impl Fetcher {
         let version = self.version().clone();
         let found = self.source.range(&version, range, &mut on_bytes).await?;
         let mut version = self.version();
-        if version.version.is_none() && version.etag == found.etag {
-            version.version = found.version;
+        let known = &version.identity;
+        if !version.is_answered || known.version.is_none() && known.etag == found.etag {
+            *version = found.expected();
         }
         Ok(())
     }
@@ -168,11 +170,11 @@ impl Fetcher {
         if !same || bytes != header {
             return Ok(false);
         }
-        *self.version() = found;
+        *self.version() = found.expected();
         Ok(true)
     }
 
-    fn version(&self) -> MutexGuard<'_, Identity> {
+    fn version(&self) -> MutexGuard<'_, Expected> {
         self.version.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -363,7 +365,8 @@ mod tests {
             let cache = Arc::new(Cache::open(folder.path(), 1 << 30).expect("a cache"));
             let store = Arc::new(Store::of_client(&url, bucket.clone()));
             let source = Source::new(&url, store, Retry::default());
-            let fetcher = Fetcher::new(source, identity, cache).expect("a cache");
+            let opened = Expected { identity, is_answered: false };
+            let fetcher = Fetcher::new(source, opened, cache).expect("a cache");
             let fetch = |block| {
                 let flight = Flight::new(block..block + 1, false);
                 runtime::wait(fetcher.fly(&flight)).expect("a runtime")?;

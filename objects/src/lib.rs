@@ -24,6 +24,7 @@ mod answer;
 mod blobs;
 mod cache;
 mod cancel;
+mod ends;
 mod error;
 mod fetch;
 mod fetcher;

@@ -117,7 +117,8 @@ async fn list_of(
     // The usual refusal below is no reason to read the credentials again.
     let source = Source { url, renews: false, ..top.clone() };
     let is_http = matches!(source.url.scheme(), Scheme::Http | Scheme::Https);
-    let (identity, _, bytes) = match source.first(GetRange::Bounded(0..name::MOST_BYTES)).await {
+    let (identity, _, bytes) = match source.first(GetRange::Bounded(0..name::MOST_TEXT_BYTES)).await
+    {
         // A web server may answer with a page instead of 404.
         Ok((_, _, bytes)) if is_http && !Name::is_meant(&bytes) => return Ok(None),
         Err(
@@ -132,7 +133,7 @@ async fn list_of(
         Err(error) => return Err(error),
     };
     let wrong = |reason| ObjectError::Name { url: source.url.to_string(), reason };
-    let list = Name::parse(&bytes, identity.len_bytes).map_err(wrong)?;
+    let (list, _) = Name::parse(&bytes, identity.len_bytes).map_err(wrong)?;
     match list.layers[0].id == id {
         true => Ok(Some((source.url, list))),
         false => Err(wrong("it is of another snapshot".to_owned())),

@@ -7,7 +7,7 @@ use std::time::Instant;
 use futures_util::future::try_join_all;
 use object_store::GetRange;
 
-use crate::cache::{BLOCK_BYTES, Cache};
+use crate::cache::{BLOCK_BYTES, Cache, Turn};
 use crate::error::ObjectError;
 use crate::fetch::{Identity, Source};
 use crate::fetcher::{LOOK_AGAIN, OTHERS};
@@ -50,37 +50,25 @@ pub(crate) async fn first_look(
     known: Known,
     cache: &Arc<Cache>,
 ) -> Result<Looked, ObjectError> {
-    let cached = |identity| RemoteObject::new(source.clone(), identity, Arc::clone(cache));
     if known.trusts_ids
         && name::id_of(&source.url).is_some()
         && let Some(identity) = cache.last_identity(&source.url)
     {
-        let object = cached(identity)?;
+        let object = RemoteObject::cached(source.clone(), identity, Arc::clone(cache))?;
         if object.has_ends() {
             return Ok(Looked::Object(object));
         }
     }
     let mut turn = cache.turn(&source.url);
     if turn.is_none() {
-        let (identity, _, first_bytes) = source.first(GetRange::Bounded(0..PEEK_BYTES)).await?;
-        if !Name::is_meant(&first_bytes) {
-            let object = cached(identity)?;
-            let started = Instant::now();
-            while turn.is_none() && !object.has_ends() && started.elapsed() < OTHERS {
-                tokio::time::sleep(LOOK_AGAIN).await;
-                turn = cache.turn(&source.url);
-            }
-            if object.has_ends() {
-                return Ok(Looked::Object(object));
-            }
-        } else if identity.len_bytes <= PEEK_BYTES {
-            return named(source, &first_bytes, identity.len_bytes);
+        if let Some(looked) = look_after_another(&source, known, cache, &mut turn).await? {
+            return Ok(looked);
         }
     } else if cache.knows(&source.url) {
         // One request without a body, if the object is still the one that is cached.
         match source.identity().await {
             Ok(identity) => {
-                let object = cached(identity)?;
+                let object = RemoteObject::new(source.clone(), identity, Arc::clone(cache))?;
                 if object.has_ends() {
                     return Ok(Looked::Object(object));
                 }
@@ -90,15 +78,48 @@ pub(crate) async fn first_look(
             Err(error) => return Err(error),
         }
     }
-    fetch_ends(source, known.len_bytes, cache).await
+    fetch_ends(source, known, cache).await
+}
+
+/// Waits until another process has stored the ends in the cache. `None`: it has not, and this process has the turn.
+async fn look_after_another(
+    source: &Source,
+    known: Known,
+    cache: &Arc<Cache>,
+    turn: &mut Option<Turn>,
+) -> Result<Option<Looked>, ObjectError> {
+    let (identity, _, first_bytes) = source.first(GetRange::Bounded(0..PEEK_BYTES)).await?;
+    let is_name = Name::is_meant(&first_bytes);
+    if is_name && identity.len_bytes <= PEEK_BYTES {
+        return named(source.clone(), &first_bytes, identity.len_bytes, known, cache).map(Some);
+    }
+    let object = match is_name {
+        true => None,
+        false => Some(RemoteObject::new(source.clone(), identity, Arc::clone(cache))?),
+    };
+    let has_ends = || object.as_ref().is_some_and(RemoteObject::has_ends);
+    let started = Instant::now();
+    while turn.is_none() && !has_ends() && started.elapsed() < OTHERS {
+        tokio::time::sleep(LOOK_AGAIN).await;
+        *turn = cache.turn(&source.url);
+    }
+    Ok(match object {
+        Some(object) => object.has_ends().then_some(Looked::Object(object)),
+        // It may be longer. Of its objects, the other process has stored the ends.
+        None => {
+            let text = Name::parse_text(&first_bytes);
+            text.ok().map(|(name, _)| Looked::Name(source.clone(), name))
+        }
+    })
 }
 
 /// Fetches the ends of an object, and stores them in the cache.
 async fn fetch_ends(
     source: Source,
-    len_bytes: Option<u64>,
+    known: Known,
     cache: &Arc<Cache>,
 ) -> Result<Looked, ObjectError> {
+    let len_bytes = known.len_bytes;
     let mut parts = ends(&source, len_bytes).await?;
     if !are_of_one_version(&parts) {
         // It was replaced between the two.
@@ -115,7 +136,13 @@ async fn fetch_ends(
         return Err(ObjectError::WrongLength { url, expected, found });
     }
     if Name::is_meant(&first.2) {
-        return named(source, &first.2, identity.len_bytes);
+        let mut bytes = first.2.clone();
+        // The two overlap if it is short.
+        let (got, start) = (bytes.len() as u64, last.1);
+        if let Some(rest) = got.checked_sub(start).and_then(|skip| last.2.get(skip as usize..)) {
+            bytes.extend(rest);
+        }
+        return named(source, &bytes, identity.len_bytes, known, cache);
     }
     let object = RemoteObject::new(source, identity, Arc::clone(cache))?;
     tokio::task::block_in_place(|| {
@@ -124,9 +151,20 @@ async fn fetch_ends(
     Ok(Looked::Object(object))
 }
 
-fn named(source: Source, bytes: &[u8], len_bytes: u64) -> Result<Looked, ObjectError> {
-    let name = Name::parse(bytes, len_bytes)
+/// Reads a name. The ends of the object that are in it are stored in the cache, if ids are trusted: the object is then
+/// opened without a request.
+fn named(
+    source: Source,
+    bytes: &[u8],
+    len_bytes: u64,
+    known: Known,
+    cache: &Arc<Cache>,
+) -> Result<Looked, ObjectError> {
+    let (name, ends_bytes) = Name::parse(bytes, len_bytes)
         .map_err(|reason| ObjectError::Name { url: source.url.to_string(), reason })?;
+    if let Some(ends) = name.ends.as_ref().filter(|_| known.trusts_ids) {
+        tokio::task::block_in_place(|| ends.store(ends_bytes, &name.layers[0], &source, cache))?;
+    }
     Ok(Looked::Name(source, name))
 }
 
@@ -159,6 +197,9 @@ async fn ends(source: &Source, len_bytes: Option<u64>) -> Result<Vec<Part>, Obje
     }
     // Azure has no ranges that count from the end.
     let head = head.await?;
+    if head.0.len_bytes <= END_BYTES {
+        return Ok(vec![head]);
+    }
     let start = head.0.len_bytes.saturating_sub(SUFFIX_BYTES);
     let tail = source.first(GetRange::Offset(start)).await?;
     Ok(vec![head, tail])

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::ends::Ends;
+use crate::look::{END_BYTES, SUFFIX_BYTES};
 use crate::url::ObjectUrl;
 
 /// The content of a name. The objects are in the folder `objects` beside it; their keys are the ids of their snapshots.
@@ -11,6 +13,9 @@ pub(crate) struct Name {
     snap_name: u32,
     /// The snapshot, its parent, and so on.
     pub(crate) layers: Vec<LayerName>,
+    /// The bytes of the first object that follow this text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) ends: Option<Ends>,
 }
 
 /// One of the objects.
@@ -24,9 +29,13 @@ pub(crate) struct LayerName {
     pub(crate) file_bytes: u64,
 }
 
+/// The version of a text without ends, and of one with them.
 const VERSION: u32 = 1;
-/// The name of the longest chain is shorter.
-pub(crate) const MOST_BYTES: u64 = 64 << 10;
+const WITH_ENDS: u32 = 2;
+/// The text of the longest chain is shorter.
+pub(crate) const MOST_TEXT_BYTES: u64 = 64 << 10;
+/// The first answers contain all of it.
+const MOST_BYTES: u64 = END_BYTES + SUFFIX_BYTES;
 const MOST_LAYERS: usize = 256;
 
 impl LayerName {
@@ -68,12 +77,19 @@ fn is_id(id: &str) -> bool {
 
 impl Name {
     pub(crate) fn new(layers: Vec<LayerName>) -> Self {
-        Self { snap_name: VERSION, layers }
+        Self { snap_name: VERSION, layers, ends: None }
     }
 
-    pub(crate) fn encode(&self) -> Vec<u8> {
+    /// The content of the object, with the ends of the first object of the list if they are given.
+    pub(crate) fn encode(mut self, ends: Option<(Ends, Vec<u8>)>) -> Vec<u8> {
+        let mut ends_bytes = Vec::new();
+        if let Some((ends, bytes)) = ends {
+            (self.snap_name, self.ends, ends_bytes) = (WITH_ENDS, Some(ends), bytes);
+        }
         // Numbers and strings always have a JSON form.
-        serde_json::to_vec_pretty(self).unwrap_or_default()
+        let mut text = serde_json::to_vec_pretty(&self).unwrap_or_default();
+        text.extend(ends_bytes);
+        text
     }
 
     /// Whether an object with these first bytes is a name.
@@ -81,21 +97,45 @@ impl Name {
         first_bytes.first() == Some(&b'{')
     }
 
-    /// Reads a name. Its content comes from the bucket and is not trusted: an id must have the form of one.
-    pub(crate) fn parse(bytes: &[u8], len_bytes: u64) -> Result<Self, String> {
+    /// Reads a name, and the bytes that follow its text. Its content comes from the bucket and is not trusted: an id must
+    /// have the form of one.
+    pub(crate) fn parse(bytes: &[u8], len_bytes: u64) -> Result<(Self, &[u8]), String> {
         if len_bytes > MOST_BYTES || bytes.len() as u64 != len_bytes {
             return Err(format!("{len_bytes} bytes are too many for a name"));
         }
-        let name: Self = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
-        if name.snap_name != VERSION {
-            return Err(format!("version {} expected, found {}", VERSION, name.snap_name));
+        let (name, text_bytes) = Self::parse_text(bytes)?;
+        let rest = &bytes[text_bytes..];
+        match &name.ends {
+            Some(ends) => ends.check(name.layers[0].file_bytes, rest)?,
+            None if rest.iter().all(u8::is_ascii_whitespace) => {}
+            None => return Err(format!("{} bytes follow it", rest.len())),
+        }
+        Ok((name, rest))
+    }
+
+    /// Reads the text at the front of a name. Returns also its length.
+    pub(crate) fn parse_text(bytes: &[u8]) -> Result<(Self, usize), String> {
+        let text = &bytes[..bytes.len().min(MOST_TEXT_BYTES as usize)];
+        let mut texts = serde_json::Deserializer::from_slice(text).into_iter::<Self>();
+        let name = texts.next().ok_or("it is empty")?.map_err(|error| error.to_string())?;
+        let version = if name.ends.is_some() { WITH_ENDS } else { VERSION };
+        if name.snap_name != version {
+            return Err(format!("version {version} expected, found {}", name.snap_name));
         }
         if !(1..=MOST_LAYERS).contains(&name.layers.len()) {
             return Err(format!("1 to {MOST_LAYERS} layers expected, found {}", name.layers.len()));
         }
         match name.layers.iter().find(|layer| !is_id(&layer.id)) {
             Some(layer) => Err(format!("{:?} is no id", layer.id)),
-            None => Ok(name),
+            None => Ok((name, texts.byte_offset())),
+        }
+    }
+
+    /// Whether two names are of the same snapshot.
+    pub(crate) fn are_same(one: &[u8], other: &[u8]) -> bool {
+        match (Self::parse_text(one), Self::parse_text(other)) {
+            (Ok((one, _)), Ok((other, _))) => one.layers == other.layers,
+            _ => false,
         }
     }
 }
@@ -111,20 +151,20 @@ mod tests {
     #[test]
     fn a_name_is_read_as_it_was_written() {
         let name = Name::new(vec![layer("0190b3a2-5c1e-7d5f-8a60-123456789abc")]);
-        let bytes = name.encode();
+        let bytes = name.clone().encode(None);
         assert!(Name::is_meant(&bytes));
-        assert_eq!(Name::parse(&bytes, bytes.len() as u64).unwrap(), name);
+        assert_eq!(Name::parse(&bytes, bytes.len() as u64).unwrap(), (name.clone(), &[][..]));
         assert_eq!(name.layers[0].key(), "objects/0190b3a2-5c1e-7d5f-8a60-123456789abc.snap");
     }
 
     #[test]
     fn ids_that_lead_elsewhere_are_refused() {
         for id in ["../../other/secret", "0190b3a2-5c1e-7d5f-8a60-123456789ab/", ""] {
-            let bytes = Name::new(vec![layer(id)]).encode();
+            let bytes = Name::new(vec![layer(id)]).encode(None);
             let error = Name::parse(&bytes, bytes.len() as u64).unwrap_err();
             assert!(error.contains("is no id"), "{error}");
         }
-        let none = Name::new(Vec::new()).encode();
+        let none = Name::new(Vec::new()).encode(None);
         assert!(Name::parse(&none, none.len() as u64).is_err());
         assert!(Name::parse(b"{", 1).is_err());
         assert!(Name::parse(b"{}", 1 << 30).is_err());

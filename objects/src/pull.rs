@@ -168,7 +168,7 @@ async fn download(
     let parts = (0..len).step_by(PART_BYTES as usize).map(|start| async move {
         let range = start..(start + PART_BYTES).min(len);
         let mut bytes = Vec::with_capacity((range.end - range.start) as usize);
-        source.range(identity, range, &mut |part| bytes.extend(part)).await?;
+        source.range(&identity.expected(), range, &mut |part| bytes.extend(part)).await?;
         Ok::<_, ObjectError>((start, bytes))
     });
     let mut parts = stream::iter(parts).buffered(PARTS);

@@ -14,7 +14,7 @@ use snapfmt::{Permanent, ReadAt, WhenHere};
 use crate::ahead::Ahead;
 use crate::cache::{BLOCK_BYTES, Cache};
 use crate::error::ObjectError;
-use crate::fetch::{Identity, Source};
+use crate::fetch::{Expected, Identity, Source};
 use crate::fetcher::Fetcher;
 use crate::flight::Flight;
 use crate::runtime;
@@ -88,7 +88,20 @@ impl RemoteObject {
         identity: Identity,
         cache: Arc<Cache>,
     ) -> Result<Self, ObjectError> {
-        let fetcher = Fetcher::new(source, identity, cache)?;
+        Self::of(source, identity.expected(), cache)
+    }
+
+    /// An object that never changes, as the cache has it. No answer has given its version yet.
+    pub(crate) fn cached(
+        source: Source,
+        identity: Identity,
+        cache: Arc<Cache>,
+    ) -> Result<Self, ObjectError> {
+        Self::of(source, Expected { identity, is_answered: false }, cache)
+    }
+
+    fn of(source: Source, opened: Expected, cache: Arc<Cache>) -> Result<Self, ObjectError> {
+        let fetcher = Fetcher::new(source, opened, cache)?;
         let (table, ahead) = Default::default();
         Ok(Self(Arc::new(Inner { fetcher, table, ahead })))
     }

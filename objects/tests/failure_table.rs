@@ -14,8 +14,8 @@ use support::{Bench, chain, push_chain};
 const PAGES: usize = 4096;
 /// A page in the middle of the base, which opening does not fetch.
 const FAR: u32 = PAGES as u32 / 2;
-/// Two for the name; one for each of two layers, two for the base; the page.
-const REQUESTS: usize = 7;
+/// Two for the name, which has the ends of the top layer; one for the other layer, two for the base; the page.
+const REQUESTS: usize = 6;
 
 /// A chain of three layers with a name, and how to open it with an empty cache.
 struct Setup {

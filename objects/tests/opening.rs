@@ -89,8 +89,8 @@ fn eight_layers_are_three_round_trips_away_from_a_page() {
     let mut bench = Bench::start(PAGES, LATENCY);
     let (object, memory) = push_chain(&bench, 8);
     bench.memory = memory;
-    // Both the name and the list beside the object give all layers: one is in two answers, the other in one. The base
-    // takes two requests, each other layer one, and the page one more.
+    // Both the name and the list beside the object give all layers: one is in two answers, the other in one. The name
+    // also has the ends of the top one. The base takes two requests, each other layer one, and the page one more.
     for (path, listing) in [("/bucket/guest", 2), (&object, 1)] {
         bench.fake.take_received();
         let url = bench.fake.url(path).parse().unwrap();
@@ -99,7 +99,7 @@ fn eight_layers_are_three_round_trips_away_from_a_page() {
         assert_eq!(opened.snapshot.headers().len(), 8);
         bench.check_page(&opened.snapshot, PAGES as u32 / 2);
         let received = bench.fake.take_received();
-        let of_top = if path == object { 2 } else { 1 };
+        let of_top = if path == object { 2 } else { 0 };
         let count = listing + of_top + 6 + 2 + 1;
         assert_eq!((received.len(), depth(&received)), (count, 3), "{received:?}");
         for layer in 1..8 {
@@ -116,6 +116,117 @@ fn eight_layers_are_three_round_trips_away_from_a_page() {
                 assert!(times.values().all(|times| *times == 1), "{path}: {times:?}");
             }
         }
+    }
+}
+
+#[test]
+fn a_page_is_two_round_trips_away_from_a_name() {
+    let mut bench = Bench::start(PAGES, LATENCY);
+    let (object, memory) = push_chain(&bench, 1);
+    bench.memory = memory;
+    let url = bench.fake.url("/bucket/guest").parse().unwrap();
+    let opened = objects::open(&url, &bench.options()).unwrap();
+    // The server is asked for the object only when a page is read. Its ETag is another one than when it was pushed.
+    assert!(bench.fake.take_received().iter().all(|one| one.path == "/bucket/guest"));
+    bench.check_page(&opened.snapshot, PAGES as u32 / 2);
+    let first = bench.fake.take_received();
+    assert_eq!((first.len(), &first[0].path), (1, &object));
+    assert_eq!(first[0].if_match, None);
+    bench.check_page(&opened.snapshot, PAGES as u32 / 3);
+    assert!(bench.fake.take_received()[0].if_match.is_some());
+    // What was stored with the name is also found by the address.
+    objects::open(&bench.fake.url(&object).parse().unwrap(), &bench.options()).unwrap();
+    assert!(bench.fake.take_received().is_empty());
+    // Those that ask the server do not take the name's word for it.
+    let asking = bench.options_in("asking").asks_server(true);
+    let opened = objects::open(&url, &asking).unwrap();
+    bench.check_page(&opened.snapshot, PAGES as u32 / 2);
+    let received = bench.fake.take_received();
+    assert_eq!(depth(&received), 3, "{received:?}");
+}
+
+#[test]
+fn another_snapshot_in_place_of_the_one_in_a_name_gives_no_page() {
+    let bench = Bench::start(PAGES, Duration::ZERO);
+    let (object, _) = push_chain(&bench, 1);
+    let url = bench.fake.url("/bucket/guest").parse().unwrap();
+    let other = support::write(bench.folder.path(), "other", &support::memory(PAGES, 5));
+    bench.fake.put(&object, std::fs::read(other).unwrap());
+    let opened = objects::open(&url, &bench.options_in("same length")).unwrap();
+    let error = support::chain(&bench.fail_page(&opened.snapshot, PAGES as u32 / 2));
+    assert!(error.contains("checksum"), "{error}");
+    bench.fake.put(&object, vec![1; 5 << 20]);
+    let opened = objects::open(&url, &bench.options_in("another length")).unwrap();
+    let error = support::chain(&bench.fail_page(&opened.snapshot, PAGES as u32 / 2));
+    assert!(error.contains("length") || error.contains("bytes long"), "{error}");
+    bench.fake.remove(&object);
+    let opened = objects::open(&url, &bench.options_in("deleted")).unwrap();
+    let error = support::chain(&bench.fail_page(&opened.snapshot, PAGES as u32 / 2));
+    assert!(error.contains("there is no such object"), "{error}");
+}
+
+#[test]
+fn a_name_that_is_given_to_another_snapshot_is_of_one_of_the_two() {
+    let mut bench = Bench::start(PAGES, Duration::ZERO);
+    let (_, memory) = push_chain(&bench, 1);
+    let old = bench.fake.bytes("/bucket/guest");
+    let (_, newer) = push_chain(&bench, 2);
+    let new = bench.fake.bytes("/bucket/guest");
+    bench.fake.put("/bucket/guest", old);
+    let url = bench.fake.url("/bucket/guest").parse().unwrap();
+    // Opened before it is given to another one: all pages are those of the first.
+    let opened = objects::open(&url, &bench.options_in("before")).unwrap();
+    bench.fake.put("/bucket/guest", new.clone());
+    bench.memory = memory;
+    bench.check_page(&opened.snapshot, 100);
+    bench.check_page(&opened.snapshot, PAGES as u32 / 2);
+    // Between the answers to its two requests.
+    let old = bench.fake.bytes("/bucket/guest");
+    let (fake, given) = (bench.fake.clone(), std::sync::atomic::AtomicBool::new(false));
+    bench.fake.put("/bucket/guest", old);
+    bench.fake.decide(move |number, received| {
+        let is_second = received.path == "/bucket/guest" && number == 1;
+        if is_second && !given.swap(true, std::sync::atomic::Ordering::SeqCst) {
+            fake.put("/bucket/guest", new.clone());
+        }
+        Fate::Answer
+    });
+    let opened = objects::open(&url, &bench.options_in("between")).unwrap();
+    bench.memory = newer;
+    bench.check_page(&opened.snapshot, 100);
+    bench.check_page(&opened.snapshot, PAGES as u32 / 2);
+}
+
+#[test]
+fn a_name_without_ends_or_with_wrong_ones_is_opened_with_those_of_the_object() {
+    let mut bench = Bench::start(PAGES, Duration::ZERO);
+    let (_, memory) = push_chain(&bench, 1);
+    bench.memory = memory;
+    let name = bench.fake.bytes("/bucket/guest");
+    let text_bytes =
+        name.windows(3).position(|three| three == b"\n}\x89").expect("its text ends") + 2;
+    let text = String::from_utf8(name[..text_bytes].to_vec()).expect("UTF-8");
+    let ends = text.find(",\n  \"ends\"").expect("it has ends");
+    let old = format!("{}\n}}", &text[..ends]).replace("\"snap_name\": 2", "\"snap_name\": 1");
+    let mut damaged = name.clone();
+    let last = damaged.len() - 100;
+    damaged[last] ^= 1;
+    damaged[text_bytes + 50] ^= 1;
+    for (what, content) in [("old", old.clone().into_bytes()), ("damaged", damaged)] {
+        bench.fake.put("/bucket/guest", content);
+        let url = bench.fake.url("/bucket/guest").parse().unwrap();
+        let opened = objects::open(&url, &bench.options_in(what));
+        let opened = opened.unwrap_or_else(|error| panic!("{what}: {}", support::chain(&error)));
+        bench.check_page(&opened.snapshot, PAGES as u32 / 2);
+    }
+    let mut longer = name.clone();
+    longer.push(0);
+    let shorter = name[..name.len() - 1].to_vec();
+    for (what, content) in [("longer", longer), ("shorter", shorter)] {
+        bench.fake.put("/bucket/guest", content);
+        let url = bench.fake.url("/bucket/guest").parse().unwrap();
+        let error = objects::open(&url, &bench.options_in(what)).err().expect(what);
+        assert!(matches!(error, ObjectError::Name { .. }), "{}", support::chain(&error));
     }
 }
 

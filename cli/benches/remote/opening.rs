@@ -1,5 +1,5 @@
-//! Requests and time until the guest's first instruction. A name always takes one more round trip: it may be given to
-//! another snapshot at any time, so it is not answered from the cache. The bounds are the same as without one.
+//! Requests and time until the guest's first instruction. A name is never answered from the cache, because it may be
+//! given to another snapshot at any time. It has the ends of its object, so it takes no further round trip.
 
 use std::path::Path;
 

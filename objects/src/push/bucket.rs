@@ -1,12 +1,14 @@
 //! Pushes a snapshot to a bucket: an object for each file, and an object that is its name.
 
 use bytes::Bytes;
+use snapfmt::layout::HEADER_BYTES;
 use snapfmt::{Header, OnProgress, Progress, Snapshot};
 
-use super::file::File;
+use super::file::{File, unreadable};
 use super::name::{give_name, holds};
 use super::outcome::{Pushed, PushedLayer};
 use crate::cancel::unless_cancelled;
+use crate::ends::Ends;
 use crate::error::ObjectError;
 use crate::fetch::Source;
 use crate::name::{LayerName, Name};
@@ -23,7 +25,7 @@ pub(super) async fn push_all(
         file_bytes: header.file_bytes,
     };
     let named = Name::new(snapshot.headers().map(layer_name).collect());
-    let content = Bytes::from(named.encode());
+    let content = Bytes::from(named.clone().encode(None));
     let total_bytes = snapshot.headers().map(|header| header.file_bytes).sum();
     let mut done_bytes = 0;
     let begun = || progress(Progress::new(0, total_bytes));
@@ -31,22 +33,23 @@ pub(super) async fn push_all(
     if !replace && unless_cancelled(&begun, holds(name, &content)).await?? == Some(false) {
         return Err(ObjectError::NameTaken { url: name.url.to_string() });
     }
-    let mut layers = Vec::new();
+    let (mut layers, mut etag) = (Vec::new(), None);
     let files: Vec<_> = snapshot.headers().zip(snapshot.storages()).zip(&named.layers).collect();
     for (at, ((header, storage), layer)) in files.into_iter().enumerate().rev() {
         let to = Source { url: name.url.beside(&layer.key())?, ..name.clone() };
         let file = File::of(header, storage, &to.url)?;
         let before = done_bytes;
         let progress_of = |bytes| progress(Progress::new(before + bytes, total_bytes));
-        let was_there = unless_cancelled(&|| progress_of(0), file.is_at(&to)).await??;
+        etag = unless_cancelled(&|| progress_of(0), file.is_at(&to)).await??;
+        let was_there = etag.is_some();
         if !was_there {
             // Before the object, so that each object that is complete has its list.
             if at + 1 < named.layers.len() {
-                let list = Bytes::from(Name::new(named.layers[at..].to_vec()).encode());
+                let list = Bytes::from(Name::new(named.layers[at..].to_vec()).encode(None));
                 let to = Source { url: name.url.beside(&layer.list_key())?, ..name.clone() };
                 unless_cancelled(&|| progress_of(0), give_name(&to, list, true)).await??;
             }
-            file.upload(&to, &progress_of).await?;
+            etag = file.upload(&to, &progress_of).await?;
         }
         done_bytes += header.file_bytes;
         if progress(Progress::new(done_bytes, total_bytes)).is_break() {
@@ -56,6 +59,10 @@ pub(super) async fn push_all(
     }
     layers.reverse();
     let all = || progress(Progress::new(total_bytes, total_bytes));
+    // The last object is that of the snapshot.
+    let ends = etag.map(|etag| Ends::read(snapshot, etag)).transpose();
+    let ends = ends.map_err(|error| unreadable(&name.url, 0, HEADER_BYTES, error))?;
+    let content = Bytes::from(named.encode(ends));
     unless_cancelled(&all, give_name(name, content, replace)).await??;
     Ok(Pushed { layers })
 }

@@ -64,28 +64,29 @@ impl<'a> File<'a> {
         }
     }
 
-    /// Whether the object is there. The header covers the index, and with the id the chunks.
-    pub(super) async fn is_at(&self, to: &Source) -> Result<bool, ObjectError> {
+    /// The ETag of the object, if it is there. The header covers the index, and with the id the chunks.
+    pub(super) async fn is_at(&self, to: &Source) -> Result<Option<String>, ObjectError> {
         match to.first(GetRange::Bounded(0..HEADER_BYTES as u64)).await {
             Ok((identity, _, found)) => {
                 let same =
                     found == self.first_bytes[..] && identity.len_bytes == self.header.file_bytes;
                 match same {
-                    true => Ok(true),
+                    true => Ok(Some(identity.etag)),
                     false => Err(ObjectError::Differs { url: to.url.to_string() }),
                 }
             }
-            Err(ObjectError::NotFound { .. }) => Ok(false),
+            Err(ObjectError::NotFound { .. }) => Ok(None),
             Err(ObjectError::Empty { .. }) => Err(ObjectError::Differs { url: to.url.to_string() }),
             Err(error) => Err(error),
         }
     }
 
+    /// Returns the ETag of the object, if the answer gives it.
     pub(super) async fn upload(
         &self,
         to: &Source,
         progress: OnBytes<'_>,
-    ) -> Result<(), ObjectError> {
+    ) -> Result<Option<String>, ObjectError> {
         if self.storage.file().is_none() {
             let what =
                 "a snapshot in a bucket is not pushed to another bucket or folder: pull it first";
@@ -98,7 +99,7 @@ impl<'a> File<'a> {
             self.check_unchanged(&to.url)?;
             let put = watched(client.put(to.url.key(), bytes.into()));
             let (put, seen) = unless_cancelled(&|| progress(0), put).await?;
-            return put.map(drop).map_err(|error| failed((error, seen)));
+            return put.map(|put| put.e_tag).map_err(|error| failed((error, seen)));
         }
         let started = watched(client.put_multipart(to.url.key()));
         let (upload, seen) = unless_cancelled(&|| progress(0), started).await?;
@@ -112,7 +113,7 @@ impl<'a> File<'a> {
         }
         let all = || progress(self.header.file_bytes);
         let (complete, seen) = unless_cancelled(&all, watched(upload.complete())).await?;
-        complete.map(drop).map_err(|error| failed((error, seen)))
+        complete.map(|put| put.e_tag).map_err(|error| failed((error, seen)))
     }
 
     async fn upload_parts(

@@ -6,11 +6,13 @@ use object_store::{GetRange, PutMode, PutOptions};
 use crate::answer::{Meaning, meaning, watched};
 use crate::error::ObjectError;
 use crate::fetch::{Source, Tries};
+use crate::name::{MOST_TEXT_BYTES, Name};
 
-/// Whether the object there has this content; `None` if there is none.
+/// Whether the object there has this content, or is a name of the same snapshot; `None` if there is none.
 pub(super) async fn holds(source: &Source, content: &Bytes) -> Result<Option<bool>, ObjectError> {
-    match source.first(GetRange::Bounded(0..content.len() as u64 + 1)).await {
-        Ok((_, _, found)) => Ok(Some(found == content[..])),
+    let most_bytes = MOST_TEXT_BYTES.max(content.len() as u64 + 1);
+    match source.first(GetRange::Bounded(0..most_bytes)).await {
+        Ok((_, _, found)) => Ok(Some(found == content[..] || Name::are_same(&found, content))),
         Err(ObjectError::NotFound { .. }) => Ok(None),
         Err(ObjectError::Empty { .. }) => Ok(Some(false)),
         Err(error) => Err(error),

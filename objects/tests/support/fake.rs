@@ -141,6 +141,10 @@ impl Fake {
         self.state().objects.keys().cloned().collect()
     }
 
+    pub(crate) fn bytes(&self, path: &str) -> Vec<u8> {
+        self.state().objects[path].bytes.to_vec()
+    }
+
     pub(crate) fn len_bytes(&self, path: &str) -> u64 {
         self.state().objects[path].bytes.len() as u64
     }

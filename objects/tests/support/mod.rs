@@ -78,7 +78,7 @@ pub(crate) fn push_chain(bench: &Bench, layers: u8) -> (String, Vec<u8>) {
     let name = format!("file://{}/guest", bucket.display()).parse().expect("it can be done");
     let top = Snapshot::open(files.last().expect("the base")).expect("it can be done");
     let proceed = |_| ControlFlow::Continue(());
-    objects::push(&top, &name, false, impatient(), &proceed).expect("it can be done");
+    objects::push(&top, &name, true, impatient(), &proceed).expect("it can be done");
     for entry in std::fs::read_dir(bucket.join("objects")).expect("it can be done").flatten() {
         let path =
             format!("/bucket/objects/{}", entry.file_name().to_str().expect("it can be done"));
