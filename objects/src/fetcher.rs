@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::future::{Either, pending, select};
+use futures_util::try_join;
 use object_store::GetRange;
 use snapfmt::layout::HEADER_BYTES;
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{OnceCell, Semaphore, SemaphorePermit};
 use tokio::time::timeout;
 
 use crate::cache::{Cache, Claim, Entry};
@@ -42,6 +43,8 @@ pub(crate) struct Fetcher {
     /// The version that requests are for. It differs from the opened one after [`Fetcher::is_same_object`], and if the
     /// first answer gives another one than the cache.
     version: Mutex<Expected>,
+    /// The version that the first answers have given, if the object was opened without a request.
+    confirmed: OnceCell<Identity>,
     cache: Arc<Cache>,
     pub(crate) entry: Entry,
     pub(crate) unstored: Unstored,
@@ -58,10 +61,20 @@ impl Fetcher {
     ) -> Result<Self, ObjectError> {
         let identity = opened.identity.clone();
         let entry = cache.entry(&source.url, &identity)?;
-        let (unstored, hedges) = Default::default();
+        let (unstored, hedges, confirmed) = Default::default();
         let fetched_bytes = AtomicU64::new(0);
         let version = Mutex::new(opened);
-        Ok(Self { source, identity, version, cache, entry, unstored, hedges, fetched_bytes })
+        Ok(Self {
+            source,
+            identity,
+            version,
+            confirmed,
+            cache,
+            entry,
+            unstored,
+            hedges,
+            fetched_bytes,
+        })
     }
 
     /// Fetches all blocks of a request, or reads them from the cache if another process fetches them.
@@ -147,13 +160,45 @@ impl Fetcher {
             });
         };
         let version = self.version().clone();
+        if !version.is_answered {
+            let mut parts = Vec::new();
+            let mut keep = |bytes| parts.push(bytes);
+            let data = self.source.range(&version, range, &mut keep);
+            // A request of its own, at the same time, so that a copy of the object takes no further round trip.
+            let (found, confirmed) =
+                try_join!(data, self.confirmed.get_or_try_init(|| self.confirm(&version)))?;
+            if found.etag != confirmed.etag {
+                return Err(self.replaced(found));
+            }
+            parts.into_iter().for_each(on_bytes);
+            return Ok(());
+        }
         let found = self.source.range(&version, range, &mut on_bytes).await?;
         let mut version = self.version();
         let known = &version.identity;
-        if !version.is_answered || known.version.is_none() && known.etag == found.etag {
+        if known.version.is_none() && known.etag == found.etag {
             *version = found.expected();
         }
         Ok(())
+    }
+
+    /// The version of an object that was opened without a request, from the first answers. It has the header that the
+    /// cache has, or the same ETag: a copy of it has another one.
+    async fn confirm(&self, opened: &Expected) -> Result<Identity, ObjectError> {
+        let len = self.identity.len_bytes.min(HEADER_BYTES as u64);
+        let mut bytes = Vec::new();
+        let found = self.source.range(opened, 0..len, &mut |part| bytes.extend(part)).await?;
+        let is_same = self.cached(0).is_some_and(|block| block.starts_with(&bytes));
+        if !is_same && found.etag != opened.identity.etag {
+            return Err(self.replaced(found));
+        }
+        *self.version() = found.expected();
+        Ok(found)
+    }
+
+    fn replaced(&self, found: Identity) -> ObjectError {
+        let (url, expected) = (self.source.url.to_string(), self.identity.etag.clone());
+        ObjectError::Replaced { url, expected, found: Some(found.etag) }
     }
 
     /// Whether an object with an id in its key was replaced by itself, as a copy of a bucket does. Its header, which
