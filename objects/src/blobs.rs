@@ -6,9 +6,10 @@ use std::sync::Arc;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use object_store::GetRange;
 
+use crate::ends::{END_BYTES, SUFFIX_BYTES};
 use crate::error::ObjectError;
 use crate::fetch::{Identity, Source};
-use crate::look::{END_BYTES, LAYERS, SUFFIX_BYTES};
+use crate::look::LAYERS;
 use crate::name::Name;
 use crate::oci::{Layer, Manifest};
 use crate::options::Options;

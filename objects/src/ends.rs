@@ -1,22 +1,23 @@
 //! The ends of an object in its name, so that the snapshot is opened with what the answer to the name contains.
 
-use std::sync::Arc;
-
 use serde::{Deserialize, Serialize};
 use snapfmt::{ReadAt, SectionKind, Snapshot};
 
-use crate::cache::{BLOCK_BYTES, Cache};
-use crate::error::ObjectError;
-use crate::fetch::{Identity, MOST_ETAG_BYTES, Source};
-use crate::look::END_BYTES;
-use crate::name::LayerName;
-use crate::remote::RemoteObject;
+use crate::cache::BLOCK_BYTES;
+use crate::fetch::MOST_ETAG_BYTES;
+
+/// The bytes at each end of an object that the first answers contain. The front has the header and the chunks that
+/// `snap optimize` puts there. The end has the index of up to 400 MiB of memory in use, and all that is read to open
+/// it.
+pub(crate) const END_BYTES: u64 = 1 << 20;
+/// Blocks of which only a part comes are left out.
+pub(crate) const SUFFIX_BYTES: u64 = END_BYTES + BLOCK_BYTES;
 
 /// What of the object follows the text of its name: bytes from its front, and then bytes up to its end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Ends {
     /// The ETag that the object had when the name was written. The cache is found by it.
-    etag: String,
+    pub(crate) etag: String,
     front_bytes: u64,
     tail_bytes: u64,
 }
@@ -50,25 +51,9 @@ impl Ends {
         }
     }
 
-    /// Stores them in the cache, where opening the object finds them. What the cache has stays.
-    pub(crate) fn store(
-        &self,
-        bytes: &[u8],
-        of: &LayerName,
-        name: &Source,
-        cache: &Arc<Cache>,
-    ) -> Result<(), ObjectError> {
-        let url = name.url.beside(&of.key())?;
-        let (etag, len_bytes) = (self.etag.clone(), of.file_bytes);
-        let known = cache.last_identity(&url).filter(|known| known.len_bytes == len_bytes);
-        let identity = known.unwrap_or(Identity { etag, len_bytes, version: None });
-        let source = Source { url, ..name.clone() };
-        let object = RemoteObject::cached(source, identity, Arc::clone(cache))?;
-        if !object.has_ends() {
-            let (front, tail) = bytes.split_at(self.front_bytes as usize);
-            object.fill(0, front);
-            object.fill(len_bytes - self.tail_bytes, tail);
-        }
-        Ok(())
+    /// Where they are in an object of this length, and their bytes.
+    pub(crate) fn parts<'a>(&self, file_bytes: u64, bytes: &'a [u8]) -> [(u64, &'a [u8]); 2] {
+        let (front, tail) = bytes.split_at(self.front_bytes as usize);
+        [(0, front), (file_bytes - self.tail_bytes, tail)]
     }
 }

@@ -8,6 +8,7 @@ use futures_util::future::try_join_all;
 use object_store::GetRange;
 
 use crate::cache::{BLOCK_BYTES, Cache, Turn};
+use crate::ends::{END_BYTES, Ends, SUFFIX_BYTES};
 use crate::error::ObjectError;
 use crate::fetch::{Identity, Source};
 use crate::fetcher::{LOOK_AGAIN, OTHERS};
@@ -15,12 +16,6 @@ use crate::name::{self, Name};
 use crate::remote::RemoteObject;
 use crate::url::Scheme;
 
-/// The bytes at each end of an object that the first answers contain. The front has the header and the chunks that
-/// `snap optimize` puts there. The end has the index of up to 400 MiB of memory in use, and all that is read to open
-/// it.
-pub(crate) const END_BYTES: u64 = 1 << 20;
-/// Blocks of which only a part comes are left out.
-pub(crate) const SUFFIX_BYTES: u64 = END_BYTES + BLOCK_BYTES;
 /// Enough to distinguish a snapshot from a name, and for a name of 25 layers.
 const PEEK_BYTES: u64 = 4096;
 
@@ -163,9 +158,29 @@ fn named(
     let (name, ends_bytes) = Name::parse(bytes, len_bytes)
         .map_err(|reason| ObjectError::Name { url: source.url.to_string(), reason })?;
     if let Some(ends) = name.ends.as_ref().filter(|_| known.trusts_ids) {
-        tokio::task::block_in_place(|| ends.store(ends_bytes, &name.layers[0], &source, cache))?;
+        let top = &name.layers[0];
+        let of = Source { url: source.url.beside(&top.key())?, ..source.clone() };
+        tokio::task::block_in_place(|| store_ends(of, top.file_bytes, ends, ends_bytes, cache))?;
     }
     Ok(Looked::Name(source, name))
+}
+
+/// Stores the ends of an object in the cache, where opening it finds them. What the cache has stays.
+fn store_ends(
+    of: Source,
+    len_bytes: u64,
+    ends: &Ends,
+    bytes: &[u8],
+    cache: &Arc<Cache>,
+) -> Result<(), ObjectError> {
+    let known = cache.last_identity(&of.url).filter(|known| known.len_bytes == len_bytes);
+    let named = || Identity { etag: ends.etag.clone(), len_bytes, version: None };
+    let object = RemoteObject::cached(of, known.unwrap_or_else(named), Arc::clone(cache))?;
+    if !object.has_ends() {
+        let parts = ends.parts(len_bytes, bytes);
+        parts.iter().for_each(|(offset, bytes)| object.fill(*offset, bytes));
+    }
+    Ok(())
 }
 
 /// Bytes of an object at an offset, and the version that they are of.

@@ -2,8 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::ends::Ends;
-use crate::look::{END_BYTES, SUFFIX_BYTES};
+use crate::ends::{END_BYTES, Ends, SUFFIX_BYTES};
 use crate::url::ObjectUrl;
 
 /// The content of a name. The objects are in the folder `objects` beside it; their keys are the ids of their snapshots.
