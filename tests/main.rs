@@ -25,6 +25,7 @@ mod golden_files;
 mod hangups;
 mod import_export;
 mod independent_reader;
+mod integrity;
 mod interruptions;
 mod keeping;
 #[path = "../vmm/tests/common/kernel.rs"]

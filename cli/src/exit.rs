@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use anyhow::Error;
+use hashtree::{ChainRootsError, HashError, RootsError};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 use snapfmt::ReadError;
@@ -152,6 +153,9 @@ fn code(error: &Error) -> u8 {
         }
         if cause.is::<vmm::state::StateError>()
             || cause.downcast_ref().is_some_and(ImportError::is_bad_file)
+            || cause.downcast_ref().and_then(HashError::of).is_some()
+            || matches!(cause.downcast_ref(), Some(ChainRootsError::Tree { .. }))
+            || cause.is::<RootsError>()
         {
             code = BAD_FILE;
         }

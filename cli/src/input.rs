@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use snapfmt::{ChainError, Parents, ReadError, Snapshot};
 
+use crate::trust::TrustArgs;
 use crate::waits::{Wait, Waiting};
 use crate::{bucket, stdio};
 
@@ -20,6 +21,18 @@ fn open_with(
     open_object: fn(&Path, &[String]) -> Result<Snapshot>,
 ) -> Result<Snapshot> {
     let _opening = reading(path);
+    if parents.trust.is_required() && bucket::is_meant(path) {
+        bail!("only a file can be checked against a root: get the snapshot with snap pull");
+    }
+    let snapshot = open_unchecked(path, parents, open_object)?;
+    parents.trust.check(snapshot, path)
+}
+
+fn open_unchecked(
+    path: &Path,
+    parents: &ParentArgs,
+    open_object: fn(&Path, &[String]) -> Result<Snapshot>,
+) -> Result<Snapshot> {
     if bucket::is_meant(path) {
         if !parents.files.is_empty() {
             bail!("--parent: the parents of a snapshot in a bucket are in the same bucket");
@@ -101,7 +114,7 @@ pub(crate) struct Input {
     pub(crate) parents: ParentArgs,
 }
 
-/// Where the parents of a layer are.
+/// Where the parents of a layer are, and what is required of all files.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub(crate) struct ParentArgs {
     /// For a layer: a file that may be its parent, or its parent's parent. By default parents are searched at the path
@@ -113,6 +126,9 @@ pub(crate) struct ParentArgs {
     /// Without this option, only addresses in the bucket or repository of the layer are read.
     #[arg(long = "allow-parents-from", value_name = "URL")]
     pub(crate) from: Vec<String>,
+
+    #[command(flatten)]
+    pub(crate) trust: TrustArgs,
 }
 
 impl Input {
@@ -127,6 +143,11 @@ impl Input {
 
     /// Opens another snapshot, whose parents may be the same.
     pub(crate) fn beside(&self, path: &Path) -> Result<Snapshot> {
+        if self.parents.trust.is_of_one() {
+            bail!(
+                "--expect-root is the root of one snapshot, and this command reads two: --require-signature checks both"
+            );
+        }
         open(path, &self.parents)
     }
 }

@@ -37,6 +37,7 @@ mod stdout;
 mod storage;
 mod summary;
 mod terminal;
+mod trust;
 mod usage;
 mod waits;
 mod working_set_file;

@@ -32,6 +32,11 @@ pub trait ReadAt: Send + Sync {
     /// Whatever the storage reports.
     fn len_bytes(&self) -> io::Result<u64>;
 
+    /// The file that the bytes are in, if it is one. The default is `None`.
+    fn file(&self) -> Option<&File> {
+        None
+    }
+
     /// A stamp that changes when the storage is written to, without reading the content. The default is `None`: there
     /// is no such stamp.
     ///
@@ -105,6 +110,10 @@ impl ReadAt for File {
 
     fn len_bytes(&self) -> io::Result<u64> {
         Ok(self.metadata()?.len())
+    }
+
+    fn file(&self) -> Option<&File> {
+        Some(self)
     }
 
     /// Size and times of the inode.
@@ -196,6 +205,10 @@ impl<T: ReadAt + ?Sized> ReadAt for &T {
         (**self).len_bytes()
     }
 
+    fn file(&self) -> Option<&File> {
+        (**self).file()
+    }
+
     fn stamp(&self) -> io::Result<Option<Stamp>> {
         (**self).stamp()
     }
@@ -248,6 +261,10 @@ impl<T: ReadAt + ?Sized> ReadAt for Arc<T> {
 
     fn len_bytes(&self) -> io::Result<u64> {
         (**self).len_bytes()
+    }
+
+    fn file(&self) -> Option<&File> {
+        (**self).file()
     }
 
     fn stamp(&self) -> io::Result<Option<Stamp>> {

@@ -201,6 +201,11 @@ impl<R: ReadAt> Snapshot<R> {
         self.layers.iter().map(|layer| &layer.storage)
     }
 
+    /// The storages of the file, its parent, and so on, with their paths, to open them in another way.
+    pub fn into_storages(self) -> impl ExactSizeIterator<Item = (R, Option<PathBuf>)> {
+        self.layers.into_iter().map(|layer| (layer.storage, layer.path))
+    }
+
     /// The metadata of the file.
     ///
     /// # Errors

@@ -27,11 +27,11 @@ impl Storage {
         Self::Other(Box::new(storage))
     }
 
-    /// The file, if it is one.
+    /// The file, if the bytes are in one.
     pub fn file(&self) -> Option<&File> {
         match self {
             Self::File(file) => Some(file),
-            Self::Other(_) => None,
+            Self::Other(other) => other.file(),
         }
     }
 }
@@ -64,6 +64,10 @@ impl ReadAt for Storage {
             Self::File(file) => file.len_bytes(),
             Self::Other(other) => other.len_bytes(),
         }
+    }
+
+    fn file(&self) -> Option<&File> {
+        self.file()
     }
 
     fn stamp(&self) -> io::Result<Option<Stamp>> {

@@ -11,6 +11,7 @@ mod create_in_bucket;
 mod demo;
 mod diff;
 mod export;
+mod hash;
 mod import;
 mod info;
 mod keep;
@@ -40,6 +41,7 @@ pub(crate) enum Command {
     Restore(restore::Args),
     Info(info::Args),
     Verify(verify::Args),
+    Hash(hash::Args),
     Diff(diff::Args),
     Flatten(rewrite::FlattenArgs),
     Rebase(rewrite::RebaseArgs),
@@ -79,6 +81,7 @@ pub(crate) fn run(
         Command::Restore(args) => restore::run(&args, &session),
         Command::Info(args) => info::run(&args),
         Command::Verify(args) => verify::run(&args, &session),
+        Command::Hash(args) => hash::run(&args, &session),
         Command::Diff(args) => diff::run(&args, &session),
         Command::Flatten(args) => rewrite::flatten(&args, &session),
         Command::Rebase(args) => rewrite::rebase(&args, &session),

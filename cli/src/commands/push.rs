@@ -134,7 +134,8 @@ pub(crate) fn send(
     session: &Session,
 ) -> Result<(Snapshot, Pushed)> {
     let snapshot = match input::open(file, parents) {
-        Err(error) if is_incomplete(&error) => {
+        // Its parents would be read in the bucket, unchecked.
+        Err(error) if is_incomplete(&error) && !parents.trust.is_required() => {
             let options = bucket::options_from(&parents.from)?;
             let failed = |other| match other {
                 ObjectError::ParentElsewhere { layer, parent, .. } => anyhow!(

@@ -4,7 +4,7 @@ use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use pager::shared::ANSWER_TIMEOUT;
 use pager::{Placement, Populate};
@@ -207,6 +207,12 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     if form == ReportForm::Json {
         // Stderr is for the program that reads the report.
         waits::be_quiet();
+    }
+    if args.input.parents.trust.is_required() && (args.image.is_some() || args.share.is_some()) {
+        bail!(
+            "--expect-root and --require-signature check what is read from the snapshot; with --image and --share the \
+             memory comes from elsewhere: give the option to the snap serve that shares it"
+        );
     }
     let (out, hold) = GuestOutput::new().context("cannot use stdout")?;
     let (memory, mode) = match (&args.image, &args.share) {

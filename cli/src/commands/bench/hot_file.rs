@@ -18,7 +18,7 @@ pub(super) struct Hot {
 impl Hot {
     pub(super) fn open(parents: &[PathBuf], file: PathBuf) -> Result<Self> {
         let snapshot =
-            input::open(&file, &ParentArgs { files: parents.to_vec(), from: Vec::new() })?;
+            input::open(&file, &ParentArgs { files: parents.to_vec(), ..Default::default() })?;
         let pages = snapshot.working_set()?.map_or(0, |set| set.len());
         Ok(Self { file, snapshot, pages })
     }

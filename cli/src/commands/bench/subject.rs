@@ -66,7 +66,7 @@ impl Subject {
             false => args.target.clone(),
         };
         let snapshot =
-            input::open(&file, &ParentArgs { files: args.parents.clone(), from: Vec::new() })?;
+            input::open(&file, &ParentArgs { files: args.parents.clone(), ..Default::default() })?;
         let guest = snapshot.metadata()?.other.remove("guest").unwrap_or_default();
         let is_demo = guest.get("kind").and_then(Value::as_str) == Some("demo");
         let work = args.work(is_demo)?;
