@@ -153,17 +153,55 @@ fn hash_replaces_nothing_without_force() {
     let signed = Signed::new();
     let file = signed.text("guest.snap");
     snap(["hash", &file]).failed(1, &["guest.snap.b3sum exists", "--force"]);
-    std::fs::remove_file(signed.path("guest.snap.b3sum")).expect("it is there");
-    snap(["hash", &file]).failed(1, &["guest.snap.b3t exists", "--force"]);
     let printed = snap(["hash", &file, "--force", "--json"]).ok().json();
     assert_eq!(printed["layers"][0]["tree"], Value::from(signed.text("guest.snap.b3t")));
     signed.verify("key.pub").ok();
 
-    std::fs::remove_file(signed.path("guest.snap.b3t")).expect("it is there");
+    // An interrupted one leaves a tree without a list, and the next one replaces it.
+    std::fs::remove_file(signed.path("guest.snap.b3sum")).expect("it is there");
+    snap(["hash", &file]).ok();
+    signed.verify("key.pub").ok();
+
+    let tree = signed.path("guest.snap.b3t");
+    std::fs::remove_file(&tree).expect("it is there");
+    Command::new("mkfifo").arg(&tree).status().expect("mkfifo runs");
+    signed.verify("key.pub").failed(1, &["guest.snap.b3t", "not a regular file"]);
+    std::fs::remove_file(&tree).expect("it is there");
     signed.verify("key.pub").failed(1, &["guest.snap.b3t", "run snap hash"]);
     snap(["hash", "s3://bucket/guest"]).failed(1, &["snap pull"]);
     snap(["verify", "s3://bucket/guest", "--require-signature", "k"]).failed(1, &["snap pull"]);
     snap(["verify", &file, "--expect-root", "12"]).failed(2, &["64 hexadecimal digits"]);
+}
+
+/// A tree that would replace a file of the snapshot is not written.
+#[test]
+fn hash_replaces_no_file_of_the_snapshot() {
+    needs_vm!();
+    let sample = Sample::create(&["--memory", "24M", "--work", "8M"]);
+    let base = sample.folder.path().join("layer.snap.b3t");
+    std::fs::rename(&sample.file, &base).expect("it is renamed");
+    let layer = sample.folder.path().join("layer.snap");
+    let args = ["create", text(&layer), "--from", text(&base), "--when", "output:beat 2 ok\n"];
+    snap(args).ok();
+    let before = std::fs::read(&base).expect("it is there");
+    snap(["hash", text(&layer), "--force"]).failed(1, &["layer.snap.b3t"]);
+    assert!(std::fs::read(&base).expect("it is there") == before);
+}
+
+#[test]
+fn paths_that_are_not_unicode_are_printed_in_json() {
+    use std::os::unix::ffi::OsStrExt;
+    let folder = tempfile::tempdir().expect("a folder");
+    let [file, copy] = [&b"a\xff.snap"[..], b"copy\xff.snap"]
+        .map(|name| folder.path().join(std::ffi::OsStr::from_bytes(name)));
+    std::fs::copy(Path::new(FILES).join("v1-bound-zstd.snap"), &file).expect("it is copied");
+    let run = |args: &[&std::ffi::OsStr]| snap(args).ok().json();
+    let [json, out] = ["--json", "-o"].map(std::ffi::OsStr::new);
+    for command in ["verify", "hash", "info"] {
+        run(&[command.as_ref(), file.as_os_str(), json]);
+    }
+    let shown = run(&["flatten".as_ref(), file.as_os_str(), out, copy.as_os_str(), json]);
+    assert!(shown["file"].as_str().expect("a name").ends_with("copy\u{fffd}.snap"), "{shown}");
 }
 
 #[test]
@@ -314,6 +352,30 @@ fn each_file_of_a_chain_needs_its_own_root() {
     verify(&[of_layer, of_layer]).failed(3, &["guest.snap"]);
     let two = ["--expect-root", of_layer, "--expect-root", of_base];
     snap([&["diff", text(&layer), base], &two[..]].concat()).failed(1, &["--require-signature"]);
+
+    // The guest of a new layer, and a layer that is written again.
+    let third = sample.folder.path().join("third.snap");
+    let create = |roots: &[&str]| {
+        let args = ["create", text(&third), "--from", text(&layer), "--when", "output:beat 4 ok\n"];
+        snap([&args[..], roots].concat())
+    };
+    create(&["--expect-root", of_base, "--expect-root", of_layer]).failed(3, &["layer.snap"]);
+    create(&two).ok();
+    let optimized = sample.folder.path().join("optimized.snap");
+    let trained = sample.folder.path().join("trained.snap");
+    snap(["train", text(&layer), "-o", text(&trained), "--beats", "1"]).ok();
+    let own = hash(&trained);
+    let optimize = [
+        "optimize",
+        text(&trained),
+        "-o",
+        text(&optimized),
+        "--expect-root",
+        &own[0],
+        "--expect-root",
+        &own[1],
+    ];
+    snap(optimize).ok();
 
     forge_page(&sample.file);
     snap(["verify", text(&layer)]).ok();

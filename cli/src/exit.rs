@@ -154,7 +154,7 @@ fn code(error: &Error) -> u8 {
         if cause.is::<vmm::state::StateError>()
             || cause.downcast_ref().is_some_and(ImportError::is_bad_file)
             || cause.downcast_ref().and_then(HashError::of).is_some()
-            || matches!(cause.downcast_ref(), Some(ChainRootsError::Tree { .. }))
+            || matches!(cause.downcast_ref(), Some(ChainRootsError::Tree { source, .. }) if source.is_mismatch())
             || cause.is::<RootsError>()
         {
             code = BAD_FILE;

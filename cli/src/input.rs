@@ -53,7 +53,10 @@ fn open_unchecked(
         }
         // This error names the file itself.
         ReadError::Open { .. } => Err(error.into()),
-        _ if lacks_parent(&error) => bucket::open_layer(path, &parents.from, error),
+        // A parent in a bucket could not be checked.
+        _ if lacks_parent(&error) && !parents.trust.is_required() => {
+            bucket::open_layer(path, &parents.from, error)
+        }
         _ => Err(anyhow::Error::new(error).context(path.display().to_string())),
     })
 }
@@ -139,6 +142,12 @@ impl Input {
     /// As [`Input::open`]. An object must be in its bucket, even if all of it is cached.
     pub(crate) fn open_to_verify(&self) -> Result<Snapshot> {
         open_with(&self.file, &self.parents, bucket::open_to_verify)
+    }
+
+    /// Opens the parent, at `path`, of a layer that was opened before.
+    pub(crate) fn open_parent(&self, path: &Path) -> Result<Snapshot> {
+        let trust = self.parents.trust.of_parent(&self.file)?;
+        open(path, &ParentArgs { trust, ..self.parents.clone() })
     }
 
     /// Opens another snapshot, whose parents may be the same.

@@ -23,6 +23,7 @@ mod memory_hash;
 mod metrics;
 mod millis;
 mod pager_args;
+mod path_text;
 mod progress;
 mod recorded_source;
 mod report;

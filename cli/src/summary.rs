@@ -8,10 +8,12 @@ use snapfmt::Header;
 use snapfmt::layout::PAGE_BYTES;
 
 use crate::millis::ms;
+use crate::path_text;
 
 /// The new file.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Summary {
+    #[serde(serialize_with = "path_text::serialize")]
     pub(crate) file: PathBuf,
     pub(crate) id: String,
     pub(crate) parent_id: Option<String>,

@@ -1,10 +1,11 @@
 //! What a snapshot must have to be used: a root, or a signature.
 
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use hashtree::{Root, Roots, check_chain};
-use snapfmt::Snapshot;
+use snapfmt::{Snapshot, open_file};
 
 /// What is required of a snapshot. Its own checksums detect accidents, not forgery.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -31,16 +32,30 @@ impl TrustArgs {
         !self.roots.is_empty()
     }
 
+    /// What is required of the parent of the layer in `file`.
+    pub(crate) fn of_parent(&self, file: &Path) -> Result<Self> {
+        let mut roots = self.roots_of(file)?;
+        // None of them is that of a parent if the file is no layer: then it has none.
+        roots.drain(..roots.len().min(1));
+        Ok(Self { roots, key: None })
+    }
+
+    fn roots_of(&self, file: &Path) -> Result<Vec<Root>> {
+        match &self.key {
+            Some(key) => signed_roots(file, key),
+            None => Ok(self.roots.clone()),
+        }
+    }
+
     /// The snapshot in `file` with all reads checked, if that is required.
     pub(crate) fn check(&self, snapshot: Snapshot, file: &Path) -> Result<Snapshot> {
-        let roots = match &self.key {
-            Some(key) => signed_roots(file, key)?,
-            None if self.roots.is_empty() => return Ok(snapshot),
-            None => self.roots.clone(),
-        };
+        if !self.is_required() {
+            return Ok(snapshot);
+        }
+        let roots = self.roots_of(file)?;
         check_chain(snapshot, &roots).map_err(|error| match &error {
             hashtree::ChainRootsError::NoTree { source, .. }
-                if source.kind() == std::io::ErrorKind::NotFound =>
+                if source.kind() == io::ErrorKind::NotFound =>
             {
                 anyhow::Error::new(error).context(format!(
                     "{}: run snap hash on it where it can be trusted",
@@ -65,26 +80,25 @@ fn beside(file: &Path, suffix: &str) -> PathBuf {
 
 fn signed_roots(file: &Path, key: &Path) -> Result<Vec<Root>> {
     let list = list_path(file);
-    let read = |path: &Path| read_text(path).with_context(|| path.display().to_string());
-    let key_text = read(key)?;
-    let text = read(&list).context("the list of roots (snap hash writes it)")?;
+    // The key is the user's own, and may be a pipe. The other files come from the same place as the snapshot.
+    let key_text = text(std::fs::File::open(key), key)?;
+    let read = |path: &Path| text(open_file(path), path);
+    let roots = read(&list).context("the list of roots (snap hash writes it)")?;
     let signature = read(&beside(&list, ".minisig")).context("the signature of the roots")?;
-    let roots = Roots::parse_signed(&text, &signature, &key_text)
+    let roots = Roots::parse_signed(&roots, &signature, &key_text)
         .with_context(|| format!("{}, key {}", list.display(), key.display()))?;
     Ok(roots.roots().collect())
 }
 
-/// Reads a small text. It may be anything: it comes from the same place as the snapshot.
-fn read_text(path: &Path) -> Result<String> {
-    use std::io::Read;
+/// Reads a small text.
+fn text(opened: io::Result<std::fs::File>, path: &Path) -> Result<String> {
     const MOST_BYTES: u64 = 4 << 20;
-    if !path.metadata()?.is_file() {
-        bail!("it is not a regular file");
-    }
     let mut text = String::new();
-    std::fs::File::open(path)?.take(MOST_BYTES + 1).read_to_string(&mut text)?;
+    opened
+        .and_then(|file| file.take(MOST_BYTES + 1).read_to_string(&mut text))
+        .with_context(|| path.display().to_string())?;
     if text.len() as u64 > MOST_BYTES {
-        bail!("it has more than {MOST_BYTES} bytes");
+        bail!("{} has more than {MOST_BYTES} bytes", path.display());
     }
     Ok(text)
 }

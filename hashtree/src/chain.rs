@@ -1,10 +1,9 @@
 //! A snapshot whose files are all checked against their roots.
 
-use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 
-use snapfmt::{ReadError, Snapshot, Storage};
+use snapfmt::{ReadError, Snapshot, Storage, open_file};
 
 use crate::error::TreeError;
 use crate::root::Root;
@@ -48,8 +47,8 @@ pub enum ChainRootsError {
         source: TreeError,
     },
     /// The bytes are right, but the snapshot cannot be opened.
-    #[error(transparent)]
-    Snapshot(#[from] ReadError),
+    #[error("the snapshot has its roots, but cannot be opened")]
+    Snapshot(#[source] ReadError),
 }
 
 /// Opens a snapshot once more, with all reads checked: `roots` are those of the file itself, of its parent, and so on.
@@ -70,7 +69,7 @@ pub fn check_chain(snapshot: Snapshot, roots: &[Root]) -> Result<Snapshot, Chain
             return Err(ChainRootsError::NotAFile { path });
         }
         let tree_path = tree_path(&path);
-        let tree = File::open(&tree_path)
+        let tree = open_file(&tree_path)
             .map_err(|source| ChainRootsError::NoTree { path: tree_path, source })?;
         match HashedStorage::open(storage, tree, *root) {
             Ok(storage) => Ok((Storage::other(storage), path)),
@@ -79,5 +78,5 @@ pub fn check_chain(snapshot: Snapshot, roots: &[Root]) -> Result<Snapshot, Chain
     };
     let storages: Vec<_> =
         snapshot.into_storages().zip(roots).map(checked).collect::<Result<_, _>>()?;
-    Ok(Snapshot::named_chain(storages)?)
+    Snapshot::named_chain(storages).map_err(ChainRootsError::Snapshot)
 }

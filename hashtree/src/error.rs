@@ -73,3 +73,16 @@ pub enum TreeError {
     #[error("cancelled")]
     Cancelled,
 }
+
+impl TreeError {
+    /// Whether the file or its tree is not the one that the root was computed of. Otherwise it could not be read.
+    pub fn is_mismatch(&self) -> bool {
+        match self {
+            Self::File(error) | Self::Tree(error) => {
+                HashError::of(error).is_some() || error.kind() == io::ErrorKind::UnexpectedEof
+            }
+            Self::Length { .. } | Self::TreeLength { .. } => true,
+            Self::Write(_) | Self::Cancelled => false,
+        }
+    }
+}

@@ -94,7 +94,7 @@ pub use memory::SnapshotMemory;
 pub use memory_map::MemoryRegion;
 pub use metadata::{CodecUse, Metadata};
 pub use output::{Existing, Output};
-pub use parent::{Parent, ParentHint, Parents};
+pub use parent::{Parent, ParentHint, Parents, open_file};
 pub use read_at::{ReadAt, WhenHere};
 pub use section::{Section, SectionKind};
 pub use snapshot::{READ_AHEAD_BYTES, Snapshot, StateBlob};

@@ -205,8 +205,11 @@ fn open(path: &Path) -> Result<Layer<Storage>, ReadError> {
     Ok(layer)
 }
 
-/// Opens a regular file. Opening anything else, for example a pipe, could block endlessly.
-pub(crate) fn open_file(path: &Path) -> io::Result<File> {
+/// Opens a regular file to be read. Opening anything else, for example a pipe, could block endlessly.
+///
+/// # Errors
+/// As [`File::open`]; `InvalidInput` or `IsADirectory` for what is not a regular file.
+pub fn open_file(path: &Path) -> io::Result<File> {
     let nonblocking = OFlags::NONBLOCK.bits() as i32;
     let file = OpenOptions::new().read(true).custom_flags(nonblocking).open(path)?;
     let kind = file.metadata()?.file_type();

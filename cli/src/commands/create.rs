@@ -29,6 +29,7 @@ use crate::stderr::say;
 use crate::stdout::{print_json, print_line};
 use crate::storage::Storage;
 use crate::summary::Summary;
+use crate::trust::TrustArgs;
 
 /// Boot a guest, wait until it is ready, and snapshot it into one file.
 #[derive(clap::Args)]
@@ -62,6 +63,9 @@ pub(crate) struct Args {
     /// Restore this snapshot, run it until --when, and store only the pages that have changed.
     #[arg(long = "from", alias = "parent", value_name = "BASE.snap", conflicts_with_all = guest::WORDS)]
     pub(crate) parent: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) trust: TrustArgs,
 
     /// Snapshot the guest that runs with this control socket (`snap run --api`, `snap restore --api`). It is paused
     /// meanwhile, and then continues.
@@ -149,6 +153,9 @@ impl Trigger {
 }
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
+    if args.trust.is_required() && args.parent.is_none() {
+        bail!("--expect-root and --require-signature are for the snapshot that --from restores");
+    }
     let summary = create(args, session)?;
     if args.json {
         print_json(&summary)?;
@@ -245,7 +252,8 @@ fn create_layer(
         );
     };
     let (console, seen) = GuestConsole::new(std::io::sink(), when.until());
-    let config = restoring::config(base, &ParentArgs::default(), None, session)?
+    let parents = ParentArgs { trust: args.trust.clone(), ..ParentArgs::default() };
+    let config = restoring::config(base, &parents, None, session)?
         .memory(MemoryFrom::Lazy)
         .populate(Populate::Off, None)
         .prefetch(Prefetch::Off)

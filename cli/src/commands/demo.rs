@@ -108,6 +108,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
 
 fn create_args(args: &Args, out: std::path::PathBuf) -> create::Args {
     create::Args {
+        trust: Default::default(),
         file: Some(out),
         out: None,
         guest: GuestArgs::demo(args.memory, args.work),

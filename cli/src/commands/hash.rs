@@ -1,18 +1,18 @@
 //! `snap hash`: the root of a snapshot's file, and the tree that checks parts of it.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::{Context, Result, bail};
-use hashtree::{Roots, TreeError, tree_path, write_tree};
+use anyhow::{Context, Error, Result, bail};
+use hashtree::{Root, Roots, TreeError, tree_path, write_tree};
 use serde_json::json;
 use snapfmt::{Existing, Output, Progress, ReadAt};
 
 use crate::exit::Interrupted;
-use crate::input::{Input, refuse_existing};
+use crate::input::{Input, refuse_as_output, refuse_existing};
 use crate::progress::Bar;
 use crate::session::Session;
 use crate::stdout::{print_json, print_text};
-use crate::trust;
+use crate::{path_text, trust};
 
 /// Hash a snapshot and a layer's parents, so that later reads can be checked one by one.
 ///
@@ -24,12 +24,12 @@ Examples:
   snap hash guest.snap
   minisign -Sm guest.snap.b3sum
   snap restore guest.snap --lazy --require-signature minisign.pub
-  snap restore guest.snap --lazy --expect-root $(cut -c-64 guest.snap.b3sum)")]
+  snap restore guest.snap --lazy --expect-root HEX       a hash that is known from elsewhere")]
 pub(crate) struct Args {
     #[command(flatten)]
     input: Input,
 
-    /// Replace FILE.b3sum and FILE.b3t if they exist. Trees of parents are always replaced.
+    /// Replace FILE.b3sum if it exists. Trees are always replaced.
     #[arg(long, short)]
     force: bool,
 
@@ -45,32 +45,37 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     }
     let list = trust::list_path(file);
     refuse_existing(&list, args.force)?;
-    refuse_existing(&tree_path(file), args.force)?;
     let snapshot = args.input.open()?;
+    refuse_as_output(&list, [&snapshot])?;
+    let mut chain = Vec::new();
+    for (storage, path) in snapshot.storages().zip(snapshot.paths()) {
+        let path = path.filter(|_| storage.file().is_some());
+        let path = path.context("a parent is an object in a bucket: only files have hash trees")?;
+        refuse_as_output(&tree_path(path), [&snapshot])?;
+        chain.push((storage, path));
+    }
     let folder = file.parent().unwrap_or(Path::new(""));
+    let name =
+        |path: &Path| path.strip_prefix(folder).unwrap_or(path).to_string_lossy().into_owned();
 
     let bar = Bar::new("hashing", session.quiet, &session.interrupt);
     let total = snapshot.headers().map(|header| header.file_bytes).sum();
     let mut before = 0;
-    let mut roots = Roots::default();
-    let mut hashed: Vec<(PathBuf, PathBuf)> = Vec::new();
-    for (number, (storage, path)) in snapshot.storages().zip(snapshot.paths()).enumerate() {
-        let path = path.filter(|_| storage.file().is_some()).with_context(|| {
-            "a parent is an object in a bucket: only files have hash trees".to_owned()
-        })?;
-        let tree = tree_path(path);
-        let existing = if number == 0 && !args.force { Existing::Keep } else { Existing::Replace };
+    let mut hashed = Vec::new();
+    // The list comes last, so that there is none if this is interrupted.
+    for (storage, path) in chain {
         let progress = |done, _| bar.update(Progress::new(before + done, total));
-        let root =
-            write_tree(storage, &tree, existing, &progress).map_err(|error| match error {
-                TreeError::Cancelled => Interrupted.into(),
-                error => anyhow::Error::new(error).context(path.display().to_string()),
-            })?;
+        let written = write_tree(storage, &tree_path(path), Existing::Replace, &progress);
+        let root = written.map_err(|error| match error {
+            TreeError::Cancelled => Interrupted.into(),
+            error => Error::new(error).context(path.display().to_string()),
+        })?;
         before += storage.len_bytes().with_context(|| path.display().to_string())?;
-        roots.push(root, path.strip_prefix(folder).unwrap_or(path).to_string_lossy());
-        hashed.push((path.to_owned(), tree));
+        hashed.push((root, path));
     }
     drop(bar);
+    let mut roots = Roots::default();
+    hashed.iter().for_each(|(root, path)| roots.push(*root, name(path)));
     let text = roots.to_string();
     let existing = if args.force { Existing::Replace } else { Existing::Keep };
     let mut output = Output::create(&list, existing)?;
@@ -78,10 +83,12 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     output.publish()?;
 
     if args.json {
-        let layers = roots.roots().zip(&hashed).map(
-            |(root, (path, tree))| json!({ "file": path, "root": root.to_string(), "tree": tree }),
-        );
-        let layers: Vec<_> = layers.collect();
+        let layer = |(root, path): &(Root, &Path)| {
+            let tree = tree_path(path);
+            json!({ "file": path_text::of(path), "root": root.to_string(), "tree": path_text::of(&tree) })
+        };
+        let layers: Vec<_> = hashed.iter().map(layer).collect();
+        let (file, list) = (path_text::of(file), path_text::of(&list));
         return print_json(&json!({ "file": file, "list": list, "layers": layers }));
     }
     print_text(&text)

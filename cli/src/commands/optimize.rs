@@ -113,7 +113,7 @@ fn open_parent<'a>(snapshot: &'a Snapshot, args: &Args) -> Result<Option<(Snapsh
         None => Ok(None),
         Some(path) => {
             let path = path.context("the parent was not opened by path")?;
-            Ok(Some((args.input.beside(path)?, path)))
+            Ok(Some((args.input.open_parent(path)?, path)))
         }
     }
 }

@@ -105,7 +105,7 @@ pub(crate) fn pull(args: &PullArgs, session: &Session) -> Result<()> {
     if args.json {
         let layer = |layer: &objects::Pulled| {
             json!({
-                "file": layer.path,
+                "file": crate::path_text::of(&layer.path),
                 "file_bytes": layer.file_bytes,
                 "was_there": layer.was_there,
             })

@@ -43,6 +43,7 @@ pub(crate) fn ratio(header: &Header) -> f64 {
 /// A file that was written.
 #[derive(Serialize)]
 pub(crate) struct Written<'a> {
+    #[serde(serialize_with = "crate::path_text::serialize")]
     pub(crate) file: &'a Path,
     id: String,
     parent_id: Option<String>,

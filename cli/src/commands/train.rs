@@ -64,6 +64,7 @@ pub(crate) struct Args {
 /// The result of the recording.
 #[derive(Serialize)]
 struct Summary {
+    #[serde(serialize_with = "crate::path_text::serialize")]
     file: PathBuf,
     id: String,
     runs: u16,

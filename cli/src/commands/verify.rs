@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use serde_json::json;
 
 use crate::input::Input;
+use crate::path_text;
 use crate::progress::Bar;
 use crate::session::Session;
 use crate::size;
@@ -48,7 +49,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         let layers = verified.iter().zip(snapshot.headers()).zip(snapshot.paths());
         let layers = layers.map(|((verified, header), path)| {
             json!({
-                "file": path,
+                "file": path.map(path_text::of),
                 "id": header.id.to_string(),
                 "file_bytes": verified.file_bytes,
                 "chunks": verified.chunks,
@@ -57,7 +58,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             })
         });
         let result = json!({
-            "file": file,
+            "file": path_text::of(file),
             "ok": true,
             "file_bytes": verified.iter().map(|layer| layer.file_bytes).sum::<u64>(),
             "chunks": verified.iter().map(|layer| layer.chunks).sum::<u64>(),

@@ -171,15 +171,16 @@ async fn upload(
     layer: &Layer,
     on_bytes: OnBytes<'_>,
 ) -> Result<(), ObjectError> {
-    let Some(opened) = file.storage.file() else {
+    // Not the file itself: the storage may check what is read.
+    if file.storage.file().is_none() {
         let what = "a snapshot in a bucket or another repository is not pushed: pull it first";
         return Err(ObjectError::Unsupported { url: to.url.to_string(), what });
-    };
+    }
     let failed = |error| unreadable(&to.url, 0, HEADER_BYTES, error);
     let mut tries = Tries::new(to);
     loop {
         let reading = Arc::new(Reading::default());
-        let stream = reading.stream(opened.try_clone().map_err(failed)?, layer.len_bytes);
+        let stream = reading.stream(own_handle(file).map_err(failed)?, layer.len_bytes);
         let registry = registry(to, &mut tries)?;
         let push = watched(registry.push_blob(&layer.digest, layer.len_bytes, stream));
         let sent = || reading.sent_bytes.load(Ordering::Relaxed);
@@ -211,6 +212,14 @@ async fn upload(
     }
 }
 
+/// A handle to the same bytes for an upload, whose reads are checked if those of the storage are.
+fn own_handle(file: &File<'_>) -> io::Result<Box<dyn ReadAt>> {
+    match file.storage {
+        Storage::File(file) => Ok(Box::new(file.try_clone()?)),
+        storage => storage.in_order().ok_or(io::ErrorKind::Unsupported.into()),
+    }
+}
+
 /// The file that an upload reads: how far it is, and its error.
 #[derive(Default)]
 struct Reading {
@@ -221,7 +230,7 @@ struct Reading {
 impl Reading {
     fn stream(
         self: &Arc<Self>,
-        file: std::fs::File,
+        file: Box<dyn ReadAt>,
         len_bytes: u64,
     ) -> impl stream::Stream<Item = io::Result<Bytes>> + Send + 'static {
         let reading = Arc::clone(self);
@@ -229,7 +238,7 @@ impl Reading {
             reading.sent_bytes.store(offset, Ordering::Relaxed);
             let mut bytes = vec![0; PART_BYTES.min(len_bytes - offset) as usize];
             // The disk may be slow. Other requests continue meanwhile.
-            match tokio::task::block_in_place(|| ReadAt::read_exact_at(&file, &mut bytes, offset)) {
+            match tokio::task::block_in_place(|| file.read_exact_at(&mut bytes, offset)) {
                 Ok(()) => Ok(bytes.into()),
                 Err(error) => {
                     let kind = error.kind();

@@ -67,7 +67,7 @@ pub(super) fn to_json(args: &Args, subject: &Subject, outcome: &Outcome, ratios:
         "hot": hot(&subject.hot),
         "other": hot(&subject.other),
         "snapshot": {
-            "name": args.target,
+            "name": crate::path_text::of(&args.target),
             "memory_bytes": subject.memory_bytes(),
             "file_bytes": file_bytes(&subject.snapshot),
         },
