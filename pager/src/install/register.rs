@@ -3,7 +3,7 @@
 
 use crate::error::StartError;
 use crate::layout::Extent;
-use crate::uffd::Uffd;
+use crate::uffd::{Errno, Uffd};
 
 /// Registers the extents. Returns whether all of their memory supports `UFFDIO_ZEROPAGE`. With `fault_around_off` the
 /// kernel does not map pages of a file around a fault.
@@ -23,6 +23,17 @@ pub(crate) fn all(
         advise(extent, libc::MADV_DONTFORK);
     }
     Ok(zeropage)
+}
+
+/// Registers the extents, which [`all`] has registered, for write protection, too.
+pub(crate) fn protection(uffd: &Uffd, extents: &[Extent]) -> Result<(), (u64, Errno)> {
+    for extent in extents {
+        let (host_addr, len_bytes) = (extent.host.start, extent.host.end - extent.host.start);
+        // SAFETY: as in `all`. The memory was registered there for missing faults with this userfaultfd, and stays so.
+        unsafe { uffd.register_with_protection(host_addr, len_bytes) }
+            .map_err(|errno| (host_addr, errno))?;
+    }
+    Ok(())
 }
 
 /// Lets forked children have the memory again after it is no longer paged.

@@ -1,33 +1,51 @@
 //! Write protection: a thread that writes to a protected page waits until the protection is taken away.
 //!
-//! Protection changes no content and removes no page. So its operations are safe: what they can do to a program is to
-//! let its writes wait.
+//! Protection changes no content and removes no page. So its operations are safe, as long as they do not register memory
+//! for missing faults: what they can do to a program is to let its writes wait.
 
 use super::abi;
 use super::descriptor::Uffd;
 use super::errno::Errno;
 
 impl Uffd {
-    /// Registers `len` bytes at `host_addr` for write protection (`UFFDIO_REGISTER`). Nothing is protected yet. With
-    /// `missing`, the memory is registered with this userfaultfd for missing faults, and stays so.
+    /// Registers `len` bytes at `host_addr` for write protection only (`UFFDIO_REGISTER`). Nothing is protected yet. If
+    /// this userfaultfd served missing pages there, it does so no longer, as after [`Uffd::unregister`].
     ///
     /// # Errors
     /// `EBUSY`: registered with another userfaultfd. `EINVAL`: not mapped, misaligned, or memory of a kind that cannot be
     /// protected in this way, such as a mapping of a file; or a kernel without it.
-    pub(crate) fn register_protection(
+    pub(crate) fn register_protection(&self, host_addr: u64, len: u64) -> Result<(), Errno> {
+        // SAFETY: without missing faults, no page gets content from this userfaultfd.
+        unsafe { self.register_mode(host_addr, len, abi::UFFDIO_REGISTER_MODE_WP) }
+    }
+
+    /// As [`Uffd::register_protection`], but the memory is also registered for missing faults.
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Safety
+    /// As [`Uffd::register`].
+    pub(crate) unsafe fn register_with_protection(
         &self,
         host_addr: u64,
         len: u64,
-        missing: bool,
     ) -> Result<(), Errno> {
-        let missing = if missing { abi::UFFDIO_REGISTER_MODE_MISSING } else { 0 };
+        let mode = abi::UFFDIO_REGISTER_MODE_MISSING | abi::UFFDIO_REGISTER_MODE_WP;
+        // SAFETY: the contract is the same.
+        unsafe { self.register_mode(host_addr, len, mode) }
+    }
+
+    /// # Safety
+    /// If `mode` has missing faults: as [`Uffd::register`].
+    unsafe fn register_mode(&self, host_addr: u64, len: u64, mode: u32) -> Result<(), Errno> {
         let mut argument = abi::uffdio_register {
             range: abi::uffdio_range { start: host_addr, len },
-            mode: u64::from(abi::UFFDIO_REGISTER_MODE_WP | missing),
+            mode: u64::from(mode),
             ioctls: 0,
         };
-        // SAFETY: UFFDIO_REGISTER takes a `uffdio_register`. Registering for write protection changes no content.
-        // `missing` is set only for memory that `Uffd::register` has registered in the same way before.
+        // SAFETY: UFFDIO_REGISTER takes a `uffdio_register`. Registering for write protection changes no content, and
+        // the contract of this function covers missing faults.
         unsafe { self.ioctl(abi::UFFDIO_REGISTER, &mut argument) }?;
         match argument.ioctls & abi::WRITEPROTECT_IOCTL_BIT {
             0 => Err(Errno(libc::EINVAL)),

@@ -6,6 +6,7 @@ use super::core::Core;
 use super::error::WindowError;
 use super::memory_window::{Memory, Window};
 use super::options::{ReadMemory, WindowOptions};
+use crate::install::register;
 use crate::pager::Pager;
 use crate::region::{PAGE_BYTES, Region};
 
@@ -37,11 +38,9 @@ impl Pager {
         // From here on, dropping the window makes all memory writable.
         let window = Window { core: Arc::clone(&core), memory: Memory::Paged(Arc::clone(shared)) };
         shared.set_window(Some(Arc::clone(&core)));
-        for extent in shared.layout.extents() {
-            let (host_addr, len) = (extent.host.start, extent.host.end - extent.host.start);
-            let uffd = &shared.slices[extent.slice].filler.uffd;
-            uffd.register_protection(host_addr, len, true)
-                .map_err(|errno| WindowError::Register { host_addr, errno })?;
+        for (index, slice) in shared.slices.iter().enumerate() {
+            register::protection(&slice.filler.uffd, shared.layout.extents_of(index))
+                .map_err(|(host_addr, errno)| WindowError::Register { host_addr, errno })?;
         }
         core.arm(&**shared)?;
         Ok(window)

@@ -51,7 +51,7 @@ impl Protection {
         let layout = Layout::cut(&regions, 1);
         for extent in layout.extents() {
             let (host_addr, len) = (extent.host.start, extent.host.end - extent.host.start);
-            uffd.register_protection(host_addr, len, false)
+            uffd.register_protection(host_addr, len)
                 .map_err(|errno| WindowError::Register { host_addr, errno })?;
         }
         Ok(Protection { uffd, layout, busy: AtomicBool::new(false), _regions: regions })
