@@ -50,6 +50,13 @@ impl PagerState {
     /// Unregisters the memory, slice by slice, after all of it is loaded. It waits while a window is open.
     pub(crate) fn release(&self) -> Result<(), Errno> {
         self.window.refuse();
+        let unregistered = self.unregister();
+        // A window would register a slice again that has no faults to answer any more.
+        self.window.released(self.slices.iter().any(Slice::is_released));
+        unregistered
+    }
+
+    fn unregister(&self) -> Result<(), Errno> {
         for (index, slice) in self.slices.iter().enumerate() {
             let _lock = slice.lock.for_background();
             for extent in self.layout.extents_of(index) {

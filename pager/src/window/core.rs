@@ -84,11 +84,19 @@ impl Core {
         for extent in self.layout.extents() {
             let pages = extent.first_page..extent.end_page(self.layout.page_bytes());
             for first in pages.clone().step_by(STEP_PAGES as usize) {
-                self.protect(protect, first..(first + STEP_PAGES).min(pages.end), true)?;
+                let step = first..(first + STEP_PAGES).min(pages.end);
+                self.protect(protect, step.clone(), true)?;
+                let open = self.check_open(&self.lock());
+                // Otherwise the end comes after this step, and takes the protection away itself.
+                if open.is_err() {
+                    self.protect(protect, step, false)?;
+                }
+                open?;
             }
         }
         for _ in 0..ROUNDS {
             let mut phase = self.lock();
+            self.check_open(&phase)?;
             if phase.hot.len() <= FEW_BLOCKS {
                 break;
             }
@@ -101,6 +109,7 @@ impl Core {
     /// call, and that the pager installs nothing.
     pub(crate) fn cut(&self, protect: &dyn Protect) -> Result<(), WindowError> {
         let mut phase = self.lock();
+        self.check_open(&phase)?;
         self.arm_hot(protect, &mut phase)?;
         phase.cut = true;
         Ok(())
@@ -322,6 +331,15 @@ impl Core {
                     let _ = self.protect(protect, step, false);
                 }
             }
+        }
+    }
+
+    /// Whether the write faults of protected pages are still answered.
+    fn check_open(&self, phase: &Phase) -> Result<(), WindowError> {
+        match self.failure() {
+            Some(reason) => Err(WindowError::ended(reason)),
+            None if phase.closed => Err(WindowError::ended("it was closed")),
+            None => Ok(()),
         }
     }
 

@@ -38,6 +38,12 @@ pub enum WindowError {
     /// The pager has loaded all pages and has let the memory go: [`Protection`](super::Protection) is for it now.
     #[error("the pager does not serve the memory any more")]
     Released,
+    /// The window has ended, or the threads that answer its write faults have.
+    #[error("the window has ended: {reason}")]
+    Ended {
+        /// Why.
+        reason: String,
+    },
     /// Another system call failed.
     #[error("cannot have {what}")]
     System {
@@ -47,4 +53,10 @@ pub enum WindowError {
         #[source]
         error: io::Error,
     },
+}
+
+impl WindowError {
+    pub(super) fn ended(reason: &str) -> WindowError {
+        WindowError::Ended { reason: reason.to_owned() }
+    }
 }

@@ -69,7 +69,7 @@ impl Window {
     /// write to it later (a read(2) that has not returned).
     ///
     /// # Errors
-    /// [`WindowError::Protect`]. Then there is no point in time, and the window is to be dropped.
+    /// [`WindowError::Protect`], or [`WindowError::Ended`]: no thread answers write faults any more. Then there is no point in time, and the window is to be dropped.
     pub fn cut(&self) -> Result<(), WindowError> {
         match &self.memory {
             Memory::Protected { protection, .. } => self.core.cut(&**protection),

@@ -15,6 +15,8 @@ mod protection;
 pub(crate) mod slot;
 mod staging;
 mod states;
+#[cfg(test)]
+mod tests;
 
 pub use error::WindowError;
 pub use memory_window::Window;

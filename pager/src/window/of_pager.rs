@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use super::core::{Core, Protect};
+use super::error::WindowError;
 use crate::install::page_state::PageState;
 use crate::pager_state::PagerState;
 use crate::uffd::Errno;
@@ -28,25 +29,22 @@ impl Protect for PagerState {
 }
 
 impl PagerState {
-    pub(super) fn set_window(&self, core: Option<Arc<Core>>) {
+    /// Shows a window that has the slot to the threads of the pager.
+    pub(super) fn present_window(&self, core: &Arc<Core>) -> Result<(), WindowError> {
         let _locks: Vec<_> = self.slices.iter().map(|slice| slice.lock.for_background()).collect();
-        self.window.present.store(core.is_some(), Ordering::SeqCst);
-        self.window.lock().core = core;
+        self.window.present(core)
     }
 
     /// Makes all memory writable and forgets the window.
     pub(super) fn close_window(&self, core: &Arc<Core>) {
-        let is_this = self.window.lock().core.as_ref().is_some_and(|open| Arc::ptr_eq(open, core));
         core.close(self);
-        if is_this {
-            self.set_window(None);
-            self.window.closed.notify_all();
-        }
+        let _locks: Vec<_> = self.slices.iter().map(|slice| slice.lock.for_background()).collect();
+        self.window.clear(core);
     }
 
-    /// Ends the window, because the pager, or a thread of it, ends.
+    /// Ends the window, and lets no other be opened, because the pager, or a thread of it, ends.
     pub(crate) fn end_window(&self, reason: &str) {
-        if let Some(core) = self.window.get() {
+        if let Some(core) = self.window.end() {
             core.fail(reason.to_owned());
             self.close_window(&core);
         }

@@ -15,7 +15,8 @@ impl Pager {
     /// that is in memory.
     ///
     /// # Errors
-    /// [`WindowError`]. Then nothing is protected. [`WindowError::Released`]: the population is complete.
+    /// [`WindowError`]. Then nothing is protected. [`WindowError::Released`]: the population is complete. While the pager
+    /// is about to let the memory go, this waits for it.
     pub fn window(&self, read: ReadMemory, options: WindowOptions) -> Result<Window, WindowError> {
         let shared = &self.shared;
         let foreign = shared._regions.iter().any(Region::is_foreign);
@@ -25,19 +26,10 @@ impl Pager {
         let core = Core::new(shared.layout.clone(), read, options.staging_bytes)
             .map_err(|error| WindowError::System { what: "memory for the page states", error })?;
         let core = Arc::new(core);
-        {
-            let mut state = shared.window.lock();
-            if state.released {
-                return Err(WindowError::Released);
-            }
-            if state.core.is_some() {
-                return Err(WindowError::Busy);
-            }
-            state.core = Some(Arc::clone(&core));
-        }
+        shared.window.reserve(&core)?;
         // From here on, dropping the window makes all memory writable.
         let window = Window { core: Arc::clone(&core), memory: Memory::Paged(Arc::clone(shared)) };
-        shared.set_window(Some(Arc::clone(&core)));
+        shared.present_window(&core)?;
         for (index, slice) in shared.slices.iter().enumerate() {
             register::protection(&slice.filler.uffd, shared.layout.extents_of(index))
                 .map_err(|(host_addr, errno)| WindowError::Register { host_addr, errno })?;

@@ -4,28 +4,82 @@ use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::core::Core;
+use super::error::WindowError;
 use crate::install::page_state::PageState;
 
 /// The window of a pager, if it has one.
 #[derive(Debug, Default)]
 pub(crate) struct WindowSlot {
     /// A copy of whether there is one, for threads that hold a slice lock. It changes while all of these are held.
-    pub(super) present: AtomicBool,
+    present: AtomicBool,
     state: Mutex<SlotState>,
-    pub(super) closed: Condvar,
+    /// A window was closed, or a release has ended.
+    changed: Condvar,
 }
 
 #[derive(Debug, Default)]
-pub(super) struct SlotState {
-    pub(super) core: Option<Arc<Core>>,
-    /// The pager has let the memory go, or is about to.
-    pub(super) released: bool,
+struct SlotState {
+    core: Option<Arc<Core>>,
+    release: Release,
+    /// The pager, or a thread of it, has ended: not all write faults would be answered.
+    ended: bool,
+}
+
+/// Whether the pager has let the memory go, after all of it was loaded.
+#[derive(Debug, Default, PartialEq, Eq)]
+enum Release {
+    #[default]
+    No,
+    /// It unregisters the memory now. Until then another userfaultfd cannot have it.
+    Going,
+    Done,
 }
 
 impl WindowSlot {
-    pub(super) fn lock(&self) -> MutexGuard<'_, SlotState> {
-        // The data is consistent whenever the lock is released.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Reserves the slot for a window. While the pager lets the memory go, it waits for the result.
+    ///
+    /// # Errors
+    /// [`WindowError::Released`], [`WindowError::Ended`] or [`WindowError::Busy`].
+    pub(super) fn reserve(&self, core: &Arc<Core>) -> Result<(), WindowError> {
+        let going = |state: &mut SlotState| state.release == Release::Going;
+        let mut state = self.wait_while(going);
+        match &*state {
+            SlotState { release: Release::Done, .. } => Err(WindowError::Released),
+            SlotState { ended: true, .. } => Err(WindowError::ended("the pager has ended")),
+            SlotState { core: Some(_), .. } => Err(WindowError::Busy),
+            _ => {
+                state.core = Some(Arc::clone(core));
+                Ok(())
+            }
+        }
+    }
+
+    /// Shows the window to the pager's threads, if it still has the slot. The caller holds all slice locks.
+    pub(super) fn present(&self, core: &Arc<Core>) -> Result<(), WindowError> {
+        match self.lock().has(core) {
+            true => {
+                self.present.store(true, Ordering::SeqCst);
+                Ok(())
+            }
+            false => Err(WindowError::ended("the pager has ended")),
+        }
+    }
+
+    /// Empties the slot, if the window still has it. The caller holds all slice locks.
+    pub(super) fn clear(&self, core: &Arc<Core>) {
+        let mut state = self.lock();
+        if state.has(core) {
+            self.present.store(false, Ordering::SeqCst);
+            state.core = None;
+            self.changed.notify_all();
+        }
+    }
+
+    /// From now on, no window is opened. Returns the one that is open, or is being opened.
+    pub(super) fn end(&self) -> Option<Arc<Core>> {
+        let mut state = self.lock();
+        state.ended = true;
+        state.core.clone()
     }
 
     /// The window, in a thread that holds a slice lock or answers a write fault.
@@ -36,12 +90,34 @@ impl WindowSlot {
         }
     }
 
-    /// Lets no window be opened from now on, after the one that is open was closed.
+    /// Before the pager lets the memory go: waits until no window is open, and delays the next one until
+    /// [`WindowSlot::released`].
     pub(crate) fn refuse(&self) {
-        let state = self.lock();
-        let open = |state: &mut SlotState| state.core.is_some();
-        let mut state = self.closed.wait_while(state, open).unwrap_or_else(PoisonError::into_inner);
-        state.released = true;
+        self.wait_while(|state| state.core.is_some()).release = Release::Going;
+    }
+
+    /// The pager has let the memory go, or could not.
+    pub(crate) fn released(&self, done: bool) {
+        self.lock().release = if done { Release::Done } else { Release::No };
+        self.changed.notify_all();
+    }
+
+    fn wait_while(
+        &self,
+        condition: impl FnMut(&mut SlotState) -> bool,
+    ) -> MutexGuard<'_, SlotState> {
+        self.changed.wait_while(self.lock(), condition).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, SlotState> {
+        // The data is consistent whenever the lock is released.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl SlotState {
+    fn has(&self, core: &Arc<Core>) -> bool {
+        self.core.as_ref().is_some_and(|own| Arc::ptr_eq(own, core))
     }
 }
 
@@ -54,4 +130,67 @@ pub(crate) fn page_moved(core: &Core, page: u64, from: PageState, to: PageState)
         PageState::Missing => {}
     }
     fence(Ordering::Release);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::layout::Layout;
+
+    fn core() -> Arc<Core> {
+        let core = Core::new(Layout::cut(&[], 1), Arc::new(|_, _: &mut [u8]| Ok(())), 0);
+        Arc::new(core.expect("no pages"))
+    }
+
+    /// While the memory is being unregistered, another userfaultfd would get `EBUSY`.
+    #[test]
+    fn a_window_waits_for_a_release_that_has_begun() {
+        for done in [false, true] {
+            let slot = WindowSlot::default();
+            slot.refuse();
+            thread::scope(|scope| {
+                let reserved = scope.spawn(|| slot.reserve(&core()));
+                thread::sleep(Duration::from_millis(20));
+                assert!(!reserved.is_finished());
+                slot.released(done);
+                match reserved.join().expect("no panic") {
+                    Err(WindowError::Released) => assert!(done),
+                    reserved => assert!(reserved.is_ok() && !done),
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn a_release_waits_for_the_window() {
+        let (slot, core) = (WindowSlot::default(), core());
+        slot.reserve(&core).expect("it is free");
+        assert!(matches!(slot.reserve(&core), Err(WindowError::Busy)));
+        thread::scope(|scope| {
+            let refused = scope.spawn(|| slot.refuse());
+            thread::sleep(Duration::from_millis(20));
+            assert!(!refused.is_finished());
+            slot.clear(&self::core());
+            assert!(slot.lock().core.is_some(), "another window clears only itself");
+            slot.clear(&core);
+        });
+        assert_eq!(slot.lock().release, Release::Going);
+    }
+
+    /// The pager may end between the two steps of opening a window.
+    #[test]
+    fn no_window_opens_after_the_end() {
+        let (slot, core) = (WindowSlot::default(), core());
+        slot.reserve(&core).expect("it is free");
+        assert!(slot.end().is_some());
+        slot.clear(&core);
+        assert!(matches!(slot.present(&core), Err(WindowError::Ended { .. })));
+        assert!(slot.get().is_none());
+        assert!(matches!(slot.reserve(&core), Err(WindowError::Ended { .. })));
+        slot.released(true);
+        assert!(matches!(slot.reserve(&core), Err(WindowError::Released)));
+    }
 }
