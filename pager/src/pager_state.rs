@@ -14,6 +14,7 @@ use crate::layout::Layout;
 use crate::region::Region;
 use crate::sched::watchdog::Watchdog;
 use crate::uffd::Errno;
+use crate::window::core::Core;
 use crate::window::slot::{WindowSlot, page_moved};
 
 /// The state that all threads of a pager share. Its fields drop in order: the userfaultfds before the mappings.
@@ -85,12 +86,11 @@ impl PagerState {
         }
     }
 
-    /// Changes the state of a page and the counters of its slice. The caller holds the slice lock.
-    pub(crate) fn moved(&self, slice: usize, page: u64, to: PageState) {
-        if let (Some(core), from) = (self.window.get(), self.states.of(page))
-            && from != to
-        {
-            page_moved(&core, page, from, to);
+    /// A page was installed, or is gone: changes its state and the counters of its slice. The caller holds the slice
+    /// lock, and has got the window under it.
+    pub(crate) fn moved(&self, slice: usize, page: u64, to: PageState, window: Option<&Core>) {
+        if let Some(core) = window {
+            page_moved(core, page, self.states.of(page), to);
         }
         let from = self.states.set(page, to);
         if from != to {

@@ -285,6 +285,12 @@ fn a_page_that_is_given_back_after_the_cut_is_noticed() {
     // A page that is saved, and one that was missing.
     memory.remove(0, 1);
     memory.remove(40, 1);
+    // It takes the slice locks, so the pager has acted on both.
+    let own = window.own_pages().expect("it has a pager");
+    assert_eq!(own, std::iter::once(0..32 * PAGE as u64).collect::<Vec<_>>());
+    memory.write(40 * PAGE, 1);
+    memory.remove(40, 1);
+    assert_eq!(window.own_pages(), Some(own));
     window.check().expect("nothing is lost");
     memory.remove(2, 1);
     // madvise(2) returns when the event was read, and before the pager has acted on it.
@@ -297,6 +303,7 @@ fn a_page_that_is_given_back_after_the_cut_is_noticed() {
         std::thread::yield_now();
     };
     assert!(lost.to_string().contains("given back"), "{lost}");
+    window.read(&mut vec![0; PAGE], 4 * PAGE as u64).expect_err("the window has failed");
     drop(window);
     memory.write(3 * PAGE, 1);
     pager.stop();

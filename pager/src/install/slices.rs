@@ -179,8 +179,9 @@ impl InstallObserver for SliceObserver<'_> {
                 counters.installed(Origin::Zero, pages_count);
             }
         }
+        let window = self.shared.window.get();
         for page in first_page..first_page + pages_count {
-            self.shared.moved(self.slice, page, self.reason.filled());
+            self.shared.moved(self.slice, page, self.reason.filled(), window.as_deref());
         }
         self.answered |= with_fault;
     }
@@ -191,14 +192,15 @@ impl InstallObserver for SliceObserver<'_> {
             now if now == was => self.counters().spurious(),
             now => {
                 self.counters().installed(Origin::Existing, 1);
-                self.shared.moved(self.slice, page, now);
+                self.shared.moved(self.slice, page, now, self.shared.window.get().as_deref());
             }
         }
         self.answered |= Some(page) == self.reason.fault_page();
     }
 
     fn gone(&mut self, page: u64) {
-        self.shared.moved(self.slice, page, PageState::Removed);
+        let window = self.shared.window.get();
+        self.shared.moved(self.slice, page, PageState::Removed, window.as_deref());
         self.answered |= Some(page) == self.reason.fault_page();
     }
 

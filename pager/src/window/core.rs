@@ -116,26 +116,32 @@ impl Core {
     }
 
     /// A page was installed: it is not protected. The caller holds the slice lock, and then sets its state.
-    pub(crate) fn installed(&self, page: u64, was_missing: bool) {
+    pub(crate) fn installed(&self, page: u64, from: PageState) {
         let mut phase = self.lock();
         match phase.cut {
             false => drop(phase.hot.insert(self.block(page).start)),
-            true => self
-                .states
-                .exclude(page, if was_missing { CutState::Missing } else { CutState::Zero }),
+            true => self.changed(page, from),
         }
     }
 
     /// A page is about to be given back. The caller holds the slice lock.
-    pub(crate) fn removed(&self, page: u64, was_missing: bool) {
-        if !self.lock().cut {
-            return;
+    pub(crate) fn removed(&self, page: u64, from: PageState) {
+        if self.lock().cut {
+            self.changed(page, from);
         }
-        match was_missing {
-            true => self.states.exclude(page, CutState::Missing),
-            // Its bytes are still needed, unless they are copied.
-            false if matches!(self.states.of(page), CutState::Saved | CutState::Staged) => {}
-            false => self.fail(format!("page {page} was given back while the guest was saved")),
+    }
+
+    /// The bytes of a page change after the cut. Before it, the page was in state `from`, or had another change.
+    fn changed(&self, page: u64, from: PageState) {
+        match from {
+            PageState::Missing => self.states.exclude(page, CutState::Missing),
+            PageState::Removed => self.states.exclude(page, CutState::Zero),
+            // Its bytes are still needed, unless they are copied. If it was installed although its state was `Present`,
+            // it was given back without a report.
+            PageState::Present | PageState::Poisoned if !self.is_done(page) => {
+                self.fail(format!("page {page} was given back while the guest was saved"));
+            }
+            PageState::Present | PageState::Poisoned => {}
         }
     }
 
@@ -210,6 +216,9 @@ impl Core {
         buf: &mut [u8],
         source_offset: u64,
     ) -> io::Result<()> {
+        if let Some(reason) = self.failure() {
+            return Err(io::Error::other(reason.to_owned()));
+        }
         let (mut at, mut rest, mut hint) = (source_offset, buf, 0);
         while !rest.is_empty() {
             let outside = || io::Error::from(io::ErrorKind::UnexpectedEof);
@@ -244,7 +253,10 @@ impl Core {
             self.fail(format!("cannot read memory at source offset {source_offset}: {error}"));
         }
         pages.clone().for_each(|page| self.states.set(page, CutState::Saved));
-        self.protect(protect, pages, false).map_err(io::Error::other)?;
+        self.protect(protect, pages, false).map_err(|error| {
+            self.fail(error.to_string());
+            io::Error::other(error)
+        })?;
         read
     }
 
@@ -272,14 +284,11 @@ impl Core {
     /// Whether memory of a pager had the page at the cut. A page that was given back before counts: it is zero. The
     /// caller holds the slice lock.
     pub(crate) fn is_own(&self, page: u64, state: PageState) -> bool {
-        match state {
-            PageState::Missing => false,
-            PageState::Removed => {
-                self.states.exclude(page, CutState::Zero);
-                true
-            }
-            PageState::Present | PageState::Poisoned => self.states.of(page) != CutState::Missing,
+        if state == PageState::Removed {
+            // Only if nothing is known of it: it may have been removed after the cut.
+            self.states.exclude(page, CutState::Zero);
         }
+        state != PageState::Missing && self.states.of(page) != CutState::Missing
     }
 
     /// Lets all pages be written that are in none of these parts of the source.
@@ -320,14 +329,16 @@ impl Core {
     pub(crate) fn close(&self, protect: &dyn Protect) {
         self.lock().closed = true;
         self.staging.close();
+        let failed = self.failure().is_some();
         for extent in self.layout.extents() {
             let pages = extent.first_page..extent.end_page(self.layout.page_bytes());
             for first in pages.clone().step_by(STEP_PAGES as usize) {
                 let step = first..(first + STEP_PAGES).min(pages.end);
                 let writable =
                     |page| matches!(self.states.of(page), CutState::Saved | CutState::Staged);
-                // A page that stays protected is made writable by the next fault.
-                if !step.clone().all(writable) {
+                // A page that stays protected is made writable by the next fault. After a failure, one may be protected
+                // in spite of its state.
+                if failed || !step.clone().all(writable) {
                     let _ = self.protect(protect, step, false);
                 }
             }

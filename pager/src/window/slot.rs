@@ -121,12 +121,11 @@ impl SlotState {
     }
 }
 
-/// What a change of a page's state means for the window. The caller holds the slice lock, and sets the state after it.
+/// What it means for the window that a page was installed, also in the state that it has, or is given back. The caller holds the slice lock, and sets the state after it.
 pub(crate) fn page_moved(core: &Core, page: u64, from: PageState, to: PageState) {
-    let was_missing = from == PageState::Missing;
     match to {
-        PageState::Removed => core.removed(page, was_missing),
-        PageState::Present | PageState::Poisoned => core.installed(page, was_missing),
+        PageState::Removed => core.removed(page, from),
+        PageState::Present | PageState::Poisoned => core.installed(page, from),
         PageState::Missing => {}
     }
     fence(Ordering::Release);

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use super::core::{Core, Protect};
 use super::error::WindowError;
+use crate::install::page_state::PageState;
 use crate::layout::Layout;
 use crate::region::{PAGE_BYTES, Region};
 use crate::uffd::Errno;
@@ -37,7 +38,11 @@ impl Protect for Protected {
         }
         let mut pages = self.pages.lock().expect("no panic");
         for page in (host_addr..host_addr + len).step_by(PAGE_BYTES) {
-            if on { pages.insert(page) } else { pages.remove(&page) };
+            if on {
+                pages.insert(page)
+            } else {
+                pages.remove(&page)
+            };
         }
         Ok(())
     }
@@ -81,3 +86,62 @@ fn a_window_that_has_failed_or_is_closed_protects_nothing_more() {
     }
 }
 
+fn armed_and_cut() -> (Arc<Core>, Protected) {
+    let (core, memory) = (core(), Protected::default());
+    core.arm(&memory).expect("it is open");
+    core.cut(&memory).expect("it is open");
+    (core, memory)
+}
+
+fn read(core: &Core, memory: &Protected, page: u64) -> std::io::Result<Vec<u8>> {
+    let mut bytes = vec![1; PAGE_BYTES];
+    core.read(memory, &mut bytes, page * PAGE).map(|()| bytes)
+}
+
+/// What the guest does with a page that it did not have at the cut has nothing to do with the save.
+#[test]
+fn pages_that_were_missing_or_zero_at_the_cut_may_be_given_back_again() {
+    let (core, memory) = armed_and_cut();
+    let (missing, zero, removed) = (3, 4, 5);
+    core.installed(missing, PageState::Missing);
+    core.installed(zero, PageState::Removed);
+    for page in [missing, zero] {
+        core.removed(page, PageState::Present);
+    }
+    core.removed(removed, PageState::Removed);
+    core.installed(removed, PageState::Removed);
+    assert_eq!(core.failure(), None);
+    // The one that was missing is that of the pager's source.
+    let own = |page, state| core.is_own(page, state);
+    assert!(!own(missing, PageState::Removed) && !own(missing, PageState::Present));
+    assert!(own(zero, PageState::Removed) && own(removed, PageState::Present));
+    for page in [zero, removed] {
+        assert_eq!(read(&core, &memory, page).expect("it is zero"), [0; PAGE_BYTES]);
+    }
+    assert_eq!(read(&core, &memory, 6).expect("it is read"), [7; PAGE_BYTES]);
+    core.removed(6, PageState::Present);
+    assert_eq!(core.failure(), None, "it is saved");
+}
+
+/// It was filled with zeros, so it was not in memory any more: its bytes at the cut are unknown.
+#[test]
+fn a_page_that_is_installed_again_after_the_cut_is_lost() {
+    let (core, memory) = armed_and_cut();
+    core.installed(3, PageState::Present);
+    assert!(core.failure().is_some_and(|reason| reason.contains("page 3 was given back")));
+    read(&core, &memory, 4).expect_err("it has failed");
+}
+
+/// Otherwise the next write to the page would wait for a thread that ends.
+#[test]
+fn a_failed_window_takes_all_protection_away() {
+    let (core, memory) = armed_and_cut();
+    memory.stuck.store(true, Ordering::Relaxed);
+    let mut bytes = vec![0; (PAGES * PAGE) as usize];
+    core.read(&memory, &mut bytes, 0).expect_err("the pages stay protected");
+    assert!(core.failure().is_some());
+    assert_eq!(memory.count(), PAGES as usize);
+    memory.stuck.store(false, Ordering::Relaxed);
+    core.close(&memory);
+    assert_eq!(memory.count(), 0);
+}
