@@ -75,6 +75,15 @@ impl PagerState {
         kernel::install(&other.filler, target, fill, &mut observer)
     }
 
+    /// Fills a page with zeros if it is not in memory, whatever its state. Returns whether it is in memory now;
+    /// otherwise the memory map is changing. The caller holds the slice lock.
+    pub(crate) fn fill_absent(&self, slice: usize, target: Target) -> Result<bool, InstallError> {
+        let reason = InstallReason::FillZero { fault_page: target.first_page };
+        let mut observer = SliceObserver::new(self, slice, reason, None);
+        kernel::install(&self.slices[slice].filler, target, Fill::Zero, &mut observer)?;
+        Ok(observer.answered)
+    }
+
     /// Poisons all missing pages of a slice whose faults can no longer be served, which wakes the waiting threads.
     /// Returns whether all of them could be poisoned.
     pub(crate) fn poison_missing(&self, slice: usize, inbox: &mut Inbox) -> bool {

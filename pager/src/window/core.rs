@@ -23,8 +23,8 @@ const BLOCK_PAGES: u64 = 16;
 /// Memory that one ioctl protects: a page table. The lock of the memory map is free in between.
 const STEP_PAGES: u64 = 512;
 /// How often a change of the memory map is waited for, and how long each time.
-const CHANGE_TRIES: u32 = 2000;
-const CHANGE_PAUSE: Duration = Duration::from_micros(50);
+pub(super) const CHANGE_TRIES: u32 = 2000;
+pub(super) const CHANGE_PAUSE: Duration = Duration::from_micros(50);
 /// Blocks that are left to the pause, and the rounds to get there.
 const FEW_BLOCKS: usize = 64;
 const ROUNDS: u32 = 4;

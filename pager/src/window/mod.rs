@@ -5,6 +5,7 @@
 //! page that is not saved yet waits until its bytes were copied. [`Window::read`] returns the bytes of the cut, each
 //! page once. `docs/live-snapshots.md` has the states of a page and the proof.
 
+mod absent;
 pub(crate) mod core;
 mod error;
 mod memory_window;

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::absent;
 use super::core::Core;
 use super::error::WindowError;
 use super::memory_window::{Memory, Window};
@@ -13,6 +14,10 @@ use crate::region::{PAGE_BYTES, Region};
 impl Pager {
     /// Protects all memory that was installed from writes, while threads use it: see [`Window`]. `read` reads a page
     /// that is in memory.
+    ///
+    /// The caller makes sure that no memory is given back (madvise(2), or the balloon of a guest) from the call until
+    /// the window is dropped. A page that is given back before it was read fails the window ([`Window::check`]), or lets
+    /// its writers wait until the window is dropped.
     ///
     /// # Errors
     /// [`WindowError`]. Then nothing is protected. [`WindowError::Released`]: the population is complete. While the pager
@@ -34,6 +39,7 @@ impl Pager {
             register::protection(&slice.filler.uffd, shared.layout.extents_of(index))
                 .map_err(|(host_addr, errno)| WindowError::Register { host_addr, errno })?;
         }
+        absent::fill(shared)?;
         core.arm(&**shared)?;
         Ok(window)
     }
