@@ -148,7 +148,7 @@ impl Core {
     /// Lets a thread write that waits at `host_addr`. Before the cut its block is noted; after it, it is copied first.
     ///
     /// # Errors
-    /// `EAGAIN`: an event is queued. The caller reads it and calls again.
+    /// `EAGAIN`: an event is queued. The caller reads it and calls again. Any other: the page stays protected.
     pub(crate) fn answer(&self, protect: &dyn Protect, host_addr: u64) -> Result<(), Errno> {
         let Some(place) = self.layout.at_host(host_addr) else { return Ok(()) };
         self.faults.fetch_add(1, Ordering::Relaxed);
@@ -163,7 +163,7 @@ impl Core {
                 return self.unprotect_now(protect, block);
             }
         }
-        if self.staging.is_short() {
+        if self.staging.is_short(BLOCK_PAGES as usize) {
             block = place.page..place.page + 1;
         }
         self.stage(protect, block.clone());
@@ -176,9 +176,10 @@ impl Core {
         if !block.clone().any(|page| needed(&page)) {
             return;
         }
-        // Before a page is claimed: the sweep, which makes room, waits for claimed pages.
+        // Before a page is claimed: the sweep, which makes room, waits for claimed pages. It may also save these pages
+        // meanwhile.
         let room = (block.end - block.start) as usize;
-        if !self.staging.admit(room) {
+        if !self.staging.admit(room, || block.clone().any(|page| needed(&page))) {
             return;
         }
         let mut used = 0;
@@ -252,11 +253,14 @@ impl Core {
         if let Err(error) = &read {
             self.fail(format!("cannot read memory at source offset {source_offset}: {error}"));
         }
-        pages.clone().for_each(|page| self.states.set(page, CutState::Saved));
-        self.protect(protect, pages, false).map_err(|error| {
+        let writable = self.protect(protect, pages.clone(), false);
+        if let Err(error) = &writable {
             self.fail(error.to_string());
-            io::Error::other(error)
-        })?;
+        }
+        // After the failure, which `close` looks for when it finds this state.
+        pages.for_each(|page| self.states.set(page, CutState::Saved));
+        self.staging.look_again();
+        writable.map_err(io::Error::other)?;
         read
     }
 
@@ -323,13 +327,13 @@ impl Core {
             // A page that stays protected is made writable by the next fault.
             let _ = self.protect(protect, step, false);
         }
+        self.staging.look_again();
     }
 
     /// The window has ended: all memory can be written.
     pub(crate) fn close(&self, protect: &dyn Protect) {
         self.lock().closed = true;
         self.staging.close();
-        let failed = self.failure().is_some();
         for extent in self.layout.extents() {
             let pages = extent.first_page..extent.end_page(self.layout.page_bytes());
             for first in pages.clone().step_by(STEP_PAGES as usize) {
@@ -338,7 +342,7 @@ impl Core {
                     |page| matches!(self.states.of(page), CutState::Saved | CutState::Staged);
                 // A page that stays protected is made writable by the next fault. After a failure, one may be protected
                 // in spite of its state.
-                if failed || !step.clone().all(writable) {
+                if !step.clone().all(writable) || self.failure().is_some() {
                     let _ = self.protect(protect, step, false);
                 }
             }

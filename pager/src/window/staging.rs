@@ -21,34 +21,48 @@ struct State {
     closed: bool,
     /// How often a thread has waited for room.
     waits: u64,
+    /// Threads that wait for room now.
+    waiting: usize,
 }
 
 impl Staging {
+    /// There is room for one page at least.
     pub(crate) fn new(most_bytes: usize) -> Staging {
-        let most_pages = most_bytes / PAGE_BYTES;
+        let most_pages = (most_bytes / PAGE_BYTES).max(1);
         Staging { state: Mutex::default(), changed: Condvar::new(), most_pages }
     }
 
-    /// Waits until there is room for that many pages. Returns `false` if the window is closed, and admits nothing.
-    pub(crate) fn admit(&self, pages: usize) -> bool {
-        let full = |state: &mut State| {
-            !state.closed && state.copies.len() + state.admitted + pages > self.most_pages
-        };
+    /// Waits until there is room for that many pages, as long as they are `needed`. Returns whether they are admitted.
+    /// They are not if they are not needed any more, or if the window is closed.
+    pub(crate) fn admit(&self, pages: usize, needed: impl Fn() -> bool) -> bool {
         let mut state = self.lock();
-        if full(&mut state) {
+        let full = |state: &State| state.copies.len() + state.admitted + pages > self.most_pages;
+        if !state.closed && full(&state) && needed() {
             state.waits += 1;
-            state = self.changed.wait_while(state, full).unwrap_or_else(PoisonError::into_inner);
+            state.waiting += 1;
+            let waits = |state: &mut State| !state.closed && full(state) && needed();
+            state = self.changed.wait_while(state, waits).unwrap_or_else(PoisonError::into_inner);
+            state.waiting -= 1;
         }
-        if !state.closed {
+        let admitted = !state.closed && !full(&state);
+        if admitted {
             state.admitted += pages;
         }
-        !state.closed
+        admitted
     }
 
-    /// Whether more than half of the room is used.
-    pub(crate) fn is_short(&self) -> bool {
+    /// Pages may not be needed any more: threads that wait for room look again.
+    pub(crate) fn look_again(&self) {
+        // Under the lock, so that no thread is between its look and its wait.
+        if self.lock().waiting > 0 {
+            self.changed.notify_all();
+        }
+    }
+
+    /// Whether copies of that many pages would not fit into the half of the room that blocks may use.
+    pub(crate) fn is_short(&self, pages: usize) -> bool {
         let state = self.lock();
-        2 * (state.copies.len() + state.admitted) > self.most_pages
+        2 * (state.copies.len() + state.admitted + pages) > self.most_pages
     }
 
     /// Gives back the room that was admitted and not used.
@@ -96,6 +110,7 @@ impl Staging {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
     use std::thread;
 
     use super::*;
@@ -107,24 +122,48 @@ mod tests {
     #[test]
     fn a_full_store_waits_for_the_sweep_or_the_end() {
         let staging = Arc::new(Staging::new(2 * PAGE_BYTES));
-        assert!(staging.admit(2));
+        assert!(staging.admit(2, || true));
         (0..2).for_each(|number| staging.put(number, page(7)));
         let waiter = Arc::clone(&staging);
-        let admitted = thread::spawn(move || waiter.admit(1));
+        let admitted = thread::spawn(move || waiter.admit(1, || true));
         while staging.waits() == 0 {
             thread::yield_now();
         }
         assert_eq!(staging.take(0), Some(page(7)));
         assert!(admitted.join().expect("no panic"));
         staging.dismiss(1);
-        assert!(staging.admit(1));
+        assert!(staging.admit(1, || true));
         let waiter = Arc::clone(&staging);
-        let admitted = thread::spawn(move || waiter.admit(1));
+        let admitted = thread::spawn(move || waiter.admit(1, || true));
         while staging.waits() == 1 {
             thread::yield_now();
         }
         staging.close();
         assert!(!admitted.join().expect("no panic"));
         assert_eq!(staging.take(1), None);
+    }
+
+    #[test]
+    fn a_thread_does_not_wait_for_pages_that_are_not_needed_any_more() {
+        let staging = Staging::new(PAGE_BYTES);
+        assert!(staging.admit(1, || true));
+        assert!(!staging.admit(1, || false));
+        let needed = AtomicBool::new(true);
+        thread::scope(|scope| {
+            let admitted = scope.spawn(|| staging.admit(1, || needed.load(Ordering::Relaxed)));
+            while staging.waits() == 0 {
+                thread::yield_now();
+            }
+            needed.store(false, Ordering::Relaxed);
+            staging.look_again();
+            assert!(!admitted.join().expect("no panic"));
+        });
+    }
+
+    #[test]
+    fn even_the_smallest_store_has_room_for_a_page() {
+        let staging = Staging::new(0);
+        assert!(staging.is_short(16) && staging.admit(1, || true));
+        assert!(!Staging::new(32 * PAGE_BYTES).is_short(16));
     }
 }

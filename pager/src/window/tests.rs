@@ -4,6 +4,8 @@
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::core::{Core, Protect};
 use super::error::WindowError;
@@ -53,13 +55,17 @@ impl Protect for Protected {
 }
 
 fn core() -> Arc<Core> {
+    core_with_room(1 << 20)
+}
+
+fn core_with_room(staging_bytes: usize) -> Arc<Core> {
     // SAFETY: no memory is accessed.
     let region = unsafe { Region::new(BASE, PAGES * PAGE, PAGE_BYTES, 0) }.expect("whole pages");
     let read = |_, buf: &mut [u8]| {
         buf.fill(7);
         Ok(())
     };
-    let core = Core::new(Layout::cut(&[region], 1), Arc::new(read), 1 << 20);
+    let core = Core::new(Layout::cut(&[region], 1), Arc::new(read), staging_bytes);
     Arc::new(core.expect("a few pages"))
 }
 
@@ -143,5 +149,60 @@ fn a_failed_window_takes_all_protection_away() {
     assert_eq!(memory.count(), PAGES as usize);
     memory.stuck.store(false, Ordering::Relaxed);
     core.close(&memory);
+    assert_eq!(memory.count(), 0);
+}
+
+/// Otherwise the thread of a pager would also not load pages, for as long as the sweep is elsewhere.
+#[test]
+fn a_write_that_waits_for_room_continues_when_its_page_is_saved() {
+    let (core, memory) = (core_with_room(2 * PAGE_BYTES), Protected::default());
+    core.arm(&memory).expect("it is open");
+    core.cut(&memory).expect("it is open");
+    let answer = |page| core.answer(&memory, BASE + page * PAGE).expect("it is writable");
+    // Each write copies one page, because a block has no room.
+    (0..2).for_each(answer);
+    thread::scope(|scope| {
+        let third = scope.spawn(|| answer(40));
+        while core.stats().waits == 0 {
+            thread::yield_now();
+        }
+        assert_eq!(read(&core, &memory, 40).expect("it is read"), [7; PAGE_BYTES]);
+        let began = Instant::now();
+        while !third.is_finished() && began.elapsed() < Duration::from_secs(20) {
+            thread::yield_now();
+        }
+        let finished = third.is_finished();
+        core.close(&memory);
+        assert!(finished, "it still waits for room");
+    });
+    assert_eq!(core.stats().copied_bytes, 2 * PAGE);
+}
+
+/// Memory whose window fails while it is being closed.
+struct FailsLate<'a> {
+    memory: &'a Protected,
+    core: &'a Core,
+}
+
+impl Protect for FailsLate<'_> {
+    fn protect(&self, host_addr: u64, len: u64, on: bool) -> Result<(), Errno> {
+        self.core.fail("another thread could not take protection away".into());
+        self.memory.protect(host_addr, len, on)
+    }
+
+    fn is_present(&self, page: u64) -> bool {
+        self.memory.is_present(page)
+    }
+}
+
+/// A failure means that a page may be protected in spite of its state.
+#[test]
+fn a_window_that_fails_while_it_is_closed_takes_all_protection_away() {
+    let (core, memory) = armed_and_cut();
+    let mut bytes = vec![0; ((PAGES - 1) * PAGE) as usize];
+    core.read(&memory, &mut bytes, PAGE).expect("it is read");
+    memory.pages.lock().expect("no panic").insert(BASE + (PAGES - 1) * PAGE);
+    // The first page is not saved yet.
+    core.close(&FailsLate { memory: &memory, core: &core });
     assert_eq!(memory.count(), 0);
 }
