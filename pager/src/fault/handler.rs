@@ -250,17 +250,46 @@ impl Handler {
 
     /// Lets a thread write to a page that a window has protected.
     fn serve_write(&mut self, fault: Fault) {
-        // A queued event has to be read before the kernel changes the protection.
-        while self.shared.answer_write(fault.address) == Err(Errno(libc::EAGAIN)) {
-            if let Err(error) = self.receive() {
-                self.inbox.broken = Some(error);
+        loop {
+            match self.shared.answer_write(fault.address) {
+                Ok(()) => break,
+                // A queued event has to be read before the kernel changes the protection.
+                Err(Errno(libc::EAGAIN)) => {
+                    if let Err(error) = self.receive() {
+                        self.inbox.broken = Some(error);
+                    }
+                    if !self.may_continue() {
+                        break;
+                    }
+                    thread::yield_now();
+                }
+                Err(errno) => {
+                    self.fail_write(fault, errno);
+                    break;
+                }
             }
-            if !self.may_continue() {
-                break;
-            }
-            thread::yield_now();
         }
         self.last_now = Instant::now();
+    }
+
+    /// A page stays protected from writes. Its window must not be saved.
+    fn fail_write(&self, fault: Fault, errno: Errno) {
+        let (shared, host_addr) = (&self.shared, fault.address);
+        shared.fail_window(format!("cannot make the page at {host_addr:#x} writable: {errno}"));
+        if matches!(errno, Errno(libc::ENOENT | libc::ESRCH)) {
+            // The memory is not registered any more, or its process has ended: the kernel has woken the writer.
+            return;
+        }
+        let cause = FailureCause::Install { ioctl: "UFFDIO_WRITEPROTECT", host_addr, errno };
+        let place = shared.layout.at_host(host_addr);
+        shared.failures.report(Failure {
+            source_offset: place.map(|place| shared.layout.source_offset(place)),
+            host_addr: Some(host_addr),
+            thread: self.slice,
+            cause,
+        });
+        // The writer keeps waiting.
+        shared.failures.unpoisonable();
     }
 
     /// Answers a fault in memory that the layout does not have: it was registered and then moved.

@@ -50,10 +50,17 @@ impl PagerState {
         }
     }
 
+    /// The window, if there is one, must not be saved.
+    pub(crate) fn fail_window(&self, reason: String) {
+        if let Some(core) = self.window.get() {
+            core.fail(reason);
+        }
+    }
+
     /// Lets a write continue that waits at `host_addr`.
     ///
     /// # Errors
-    /// `EAGAIN`: an event is queued. The caller reads it and calls again.
+    /// `EAGAIN`: an event is queued. The caller reads it and calls again. Any other: the page stays protected.
     pub(crate) fn answer_write(&self, host_addr: u64) -> Result<(), Errno> {
         match self.window.get() {
             Some(core) => core.answer(self, host_addr),
