@@ -22,7 +22,7 @@ use crate::summary::Summary;
 use crate::waits::{Wait, Waiting};
 use remote::Event;
 pub(crate) use remote::{Answer, Command, Events, Refused, Remote, State, StoreRequest, remote};
-use saving::{is_busy, progress_of};
+use saving::progress_of;
 
 /// When a run ends without an interrupt.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -157,7 +157,7 @@ impl Live<'_> {
                 Ok(Event::Command(Command::Store(request), answer)) if request.live => {
                     self.save(guest, request, &answer, &mut saving)?
                 }
-                Ok(Event::Command(Command::Store(_), answer)) if is_busy(&saving) => {
+                Ok(Event::Command(Command::Store(_), answer)) if self.events.status.is_saving() => {
                     let _ = answer.send(Err(Refused::Busy));
                     Next::Go(guest)
                 }

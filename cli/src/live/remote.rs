@@ -100,6 +100,11 @@ impl Status {
         *lock(&self.saving) = cancel;
     }
 
+    /// Whether a file is being written while the guest runs on.
+    pub(super) fn is_saving(&self) -> bool {
+        lock(&self.saving).is_some()
+    }
+
     pub(super) fn progress(&self, progress: Progress) {
         self.done_bytes.store(progress.done_bytes, Ordering::SeqCst);
         self.total_bytes.store(progress.total_bytes, Ordering::SeqCst);

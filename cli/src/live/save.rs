@@ -1,16 +1,15 @@
 //! Snapshots a guest that continues to run: a short pause fixes its memory, and a thread of its own writes the file.
 
-use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use pager::window::WindowOptions;
 use snapvm::SnapshotError;
 use vmm::Stop;
 
 use super::remote::{Answer, Refused, StoreRequest};
-use super::saving::{Save, Saving, is_busy};
+use super::saving::{Begun, Save, Saving};
 use super::{End, Guest, Live, Next, pause};
 use crate::exit;
 use crate::restoring::snapshot_error;
@@ -26,7 +25,7 @@ impl Live<'_> {
     ) -> Result<Next> {
         // The command is done even if the client does not wait for the answer.
         let refuse = |refused| drop(answer.send(Err(refused)));
-        if is_busy(saving) {
+        if self.events.status.is_saving() {
             refuse(Refused::Busy);
             return Ok(Next::Go(guest));
         }
@@ -74,22 +73,15 @@ impl Live<'_> {
         };
         let save = Save {
             cut,
+            begun: Begun::new(&self.events.status, &request, answer),
             request,
-            answer: answer.clone(),
-            status: Arc::clone(&self.events.status),
             interrupt: self.session.interrupt.clone(),
             started,
             pause,
             arm: paused_at - started,
         };
-        self.events.status.saving(Some(Arc::clone(&save.request.cancelled)));
-        match save.start().context("the thread that writes the snapshot cannot be started") {
-            Ok(thread) => *saving = Some(thread),
-            Err(error) => {
-                self.events.status.saving(None);
-                refuse(Refused::Failed(exit::describe(&error)));
-            }
-        }
+        // The thread of the last one, if there is one, has nothing left to do.
+        *saving = save.start();
         Ok(Next::Go(guest))
     }
 }

@@ -1,14 +1,13 @@
 //! The thread that writes the file of a guest that continues to run.
 
-use std::io;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use snapfmt::Progress;
 use snapvm::Cut;
 
@@ -23,12 +22,6 @@ use crate::waits::Wait;
 
 /// The thread that writes the file of a guest that runs on. Dropping it waits for the file.
 pub(super) struct Saving(Option<JoinHandle<()>>);
-
-impl Saving {
-    fn is_finished(&self) -> bool {
-        self.0.as_ref().is_none_or(JoinHandle::is_finished)
-    }
-}
 
 impl Drop for Saving {
     fn drop(&mut self) {
@@ -59,17 +52,46 @@ pub(super) fn progress_of<'a>(
     }
 }
 
-/// Whether a file is being written.
-pub(super) fn is_busy(saving: &Option<Saving>) -> bool {
-    saving.as_ref().is_some_and(|saving| !saving.is_finished())
+/// A snapshot that was begun, and its client. However it ends, the status says so, and then the client gets an answer.
+pub(super) struct Begun {
+    status: Arc<Status>,
+    answer: Sender<Answer>,
+    result: Option<Answer>,
+}
+
+impl Begun {
+    pub(super) fn new(
+        status: &Arc<Status>,
+        request: &StoreRequest,
+        answer: &Sender<Answer>,
+    ) -> Begun {
+        status.saving(Some(Arc::clone(&request.cancelled)));
+        Begun { status: Arc::clone(status), answer: answer.clone(), result: None }
+    }
+
+    /// It ends with this result.
+    pub(super) fn end(mut self, result: Answer) {
+        self.result = Some(result);
+    }
+}
+
+impl Drop for Begun {
+    fn drop(&mut self) {
+        // Before the answer, so that the state of the guest agrees with it.
+        self.status.saving(None);
+        let panicked =
+            || Err(Refused::Failed("the thread that writes the snapshot panicked".into()));
+        // The command is done even if the client does not wait for the answer.
+        let _ = self.answer.send(self.result.take().unwrap_or_else(panicked));
+    }
 }
 
 /// A file to be written, of a guest at one point in time.
 pub(super) struct Save {
+    // First, because the memory is free for another one when the client gets the answer.
     pub(super) cut: Cut,
     pub(super) request: StoreRequest,
-    pub(super) answer: Sender<Answer>,
-    pub(super) status: Arc<Status>,
+    pub(super) begun: Begun,
     pub(super) interrupt: Interrupt,
     pub(super) started: Instant,
     pub(super) pause: Duration,
@@ -78,25 +100,35 @@ pub(super) struct Save {
 
 impl Save {
     /// Starts the thread that writes the file.
-    pub(super) fn start(self) -> io::Result<Saving> {
-        snapvm::room::check(snapvm::room::THREAD_BYTES)?;
-        let thread = std::thread::Builder::new().name("save".into()).spawn(move || self.run())?;
-        Ok(Saving(Some(thread)))
+    pub(super) fn start(self) -> Option<Saving> {
+        let (give, take) = channel();
+        let saves = move || take.into_iter().for_each(Save::run);
+        let thread = snapvm::room::check(snapvm::room::THREAD_BYTES)
+            .and_then(|()| std::thread::Builder::new().name("save".into()).spawn(saves))
+            .context("the thread that writes the snapshot cannot be started");
+        match thread {
+            Ok(thread) => {
+                // The thread receives until this sender is dropped.
+                let _ = give.send(self);
+                Some(Saving(Some(thread)))
+            }
+            Err(error) => {
+                self.begun.end(Err(Refused::Failed(exit::describe(&error))));
+                None
+            }
+        }
     }
 
     fn run(self) {
-        let written = self.write();
-        let Save { cut, answer, status, .. } = self;
-        // Before the answer, so that the state of the guest agrees with it.
+        let written = self.write().map(Some);
+        let Save { cut, begun, .. } = self;
         drop(cut);
-        status.saving(None);
-        let written = written.map(Some);
-        let _ = answer.send(written.map_err(|error| Refused::Failed(exit::describe(&error))));
+        begun.end(written.map_err(|error| Refused::Failed(exit::describe(&error))));
     }
 
     fn write(&self) -> Result<Summary> {
-        let Save { cut, request, status, interrupt, started, .. } = self;
-        let progress = progress_of(request, status, interrupt);
+        let Save { cut, request, begun, interrupt, started, .. } = self;
+        let progress = progress_of(request, &begun.status, interrupt);
         let (out, options) = (&request.out, &request.options);
         let written = match request.changes_only {
             false => cut.write(out, options, &progress),
@@ -113,5 +145,57 @@ impl Save {
         let mut summary = Summary::new(out, &header, *started, *started, *started);
         summary.pause_ms = ms(self.pause);
         Ok(Summary { live: Some(live), ..summary })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::sync::atomic::AtomicBool;
+
+    use super::*;
+    use crate::live::remote;
+
+    fn request() -> StoreRequest {
+        StoreRequest {
+            out: "out.snap".into(),
+            changes_only: false,
+            live: true,
+            stop: false,
+            options: snapfmt::WriteOptions::default(),
+            cancelled: Arc::new(AtomicBool::new(false)),
+        }
+    }
+
+    /// Otherwise each further snapshot of the guest would be refused, and the client would read that the guest has ended.
+    #[test]
+    fn a_panic_ends_the_snapshot_and_answers_the_client() {
+        let (remote, events) = remote();
+        let (sender, answer) = channel();
+        let begun = Begun::new(&events.status, &request(), &sender);
+        assert!(remote.saving().is_some());
+        let panicked = catch_unwind(AssertUnwindSafe(move || {
+            let _begun = begun;
+            std::panic::resume_unwind(Box::new("in the writer"));
+        }));
+        assert!(panicked.is_err());
+        assert!(remote.saving().is_none());
+        assert!(
+            matches!(answer.recv(), Ok(Err(Refused::Failed(reason))) if reason.contains("panicked"))
+        );
+    }
+
+    /// A client may ask for the next snapshot as soon as it has the answer.
+    #[test]
+    fn the_status_changes_before_the_answer() {
+        let (remote, events) = remote();
+        for _ in 0..100 {
+            let (sender, answer) = channel();
+            let begun = Begun::new(&events.status, &request(), &sender);
+            let writer = std::thread::spawn(move || begun.end(Ok(None)));
+            assert!(matches!(answer.recv(), Ok(Ok(None))));
+            assert!(remote.saving().is_none() && !events.status.is_saving());
+            writer.join().expect("no panic");
+        }
     }
 }
