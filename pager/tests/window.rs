@@ -9,42 +9,12 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use pager::window::{Protection, ReadMemory, Window, WindowError, WindowOptions};
+use pager::window::{Protection, Window, WindowError, WindowOptions};
 use pager::{Pager, Populate, VecSource};
-use support::{Memory, PAGE, shuffled, stamp, stamped, userfaultfd_works};
+use support::windows::{ends, reads, windows_work};
+use support::{Memory, PAGE, shuffled, stamp, stamped};
 
 const PAGES: usize = 2048;
-
-/// Whether this kernel has what a window needs.
-fn windows_work(test: &str) -> bool {
-    if !userfaultfd_works(test) {
-        return false;
-    }
-    let memory = Memory::map(PAGE);
-    match Protection::new(vec![memory.whole()]) {
-        Err(WindowError::Open(_)) => {
-            eprintln!("SKIPPED {test}: no write protection");
-            false
-        }
-        _ => true,
-    }
-}
-
-fn reads(memory: &Arc<Memory>) -> ReadMemory {
-    let memory = Arc::clone(memory);
-    Arc::new(move |offset, buf: &mut [u8]| {
-        for (at, word) in (offset as usize..).step_by(8).zip(buf.chunks_mut(8)) {
-            word.copy_from_slice(&memory.read_u64(at).to_ne_bytes());
-        }
-        Ok(())
-    })
-}
-
-/// The first and the last byte of a page.
-fn ends(memory: &Memory, page: usize, value: u8) {
-    memory.write(page * PAGE, value);
-    memory.write(page * PAGE + PAGE - 1, value);
-}
 
 /// Reads parts of the window in any order, on two threads, while the writer continues.
 fn sweep(window: &Window, parts: &[Range<usize>]) -> Vec<(usize, u8)> {

@@ -10,7 +10,8 @@ use std::thread;
 use std::time::Duration;
 
 use super::error::WindowError;
-use super::options::{ReadMemory, WindowStats};
+use super::options::{ReadMemory, WindowOptions, WindowStats};
+use super::rounds::Rounds;
 use super::staging::Staging;
 use super::states::{CutState, CutStates};
 use crate::install::page_state::PageState;
@@ -21,13 +22,10 @@ use crate::uffd::Errno;
 /// Pages that a fault copies, or makes writable, in one step: the next writes are mostly near.
 const BLOCK_PAGES: u64 = 16;
 /// Memory that one ioctl protects: a page table. The lock of the memory map is free in between.
-const STEP_PAGES: u64 = 512;
+pub(super) const STEP_PAGES: u64 = 512;
 /// How often a change of the memory map is waited for, and how long each time.
 pub(super) const CHANGE_TRIES: u32 = 2000;
 pub(super) const CHANGE_PAUSE: Duration = Duration::from_micros(50);
-/// Blocks that are left to the pause, and the rounds to get there.
-const FEW_BLOCKS: usize = 64;
-const ROUNDS: u32 = 4;
 
 /// Protects pages from writes, and takes the protection away. A range is in one extent of the layout.
 pub(crate) trait Protect {
@@ -40,10 +38,12 @@ pub(crate) trait Protect {
 
 /// The state of a window, for the threads that answer write faults and those that save pages.
 pub(crate) struct Core {
-    layout: Layout,
-    states: CutStates,
+    pub(super) layout: Layout,
+    pub(super) states: CutStates,
     phase: Mutex<Phase>,
-    staging: Staging,
+    pub(super) staging: Staging,
+    /// After a page is saved it stays protected, for the next cut.
+    pub(super) tracks: bool,
     read: ReadMemory,
     failure: OnceLock<String>,
     faults: AtomicU64,
@@ -52,11 +52,13 @@ pub(crate) struct Core {
 
 /// The steps of a window. A write before the cut is noted, and one after the cut is preceded by a copy.
 #[derive(Debug, Default)]
-struct Phase {
-    cut: bool,
+pub(super) struct Phase {
+    /// Pages have to be kept as they were at the cut.
+    pub(super) cut: bool,
     closed: bool,
-    /// First pages of the blocks that are not protected, before the cut.
-    hot: BTreeSet<u64>,
+    /// First pages of the blocks that are not protected. It is of no use after the last cut.
+    pub(super) hot: BTreeSet<u64>,
+    pub(super) rounds: Rounds,
 }
 
 impl fmt::Debug for Core {
@@ -66,12 +68,17 @@ impl fmt::Debug for Core {
 }
 
 impl Core {
-    pub(crate) fn new(layout: Layout, read: ReadMemory, staging_bytes: usize) -> io::Result<Core> {
+    pub(crate) fn new(
+        layout: Layout,
+        read: ReadMemory,
+        options: WindowOptions,
+    ) -> io::Result<Core> {
         Ok(Core {
             states: CutStates::all_unsaved(layout.pages())?,
             layout,
             phase: Mutex::default(),
-            staging: Staging::new(staging_bytes),
+            staging: Staging::new(options.staging_bytes),
+            tracks: options.tracks,
             read,
             failure: OnceLock::new(),
             faults: AtomicU64::new(0),
@@ -79,55 +86,26 @@ impl Core {
         })
     }
 
-    /// Protects all memory, while it is used: then again what was written meanwhile, until little is left.
-    pub(crate) fn arm(&self, protect: &dyn Protect) -> Result<(), WindowError> {
-        for extent in self.layout.extents() {
-            let pages = extent.first_page..extent.end_page(self.layout.page_bytes());
-            for first in pages.clone().step_by(STEP_PAGES as usize) {
-                let step = first..(first + STEP_PAGES).min(pages.end);
-                self.protect(protect, step.clone(), true)?;
-                let open = self.check_open(&self.lock());
-                // Otherwise the end comes after this step, and takes the protection away itself.
-                if open.is_err() {
-                    self.protect(protect, step, false)?;
-                }
-                open?;
-            }
-        }
-        for _ in 0..ROUNDS {
-            let mut phase = self.lock();
-            self.check_open(&phase)?;
-            if phase.hot.len() <= FEW_BLOCKS {
-                break;
-            }
-            self.arm_hot(protect, &mut phase)?;
-        }
-        Ok(())
-    }
-
-    /// From now on, the bytes of each page are kept. The caller makes sure that no thread writes to memory during this
-    /// call, and that the pager installs nothing.
-    pub(crate) fn cut(&self, protect: &dyn Protect) -> Result<(), WindowError> {
-        let mut phase = self.lock();
-        self.check_open(&phase)?;
-        self.arm_hot(protect, &mut phase)?;
-        phase.cut = true;
-        Ok(())
-    }
-
     /// A page was installed: it is not protected. The caller holds the slice lock, and then sets its state.
     pub(crate) fn installed(&self, page: u64, from: PageState) {
         let mut phase = self.lock();
-        match phase.cut {
-            false => drop(phase.hot.insert(self.block(page).start)),
-            true => self.changed(page, from),
+        if phase.cut {
+            self.changed(page, from);
+        }
+        if !phase.cut || self.tracks {
+            phase.note(self.block(page).start);
         }
     }
 
     /// A page is about to be given back. The caller holds the slice lock.
     pub(crate) fn removed(&self, page: u64, from: PageState) {
-        if self.lock().cut {
+        let mut phase = self.lock();
+        if phase.cut {
             self.changed(page, from);
+        }
+        if self.tracks {
+            // It is zero now, and not protected.
+            phase.note(self.block(page).start);
         }
     }
 
@@ -153,35 +131,39 @@ impl Core {
         let Some(place) = self.layout.at_host(host_addr) else { return Ok(()) };
         self.faults.fetch_add(1, Ordering::Relaxed);
         let mut block = self.block(place.page);
-        {
-            let mut phase = self.lock();
-            if !phase.cut || phase.closed {
-                if !phase.closed {
-                    phase.hot.insert(block.start);
-                }
-                // Under the lock, so that the cut does not come in between.
-                return self.unprotect_now(protect, block);
-            }
-        }
         if self.staging.is_short(BLOCK_PAGES as usize) {
             block = place.page..place.page + 1;
         }
-        self.stage(protect, block.clone());
+        let mut phase = self.lock();
+        while phase.cut && !phase.closed && self.failure().is_none() && self.needs(protect, &block)
+        {
+            phase.rounds.copying += 1;
+            drop(phase);
+            self.stage(protect, block.clone());
+            phase = self.lock();
+            phase.rounds.copying -= 1;
+        }
+        if !phase.closed && (!phase.cut || self.tracks) {
+            phase.note(self.block(place.page).start);
+        }
+        // Under the lock, so that no cut comes in between.
         self.unprotect_now(protect, block)
+    }
+
+    /// Whether a page of the cut is in memory only.
+    fn needs(&self, protect: &dyn Protect, block: &Range<u64>) -> bool {
+        block.clone().any(|page| !self.is_done(page) && protect.is_present(page))
     }
 
     /// Copies the pages of a block that are not saved. If the window is closed meanwhile, they are not needed.
     fn stage(&self, protect: &dyn Protect, block: Range<u64>) {
-        let needed = |page: &u64| !self.is_done(*page) && protect.is_present(*page);
-        if !block.clone().any(|page| needed(&page)) {
-            return;
-        }
         // Before a page is claimed: the sweep, which makes room, waits for claimed pages. It may also save these pages
         // meanwhile.
         let room = (block.end - block.start) as usize;
-        if !self.staging.admit(room, || block.clone().any(|page| needed(&page))) {
+        if !self.staging.admit(room, || self.needs(protect, &block)) {
             return;
         }
+        let needed = |page: &u64| !self.is_done(*page) && protect.is_present(*page);
         let mut used = 0;
         for page in block.clone().filter(needed).filter(|&page| self.states.claim(page)) {
             let mut bytes = vec![0; PAGE_BYTES].into_boxed_slice();
@@ -204,7 +186,7 @@ impl Core {
     }
 
     /// Waits for the thread that copies a page, which takes microseconds.
-    fn wait_for_claim(&self, page: u64) {
+    pub(super) fn wait_for_claim(&self, page: u64) {
         while self.states.of(page) == CutState::Claimed {
             thread::yield_now();
         }
@@ -253,7 +235,11 @@ impl Core {
         if let Err(error) = &read {
             self.fail(format!("cannot read memory at source offset {source_offset}: {error}"));
         }
-        let writable = self.protect(protect, pages.clone(), false);
+        let writable = match self.tracks {
+            false => self.protect(protect, pages.clone(), false),
+            // A thread that waits to write is answered by the thread that has its fault.
+            true => Ok(()),
+        };
         if let Err(error) = &writable {
             self.fail(error.to_string());
         }
@@ -295,7 +281,7 @@ impl Core {
         state != PageState::Missing && self.states.of(page) != CutState::Missing
     }
 
-    /// Lets all pages be written that are in none of these parts of the source.
+    /// Pages that are in none of these parts of the source are not read: they can be written without a copy.
     pub(crate) fn only(&self, protect: &dyn Protect, parts: &[Range<u64>]) {
         let mut parts: Vec<_> = parts.to_vec();
         parts.sort_unstable_by_key(|part| part.start);
@@ -324,8 +310,10 @@ impl Core {
                     drop(self.staging.take(page));
                 }
             }
-            // A page that stays protected is made writable by the next fault.
-            let _ = self.protect(protect, step, false);
+            if !self.tracks {
+                // A page that stays protected is made writable by the next fault.
+                let _ = self.protect(protect, step, false);
+            }
         }
         self.staging.look_again();
     }
@@ -342,7 +330,7 @@ impl Core {
                     |page| matches!(self.states.of(page), CutState::Saved | CutState::Staged);
                 // A page that stays protected is made writable by the next fault. After a failure, one may be protected
                 // in spite of its state.
-                if !step.clone().all(writable) || self.failure().is_some() {
+                if self.tracks || !step.clone().all(writable) || self.failure().is_some() {
                     let _ = self.protect(protect, step, false);
                 }
             }
@@ -350,7 +338,7 @@ impl Core {
     }
 
     /// Whether the write faults of protected pages are still answered.
-    fn check_open(&self, phase: &Phase) -> Result<(), WindowError> {
+    pub(super) fn check_open(&self, phase: &Phase) -> Result<(), WindowError> {
         match self.failure() {
             Some(reason) => Err(WindowError::ended(reason)),
             None if phase.closed => Err(WindowError::ended("it was closed")),
@@ -376,20 +364,8 @@ impl Core {
         }
     }
 
-    fn arm_hot(&self, protect: &dyn Protect, phase: &mut Phase) -> Result<(), WindowError> {
-        let hot: Vec<u64> = std::mem::take(&mut phase.hot).into_iter().collect();
-        for run in hot.chunk_by(|one, next| self.block(*one).end == *next) {
-            let (Some(first), Some(last)) = (run.first(), run.last()) else { continue };
-            // Two extents of the source may have consecutive pages.
-            for part in self.parts(*first..self.block(*last).end) {
-                self.protect(protect, part, true)?;
-            }
-        }
-        Ok(())
-    }
-
     /// The block of a page, which is in one extent.
-    fn block(&self, page: u64) -> Range<u64> {
+    pub(super) fn block(&self, page: u64) -> Range<u64> {
         let first = page - page % BLOCK_PAGES;
         let extent = self.layout.at_page(page).map(|place| self.layout.extent(place.extent));
         let pages = extent.map_or(page..page + 1, |extent| {
@@ -399,7 +375,7 @@ impl Core {
     }
 
     /// The parts of consecutive pages that are in one extent each.
-    fn parts(&self, pages: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
+    pub(super) fn parts(&self, pages: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
         self.layout.extents().iter().filter_map(move |extent| {
             let end = extent.end_page(self.layout.page_bytes());
             let part = pages.start.max(extent.first_page)..pages.end.min(end);
@@ -408,7 +384,7 @@ impl Core {
     }
 
     /// Changes the protection of pages of one extent, and waits while the memory map changes.
-    fn protect(
+    pub(super) fn protect(
         &self,
         protect: &dyn Protect,
         pages: Range<u64>,
@@ -435,7 +411,7 @@ impl Core {
         protect.protect(place.host_addr, len, false)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Phase> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Phase> {
         // The data is consistent whenever the lock is released.
         self.phase.lock().unwrap_or_else(PoisonError::into_inner)
     }

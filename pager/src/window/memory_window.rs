@@ -42,7 +42,7 @@ impl Window {
         read: ReadMemory,
         options: WindowOptions,
     ) -> Result<Window, WindowError> {
-        let core = Core::new(protection.layout.clone(), read, options.staging_bytes)
+        let core = Core::new(protection.layout.clone(), read, options)
             .map_err(|error| WindowError::System { what: "memory for the page states", error })?;
         if protection.busy.swap(true, Ordering::SeqCst) {
             return Err(WindowError::Busy);
@@ -61,6 +61,18 @@ impl Window {
         }
         core.arm(&*protection)?;
         Ok(window)
+    }
+
+    /// Protects what was written since it was protected, while threads write to it: before a later cut of a window that
+    /// tracks.
+    ///
+    /// # Errors
+    /// As [`Window::open`]. Then the window is to be dropped.
+    pub fn arm_again(&self) -> Result<(), WindowError> {
+        match &self.memory {
+            Memory::Protected { protection, .. } => self.core.arm_again(&**protection),
+            Memory::Paged(shared) => self.core.arm_again(&**shared),
+        }
     }
 
     /// Fixes the bytes of all pages. After it, the threads may write again.
@@ -110,6 +122,29 @@ impl Window {
         if let Memory::Protected { protection, .. } = &self.memory {
             self.core.only(&**protection, parts);
         }
+    }
+
+    /// Of a window that tracks: ends the cut, so that there can be another one. It must not be read after that. If it
+    /// was `saved`, the next cut has only what changes from it on; otherwise it also has all that this one has.
+    pub fn end_cut(&self, saved: bool) {
+        self.core.end_cut(saved);
+    }
+
+    /// All pages of the cut that may differ from the last one that was saved, as ascending ranges of source offsets.
+    /// Of memory with a pager: those that [`Window::own_pages`] has. `None`: no cut was saved yet.
+    pub fn changed_pages(&self) -> Option<Vec<Range<u64>>> {
+        let blocks = self.core.cut_blocks()?;
+        Some(match &self.memory {
+            Memory::Protected { protection, .. } => {
+                of_pager::source_ranges(&protection.layout, blocks)
+            }
+            Memory::Paged(shared) => of_pager::own_blocks(shared, &self.core, blocks),
+        })
+    }
+
+    /// Whether memory was written, or loaded by a pager, since the last cut that was saved.
+    pub fn is_written(&self) -> bool {
+        self.core.is_written()
     }
 
     /// Whether what was read is the memory of the cut. To be called after the last read.

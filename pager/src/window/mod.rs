@@ -13,6 +13,7 @@ mod of_pager;
 mod options;
 mod pager_window;
 mod protection;
+mod rounds;
 pub(crate) mod slot;
 mod staging;
 mod states;

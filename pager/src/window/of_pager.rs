@@ -7,6 +7,7 @@ use std::sync::atomic::{Ordering, fence};
 use super::core::{Core, Protect};
 use super::error::WindowError;
 use crate::install::page_state::PageState;
+use crate::layout::Layout;
 use crate::pager_state::PagerState;
 use crate::uffd::Errno;
 
@@ -98,4 +99,44 @@ pub(super) fn own_pages(shared: &PagerState, core: &Core) -> Vec<Range<u64>> {
         }
     }
     own
+}
+
+/// The pages among these ranges, of one extent each, that were not missing at the cut, as ranges of source offsets.
+pub(super) fn own_blocks(
+    shared: &PagerState,
+    core: &Core,
+    blocks: Vec<Range<u64>>,
+) -> Vec<Range<u64>> {
+    let PagerState { layout, states, slices, .. } = shared;
+    let own = |pages: Range<u64>| {
+        let place = layout.at_page(pages.start);
+        let slice = place.map(|place| &slices[layout.extent(place.extent).slice]);
+        let _lock = slice.map(|slice| slice.lock.for_background());
+        let own = pages.filter(|&page| core.is_own(page, states.of(page)));
+        own.map(|page| page..page + 1).collect::<Vec<_>>()
+    };
+    source_ranges(layout, blocks.into_iter().flat_map(own))
+}
+
+/// The source offsets of ranges of pages, of one extent each, ascending.
+pub(super) fn source_ranges(
+    layout: &Layout,
+    pages: impl IntoIterator<Item = Range<u64>>,
+) -> Vec<Range<u64>> {
+    let mut ranges: Vec<_> = pages
+        .into_iter()
+        .filter_map(|pages| {
+            let start = layout.source_offset(layout.at_page(pages.start)?);
+            Some(start..start + (pages.end - pages.start) * layout.page_bytes())
+        })
+        .collect();
+    ranges.sort_unstable_by_key(|range| range.start);
+    ranges.dedup_by(|next, last| {
+        let adjacent = last.end == next.start;
+        if adjacent {
+            last.end = next.end;
+        }
+        adjacent
+    });
+    ranges
 }

@@ -14,12 +14,15 @@ pub struct WindowOptions {
     /// The most memory for copies of pages that were written before they were saved, in bytes. When it is full, writes
     /// wait for [`Window::read`](super::Window::read).
     pub staging_bytes: usize,
+    /// Whether the window has one cut after the other: see [`Window::end_cut`](super::Window::end_cut). Between them,
+    /// the first write to each block of 64 KiB waits for an answer.
+    pub tracks: bool,
 }
 
 impl Default for WindowOptions {
-    /// 64 MiB of copies.
+    /// 64 MiB of copies, and one cut.
     fn default() -> WindowOptions {
-        WindowOptions { staging_bytes: 64 << 20 }
+        WindowOptions { staging_bytes: 64 << 20, tracks: false }
     }
 }
 

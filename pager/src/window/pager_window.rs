@@ -28,7 +28,7 @@ impl Pager {
         if foreign || shared.backed || shared.layout.page_bytes() != PAGE_BYTES as u64 {
             return Err(WindowError::Unsupported);
         }
-        let core = Core::new(shared.layout.clone(), read, options.staging_bytes)
+        let core = Core::new(shared.layout.clone(), read, options)
             .map_err(|error| WindowError::System { what: "memory for the page states", error })?;
         let core = Arc::new(core);
         shared.window.reserve(&core)?;

@@ -138,9 +138,11 @@ mod tests {
 
     use super::*;
     use crate::layout::Layout;
+    use crate::window::WindowOptions;
 
     fn core() -> Arc<Core> {
-        let core = Core::new(Layout::cut(&[], 1), Arc::new(|_, _: &mut [u8]| Ok(())), 0);
+        let read = Arc::new(|_, _: &mut [u8]| Ok(()));
+        let core = Core::new(Layout::cut(&[], 1), read, WindowOptions::default());
         Arc::new(core.expect("no pages"))
     }
 

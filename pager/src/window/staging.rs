@@ -88,6 +88,12 @@ impl Staging {
         bytes
     }
 
+    /// Drops the copies. Threads that wait for room look again.
+    pub(crate) fn clear(&self) {
+        self.lock().copies.clear();
+        self.changed.notify_all();
+    }
+
     /// Ends all waits, now and later, and drops the copies.
     pub(crate) fn close(&self) {
         let mut state = self.lock();

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::core::{Core, Protect};
 use super::error::WindowError;
+use super::options::WindowOptions;
 use crate::install::page_state::PageState;
 use crate::layout::Layout;
 use crate::region::{PAGE_BYTES, Region};
@@ -65,7 +66,8 @@ fn core_with_room(staging_bytes: usize) -> Arc<Core> {
         buf.fill(7);
         Ok(())
     };
-    let core = Core::new(Layout::cut(&[region], 1), Arc::new(read), staging_bytes);
+    let options = WindowOptions { staging_bytes, ..WindowOptions::default() };
+    let core = Core::new(Layout::cut(&[region], 1), Arc::new(read), options);
     Arc::new(core.expect("a few pages"))
 }
 

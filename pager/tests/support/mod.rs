@@ -1,6 +1,8 @@
 //! Memory of the test process as the "guest", touched only by volatile accesses.
 #![allow(unsafe_code, dead_code, missing_docs, unreachable_pub)]
 
+pub mod windows;
+
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr::{self, NonNull};
