@@ -8,7 +8,7 @@ use snapfmt::{ChainError, Parents, ReadError, Snapshot};
 
 use crate::trust::TrustArgs;
 use crate::waits::{Wait, Waiting};
-use crate::{bucket, stdio};
+use crate::{bucket, checkpoints, stdio};
 
 /// Opens a snapshot, and the parents of a layer; the error names the file.
 pub(crate) fn open(path: &Path, parents: &ParentArgs) -> Result<Snapshot> {
@@ -20,6 +20,8 @@ fn open_with(
     parents: &ParentArgs,
     open_object: fn(&Path, &[String]) -> Result<Snapshot>,
 ) -> Result<Snapshot> {
+    let checkpoint = checkpoints::resolve(path)?;
+    let path = checkpoint.as_deref().unwrap_or(path);
     let _opening = reading(path);
     if parents.trust.is_required() && bucket::is_meant(path) {
         bail!("only a file can be checked against a root: get the snapshot with snap pull");

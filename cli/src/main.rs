@@ -5,6 +5,7 @@ mod activity;
 mod api;
 mod awaited_source;
 mod bucket;
+mod checkpoints;
 mod commands;
 mod config;
 mod descriptors;

@@ -18,7 +18,7 @@ use crate::interrupt::Interrupt;
 use crate::progress::Bar;
 use crate::session::Session;
 use crate::waits::Wait;
-use crate::{leftovers, size};
+use crate::{checkpoints, leftovers, size};
 
 /// A lazy restore of the snapshot at `file`, whose guest must have `memory_bytes` of memory if that is given.
 pub(crate) fn config(
@@ -27,6 +27,9 @@ pub(crate) fn config(
     memory_bytes: Option<u64>,
     session: &Session,
 ) -> Result<RestoreConfig> {
+    // Layers of the guest will have the path of the file itself.
+    let checkpoint = checkpoints::resolve(file)?;
+    let file = checkpoint.as_deref().unwrap_or(file);
     let snapshot = open(file, parents)?;
     let found = snapshot.header().memory_bytes;
     if let Some(expected) = memory_bytes

@@ -203,6 +203,9 @@ pub enum SnapshotError {
     /// A layer needs a parent, and the guest was not restored from a snapshot.
     #[error("the guest was not restored from a snapshot, which a layer needs as its parent")]
     NotRestored,
+    /// Changes need a point in time that they are relative to, and none was saved.
+    #[error("no earlier point in time of the guest was saved, to which changes would be relative")]
+    NothingSaved,
     /// The guest writes to a file that is not part of its state. While the guest runs, that file changes, and no longer
     /// matches the snapshot.
     #[error(

@@ -36,6 +36,7 @@ pub use snapfmt;
 pub use vmm;
 
 mod boot;
+mod checkpoint;
 mod devices;
 mod error;
 mod guest_memory;

@@ -30,9 +30,9 @@ use crate::write::{Overlay, check_room, device_content, guest_of, machine_state,
 #[derive(Debug)]
 pub struct Armed {
     // Fields drop in this order: memory can be written before it may be given back.
-    window: Window,
-    discards: HeldDiscards,
-    memory: Arc<VmMemory>,
+    pub(crate) window: Window,
+    pub(crate) discards: HeldDiscards,
+    pub(crate) memory: Arc<VmMemory>,
 }
 
 /// A guest at one point in time. [`Cut::write`] and [`Cut::write_layer`] write it to a file, on any thread, while the
@@ -40,11 +40,11 @@ pub struct Armed {
 ///
 /// It must be written, or dropped, before the guest's memory is unmapped, which it makes sure of by keeping it.
 pub struct Cut {
-    window: Window,
-    _discards: HeldDiscards,
+    pub(crate) window: Window,
+    pub(crate) discards: HeldDiscards,
     state: StateBlob,
     contents: Vec<Option<FrozenContent>>,
-    memory: Arc<VmMemory>,
+    pub(crate) memory: Arc<VmMemory>,
 }
 
 impl fmt::Debug for Cut {
@@ -90,7 +90,7 @@ impl Vm {
         let contents = self.machine.freeze_device_contents().map_err(SnapshotError::Device)?;
         armed.window.cut().map_err(SnapshotError::Window)?;
         let Armed { window, discards, memory } = armed;
-        Ok(Cut { window, _discards: discards, state, contents, memory })
+        Ok(Cut { window, discards, state, contents, memory })
     }
 }
 
@@ -171,7 +171,7 @@ impl Cut {
         self.window.stats()
     }
 
-    fn contents<'a>(
+    pub(crate) fn contents<'a>(
         &'a self,
         bytes: &'a dyn ReadAt,
         data: &'a [Range<u64>],
@@ -184,7 +184,7 @@ impl Cut {
     }
 
     /// The state of the machine, and the contents of its devices.
-    fn states(&self) -> Result<Vec<StateBlob>, SnapshotError> {
+    pub(crate) fn states(&self) -> Result<Vec<StateBlob>, SnapshotError> {
         let mut states = vec![self.state.clone()];
         for (place, content) in self.contents.iter().enumerate() {
             let Some(content) = content else { continue };
@@ -207,7 +207,7 @@ impl Cut {
 }
 
 /// The bytes of the cut, by source offset.
-struct Saved<'a>(&'a Cut);
+pub(crate) struct Saved<'a>(pub(crate) &'a Cut);
 
 impl ReadAt for Saved<'_> {
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {

@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -12,7 +12,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use snapfmt::Progress;
 
-use super::routes::{CreateSnapshot, Pausing, SnapshotType};
+use super::routes::{CheckpointFields, CreateSnapshot, Pausing, SnapshotType};
 use crate::exit::Interrupted;
 use crate::http::read_response;
 use crate::progress::Bar;
@@ -47,10 +47,30 @@ pub(crate) fn create(
     storage: &Storage,
     session: &Session,
 ) -> Result<Summary> {
-    let wanted = CreateSnapshot {
+    let wanted = wanted(out, kind, storage)?;
+    let summary = ask(socket, &wanted, session.quiet, session)?;
+    summary.context("the guest has written no file, and does not say why")
+}
+
+/// Makes the guest at this socket write a checkpoint to `out`. `None`: it has not changed, and has written nothing.
+pub(crate) fn checkpoint(
+    socket: &Path,
+    out: &Path,
+    fields: CheckpointFields,
+    storage: &Storage,
+    session: &Session,
+) -> Result<Option<Summary>> {
+    let kind = Kind { diff: false, live: true, stop: false };
+    let wanted = CreateSnapshot { checkpoint: Some(fields), ..wanted(out, kind, storage)? };
+    ask(socket, &wanted, true, session)
+}
+
+fn wanted(out: &Path, kind: Kind, storage: &Storage) -> Result<CreateSnapshot> {
+    Ok(CreateSnapshot {
         snapshot_path: std::path::absolute(out).context("cannot find the working folder")?,
         snapshot_type: if kind.diff { SnapshotType::Diff } else { SnapshotType::Full },
         pausing: if kind.live { Pausing::Live } else { Pausing::Paused },
+        checkpoint: None,
         stop: kind.stop,
         force: storage.force,
         codec: Some(storage.codec.to_string()),
@@ -58,7 +78,25 @@ pub(crate) fn create(
         chunk_pages: Some(storage.chunk_pages),
         dedupe: Some(!storage.no_dedupe),
         threads: storage.threads,
-    };
+    })
+}
+
+/// An answer that is not the file.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {message}", socket.display())]
+pub(crate) struct Fault {
+    socket: PathBuf,
+    pub(crate) status: u16,
+    message: String,
+}
+
+/// Sends the request, and waits for the file.
+fn ask(
+    socket: &Path,
+    wanted: &CreateSnapshot,
+    quiet: bool,
+    session: &Session,
+) -> Result<Option<Summary>> {
     let named = || format!("cannot ask the guest at {}", socket.display());
     let (requested, stored) = (socket.display().to_string(), socket.display().to_string());
     let requesting = Wait::new(move || format!("the guest at {requested} to take a request"));
@@ -68,7 +106,7 @@ pub(crate) fn create(
     drop(requesting);
     let storing = Wait::new(move || format!("the guest at {stored} to be stored"));
     let storing = Cell::new(Some(storing.hears().begin()));
-    let bar = Bar::of_other("storing", session.quiet, &session.interrupt);
+    let bar = Bar::of_other("storing", quiet, &session.interrupt);
     let waiting = || {
         if session.interrupt.requested() {
             return Err(Interrupted.into());
@@ -87,10 +125,14 @@ pub(crate) fn create(
     drop(bar);
     match status {
         200 => Ok(serde_json::from_value(body).context("the guest's answer is not understood")?),
-        _ => match body["fault_message"].as_str() {
-            Some(message) => bail!("{}: {message}", socket.display()),
-            None => bail!("{}: answer {status}", socket.display()),
-        },
+        204 => Ok(None),
+        _ => {
+            let message = match body["fault_message"].as_str() {
+                Some(message) => message.to_owned(),
+                None => format!("answer {status}"),
+            };
+            Err(Fault { socket: socket.to_owned(), status, message }.into())
+        }
     }
 }
 

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use pager::serve::{BindError, LOCK_TIMEOUT, Socket};
 
-pub(crate) use routes::{Facts, PagerFigures};
+pub(crate) use routes::{CheckpointFields, Facts, PagerFigures};
 pub(crate) use server::Serving;
 
 use crate::leftovers;

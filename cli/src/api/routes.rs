@@ -17,7 +17,7 @@ use snapfmt::{Codec, Existing, WriteOptions};
 use super::response::Response;
 use crate::bucket;
 use crate::http::Request;
-use crate::live::{Answer, Command, Refused, Remote, StoreRequest};
+use crate::live::{Answer, Checkpoint, Command, Refused, Remote, StoreRequest};
 
 /// Constant facts about the guest, and its figures.
 pub(crate) struct Facts {
@@ -70,6 +70,8 @@ pub(super) struct CreateSnapshot {
     pub(super) snapshot_type: SnapshotType,
     #[serde(default, rename = "type")]
     pub(super) pausing: Pausing,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) checkpoint: Option<CheckpointFields>,
     #[serde(default)]
     pub(super) stop: bool,
     #[serde(default)]
@@ -84,6 +86,40 @@ pub(super) struct CreateSnapshot {
     pub(super) dedupe: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) threads: Option<NonZeroUsize>,
+}
+
+/// How a live snapshot continues a chain.
+#[derive(Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct CheckpointFields {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) parent: Option<PathBuf>,
+    #[serde(default)]
+    pub(crate) if_changed: bool,
+    pub(crate) track_ms: u64,
+}
+
+/// The longest time between two checkpoints.
+const MOST_TRACK_MS: u64 = 24 * 60 * 60 * 1000;
+
+impl CheckpointFields {
+    fn checked(self, wanted: &CreateSnapshot) -> Result<Checkpoint, &'static str> {
+        if wanted.pausing != Pausing::Live || matches!(wanted.snapshot_type, SnapshotType::Diff) {
+            return Err(
+                "checkpoint: for a snapshot with the type \"live\", and without a snapshot_type",
+            );
+        }
+        if self.parent.as_ref().is_some_and(|parent| !parent.is_absolute()) {
+            return Err(
+                "checkpoint: the parent is relative, and the guest's working folder is not yours",
+            );
+        }
+        if !(1..=MOST_TRACK_MS).contains(&self.track_ms) {
+            return Err("checkpoint: track_ms is not in 1 to a day");
+        }
+        let CheckpointFields { parent, if_changed, track_ms } = self;
+        Ok(Checkpoint { parent, if_changed, track_for: Duration::from_millis(track_ms) })
+    }
 }
 
 impl CreateSnapshot {
@@ -224,6 +260,12 @@ impl Routes {
             Ok(options) => options,
             Err(error) => return Response::fault(400, error),
         };
+        let checkpoint =
+            wanted.checkpoint.clone().map(|fields| fields.checked(&wanted)).transpose();
+        let checkpoint = match checkpoint {
+            Ok(checkpoint) => checkpoint,
+            Err(error) => return Response::fault(400, error),
+        };
         // The client may have left while this process was stopped.
         if has_left(stream) {
             return Response::fault(499, "the client has left");
@@ -233,6 +275,7 @@ impl Routes {
             out: wanted.snapshot_path,
             changes_only: matches!(wanted.snapshot_type, SnapshotType::Diff),
             live: wanted.pausing == Pausing::Live,
+            checkpoint,
             stop: wanted.stop,
             options,
             cancelled: Arc::clone(&cancelled),
@@ -252,7 +295,9 @@ impl Routes {
             }
         };
         match answer {
-            Ok(summary) => Response { status: 200, body: Some(json!(summary)) },
+            Ok(Some(summary)) => Response { status: 200, body: Some(json!(summary)) },
+            // A checkpoint of a guest that has not changed.
+            Ok(None) => Response { status: 204, body: None },
             Err(error) => failed(&error),
         }
     }

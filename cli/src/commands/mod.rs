@@ -4,6 +4,7 @@ mod bench;
 #[cfg(feature = "objects")]
 mod cache;
 mod cat;
+mod checkpoint;
 mod completions;
 mod create;
 #[cfg(feature = "objects")]
@@ -29,6 +30,8 @@ mod summary;
 mod train;
 mod verify;
 
+pub(crate) use rewrite::Parts;
+
 use crate::session::Session;
 use crate::waits;
 use anyhow::Result;
@@ -39,6 +42,7 @@ pub(crate) enum Command {
     Create(create::Args),
     Run(run::Args),
     Restore(restore::Args),
+    Checkpoint(checkpoint::Args),
     Info(info::Args),
     Verify(verify::Args),
     Hash(hash::Args),
@@ -79,6 +83,7 @@ pub(crate) fn run(
         Command::Create(args) => create::run(&args, &session),
         Command::Run(args) => run::run(&args, &session),
         Command::Restore(args) => restore::run(&args, &session),
+        Command::Checkpoint(args) => checkpoint::run(&args, &session),
         Command::Info(args) => info::run(&args),
         Command::Verify(args) => verify::run(&args, &session),
         Command::Hash(args) => hash::run(&args, &session),

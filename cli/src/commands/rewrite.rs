@@ -115,13 +115,13 @@ fn named(error: WriteError, input: &Path, onto: &Path) -> anyhow::Error {
 }
 
 /// The content that is copied from the old file besides memory.
-pub(super) struct Parts {
+pub(crate) struct Parts {
     states: Vec<StateBlob>,
     metadata: Metadata,
 }
 
 impl Parts {
-    pub(super) fn of(snapshot: &Snapshot) -> Result<Self> {
+    pub(crate) fn of(snapshot: &Snapshot) -> Result<Self> {
         let tags = snapshot.sections().iter().filter(|section| section.kind == SectionKind::STATE);
         let states = tags.map(|section| {
             let state = snapshot.state(section.tag)?;
@@ -133,7 +133,7 @@ impl Parts {
         Ok(Self { states: states.collect::<Result<_>>()?, metadata })
     }
 
-    pub(super) fn contents<'a>(
+    pub(crate) fn contents<'a>(
         &'a self,
         snapshot: &'a Snapshot,
         memory: &'a dyn snapfmt::ReadAt,

@@ -1,5 +1,6 @@
 //! Runs a guest until an event ends it, and judges the result.
 
+mod checkpoint;
 mod remote;
 mod save;
 mod saving;
@@ -20,6 +21,8 @@ use crate::restoring::snapshot_error;
 use crate::session::Session;
 use crate::summary::Summary;
 use crate::waits::{Wait, Waiting};
+pub(crate) use checkpoint::Checkpoint;
+use checkpoint::Tracker;
 use remote::Event;
 pub(crate) use remote::{Answer, Command, Events, Refused, Remote, State, StoreRequest, remote};
 use saving::progress_of;
@@ -135,6 +138,7 @@ impl Live<'_> {
         let mut unresumed = self.begins_paused.then(|| Wait::new(resumed).hears().begin());
         let mut deadline = None;
         let mut saving = None;
+        let tracker = Tracker::default();
         let (end, guest) = loop {
             if let Guest::Running(_) = guest {
                 unresumed = None;
@@ -142,26 +146,32 @@ impl Live<'_> {
             if let (None, Guest::Running(_)) = (deadline, &guest) {
                 deadline = self.run_for.and_then(|time| Instant::now().checked_add(time));
             }
-            let event = match deadline {
+            let wake = deadline.into_iter().chain(tracker.until()).min();
+            let event = match wake {
                 None => self.events.received.recv().map_err(|_| RecvTimeoutError::Disconnected),
-                Some(deadline) => self
+                Some(wake) => self
                     .events
                     .received
-                    .recv_timeout(deadline.saturating_duration_since(Instant::now())),
+                    .recv_timeout(wake.saturating_duration_since(Instant::now())),
             };
             let next = match event {
                 Ok(Event::Stopped) => match self.why_stopped(&guest) {
                     Some(stop) => break (End::Stopped(stop), Ok(guest)),
                     None => Next::Go(guest),
                 },
+                Ok(Event::Checkpointed) => Next::Go(guest),
                 Ok(Event::Command(Command::Store(request), answer)) if request.live => {
-                    self.save(guest, request, &answer, &mut saving)?
+                    self.save(guest, request, &answer, &tracker, &mut saving)?
                 }
                 Ok(Event::Command(Command::Store(_), answer)) if self.events.status.is_saving() => {
                     let _ = answer.send(Err(Refused::Busy));
                     Next::Go(guest)
                 }
                 Ok(Event::Command(command, answer)) => self.handle(guest, command, &answer)?,
+                Err(RecvTimeoutError::Timeout) if wake != deadline => {
+                    tracker.stop();
+                    Next::Go(guest)
+                }
                 // It cannot be disconnected, because this thread has a sender.
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
                     break (End::TimeIsUp, Ok(guest));
@@ -189,6 +199,7 @@ impl Live<'_> {
         }
         // The file is that of an earlier point in time, and may still become complete.
         drop(saving);
+        tracker.stop();
         Ok(Ended { end, at, first_entry, first_exit, paused })
     }
 

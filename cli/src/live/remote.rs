@@ -8,12 +8,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde::Serialize;
 use snapfmt::{Progress, WriteOptions};
 
+use super::checkpoint::Checkpoint;
 use crate::summary::Summary;
 
 /// An event for the thread that owns the guest.
 pub(super) enum Event {
     /// The guest has stopped, or a stop was requested.
     Stopped,
+    /// The thread that writes a checkpoint has ended.
+    Checkpointed,
     Command(Command, Sender<Answer>),
 }
 
@@ -33,6 +36,8 @@ pub(crate) struct StoreRequest {
     pub(crate) changes_only: bool,
     /// Let it run while the file is written.
     pub(crate) live: bool,
+    /// Continue a chain of live snapshots.
+    pub(crate) checkpoint: Option<Checkpoint>,
     /// End the guest afterwards; otherwise it returns to its former state.
     pub(crate) stop: bool,
     pub(crate) options: WriteOptions,
@@ -40,7 +45,7 @@ pub(crate) struct StoreRequest {
     pub(crate) cancelled: Arc<AtomicBool>,
 }
 
-/// The result of a command.
+/// The result of a command. A checkpoint of a guest that has not changed has no summary.
 pub(crate) type Answer = Result<Option<Summary>, Refused>;
 
 /// A command that was not done.

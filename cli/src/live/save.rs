@@ -1,15 +1,17 @@
 //! Snapshots a guest that continues to run: a short pause fixes its memory, and a thread of its own writes the file.
 
+use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use pager::window::WindowOptions;
-use snapvm::SnapshotError;
+use snapvm::{Armed, VmMemory};
 use vmm::Stop;
 
+use super::checkpoint::{Tracked, Tracker};
 use super::remote::{Answer, Refused, StoreRequest};
-use super::saving::{Begun, Save, Saving};
+use super::saving::{Begun, Save, Saving, Tracking, What};
 use super::{End, Guest, Live, Next, pause};
 use crate::exit;
 use crate::restoring::snapshot_error;
@@ -21,27 +23,24 @@ impl Live<'_> {
         guest: Guest,
         request: StoreRequest,
         answer: &Sender<Answer>,
+        tracker: &Tracker,
         saving: &mut Option<Saving>,
     ) -> Result<Next> {
         // The command is done even if the client does not wait for the answer.
-        let refuse = |refused| drop(answer.send(Err(refused)));
+        let reply = |what| drop(answer.send(what));
         if self.events.status.is_saving() {
-            refuse(Refused::Busy);
+            reply(Err(Refused::Busy));
             return Ok(Next::Go(guest));
         }
-        let failed = |error: SnapshotError| {
-            Refused::Failed(exit::describe(&snapshot_error(error).context("no live snapshot")))
-        };
         let started = Instant::now();
-        let options = WindowOptions::default();
-        let armed = match &guest {
-            Guest::Running(vm) => vm.arm(options),
-            Guest::Paused(vm) => vm.arm(options),
-        };
-        let armed = match armed {
-            Ok(armed) => armed,
+        let (armed, what) = match armed(&guest, &request, tracker) {
+            Ok(Some(armed)) => armed,
+            Ok(None) => {
+                reply(Ok(None));
+                return Ok(Next::Go(guest));
+            }
             Err(error) => {
-                refuse(failed(error));
+                reply(Err(failed(error)));
                 return Ok(Next::Go(guest));
             }
         };
@@ -51,7 +50,7 @@ impl Live<'_> {
             Guest::Running(vm) => match pause(vm) {
                 Ok(vm) => (vm, true),
                 Err(error) => {
-                    refuse(Refused::Failed(error.to_string()));
+                    reply(Err(Refused::Failed(error.to_string())));
                     return Ok(Next::End(End::Stopped(error.stop.clone()), Err(error)));
                 }
             },
@@ -59,7 +58,7 @@ impl Live<'_> {
         let cut = vm.cut(armed);
         if self.seen.is_done() {
             // The console has requested the end at the moment of the pause.
-            refuse(Refused::Ended);
+            reply(Err(Refused::Ended));
             return Ok(Next::End(End::Stopped(Stop::ConsolePause), Ok(Guest::Paused(vm))));
         }
         let guest = if was_running { self.resume(vm)? } else { Guest::Paused(vm) };
@@ -67,14 +66,16 @@ impl Live<'_> {
         let cut = match cut {
             Ok(cut) => cut,
             Err(error) => {
-                refuse(failed(error));
+                reply(Err(failed(snapshot_error(error))));
                 return Ok(Next::Go(guest));
             }
         };
         let save = Save {
             cut,
+            what,
             begun: Begun::new(&self.events.status, &request, answer),
             request,
+            tracking: Tracking { tracker: tracker.clone(), events: self.events.sender.clone() },
             interrupt: self.session.interrupt.clone(),
             started,
             pause,
@@ -83,5 +84,48 @@ impl Live<'_> {
         // The thread of the last one, if there is one, has nothing left to do.
         *saving = save.start();
         Ok(Next::Go(guest))
+    }
+}
+
+/// Protects the guest's memory. `None`: its memory has not changed since the last checkpoint, and no other one is wanted.
+fn armed(
+    guest: &Guest,
+    request: &StoreRequest,
+    tracker: &Tracker,
+) -> Result<Option<(Armed, What)>> {
+    let mut options = WindowOptions::default();
+    let mut what = if request.changes_only { What::Changes } else { What::All };
+    if let Some(checkpoint) = &request.checkpoint {
+        if let Some((armed, base)) = tracker.take(checkpoint.parent.as_deref())? {
+            if checkpoint.if_changed && !armed.is_written() {
+                tracker.keep(Tracked { armed, last: base.last }, checkpoint.track_for);
+                return Ok(None);
+            }
+            armed.arm_again().map_err(snapshot_error)?;
+            return Ok(Some((armed, What::Since(Box::new(base)))));
+        }
+        options.tracks = true;
+        if guest.memory().snapshot().is_some() {
+            what = What::Changes;
+        }
+    }
+    tracker.stop();
+    let armed = match guest {
+        Guest::Running(vm) => vm.arm(options),
+        Guest::Paused(vm) => vm.arm(options),
+    };
+    Ok(Some((armed.map_err(snapshot_error)?, what)))
+}
+
+fn failed(error: anyhow::Error) -> Refused {
+    Refused::Failed(exit::describe(&error.context("no live snapshot")))
+}
+
+impl Guest {
+    fn memory(&self) -> &Arc<VmMemory> {
+        match self {
+            Guest::Running(vm) => vm.memory(),
+            Guest::Paused(vm) => vm.memory(),
+        }
     }
 }

@@ -11,7 +11,8 @@ use anyhow::{Context, Result};
 use snapfmt::Progress;
 use snapvm::Cut;
 
-use super::remote::{Answer, Refused, Status, StoreRequest};
+use super::checkpoint::{Base, Tracked, Tracker};
+use super::remote::{Answer, Event, Refused, Status, StoreRequest};
 use crate::exit;
 use crate::interrupt::Interrupt;
 use crate::millis::ms;
@@ -86,11 +87,28 @@ impl Drop for Begun {
     }
 }
 
+/// What is in a file of a guest.
+pub(super) enum What {
+    All,
+    /// What has changed since the snapshot from which the guest was restored.
+    Changes,
+    /// What has changed since the last checkpoint.
+    Since(Box<Base>),
+}
+
+/// Where memory is kept until the next checkpoint.
+pub(super) struct Tracking {
+    pub(super) tracker: Tracker,
+    pub(super) events: Sender<Event>,
+}
+
 /// A file to be written, of a guest at one point in time.
 pub(super) struct Save {
     // First, because the memory is free for another one when the client gets the answer.
     pub(super) cut: Cut,
+    pub(super) what: What,
     pub(super) request: StoreRequest,
+    pub(super) tracking: Tracking,
     pub(super) begun: Begun,
     pub(super) interrupt: Interrupt,
     pub(super) started: Instant,
@@ -120,19 +138,38 @@ impl Save {
     }
 
     fn run(self) {
-        let written = self.write().map(Some);
-        let Save { cut, begun, .. } = self;
-        drop(cut);
-        begun.end(written.map_err(|error| Refused::Failed(exit::describe(&error))));
+        let written = self.write();
+        let Save { cut, what, request, tracking, begun, .. } = self;
+        match request.checkpoint {
+            None => drop(cut),
+            Some(checkpoint) => {
+                let last = match (&written, what) {
+                    (Ok(summary), _) => Some(summary.id.clone()),
+                    // The next one also has what this one would have had.
+                    (Err(_), What::Since(base)) => Some(base.last),
+                    (Err(_), _) => None,
+                };
+                let armed = cut.end(written.is_ok());
+                if let Some(last) = last {
+                    tracking.tracker.keep(Tracked { armed, last }, checkpoint.track_for);
+                }
+                // It waits no longer than that time. The receiver is dropped when the run has ended.
+                let _ = tracking.events.send(Event::Checkpointed);
+            }
+        }
+        begun.end(written.map(Some).map_err(|error| Refused::Failed(exit::describe(&error))));
     }
 
     fn write(&self) -> Result<Summary> {
-        let Save { cut, request, begun, interrupt, started, .. } = self;
+        let Save { cut, what, request, begun, interrupt, started, .. } = self;
         let progress = progress_of(request, &begun.status, interrupt);
         let (out, options) = (&request.out, &request.options);
-        let written = match request.changes_only {
-            false => cut.write(out, options, &progress),
-            true => cut.write_layer(out, options, &progress),
+        let written = match what {
+            What::All => cut.write(out, options, &progress),
+            What::Changes => cut.write_layer(out, options, &progress),
+            What::Since(base) => {
+                cut.write_changes(out, &base.parent, &base.path, options, &progress)
+            }
         };
         let header = written.map_err(snapshot_error)?;
         let stats = cut.stats();
@@ -161,6 +198,7 @@ mod tests {
             out: "out.snap".into(),
             changes_only: false,
             live: true,
+            checkpoint: None,
             stop: false,
             options: snapfmt::WriteOptions::default(),
             cancelled: Arc::new(AtomicBool::new(false)),
