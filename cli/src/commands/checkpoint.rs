@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use serde::Serialize;
 use serde_json::json;
 use snapfmt::Codec;
 
@@ -15,7 +14,7 @@ use crate::checkpoints::{Folder, Merged, Merging, Name, merge_onto};
 use crate::exit::{Interrupted, describe};
 use crate::session::Session;
 use crate::size;
-use crate::stdout::{print_json, print_line};
+use crate::stdout::print_line;
 use crate::storage::Storage;
 use crate::summary::Summary;
 
@@ -228,7 +227,7 @@ impl Run<'_> {
 
     fn report(&self, event: &Event<'_>) -> Result<()> {
         if self.args.json {
-            return print_json(&event.json());
+            return print_line(event.json());
         }
         match event {
             _ if self.session.quiet => Ok(()),
@@ -249,7 +248,8 @@ impl Run<'_> {
 }
 
 impl Event<'_> {
-    fn json(&self) -> impl Serialize {
+    /// On one line.
+    fn json(&self) -> serde_json::Value {
         match self {
             Event::Checkpoint { number, depth, summary } => {
                 json!({ "event": "checkpoint", "number": number, "parents": depth, "summary": summary })

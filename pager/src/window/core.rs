@@ -356,6 +356,13 @@ impl Core {
         self.failure.get().map(String::as_str)
     }
 
+    /// Counts from 0 again.
+    pub(super) fn forget_stats(&self) {
+        self.faults.store(0, Ordering::Relaxed);
+        self.copied_pages.store(0, Ordering::Relaxed);
+        self.staging.forget_waits();
+    }
+
     pub(crate) fn stats(&self) -> WindowStats {
         WindowStats {
             faults: self.faults.load(Ordering::Relaxed),

@@ -158,7 +158,7 @@ impl Window {
         }
     }
 
-    /// What it has done so far.
+    /// What it has done so far; of a window that tracks, since the end of the last cut.
     pub fn stats(&self) -> WindowStats {
         self.core.stats()
     }

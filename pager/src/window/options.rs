@@ -26,7 +26,7 @@ impl Default for WindowOptions {
     }
 }
 
-/// What a window has done so far.
+/// What a window has done so far: see [`Window::stats`](super::Window::stats).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct WindowStats {

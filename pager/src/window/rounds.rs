@@ -124,6 +124,7 @@ impl Core {
         drop(phase);
         // Threads that wait for room look again, too.
         self.staging.clear();
+        self.forget_stats();
     }
 
     /// The blocks of the cut, as ranges of pages; `None` if they are all. They are all that may differ from what was

@@ -107,6 +107,10 @@ impl Staging {
         self.lock().waits
     }
 
+    pub(crate) fn forget_waits(&self) {
+        self.lock().waits = 0;
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         // The data is consistent whenever the lock is released.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
