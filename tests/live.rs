@@ -19,8 +19,9 @@ fn folder() -> TempDir {
 
 /// The guest's memory, page by page.
 #[track_caller]
-fn memory_of(file: &Path) -> Vec<u8> {
-    let raw = file.with_extension("raw");
+pub(crate) fn memory_of(file: &Path) -> Vec<u8> {
+    let folder = folder();
+    let raw = folder.path().join("raw");
     let (file, out) = (file.to_str().expect("text"), raw.to_str().expect("text"));
     snap(["export", file, "--format", "raw", "-o", out, "--force"]).ok();
     std::fs::read(raw).expect("it can be read")
@@ -28,7 +29,7 @@ fn memory_of(file: &Path) -> Vec<u8> {
 
 /// A restored guest checks its own pages.
 #[track_caller]
-fn runs(file: &Path) {
+pub(crate) fn runs(file: &Path) {
     for options in [&["--beats", "3"][..], &["--beats", "3", "--lazy"]] {
         let report = restore(file, options).ok().report();
         assert_eq!((&report["beats"], &report["bad_beats"]), (&json!(3), &json!(0)));

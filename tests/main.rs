@@ -5,6 +5,7 @@ mod bad_hosts;
 mod balloon;
 mod benchmarks;
 mod block_devices;
+mod checkpoints;
 mod command_line;
 mod continuity;
 mod control;
