@@ -66,7 +66,7 @@ fn at(folder: &Path, number: u64) -> PathBuf {
     format!("{}@{number}", folder.display()).into()
 }
 
-fn is_merged(name: &String) -> bool {
+fn is_merged(name: &str) -> bool {
     name.contains("merged")
 }
 
@@ -105,7 +105,8 @@ fn a_guest_is_checkpointed_twenty_times() {
         assert_eq!(last, 20);
         assert!(merged >= 2 && most_parents < 15, "{merged} {most_parents}");
         vm.beats(2);
-        let (layers, checkpoints): (Vec<_>, Vec<_>) = names(&out).into_iter().partition(is_merged);
+        let (layers, checkpoints): (Vec<_>, Vec<_>) =
+            names(&out).into_iter().partition(|name| is_merged(name));
         let kept: Vec<_> = (17..=20).map(|number| format!("{number:06}.snap")).collect();
         assert!(checkpoints.ends_with(&kept), "{checkpoints:?} {layers:?}");
         for number in 17..=20 {

@@ -135,7 +135,7 @@ impl Run<'_> {
     fn checkpoint(&mut self, is_first: bool) -> Result<bool> {
         self.take_merged(false)?;
         let name = self.folder.next();
-        let path = |name| Ok::<_, anyhow::Error>(absolute(&self.folder.at(name))?);
+        let path = |name| absolute(&self.folder.at(name));
         let fields = CheckpointFields {
             parent: self.parent.map(path).transpose()?,
             if_changed: self.args.if_changed,

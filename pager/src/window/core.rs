@@ -1,6 +1,5 @@
 //! One point in time of memory that threads continue to write: which pages are protected, and which thread copies them.
 
-use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
 use std::ops::Range;
@@ -11,7 +10,7 @@ use std::time::Duration;
 
 use super::error::WindowError;
 use super::options::{ReadMemory, WindowOptions, WindowStats};
-use super::rounds::Rounds;
+use super::phase::Phase;
 use super::staging::Staging;
 use super::states::{CutState, CutStates};
 use crate::install::page_state::PageState;
@@ -48,17 +47,6 @@ pub(crate) struct Core {
     failure: OnceLock<String>,
     faults: AtomicU64,
     copied_pages: AtomicU64,
-}
-
-/// The steps of a window. A write before the cut is noted, and one after the cut is preceded by a copy.
-#[derive(Debug, Default)]
-pub(super) struct Phase {
-    /// Pages have to be kept as they were at the cut.
-    pub(super) cut: bool,
-    closed: bool,
-    /// First pages of the blocks that are not protected. It is of no use after the last cut.
-    pub(super) hot: BTreeSet<u64>,
-    pub(super) rounds: Rounds,
 }
 
 impl fmt::Debug for Core {

@@ -12,6 +12,7 @@ mod memory_window;
 mod of_pager;
 mod options;
 mod pager_window;
+mod phase;
 mod protection;
 mod rounds;
 pub(crate) mod slot;

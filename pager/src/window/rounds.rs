@@ -3,12 +3,12 @@
 //! A window that tracks has one cut after the other. A page that is saved stays protected, so the blocks that a thread
 //! has written since a cut are those that were noted. Only these are protected again, and read, for the next cut.
 
-use std::collections::BTreeSet;
 use std::ops::Range;
 use std::thread;
 
-use super::core::{Core, Phase, Protect, STEP_PAGES};
+use super::core::{Core, Protect, STEP_PAGES};
 use super::error::WindowError;
+use super::phase::Rounds;
 use super::states::CutState;
 
 /// Blocks that are left to the pause, and the rounds to get there.
@@ -16,27 +16,6 @@ const FEW_BLOCKS: usize = 64;
 const ROUNDS: u32 = 4;
 /// Blocks that are protected again while the lock is held: a write waits that long.
 const LOCKED_BLOCKS: usize = 64;
-
-/// What a window that tracks knows of its cuts.
-#[derive(Debug, Default)]
-pub(super) struct Rounds {
-    /// First pages of the blocks that were written, or installed, since the last cut.
-    written: BTreeSet<u64>,
-    /// First pages of the blocks that may differ from what was saved last. `None`: all may, because nothing was saved.
-    cut: Option<BTreeSet<u64>>,
-    /// Something was saved.
-    saved: bool,
-    /// Threads that copy pages of the cut.
-    pub(super) copying: usize,
-}
-
-impl Phase {
-    /// A block is not protected from now on.
-    pub(super) fn note(&mut self, first_page: u64) {
-        self.hot.insert(first_page);
-        self.rounds.written.insert(first_page);
-    }
-}
 
 impl Core {
     /// Protects all memory, while it is used: then again what was written meanwhile, until little is left.
