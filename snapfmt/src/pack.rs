@@ -10,7 +10,7 @@ use std::ops::Range;
 use crate::chunk::{self, ChunkBuffer};
 use crate::codec::{Appended, Codec, Compressor};
 use crate::dedupe::{Dedupe, Ticket};
-use crate::entry::PageIndex;
+use crate::entry::{ChunkExtent, PageEntry, PageIndex};
 use crate::error::WriteError;
 use crate::layout::{LEAF_SPAN_BYTES, PAGE_BYTES};
 use crate::parent::ParentPages;
@@ -104,6 +104,15 @@ impl LeafTasks {
 /// examined.
 const PART_BYTES: usize = 128 << 10;
 
+/// What the parent has at a page.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum There {
+    Zero,
+    /// The same bytes.
+    Same,
+    Other,
+}
+
 /// The working data of one thread.
 pub(crate) struct Packer<'a> {
     memory: &'a dyn ReadAt,
@@ -113,6 +122,10 @@ pub(crate) struct Packer<'a> {
     seed: u32,
     dedupe: Option<&'a Dedupe>,
     parent: Option<(&'a dyn ParentPages, ChunkBuffer)>,
+    /// With a parent: what it has, for each page of the part.
+    there: Vec<There>,
+    /// With a parent: its chunks, and which pages of the part they have.
+    order: Vec<(ChunkExtent, usize)>,
     /// Pages that are stored already.
     skip: Option<&'a HashSet<PageIndex>>,
     /// The leaf's pages to be stored, end to end, up to `gathered`; behind them space for the rest of the leaf.
@@ -142,6 +155,8 @@ impl<'a> Packer<'a> {
             seed,
             dedupe,
             parent,
+            there: Vec::new(),
+            order: Vec::new(),
             skip: None,
             raw,
             gathered: 0,
@@ -235,22 +250,18 @@ impl<'a> Packer<'a> {
                 .map_err(|source| WriteError::memory(source_offset, len, source))?;
             // Below 2^32: memory is at most 16 TiB.
             let first = (source_offset / PAGE_BYTES as u64) as u32;
-            for (at, number) in (start..start + len as usize).step_by(PAGE_BYTES).zip(first..) {
+            self.compare(first, start..start + len as usize)?;
+            let pages = (start..start + len as usize).step_by(PAGE_BYTES).zip(first..);
+            for (place, (at, number)) in pages.enumerate() {
                 if self.skip.is_some_and(|skip| skip.contains(&PageIndex(number))) {
                     continue;
                 }
                 let bytes = &self.raw[at..at + PAGE_BYTES];
                 let (page, zero) = (PageIndex(number), is_zero(bytes));
-                let there = match &mut self.parent {
-                    Some((parent, buffer)) => {
-                        parent.page(page, buffer).map_err(WriteError::Parent)?
-                    }
-                    None => None,
-                };
-                match (zero, there) {
-                    (true, None) => {}
-                    (true, Some(_)) => packed.cleared.push(page),
-                    (false, Some(there)) if there == bytes => {}
+                match (zero, self.there.get(place).copied().unwrap_or(There::Zero)) {
+                    (true, There::Zero) => {}
+                    (true, _) => packed.cleared.push(page),
+                    (false, There::Same) => {}
                     (false, _) => {
                         // While the page is in the core's cache.
                         if let Some(dedupe) = self.dedupe {
@@ -264,6 +275,35 @@ impl<'a> Packer<'a> {
                     }
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// Compares a part with the parent, if there is one. The pages of several layers may alternate: so each chunk is
+    /// decoded once, and not for each of its pages.
+    fn compare(&mut self, first: u32, part: Range<usize>) -> Result<(), WriteError> {
+        let Some((parent, buffer)) = &mut self.parent else { return Ok(()) };
+        self.there.clear();
+        self.order.clear();
+        for (place, number) in (0..part.len() / PAGE_BYTES).zip(first..) {
+            self.there.push(There::Zero);
+            let page = PageIndex(number);
+            if self.skip.is_some_and(|skip| skip.contains(&page)) {
+                continue;
+            }
+            if let PageEntry::Data { chunk, .. } = parent.entry(page).map_err(WriteError::Parent)? {
+                self.order.push((chunk, place));
+            }
+        }
+        self.order.sort_unstable();
+        for (_, place) in &self.order {
+            let (page, at) = (PageIndex(first + *place as u32), part.start + place * PAGE_BYTES);
+            let there = parent.page(page, buffer).map_err(WriteError::Parent)?;
+            self.there[*place] = match there {
+                Some(there) if there == &self.raw[at..at + PAGE_BYTES] => There::Same,
+                Some(_) => There::Other,
+                None => There::Zero,
+            };
         }
         Ok(())
     }

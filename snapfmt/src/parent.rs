@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use crate::catalogue::{Catalogue, MOST_FILES};
 use crate::chunk::ChunkBuffer;
-use crate::entry::PageIndex;
+use crate::entry::{PageEntry, PageIndex};
 use crate::error::{ChainError, Corruption, Part, Problem, ReadError};
 use crate::header::Header;
 use crate::layer::Layer;
@@ -98,6 +98,9 @@ impl<'a> Parent<'a> {
 
 /// The pages of a parent, whatever its storage is.
 pub(crate) trait ParentPages: Sync {
+    /// Where a page is.
+    fn entry(&self, page: PageIndex) -> Result<PageEntry, ReadError>;
+
     /// The bytes of one page; `None` when they are all zero.
     fn page<'b>(
         &self,
@@ -107,6 +110,10 @@ pub(crate) trait ParentPages: Sync {
 }
 
 impl<R: ReadAt> ParentPages for Snapshot<R> {
+    fn entry(&self, page: PageIndex) -> Result<PageEntry, ReadError> {
+        Snapshot::entry(self, page)
+    }
+
     fn page<'b>(
         &self,
         page: PageIndex,
