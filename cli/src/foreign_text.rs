@@ -22,10 +22,18 @@ pub(crate) fn one_line(text: &str) -> Cow<'_, str> {
 
 /// A value as JSON for people and programs.
 pub(crate) fn json(value: &impl Serialize) -> Result<String> {
-    let text = serde_json::to_string_pretty(value)?;
+    Ok(escaped_json(&serde_json::to_string_pretty(value)?))
+}
+
+/// The same on one line.
+pub(crate) fn json_line(value: &impl Serialize) -> Result<String> {
+    Ok(escaped_json(&serde_json::to_string(value)?))
+}
+
+fn escaped_json(text: &str) -> String {
     // A harmful character other than the newlines between the values is in a string, where JSON has an escape for it.
     let in_json = |c: char| format!("\\u{:04x}", u32::from(c));
-    Ok(escaped(&text, |c| is_harmful(c) && c != '\n', in_json).into_owned())
+    escaped(text, |c| is_harmful(c) && c != '\n', in_json).into_owned()
 }
 
 fn escaped(

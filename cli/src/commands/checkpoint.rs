@@ -12,6 +12,7 @@ use crate::api::CheckpointFields;
 use crate::api::client::{self, Fault};
 use crate::checkpoints::{Folder, Merged, Merging, Name, merge_onto};
 use crate::exit::{Interrupted, describe};
+use crate::foreign_text;
 use crate::session::Session;
 use crate::size;
 use crate::stdout::print_line;
@@ -227,7 +228,7 @@ impl Run<'_> {
 
     fn report(&self, event: &Event<'_>) -> Result<()> {
         if self.args.json {
-            return print_line(event.json());
+            return print_line(foreign_text::json_line(&event.json())?);
         }
         match event {
             _ if self.session.quiet => Ok(()),
@@ -248,7 +249,6 @@ impl Run<'_> {
 }
 
 impl Event<'_> {
-    /// On one line.
     fn json(&self) -> serde_json::Value {
         match self {
             Event::Checkpoint { number, depth, summary } => {
