@@ -6,6 +6,7 @@
 //! | `memory.core` | an ELF core for gdb, crash and drgn |
 //! | `firecracker/memory`, `firecracker/vmstate` | if it was imported from Firecracker |
 //! | `cloud-hypervisor/config.json`, `state.json`, `memory-ranges` | if it was imported from Cloud Hypervisor |
+//! | `qemu/migration`, `qemu/migration-lazy` | if it was imported from QEMU |
 //!
 //! The bytes are those of `snapvm::interchange::Export`. What was read stays in the page cache of the kernel: a second
 //! process that maps a file shares it, and the kernel drops it when memory is short. A damaged page is EIO, and SIGBUS for a

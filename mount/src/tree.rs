@@ -29,9 +29,10 @@ pub(crate) struct MountedFile {
 }
 
 /// The formats that have a folder of their own.
-const FOLDERS: [(&str, ExportFormat); 2] = [
+const FOLDERS: [(&str, ExportFormat); 3] = [
     ("firecracker", ExportFormat::Firecracker),
     ("cloud-hypervisor", ExportFormat::CloudHypervisor),
+    ("qemu", ExportFormat::Qemu),
 ];
 
 impl Tree {

@@ -114,6 +114,17 @@ pub enum RestoreError {
         /// The snapshot.
         file: PathBuf,
     },
+    /// The file has the state of a guest of another virtual machine monitor.
+    #[error(
+        "{}: it is a guest of {program}, which can run it; snap can only export, mount and, for Firecracker, serve it",
+        file.display()
+    )]
+    Foreign {
+        /// The snapshot.
+        file: PathBuf,
+        /// The virtual machine monitor.
+        program: &'static str,
+    },
     /// The state cannot be decoded.
     #[error("{}", file.display())]
     State {

@@ -20,6 +20,7 @@ use vmm::{Clock, Console, HostCpu, MemoryRange, PausedVm, RestoreOptions, VmHand
 use crate::devices::DeviceConnections;
 use crate::error::{GuestFailure, MemoryError, RestoreError};
 use crate::guest_memory;
+use crate::interchange::imported_from;
 use crate::memory::{Origin, Release, Restored, Service, SetDamage, VmMemory};
 use crate::memory_map::{gpa_ranges, to_ranges, to_regions};
 use crate::metadata::GuestMetadata;
@@ -274,7 +275,10 @@ impl RestoreConfig {
     fn state(&self) -> Result<VmState> {
         let file = || self.file.clone();
         let blob = self.snapshot.state(STATE_KIND).map_err(|error| self.read_error(error))?;
-        let blob = blob.ok_or_else(|| RestoreError::NoState { file: file() })?;
+        let blob = blob.ok_or_else(|| match imported_from(&self.snapshot) {
+            Some(program) => RestoreError::Foreign { file: file(), program },
+            None => RestoreError::NoState { file: file() },
+        })?;
         let state = VmState::decode(STATE_KIND, blob.version, &blob.bytes)
             .map_err(|error| RestoreError::State { file: file(), error })?;
         if to_regions(state.memory()) != self.snapshot.regions() {

@@ -27,7 +27,8 @@ Examples:
   snap export guest.snap --format elf -o guest.core                 for readelf, gdb, crash, drgn
   snap export guest.snap --format raw -o - | zstd > memory.raw.zst
   snap export guest.snap --format firecracker -o snapshot-dir       memory and vmstate
-  snap export guest.snap --format cloud-hypervisor -o snapshot-dir")]
+  snap export guest.snap --format cloud-hypervisor -o snapshot-dir
+  snap export guest.snap --format qemu -o migration                 for -incoming file:migration")]
 pub(crate) struct Args {
     #[command(flatten)]
     input: Input,
@@ -61,6 +62,8 @@ enum Format {
     Firecracker,
     /// A folder with config.json, state.json and memory-ranges.
     CloudHypervisor,
+    /// A mapped-ram file, for -incoming file:PATH of QEMU.
+    Qemu,
 }
 
 impl From<Format> for ExportFormat {
@@ -70,6 +73,7 @@ impl From<Format> for ExportFormat {
             Format::Elf => Self::Elf,
             Format::Firecracker => Self::Firecracker,
             Format::CloudHypervisor => Self::CloudHypervisor,
+            Format::Qemu => Self::Qemu,
         }
     }
 }
@@ -84,7 +88,9 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     }
     let to_stdout = stdio::is_meant(&args.out);
     if to_stdout && !matches!(args.format, Format::Raw | Format::Elf) {
-        bail!("this format is a folder of files, which stdout cannot be; give its name with -o");
+        bail!(
+            "this format is not written from front to back, as stdout would have it; give a name with -o"
+        );
     }
     let named = || args.input.file.display().to_string();
     let mut export = Export::new(&snapshot, args.format.into()).with_context(named)?;

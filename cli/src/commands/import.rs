@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde::Serialize;
-use snapvm::interchange::{Import, ImportError, MemoryImage, VMSTATE};
+use snapvm::interchange::{Import, ImportError, MemoryImage, NotMemory, VMSTATE};
 
 use super::cat::parse_address;
 use super::summary::Written;
@@ -21,7 +21,7 @@ use crate::stdout::{print_json, print_line};
 use crate::storage::Storage;
 use crate::{stderr, stdio};
 
-/// Import a memory image, or a snapshot of Firecracker or Cloud Hypervisor, into one file.
+/// Import a memory image, or a snapshot of Firecracker, Cloud Hypervisor or QEMU, into one file.
 ///
 /// Memory is compressed and zeros are not stored; the other program's state is kept
 /// unchanged. `snap export` writes every byte of it out again.
@@ -32,11 +32,13 @@ Examples:
   snap import mem.file --vmstate vm.state -o guest.snap     a Firecracker snapshot
   snap import diff.mem --vmstate diff.state --base guest.snap -o later.snap     a Firecracker diff snapshot
   snap import snapshot-dir -o guest.snap                    a Cloud Hypervisor snapshot
+  snap import migration -o guest.snap                       QEMU: `migrate file:migration` with mapped-ram
   snap import pc.ram -o guest.snap --region 0:3G --region 4G:1G
   zstd -dc memory.raw.zst | snap import - -o guest.snap
   snap import memory.raw -o small.snap --level 19 --chunk-pages 512")]
 pub(crate) struct Args {
-    /// A file of guest memory, `-` for stdin, or the folder of a Cloud Hypervisor snapshot.
+    /// A file of guest memory, `-` for stdin; the folder of a Cloud Hypervisor snapshot; or a file that QEMU has written
+    /// by `migrate file:PATH` with the capability mapped-ram.
     #[arg(value_name = "MEMORY|FOLDER")]
     input: PathBuf,
 
@@ -63,8 +65,8 @@ pub(crate) struct Args {
     #[arg(long, requires = "vmstate")]
     holes_are_zeros: bool,
 
-    /// Where a part of MEMORY lies in the guest, in the order of the file; once for each part.
-    /// The default: memory starts at 0 without gaps, or where Firecracker puts it.
+    /// Where a part of MEMORY lies in the guest, in the order of the file; once for each part. Of a file of QEMU: a part
+    /// of main memory. The default: memory starts at 0 without gaps, or where Firecracker or QEMU's machine puts it.
     #[arg(long = "region", value_name = "GPA:SIZE")]
     regions: Vec<Region>,
 
@@ -96,7 +98,7 @@ impl FromStr for Region {
 struct Summary<'a> {
     #[serde(flatten)]
     written: Written<'a>,
-    /// `raw`, `firecracker` or `cloud-hypervisor`.
+    /// `raw`, `firecracker`, `cloud-hypervisor` or `qemu`.
     source: &'static str,
 }
 
@@ -113,10 +115,17 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             bail!("--region goes with a memory file; a folder contains its own memory ranges")
         }
         None if folder => cloud_hypervisor(&args.input, session.quiet)?,
-        None => {
-            let image = memory_image(args)?;
-            in_regions(args, |ranges| Import::raw(image, ranges))?
-        }
+        None => match memory_image(args) {
+            Ok(image) => in_regions(args, |ranges| Import::raw(image, ranges))?,
+            Err(error) if is_of_qemu(&error) && !stdio::is_meant(&args.input) => {
+                let _reading = reading(&args.input);
+                in_regions(args, |ranges| Import::qemu(&args.input, ranges))?
+            }
+            Err(error) if is_of_qemu(&error) => {
+                return Err(error.context("give its name instead of -"));
+            }
+            Err(error) => return Err(error),
+        },
     };
     let memory = imported.memory_metadata().context("cannot look at the memory file")?;
     snapvm::refuse_same(&args.out, &memory)?;
@@ -124,6 +133,9 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let options = args.storage.options()?;
     let bar = Bar::new("importing", session.quiet, &session.interrupt);
     let header = imported.write(&args.out, &options, &|progress| bar.update(progress))?;
+    if imported.has_left_out() {
+        stderr::print(LEFT_OUT);
+    }
     let written = Written::new(&args.out, &header, started);
     let summary = Summary { written, source: imported.kind() };
     if args.json {
@@ -141,6 +153,14 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         ))?;
     }
     Ok(())
+}
+
+/// Of the file of a guest that ran while QEMU wrote it.
+const LEFT_OUT: &str = "snap: pages that became zero after QEMU had written them are not kept; QEMU does not read them\n";
+
+fn is_of_qemu(error: &anyhow::Error) -> bool {
+    let found = error.downcast_ref();
+    matches!(found, Some(ImportError::NotMemory { found: NotMemory::QemuMigration, .. }))
 }
 
 fn firecracker(args: &Args, vmstate: &Path) -> Result<Import> {

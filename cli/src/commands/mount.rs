@@ -22,8 +22,8 @@ use crate::waits::{Wait, Waiting};
 /// Mount a snapshot as a folder of read-only files, which any virtual machine monitor can map.
 ///
 /// Files are decoded when they are read, and stay in the page cache of the kernel, which all readers share: memory.raw;
-/// memory.core for gdb; and, if it was imported from there, firecracker/memory and vmstate, or cloud-hypervisor with its
-/// three files. A damaged page is an error (EIO; SIGBUS where it is mapped), never zeros. Runs until Ctrl-C, or until
+/// memory.core for gdb; and, if it was imported from there, firecracker/memory and vmstate, cloud-hypervisor with its
+/// three files, or qemu/migration and migration-lazy. A damaged page is an error (EIO; SIGBUS where it is mapped), never zeros. Runs until Ctrl-C, or until
 /// `fusermount3 -u FOLDER`. Files that are still open then are served until they are closed; Ctrl-C again: their readers
 /// get errors.
 #[derive(clap::Args)]

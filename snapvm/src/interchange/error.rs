@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use snapfmt::layout::PAGE_BYTES;
 use snapfmt::{ReadError, WriteError};
 
+use super::mapped_ram_error::MappedRamError;
 use crate::staged_output::OutputError;
 
 /// Guest-physical ranges that cannot be a guest's memory.
@@ -32,6 +33,14 @@ pub enum LayoutError {
         /// Guest physical address.
         gpa: u64,
     },
+    /// The ranges are not as long as the memory that they are for.
+    #[error("the memory ranges have {found_bytes} bytes together, expected {expected_bytes}")]
+    OtherLength {
+        /// The sum of the lengths of the ranges.
+        found_bytes: u64,
+        /// The length of the memory.
+        expected_bytes: u64,
+    },
     /// The sum of their lengths, or the end of a range, does not fit in 64 bits.
     #[error("the memory ranges exceed 2^64 bytes")]
     TooLong,
@@ -47,6 +56,9 @@ pub enum NotMemory {
     /// It begins with the magic of an ELF file.
     #[error("is an ELF file, not a flat image of memory")]
     Elf,
+    /// It begins with the magic of a migration stream of QEMU.
+    #[error("is a migration file of QEMU, not a flat image of memory")]
+    QemuMigration,
     /// It has no bytes.
     #[error("is empty")]
     Empty,
@@ -190,6 +202,15 @@ pub enum ImportError {
         /// The file `state.json`.
         path: PathBuf,
     },
+    /// A migration file of QEMU is damaged, or is not of the kind that can be imported.
+    #[error("{}", path.display())]
+    MappedRam {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        error: MappedRamError,
+    },
     /// The caller's ranges are not valid, or do not fit the memory image.
     #[error(transparent)]
     Ranges(Box<ImportError>),
@@ -233,6 +254,7 @@ impl ImportError {
     pub fn is_bad_file(&self) -> bool {
         match self {
             Self::NoCloudHypervisor { error, .. } => error.is_bad_file(),
+            Self::MappedRam { error, .. } => !matches!(error, MappedRamError::Io(_)),
             Self::Io { .. }
             | Self::Folder { .. }
             | Self::NotRegular { .. }
@@ -273,6 +295,12 @@ pub enum ExportError {
     /// The imported `state.json` and the snapshot have different memory maps.
     #[error("its {what} and its memory map contradict each other")]
     MemoryMap {
+        /// The file.
+        what: &'static str,
+    },
+    /// The state section of a migration file of QEMU cannot be decoded.
+    #[error("its {what} cannot be decoded")]
+    Skeleton {
         /// The file.
         what: &'static str,
     },

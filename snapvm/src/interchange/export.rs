@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
@@ -15,6 +16,7 @@ use super::error::ExportError;
 use super::file_view::FileView;
 use super::firecracker::{self, GuestArch, VMSTATE};
 use super::layout::ImageLayout;
+use super::qemu::{LAZY, MAPPED_RAM, Skeleton};
 use super::{async_pf, elf};
 use crate::staged_output::{OutputShape, StagedOutput};
 
@@ -32,6 +34,8 @@ pub enum ExportFormat {
     Firecracker,
     /// A folder with `config.json`, `state.json` and `memory-ranges`.
     CloudHypervisor,
+    /// A mapped-ram file, for `-incoming file:PATH` of QEMU.
+    Qemu,
 }
 
 /// An export for which the snapshot has all data.
@@ -39,8 +43,12 @@ pub struct Export<'a> {
     snapshot: &'a Snapshot,
     format: ExportFormat,
     layout: ImageLayout,
-    /// The bytes before memory in its file: the headers of an ELF core.
-    head: Vec<u8>,
+    /// Bytes around memory in its file, with their offsets: the headers of an ELF core.
+    others: Vec<(u64, Vec<u8>)>,
+    /// The length of the file with memory.
+    file_bytes: u64,
+    /// Of a mapped-ram file.
+    skeleton: Option<Skeleton>,
     /// The other files, by name.
     files: Vec<(&'static str, Vec<u8>)>,
 }
@@ -51,13 +59,15 @@ impl<'a> Export<'a> {
     /// # Errors
     /// [`ExportError`]: the snapshot was not imported from files of this format, is damaged, or contradicts itself.
     pub fn new(snapshot: &'a Snapshot, format: ExportFormat) -> Result<Self, ExportError> {
-        let mut head = Vec::new();
+        let (mut others, mut skeleton) = (Vec::new(), None);
         let mut files = Vec::new();
         let layout = match format {
             ExportFormat::Raw => ImageLayout::linear(snapshot.regions(), 0),
             ExportFormat::Elf => {
-                head = elf::headers(snapshot.regions(), arch(snapshot)?);
-                ImageLayout::linear(snapshot.regions(), head.len() as u64)
+                let head = elf::headers(snapshot.regions(), arch(snapshot)?);
+                let layout = ImageLayout::linear(snapshot.regions(), head.len() as u64);
+                others.push((0, head));
+                layout
             }
             ExportFormat::Firecracker => {
                 files.push((VMSTATE.name, VMSTATE.bytes_in(snapshot)?));
@@ -74,8 +84,23 @@ impl<'a> Export<'a> {
                 files.push((STATE.name, state));
                 layout
             }
+            ExportFormat::Qemu => {
+                let what = MAPPED_RAM.what;
+                let decoded = Skeleton::decode(&MAPPED_RAM.bytes_in(snapshot)?);
+                let decoded = decoded.ok_or(ExportError::Skeleton { what })?;
+                let layout = ImageLayout::placed(decoded.memory.clone());
+                let layout = layout.map_err(|_| ExportError::Skeleton { what })?;
+                if layout.regions != snapshot.regions() {
+                    return Err(ExportError::MemoryMap { what });
+                }
+                others.clone_from(&decoded.kept);
+                skeleton = Some(decoded);
+                layout
+            }
         };
-        Ok(Self { snapshot, format, layout, head, files })
+        let file_bytes =
+            skeleton.as_ref().map_or(layout.file_bytes(), |skeleton| skeleton.file_bytes);
+        Ok(Self { snapshot, format, layout, others, file_bytes, skeleton, files })
     }
 
     /// Switches KVM's asynchronous page faults off in the vmstate. Only their MSR and the checksum change. A guest with
@@ -95,7 +120,7 @@ impl<'a> Export<'a> {
     #[must_use]
     pub fn shape(&self) -> OutputShape {
         match self.format {
-            ExportFormat::Raw | ExportFormat::Elf => OutputShape::File,
+            ExportFormat::Raw | ExportFormat::Elf | ExportFormat::Qemu => OutputShape::File,
             ExportFormat::Firecracker => OutputShape::Folder(&[firecracker::MEMORY, VMSTATE.name]),
             ExportFormat::CloudHypervisor => {
                 OutputShape::Folder(&[CONFIG.name, STATE.name, cloud_hypervisor::MEMORY])
@@ -103,8 +128,9 @@ impl<'a> Export<'a> {
         }
     }
 
-    /// The files of the output, to be read without writing them. A format of one file has the name `memory.raw` or
-    /// `memory.core`.
+    /// The files of the output, to be read without writing them. A format of one file has the name `memory.raw`,
+    /// `memory.core` or `migration`. QEMU's has another view, `migration-lazy`: the same without the pages of main memory,
+    /// for a QEMU that maps them from `memory.raw`.
     #[must_use]
     pub fn views(&self) -> Vec<FileView> {
         let memory = match self.format {
@@ -112,10 +138,18 @@ impl<'a> Export<'a> {
             ExportFormat::Elf => "memory.core",
             ExportFormat::Firecracker => firecracker::MEMORY,
             ExportFormat::CloudHypervisor => cloud_hypervisor::MEMORY,
+            ExportFormat::Qemu => MAPPED_RAM.name,
         };
+        let lazy = self.skeleton.as_ref().map(|skeleton| {
+            let mut layout = self.layout.clone();
+            layout.extents.retain(|part| !skeleton.main_pages.contains(&part.file_offset));
+            let others = skeleton.without_main();
+            FileView::of_memory(LAZY, &others, &layout, self.file_bytes, self.snapshot)
+        });
         let bytes = self.files.iter().map(|(name, bytes)| FileView::of_bytes(name, bytes.clone()));
-        let memory = FileView::of_memory(memory, &self.head, &self.layout, self.snapshot);
-        bytes.chain([memory]).collect()
+        let memory =
+            FileView::of_memory(memory, &self.others, &self.layout, self.file_bytes, self.snapshot);
+        bytes.chain([memory]).chain(lazy).collect()
     }
 
     /// Writes the output, with pages of zeros as holes. [`StagedOutput::publish`] renames it to its path.
@@ -129,12 +163,14 @@ impl<'a> Export<'a> {
             let mut file = out.file_named(name)?;
             file.write_all(bytes).map_err(ExportError::write(out.path()))?;
         }
-        let mut memory = match self.format {
-            ExportFormat::Raw | ExportFormat::Elf => out.file()?,
+        let memory = match self.format {
+            ExportFormat::Raw | ExportFormat::Elf | ExportFormat::Qemu => out.file()?,
             ExportFormat::Firecracker => out.file_named(firecracker::MEMORY)?,
             ExportFormat::CloudHypervisor => out.file_named(cloud_hypervisor::MEMORY)?,
         };
-        memory.write_all(&self.head).map_err(ExportError::write(out.path()))?;
+        for (offset, bytes) in &self.others {
+            memory.write_all_at(bytes, *offset).map_err(ExportError::write(out.path()))?;
+        }
         self.write_memory(&memory, out.path(), progress)
     }
 
@@ -145,7 +181,7 @@ impl<'a> Export<'a> {
         out: &Path,
         progress: OnProgress<'_>,
     ) -> Result<(), ExportError> {
-        file.set_len(self.layout.file_bytes()).map_err(ExportError::write(out))?;
+        file.set_len(self.file_bytes).map_err(ExportError::write(out))?;
         let threads = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
         let failed = Mutex::new(None::<io::Error>);
         let failure = || failed.lock().unwrap_or_else(PoisonError::into_inner);
@@ -168,15 +204,18 @@ impl<'a> Export<'a> {
         Ok(())
     }
 
-    /// Writes the single file of the format from front to back, including zeros.
+    /// Writes the single file of the format, raw or ELF, from front to back, including zeros.
     ///
     /// # Errors
-    /// [`ExportError::Stream`], with `InvalidInput` for a format of several files; [`ExportError::Read`].
+    /// [`ExportError::Stream`], with `InvalidInput` for the other formats; [`ExportError::Read`].
     pub fn stream(&self, out: &mut dyn Write, progress: OnProgress<'_>) -> Result<(), ExportError> {
-        if self.shape() != OutputShape::File {
+        if !matches!(self.format, ExportFormat::Raw | ExportFormat::Elf) {
             return Err(ExportError::Stream(io::ErrorKind::InvalidInput.into()));
         }
-        out.write_all(&self.head).map_err(ExportError::Stream)?;
+        // Of these two formats they come before memory, without gaps.
+        for (_, bytes) in &self.others {
+            out.write_all(bytes).map_err(ExportError::Stream)?;
+        }
         let total_bytes = self.snapshot.header().memory_bytes;
         let (mut buffer, mut done_bytes) = (ChunkBuffer::new(), 0);
         for range in self.snapshot.populated() {

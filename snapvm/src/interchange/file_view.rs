@@ -43,30 +43,43 @@ impl Part {
 
 impl FileView {
     pub(super) fn of_bytes(name: &'static str, bytes: Vec<u8>) -> Self {
-        Self::new(name, vec![Part { offset: 0, source: Source::Bytes(bytes) }], Vec::new())
+        let len_bytes = bytes.len() as u64;
+        Self::new(
+            name,
+            len_bytes,
+            vec![Part { offset: 0, source: Source::Bytes(bytes) }],
+            Vec::new(),
+        )
     }
 
-    /// A file with memory, after the bytes of its headers.
+    /// A file with memory, and other bytes at their offsets.
     pub(super) fn of_memory(
         name: &'static str,
-        head: &[u8],
+        others: &[(u64, Vec<u8>)],
         layout: &ImageLayout,
+        len_bytes: u64,
         snapshot: &Snapshot,
     ) -> Self {
-        let mut parts = Vec::new();
-        if !head.is_empty() {
-            parts.push(Part { offset: 0, source: Source::Bytes(head.to_vec()) });
-        }
+        let other = |(offset, bytes): &(u64, Vec<u8>)| Part {
+            offset: *offset,
+            source: Source::Bytes(bytes.clone()),
+        };
+        let mut parts: Vec<_> = others.iter().map(other).collect();
         parts.extend(layout.extents.iter().map(|extent| Part {
             offset: extent.file_offset,
             source: Source::Memory(extent.source_offset..extent.source_offset + extent.len),
         }));
         let populated = snapshot.populated().flat_map(|range| layout.parts(range));
         let data = populated.map(|(offset, len)| offset..offset + len as u64).collect();
-        Self::new(name, parts, data)
+        Self::new(name, len_bytes, parts, data)
     }
 
-    fn new(name: &'static str, mut parts: Vec<Part>, mut data: Vec<Range<u64>>) -> Self {
+    fn new(
+        name: &'static str,
+        len_bytes: u64,
+        mut parts: Vec<Part>,
+        mut data: Vec<Range<u64>>,
+    ) -> Self {
         parts.sort_by_key(|part| part.offset);
         let bytes = parts.iter().filter(|part| matches!(part.source, Source::Bytes(_)));
         data.extend(bytes.map(Part::range));
@@ -78,11 +91,10 @@ impl FileView {
                 _ => joined.push(range),
             }
         }
-        let len_bytes = parts.last().map_or(0, |part| part.range().end);
         Self { name, len_bytes, parts, data: joined }
     }
 
-    /// The name that the file has in an export to a folder, or `memory.raw` or `memory.core`.
+    /// The name that the file has in an export to a folder, or that [`Export::views`](super::Export::views) gives.
     #[must_use]
     pub fn name(&self) -> &'static str {
         self.name

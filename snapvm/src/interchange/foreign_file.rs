@@ -45,7 +45,11 @@ impl ForeignFile {
             let (path, what) = (path.to_owned(), self.what);
             return Err(ImportError::StateTooLong { path, what, len_bytes, most_bytes });
         }
-        Ok(StateBlob { tag: self.tag, version: OPAQUE, bytes })
+        Ok(self.blob(bytes))
+    }
+
+    pub(super) fn blob(&self, bytes: Vec<u8>) -> StateBlob {
+        StateBlob { tag: self.tag, version: OPAQUE, bytes }
     }
 
     /// The file's bytes, from a snapshot that has them.

@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use serde_json::json;
+use snapfmt::layout::MAX_STATE_BYTES;
 use snapfmt::{
     Contents, Header, Metadata, OnProgress, Snapshot, StateBlob, WriteError, WriteOptions,
     write_snapshot,
@@ -14,8 +15,12 @@ use snapfmt::{
 use super::cloud_hypervisor::{self, CONFIG, STATE};
 use super::error::ImportError;
 use super::firecracker::{self, GuestArch};
+use super::foreign_file;
 use super::layout::ImageLayout;
-use super::memory_image::{LaidOutImage, MemoryImage};
+use super::mapped_ram_error::MappedRamError;
+use super::memory_image::{LaidOutImage, MemoryImage, data_between};
+use super::qemu::{self, MAPPED_RAM, MappedRam, Skeleton, WrittenPages};
+use crate::stable_file::StableFile;
 
 /// A memory image, or a snapshot of another program, that is ready to be written to a snapshot file.
 #[derive(Debug)]
@@ -26,11 +31,12 @@ pub struct Import {
 }
 
 /// The kind of the imported files, for the metadata.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 enum Source {
     Raw,
     Firecracker(Option<GuestArch>),
     CloudHypervisor,
+    Qemu { machine: String },
 }
 
 impl Import {
@@ -105,19 +111,62 @@ impl Import {
         Ok(Self { source: Source::CloudHypervisor, memory, states: vec![config, state] })
     }
 
+    /// Imports a file that QEMU has written by `migrate file:PATH` with the capability `mapped-ram`. `main_ranges` are the
+    /// guest-physical ranges of main memory, in order. `None`: those that QEMU's machine type uses for memory of that size.
+    ///
+    /// # Errors
+    /// [`ImportError::MappedRam`]; [`ImportError::Ranges`]; [`ImportError::StateTooLong`] if the file has more than memory
+    /// and a state section take; [`ImportError::Io`].
+    pub fn qemu(path: &Path, main_ranges: Option<&[Range<u64>]>) -> Result<Self, ImportError> {
+        let file = StableFile::new(foreign_file::open(path)?).map_err(ImportError::io(path))?;
+        let bad = |error| ImportError::MappedRam { path: path.to_owned(), error };
+        let mapped = MappedRam::parse(file.file()).map_err(bad)?;
+        let no_layout = |error| {
+            let error = ImportError::Layout { path: path.to_owned(), error };
+            match main_ranges {
+                Some(_) => ImportError::Ranges(Box::new(error)),
+                None => error,
+            }
+        };
+        let placed = qemu::placed(&mapped, main_ranges).map_err(no_layout)?;
+        let layout = ImageLayout::placed(placed.clone()).map_err(no_layout)?;
+        let data = |range| data_between(file.file(), range);
+        let skeleton = Skeleton::read(file.file(), &mapped, placed, data);
+        let skeleton = skeleton.map_err(ImportError::io(path))?.ok_or_else(|| {
+            let (path, what) = (path.to_owned(), MAPPED_RAM.what);
+            let most_bytes = MAX_STATE_BYTES;
+            ImportError::StateTooLong { path, what, len_bytes: most_bytes + 1, most_bytes }
+        })?;
+        let written = WrittenPages::read(file.file(), &mapped);
+        let written = written.map_err(|error| bad(MappedRamError::Io(error)))?;
+        // What was read is of one state of the file.
+        file.check_unchanged().map_err(ImportError::io(path))?;
+        let memory = LaidOutImage::of_written(file, path.to_owned(), layout, written)?;
+        let source = Source::Qemu { machine: mapped.machine };
+        Ok(Self { source, memory, states: vec![skeleton.encode()] })
+    }
+
+    /// Whether [`Import::write`] has left out something of the file: pages that QEMU had written to it before they became
+    /// zero. QEMU does not read them, and an export has zeros there.
+    #[must_use]
+    pub fn has_left_out(&self) -> bool {
+        self.memory.has_cleared()
+    }
+
     /// The snapshot whose memory is in the holes of the memory file, if the caller has given one.
     #[must_use]
     pub fn base(&self) -> Option<&Snapshot> {
         self.memory.base()
     }
 
-    /// The kind of import: `raw`, `firecracker` or `cloud-hypervisor`.
+    /// The kind of import: `raw`, `firecracker`, `cloud-hypervisor` or `qemu`.
     #[must_use]
     pub fn kind(&self) -> &'static str {
         match self.source {
             Source::Raw => "raw",
             Source::Firecracker(_) => "firecracker",
             Source::CloudHypervisor => "cloud-hypervisor",
+            Source::Qemu { .. } => "qemu",
         }
     }
 
@@ -150,8 +199,10 @@ impl Import {
         let path = &self.memory.path;
         let data = self.memory.data();
         let mut source = json!({ "kind": self.kind() });
-        if let Source::Firecracker(arch) = self.source {
-            source["arch"] = json!(arch.map(GuestArch::name));
+        match &self.source {
+            Source::Firecracker(arch) => source["arch"] = json!(arch.map(GuestArch::name)),
+            Source::Qemu { machine } => source["machine"] = json!(machine),
+            Source::Raw | Source::CloudHypervisor => {}
         }
         let mut other = serde_json::Map::new();
         other.insert("source".into(), source);

@@ -19,7 +19,7 @@ pub(super) struct Extent {
 }
 
 /// How a memory image is laid out.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct ImageLayout {
     /// Sorted by guest address. Adjacent ranges are one region.
     pub(super) regions: Vec<MemoryRegion>,
@@ -30,20 +30,28 @@ pub(super) struct ImageLayout {
 impl ImageLayout {
     /// The layout of guest-physical ranges that follow each other in the file. Their addresses may be in any order.
     pub(super) fn new(in_file: &[Range<u64>]) -> Result<Self, LayoutError> {
-        let page = PAGE_BYTES as u64;
         let mut file_offset = 0u64;
         let mut placed = Vec::with_capacity(in_file.len());
         for range in in_file {
-            let Range { start, end } = *range;
+            placed.push((range.clone(), file_offset));
+            // A range that ends before it starts is refused below.
+            let len = range.end.saturating_sub(range.start);
+            file_offset = file_offset.checked_add(len).ok_or(LayoutError::TooLong)?;
+        }
+        Self::placed(placed)
+    }
+
+    /// The layout of guest-physical ranges, each with its offset in the file. Their places in the file do not overlap.
+    pub(super) fn placed(mut placed: Vec<(Range<u64>, u64)>) -> Result<Self, LayoutError> {
+        let page = PAGE_BYTES as u64;
+        for (Range { start, end }, _) in &placed {
+            let (start, end) = (*start, *end);
             if start == end {
                 return Err(LayoutError::Empty { gpa: start });
             }
             if !start.is_multiple_of(page) || !end.is_multiple_of(page) || start > end {
                 return Err(LayoutError::NotPages { start, end });
             }
-            placed.push((range.clone(), file_offset));
-            file_offset =
-                file_offset.checked_add(range.end - range.start).ok_or(LayoutError::TooLong)?;
         }
         placed.sort_by_key(|(range, _)| range.start);
 

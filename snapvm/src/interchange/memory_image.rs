@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
@@ -14,6 +15,7 @@ use snapfmt::{MemoryRegion, ReadAt, Snapshot};
 use super::error::{ImportError, NotMemory};
 use super::foreign_file;
 use super::layout::ImageLayout;
+use super::qemu::{WrittenPages, is_stream};
 use crate::stable_file::StableFile;
 
 /// A file of whole pages that may be guest memory.
@@ -79,6 +81,8 @@ impl MemoryImage {
             NotMemory::Snapshot
         } else if start.starts_with(b"\x7fELF") {
             NotMemory::Elf
+        } else if is_stream(start) {
+            NotMemory::QemuMigration
         } else {
             return Ok(());
         };
@@ -143,9 +147,7 @@ impl MemoryImage {
             Some(Holes::Zeros) | None => None,
         };
         let file = StableFile::new(file).map_err(ImportError::io(&path))?;
-        let mut image = LaidOutImage { file, path, layout, base, own: Vec::new() };
-        image.own = image.own_data().map_err(ImportError::io(&image.path))?;
-        Ok(image)
+        LaidOutImage::new(file, path, layout, base, None)
     }
 }
 
@@ -159,9 +161,41 @@ pub(super) struct LaidOutImage {
     base: Option<Base>,
     /// The parts of the source space that are not holes of the file, ascending.
     own: Vec<Range<u64>>,
+    /// Which pages of the file are memory. `None`: all.
+    written: Option<WrittenPages>,
+    /// Whether there was something in the others.
+    cleared: AtomicBool,
 }
 
 impl LaidOutImage {
+    fn new(
+        file: StableFile,
+        path: PathBuf,
+        layout: ImageLayout,
+        base: Option<Base>,
+        written: Option<WrittenPages>,
+    ) -> Result<Self, ImportError> {
+        let (own, cleared) = (Vec::new(), AtomicBool::new(false));
+        let mut image = Self { file, path, layout, base, own, written, cleared };
+        image.own = image.own_data().map_err(ImportError::io(&image.path))?;
+        Ok(image)
+    }
+
+    /// A file with more than memory in it. Pages that are not `written` are zero.
+    pub(super) fn of_written(
+        file: StableFile,
+        path: PathBuf,
+        layout: ImageLayout,
+        written: WrittenPages,
+    ) -> Result<Self, ImportError> {
+        Self::new(file, path, layout, None, Some(written))
+    }
+
+    /// Whether pages were read that are not memory, and had something else than zeros.
+    pub(super) fn has_cleared(&self) -> bool {
+        self.cleared.load(Ordering::Relaxed)
+    }
+
     pub(super) fn regions(&self) -> &[MemoryRegion] {
         &self.layout.regions
     }
@@ -193,6 +227,9 @@ impl LaidOutImage {
         for (at, len) in self.layout.parts(offset..offset + rest.len() as u64) {
             let (now, later) = rest.split_at_mut(len);
             self.file.read_exact_at(now, at)?;
+            if self.written.as_ref().is_some_and(|written| written.clear_others(now, at)) {
+                self.cleared.store(true, Ordering::Relaxed);
+            }
             rest = later;
         }
         if rest.is_empty() { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
@@ -200,7 +237,7 @@ impl LaidOutImage {
 }
 
 /// The parts of a range of a file that are not holes (lseek(2), `SEEK_DATA`), ascending.
-fn data_between(file: &File, range: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+pub(super) fn data_between(file: &File, range: Range<u64>) -> io::Result<Vec<Range<u64>>> {
     let mut data = Vec::new();
     let mut at = range.start;
     while at < range.end {

@@ -1,7 +1,8 @@
 //! Imports and exports memory images and the snapshots of other virtual machine monitors, bit for bit.
 //!
-//! [`Import`] reads a flat image of memory, a Firecracker pair or a Cloud Hypervisor folder. [`Export`] writes them, or
-//! an ELF core. The state of another program is opaque: it is stored in a state section with its own tag.
+//! [`Import`] reads a flat image of memory, a Firecracker pair, a Cloud Hypervisor folder or a mapped-ram file of QEMU.
+//! [`Export`] writes them, or an ELF core. The state of another program is opaque: it is stored in a state section with
+//! its own tag.
 //!
 //! ```no_run
 //! use snapvm::interchange::{Export, ExportFormat, Import, MemoryImage, VMSTATE};
@@ -33,7 +34,9 @@ mod firecracker;
 mod foreign_file;
 mod import;
 mod layout;
+mod mapped_ram_error;
 mod memory_image;
+mod qemu;
 
 pub use async_pf::has_async_page_faults;
 pub use cloud_hypervisor::{CONFIG, STATE};
@@ -43,4 +46,22 @@ pub use file_view::FileView;
 pub use firecracker::{GuestArch, VMSTATE};
 pub use foreign_file::ForeignFile;
 pub use import::Import;
+pub use mapped_ram_error::MappedRamError;
 pub use memory_image::MemoryImage;
+pub use qemu::MAPPED_RAM;
+
+use snapfmt::{SectionKind, Snapshot};
+
+/// The virtual machine monitor that the snapshot was imported from, and that can run it: `Firecracker`,
+/// `Cloud Hypervisor` or `QEMU`. `None` for a snapshot of this library, and for a flat image of memory.
+#[must_use]
+pub fn imported_from(snapshot: &Snapshot) -> Option<&'static str> {
+    let kept = [(VMSTATE, "Firecracker"), (STATE, "Cloud Hypervisor"), (MAPPED_RAM, "QEMU")];
+    let has = |tag| {
+        snapshot
+            .sections()
+            .iter()
+            .any(|section| (section.kind, section.tag) == (SectionKind::STATE, tag))
+    };
+    kept.into_iter().find(|(file, _)| has(file.tag())).map(|(_, program)| program)
+}
