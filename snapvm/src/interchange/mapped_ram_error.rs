@@ -29,6 +29,9 @@ pub enum MappedRamError {
         /// The end of what is missing.
         needed_bytes: u64,
     },
+    /// The end of the stream is missing.
+    #[error("it has no end: QEMU was still writing it, or has failed to, or it was cut short")]
+    Unfinished,
     /// A field has a value that QEMU does not write.
     #[error("RAM block {block}: {field} is {found:#x} (near offset {offset:#x})")]
     Field {

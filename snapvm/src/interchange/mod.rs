@@ -33,6 +33,7 @@ mod file_view;
 mod firecracker;
 mod foreign_file;
 mod import;
+mod imported_from;
 mod layout;
 mod mapped_ram_error;
 mod memory_image;
@@ -46,22 +47,7 @@ pub use file_view::FileView;
 pub use firecracker::{GuestArch, VMSTATE};
 pub use foreign_file::ForeignFile;
 pub use import::Import;
+pub use imported_from::imported_from;
 pub use mapped_ram_error::MappedRamError;
 pub use memory_image::MemoryImage;
 pub use qemu::MAPPED_RAM;
-
-use snapfmt::{SectionKind, Snapshot};
-
-/// The virtual machine monitor that the snapshot was imported from, and that can run it: `Firecracker`,
-/// `Cloud Hypervisor` or `QEMU`. `None` for a snapshot of this library, and for a flat image of memory.
-#[must_use]
-pub fn imported_from(snapshot: &Snapshot) -> Option<&'static str> {
-    let kept = [(VMSTATE, "Firecracker"), (STATE, "Cloud Hypervisor"), (MAPPED_RAM, "QEMU")];
-    let has = |tag| {
-        snapshot
-            .sections()
-            .iter()
-            .any(|section| (section.kind, section.tag) == (SectionKind::STATE, tag))
-    };
-    kept.into_iter().find(|(file, _)| has(file.tag())).map(|(_, program)| program)
-}

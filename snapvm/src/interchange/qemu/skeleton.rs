@@ -56,7 +56,8 @@ impl Skeleton {
         let ends = mapped.blocks.iter().map(|block| block.pages().end);
         let starts = mapped.blocks.iter().map(|block| block.pages_offset).chain([file_bytes]);
         let mut kept = Vec::<(u64, Vec<u8>)>::new();
-        let mut room = MAX_STATE_BYTES as usize - FIXED_BYTES - memory.len() * RANGE_BYTES;
+        let fixed = FIXED_BYTES + memory.len() * RANGE_BYTES;
+        let mut room = (MAX_STATE_BYTES as usize).saturating_sub(fixed);
         let mut block = [0; PAGE_BYTES];
         for (start, end) in [0].into_iter().chain(ends).zip(starts) {
             for data in data(start..end)? {

@@ -12,13 +12,14 @@
 //!   header: version 1 (u32), page size, offset of the bitmap, offset of the pages (u64 each)
 //!   bitmap: one bit for each page, in little-endian words of 64 bits
 //!   padding to the next MiB; pages
-//! the rest of the stream
+//! the rest of the stream: sections, end (0x00), and for most machines
+//! 0x06, length (u32), a description of the sections in JSON, which ends the file
 //! ```
 
 use std::ops::Range;
 
 use snapfmt::ReadAt;
-use snapfmt::layout::PAGE_BYTES;
+use snapfmt::layout::{MAX_STATE_BYTES, PAGE_BYTES};
 
 use crate::interchange::mapped_ram_error::MappedRamError;
 
@@ -31,6 +32,10 @@ const RAM_SECTION: &[u8] = b"\x03ram\0\0\0\0\0\0\0\x04";
 /// `RAM_SAVE_FLAG_MEM_SIZE`
 const FLAG_MEM_SIZE: u64 = 4;
 const FLAGS: u64 = 0xfff;
+/// `QEMU_VM_EOF`
+const END: u8 = 0;
+/// `QEMU_VM_VMDESCRIPTION`
+const DESCRIPTION: u8 = 6;
 const HEADER_VERSION: u32 = 1;
 const HEADER_BYTES: u64 = 28;
 /// A guest has a dozen.
@@ -104,6 +109,7 @@ impl MappedRam {
         if blocks.is_empty() {
             return Err(MappedRamError::NoPages);
         }
+        cursor.check_end()?;
         Ok(Self { machine: machine(&head), blocks })
     }
 
@@ -135,6 +141,7 @@ struct Cursor<'a> {
 }
 
 impl Cursor<'_> {
+    /// Checks that the file has the bytes before `end`; `None` is more than any file has.
     fn needs(&self, end: Option<u64>) -> Result<(), MappedRamError> {
         match end {
             Some(end) if end <= self.len_bytes => Ok(()),
@@ -151,6 +158,25 @@ impl Cursor<'_> {
         self.file.read_exact_at(bytes, self.at).map_err(MappedRamError::Io)?;
         self.at += bytes.len() as u64;
         Ok(())
+    }
+
+    /// Checks that the stream ends where the file does. QEMU writes it from front to back, so a file that it has not
+    /// finished lacks the end.
+    fn check_end(&self) -> Result<(), MappedRamError> {
+        let rest_bytes = (self.len_bytes - self.at).min(MAX_STATE_BYTES);
+        let mut rest = vec![0; rest_bytes as usize];
+        self.file
+            .read_exact_at(&mut rest, self.len_bytes - rest_bytes)
+            .map_err(MappedRamError::Io)?;
+        let is_description = |(at, bytes): (usize, &[u8])| {
+            let &[END, DESCRIPTION, a, b, c, d] = bytes else { return false };
+            u64::from(u32::from_be_bytes([a, b, c, d])) == rest_bytes - (at + bytes.len()) as u64
+        };
+        let described = || rest.windows(6).enumerate().any(is_description);
+        match rest.last() == Some(&END) || described() {
+            true => Ok(()),
+            false => Err(MappedRamError::Unfinished),
+        }
     }
 
     fn u64(&mut self) -> Result<u64, MappedRamError> {
@@ -218,6 +244,7 @@ impl Cursor<'_> {
             return Err(bad("its length", len_bytes));
         }
         if bitmap_offset == 0 || len_bytes == 0 {
+            self.needs(Some(pages_offset))?;
             self.at = self.at.max(pages_offset);
             return Ok((len_bytes, None));
         }
