@@ -12,7 +12,7 @@
 //!   header: version 1 (u32), page size, offset of the bitmap, offset of the pages (u64 each)
 //!   bitmap: one bit for each page, in little-endian words of 64 bits
 //!   padding to the next MiB; pages
-//! the rest of the stream: sections, end (0x00), and for most machines
+//! the rest of the stream: sections, each with a footer 0x7e, section id (u32); end (0x00); and for most machines
 //! 0x06, length (u32), a description of the sections in JSON, which ends the file
 //! ```
 
@@ -34,6 +34,8 @@ const FLAG_MEM_SIZE: u64 = 4;
 const FLAGS: u64 = 0xfff;
 /// `QEMU_VM_EOF`
 const END: u8 = 0;
+/// `QEMU_VM_SECTION_FOOTER`
+const FOOTER: u8 = 0x7e;
 /// `QEMU_VM_VMDESCRIPTION`
 const DESCRIPTION: u8 = 6;
 const HEADER_VERSION: u32 = 1;
@@ -169,11 +171,11 @@ impl Cursor<'_> {
             .read_exact_at(&mut rest, self.len_bytes - rest_bytes)
             .map_err(MappedRamError::Io)?;
         let is_description = |(at, bytes): (usize, &[u8])| {
-            let &[END, DESCRIPTION, a, b, c, d] = bytes else { return false };
+            let &[FOOTER, _, _, _, _, END, DESCRIPTION, a, b, c, d] = bytes else { return false };
             u64::from(u32::from_be_bytes([a, b, c, d])) == rest_bytes - (at + bytes.len()) as u64
         };
-        let described = || rest.windows(6).enumerate().any(is_description);
-        match rest.last() == Some(&END) || described() {
+        let described = || rest.windows(11).enumerate().any(is_description);
+        match matches!(rest[..], [.., FOOTER, _, _, _, _, END]) || described() {
             true => Ok(()),
             false => Err(MappedRamError::Unfinished),
         }
