@@ -50,6 +50,8 @@ mod object_store_tls;
 mod overlays;
 mod overwritten;
 mod page_cache;
+mod qemu;
+mod qemu_machine;
 mod recorded_serving;
 mod running;
 mod scattered_memory;
