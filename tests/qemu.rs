@@ -1,5 +1,6 @@
 //! Mapped-ram files of QEMU: imported, exported bit for bit, mounted, and restored by QEMU.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -98,13 +99,20 @@ fn a_file_of_qemu_is_mounted() {
     assert!(lazy[1 << 20..2 << 20].iter().all(|byte| *byte == 0));
 }
 
+/// Where a guest has noise.
+const NOISE: Range<u64> = 32 * MIB..56 * MIB;
+
 /// A guest of 64 MiB that counts, with 24 MiB of noise in its memory, saved by QEMU as `m`. What it wrote to its serial port.
 fn save_counting(guest: &Guest<'_>, place: &Place) -> Vec<u8> {
-    let noise: Vec<u8> = (0..24 * MIB / PAGE).flat_map(|page| noise(page * 977 + 1)).collect();
+    let noise: Vec<u8> =
+        (NOISE.start / PAGE..NOISE.end / PAGE).flat_map(|page| noise(page * 977 + 1)).collect();
     std::fs::write(place.path("noise"), noise).expect("it can be written");
-    let loader = format!("loader,file={},addr=0x2000000,force-raw=on", place.text("noise"));
+    let loader = format!("loader,file={},addr={},force-raw=on", place.text("noise"), NOISE.start);
     let mut qemu = guest.start("first", &["-device", &loader]);
     let counted = qemu.stop_after(4);
+    // The firmware has overwritten a part of it.
+    let noise = qemu.memory(NOISE.start, NOISE.end - NOISE.start);
+    std::fs::write(place.path("noise"), noise).expect("it can be written");
     qemu.save(&place.path("m"));
     counted
 }
@@ -114,7 +122,7 @@ fn save_counting(guest: &Guest<'_>, place: &Place) -> Vec<u8> {
 fn assert_restored(mut qemu: Qemu, place: &Place, counted: &[u8]) {
     assert!(qemu.memory(0x10000, 0x70000) == filled());
     let noise = std::fs::read(place.path("noise")).expect("it is there");
-    assert!(qemu.memory(32 * MIB, 24 * MIB) == noise);
+    assert!(qemu.memory(NOISE.start, NOISE.end - NOISE.start) == noise);
     // All RAM blocks, as QEMU itself sees them.
     qemu.save(&place.path("second"));
     let raw = |file: &str, out: &str| {
@@ -139,8 +147,7 @@ fn qemu_restores_from_an_export_and_from_a_mount() {
     }
     for machine in ["pc", "q35"] {
         let place = Place::new();
-        let options = ["-m", "64", "-machine", machine];
-        let guest = Guest { folder: place.0.path(), options: &options };
+        let guest = Guest { folder: place.0.path(), machine, mib: "64" };
         let counted = save_counting(&guest, &place);
         let ran = place.import(&place.path("m"), &[]).ok();
         assert_eq!(ran.stderr, "");
@@ -156,15 +163,13 @@ fn qemu_restores_from_an_export_and_from_a_mount() {
 fn restores_from_a_mount(place: &Place, machine: &str, counted: &[u8]) {
     let mounted = Mounted::start(&place.path("a.snap"), &["--populate", "off"]);
     assert_same(&place.path("m"), &mounted.file("qemu/migration"));
-    let options = ["-m", "64", "-machine", machine];
-    let guest = Guest { folder: place.0.path(), options: &options };
+    let guest = Guest { folder: place.0.path(), machine, mib: "64" };
     let restored = guest.restore("third", &mounted.file("qemu/migration"), &[]);
     assert_restored(restored, place, counted);
 
     // Main memory is mapped, and read when it is touched.
     let mapped = format!("{machine},memory-backend=pc.ram");
-    let options = ["-m", "64", "-machine", &mapped];
-    let guest = Guest { folder: place.0.path(), options: &options };
+    let guest = Guest { folder: place.0.path(), machine: &mapped, mib: "64" };
     let memory = mounted.file("memory.raw");
     let backend = lazy_backend(&memory, 64 * MIB);
     let lazy = mounted.file("qemu/migration-lazy");
@@ -197,8 +202,7 @@ fn memory_of_4_gib_has_the_hole_of_the_machine() {
     }
     for (machine, low_end, high_end) in [("pc", 3 * GIB, 5 * GIB), ("q35", 2 * GIB, 6 * GIB)] {
         let place = Place::new();
-        let options = ["-m", "4096", "-machine", machine];
-        let guest = Guest { folder: place.0.path(), options: &options };
+        let guest = Guest { folder: place.0.path(), machine, mib: "4096" };
         // The firmware has its tables at the end of low memory.
         let gpas = [low_end - 64 * MIB, 4 * GIB, high_end - PAGE];
         let mut devices = Vec::new();
@@ -240,7 +244,7 @@ fn a_file_of_a_running_guest_is_restored() {
         return;
     }
     let place = Place::new();
-    let guest = Guest { folder: place.0.path(), options: &["-m", "64", "-machine", "pc"] };
+    let guest = Guest { folder: place.0.path(), machine: "pc", mib: "64" };
     let mut qemu = guest.start("first", &[]);
     qemu.stop_after(4);
     qemu.ask("cont", serde_json::json!({}));

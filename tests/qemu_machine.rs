@@ -40,11 +40,13 @@ pub(crate) fn filled() -> Vec<u8> {
     (1..8).flat_map(segment).collect()
 }
 
-/// Where a machine has its files.
+/// A machine, and where it has its files.
 pub(crate) struct Guest<'a> {
     pub(crate) folder: &'a Path,
-    /// Of the machine: its type and its size.
-    pub(crate) options: &'a [&'a str],
+    /// The option `-machine`: its type first.
+    pub(crate) machine: &'a str,
+    /// The size of its memory, in MiB.
+    pub(crate) mib: &'a str,
 }
 
 /// A QEMU that runs. It is killed when this is dropped.
@@ -100,12 +102,18 @@ impl Guest<'_> {
         disk.extend([0x55, 0xaa]);
         disk.resize(63 * 512, 0);
         std::fs::write(path("disk"), disk).expect("it can be written");
-        let drive = format!("file={},format=raw,if=ide,snapshot=on", text("disk"));
+        let drive = format!("file={},format=raw,if=none,id=disk,snapshot=on", text("disk"));
+        // Its firmware boots from this controller without more memory.
+        let controller: &[_] = match self.machine.starts_with("q35") {
+            true => &["-device", "piix3-ide,id=more", "-device", "ide-hd,drive=disk,bus=more.0"],
+            false => &["-device", "ide-hd,drive=disk"],
+        };
         let serial = format!("file:{}", text("serial"));
         let socket = format!("unix:{},server=on,wait=off", text("qmp"));
         let mut command = program();
         command.args(["-accel", "tcg", "-display", "none", "-nic", "none", "-drive", &drive]);
-        command.args(["-serial", &serial, "-qmp", &socket]).args(self.options).args(more);
+        command.args(["-serial", &serial, "-qmp", &socket, "-m", self.mib]);
+        command.args(["-machine", self.machine]).args(controller).args(more);
         let process = command.stdin(Stdio::null()).spawn().expect("QEMU starts");
         let stream = wait_for("QEMU's socket", || UnixStream::connect(path("qmp")).ok());
         stream.set_read_timeout(Some(PATIENCE)).expect("it can be set");
