@@ -661,9 +661,9 @@ fn a_snapshot_is_exported_and_imported_again() {
 
 #[test]
 fn the_document_names_the_same_tags() {
-    use snapvm::interchange::{CONFIG, STATE, VMSTATE};
+    use snapvm::interchange::{CONFIG, MAPPED_RAM, STATE, VMSTATE};
     let text = include_str!("../docs/interchange.md");
-    for kept in [VMSTATE, CONFIG, STATE] {
+    for kept in [VMSTATE, CONFIG, STATE, MAPPED_RAM] {
         let letters = kept.tag().to_le_bytes().escape_ascii().to_string();
         let line = format!("`{letters}` ({:#010x})", kept.tag());
         assert!(text.contains(&line), "{line}");

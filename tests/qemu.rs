@@ -174,12 +174,14 @@ fn restores_from_a_mount(place: &Place, machine: &str, counted: &[u8]) {
     let backend = lazy_backend(&memory, 64 * MIB);
     let lazy = mounted.file("qemu/migration-lazy");
     let mut qemu = guest.restore("fourth", &lazy, &["-object", &backend]);
+    // QEMU advises huge pages: Linux reads 4 MiB where it touches a page. It does not touch the noise.
+    let noise = NOISE.end - NOISE.start;
     let cached = cached_bytes(&memory);
-    assert!(cached < 4 * MIB, "{cached} bytes are read before the guest runs");
+    assert!(cached <= noise / 3, "{cached} bytes are read before the guest runs");
     let then = qemu.run_on();
     assert_eq!(then[0], counted[counted.len() - 1].wrapping_add(1));
     let cached = cached_bytes(&memory);
-    assert!(cached < 8 * MIB, "{cached} bytes are read for a guest that counts");
+    assert!(cached <= noise / 3, "{cached} bytes are read for a guest that counts");
     drop(qemu);
     let restored = guest.restore("fifth", &lazy, &["-object", &backend]);
     assert_restored(restored, place, counted);
