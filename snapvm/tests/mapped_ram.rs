@@ -256,7 +256,7 @@ fn optional_fields_and_larger_pages_are_understood() {
     // Newer releases leave no room for shared memory.
     let files = Files::new();
     let mut bytes = head("pc", "mapped-ram");
-    bytes.extend((8 * MIB | 4).to_be_bytes());
+    bytes.extend(((8 * MIB) | 4).to_be_bytes());
     bytes.extend(b"\x06pc.ram");
     bytes.extend((8 * MIB).to_be_bytes());
     bytes.extend([0; 8]);
@@ -440,7 +440,7 @@ fn damaged_sections_do_no_harm() {
         let memory = vec![0; regions.iter().map(|region| region.len as usize).sum()];
         let contents = Contents::new(regions, &memory, &[]).states(&states);
         let options = WriteOptions::default().existing(Existing::Replace);
-        write_snapshot(&files.path("b.snap"), contents, &options, &go).expect("it is written");
+        write_snapshot(files.path("b.snap"), contents, &options, &go).expect("it is written");
         Snapshot::open(files.path("b.snap")).expect("it opens")
     };
     let other = [MemoryRegion { gpa: 0, len: PAGE, source_offset: 0 }];
