@@ -87,10 +87,13 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         return Err(WrongOptions(wrong.into()).into());
     }
     let to_stdout = stdio::is_meant(&args.out);
-    if to_stdout && !matches!(args.format, Format::Raw | Format::Elf) {
+    if to_stdout && args.format == Format::Qemu {
         bail!(
             "this format is not written from front to back, as stdout would have it; give a name with -o"
         );
+    }
+    if to_stdout && !matches!(args.format, Format::Raw | Format::Elf) {
+        bail!("this format is a folder of files, which stdout cannot be; give its name with -o");
     }
     let named = || args.input.file.display().to_string();
     let mut export = Export::new(&snapshot, args.format.into()).with_context(named)?;
