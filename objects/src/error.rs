@@ -59,6 +59,16 @@ pub enum ObjectError {
         /// The length by an answer, in bytes.
         found: u64,
     },
+    /// The object is longer than a snapshot can be.
+    #[error("{url}: the object is {len_bytes} bytes long, but a snapshot has at most {most_bytes}")]
+    TooLong {
+        /// Its address.
+        url: String,
+        /// Its length in bytes.
+        len_bytes: u64,
+        /// The greatest length of a snapshot, in bytes.
+        most_bytes: u64,
+    },
     /// A blob of a registry has other bytes than its digest says.
     #[error("{url}: its bytes have the digest {found}")]
     WrongDigest {

@@ -198,6 +198,10 @@ impl Source {
         if len_bytes == 0 {
             return Err(ObjectError::Empty { url: url() });
         }
+        if len_bytes > MOST_OBJECT_BYTES {
+            let most_bytes = MOST_OBJECT_BYTES;
+            return Err(ObjectError::TooLong { url: url(), len_bytes, most_bytes });
+        }
         let etag = etag.filter(|etag| !etag.is_empty() && etag.len() <= MOST_ETAG_BYTES);
         let version = Version::new(version);
         etag.map(|etag| Identity { etag, len_bytes, version })
@@ -208,6 +212,10 @@ impl Source {
         ObjectError::Refused { url: self.url.to_string(), status: None, code: Some(code.into()) }
     }
 }
+
+/// No snapshot is longer: its chunks end before `snapfmt::layout::MAX_CHUNK_OFFSET`, and what is behind them takes much
+/// less.
+pub(crate) const MOST_OBJECT_BYTES: u64 = 2 * snapfmt::layout::MAX_CHUNK_OFFSET;
 
 /// No store's ETag is longer.
 pub(crate) const MOST_ETAG_BYTES: usize = 256;
@@ -280,5 +288,24 @@ impl<'a> Tries<'a> {
             Meaning::Exists => ObjectError::NameTaken { url: url() },
             Meaning::Refused(status, code) => ObjectError::Refused { url: url(), status, code },
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_length_that_no_snapshot_can_have_is_refused() {
+        let url: ObjectUrl = "http://host/guest".parse().expect("an address");
+        let store = Arc::new(Store::open(&url).expect("its settings are valid"));
+        let source = Source::new(&url, store, Retry::default());
+        let of = |len_bytes| source.identity_of(Some("1".into()), len_bytes, None);
+        assert!(of(MOST_OBJECT_BYTES).is_ok());
+        for len in [MOST_OBJECT_BYTES + 1, u64::MAX] {
+            let error = of(len).expect_err("it is too long");
+            assert!(matches!(error, ObjectError::TooLong { len_bytes, .. } if len_bytes == len));
+        }
+        assert!(matches!(of(0), Err(ObjectError::Empty { .. })));
     }
 }

@@ -20,6 +20,7 @@ use crate::error::ObjectError;
 use crate::fetch::{Expected, Identity, Source};
 use crate::flight::{Blocks, Flight};
 use crate::hedge::Hedges;
+use crate::held::Held;
 use crate::name;
 use crate::retry::Retry;
 use crate::unstored::Unstored;
@@ -48,6 +49,8 @@ pub(crate) struct Fetcher {
     cache: Arc<Cache>,
     pub(crate) entry: Entry,
     pub(crate) unstored: Unstored,
+    /// What is read without the cache.
+    pub(crate) held: Held,
     hedges: Hedges,
     /// Bytes of all answers.
     pub(crate) fetched_bytes: AtomicU64,
@@ -61,7 +64,11 @@ impl Fetcher {
     ) -> Result<Self, ObjectError> {
         let identity = opened.identity.clone();
         let entry = cache.entry(&source.url, &identity)?;
-        let (unstored, hedges, confirmed) = Default::default();
+        let (unstored, held, hedges, confirmed) = <(_, Held, _, _)>::default();
+        let mut header = vec![0; identity.len_bytes.min(HEADER_BYTES as u64) as usize];
+        if entry.read(0, &mut header).is_ok_and(|there| there) {
+            held.keep_header(&header);
+        }
         let fetched_bytes = AtomicU64::new(0);
         let version = Mutex::new(opened);
         Ok(Self {
@@ -72,6 +79,7 @@ impl Fetcher {
             cache,
             entry,
             unstored,
+            held,
             hedges,
             fetched_bytes,
         })
@@ -165,8 +173,12 @@ impl Fetcher {
             let mut keep = |bytes| parts.push(bytes);
             let data = self.source.range(&version, range, &mut keep);
             // A request of its own, at the same time, so that a copy of the object takes no further round trip.
-            let (found, confirmed) =
-                try_join!(data, self.confirmed.get_or_try_init(|| self.confirm(&version)))?;
+            let both = try_join!(data, self.confirmed.get_or_try_init(|| self.confirm(&version)));
+            if let Err(ObjectError::Replaced { .. } | ObjectError::WrongLength { .. }) = &both {
+                // Otherwise it would be opened from the cache again, and fail again.
+                self.cache.forget(&self.source.url, &self.identity);
+            }
+            let (found, confirmed) = both?;
             if found.etag != confirmed.etag {
                 return Err(self.replaced(found));
             }
@@ -182,14 +194,18 @@ impl Fetcher {
         Ok(())
     }
 
-    /// The version of an object that was opened without a request, from the first answers. It has the header that the
-    /// cache has, or the same ETag: a copy of it has another one.
+    /// The version of an object that was opened without a request, from the first answers. It has the header that was
+    /// opened: its ETag may be another one, because the object may be a copy.
     async fn confirm(&self, opened: &Expected) -> Result<Identity, ObjectError> {
         let len = self.identity.len_bytes.min(HEADER_BYTES as u64);
         let mut bytes = Vec::new();
         let found = self.source.range(opened, 0..len, &mut |part| bytes.extend(part)).await?;
-        let is_same = self.cached(0).is_some_and(|block| block.starts_with(&bytes));
-        if !is_same && found.etag != opened.identity.etag {
+        let is_same = match self.held.header() {
+            Some(header) => header == bytes,
+            // It was damaged, and is requested again.
+            None => found.etag == opened.identity.etag,
+        };
+        if !is_same {
             return Err(self.replaced(found));
         }
         *self.version() = found.expected();
@@ -204,11 +220,10 @@ impl Fetcher {
     /// Whether an object with an id in its key was replaced by itself, as a copy of a bucket does. Its header, which
     /// covers the rest, is compared; further requests are for the new version.
     async fn is_same_object(&self, replaced: &Identity) -> Result<bool, ObjectError> {
-        let Some(header) = self.cached(0).filter(|_| name::id_of(&self.source.url).is_some())
-        else {
+        let header = self.held.header();
+        let Some(header) = header.filter(|_| name::id_of(&self.source.url).is_some()) else {
             return Ok(false);
         };
-        let header = header.slice(..header.len().min(HEADER_BYTES));
         let (found, _, bytes) =
             self.source.first(GetRange::Bounded(0..header.len() as u64)).await?;
         let same = found.len_bytes == self.identity.len_bytes && found != *replaced;
@@ -266,6 +281,9 @@ impl Fetcher {
 
     /// Stores a block in the cache, or keeps it for a short time.
     pub(crate) fn store(&self, block: u64, bytes: &Bytes) {
+        if block == 0 {
+            self.held.keep_header(bytes);
+        }
         match self.entry.store(block, bytes) {
             Ok(()) => self.cache.stored(bytes.len() as u64, &self.entry),
             Err(_) => self.unstored.keep(block, bytes.clone()),

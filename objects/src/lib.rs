@@ -30,6 +30,7 @@ mod fetch;
 mod fetcher;
 mod flight;
 mod hedge;
+mod held;
 mod lineage;
 mod look;
 mod name;

@@ -60,23 +60,29 @@ pub(crate) async fn chain(
     let known = Known { len_bytes: None, trusts_ids: trust == Trust::Ids };
     let list = list_of(&top, known, options);
     let (list, looked) = futures_util::try_join!(list, look(top.clone(), known, options))?;
-    let (list, top, from) = match (looked, list) {
+    // A name is beside the folder of its objects, a list is in that folder.
+    let (list, top, from, folder) = match (looked, list) {
         (None, _) => {
             let (objects, manifest) = all_blobs(&top, options).await?;
             return Ok(Lineage { objects, list: None, manifest: Some(manifest) });
         }
-        (Some(Looked::Name(source, name)), _) => ((source.url.clone(), name), None, source),
+        (Some(Looked::Name(found)), _) => {
+            let top = || found.top(&options.cache);
+            let top = match trust {
+                Trust::Ids => tokio::task::block_in_place(top)?,
+                Trust::Server => None,
+            };
+            ((found.source.url.clone(), found.name), top, found.source, "objects/")
+        }
         (Some(Looked::Object(object)), Some(list)) => {
             let source = object.source().clone();
-            (list, Some(object), source)
+            (list, Some(object), source, "")
         }
         (Some(Looked::Object(object)), None) => {
             let objects = parents(object, known, options).await?;
             return Ok(Lineage { objects, list: None, manifest: None });
         }
     };
-    // A name is beside the folder of its objects, a list is in that folder.
-    let folder = if top.is_some() { "" } else { "objects/" };
     let rest = list.1.layers.iter().skip(usize::from(top.is_some())).map(|layer| async {
         let url = from.url.beside(&format!("{folder}{}", layer.file_name()))?;
         let known = Known { len_bytes: Some(layer.file_bytes), ..known };
@@ -143,8 +149,8 @@ async fn list_of(
 fn object(looked: Looked) -> Result<RemoteObject, ObjectError> {
     match looked {
         Looked::Object(object) => Ok(object),
-        Looked::Name(source, _) => Err(ObjectError::Name {
-            url: source.url.to_string(),
+        Looked::Name(found) => Err(ObjectError::Name {
+            url: found.source.url.to_string(),
             reason: "a name where a snapshot was expected".to_owned(),
         }),
     }

@@ -4,11 +4,12 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use bytes::Bytes;
 use futures_util::future::try_join_all;
 use object_store::GetRange;
 
 use crate::cache::{BLOCK_BYTES, Cache, Turn};
-use crate::ends::{END_BYTES, Ends, SUFFIX_BYTES};
+use crate::ends::{END_BYTES, SUFFIX_BYTES};
 use crate::error::ObjectError;
 use crate::fetch::{Identity, Source};
 use crate::fetcher::{LOOK_AGAIN, OTHERS};
@@ -35,8 +36,17 @@ pub(crate) struct Known {
 pub(crate) enum Looked {
     /// An object that may be a snapshot.
     Object(RemoteObject),
-    /// A name, and where it was read.
-    Name(Source, Name),
+    /// A name.
+    Name(Box<Found>),
+}
+
+/// A name that was read.
+pub(crate) struct Found {
+    /// Where it was read.
+    pub(crate) source: Source,
+    pub(crate) name: Name,
+    /// What follows its text: see [`Name::ends`].
+    ends_bytes: Bytes,
 }
 
 /// Opens an object, or reads a name. One of the processes that do so at the same time fetches the ends of an object.
@@ -56,7 +66,7 @@ pub(crate) async fn first_look(
     }
     let mut turn = cache.turn(&source.url);
     if turn.is_none() {
-        if let Some(looked) = look_after_another(&source, known, cache, &mut turn).await? {
+        if let Some(looked) = look_after_another(&source, cache, &mut turn).await? {
             return Ok(looked);
         }
     } else if cache.knows(&source.url) {
@@ -76,36 +86,28 @@ pub(crate) async fn first_look(
     fetch_ends(source, known, cache).await
 }
 
-/// Waits until another process has stored the ends in the cache. `None`: it has not, and this process has the turn.
+/// Waits until another process has stored the ends in the cache. `None`: it has not, or this is a name.
 async fn look_after_another(
     source: &Source,
-    known: Known,
     cache: &Arc<Cache>,
     turn: &mut Option<Turn>,
 ) -> Result<Option<Looked>, ObjectError> {
     let (identity, _, first_bytes) = source.first(GetRange::Bounded(0..PEEK_BYTES)).await?;
     let is_name = Name::is_meant(&first_bytes);
     if is_name && identity.len_bytes <= PEEK_BYTES {
-        return named(source.clone(), &first_bytes, identity.len_bytes, known, cache).map(Some);
+        return named(source.clone(), first_bytes, identity.len_bytes).map(Some);
     }
-    let object = match is_name {
-        true => None,
-        false => Some(RemoteObject::new(source.clone(), identity, Arc::clone(cache))?),
-    };
-    let has_ends = || object.as_ref().is_some_and(RemoteObject::has_ends);
+    if is_name {
+        // The cache has no names.
+        return Ok(None);
+    }
+    let object = RemoteObject::new(source.clone(), identity, Arc::clone(cache))?;
     let started = Instant::now();
-    while turn.is_none() && !has_ends() && started.elapsed() < OTHERS {
+    while turn.is_none() && !object.has_ends() && started.elapsed() < OTHERS {
         tokio::time::sleep(LOOK_AGAIN).await;
         *turn = cache.turn(&source.url);
     }
-    Ok(match object {
-        Some(object) => object.has_ends().then_some(Looked::Object(object)),
-        // It may be longer. Of its objects, the other process has stored the ends.
-        None => {
-            let text = Name::parse_text(&first_bytes);
-            text.ok().map(|(name, _)| Looked::Name(source.clone(), name))
-        }
-    })
+    Ok(object.has_ends().then_some(Looked::Object(object)))
 }
 
 /// Fetches the ends of an object, and stores them in the cache.
@@ -137,7 +139,7 @@ async fn fetch_ends(
         if let Some(rest) = got.checked_sub(start).and_then(|skip| last.2.get(skip as usize..)) {
             bytes.extend(rest);
         }
-        return named(source, &bytes, identity.len_bytes, known, cache);
+        return named(source, bytes, identity.len_bytes);
     }
     let object = RemoteObject::new(source, identity, Arc::clone(cache))?;
     tokio::task::block_in_place(|| {
@@ -146,41 +148,34 @@ async fn fetch_ends(
     Ok(Looked::Object(object))
 }
 
-/// Reads a name. The ends of the object that are in it are stored in the cache, if ids are trusted: the object is then
-/// opened without a request.
-fn named(
-    source: Source,
-    bytes: &[u8],
-    len_bytes: u64,
-    known: Known,
-    cache: &Arc<Cache>,
-) -> Result<Looked, ObjectError> {
-    let (name, ends_bytes) = Name::parse(bytes, len_bytes)
+/// Reads a name.
+fn named(source: Source, bytes: Vec<u8>, len_bytes: u64) -> Result<Looked, ObjectError> {
+    let (name, ends_bytes) = Name::parse(&bytes, len_bytes)
         .map_err(|reason| ObjectError::Name { url: source.url.to_string(), reason })?;
-    if let Some(ends) = name.ends.as_ref().filter(|_| known.trusts_ids) {
-        let top = &name.layers[0];
-        let of = Source { url: source.url.beside(&top.key())?, ..source.clone() };
-        tokio::task::block_in_place(|| store_ends(of, top.file_bytes, ends, ends_bytes, cache))?;
-    }
-    Ok(Looked::Name(source, name))
+    let text_bytes = bytes.len() - ends_bytes.len();
+    let ends_bytes = Bytes::from(bytes).split_off(text_bytes);
+    Ok(Looked::Name(Box::new(Found { source, name, ends_bytes })))
 }
 
-/// Stores the ends of an object in the cache, where opening it finds them. What the cache has stays.
-fn store_ends(
-    of: Source,
-    len_bytes: u64,
-    ends: &Ends,
-    bytes: &[u8],
-    cache: &Arc<Cache>,
-) -> Result<(), ObjectError> {
-    let known = cache.last_identity(&of.url).filter(|known| known.len_bytes == len_bytes);
-    let named = || Identity { etag: ends.etag.clone(), len_bytes, version: None };
-    let object = RemoteObject::cached(of, known.unwrap_or_else(named), Arc::clone(cache))?;
-    if !object.has_ends() {
-        let parts = ends.parts(len_bytes, bytes);
-        parts.iter().for_each(|(offset, bytes)| object.fill(*offset, bytes));
+impl Found {
+    /// Opens the first object of a name without a request: with its ends in the cache, or else with those in the name.
+    /// These stay in memory, because the server has not confirmed that they are of this object. `None`: the name has no
+    /// ends.
+    pub(crate) fn top(&self, cache: &Arc<Cache>) -> Result<Option<RemoteObject>, ObjectError> {
+        let (Some(ends), Some(top)) = (&self.name.ends, self.name.layers.first()) else {
+            return Ok(None);
+        };
+        let url = self.source.url.beside(&top.key())?;
+        let known = cache.last_identity(&url).filter(|known| known.len_bytes == top.file_bytes);
+        let named =
+            || Identity { etag: ends.etag.clone(), len_bytes: top.file_bytes, version: None };
+        let source = Source { url, ..self.source.clone() };
+        let object = RemoteObject::cached(source, known.unwrap_or_else(named), Arc::clone(cache))?;
+        if !object.has_ends() {
+            object.hold_ends(&self.ends_bytes);
+        }
+        Ok(Some(object))
     }
-    Ok(())
 }
 
 /// Bytes of an object at an offset, and the version that they are of.

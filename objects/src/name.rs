@@ -1,8 +1,10 @@
 //! The name of a pushed snapshot: a small JSON object that lists the objects of its layers.
 
 use serde::{Deserialize, Serialize};
+use snapfmt::layout::HEADER_BYTES;
 
 use crate::ends::{END_BYTES, Ends, SUFFIX_BYTES};
+use crate::fetch::MOST_OBJECT_BYTES;
 use crate::url::ObjectUrl;
 
 /// The content of a name. The objects are in the folder `objects` beside it; their keys are the ids of their snapshots.
@@ -124,10 +126,15 @@ impl Name {
         if !(1..=MOST_LAYERS).contains(&name.layers.len()) {
             return Err(format!("1 to {MOST_LAYERS} layers expected, found {}", name.layers.len()));
         }
-        match name.layers.iter().find(|layer| !is_id(&layer.id)) {
-            Some(layer) => Err(format!("{:?} is no id", layer.id)),
-            None => Ok((name, texts.byte_offset())),
+        for LayerName { id, file_bytes, .. } in &name.layers {
+            if !is_id(id) {
+                return Err(format!("{id:?} is no id"));
+            }
+            if !(HEADER_BYTES as u64..=MOST_OBJECT_BYTES).contains(file_bytes) {
+                return Err(format!("{file_bytes} bytes are no length of a snapshot"));
+            }
         }
+        Ok((name, texts.byte_offset()))
     }
 
     /// Whether two names are of the same snapshot.
@@ -154,6 +161,16 @@ mod tests {
         assert!(Name::is_meant(&bytes));
         assert_eq!(Name::parse(&bytes, bytes.len() as u64).unwrap(), (name.clone(), &[][..]));
         assert_eq!(name.layers[0].key(), "objects/0190b3a2-5c1e-7d5f-8a60-123456789abc.snap");
+    }
+
+    #[test]
+    fn lengths_that_no_snapshot_can_have_are_refused() {
+        for file_bytes in [0, 4095, MOST_OBJECT_BYTES + 1, u64::MAX] {
+            let layer = LayerName { file_bytes, ..layer("0190b3a2-5c1e-7d5f-8a60-123456789abc") };
+            let bytes = Name::new(vec![layer]).encode(None);
+            let error = Name::parse(&bytes, bytes.len() as u64).unwrap_err();
+            assert!(error.contains("no length of a snapshot"), "{error}");
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::path::Path;
 use snapfmt::{Header, ReadError, Snapshot, Storage};
 
 use crate::cancel::{Cancelled, unless_cancelled};
+use crate::ends::end_of_chunks;
 use crate::error::ObjectError;
 use crate::lineage::{Lineage, Trust, chain, parents_of_file, source_at};
 use crate::name;
@@ -48,16 +49,14 @@ pub(crate) fn open_unless(
     };
     let found = lineage(trust)?;
     let by_id = found.objects.iter().any(|object| name::id_of(object.url()).is_some());
-    match opened(url, found, trust) {
+    match opened(url, found) {
         // The cache may have another object than the one with that id.
-        Err(_) if by_id && trust == Trust::Ids => {
-            opened(url, lineage(Trust::Server)?, Trust::Server)
-        }
+        Err(_) if by_id && trust == Trust::Ids => opened(url, lineage(Trust::Server)?),
         opened => opened,
     }
 }
 
-fn opened(url: &ObjectUrl, lineage: Lineage, trust: Trust) -> Result<Opened, ObjectError> {
+fn opened(url: &ObjectUrl, lineage: Lineage) -> Result<Opened, ObjectError> {
     let wrong = |of: &ObjectUrl, reason: &str| ObjectError::Name {
         url: of.to_string(),
         reason: reason.to_owned(),
@@ -65,11 +64,11 @@ fn opened(url: &ObjectUrl, lineage: Lineage, trust: Trust) -> Result<Opened, Obj
     let snapshot = Snapshot::named_chain(lineage.layers())
         .map_err(|error| ObjectError::Snapshot { name: url.to_string(), error })?;
     let objects = lineage.objects;
-    let id_is_right = |(object, header): (&RemoteObject, &Header)| {
-        name::id_of(object.url()).is_none_or(|id| id == header.id.to_string())
+    let id_is_wrong = |(object, header): &(&RemoteObject, &Header)| {
+        name::id_of(object.url()).is_some_and(|id| !id.eq_ignore_ascii_case(&header.id.to_string()))
     };
-    if trust == Trust::Ids && !objects.iter().zip(snapshot.headers()).all(id_is_right) {
-        return Err(wrong(url, "the cache has a snapshot with another id"));
+    if let Some((object, _)) = objects.iter().zip(snapshot.headers()).find(id_is_wrong) {
+        return Err(wrong(object.url(), "the id in its address is of another snapshot"));
     }
     if let Some((of, name)) = &lineage.list {
         let same = snapshot.headers().zip(&name.layers).all(|(header, layer)| {
@@ -78,6 +77,9 @@ fn opened(url: &ObjectUrl, lineage: Lineage, trust: Trust) -> Result<Opened, Obj
         if !same {
             return Err(wrong(of, "its objects are not the snapshots that it lists"));
         }
+    }
+    if let Some(top) = objects.first() {
+        top.request_before(end_of_chunks(&snapshot));
     }
     Ok(Opened { snapshot, objects })
 }

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use futures_util::future::try_join_all;
+use snapfmt::layout::HEADER_BYTES;
 use snapfmt::{Permanent, ReadAt, WhenHere};
 
 use crate::ahead::Ahead;
@@ -132,10 +133,28 @@ impl RemoteObject {
         entry.has(0) && entry.has(entry.blocks() - 1)
     }
 
+    /// Keeps the ends that a name has of it in memory: the header, and then bytes up to its end.
+    pub(crate) fn hold_ends(&self, bytes: &Bytes) {
+        let inner = &self.0.fetcher;
+        let header = bytes.slice(..bytes.len().min(HEADER_BYTES));
+        let tail = bytes.slice(header.len()..);
+        inner.held.keep_header(&header);
+        inner.held.keep_tail(inner.identity.len_bytes - tail.len() as u64, tail);
+    }
+
+    /// Bytes before this offset, but for the header, are read from the cache or requested, also if a name has them. So the
+    /// server confirms the object before a guest gets a page of it.
+    pub(crate) fn request_before(&self, offset: u64) {
+        self.0.fetcher.held.drop_tail_before(offset);
+    }
+
     /// Stores the bytes of the first answers. Incomplete blocks at the ends are left out.
     pub(crate) fn fill(&self, offset: u64, bytes: &[u8]) {
         let inner = &self.0.fetcher;
         inner.fetched_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        if offset == 0 {
+            inner.held.keep_header(bytes);
+        }
         let end = offset + bytes.len() as u64;
         for block in offset.div_ceil(BLOCK_BYTES)..inner.entry.blocks() {
             let of_block = inner.entry.bytes_of(block..block + 1);
@@ -158,7 +177,7 @@ impl ReadAt for RemoteObject {
             return Err(io::ErrorKind::UnexpectedEof.into());
         };
         let blocks = offset / BLOCK_BYTES..end.div_ceil(BLOCK_BYTES);
-        if buf.is_empty() {
+        if buf.is_empty() || inner.held.read(offset, buf) {
             return Ok(());
         }
         self.read_ahead(blocks.clone());
@@ -213,6 +232,7 @@ impl ReadAt for RemoteObject {
             blocks.clone().filter_map(|block| table.flights.get(&block).cloned()).collect();
         drop(table);
         flights.iter().for_each(|flight| flight.wait_for_end());
+        self.0.fetcher.held.drop_damaged(&(bytes.start..end));
         self.0.fetcher.drop_blocks(blocks).is_ok()
     }
 
@@ -220,16 +240,20 @@ impl ReadAt for RemoteObject {
         true
     }
 
-    /// Whether some of their blocks are neither in the cache nor in memory.
+    /// Whether some of them are neither in the cache nor in memory.
     fn would_wait(&self, bytes: Range<u64>) -> bool {
         let end = bytes.end.min(self.0.fetcher.identity.len_bytes);
-        (bytes.start / BLOCK_BYTES..end.div_ceil(BLOCK_BYTES)).any(|block| !self.has(block))
+        !self.0.fetcher.held.has(&(bytes.start..end))
+            && (bytes.start / BLOCK_BYTES..end.div_ceil(BLOCK_BYTES)).any(|block| !self.has(block))
     }
 
     /// If a request is late, it is sent a second time: see `docs/storage.md`.
     fn when_here(&self, bytes: Range<u64>, here: WhenHere) {
         let end = bytes.end.min(self.0.fetcher.identity.len_bytes);
         let blocks = bytes.start / BLOCK_BYTES..end.div_ceil(BLOCK_BYTES);
+        if self.0.fetcher.held.has(&(bytes.start..end)) {
+            return here(Ok(()));
+        }
         if let Err(error) = runtime::start() {
             return here(Err(error));
         }

@@ -24,7 +24,7 @@ use std::time::{Duration, Instant, SystemTime};
 use rustix::fs::{FallocateFlags, fallocate};
 
 use super::lock::{self, Kind};
-use crate::fetch::{Identity, MOST_ETAG_BYTES};
+use crate::fetch::{Identity, MOST_ETAG_BYTES, MOST_OBJECT_BYTES};
 use crate::version::Version;
 
 /// Bytes of a block. The last block of an object may be shorter.
@@ -42,6 +42,10 @@ const MOST_VERSION_BYTES: usize = 512;
 /// second.
 const USE: Range<u64> = 0..1;
 const MAKE: Range<u64> = 1..2;
+
+/// Blocks whose states are read together while blocks to drop are searched: an object may have many more blocks than are
+/// cached.
+const SCAN_BLOCKS: u64 = 64 << 10;
 
 /// Another process writes a header in less time.
 const MAKING: Duration = Duration::from_secs(5);
@@ -164,22 +168,36 @@ impl Entry {
     /// Drops blocks with this many bytes, or all. If blocks are stored in order, the oldest are dropped first.
     pub(crate) fn punch(&self, bytes: u64) {
         let mut left = bytes;
-        for _ in 0..self.blocks() {
-            let block = self.hand.fetch_add(1, Ordering::Relaxed) % self.blocks();
-            if left == 0 {
-                break;
+        let hand = self.hand.load(Ordering::Relaxed);
+        let mut states = vec![0; SCAN_BLOCKS as usize];
+        for part in [hand..self.blocks(), 0..hand] {
+            for first in part.clone().step_by(SCAN_BLOCKS as usize) {
+                let states = &mut states[..SCAN_BLOCKS.min(part.end - first) as usize];
+                if self.file.read_exact_at(states, STATES_OFFSET + first).is_err() {
+                    return;
+                }
+                for (block, _) in (first..).zip(&*states).filter(|(_, state)| **state != 0) {
+                    if left == 0 {
+                        self.hand.store(block, Ordering::Relaxed);
+                        return;
+                    }
+                    left = left.saturating_sub(self.punch_block(block));
+                }
             }
-            // A block that another process stores is skipped.
-            let Ok(Some(_claim)) = self.claim(block..block + 1) else { continue };
-            if !self.has(block) || self.drop_blocks(block..block + 1).is_err() {
-                continue;
-            }
-            let place = self.data_offset() + block * BLOCK_BYTES;
-            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            // A file system without holes keeps the space.
-            let _ = fallocate(&self.file, flags, place, BLOCK_BYTES);
-            left = left.saturating_sub(BLOCK_BYTES);
         }
+    }
+
+    /// Drops a block, unless another process stores it. Returns the number of dropped bytes.
+    fn punch_block(&self, block: u64) -> u64 {
+        let Ok(Some(_claim)) = self.claim(block..block + 1) else { return 0 };
+        if !self.has(block) || self.drop_blocks(block..block + 1).is_err() {
+            return 0;
+        }
+        let place = self.data_offset() + block * BLOCK_BYTES;
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        // A file system without holes keeps the space.
+        let _ = fallocate(&self.file, flags, place, BLOCK_BYTES);
+        BLOCK_BYTES
     }
 
     fn states(&self, blocks: Range<u64>) -> io::Result<States> {
@@ -261,7 +279,10 @@ pub(crate) fn describe(path: &Path) -> Option<(String, Identity)> {
     let (url, rest) = text(rest)?;
     let (etag, rest) = text(rest)?;
     let version = Version::new(text(rest).map(|(id, _)| id));
-    Some((url, Identity { etag, len_bytes: u64::from_le_bytes(*len_bytes), version }))
+    let len_bytes = u64::from_le_bytes(*len_bytes);
+    // The file may be damaged.
+    let is_length = (1..=MOST_OBJECT_BYTES).contains(&len_bytes);
+    is_length.then_some((url, Identity { etag, len_bytes, version }))
 }
 
 /// The header, and the length of what is the same for all users of the object: all but the id of its version.
@@ -354,6 +375,11 @@ mod tests {
         let path = folder.path().join("x.blocks");
         fs::write(&path, [9; 10_000]).unwrap();
         assert_eq!(describe(&path), None);
+        for len_bytes in [0, u64::MAX] {
+            let (header, _) = encode("s3://a/b", &Identity { len_bytes, ..identity() }).unwrap();
+            fs::write(&path, *header).unwrap();
+            assert_eq!(describe(&path), None);
+        }
         let entry = Entry::open(&path, "s3://a/b", &identity()).unwrap();
         assert!(!entry.has(0));
         assert!(!remove_unused(&path).unwrap() && is_in_use(&path));

@@ -93,11 +93,21 @@ impl Cache {
 
     /// The file of an object.
     pub(crate) fn entry(&self, url: &ObjectUrl, found: &Identity) -> Result<Entry, ObjectError> {
-        let path = self.folder.join(format!("{}-{}{SUFFIX}", name_of(url), hash(&found.etag)));
+        let path = self.path_of(url, found);
         let entry = Entry::open(&path, &url.to_string(), found);
         let entry = entry.map_err(|error| failed("open", &path, error))?;
         self.make_room(Some(&entry));
         Ok(entry)
+    }
+
+    /// Removes the file of an object. Processes that have it open keep it.
+    pub(crate) fn forget(&self, url: &ObjectUrl, found: &Identity) {
+        // If that fails, the object is opened from the cache again.
+        let _ = fs::remove_file(self.path_of(url, found));
+    }
+
+    fn path_of(&self, url: &ObjectUrl, found: &Identity) -> PathBuf {
+        self.folder.join(format!("{}-{}{SUFFIX}", name_of(url), hash(&found.etag)))
     }
 
     /// Whether the cache may have blocks of an object of this address.

@@ -6,6 +6,7 @@ use oci_client::manifest::{OCI_IMAGE_MEDIA_TYPE, OciDescriptor, OciImageManifest
 use sha2::{Digest, Sha256};
 
 use super::reference::is_digest;
+use crate::fetch::MOST_OBJECT_BYTES;
 
 /// The type of the artifact, and of each blob.
 const ARTIFACT_TYPE: &str = "application/vnd.snap.snapshot.v1";
@@ -81,7 +82,8 @@ fn descriptor(layer: &Layer) -> OciDescriptor {
 }
 
 fn layer(found: OciDescriptor) -> Result<Layer, String> {
-    let len_bytes = u64::try_from(found.size).ok().filter(|len| *len > 0);
+    let len_bytes =
+        u64::try_from(found.size).ok().filter(|len| (1..=MOST_OBJECT_BYTES).contains(len));
     let len_bytes = len_bytes.ok_or_else(|| format!("{} is no length of a blob", found.size))?;
     if !is_digest(&found.digest) {
         return Err("the digest of a blob is not a SHA-256 digest".to_owned());
