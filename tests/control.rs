@@ -67,6 +67,15 @@ impl Vm {
         }
     }
 
+    /// The next line that the guest has written.
+    #[track_caller]
+    pub(crate) fn line(&mut self) -> String {
+        match self.lines.next() {
+            Some(line) => line.expect("it can be read"),
+            None => panic!("the guest has ended: {}", self.end().stderr),
+        }
+    }
+
     pub(crate) fn connect(&self) -> UnixStream {
         connected(&self.socket)
     }

@@ -53,6 +53,7 @@ mod page_cache;
 mod qemu;
 mod qemu_machine;
 mod recorded_serving;
+mod resets;
 mod running;
 mod scattered_memory;
 #[path = "../snapfmt/fuzz/harness/seal.rs"]

@@ -22,6 +22,7 @@ mod optimize;
 mod pages;
 #[cfg(feature = "objects")]
 mod push;
+mod reset;
 mod restore;
 mod rewrite;
 mod run;
@@ -43,6 +44,7 @@ pub(crate) enum Command {
     Run(run::Args),
     Restore(restore::Args),
     Checkpoint(checkpoint::Args),
+    Reset(reset::Args),
     Info(info::Args),
     Verify(verify::Args),
     Hash(hash::Args),
@@ -84,6 +86,7 @@ pub(crate) fn run(
         Command::Run(args) => run::run(&args, &session),
         Command::Restore(args) => restore::run(&args, &session),
         Command::Checkpoint(args) => checkpoint::run(&args, &session),
+        Command::Reset(args) => reset::run(&args, &session),
         Command::Info(args) => info::run(&args),
         Command::Verify(args) => verify::run(&args, &session),
         Command::Hash(args) => hash::run(&args, &session),

@@ -63,6 +63,7 @@ fn context(
         interrupt: interrupt.try_clone().unwrap(),
         queue_events: (0..queues).map(|_| EventFd::new(EFD_NONBLOCK).unwrap()).collect(),
         discards: crate::discards::Discards::default(),
+        writes: crate::written::WriteLog::default(),
         handle: VmHandle::new(Arc::clone(control), io_ports),
     }
 }
