@@ -136,6 +136,39 @@ fn overlays_are_reset() {
     }
 }
 
+/// The guest shows a page and gives it back. After a reset it has its content again.
+#[test]
+fn memory_that_was_given_back_is_there_again() {
+    needs_vm!();
+    const PAGES: u32 = 0x40_0000;
+    const REPORT_QUEUE: u32 = 2;
+    let folder = tempfile::tempdir().expect("a folder");
+    let code = [
+        virtio_guest::fill(PAGES, 64 << 10, b'A'),
+        virtio_guest::request(),
+        virtio_guest::show(PAGES + (32 << 10)),
+        virtio_guest::start(1 << 5, REPORT_QUEUE),
+        virtio_guest::submit(REPORT_QUEUE, 1, &[(PAGES, 64 << 10, virtio_guest::WRITE)]),
+        // The page is zero now: its letter is no text.
+        virtio_guest::fill(PAGES, 1, b'B'),
+        virtio_guest::show(PAGES),
+        vec![0xeb, 0xfe],
+    ];
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    fs::write(path("kernel"), kernel::elf(&code.concat(), true, 0)).expect("it is written");
+    snap(["create", &path("a.snap"), "--balloon", "--kernel", &path("kernel")]).ok();
+    for lazy in [&["--lazy"][..], &[]] {
+        let file = path("a.snap");
+        let args = [&["restore", &file], lazy].concat();
+        let mut vm = Vm::start_paused(folder.path(), &args);
+        for round in 0..5 {
+            assert_eq!([vm.line(), vm.line()], ["A", "B"], "{lazy:?}, round {round}");
+            reset(&vm, &[]).ok();
+        }
+        vm.interrupt();
+    }
+}
+
 #[test]
 fn a_guest_that_writes_a_disk_is_not_reset() {
     needs_vm!();
