@@ -7,6 +7,7 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use crate::control::Vm;
+use crate::failing_restores::damage_later_half;
 use crate::overlays::{Place, read, write};
 use crate::serving::Serving;
 use crate::support::{Ran, SNAP, Sample, needs_vm, snap, start};
@@ -136,7 +137,7 @@ fn overlays_are_reset() {
     }
 }
 
-/// The guest shows a page and gives it back. After a reset it has its content again.
+/// The guest shows a page, gives it back, and shows it again. After a reset it has its content again.
 #[test]
 fn memory_that_was_given_back_is_there_again() {
     needs_vm!();
@@ -149,8 +150,6 @@ fn memory_that_was_given_back_is_there_again() {
         virtio_guest::show(PAGES + (32 << 10)),
         virtio_guest::start(1 << 5, REPORT_QUEUE),
         virtio_guest::submit(REPORT_QUEUE, 1, &[(PAGES, 64 << 10, virtio_guest::WRITE)]),
-        // The page is zero now: its letter is no text.
-        virtio_guest::fill(PAGES, 1, b'B'),
         virtio_guest::show(PAGES),
         vec![0xeb, 0xfe],
     ];
@@ -162,7 +161,7 @@ fn memory_that_was_given_back_is_there_again() {
         let args = [&["restore", &file], lazy].concat();
         let mut vm = Vm::start_paused(folder.path(), &args);
         for round in 0..5 {
-            assert_eq!([vm.line(), vm.line()], ["A", "B"], "{lazy:?}, round {round}");
+            assert_eq!([vm.line(), vm.line()], ["A", "0"], "{lazy:?}, round {round}");
             reset(&vm, &[]).ok();
         }
         vm.interrupt();
@@ -183,6 +182,18 @@ fn a_guest_that_writes_a_disk_is_not_reset() {
     let message = fault["fault_message"].as_str().expect("a reason");
     assert!(message.contains("disk.img, which a reset cannot undo"), "{message}");
     assert_eq!(vm.ask("GET", "/vm", &Value::Null).1["state"], "Paused");
+}
+
+/// A guest between two states does not run.
+#[test]
+fn a_reset_that_fails_in_the_middle_stops_the_guest() {
+    needs_vm!();
+    let sample = Sample::small();
+    let file = sample.file.to_str().expect("text");
+    let mut vm = Vm::start(sample.folder.path(), &["restore", file]);
+    damage_later_half(&sample);
+    reset(&vm, &[]).failed(1, &["the guest was partly reset, and is stopped", "checksum"]);
+    vm.end().failed(5, &["the guest was partly reset", "checksum"]);
 }
 
 #[test]

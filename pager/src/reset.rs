@@ -48,6 +48,11 @@ pub enum ResetError {
 }
 
 impl Pager {
+    /// Whether a [`window`](crate::window) of the memory is open.
+    pub fn has_window(&self) -> bool {
+        self.shared.window.is_open()
+    }
+
     /// Gives back the pages of the `written` parts of the source, as ascending ranges of offsets in whole pages. They
     /// are missing from then on, so that the next access finds the content of the source, whatever was written to them,
     /// or whether they were removed. With `None`, all pages are given back. Returns how many bytes were in memory, or

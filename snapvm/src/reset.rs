@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::{Arc, PoisonError};
 
+use pager::Pager;
 use snapfmt::{MemoryRegion, OnProgress, ReadAt};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -78,7 +80,7 @@ impl Vm {
     /// # Errors
     /// [`ResetError`]
     pub fn reset(&mut self, progress: OnProgress<'_>) -> Result<ResetStats, ResetError> {
-        let memory = std::sync::Arc::clone(&self.memory);
+        let memory = Arc::clone(&self.memory);
         let restored = memory.restored().ok_or(ResetError::NotRestored)?;
         if let Some(path) = self.machine.outside_file() {
             return Err(ResetError::OutsideFile { path });
@@ -86,7 +88,7 @@ impl Vm {
         if matches!(restored.service, Service::Recorded { .. }) {
             return Err(ResetError::Recorded);
         }
-        if self.machine.discards_are_held() {
+        if memory.has_window() {
             return Err(ResetError::Busy);
         }
         if let Some(failure) = memory.failure() {
@@ -146,9 +148,16 @@ impl Vm {
 }
 
 impl VmMemory {
+    /// Whether a live snapshot has a window of the memory.
+    fn has_window(&self) -> bool {
+        let protection = self.protection.lock().unwrap_or_else(PoisonError::into_inner);
+        protection.as_ref().is_some_and(|protection| protection.has_window())
+            || self.pager().is_some_and(Pager::has_window)
+    }
+
     /// Drops the protection of live snapshots, so that a pager can register the memory again.
     fn unprotect(&self) {
-        *self.protection.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
+        *self.protection.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// Drops all pages that only this process has: of an image's mapping those that the guest has written to, of anonymous

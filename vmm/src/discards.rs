@@ -19,10 +19,6 @@ impl Discards {
         HeldDiscards(self.clone())
     }
 
-    pub(crate) fn are_held(&self) -> bool {
-        *self.lock() > 0
-    }
-
     /// Calls `discard`, unless discards are held.
     pub(crate) fn unless_held(&self, discard: impl FnOnce() -> u64) -> u64 {
         let held = self.lock();

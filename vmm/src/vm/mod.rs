@@ -259,12 +259,6 @@ impl PausedVm {
         self.machine.shared.devices.outside_file()
     }
 
-    /// Whether a result of [`PausedVm::hold_discards`] exists.
-    #[must_use]
-    pub fn discards_are_held(&self) -> bool {
-        self.machine.shared.devices.discards.are_held()
-    }
-
     /// As [`RunningVm::hold_discards`].
     pub fn hold_discards(&self) -> HeldDiscards {
         self.machine.shared.devices.discards.hold()
