@@ -21,6 +21,7 @@ mod fake_objects;
 mod file_bytes;
 mod foreign_paths;
 mod foreign_text;
+mod forks;
 mod fuse;
 mod golden_files;
 mod hangups;

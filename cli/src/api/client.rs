@@ -168,6 +168,23 @@ fn ask<T: DeserializeOwned>(
     }
 }
 
+/// The snapshot that the guest at this socket was restored from, as its command names it.
+pub(crate) fn restored_from(socket: &Path) -> Result<Option<PathBuf>> {
+    let named = || format!("cannot ask the guest at {}", socket.display());
+    let asking = socket.display().to_string();
+    let asking = Wait::new(move || format!("the guest at {asking} to take a request"));
+    let _asking = asking.at_most(PATIENCE).begin();
+    let deadline = Instant::now() + PATIENCE;
+    let in_time = || match Instant::now() < deadline {
+        true => Ok(()),
+        false => bail!("it does not answer"),
+    };
+    let stream = connect(socket, PATIENCE).with_context(named)?;
+    send(&stream, "GET", "/vm", &Value::Null, PATIENCE).with_context(named)?;
+    let (_, state) = receive(stream, &in_time).with_context(named)?;
+    Ok(state["restored_from"].as_str().map(PathBuf::from))
+}
+
 /// The progress of the guest's file, from its socket.
 fn progress(socket: &Path) -> Option<Progress> {
     #[derive(Deserialize)]

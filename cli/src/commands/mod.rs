@@ -12,6 +12,7 @@ mod create_in_bucket;
 mod demo;
 mod diff;
 mod export;
+mod fork;
 mod hash;
 mod import;
 mod info;
@@ -45,6 +46,7 @@ pub(crate) enum Command {
     Restore(restore::Args),
     Checkpoint(checkpoint::Args),
     Reset(reset::Args),
+    Fork(fork::Args),
     Info(info::Args),
     Verify(verify::Args),
     Hash(hash::Args),
@@ -87,6 +89,7 @@ pub(crate) fn run(
         Command::Restore(args) => restore::run(&args, &session),
         Command::Checkpoint(args) => checkpoint::run(&args, &session),
         Command::Reset(args) => reset::run(&args, &session),
+        Command::Fork(args) => fork::run(&args, &session),
         Command::Info(args) => info::run(&args),
         Command::Verify(args) => verify::run(&args, &session),
         Command::Hash(args) => hash::run(&args, &session),
