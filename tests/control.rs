@@ -67,18 +67,22 @@ impl Vm {
         }
     }
 
+    /// The next line that the guest has written.
+    #[track_caller]
+    pub(crate) fn line(&mut self) -> String {
+        match self.lines.next() {
+            Some(line) => line.expect("it can be read"),
+            None => panic!("the guest has ended: {}", self.end().stderr),
+        }
+    }
+
     pub(crate) fn connect(&self) -> UnixStream {
         connected(&self.socket)
     }
 
     /// One request: the status, and the JSON of the answer.
     pub(crate) fn ask(&self, method: &str, path: &str, body: &Value) -> (u16, Value) {
-        let body = if body.is_null() { String::new() } else { body.to_string() };
-        let head = format!("{method} {path} HTTP/1.1\r\nConnection: close\r\n");
-        let request = format!("{head}Content-Length: {}\r\n\r\n{body}", body.len());
-        let mut stream = self.connect();
-        stream.write_all(request.as_bytes()).expect("it can be sent");
-        answer(stream)
+        ask(&self.socket, method, path, body)
     }
 
     /// Resumes the guest, unless the process has ended or ends before it answers.
@@ -131,6 +135,16 @@ impl Vm {
         self.end().failed(130, &["interrupted"]);
         assert!(!self.socket.exists());
     }
+}
+
+/// As [`Vm::ask`], of a guest that another process has started.
+pub(crate) fn ask(socket: &Path, method: &str, path: &str, body: &Value) -> (u16, Value) {
+    let body = if body.is_null() { String::new() } else { body.to_string() };
+    let head = format!("{method} {path} HTTP/1.1\r\nConnection: close\r\n");
+    let request = format!("{head}Content-Length: {}\r\n\r\n{body}", body.len());
+    let mut stream = connected(socket);
+    stream.write_all(request.as_bytes()).expect("it can be sent");
+    answer(stream)
 }
 
 impl Drop for Vm {

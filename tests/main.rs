@@ -21,6 +21,7 @@ mod fake_objects;
 mod file_bytes;
 mod foreign_paths;
 mod foreign_text;
+mod forks;
 mod fuse;
 mod golden_files;
 mod hangups;
@@ -53,6 +54,7 @@ mod page_cache;
 mod qemu;
 mod qemu_machine;
 mod recorded_serving;
+mod resets;
 mod running;
 mod scattered_memory;
 #[path = "../snapfmt/fuzz/harness/seal.rs"]

@@ -11,14 +11,14 @@ const STATUS: u32 = 0x40_1000;
 const DATA: u32 = 0x40_2000;
 
 /// Reads a sector, and prints its first letter.
-fn read(count: u8, sector: u32) -> Vec<u8> {
+pub(crate) fn read(count: u8, sector: u32) -> Vec<u8> {
     let header = [set(HEADER, 0), set(HEADER + 8, sector)].concat();
     let buffers = [(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)];
     [header, submit(0, count, &buffers), show(DATA)].concat()
 }
 
 /// Fills a sector with a letter.
-fn write(count: u8, sector: u32, letter: u8) -> Vec<u8> {
+pub(crate) fn write(count: u8, sector: u32, letter: u8) -> Vec<u8> {
     let header = [set(HEADER, 1), set(HEADER + 8, sector), fill(DATA, 512, letter)].concat();
     [header, submit(0, count, &[(HEADER, 16, 0), (DATA, 512, 0), (STATUS, 1, WRITE)])].concat()
 }

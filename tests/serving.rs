@@ -17,15 +17,15 @@ use crate::failing_restores::damage_later_half;
 use crate::support::{Ran, SNAP, Sample, end_of, needs_vm, restore, signal, snap, start};
 
 /// A listening server, and its later lines on stderr.
-struct Serving {
+pub(crate) struct Serving {
     server: Child,
-    socket: PathBuf,
+    pub(crate) socket: PathBuf,
     first: String,
     lines: Receiver<String>,
 }
 
 impl Serving {
-    fn start(sample: &Sample) -> Serving {
+    pub(crate) fn start(sample: &Sample) -> Serving {
         Serving::with(sample, &[])
     }
 
@@ -65,7 +65,7 @@ impl Serving {
     }
 
     #[track_caller]
-    fn end(self, signal_name: &str) -> Option<i32> {
+    pub(crate) fn end(self, signal_name: &str) -> Option<i32> {
         signal(self.server.id(), signal_name);
         end_of(self.server).status.code()
     }

@@ -179,6 +179,15 @@ impl<W: Write + Send> Console for GuestConsole<W> {
         }
         flow
     }
+
+    /// Ends the line in which the guest was, so that readers of lines see no mix of two.
+    fn guest_was_reset(&mut self) {
+        self.window.clear();
+        if !self.line.is_empty() {
+            self.line.clear();
+            self.rest.push_back(b'\n');
+        }
+    }
 }
 
 #[cfg(test)]
@@ -195,6 +204,17 @@ mod tests {
         assert_eq!(console.write(b"\n"), ConsoleFlow::Pause);
         assert_eq!(seen.beats(), (2, 1));
         assert_eq!(console.out, b"ready\nbeat 1 ok\nbeat 2 BAD page=1\n");
+    }
+
+    #[test]
+    fn a_line_ends_where_a_guest_is_reset() {
+        let (mut console, seen) = GuestConsole::new(Vec::new(), Until::lines(BEAT, 1));
+        console.write(b"beat 7");
+        console.guest_was_reset();
+        console.guest_was_reset();
+        assert_eq!(console.write(b"beat 1 ok\n"), ConsoleFlow::Pause);
+        assert_eq!(seen.beats(), (1, 0));
+        assert_eq!(console.out, b"beat 7\nbeat 1 ok\n");
     }
 
     #[test]

@@ -95,6 +95,7 @@ impl fmt::Display for RestoreReport {
                 let state = match stats.population {
                     pager::Population::Quiet => "the guest does not wait for pages".into(),
                     pager::Population::Complete => "all pages are loaded".into(),
+                    pager::Population::Reset => "some were given back by a reset".into(),
                     pager::Population::Incomplete { pages } => format!("{pages} are unreadable"),
                     _ => "not at its end".to_owned(),
                 };

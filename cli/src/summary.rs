@@ -46,6 +46,19 @@ pub(crate) struct LiveFigures {
     pub(crate) waits: u64,
 }
 
+/// What a reset has done.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct ResetSummary {
+    /// What the guest was put back to.
+    pub(crate) snapshot: PathBuf,
+    /// Memory that was put back.
+    pub(crate) memory_bytes: u64,
+    /// From when the guest was paused until its state was that of the snapshot.
+    pub(crate) reset_ms: f64,
+    /// How long it did not run; 0 if it was paused before.
+    pub(crate) pause_ms: f64,
+}
+
 impl Summary {
     /// The summary of a complete file.
     pub(crate) fn new(

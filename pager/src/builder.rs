@@ -167,7 +167,7 @@ impl PagerBuilder {
         self
     }
 
-    /// Called once, when the population has ended ([`Population::Complete`] or [`Population::Incomplete`]), on its last
+    /// Called once, when the population has ended ([`Population::Complete`], [`Population::Reset`] or [`Population::Incomplete`]), on its last
     /// thread. It is not called if the pager is stopped before.
     pub fn on_complete(
         mut self,

@@ -91,6 +91,7 @@ mod region;
 #[cfg(feature = "serve")]
 mod remote;
 mod report;
+mod reset;
 mod sched;
 mod source;
 mod start;
@@ -112,6 +113,7 @@ pub use recording::Recording;
 pub use region::{PAGE_BYTES, Region, RegionError};
 #[cfg(feature = "serve")]
 pub use remote::{keep, serve, shared};
+pub use reset::ResetError;
 pub use sched::placement::Placement;
 pub use source::error::{SourceError, SourceErrorKind};
 pub use source::load::{Load, LoadCost, LoadedPage, LoadedPages, PageReader, WhenReady};

@@ -1,6 +1,7 @@
 //! The state that all threads of a pager share.
 
 use std::ops::Range;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::background::loading::LoadingPages;
@@ -32,6 +33,8 @@ pub(crate) struct PagerState {
     pub(crate) prefetch: PrefetchProgress,
     pub(crate) watchdog: Watchdog,
     pub(crate) window: WindowSlot,
+    /// Pages may be missing that a population has loaded before: it lets no memory go. Held while memory is let go.
+    pub(crate) was_reset: Mutex<bool>,
     pub(crate) _regions: Vec<Region>,
 }
 

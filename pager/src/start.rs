@@ -1,8 +1,8 @@
 //! Starts a pager: checks the options, opens the userfaultfds, and starts the threads.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -100,6 +100,7 @@ impl PagerBuilder {
             backed,
             watchdog: Watchdog::default(),
             window: WindowSlot::default(),
+            was_reset: Mutex::default(),
             _regions: regions,
         });
         let unserved = match &journal {

@@ -251,7 +251,7 @@ impl DeviceConnections {
 }
 
 /// The content that the snapshot has of a device besides its state. Empty if there is no such section.
-fn content(snapshot: &Snapshot, place: usize) -> Result<Vec<u8>, DeviceError> {
+pub(crate) fn content(snapshot: &Snapshot, place: usize) -> Result<Vec<u8>, DeviceError> {
     let Some(kind) = vmm::state::device_content_kind(place) else { return Ok(Vec::new()) };
     let blob = snapshot.state(kind).map_err(|error| DeviceError::Content { place, error })?;
     let Some(blob) = blob else { return Ok(Vec::new()) };

@@ -200,12 +200,15 @@ pub(crate) fn write(
 ) -> Result<()> {
     for gpas in gpa_ranges(regions, source_offset..source_offset + bytes.len() as u64) {
         let (now, later) = bytes.split_at((gpas.end - gpas.start) as usize);
-        memory
-            .write_slice(now, GuestAddress(gpas.start))
-            .map_err(|error| MemoryError::Write { gpa: gpas.start, error: Box::new(error) })?;
+        write_at(memory, gpas.start, now)?;
         bytes = later;
     }
     Ok(())
+}
+
+pub(crate) fn write_at(memory: &GuestMemoryMmap, gpa: u64, bytes: &[u8]) -> Result<()> {
+    let written = memory.write_slice(bytes, GuestAddress(gpa));
+    written.map_err(|error| MemoryError::Write { gpa, error: Box::new(error) })
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@
 //! - [`BootConfig`] boots a new guest;
 //! - [`Vm::snapshot`] and [`Vm::snapshot_layer`] write a paused VM to a file;
 //! - [`RunningVm::arm`], [`Vm::cut`] and [`Cut::write`] write one that runs, with a pause of milliseconds;
+//! - [`Vm::reset`] puts a restored VM back to its snapshot, in place;
 //! - [`interchange`] imports and exports memory images, Firecracker's and Cloud Hypervisor's snapshots, ELF cores;
 //! - [`record`] records which pages a guest touches first, for a working set.
 //!
@@ -48,6 +49,7 @@ mod metadata;
 mod observer;
 mod pagemap;
 mod recording;
+mod reset;
 mod restore;
 pub mod room;
 mod stable_file;
@@ -66,6 +68,7 @@ pub use memory_map::{gpa_ranges, to_ranges, to_regions};
 pub use metadata::GuestMetadata;
 pub use observer::{Observer, Silent, Step};
 pub use recording::{FirstOutput, Pace, RecordError, Touched, record};
+pub use reset::{ResetError, ResetStats};
 pub use restore::{MemoryFrom, RestoreConfig, RestoredVm, remote_fault_overhead, snapshot_name};
 pub use stable_file::StableFile;
 pub use staged_output::{OutputError, OutputShape, StagedOutput};

@@ -42,6 +42,8 @@ pub(crate) struct Restored {
     pub(crate) service: Service,
     pub(crate) snapshot: Arc<Snapshot>,
     pub(crate) file: PathBuf,
+    /// The guest's clocks after a reset.
+    pub(crate) clock: vmm::Clock,
 }
 
 /// How a restored guest gets its pages.

@@ -12,7 +12,7 @@ use pager::{
     FailurePolicy, PageSource, Pager, PagerBuilder, Placement, Populate, Recording, Region,
     SnapshotSource,
 };
-use snapfmt::{Loaded, Parents, ReadError, Snapshot};
+use snapfmt::{Loaded, OnProgress, Parents, ReadError, Snapshot};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm::state::{STATE_KIND, VmState};
 use vmm::{Clock, Console, HostCpu, MemoryRange, PausedVm, RestoreOptions, VmHandle};
@@ -67,6 +67,7 @@ pub struct RestoreConfig {
     clock: Clock,
     force_cpu: bool,
     guest_trigger: bool,
+    quick_resets: bool,
     devices: DeviceConnections,
     observer: Arc<dyn Observer>,
     wrap_source: Box<WrapSource>,
@@ -125,6 +126,7 @@ impl RestoreConfig {
             clock: Clock::default(),
             force_cpu: false,
             guest_trigger: false,
+            quick_resets: false,
             devices: DeviceConnections::default(),
             observer: Arc::new(Silent),
             wrap_source: Box::new(|source| source),
@@ -187,6 +189,15 @@ impl RestoreConfig {
         self
     }
 
+    /// Whether a lazily restored guest records which pages are written to, so that [`Vm::reset`] gives back only these:
+    /// otherwise it gives back all that were loaded. The first write to a page that was only read before then takes
+    /// longer. Other guests are not affected.
+    #[must_use]
+    pub fn quick_resets(mut self, on: bool) -> Self {
+        self.quick_resets = on;
+        self
+    }
+
     /// The files, sockets and taps to which the guest's devices are connected.
     #[must_use]
     pub fn devices(mut self, devices: DeviceConnections) -> Self {
@@ -218,7 +229,7 @@ impl RestoreConfig {
     pub fn restore(&self, console: impl Console + 'static) -> Result<RestoredVm> {
         let file = || self.file.clone();
         let step = self.observer.step(Step::ReadState { file: &self.file });
-        let state = self.state()?;
+        let state = machine_state(&self.snapshot, &self.file)?;
         self.check_cpu(&state)?;
         // Devices come before anything slow, because a disk may be refused.
         let devices =
@@ -240,6 +251,7 @@ impl RestoreConfig {
                 service,
                 snapshot: Arc::clone(&self.snapshot),
                 file: file(),
+                clock: self.clock,
             }),
         };
 
@@ -248,6 +260,8 @@ impl RestoreConfig {
         let prefetch_start = prefetch_start;
         let mut options =
             RestoreOptions::default().guest_snapshot_trigger(self.guest_trigger).clock(self.clock);
+        let record_writes = self.quick_resets && matches!(self.memory, MemoryFrom::Lazy);
+        options = options.record_writes(record_writes);
         if !matches!(self.memory, MemoryFrom::Eager) {
             let regions = self.snapshot.regions();
             let first = self.snapshot.populated().flat_map(|range| gpa_ranges(regions, range));
@@ -269,22 +283,6 @@ impl RestoreConfig {
 
     fn read_error(&self, error: ReadError) -> RestoreError {
         RestoreError::Read { file: self.file.clone(), error }
-    }
-
-    /// The machine's state, which must have the file's memory map.
-    fn state(&self) -> Result<VmState> {
-        let file = || self.file.clone();
-        let blob = self.snapshot.state(STATE_KIND).map_err(|error| self.read_error(error))?;
-        let blob = blob.ok_or_else(|| match imported_from(&self.snapshot) {
-            Some(program) => RestoreError::Foreign { file: file(), program },
-            None => RestoreError::NoState { file: file() },
-        })?;
-        let state = VmState::decode(STATE_KIND, blob.version, &blob.bytes)
-            .map_err(|error| RestoreError::State { file: file(), error })?;
-        if to_regions(state.memory()) != self.snapshot.regions() {
-            return Err(RestoreError::MemoryMap { file: file() });
-        }
-        Ok(state)
     }
 
     /// Refuses a guest that uses CPU features which this host does not have.
@@ -313,7 +311,12 @@ impl RestoreConfig {
         match &self.memory {
             MemoryFrom::Eager => {
                 let mapped = guest_memory::private(&ranges)?;
-                let loaded = self.load(&mapped)?;
+                let loaded =
+                    load(&self.snapshot, &mapped, &|progress| self.observer.loaded(progress));
+                let loaded = loaded.map_err(|error| match error {
+                    LoadError::Read(error) => self.read_error(error),
+                    LoadError::Memory(error) => error.into(),
+                })?;
                 let loaded_bytes = loaded.bytes_read;
                 let release = Release::start(&self.snapshot, loaded);
                 let service = Service::Loaded { _release: release };
@@ -359,26 +362,6 @@ impl RestoreConfig {
 
     fn source(&self) -> Arc<dyn PageSource> {
         (self.wrap_source)(Arc::new(SnapshotSource::new(Arc::clone(&self.snapshot))))
-    }
-
-    /// Loads all memory, on all CPUs.
-    fn load(&self, mapped: &GuestMemoryMmap) -> Result<Loaded> {
-        let threads = thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
-        let failed = Mutex::new(None::<MemoryError>);
-        let regions = self.snapshot.regions();
-        let place = |source_offset: u64, bytes: &[u8]| {
-            if let Err(error) = guest_memory::write(mapped, regions, source_offset, bytes) {
-                failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-            }
-        };
-        let loaded = self
-            .snapshot
-            .load(threads, &place, &|progress| self.observer.loaded(progress))
-            .map_err(|error| self.read_error(error))?;
-        match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            Some(error) => Err(error.into()),
-            None => Ok(loaded),
-        }
     }
 
     /// Gets the memory from a page server, which serves it from then on.
@@ -432,6 +415,52 @@ impl RestoreConfig {
 pub fn remote_fault_overhead(snapshot: &Snapshot) -> Option<Duration> {
     const ROUND_TRIP: Duration = Duration::from_millis(1);
     snapshot.storages().any(|storage| storage.file().is_none()).then_some(ROUND_TRIP)
+}
+
+/// The machine's state, which must have the file's memory map. `file` names the snapshot.
+pub(crate) fn machine_state(snapshot: &Snapshot, file: &Path) -> Result<VmState> {
+    let file = || file.to_owned();
+    let blob = snapshot.state(STATE_KIND);
+    let blob = blob.map_err(|error| RestoreError::Read { file: file(), error })?;
+    let blob = blob.ok_or_else(|| match imported_from(snapshot) {
+        Some(program) => RestoreError::Foreign { file: file(), program },
+        None => RestoreError::NoState { file: file() },
+    })?;
+    let state = VmState::decode(STATE_KIND, blob.version, &blob.bytes)
+        .map_err(|error| RestoreError::State { file: file(), error })?;
+    if to_regions(state.memory()) != snapshot.regions() {
+        return Err(RestoreError::MemoryMap { file: file() });
+    }
+    Ok(state)
+}
+
+/// Memory that was not loaded.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LoadError {
+    #[error(transparent)]
+    Read(ReadError),
+    #[error(transparent)]
+    Memory(MemoryError),
+}
+
+/// Loads all memory that is not zero, on all CPUs.
+pub(crate) fn load(
+    snapshot: &Snapshot,
+    mapped: &GuestMemoryMmap,
+    progress: OnProgress<'_>,
+) -> std::result::Result<Loaded, LoadError> {
+    let threads = thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    let failed = Mutex::new(None::<MemoryError>);
+    let place = |source_offset: u64, bytes: &[u8]| {
+        if let Err(error) = guest_memory::write(mapped, snapshot.regions(), source_offset, bytes) {
+            failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        }
+    };
+    let loaded = snapshot.load(threads, &place, progress).map_err(LoadError::Read)?;
+    match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(error) => Err(LoadError::Memory(error)),
+        None => Ok(loaded),
+    }
 }
 
 /// Mapped memory, and the service that provides its pages.

@@ -17,6 +17,10 @@ pub trait Console: Send {
     /// The serial port is locked during the call, so [`VmHandle::send_input`](crate::VmHandle::send_input)
     /// called from here is a deadlock. Send from another thread.
     fn write(&mut self, bytes: &[u8]) -> ConsoleFlow;
+
+    /// The guest was put back to an earlier time ([`PausedVm::reset`](crate::PausedVm::reset)): what it writes next does
+    /// not continue what it wrote before.
+    fn guest_was_reset(&mut self) {}
 }
 
 /// What the guest does after its console has taken some bytes.

@@ -19,6 +19,7 @@ use crate::discards::Discards;
 use crate::error::{KvmError, NameCall};
 use crate::layout::PAGE_BYTES;
 use crate::state::DeviceState;
+use crate::written::WriteLog;
 
 pub use crate::arch::DEVICE_WINDOWS_GPA;
 
@@ -92,6 +93,15 @@ pub trait MmioDevice: Send {
         Ok(self.content()?.map(|bytes| -> FrozenContent { Box::new(move || Ok(bytes.clone())) }))
     }
 
+    /// Puts the device back into a former [`state`](MmioDevice::state) of it, with the [`content`](MmioDevice::content) of
+    /// that time. What it is connected to stays. It is called while the device is paused.
+    ///
+    /// # Errors
+    /// Why that is not possible. The device is not used any more then.
+    fn reset(&mut self, _state: &DeviceState, _content: Option<&[u8]>) -> io::Result<()> {
+        Err(io::Error::new(io::ErrorKind::Unsupported, "such a device cannot be reset"))
+    }
+
     /// A file that the guest changes by this device and that is not part of its state, if there is one. Such a guest
     /// cannot run while it is saved, because the file would be that of a later time.
     fn outside_file(&self) -> Option<PathBuf> {
@@ -112,6 +122,8 @@ pub struct DeviceContext {
     pub queue_events: Vec<EventFd>,
     /// Asked before memory is returned to the host.
     pub discards: Discards,
+    /// Gets every write of the device to memory, before it is done.
+    pub writes: WriteLog,
     /// Stops the guest when the device cannot continue.
     pub handle: VmHandle,
 }
@@ -155,6 +167,7 @@ pub enum DeviceError {
 pub(crate) struct Devices {
     places: Vec<Mutex<Box<dyn MmioDevice>>>,
     pub(crate) discards: Discards,
+    pub(crate) writes: WriteLog,
 }
 
 impl Devices {
@@ -163,7 +176,7 @@ impl Devices {
             return Err(DeviceError::TooMany { count: devices.len() });
         }
         let places = devices.into_iter().map(Mutex::new).collect();
-        Ok(Devices { places, discards: Discards::default() })
+        Ok(Devices { places, ..Devices::default() })
     }
 
     /// Refuses devices that are not of the kinds of the saved ones.
@@ -193,8 +206,10 @@ impl Devices {
                 queue_events.push(event);
             }
             let (memory, discards) = (Arc::clone(memory), self.discards.clone());
+            let writes = self.writes.clone();
             let handle = handle.clone();
-            let context = DeviceContext { memory, interrupt, queue_events, discards, handle };
+            let context =
+                DeviceContext { memory, interrupt, queue_events, discards, writes, handle };
             device.attach(context).map_err(failed)?;
         }
         Ok(())
@@ -226,6 +241,19 @@ impl Devices {
 
     pub(crate) fn freeze_contents(&self) -> io::Result<Vec<Option<FrozenContent>>> {
         self.all().map(|mut device| device.freeze_content()).collect()
+    }
+
+    /// Puts all devices back. The error has the place of the device.
+    pub(crate) fn reset(
+        &self,
+        states: &[DeviceState],
+        contents: &[Option<Vec<u8>>],
+    ) -> Result<(), (usize, io::Error)> {
+        for (place, (mut device, state)) in self.all().zip(states).enumerate() {
+            let content = contents.get(place).and_then(Option::as_deref);
+            device.reset(state, content).map_err(|error| (place, error))?;
+        }
+        Ok(())
     }
 
     pub(crate) fn outside_file(&self) -> Option<PathBuf> {

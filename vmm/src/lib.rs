@@ -81,6 +81,7 @@ mod discards;
 mod error;
 mod frozen;
 mod generation;
+mod give_back;
 mod host;
 mod kick;
 pub mod layout;
@@ -92,6 +93,7 @@ mod slot_layout;
 pub mod state;
 pub mod virtio;
 mod vm;
+mod written;
 
 pub use arch::{HostCpu, SNAPSHOT_TRIGGER_PORT, VcpuError};
 pub use console::{Console, ConsoleFlow};
@@ -103,11 +105,13 @@ pub use devices::{
 pub use discards::{Discards, HeldDiscards};
 pub use error::KvmError;
 pub use frozen::Frozen;
+pub use give_back::drop_private_pages;
 pub use host::{FeaturesError, HostReport, KVM_DEVICE, ProbeError, missing_features, probe};
 pub use layout::{LayoutError, MemoryRange, memory_layout};
 pub use payload::{Payload, PayloadError};
 pub use state::{StateError, VmState};
 pub use vm::{
-    BootError, BootOptions, Clock, MemoryMismatch, PauseError, PausedVm, RestoreError,
+    BootError, BootOptions, Clock, MemoryMismatch, PauseError, PausedVm, ResetError, RestoreError,
     RestoreOptions, ResumeError, RunningVm, SaveError,
 };
+pub use written::WriteLog;

@@ -22,12 +22,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::error::{KvmError, NameCall};
 use crate::slot_layout::{Slot, split};
+use crate::written::WriteLog;
 
 /// The memory slots of a guest. A slot's number is its index in `slots`.
 pub(crate) struct MemorySlots {
@@ -42,6 +43,8 @@ pub(crate) struct MemorySlots {
     registered_count: AtomicU64,
     /// Guest accesses that were done here because their slot was registered late.
     late_accesses: AtomicU64,
+    /// What this process writes. If it records, KVM records writes, too.
+    writes: WriteLog,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +86,7 @@ impl MemorySlots {
         vm: Arc<VmFd>,
         memory: Arc<GuestMemoryMmap>,
         first: Option<&[Range<u64>]>,
+        writes: WriteLog,
     ) -> Result<MemorySlots, KvmError> {
         keep_out_of_core_dumps(&memory);
         let regions: Vec<Slot> = memory
@@ -105,6 +109,7 @@ impl MemorySlots {
             registered: Condvar::new(),
             registered_count: AtomicU64::new(0),
             late_accesses: AtomicU64::new(0),
+            writes,
         };
         for (slot, _) in is_first.iter().enumerate().filter(|(_, first)| **first) {
             memory_slots.register(slot)?;
@@ -161,8 +166,27 @@ impl MemorySlots {
 
     /// Writes guest memory as the kernel would for the guest: see [`MemorySlots::copy`].
     pub(crate) fn write(&self, gpa: u64, data: &[u8]) -> io::Result<()> {
+        self.writes.note(gpa..gpa.saturating_add(data.len() as u64));
         // SAFETY: `data` is valid for reads of its length, and process_vm_writev only reads it.
         unsafe { self.copy(gpa, data.as_ptr().cast_mut(), data.len(), libc::process_vm_writev) }
+    }
+
+    /// The pages that were written to since the last call, as ascending ranges of guest physical addresses. `None` if they
+    /// are not recorded. No vCPU may run.
+    pub(crate) fn take_written(&self) -> Result<Option<Vec<Range<u64>>>, KvmError> {
+        let Some(mut pages) = self.writes.take() else { return Ok(None) };
+        // A slot that is registered after this has no writes yet.
+        let registered: Vec<usize> = {
+            let states = self.lock();
+            let is_registered = |slot: &usize| matches!(states[*slot], SlotState::Registered(_));
+            (0..self.slots.len()).filter(is_registered).collect()
+        };
+        for number in registered {
+            let slot = &self.slots[number];
+            let log = self.vm.get_dirty_log(number as u32, slot.len as usize);
+            pages.add_bitmap(slot.gpa, &log.call("KVM_GET_DIRTY_LOG")?);
+        }
+        Ok(Some(pages.ranges()))
     }
 
     /// Registers one slot, or waits until the thread that registers it has finished.
@@ -195,7 +219,7 @@ impl MemorySlots {
         let region = kvm_userspace_memory_region {
             // `split` keeps the number of slots far below 2^16.
             slot: slot as u32,
-            flags: 0,
+            flags: if self.writes.is_recording() { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
             guest_phys_addr: range.gpa,
             memory_size: range.len,
             userspace_addr: range.host_addr,

@@ -1,4 +1,4 @@
-//! The client of a control socket: `snap create --vm`.
+//! The client of a control socket: `snap create --vm`, `snap reset`.
 
 use std::cell::Cell;
 use std::io::{self, Read, Write};
@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use pager::serve::connect;
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use snapfmt::Progress;
 
@@ -18,7 +19,7 @@ use crate::http::read_response;
 use crate::progress::Bar;
 use crate::session::Session;
 use crate::storage::Storage;
-use crate::summary::Summary;
+use crate::summary::{ResetSummary, Summary};
 use crate::waits::Wait;
 
 /// The interval of checks for the progress of the guest's file, and for an interrupt by the user.
@@ -48,7 +49,7 @@ pub(crate) fn create(
     session: &Session,
 ) -> Result<Summary> {
     let wanted = wanted(out, kind, storage)?;
-    let summary = ask(socket, &wanted, session.quiet, session)?;
+    let summary = ask(socket, &Request::create(&wanted, session.quiet), session)?;
     summary.context("the guest has written no file, and does not say why")
 }
 
@@ -62,7 +63,7 @@ pub(crate) fn checkpoint(
 ) -> Result<Option<Summary>> {
     let kind = Kind { diff: false, live: true, stop: false };
     let wanted = CreateSnapshot { checkpoint: Some(fields), ..wanted(out, kind, storage)? };
-    ask(socket, &wanted, true, session)
+    ask(socket, &Request::create(&wanted, true), session)
 }
 
 fn wanted(out: &Path, kind: Kind, storage: &Storage) -> Result<CreateSnapshot> {
@@ -81,7 +82,19 @@ fn wanted(out: &Path, kind: Kind, storage: &Storage) -> Result<CreateSnapshot> {
     })
 }
 
-/// An answer that is not the file.
+/// Puts the guest at this socket back to its snapshot. An interrupt ends the wait, and not the reset.
+pub(crate) fn reset(socket: &Path, session: &Session) -> Result<ResetSummary> {
+    let request = Request {
+        path: "/snapshot/load",
+        body: json!({ "type": "reset" }),
+        doing: "resetting",
+        done: "reset",
+        quiet: session.quiet,
+    };
+    ask(socket, &request, session)?.context("the guest's answer is empty")
+}
+
+/// An answer that is not what was requested.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {message}", socket.display())]
 pub(crate) struct Fault {
@@ -90,23 +103,42 @@ pub(crate) struct Fault {
     message: String,
 }
 
-/// Sends the request, and waits for the file.
-fn ask(
-    socket: &Path,
-    wanted: &CreateSnapshot,
+/// A request that takes a while.
+struct Request {
+    path: &'static str,
+    body: Value,
+    /// What the guest's process does, and what is then done to the guest.
+    doing: &'static str,
+    done: &'static str,
+    /// Whether no progress is shown.
     quiet: bool,
+}
+
+impl Request {
+    fn create(wanted: &CreateSnapshot, quiet: bool) -> Self {
+        let (doing, done) = ("storing", "stored");
+        Self { path: "/snapshot/create", body: json!(wanted), doing, done, quiet }
+    }
+}
+
+/// Sends the request, and waits for the answer. `None`: nothing had to be done.
+fn ask<T: DeserializeOwned>(
+    socket: &Path,
+    request: &Request,
     session: &Session,
-) -> Result<Option<Summary>> {
+) -> Result<Option<T>> {
+    let Request { path, body: wanted, doing, done, quiet } = request;
     let named = || format!("cannot ask the guest at {}", socket.display());
     let (requested, stored) = (socket.display().to_string(), socket.display().to_string());
     let requesting = Wait::new(move || format!("the guest at {requested} to take a request"));
     let requesting = requesting.at_most(PATIENCE).begin();
     let stream = connect(socket, PATIENCE).with_context(named)?;
-    send(&stream, "PUT", "/snapshot/create", &json!(wanted), PATIENCE).with_context(named)?;
+    send(&stream, "PUT", path, wanted, PATIENCE).with_context(named)?;
     drop(requesting);
-    let storing = Wait::new(move || format!("the guest at {stored} to be stored"));
+    let done = *done;
+    let storing = Wait::new(move || format!("the guest at {stored} to be {done}"));
     let storing = Cell::new(Some(storing.hears().begin()));
-    let bar = Bar::of_other("storing", quiet, &session.interrupt);
+    let bar = Bar::of_other(doing, *quiet, &session.interrupt);
     let waiting = || {
         if session.interrupt.requested() {
             return Err(Interrupted.into());
@@ -136,6 +168,23 @@ fn ask(
     }
 }
 
+/// The snapshot that the guest at this socket was restored from, as its command names it.
+pub(crate) fn restored_from(socket: &Path) -> Result<Option<PathBuf>> {
+    let named = || format!("cannot ask the guest at {}", socket.display());
+    let asking = socket.display().to_string();
+    let asking = Wait::new(move || format!("the guest at {asking} to take a request"));
+    let _asking = asking.at_most(PATIENCE).begin();
+    let deadline = Instant::now() + PATIENCE;
+    let in_time = || match Instant::now() < deadline {
+        true => Ok(()),
+        false => bail!("it does not answer"),
+    };
+    let stream = connect(socket, PATIENCE).with_context(named)?;
+    send(&stream, "GET", "/vm", &Value::Null, PATIENCE).with_context(named)?;
+    let (_, state) = receive(stream, &in_time).with_context(named)?;
+    Ok(state["restored_from"].as_str().map(PathBuf::from))
+}
+
 /// The progress of the guest's file, from its socket.
 fn progress(socket: &Path) -> Option<Progress> {
     #[derive(Deserialize)]
@@ -151,7 +200,7 @@ fn progress(socket: &Path) -> Option<Progress> {
     };
     send(&stream, "GET", "/vm", &Value::Null, STATE).ok()?;
     let (_, mut state) = receive(stream, &in_time).ok()?;
-    let at = ["storing", "saving"].into_iter().find(|at| !state[at].is_null())?;
+    let at = ["storing", "saving", "resetting"].into_iter().find(|at| !state[at].is_null())?;
     let Storing { done_bytes, total_bytes } = serde_json::from_value(state[at].take()).ok()?;
     Some(Progress::new(done_bytes, total_bytes))
 }

@@ -17,7 +17,7 @@ use snapfmt::{Codec, Existing, WriteOptions};
 use super::response::Response;
 use crate::bucket;
 use crate::http::Request;
-use crate::live::{Answer, Checkpoint, Command, Refused, Remote, StoreRequest};
+use crate::live::{Answer, Checkpoint, Command, Done, Refused, Remote, StoreRequest};
 
 /// Constant facts about the guest, and its figures.
 pub(crate) struct Facts {
@@ -158,6 +158,21 @@ pub(super) enum SnapshotType {
     Diff,
 }
 
+/// The body of `PUT /snapshot/load`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LoadSnapshot {
+    #[serde(rename = "type")]
+    kind: LoadType,
+}
+
+#[derive(Deserialize)]
+enum LoadType {
+    /// The snapshot that the guest was restored from.
+    #[serde(rename = "reset")]
+    Reset,
+}
+
 /// Whether the guest is paused until the file is complete, or runs meanwhile.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub(super) enum Pausing {
@@ -187,6 +202,10 @@ impl Routes {
                 "DELETE" => return self.cancel(),
                 _ => "PUT or DELETE",
             },
+            "/snapshot/load" => match request.method.as_str() {
+                "PUT" => return self.load(&request.body, stream),
+                _ => "PUT",
+            },
             path => {
                 let message = format!("{path:?} is not here; see docs/api.md");
                 return Response::fault(404, message);
@@ -204,6 +223,7 @@ impl Routes {
             "vmm_version": env!("CARGO_PKG_VERSION"),
             "state": self.remote.state(),
             "storing": self.remote.storing(),
+            "resetting": self.remote.resetting(),
             "saving": self.remote.saving(),
             "memory_bytes": facts.memory_bytes,
             "vcpus": facts.vcpus,
@@ -227,10 +247,7 @@ impl Routes {
             Ok(VmState { state: Wanted::Resumed }) => Command::Resume,
             Err(refused) => return refused,
         };
-        match self.remote.ask(command).and_then(|answer| answer.recv().unwrap_or(ENDED)) {
-            Ok(_) => Response { status: 204, body: None },
-            Err(error) => failed(&error),
-        }
+        answered(self.remote.ask(command).and_then(|answer| answer.recv().unwrap_or(ENDED)))
     }
 
     fn cancel(&self) -> Response {
@@ -294,12 +311,29 @@ impl Routes {
                 Err(RecvTimeoutError::Timeout) => {}
             }
         };
-        match answer {
-            Ok(Some(summary)) => Response { status: 200, body: Some(json!(summary)) },
-            // A checkpoint of a guest that has not changed.
-            Ok(None) => Response { status: 204, body: None },
-            Err(error) => failed(&error),
+        answered(answer)
+    }
+
+    /// A reset that has begun is not cancelled: the guest would be in neither state.
+    fn load(&self, body: &[u8], stream: &UnixStream) -> Response {
+        match parse(body) {
+            Ok(LoadSnapshot { kind: LoadType::Reset }) => {}
+            Err(refused) => return refused,
         }
+        if has_left(stream) {
+            return Response::fault(499, "the client has left");
+        }
+        let answer = self.remote.ask(Command::Reset);
+        answered(answer.and_then(|answer| answer.recv().unwrap_or(ENDED)))
+    }
+}
+
+fn answered(answer: Answer) -> Response {
+    match answer {
+        Ok(Done::Stored(summary)) => Response { status: 200, body: Some(json!(summary)) },
+        Ok(Done::Reset(summary)) => Response { status: 200, body: Some(json!(summary)) },
+        Ok(Done::Plain) => Response { status: 204, body: None },
+        Err(error) => failed(&error),
     }
 }
 
@@ -309,6 +343,7 @@ const ENDED: Answer = Err(Refused::Ended);
 fn failed(error: &Refused) -> Response {
     let status = match error {
         Refused::Busy | Refused::Ended => 409,
+        Refused::Unfit(_) => 400,
         Refused::Failed(_) => 500,
     };
     Response::fault(status, error.to_string())
@@ -378,6 +413,9 @@ mod tests {
         refused("GET", "/nowhere", "", 404, "\"/nowhere\" is not here");
         refused("POST", "/vm", "", 405, "POST is not for /vm: GET or PATCH");
         refused("GET", "/snapshot/create", "", 405, "PUT");
+        refused("GET", "/snapshot/load", "", 405, "PUT");
+        refused("PUT", "/snapshot/load", "{\"type\":\"fork\"}", 400, "unknown variant `fork`");
+        refused("PUT", "/snapshot/load", "{\"type\":\"reset\"}", 409, "the guest has ended");
         refused("PATCH", "/vm", "", 400, "body: EOF");
         refused("PATCH", "/vm", "{\"state\":\"Off\"}", 400, "unknown variant `Off`");
         refused("PATCH", "/vm", "{\"state\":\"Paused\",\"a\":1}", 400, "unknown field `a`");

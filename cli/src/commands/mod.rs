@@ -12,6 +12,7 @@ mod create_in_bucket;
 mod demo;
 mod diff;
 mod export;
+mod fork;
 mod hash;
 mod import;
 mod info;
@@ -22,6 +23,7 @@ mod optimize;
 mod pages;
 #[cfg(feature = "objects")]
 mod push;
+mod reset;
 mod restore;
 mod rewrite;
 mod run;
@@ -43,6 +45,8 @@ pub(crate) enum Command {
     Run(run::Args),
     Restore(restore::Args),
     Checkpoint(checkpoint::Args),
+    Reset(reset::Args),
+    Fork(fork::Args),
     Info(info::Args),
     Verify(verify::Args),
     Hash(hash::Args),
@@ -84,6 +88,8 @@ pub(crate) fn run(
         Command::Run(args) => run::run(&args, &session),
         Command::Restore(args) => restore::run(&args, &session),
         Command::Checkpoint(args) => checkpoint::run(&args, &session),
+        Command::Reset(args) => reset::run(&args, &session),
+        Command::Fork(args) => fork::run(&args, &session),
         Command::Info(args) => info::run(&args),
         Command::Verify(args) => verify::run(&args, &session),
         Command::Hash(args) => hash::run(&args, &session),

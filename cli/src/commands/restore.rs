@@ -238,6 +238,8 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         })
         .clock(args.clock.into())
         .force_cpu(args.force_cpu)
+        // Its control socket can reset it.
+        .quick_resets(args.api.api.is_some())
         .devices(args.devices.connections());
     let restore = Restore {
         config,

@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod remote;
+mod reset;
 mod save;
 mod saving;
 
@@ -24,7 +25,9 @@ use crate::waits::{Wait, Waiting};
 pub(crate) use checkpoint::Checkpoint;
 use checkpoint::Tracker;
 use remote::Event;
-pub(crate) use remote::{Answer, Command, Events, Refused, Remote, State, StoreRequest, remote};
+pub(crate) use remote::{
+    Answer, Command, Done, Events, Refused, Remote, State, StoreRequest, remote,
+};
 use saving::progress_of;
 
 /// When a run ends without an interrupt.
@@ -167,6 +170,11 @@ impl Live<'_> {
                     let _ = answer.send(Err(Refused::Busy));
                     Next::Go(guest)
                 }
+                Ok(Event::Command(Command::Reset, answer)) => {
+                    // The next checkpoint cannot be one of what has changed since the last one.
+                    tracker.stop();
+                    self.reset(guest, &answer)?
+                }
                 Ok(Event::Command(command, answer)) => self.handle(guest, command, &answer)?,
                 Err(RecvTimeoutError::Timeout) if wake != deadline => {
                     tracker.stop();
@@ -235,7 +243,7 @@ impl Live<'_> {
         let reply = |what| drop(answer.send(what));
         let was_running = matches!(guest, Guest::Running(_));
         if let (Command::Resume, Guest::Running(_)) = (&command, &guest) {
-            reply(Ok(None));
+            reply(Ok(Done::Plain));
             return Ok(Next::Go(guest));
         }
         let mut vm = match guest {
@@ -251,14 +259,15 @@ impl Live<'_> {
         self.events.status.set(State::Paused);
         let paused_at = Instant::now();
         let (done, go_on, stop) = match command {
-            Command::Pause => (Ok(None), false, false),
-            Command::Resume => (Ok(None), true, false),
+            // A reset is handled before.
+            Command::Pause | Command::Reset => (Ok(Done::Plain), false, false),
+            Command::Resume => (Ok(Done::Plain), true, false),
             Command::Store(request) => {
                 self.events.status.storing(Some(Arc::clone(&request.cancelled)));
                 let stored = self.store(&mut vm, &request, paused_at);
                 self.events.status.storing(None);
                 let stop = stored.is_ok() && request.stop;
-                let done = stored.map(Some);
+                let done = stored.map(Done::Stored);
                 (done.map_err(|error| Refused::Failed(exit::describe(&error))), was_running, stop)
             }
         };

@@ -9,7 +9,7 @@ use serde::Serialize;
 use snapfmt::{Progress, WriteOptions};
 
 use super::checkpoint::Checkpoint;
-use crate::summary::Summary;
+use crate::summary::{ResetSummary, Summary};
 
 /// An event for the thread that owns the guest.
 pub(super) enum Event {
@@ -26,6 +26,8 @@ pub(crate) enum Command {
     Pause,
     Resume,
     Store(StoreRequest),
+    /// Put it back to its snapshot; it returns to its former state.
+    Reset,
 }
 
 /// Snapshot it, in any state.
@@ -45,8 +47,16 @@ pub(crate) struct StoreRequest {
     pub(crate) cancelled: Arc<AtomicBool>,
 }
 
-/// The result of a command. A checkpoint of a guest that has not changed has no summary.
-pub(crate) type Answer = Result<Option<Summary>, Refused>;
+/// The result of a command.
+pub(crate) type Answer = Result<Done, Refused>;
+
+/// A command that was done.
+#[derive(Debug)]
+pub(crate) enum Done {
+    Plain,
+    Stored(Summary),
+    Reset(ResetSummary),
+}
 
 /// A command that was not done.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +65,9 @@ pub(crate) enum Refused {
     Busy,
     #[error("the guest has ended")]
     Ended,
+    /// The guest is not one for this command. With all causes.
+    #[error("{0}")]
+    Unfit(String),
     /// With all causes.
     #[error("{0}")]
     Failed(String),
@@ -84,6 +97,7 @@ pub(super) struct Status {
     storing: Mutex<Cancel>,
     /// Of a guest that runs on.
     saving: Mutex<Cancel>,
+    resetting: AtomicBool,
     done_bytes: AtomicU64,
     total_bytes: AtomicU64,
 }
@@ -108,6 +122,12 @@ impl Status {
     /// Whether a file is being written while the guest runs on.
     pub(super) fn is_saving(&self) -> bool {
         lock(&self.saving).is_some()
+    }
+
+    /// A reset begins, or ends.
+    pub(super) fn resetting(&self, resetting: bool) {
+        self.progress(Progress::new(0, 0));
+        self.resetting.store(resetting, Ordering::SeqCst);
     }
 
     pub(super) fn progress(&self, progress: Progress) {
@@ -155,6 +175,7 @@ pub(crate) fn remote() -> (Remote, Events) {
         state: Mutex::new(State::NotStarted),
         storing: Mutex::default(),
         saving: Mutex::default(),
+        resetting: AtomicBool::new(false),
         done_bytes: AtomicU64::new(0),
         total_bytes: AtomicU64::new(0),
     });
@@ -177,6 +198,11 @@ impl Remote {
         lock(&self.status.saving).as_ref().map(|_| self.status.at())
     }
 
+    /// The progress of a reset.
+    pub(crate) fn resetting(&self) -> Option<Storing> {
+        self.status.resetting.load(Ordering::SeqCst).then(|| self.status.at())
+    }
+
     /// Cancels the snapshot that is being written. Returns whether there is one.
     pub(crate) fn cancel(&self) -> bool {
         let cancels = [lock(&self.status.storing).clone(), lock(&self.status.saving).clone()];
@@ -187,7 +213,8 @@ impl Remote {
 
     /// Sends a command. Its answer comes when it is done; a closed channel means that the guest has ended.
     pub(crate) fn ask(&self, command: Command) -> Result<Receiver<Answer>, Refused> {
-        let saving = self.saving().is_some() && matches!(command, Command::Store(_));
+        let saving =
+            self.saving().is_some() && matches!(command, Command::Store(_) | Command::Reset);
         if saving || self.storing().is_some() {
             return Err(Refused::Busy);
         }

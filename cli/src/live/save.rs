@@ -10,7 +10,7 @@ use snapvm::{Armed, VmMemory};
 use vmm::Stop;
 
 use super::checkpoint::{Tracked, Tracker};
-use super::remote::{Answer, Refused, StoreRequest};
+use super::remote::{Answer, Done, Refused, StoreRequest};
 use super::saving::{Begun, Save, Saving, Tracking, What};
 use super::{End, Guest, Live, Next, pause};
 use crate::exit;
@@ -36,7 +36,7 @@ impl Live<'_> {
         let (armed, what) = match armed(&guest, &request, tracker) {
             Ok(Some(armed)) => armed,
             Ok(None) => {
-                reply(Ok(None));
+                reply(Ok(Done::Plain));
                 return Ok(Next::Go(guest));
             }
             Err(error) => {

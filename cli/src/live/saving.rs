@@ -12,7 +12,7 @@ use snapfmt::Progress;
 use snapvm::Cut;
 
 use super::checkpoint::{Base, Tracked, Tracker};
-use super::remote::{Answer, Event, Refused, Status, StoreRequest};
+use super::remote::{Answer, Done, Event, Refused, Status, StoreRequest};
 use crate::exit;
 use crate::interrupt::Interrupt;
 use crate::millis::ms;
@@ -157,7 +157,9 @@ impl Save {
                 let _ = tracking.events.send(Event::Checkpointed);
             }
         }
-        begun.end(written.map(Some).map_err(|error| Refused::Failed(exit::describe(&error))));
+        begun.end(
+            written.map(Done::Stored).map_err(|error| Refused::Failed(exit::describe(&error))),
+        );
     }
 
     fn write(&self) -> Result<Summary> {
@@ -230,8 +232,8 @@ mod tests {
         for _ in 0..100 {
             let (sender, answer) = channel();
             let begun = Begun::new(&events.status, &request(), &sender);
-            let writer = std::thread::spawn(move || begun.end(Ok(None)));
-            assert!(matches!(answer.recv(), Ok(Ok(None))));
+            let writer = std::thread::spawn(move || begun.end(Ok(Done::Plain)));
+            assert!(matches!(answer.recv(), Ok(Ok(Done::Plain))));
             assert!(remote.saving().is_none() && !events.status.is_saving());
             writer.join().expect("no panic");
         }

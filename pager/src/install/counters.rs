@@ -21,7 +21,7 @@ pub(crate) enum Origin {
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
     pub(crate) total_pages: u64,
-    /// By `PageState`. The counter of `Missing` counts the pages that have left that state.
+    /// By `PageState`. The counter of `Missing` counts the pages that are not missing.
     by_state: [AtomicU64; 4],
     by_origin: [AtomicU64; 7],
     faults: AtomicU64,
@@ -38,13 +38,14 @@ impl Counters {
     }
 
     pub(crate) fn moved(&self, from: PageState, to: PageState, pages: u64) {
-        // No page enters `Missing`, so that its counter is the number of pages that have left it.
-        let from_counter = &self.by_state[from as usize];
-        match from {
-            PageState::Missing => from_counter.fetch_add(pages, Ordering::Relaxed),
-            _ => from_counter.fetch_sub(pages, Ordering::Relaxed),
-        };
-        self.by_state[to as usize].fetch_add(pages, Ordering::Relaxed);
+        // All pages begin as `Missing`, so that its counter is the number of pages that have another state.
+        for (state, enters) in [(from, false), (to, true)] {
+            let counter = &self.by_state[state as usize];
+            match enters == (state != PageState::Missing) {
+                true => counter.fetch_add(pages, Ordering::Relaxed),
+                false => counter.fetch_sub(pages, Ordering::Relaxed),
+            };
+        }
     }
 
     pub(crate) fn installed(&self, origin: Origin, pages: u64) {
@@ -118,6 +119,11 @@ mod tests {
         let mut stats = Stats::default();
         counters.add_to(&mut stats);
         let expected = PageCounts { total: 100, missing: 89, present: 9, removed: 1, poisoned: 1 };
+        assert_eq!(stats.pages, expected);
+        counters.moved(PageState::Present, PageState::Missing, 8);
+        let mut stats = Stats::default();
+        counters.add_to(&mut stats);
+        let expected = PageCounts { total: 100, missing: 97, present: 1, removed: 1, poisoned: 1 };
         assert_eq!(stats.pages, expected);
     }
 }

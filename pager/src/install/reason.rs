@@ -11,7 +11,7 @@ pub(crate) enum InstallReason {
     Populate,
     /// The prefetch fills missing pages from the source.
     Prefetch,
-    /// This page is filled with zeros if it is not in memory, whatever its state.
+    /// This page was in memory before. It is filled with zeros if it is not now.
     FillZero { fault_page: u64 },
     /// Faults of the slice can no longer be served.
     PoisonMissing,
@@ -33,7 +33,8 @@ impl InstallReason {
             InstallReason::Poison { .. } => {
                 matches!(state, PageState::Missing | PageState::Poisoned)
             }
-            InstallReason::FillZero { .. } => true,
+            // A page that was put back to missing meanwhile has the content of the source.
+            InstallReason::FillZero { .. } => state != PageState::Missing,
         }
     }
 

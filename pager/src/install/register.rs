@@ -1,6 +1,9 @@
 //! Registers the extents of a slice with its userfaultfd.
 #![allow(unsafe_code)]
 
+use std::io;
+use std::ops::Range;
+
 use crate::error::StartError;
 use crate::layout::Extent;
 use crate::uffd::{Errno, Uffd};
@@ -39,6 +42,19 @@ pub(crate) fn protection(uffd: &Uffd, extents: &[Extent]) -> Result<(), (u64, Er
 /// Lets forked children have the memory again after it is no longer paged.
 pub(crate) fn forget(extents: &[Extent]) {
     extents.iter().for_each(|extent| advise(extent, libc::MADV_DOFORK));
+}
+
+/// Gives the pages of a range of an extent back to the kernel. The caller holds the locks of the slices, and the memory
+/// is not registered.
+pub(crate) fn discard(extent: &Extent, range: Range<u64>) -> io::Result<()> {
+    let (start, end) = (range.start.max(extent.host.start), range.end.min(extent.host.end));
+    let len = end.saturating_sub(start) as usize;
+    // SAFETY: the range is in an extent, which is part of a `Region`. Its maker has promised that the memory is mapped,
+    // theirs to decide about, and free of references. It stays mapped.
+    match unsafe { libc::madvise(start as *mut libc::c_void, len, libc::MADV_DONTNEED) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// A forked child has no userfaultfd: it would read zeros in place of missing pages. Without the memory it ends by

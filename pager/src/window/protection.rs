@@ -57,6 +57,11 @@ impl Protection {
         Ok(Protection { uffd, layout, busy: AtomicBool::new(false), _regions: regions })
     }
 
+    /// Whether a window of the memory is open.
+    pub fn has_window(&self) -> bool {
+        self.busy.load(Ordering::SeqCst)
+    }
+
     pub(super) fn free(&self) {
         self.busy.store(false, Ordering::SeqCst);
     }

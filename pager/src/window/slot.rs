@@ -90,6 +90,10 @@ impl WindowSlot {
         }
     }
 
+    pub(crate) fn is_open(&self) -> bool {
+        self.lock().core.is_some()
+    }
+
     /// Before the pager lets the memory go: waits until no window is open, and delays the next one until
     /// [`WindowSlot::released`].
     pub(crate) fn refuse(&self) {

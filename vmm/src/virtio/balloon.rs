@@ -4,6 +4,8 @@
 //! discards them: they read as zeros afterwards, use no memory, and are not stored in a snapshot. The guest can use
 //! them again immediately. A driver may also put single pages into the balloon; the host never requests any.
 
+use std::io;
+
 use super::device::Backend;
 use super::fault::Fault;
 use super::memory::Segment;
@@ -110,6 +112,13 @@ impl Backend for Balloon {
             self.state.actual_pages = u32::from_le_bytes(actual);
             self.config[ACTUAL_OFFSET..].copy_from_slice(&actual);
         }
+    }
+
+    fn put_back(&mut self, saved: &BackendState, _content: Option<&[u8]>) -> io::Result<()> {
+        if let BackendState::Balloon(saved) = saved {
+            *self = Balloon::new(*saved);
+        }
+        Ok(())
     }
 
     fn state(&self) -> BackendState {

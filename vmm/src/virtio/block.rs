@@ -181,6 +181,17 @@ impl Backend for Block {
         self.disk.overlay_mut().map(Overlay::freeze).transpose()
     }
 
+    fn put_back(&mut self, saved: &BackendState, content: Option<&[u8]>) -> io::Result<()> {
+        let blocks = match saved {
+            BackendState::Overlay(overlay) => overlay.blocks,
+            _ => 0,
+        };
+        match self.disk.overlay_mut() {
+            Some(overlay) => overlay.reset(content.unwrap_or_default(), blocks),
+            None => Ok(()),
+        }
+    }
+
     fn outside_file(&self) -> Option<PathBuf> {
         let state = self.disk.state();
         (!state.read_only && self.disk.overlay().is_none()).then(|| state.path.clone())

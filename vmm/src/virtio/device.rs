@@ -61,6 +61,15 @@ pub(super) trait Backend: Send {
     /// The driver has used the device before the guest was saved.
     fn restored(&mut self) {}
 
+    /// The guest is put back to the time of `saved`, and the transport already is. Requests and connections of later are
+    /// forgotten: [`Backend::reset`]. What the device is connected to stays.
+    ///
+    /// # Errors
+    /// Why that is not possible.
+    fn put_back(&mut self, _saved: &BackendState, _content: Option<&[u8]>) -> io::Result<()> {
+        Ok(())
+    }
+
     /// The driver writes to the configuration.
     fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
 
@@ -184,15 +193,12 @@ impl MmioDevice for VirtioDevice {
     }
 
     fn attach(&mut self, context: DeviceContext) -> io::Result<()> {
-        let memory = DeviceMemory::new(context.memory).with_discards(context.discards);
+        let memory = DeviceMemory::new(context.memory)
+            .with_discards(context.discards)
+            .with_writes(context.writes);
         let mut inner = self.core.lock();
         if let Some(saved) = self.saved.take() {
-            let impossible = || io::Error::new(io::ErrorKind::InvalidData, NOT_THIS_DEVICE);
-            inner.transport.restore(&saved, &memory).ok_or_else(impossible)?;
-            self.core.interrupt_status.store(saved.interrupt_status, Ordering::SeqCst);
-            if inner.transport.is_running() {
-                inner.backend.restored();
-            }
+            self.core.restore_transport(&mut inner, &saved, &memory)?;
         }
         let watcher = self.event_loop.watcher(self.listener_id);
         for (source, event) in (0..).zip(&context.queue_events) {
@@ -285,6 +291,18 @@ impl MmioDevice for VirtioDevice {
         self.core.lock().backend.content()
     }
 
+    fn reset(&mut self, state: &DeviceState, content: Option<&[u8]>) -> io::Result<()> {
+        let invalid = |error| io::Error::new(io::ErrorKind::InvalidData, error);
+        let VirtioState { transport, device, .. } = VirtioState::decode(state).map_err(invalid)?;
+        let mut inner = self.core.lock();
+        let Some(wired) = inner.wired.take() else { return Ok(()) };
+        inner.backend.reset();
+        let put_back = inner.backend.put_back(&device, content);
+        let restored = self.core.restore_transport(&mut inner, &transport, &wired.memory);
+        inner.wired = Some(wired);
+        put_back.and(restored)
+    }
+
     fn freeze_content(&mut self) -> io::Result<Option<FrozenContent>> {
         self.core.lock().backend.freeze_content()
     }
@@ -360,6 +378,21 @@ impl Core {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         // After a panic the guest is stopped permanently, so the data is not used any more.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn restore_transport(
+        &self,
+        inner: &mut Inner,
+        saved: &TransportState,
+        memory: &DeviceMemory,
+    ) -> io::Result<()> {
+        let impossible = || io::Error::new(io::ErrorKind::InvalidData, NOT_THIS_DEVICE);
+        inner.transport.restore(saved, memory).ok_or_else(impossible)?;
+        self.interrupt_status.store(saved.interrupt_status, Ordering::SeqCst);
+        if inner.transport.is_running() {
+            inner.backend.restored();
+        }
+        Ok(())
     }
 
     /// The driver violated the specification: reports that to it, and waits for a reset (virtio 1.2, 2.1.2).

@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::VirtioDevice;
 use crate::control::{Control, Stop, VmHandle};
 use crate::devices::{DeviceContext, MmioDevice};
+use crate::written::WriteLog;
 
 pub(super) const MEMORY_BYTES: u64 = 0x10_0000;
 /// A page that has no memory behind it: touching it is SIGBUS.
@@ -38,6 +39,8 @@ pub(super) struct Driver {
     control: Arc<Control>,
     interrupt: EventFd,
     interrupted: Epoll,
+    /// What the device has written.
+    pub(super) writes: WriteLog,
 }
 
 /// Memory whose last page is broken.
@@ -63,6 +66,7 @@ fn context(
         interrupt: interrupt.try_clone().unwrap(),
         queue_events: (0..queues).map(|_| EventFd::new(EFD_NONBLOCK).unwrap()).collect(),
         discards: crate::discards::Discards::default(),
+        writes: WriteLog::recording(),
         handle: VmHandle::new(Arc::clone(control), io_ports),
     }
 }
@@ -77,12 +81,13 @@ impl Driver {
         let control = Arc::new(Control::default());
         let interrupt = EventFd::new(EFD_NONBLOCK).unwrap();
         let context = context(&memory, &control, &interrupt, device.queue_count());
+        let writes = context.writes.clone();
         device.attach(context).unwrap();
         device.resume();
         let interrupted = Epoll::new().unwrap();
         let event = EpollEvent::new(EventSet::IN, 0);
         interrupted.ctl(ControlOperation::Add, interrupt.as_raw_fd(), event).unwrap();
-        Driver { device, memory, control, interrupt, interrupted }
+        Driver { device, memory, control, interrupt, interrupted, writes }
     }
 
     pub(super) fn get(&mut self, offset: u64) -> u32 {

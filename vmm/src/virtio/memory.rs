@@ -25,7 +25,9 @@ use vm_memory::{
 
 use super::fault::Fault;
 use crate::discards::Discards;
+use crate::give_back::advise;
 use crate::layout::PAGE_BYTES;
+use crate::written::WriteLog;
 
 /// Buffers of one system call (IOV_MAX).
 const IOVECS_MAX: usize = 1024;
@@ -34,6 +36,7 @@ const IOVECS_MAX: usize = 1024;
 pub(super) struct DeviceMemory {
     memory: Arc<GuestMemoryMmap>,
     discards: Discards,
+    writes: WriteLog,
     /// An address in the first page that could not be read. `virtio-queue` treats any error of memory as
     /// the end of a chain, so the address is recorded here.
     unreadable_gpa: Cell<Option<u64>>,
@@ -57,7 +60,17 @@ pub(super) enum Direction {
 
 impl DeviceMemory {
     pub(super) fn new(memory: Arc<GuestMemoryMmap>) -> DeviceMemory {
-        DeviceMemory { memory, discards: Discards::default(), unreadable_gpa: Cell::new(None) }
+        DeviceMemory {
+            memory,
+            discards: Discards::default(),
+            writes: WriteLog::default(),
+            unreadable_gpa: Cell::new(None),
+        }
+    }
+
+    /// Records what is written and discarded.
+    pub(super) fn with_writes(self, writes: WriteLog) -> DeviceMemory {
+        DeviceMemory { writes, ..self }
     }
 
     /// Asks `discards` before memory is discarded.
@@ -92,6 +105,11 @@ impl DeviceMemory {
         direction: Direction,
     ) -> Result<io::Result<usize>, Fault> {
         let mut iovecs = self.iovecs(segments)?;
+        if direction == Direction::ToGuest {
+            for segment in segments {
+                self.writes.note(segment.gpa..segment.gpa.saturating_add(segment.len as u64));
+            }
+        }
         let mut rest = iovecs.as_mut_slice();
         let mut done = 0;
         while !rest.is_empty() {
@@ -123,6 +141,8 @@ impl DeviceMemory {
     }
 
     fn discard_now(&self, segment: Segment) -> u64 {
+        let gpas = segment.gpa..segment.gpa.saturating_add(segment.len as u64);
+        self.writes.note(gpas.clone());
         let mut discarded = 0;
         for region in self.memory.iter() {
             let advice = match (region.file_offset(), region.flags() & libc::MAP_SHARED != 0) {
@@ -130,27 +150,8 @@ impl DeviceMemory {
                 (Some(_), true) => libc::MADV_REMOVE,
                 _ => continue,
             };
-            let (first, last) = (region.start_addr().0, region.start_addr().0 + region.len());
-            let start = segment.gpa.next_multiple_of(PAGE_BYTES).max(first);
-            let end =
-                segment.gpa.saturating_add(segment.len as u64).min(last) / PAGE_BYTES * PAGE_BYTES;
-            if start >= end {
-                continue;
-            }
-            let at = region.as_ptr().wrapping_add((start - first) as usize);
-            loop {
-                // SAFETY: whole pages of a region that stays mapped as long as `self.memory` lives, and to
-                // which no reference exists: guest memory may change at any time. They keep being mapped.
-                let result = unsafe { libc::madvise(at.cast(), (end - start) as usize, advice) };
-                if result == 0 {
-                    discarded += end - start;
-                    break;
-                }
-                let error = io::Error::last_os_error();
-                if !matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) {
-                    break;
-                }
-            }
+            // What the kernel does not take back stays as it is.
+            discarded += advise(region, gpas.clone(), advice).unwrap_or(0);
         }
         discarded
     }
@@ -216,6 +217,9 @@ impl GuestMemory for DeviceMemory {
         count: usize,
         access: Permissions,
     ) -> Result<impl GuestMemorySliceIterator<'a, BS<'a, ()>>, GuestMemoryError> {
+        if matches!(access, Permissions::Write | Permissions::ReadWrite) {
+            self.writes.note(addr.0..addr.0.saturating_add(count as u64));
+        }
         if let Err(error) = self.populate(addr, count, access) {
             self.unreadable_gpa.set(self.unreadable_gpa.get().or(Some(addr.0)));
             return Err(GuestMemoryError::IOError(error));

@@ -187,6 +187,25 @@ impl Overlay {
         Ok(FrozenBlocks { file, disk_bytes, blocks: Mutex::new(blocks) })
     }
 
+    /// Drops all changes, and restores the content that [`Overlay::content`] returned at an earlier time.
+    ///
+    /// # Errors
+    /// `ResourceBusy` while a frozen content exists; and those of [`Overlay::load`].
+    pub(super) fn reset(&mut self, content: &[u8], block_count: u32) -> io::Result<()> {
+        if self.frozen.strong_count() > 0 {
+            return Err(io::ErrorKind::ResourceBusy.into());
+        }
+        if !self.changed.is_empty() {
+            self.changed.clear();
+            self.file.set_len(0)?;
+            self.file.set_len(self.disk_bytes)?;
+        }
+        match block_count {
+            0 => Ok(()),
+            _ => self.load(content, block_count),
+        }
+    }
+
     /// Restores the content that [`Overlay::content`] returned, with this number of blocks.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 
 mod error;
 mod options;
+mod reset;
 
 use std::io;
 use std::path::PathBuf;
@@ -14,6 +15,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 pub use error::{BootError, MemoryMismatch, PauseError, RestoreError, ResumeError, SaveError};
 pub use options::{BootOptions, Clock, RestoreOptions};
+pub use reset::ResetError;
 
 use crate::arch::{self, GENERATION_ID_GPA, IoPorts, IrqchipState, Vcpu};
 use crate::boot::Board;
@@ -29,6 +31,7 @@ use crate::memory_slots::{LateRegistration, MemorySlots};
 use crate::payload::{LoadedPayload, Payload};
 use crate::run_loop::{self, Shared};
 use crate::state::{VCPUS_MAX, VmState};
+use crate::written::WriteLog;
 
 /// A guest that does not run. Only in this form does it have a state that can be saved.
 pub struct PausedVm {
@@ -92,8 +95,12 @@ impl PausedVm {
         kick::install_signal_handlers().map_err(BootError::Signals)?;
         let kvm = host::open_kvm()?;
         let vm = Arc::new(host::create_vm(&kvm)?);
-        let memory_slots =
-            MemorySlots::register_first(Arc::clone(&vm), memory, touched.as_deref())?;
+        let memory_slots = MemorySlots::register_first(
+            Arc::clone(&vm),
+            memory,
+            touched.as_deref(),
+            WriteLog::default(),
+        )?;
         arch::create_irqchip(&vm)?;
         let vcpus = (0..cpus)
             .map(|index| Vcpu::boot(&kvm, &vm, index, cpus, entry))
@@ -138,7 +145,12 @@ impl PausedVm {
         options: &RestoreOptions,
         devices: Vec<Box<dyn MmioDevice>>,
     ) -> Result<PausedVm, RestoreError> {
-        let devices = Devices::new(devices)?;
+        let writes = match options.record_writes {
+            true => WriteLog::recording(),
+            false => WriteLog::default(),
+        };
+        let mut devices = Devices::new(devices)?;
+        devices.writes = writes.clone();
         devices.check_kinds(&state.devices)?;
         let ranges = checked_layout(&memory, Some(&state.memory))?;
         kick::install_signal_handlers().map_err(RestoreError::Signals)?;
@@ -150,15 +162,11 @@ impl PausedVm {
             let shared = state.vcpus.iter().flat_map(arch::pages_shared_with_kvm);
             shared.chain(first.iter().cloned()).collect::<Vec<_>>()
         });
-        let memory_slots = MemorySlots::register_first(Arc::clone(&vm), memory, first.as_deref())?;
+        let memory_slots =
+            MemorySlots::register_first(Arc::clone(&vm), memory, first.as_deref(), writes)?;
         // Then the interrupt controllers: without them, vCPUs get no local interrupt controller.
         arch::create_irqchip(&vm)?;
-        let slept_ns = match options.clock {
-            Clock::Advance if state.saved_unix_ns != 0 => {
-                unix_ns().saturating_sub(state.saved_unix_ns)
-            }
-            Clock::Advance | Clock::Keep => 0,
-        };
+        let slept_ns = slept_ns(state, options.clock);
         // The vCPUs with all of their state, CPUID from the state: KVM_GET_SUPPORTED_CPUID takes half as long as all of
         // the rest.
         let vcpus = state
@@ -435,6 +443,14 @@ impl Drop for VcpuThreads {
         for handle in self.handles.drain(..) {
             let _ = handle.join();
         }
+    }
+}
+
+/// How much later the clocks of a guest with this state are now.
+fn slept_ns(state: &VmState, clock: Clock) -> u64 {
+    match clock {
+        Clock::Advance if state.saved_unix_ns != 0 => unix_ns().saturating_sub(state.saved_unix_ns),
+        Clock::Advance | Clock::Keep => 0,
     }
 }
 

@@ -62,6 +62,9 @@ pub struct RestoreOptions {
     pub guest_snapshot_trigger: bool,
     /// The guest's clocks.
     pub clock: Clock,
+    /// Record which pages are written to, for [`PausedVm::take_written`](crate::PausedVm::take_written). The first write
+    /// to each page after it was read then costs the guest one more exit to KVM, and KVM maps no large pages.
+    pub record_writes: bool,
 }
 
 impl RestoreOptions {
@@ -76,6 +79,13 @@ impl RestoreOptions {
     #[must_use]
     pub fn clock(mut self, clock: Clock) -> RestoreOptions {
         self.clock = clock;
+        self
+    }
+
+    /// Sets [`RestoreOptions::record_writes`].
+    #[must_use]
+    pub fn record_writes(mut self, on: bool) -> RestoreOptions {
+        self.record_writes = on;
         self
     }
 

@@ -293,15 +293,19 @@ impl Loader {
                 return;
             }
         }
+        // Held until the memory is let go: a reset gives pages back before this, or registers the memory again.
+        let was_reset = lock(&self.shared.was_reset);
         let mut unloadable = progress.unloadable.load(Ordering::Relaxed);
         // A page that was never checked would become zeros.
         unloadable += progress.plan.get().map_or(1, Plan::pages_left);
         unloadable += self.shared.slices.iter().map(|slice| slice.counters.poisoned()).sum::<u64>();
         let population = match unloadable {
+            0 if *was_reset => Population::Reset,
             0 if self.shared.release().is_ok() => Population::Complete,
             pages => Population::Incomplete { pages },
         };
         lock(&progress.state).population = population;
+        drop(was_reset);
         progress.active.store(false, Ordering::Relaxed);
         progress.changed.notify_all();
         if let Some(on_complete) = &progress.options.on_complete {

@@ -35,6 +35,9 @@ pub enum Population {
     /// All pages are loaded and the memory is unregistered: neither the pager nor the source is needed any more. Pages
     /// that still count as missing are zero in the source, and read as zero in memory.
     Complete,
+    /// All pages were loaded, and some were given back by [`Pager::reset`](crate::Pager::reset). All missing pages are left
+    /// to faults, as without population.
+    Reset,
     /// Some pages could not be loaded. All missing pages are left to faults, as without population.
     Incomplete {
         /// The number of these pages.
@@ -44,6 +47,6 @@ pub enum Population {
 
 impl Population {
     pub(crate) fn has_ended(self) -> bool {
-        matches!(self, Population::Off | Population::Complete | Population::Incomplete { .. })
+        !matches!(self, Population::Quiet | Population::Running)
     }
 }

@@ -120,6 +120,14 @@ impl Progress {
         state.population
     }
 
+    /// Pages were put back to missing. The caller holds the locks of the slices.
+    pub(crate) fn reset(&self) {
+        let mut state = self.lock();
+        if state.population == Population::Complete {
+            state.population = Population::Reset;
+        }
+    }
+
     /// Called by a demand thread: a thread has waited for `service` for this page. Returns whether this can start the
     /// loading.
     pub(crate) fn waited(&self, page: u64, source_offset: u64, service: Duration) -> bool {

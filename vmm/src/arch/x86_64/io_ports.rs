@@ -52,6 +52,13 @@ impl IoPorts {
         IoPorts { com1, rtc, console, snapshot_trigger }
     }
 
+    /// Puts the devices back into a saved state. The console stays.
+    pub(crate) fn reset(&mut self, vm: &Arc<VmFd>, com1: &Uart, rtc: &RtcState) {
+        self.com1 = SerialPort::restore(Arc::clone(vm), com1);
+        self.rtc = Rtc::restore(rtc);
+        self.console.guest_was_reset();
+    }
+
     /// The state of the serial port and of the real-time clock.
     pub(crate) fn save(&self) -> (Uart, RtcState) {
         (self.com1.state(), self.rtc.state())

@@ -54,6 +54,19 @@ pub(super) fn advance_tsc(
     msrs
 }
 
+/// The time stamp counter alone, with a value that is more than a second from the one of [`advance_tsc`], and from any that
+/// a guest reaches.
+pub(super) fn far_from_now(
+    msrs: &[Frozen<kvm_msr_entry>],
+    slept_ns: u64,
+    tsc_khz: u32,
+) -> Vec<Frozen<kvm_msr_entry>> {
+    let mut msrs = advance_tsc(msrs, slept_ns, tsc_khz);
+    msrs.retain(|msr| msr.0.index == MSR_IA32_TSC);
+    msrs.iter_mut().for_each(|msr| msr.0.data ^= 1 << 62);
+    msrs
+}
+
 pub(super) fn too_many() -> KvmError {
     KvmError { call: "KVM_GET_MSRS", source: std::io::Error::from_raw_os_error(libc::E2BIG) }
 }

@@ -117,6 +117,29 @@ impl Vcpu {
         if fd.get_tsc_khz().call("KVM_GET_TSC_KHZ")? != state.tsc_khz {
             fd.set_tsc_khz(state.tsc_khz).call("KVM_SET_TSC_KHZ")?;
         }
+        let vcpu = Vcpu { fd, exits: Arc::default(), cpuid };
+        vcpu.set(state, slept_ns)?;
+        Ok(vcpu)
+    }
+
+    /// Puts the vCPU into a saved state of it. CPUID and the frequency stay: the guest cannot change them. `first`: it is
+    /// the first of its guest's vCPUs that is put back.
+    pub(crate) fn reset(
+        &self,
+        state: &VcpuState,
+        slept_ns: u64,
+        first: bool,
+    ) -> Result<(), VcpuError> {
+        // KVM takes a value near the present one (1 s) for an attempt to synchronize vCPUs, and keeps the present one. The
+        // other vCPUs are then synchronized with the first, as in a new guest.
+        if first {
+            msrs::set(&self.fd, &msrs::far_from_now(&state.msrs, slept_ns, state.tsc_khz))?;
+        }
+        self.set(state, slept_ns)
+    }
+
+    fn set(&self, state: &VcpuState, slept_ns: u64) -> Result<(), VcpuError> {
+        let fd = &self.fd;
         // Before the MSRs (EFER is in both, and CR0 and CR4 constrain it) and before the LAPIC,
         // whose base address and mode are in sregs.
         fd.set_sregs(&state.sregs.0).call("KVM_SET_SREGS")?;
@@ -130,12 +153,11 @@ impl Vcpu {
         // After sregs (see there), before the MSRs: KVM drops the deadline timer's MSR unless the
         // LAPIC's timer is in deadline mode.
         fd.set_lapic(&state.lapic.0).call("KVM_SET_LAPIC")?;
-        msrs::set(&fd, &msrs::advance_tsc(&state.msrs, slept_ns, state.tsc_khz))?;
+        msrs::set(fd, &msrs::advance_tsc(&state.msrs, slept_ns, state.tsc_khz))?;
         // After the LAPIC: a vCPU that waits for a start-up interrupt reads it.
         fd.set_mp_state(state.mp_state.0).call("KVM_SET_MP_STATE")?;
         // Last: KVM_SET_REGS drops a pending exception, KVM_SET_SREGS the interrupt being delivered.
-        fd.set_vcpu_events(&state.events.0).call("KVM_SET_VCPU_EVENTS")?;
-        Ok(Vcpu { fd, exits: Arc::default(), cpuid })
+        fd.set_vcpu_events(&state.events.0).call("KVM_SET_VCPU_EVENTS").map_err(VcpuError::Kvm)
     }
 
     /// The state of a vCPU whose pending I/O has been completed.

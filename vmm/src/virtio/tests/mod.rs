@@ -59,6 +59,67 @@ fn bytes(driver: &Driver, gpa: u64, len: usize) -> Vec<u8> {
 }
 
 #[test]
+fn all_that_a_device_writes_is_recorded() {
+    let image = image();
+    let mut driver = block(image.path(), false);
+    for (kind, data) in [(0, (DATA, 512, WRITE)), (1, (DATA, 512, 0)), (8, (DATA, 20, WRITE))] {
+        driver.writes.take().unwrap();
+        assert_eq!(request(&mut driver, kind, 3, data).0, 0);
+        let pages: Vec<u64> = driver
+            .writes
+            .take()
+            .unwrap()
+            .ranges()
+            .into_iter()
+            .flat_map(|r| r.step_by(4096))
+            .collect();
+        let mut expected = vec![USED & !0xfff, RESULT];
+        expected.extend((kind != 1).then_some(DATA));
+        expected.sort_unstable();
+        assert_eq!(pages, expected, "request {kind}");
+    }
+}
+
+/// What was done since is forgotten: the rings' positions, and what the guest has written to the disk.
+#[test]
+fn a_disk_with_an_overlay_is_put_back() {
+    let image = image();
+    let event_loop = EventLoop::start().unwrap();
+    let disk = Disk::open_below(image.path(), &OverlayPlace::Memory).unwrap();
+    let device = VirtioDevice::create(&event_loop, Host::Disk(disk)).unwrap();
+    let mut driver = Driver::attach(device, memory());
+    driver.start();
+    let write = |driver: &mut Driver, sector: u64, byte: u8| {
+        driver.memory.write_slice(&[byte; 512], GuestAddress(DATA)).unwrap();
+        assert_eq!(request(driver, 1, sector, (DATA, 512, 0)).0, 0);
+    };
+    let read = |driver: &mut Driver, sector: u64| {
+        assert_eq!(request(driver, 0, sector, (DATA, 512, WRITE)).0, 0);
+        bytes(driver, DATA, 512)[511]
+    };
+    write(&mut driver, 3, b'a');
+    driver.device.pause();
+    let (state, content) = (driver.device.state(), driver.device.content().unwrap());
+    let before = bytes(&driver, 0, BROKEN_GPA as usize);
+    driver.device.resume();
+    for _ in 0..3 {
+        write(&mut driver, 3, b'b');
+        write(&mut driver, 40, b'c');
+        assert_eq!((read(&mut driver, 3), read(&mut driver, 40)), (b'b', b'c'));
+        driver.device.pause();
+        driver.memory.write_slice(&before, GuestAddress(0)).unwrap();
+        driver.device.reset(&state, content.as_deref()).unwrap();
+        assert_eq!(driver.device.state(), state);
+        assert_eq!(driver.device.content().unwrap(), content);
+        driver.device.resume();
+        assert_eq!((read(&mut driver, 3), read(&mut driver, 40)), (b'a', 41));
+    }
+    // A content that is not of this disk.
+    driver.device.pause();
+    driver.device.reset(&state, Some(b"nonsense")).unwrap_err();
+}
+
+#[test]
 fn registers_describe_the_device() {
     let image = image();
     let mut driver = block(image.path(), false);

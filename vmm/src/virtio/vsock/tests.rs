@@ -425,6 +425,32 @@ fn a_restored_guest_gets_a_reset_of_its_connections() {
 }
 
 #[test]
+fn a_reset_closes_connections_and_the_socket_stays() {
+    let mut guest = Guest::new();
+    guest.driver.offer_in(2, 0, &[(EVENT, 4, WRITE)]);
+    guest.driver.device.pause();
+    let state = guest.driver.device.state();
+    let mut before = vec![0; BROKEN_GPA as usize];
+    guest.driver.memory.read_slice(&mut before, GuestAddress(0)).unwrap();
+    let (taken, offered, forwarded) = (guest.taken, guest.offered, guest.forwarded);
+    guest.driver.device.resume();
+    for _ in 0..3 {
+        let (_, mut stream) = guest.connect_to_guest(1024);
+        guest.driver.device.pause();
+        guest.driver.memory.write_slice(&before, GuestAddress(0)).unwrap();
+        guest.driver.device.reset(&state, None).unwrap();
+        (guest.taken, guest.offered, guest.forwarded) = (taken, offered, forwarded);
+        guest.driver.device.resume();
+        assert!(at_end(&mut stream));
+        // The driver gets the event, and offers its buffer again.
+        assert_eq!(guest.driver.wait_used_in(2, 1), (0, 4));
+        guest.driver.offer_in(2, 0, &[(EVENT, 4, WRITE)]);
+    }
+    assert!(guest.path.exists());
+    guest.connect_to_guest(1024);
+}
+
+#[test]
 fn vsocks_that_cannot_be_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("vsock");

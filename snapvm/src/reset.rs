@@ -1,0 +1,218 @@
+//! Puts a restored guest back to the snapshot that it came from, in place.
+
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::{Arc, PoisonError};
+
+use pager::Pager;
+use snapfmt::{MemoryRegion, OnProgress, ReadAt};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::devices::{self, DeviceError};
+use crate::error::{GuestFailure, MemoryError, RestoreError};
+use crate::guest_memory;
+use crate::memory::{Restored, Service, VmMemory};
+use crate::memory_map::gpa_ranges;
+use crate::pagemap::private_pages;
+use crate::restore;
+use crate::vm::Vm;
+
+/// A guest that was not reset. After [`ResetError::Unfinished`] it is stopped permanently; after all others nothing is
+/// changed, and it can be resumed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ResetError {
+    /// There is no snapshot to go back to.
+    #[error("the guest was not restored from a snapshot, so that there is none to reset it to")]
+    NotRestored,
+    /// The guest writes to a file that is not part of its state, and the file cannot be put back.
+    #[error(
+        "the guest writes to {}, which a reset cannot undo: restore it with an overlay for its disks", path.display()
+    )]
+    OutsideFile {
+        /// The disk.
+        path: PathBuf,
+    },
+    /// Such a guest cannot be reset.
+    #[error("a guest whose touched pages are recorded cannot be reset")]
+    Recorded,
+    /// A [`Cut`](crate::Cut) or [`Armed`](crate::Armed) of the guest exists, which needs its memory.
+    #[error("a live snapshot of the guest is not complete yet")]
+    Busy,
+    /// A page of the guest could not be loaded.
+    #[error(transparent)]
+    Failed(GuestFailure),
+    /// The snapshot's state cannot be read, or is none of this guest.
+    #[error("cannot read the snapshot again")]
+    Snapshot(#[source] Box<RestoreError>),
+    /// The image from which memory is mapped has changed.
+    #[error(transparent)]
+    Image(MemoryError),
+    /// The snapshot is not one of this guest, or the guest has stopped.
+    #[error(transparent)]
+    Machine(vmm::ResetError),
+    /// The guest is between two states.
+    #[error("the guest was partly reset, and is stopped")]
+    Unfinished(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// What a reset has done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ResetStats {
+    /// Memory that was put back, in bytes: pages that the guest had written to, and with some kinds of memory others
+    /// ([`Vm::reset`]).
+    pub memory_bytes: u64,
+}
+
+impl Vm {
+    /// Puts the guest back to the snapshot from which it was restored: memory, vCPUs, devices, and the overlays of its
+    /// disks. What its devices are connected to stays; connections of its vsock are closed, as by a restore. The clocks are
+    /// those of a restore at this moment ([`RestoreConfig::clock`](crate::RestoreConfig::clock)), and it has a new generation
+    /// id.
+    ///
+    /// Of a lazily restored guest, the pages are dropped that were written to, or without
+    /// [`RestoreConfig::quick_resets`](crate::RestoreConfig::quick_resets) all, and are loaded again when they are touched.
+    /// Pages that a guest wrote to which shares memory, or runs from an image, have the shared content again. For an
+    /// eagerly restored guest all memory is loaded again. `progress` is called only for that; `Break` stops the guest
+    /// permanently.
+    ///
+    /// # Errors
+    /// [`ResetError`]
+    pub fn reset(&mut self, progress: OnProgress<'_>) -> Result<ResetStats, ResetError> {
+        let memory = Arc::clone(&self.memory);
+        let restored = memory.restored().ok_or(ResetError::NotRestored)?;
+        if let Some(path) = self.machine.outside_file() {
+            return Err(ResetError::OutsideFile { path });
+        }
+        if matches!(restored.service, Service::Recorded { .. }) {
+            return Err(ResetError::Recorded);
+        }
+        if memory.has_window() {
+            return Err(ResetError::Busy);
+        }
+        if let Some(failure) = memory.failure() {
+            return Err(ResetError::Failed(failure));
+        }
+        memory.check_image().map_err(ResetError::Image)?;
+        let unread = |error| ResetError::Snapshot(Box::new(error));
+        let state = restore::machine_state(&restored.snapshot, &restored.file).map_err(unread)?;
+        let contents: Result<Vec<_>, DeviceError> = (0..state.devices().len())
+            .map(|place| devices::content(&restored.snapshot, place).map(Some))
+            .collect();
+        let contents = contents
+            .map_err(|error| unread(RestoreError::Device { file: restored.file.clone(), error }))?;
+        self.machine.check_reset(&state).map_err(ResetError::Machine)?;
+
+        // From here on, the guest is between two states.
+        let put_back = self.put_memory_back(&memory, restored, progress).and_then(|bytes| {
+            // After memory: KVM writes to it when the vCPUs are set.
+            self.machine.reset(&state, &contents, restored.clock)?;
+            Ok(bytes)
+        });
+        match put_back {
+            Ok(memory_bytes) => Ok(ResetStats { memory_bytes }),
+            Err(error) => {
+                let reason = pager::with_causes(&*error);
+                self.machine.handle().fail(format!("the guest was partly reset: {reason}"));
+                Err(ResetError::Unfinished(error))
+            }
+        }
+    }
+
+    /// Returns how many bytes were put back.
+    fn put_memory_back(
+        &mut self,
+        memory: &VmMemory,
+        restored: &Restored,
+        progress: OnProgress<'_>,
+    ) -> Result<u64, Box<dyn std::error::Error + Send + Sync>> {
+        let written = self.machine.take_written()?;
+        let written = written.map(|gpas| source_ranges(&memory.regions, &gpas));
+        match &restored.service {
+            Service::Lazy { pager, .. } => {
+                memory.unprotect();
+                Ok(pager.reset(written.as_deref())?)
+            }
+            Service::Loaded { .. } => {
+                let own = memory.drop_own_pages()?;
+                let loaded = restore::load(&restored.snapshot, &memory.mapped, progress)?;
+                restored.snapshot.release(&loaded);
+                Ok(own)
+            }
+            Service::Shared(_) => Ok(memory.copy_shared_pages()?),
+            Service::Image { .. } => Ok(memory.drop_own_pages()?),
+            Service::Recorded { .. } => Err(ResetError::Recorded.into()),
+        }
+    }
+}
+
+impl VmMemory {
+    /// Whether a live snapshot has a window of the memory.
+    fn has_window(&self) -> bool {
+        let protection = self.protection.lock().unwrap_or_else(PoisonError::into_inner);
+        protection.as_ref().is_some_and(|protection| protection.has_window())
+            || self.pager().is_some_and(Pager::has_window)
+    }
+
+    /// Drops the protection of live snapshots, so that a pager can register the memory again.
+    fn unprotect(&self) {
+        *self.protection.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Drops all pages that only this process has: of an image's mapping those that the guest has written to, of anonymous
+    /// memory all.
+    fn drop_own_pages(&self) -> Result<u64, MemoryError> {
+        let own = private_pages(&self.mapped, &self.regions)?;
+        for range in &own {
+            for gpas in gpa_ranges(&self.regions, range.clone()) {
+                vmm::drop_private_pages(&self.mapped, gpas)
+                    .map_err(MemoryError::system("cannot drop the guest's pages"))?;
+            }
+        }
+        Ok(len_bytes(&own))
+    }
+
+    /// Copies the content of the shared file into the pages that the guest has written to. They cannot be dropped, because
+    /// the page server would take that for memory that the guest does not need any more.
+    fn copy_shared_pages(&self) -> Result<u64, MemoryError> {
+        const STEP_BYTES: u64 = 1 << 20;
+        let failed = MemoryError::system("cannot read the shared memory");
+        let own = private_pages(&self.mapped, &self.regions)?;
+        let mut buf = vec![0; STEP_BYTES as usize];
+        for range in &own {
+            for start in range.clone().step_by(STEP_BYTES as usize) {
+                let end = range.end.min(start + STEP_BYTES);
+                for gpas in gpa_ranges(&self.regions, start..end) {
+                    let part = &mut buf[..(gpas.end - gpas.start) as usize];
+                    let region = self.mapped.find_region(GuestAddress(gpas.start));
+                    let Some((region, file)) = region.and_then(|r| Some((r, r.file_offset()?)))
+                    else {
+                        return Err(MemoryError::Layout);
+                    };
+                    let at = file.start() + (gpas.start - region.start_addr().0);
+                    file.file().read_exact_at(part, at).map_err(&failed)?;
+                    guest_memory::write_at(&self.mapped, gpas.start, part)?;
+                }
+            }
+        }
+        Ok(len_bytes(&own))
+    }
+}
+
+fn len_bytes(ranges: &[Range<u64>]) -> u64 {
+    ranges.iter().map(|range| range.end - range.start).sum()
+}
+
+/// The source offsets of ranges of guest physical addresses, which ascend like the regions.
+fn source_ranges(regions: &[MemoryRegion], gpas: &[Range<u64>]) -> Vec<Range<u64>> {
+    let in_region = |range: &Range<u64>| {
+        let (start, end) = (range.start, range.end);
+        regions.iter().filter_map(move |region| {
+            let (start, end) = (start.max(region.gpa), end.min(region.gpa + region.len));
+            let offset = |gpa: u64| region.source_offset + (gpa - region.gpa);
+            (start < end).then(|| offset(start)..offset(end))
+        })
+    };
+    gpas.iter().flat_map(in_region).collect()
+}
