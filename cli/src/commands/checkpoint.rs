@@ -49,7 +49,7 @@ pub(crate) struct Args {
     if_changed: bool,
 
     /// End after this many checkpoints.
-    #[arg(long, value_name = "N")]
+    #[arg(long, short = 'n', value_name = "N")]
     count: Option<NonZeroU64>,
 
     /// The folder of the checkpoints. It is created, and an existing one is continued.
