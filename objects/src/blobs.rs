@@ -6,7 +6,7 @@ use std::sync::Arc;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use object_store::GetRange;
 
-use crate::ends::{END_BYTES, SUFFIX_BYTES};
+use crate::ends::{FRONT_BYTES, SUFFIX_BYTES};
 use crate::error::ObjectError;
 use crate::fetch::{Identity, Source};
 use crate::look::LAYERS;
@@ -49,7 +49,7 @@ async fn blob(
         Ok::<_, ObjectError>((start, bytes))
     };
     let tail = len.saturating_sub(SUFFIX_BYTES)..len;
-    let (head, tail) = futures_util::try_join!(part(0..END_BYTES.min(len)), part(tail))?;
+    let (head, tail) = futures_util::try_join!(part(0..FRONT_BYTES.min(len)), part(tail))?;
     tokio::task::block_in_place(|| {
         object.fill(head.0, &head.1);
         object.fill(tail.0, &tail.1);
@@ -63,7 +63,7 @@ pub(crate) async fn one_blob(
     source: &Source,
     options: &Options,
 ) -> Result<Option<RemoteObject>, ObjectError> {
-    let (identity, start, bytes) = match source.first(GetRange::Bounded(0..END_BYTES)).await {
+    let (identity, start, bytes) = match source.first(GetRange::Bounded(0..FRONT_BYTES)).await {
         // Some registries give a manifest as a blob, too.
         Ok(found) if Name::is_meant(&found.2) => return Ok(None),
         Err(ObjectError::NotFound { .. }) => return Ok(None),

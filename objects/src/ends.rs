@@ -7,9 +7,11 @@ use snapfmt::{ReadAt, SectionKind, Snapshot};
 use crate::cache::BLOCK_BYTES;
 use crate::fetch::MOST_ETAG_BYTES;
 
-/// The bytes at each end of an object that the first answers contain. The front has the header and the chunks that
-/// `snap optimize` puts there. The end has the index of up to 400 MiB of memory in use, and all that is read to open
-/// it.
+/// The first bytes of an object that the first answers contain: the header, and some of the chunks that `snap optimize` puts
+/// behind it. More would delay what is read to open it, which takes the same link.
+pub(crate) const FRONT_BYTES: u64 = BLOCK_BYTES;
+/// The last bytes of an object that the first answers contain: the index of up to 400 MiB of memory in use, and all that is
+/// read to open it.
 pub(crate) const END_BYTES: u64 = 1 << 20;
 /// Blocks of which only a part comes are left out.
 pub(crate) const SUFFIX_BYTES: u64 = END_BYTES + BLOCK_BYTES;

@@ -9,7 +9,7 @@ use futures_util::future::try_join_all;
 use object_store::GetRange;
 
 use crate::cache::{BLOCK_BYTES, Cache, Turn};
-use crate::ends::{END_BYTES, SUFFIX_BYTES};
+use crate::ends::{END_BYTES, FRONT_BYTES, SUFFIX_BYTES};
 use crate::error::ObjectError;
 use crate::fetch::{Identity, Source};
 use crate::fetcher::{LOOK_AGAIN, OTHERS};
@@ -189,9 +189,9 @@ fn are_of_one_version(parts: &[Part]) -> bool {
 /// small.
 async fn ends(source: &Source, len_bytes: Option<u64>) -> Result<Vec<Part>, ObjectError> {
     if let Some(len) = len_bytes {
-        let all = len <= END_BYTES + SUFFIX_BYTES;
+        let all = len <= FRONT_BYTES + SUFFIX_BYTES;
         let tail = len.saturating_sub(END_BYTES) / BLOCK_BYTES * BLOCK_BYTES..len;
-        let ranges = if all { vec![0..len] } else { vec![0..END_BYTES, tail] };
+        let ranges = if all { vec![0..len] } else { vec![0..FRONT_BYTES, tail] };
         let gets = ranges.into_iter().map(|range| source.first(GetRange::Bounded(range)));
         match try_join_all(gets).await {
             // It is shorter. The answers below contain its length.
@@ -199,7 +199,7 @@ async fn ends(source: &Source, len_bytes: Option<u64>) -> Result<Vec<Part>, Obje
             parts => return parts,
         }
     }
-    let head = source.first(GetRange::Bounded(0..END_BYTES));
+    let head = source.first(GetRange::Bounded(0..FRONT_BYTES));
     if source.url.scheme() != Scheme::Az {
         let tail = source.first(GetRange::Suffix(SUFFIX_BYTES));
         let (head, tail) = futures_util::try_join!(head, tail)?;
@@ -207,7 +207,7 @@ async fn ends(source: &Source, len_bytes: Option<u64>) -> Result<Vec<Part>, Obje
     }
     // Azure has no ranges that count from the end.
     let head = head.await?;
-    if head.0.len_bytes <= END_BYTES {
+    if head.0.len_bytes <= FRONT_BYTES {
         return Ok(vec![head]);
     }
     let start = head.0.len_bytes.saturating_sub(SUFFIX_BYTES);

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use snapfmt::layout::HEADER_BYTES;
 
-use crate::ends::{END_BYTES, Ends, SUFFIX_BYTES};
+use crate::ends::{Ends, FRONT_BYTES, SUFFIX_BYTES};
 use crate::fetch::MOST_OBJECT_BYTES;
 use crate::url::ObjectUrl;
 
@@ -36,7 +36,7 @@ const WITH_ENDS: u32 = 2;
 /// The text of the longest chain is shorter.
 pub(crate) const MOST_TEXT_BYTES: u64 = 64 << 10;
 /// The first answers contain all of it.
-const MOST_BYTES: u64 = END_BYTES + SUFFIX_BYTES;
+const MOST_BYTES: u64 = FRONT_BYTES + SUFFIX_BYTES;
 const MOST_LAYERS: usize = 256;
 
 impl LayerName {

@@ -20,8 +20,8 @@ const PAGES: usize = 4096;
 const BLOCK_BYTES: u64 = 256 << 10;
 /// Pages of five blocks that are not in the first answers, and that do not look like a stream.
 const HOT: [u32; 5] = [10 * 64, 20 * 64, 30 * 64, 40 * 64, 50 * 64];
-/// The first MiB, the last 1.25 MiB, and these blocks.
-const START_BYTES: u64 = (1 << 20) + (5 << 18) + HOT.len() as u64 * BLOCK_BYTES;
+/// The first 256 KiB, the last 1.25 MiB, and these blocks.
+const START_BYTES: u64 = (1 << 18) + (5 << 18) + HOT.len() as u64 * BLOCK_BYTES;
 const STARTS: u64 = 10;
 
 /// The processes of these tests.
