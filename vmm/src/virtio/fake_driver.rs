@@ -229,6 +229,13 @@ impl Driver {
         reasons
     }
 
+    /// Takes interrupts that have come already, as an interrupt controller does that is reset with the device.
+    pub(super) fn drop_interrupts(&mut self) {
+        while self.interrupted.wait(0, &mut [EpollEvent::default()]).unwrap() > 0 {
+            self.interrupt.read().unwrap();
+        }
+    }
+
     /// Offers one chain, and waits until it is used. Returns the length that the device reports.
     pub(super) fn run(&mut self, buffers: &[(u64, u32, u16)]) -> u32 {
         self.chain(0, buffers);

@@ -31,6 +31,7 @@ struct Guest {
     /// Packets taken from the used ring of the first queue.
     taken: u16,
     offered: u16,
+    /// Bytes of the last connection that the guest has taken: each connection has its own credit.
     forwarded: u32,
 }
 
@@ -120,6 +121,7 @@ impl Guest {
 
     /// A connection that the guest requested, and the host's end of it.
     fn connect_to_host(&mut self, guest: u32) -> (Ports, UnixStream) {
+        self.forwarded = 0;
         let ports = Ports { host: 77, guest };
         let listener = UnixListener::bind(port_path(&self.path, 77)).unwrap();
         self.send_op(ports, Op::Request);
@@ -132,6 +134,7 @@ impl Guest {
 
     /// A connection that a program of the host requested.
     fn connect_to_guest(&mut self, port: u32) -> (Ports, UnixStream) {
+        self.forwarded = 0;
         let mut stream = UnixStream::connect(&self.path).unwrap();
         write!(stream, "CONNECT {port}\nearly").unwrap();
         let header = self.receive_op(Op::Request);
@@ -436,12 +439,15 @@ fn a_reset_closes_connections_and_the_socket_stays() {
     guest.driver.device.resume();
     for _ in 0..3 {
         let (_, mut stream) = guest.connect_to_guest(1024);
+        let (_, mut other) = guest.connect_to_guest(1025);
         guest.driver.device.pause();
         guest.driver.memory.write_slice(&before, GuestAddress(0)).unwrap();
         guest.driver.device.reset(&state, None).unwrap();
+        guest.driver.drop_interrupts();
         (guest.taken, guest.offered, guest.forwarded) = (taken, offered, forwarded);
         guest.driver.device.resume();
         assert!(at_end(&mut stream));
+        assert!(at_end(&mut other));
         // The driver gets the event, and offers its buffer again.
         assert_eq!(guest.driver.wait_used_in(2, 1), (0, 4));
         guest.driver.offer_in(2, 0, &[(EVENT, 4, WRITE)]);
