@@ -80,6 +80,7 @@ mod causes;
 mod error;
 mod failure;
 mod fault;
+mod filled;
 mod install;
 mod layout;
 mod mapping;

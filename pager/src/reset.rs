@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use crate::error::StartError;
 use crate::install::page_state::PageState;
 use crate::install::register;
+use crate::pagemap::Pagemap;
 use crate::pager::Pager;
 use crate::pager_state::PagerState;
 use crate::region::Region;
@@ -45,6 +46,20 @@ pub enum ResetError {
     /// The kernel does not register the memory again.
     #[error(transparent)]
     Register(StartError),
+    /// It cannot be seen which pages are in memory.
+    #[error("cannot read /proc/self/pagemap")]
+    Pagemap(#[source] io::Error),
+    /// Each time that the memory was registered again, the kernel had filled pages of it with zeros.
+    #[error(
+        "the kernel has filled the page at {host_addr:#x} with zeros, also after it was dropped {rounds} times"
+    )]
+    #[non_exhaustive]
+    Filled {
+        /// The address of one of the pages.
+        host_addr: u64,
+        /// How often the pages were dropped.
+        rounds: usize,
+    },
 }
 
 impl Pager {
@@ -62,8 +77,9 @@ impl Pager {
     /// [`Population::Reset`](crate::Population::Reset) after this, and one in progress ends so: the memory stays registered,
     /// and pages that were given back are left to faults.
     ///
-    /// The caller makes sure that no thread accesses the memory during this call, and, if it runs a guest, that
-    /// `written` has every page that was written to or removed since the start of the pager or the last reset. A page
+    /// The caller makes sure that no thread accesses the memory during this call. A thread may still wait for a missing
+    /// page: the page has the content of the source after this, but that thread may find zeros in it. (The workers of
+    /// KVM do not read the page.) If it runs a guest, the caller makes sure that `written` has every page that was written to or removed since the start of the pager or the last reset. A page
     /// that it lacks keeps its bytes.
     ///
     /// # Errors
@@ -82,6 +98,8 @@ impl Pager {
         // Nothing is installed, and no message is read, meanwhile.
         let _locks: Vec<_> =
             shared.slices.iter().map(|slice| slice.lock.for_background()).collect();
+        // Before anything is changed.
+        let mut pagemap = Pagemap::open().map_err(ResetError::Pagemap)?;
         let pages = shared.to_give_back(written);
         // Without this, each call of madvise(2) would wait until a demand thread has read its event.
         for slice in 0..shared.slices.len() {
@@ -95,6 +113,7 @@ impl Pager {
             register::all(&slice.filler.uffd, shared.layout.extents_of(index), false)
                 .map_err(ResetError::Register)?;
             slice.released.store(false, Ordering::Relaxed);
+            shared.drop_filled(index, &mut pagemap)?;
         }
         // Windows can be opened again.
         shared.window.released(false);
@@ -145,7 +164,7 @@ impl PagerState {
         }
     }
 
-    fn unregister_slice(&self, slice: usize) -> Result<(), ResetError> {
+    pub(crate) fn unregister_slice(&self, slice: usize) -> Result<(), ResetError> {
         if self.slices[slice].is_released() {
             return Ok(());
         }
@@ -158,7 +177,7 @@ impl PagerState {
     }
 
     /// Returns how many bytes of a run, which is in one extent, were not missing.
-    fn give_back(&self, pages: Range<u64>) -> Result<u64, ResetError> {
+    pub(crate) fn give_back(&self, pages: Range<u64>) -> Result<u64, ResetError> {
         let page_bytes = self.layout.page_bytes();
         let Some(place) = self.layout.at_page(pages.start) else { return Ok(0) };
         let extent = self.layout.extent(place.extent);

@@ -5,12 +5,13 @@ mod support;
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use pager::window::WindowOptions;
 use pager::{Pager, PagerBuilder, Populate, Population, ResetError, VecSource};
-use support::{Memory, PAGE, Random, stamp, stamped, userfaultfd_works};
+use support::{Memory, PAGE, Random, source_of, stamp, stamped, userfaultfd_works};
 
 const LONG: Duration = Duration::from_secs(60);
 
@@ -140,6 +141,53 @@ fn resets_at_any_moment_of_a_population() {
         assert_eq!(pager.wait_complete(LONG), Population::Reset);
         let found: Vec<u64> = (0..PAGES).map(|page| memory.read_u64(page * PAGE)).collect();
         assert!(found == (0..PAGES).map(stamp).collect::<Vec<_>>(), "round {round}");
+        assert!(pager.failure().is_none());
+        pager.stop();
+    }
+}
+
+/// Unregistering wakes threads that wait for a page, as workers of KVM may while the guest is paused. They fault again
+/// while the memory is not registered, and the kernel fills their pages with zeros.
+#[test]
+fn pages_that_threads_wait_for_have_the_content_of_the_source() {
+    if !userfaultfd_works("pages_that_threads_wait_for_have_the_content_of_the_source") {
+        return;
+    }
+    const PAGES: usize = 4096;
+    const LATE: Range<usize> = 4000..4096;
+    for round in 0..4 {
+        let delayed = Arc::new((AtomicUsize::new(0), AtomicBool::new(true)));
+        let delays = Arc::clone(&delayed);
+        let source = source_of(PAGES, move |offset, answer| {
+            let page = offset as usize / PAGE;
+            if LATE.contains(&page) {
+                delays.0.fetch_add(1, Ordering::SeqCst);
+                while delays.1.load(Ordering::SeqCst) {
+                    thread::sleep(Duration::from_millis(1));
+                }
+            }
+            answer.push(page);
+            Ok(())
+        });
+        let memory = Memory::map(PAGES * PAGE);
+        let pager = Pager::builder(source).region(memory.whole()).slices(1 + round % 2);
+        let pager = pager.start().expect("it starts");
+        // Dropping them takes a while, in which nothing is registered.
+        (0..LATE.start).for_each(|page| memory.write(page * PAGE + 9, 0xee));
+        thread::scope(|scope| {
+            for page in LATE.step_by(12) {
+                let memory = &memory;
+                scope.spawn(move || memory.read(page * PAGE));
+            }
+            while delayed.0.load(Ordering::SeqCst) == 0 {
+                thread::sleep(Duration::from_millis(1));
+            }
+            // The others have only to fault.
+            thread::sleep(Duration::from_millis(50));
+            pager.reset(Some(&[pages(0..LATE.start as u64)])).expect("it is reset");
+            delayed.1.store(false, Ordering::SeqCst);
+        });
+        is_as_in_the_source(&memory, 0..PAGES);
         assert!(pager.failure().is_none());
         pager.stop();
     }

@@ -75,8 +75,9 @@ impl PagerState {
         kernel::install(&other.filler, target, fill, &mut observer)
     }
 
-    /// Fills a page with zeros if it is not in memory, whatever its state. Returns whether it is in memory now;
-    /// otherwise the memory map is changing. The caller holds the slice lock.
+    /// Fills a page with zeros that is not in memory, unless its state is `Missing`: then it has the content of the
+    /// source. Returns whether the page is in memory now; otherwise it is missing, or the memory map is changing. The
+    /// caller holds the slice lock.
     pub(crate) fn fill_absent(&self, slice: usize, target: Target) -> Result<bool, InstallError> {
         let reason = InstallReason::FillZero { fault_page: target.first_page };
         let mut observer = SliceObserver::new(self, slice, reason, None);
