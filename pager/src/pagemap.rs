@@ -30,7 +30,8 @@ impl PageTableEntry {
     }
 
     /// The page is mapped or swapped out, and this process has written it into a private mapping: it is neither a page
-    /// of a file nor shared.
+    /// of a file nor shared. Also a page that userfaultfd has filled with zeros and that was not written to: it is the
+    /// kernel's zero page.
     pub fn is_private(self) -> bool {
         self.is_mapped() && self.0 & Self::OF_FILE == 0
     }

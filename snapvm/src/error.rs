@@ -42,6 +42,15 @@ pub enum MemoryError {
         /// The guest's memory in bytes.
         expected: u64,
     },
+    /// Guest memory cannot be read.
+    #[error("cannot read guest memory at gpa {gpa:#x}")]
+    Read {
+        /// Guest physical address.
+        gpa: u64,
+        /// The cause.
+        #[source]
+        error: Cause,
+    },
     /// Guest memory cannot be written.
     #[error("cannot write guest memory at gpa {gpa:#x}")]
     Write {

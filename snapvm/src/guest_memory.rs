@@ -206,6 +206,11 @@ pub(crate) fn write(
     Ok(())
 }
 
+pub(crate) fn read_at(memory: &GuestMemoryMmap, gpa: u64, buf: &mut [u8]) -> Result<()> {
+    let read = memory.read_slice(buf, GuestAddress(gpa));
+    read.map_err(|error| MemoryError::Read { gpa, error: Box::new(error) })
+}
+
 pub(crate) fn write_at(memory: &GuestMemoryMmap, gpa: u64, bytes: &[u8]) -> Result<()> {
     let written = memory.write_slice(bytes, GuestAddress(gpa));
     written.map_err(|error| MemoryError::Write { gpa, error: Box::new(error) })

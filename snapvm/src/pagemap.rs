@@ -10,7 +10,8 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use crate::error::MemoryError;
 
 /// The ranges of source offsets whose pages only this process has, in memory or swapped out. All other pages of a
-/// private mapping have the content of the mapped file, or are zero.
+/// private mapping have the content of the mapped file, or are zero. Where pages are installed by userfaultfd, these
+/// ranges also have the kernel's zero pages, which use no memory: /proc/self/pagemap does not tell them apart.
 pub(crate) fn private_pages(
     memory: &GuestMemoryMmap,
     regions: &[MemoryRegion],

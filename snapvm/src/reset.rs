@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 
 use pager::Pager;
+use snapfmt::layout::PAGE_BYTES;
 use snapfmt::{MemoryRegion, OnProgress, ReadAt};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -36,7 +37,8 @@ pub enum ResetError {
     /// Such a guest cannot be reset.
     #[error("a guest whose touched pages are recorded cannot be reset")]
     Recorded,
-    /// A [`Cut`](crate::Cut) or [`Armed`](crate::Armed) of the guest exists, which needs its memory.
+    /// A [`Cut`](crate::Cut) or [`Armed`](crate::Armed) of the guest exists, which needs its memory. This is the last
+    /// check: without it the guest can be reset.
     #[error("a live snapshot of the guest is not complete yet")]
     Busy,
     /// A page of the guest could not be loaded.
@@ -88,9 +90,6 @@ impl Vm {
         if matches!(restored.service, Service::Recorded { .. }) {
             return Err(ResetError::Recorded);
         }
-        if memory.has_window() {
-            return Err(ResetError::Busy);
-        }
         if let Some(failure) = memory.failure() {
             return Err(ResetError::Failed(failure));
         }
@@ -103,6 +102,10 @@ impl Vm {
         let contents = contents
             .map_err(|error| unread(RestoreError::Device { file: restored.file.clone(), error }))?;
         self.machine.check_reset(&state).map_err(ResetError::Machine)?;
+        // The last check, so that the caller can drop its live snapshot for a reset that is made then.
+        if memory.has_window() {
+            return Err(ResetError::Busy);
+        }
 
         // From here on, the guest is between two states.
         let put_back = self.put_memory_back(&memory, restored, progress).and_then(|bytes| {
@@ -173,30 +176,56 @@ impl VmMemory {
         Ok(len_bytes(&own))
     }
 
-    /// Copies the content of the shared file into the pages that the guest has written to. They cannot be dropped, because
-    /// the page server would take that for memory that the guest does not need any more.
+    /// Copies the content of the shared file into the pages that the guest has written to, and returns how many bytes
+    /// differed. The pages cannot be dropped, because the page server would take that for memory that the guest does not
+    /// need any more. Pages that are equal are only read: among them are zero pages of the kernel, which the page server
+    /// has installed, and which a write would replace by memory of this process.
     fn copy_shared_pages(&self) -> Result<u64, MemoryError> {
         const STEP_BYTES: u64 = 1 << 20;
-        let failed = MemoryError::system("cannot read the shared memory");
-        let own = private_pages(&self.mapped, &self.regions)?;
-        let mut buf = vec![0; STEP_BYTES as usize];
-        for range in &own {
+        let mut bytes = 0;
+        let (mut shared, mut own) = (vec![0; STEP_BYTES as usize], vec![0; STEP_BYTES as usize]);
+        for range in &private_pages(&self.mapped, &self.regions)? {
             for start in range.clone().step_by(STEP_BYTES as usize) {
                 let end = range.end.min(start + STEP_BYTES);
                 for gpas in gpa_ranges(&self.regions, start..end) {
-                    let part = &mut buf[..(gpas.end - gpas.start) as usize];
-                    let region = self.mapped.find_region(GuestAddress(gpas.start));
-                    let Some((region, file)) = region.and_then(|r| Some((r, r.file_offset()?)))
-                    else {
-                        return Err(MemoryError::Layout);
-                    };
-                    let at = file.start() + (gpas.start - region.start_addr().0);
-                    file.file().read_exact_at(part, at).map_err(&failed)?;
-                    guest_memory::write_at(&self.mapped, gpas.start, part)?;
+                    let len = (gpas.end - gpas.start) as usize;
+                    let (shared, own) = (&mut shared[..len], &mut own[..len]);
+                    self.read_shared(gpas.start, shared)?;
+                    guest_memory::read_at(&self.mapped, gpas.start, own)?;
+                    bytes += self.copy_different_pages(gpas.start, shared, own)?;
                 }
             }
         }
-        Ok(len_bytes(&own))
+        Ok(bytes)
+    }
+
+    /// Reads from the shared file what is in the memory at `gpa`, which is in one region.
+    fn read_shared(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
+        let region = self.mapped.find_region(GuestAddress(gpa));
+        let Some((region, file)) = region.and_then(|r| Some((r, r.file_offset()?))) else {
+            return Err(MemoryError::Layout);
+        };
+        let at = file.start() + (gpa - region.start_addr().0);
+        let read = file.file().read_exact_at(buf, at);
+        read.map_err(MemoryError::system("cannot read the shared memory"))
+    }
+
+    /// Writes the pages of `shared` that differ from those of `own`, the memory at `gpa`. Returns their bytes.
+    fn copy_different_pages(
+        &self,
+        gpa: u64,
+        shared: &[u8],
+        own: &[u8],
+    ) -> Result<u64, MemoryError> {
+        let mut bytes = 0;
+        let pages = shared.chunks(PAGE_BYTES).zip(own.chunks(PAGE_BYTES));
+        for (at, (shared, own)) in (gpa..).step_by(PAGE_BYTES).zip(pages) {
+            if shared != own {
+                guest_memory::write_at(&self.mapped, at, shared)?;
+                bytes += shared.len() as u64;
+            }
+        }
+        Ok(bytes)
     }
 }
 

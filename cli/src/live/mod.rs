@@ -75,7 +75,8 @@ fn of_page(what: &str) -> String {
 
 const VCPUS_STOP: &str = "the guest's vCPUs to stop";
 
-/// Pauses a guest that is to continue. A vCPU that waits for a page stops when the page is loaded.
+/// Pauses a guest that is to continue. A vCPU that waits for a page stops when the page is loaded, unless KVM lets a
+/// worker of the kernel wait in its place: then the worker still waits when the guest is paused.
 pub(crate) fn pause(vm: RunningVm) -> Result<Vm, PauseError> {
     let _waiting = Wait::new(|| of_page(VCPUS_STOP)).hears().begin();
     vm.pause()
@@ -171,9 +172,7 @@ impl Live<'_> {
                     Next::Go(guest)
                 }
                 Ok(Event::Command(Command::Reset, answer)) => {
-                    // The next checkpoint cannot be one of what has changed since the last one.
-                    tracker.stop();
-                    self.reset(guest, &answer)?
+                    self.reset(guest, &tracker, &answer)?
                 }
                 Ok(Event::Command(command, answer)) => self.handle(guest, command, &answer)?,
                 Err(RecvTimeoutError::Timeout) if wake != deadline => {

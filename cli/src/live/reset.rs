@@ -8,6 +8,7 @@ use anyhow::Result;
 use snapvm::{ResetError, Vm};
 use vmm::Stop;
 
+use super::checkpoint::Tracker;
 use super::remote::{Answer, Done, Refused};
 use super::{End, Guest, Live, Next, pause};
 use crate::exit;
@@ -17,7 +18,12 @@ use crate::summary::ResetSummary;
 
 impl Live<'_> {
     /// Resets the guest, which is then running or paused, as before.
-    pub(super) fn reset(&self, guest: Guest, answer: &Sender<Answer>) -> Result<Next> {
+    pub(super) fn reset(
+        &self,
+        guest: Guest,
+        tracker: &Tracker,
+        answer: &Sender<Answer>,
+    ) -> Result<Next> {
         // The command is done even if the client does not wait for the answer.
         let refuse = |refused| drop(answer.send(Err(refused)));
         if self.events.status.is_saving() {
@@ -40,7 +46,7 @@ impl Live<'_> {
             refuse(Refused::Ended);
             return Ok(Next::End(End::Stopped(Stop::ConsolePause), Ok(Guest::Paused(vm))));
         }
-        let done = self.put_back(&mut vm);
+        let done = self.put_back(&mut vm, tracker);
         if let Some(stop) = vm.breakdown() {
             done.err().into_iter().for_each(refuse);
             return Ok(Next::End(End::Stopped(stop), Ok(Guest::Paused(vm))));
@@ -53,19 +59,26 @@ impl Live<'_> {
         Ok(Next::Go(next))
     }
 
-    fn put_back(&self, vm: &mut Vm) -> Result<ResetSummary, Refused> {
+    fn put_back(&self, vm: &mut Vm, tracker: &Tracker) -> Result<ResetSummary, Refused> {
         let began = Instant::now();
         let (status, interrupt) = (&self.events.status, &self.session.interrupt);
         status.resetting(true);
         let steps = Steps::begin("resetting");
-        let stats = vm.reset(&|progress| {
+        let on_progress = |progress| {
             status.progress(progress);
             steps.moved(progress);
             match interrupt.requested() {
                 true => ControlFlow::Break(()),
                 false => ControlFlow::Continue(()),
             }
-        });
+        };
+        let mut stats = vm.reset(&on_progress);
+        if let Err(ResetError::Busy) = stats {
+            // No snapshot is being written: the memory is protected since the last checkpoint. All other checks have
+            // passed, and the next checkpoint cannot be one of what has changed since the last one.
+            tracker.stop();
+            stats = vm.reset(&on_progress);
+        }
         status.resetting(false);
         let stats = stats.map_err(refused)?;
         Ok(ResetSummary {
