@@ -6,7 +6,6 @@
 
 use std::ops::Range;
 
-use crate::install::page_state::PageState;
 use crate::install::register;
 use crate::layout::Extent;
 use crate::pagemap::Pagemap;
@@ -56,20 +55,10 @@ impl PagerState {
         let part_bytes = (Pagemap::MAX_PAGES * PAGE_BYTES) as u64;
         for host_addr in extent.host.clone().step_by(part_bytes as usize) {
             let len_bytes = part_bytes.min(extent.host.end - host_addr);
-            let entries = pagemap.entries(host_addr, (len_bytes / PAGE_BYTES as u64) as usize);
-            let entries = entries.map_err(ResetError::Pagemap)?;
-            let offset = host_addr - extent.host.start;
-            for (at, entry) in (offset..).step_by(PAGE_BYTES).zip(entries) {
-                let page = extent.first_page + at / page_bytes;
-                if !entry.is_mapped() || self.states.of(page) != PageState::Missing {
-                    continue;
-                }
-                match filled.last_mut() {
-                    // Runs are each in one extent.
-                    Some(last) if last.end > page => {}
-                    Some(last) if last.end == page && page > extent.first_page => last.end += 1,
-                    _ => filled.push(page..page + 1),
-                }
+            let mapped = pagemap.mapped(host_addr, (len_bytes / PAGE_BYTES as u64) as usize);
+            let page_of = |addr: u64| extent.first_page + (addr - extent.host.start) / page_bytes;
+            for run in mapped.map_err(ResetError::Pagemap)? {
+                self.runs_of_missing(page_of(run.start)..page_of(run.end - 1) + 1, filled);
             }
         }
         Ok(())

@@ -83,6 +83,7 @@ mod fault;
 mod filled;
 mod install;
 mod layout;
+mod mapped;
 mod mapping;
 mod pagemap;
 mod pager;

@@ -50,6 +50,10 @@ impl Pagemap {
         Ok(Pagemap { file, entries_bytes: vec![0; Self::MAX_PAGES * ENTRY_BYTES] })
     }
 
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
     /// The entries of the `pages` pages from `host_addr` on. `pages` is at most [`Pagemap::MAX_PAGES`].
     ///
     /// # Errors

@@ -152,7 +152,8 @@ impl PagerState {
         runs
     }
 
-    fn runs_of_missing(&self, pages: Range<u64>, runs: &mut Vec<Range<u64>>) {
+    /// Adds the runs of missing pages.
+    pub(crate) fn runs_of_missing(&self, pages: Range<u64>, runs: &mut Vec<Range<u64>>) {
         let mut at = pages.start;
         while at < pages.end {
             let missing = |page: &u64| self.states.of(*page) == PageState::Missing;
