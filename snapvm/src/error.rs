@@ -285,6 +285,12 @@ pub enum SnapshotError {
         #[source]
         error: io::Error,
     },
+    /// The parent's path names no file, or another one than the open parent: the layer could not be opened.
+    #[error("{} is no longer the file that is open: a layer on it could not be opened", path.display())]
+    ParentReplaced {
+        /// The parent.
+        path: PathBuf,
+    },
     /// fstat(2) of an open snapshot failed.
     #[error("cannot identify the file of an open snapshot")]
     Look(#[source] io::Error),

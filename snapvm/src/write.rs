@@ -175,14 +175,18 @@ pub fn refuse_same(out: &Path, input: &Metadata) -> Result<(), SnapshotError> {
 /// a parent that is no file, `parent` is its address, which is stored as it is.
 ///
 /// # Errors
-/// [`SnapshotError::ParentPath`]
+/// [`SnapshotError::ParentPath`]; [`SnapshotError::ParentReplaced`] if the path names another file than `storage`, or
+/// none; [`SnapshotError::Look`].
 pub fn path_of_parent(
     storage: &Storage,
     parent: &Path,
     layer: &Path,
 ) -> Result<PathBuf, SnapshotError> {
-    if storage.file().is_none() {
-        return Ok(parent.to_owned());
+    let Some(file) = storage.file() else { return Ok(parent.to_owned()) };
+    let open = file.metadata().map_err(SnapshotError::Look)?;
+    let is_open = |named: Metadata| (named.dev(), named.ino()) == (open.dev(), open.ino());
+    if !parent.metadata().is_ok_and(is_open) {
+        return Err(SnapshotError::ParentReplaced { path: parent.to_owned() });
     }
     let folder = |path: &Path| {
         let folder = path.parent().filter(|folder| *folder != Path::new(""));
@@ -281,4 +285,31 @@ pub(crate) fn machine_state(machine: &mut vmm::PausedVm) -> Result<StateBlob, Sn
 pub(crate) fn device_content(place: usize, bytes: Vec<u8>) -> Option<StateBlob> {
     let tag = vmm::state::device_content_kind(place)?;
     Some(StateBlob { tag, version: vmm::state::DEVICE_CONTENT_VERSION, bytes })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, File};
+
+    use super::*;
+
+    #[test]
+    fn a_parent_without_its_name_is_refused() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let at = |name: &str| folder.path().join(name);
+        let (parent, layer) = (at("parent.snap"), at("layer.snap"));
+        fs::write(&parent, "one").expect("it is written");
+        let storage = Storage::from(File::open(&parent).expect("it opens"));
+        let path = || path_of_parent(&storage, &parent, &layer);
+        assert_eq!(path().expect("it is there"), Path::new("parent.snap"));
+        let refused = || match path() {
+            Err(SnapshotError::ParentReplaced { path }) => assert_eq!(path, parent),
+            other => panic!("{other:?}"),
+        };
+        fs::write(at("other.snap"), "two").expect("it is written");
+        fs::rename(at("other.snap"), &parent).expect("it is renamed");
+        refused();
+        fs::remove_file(&parent).expect("it is removed");
+        refused();
+    }
 }
