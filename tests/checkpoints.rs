@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::control::Vm;
 use crate::live::{memory_of, runs};
-use crate::support::{SNAP, Sample, end_of, names, needs_vm, signal, snap};
+use crate::support::{Ran, SNAP, Sample, end_of, names, needs_vm, signal, snap};
 
 /// A `snap checkpoint` that runs.
 struct Checkpoints {
@@ -295,5 +295,67 @@ fn a_checkpoint_that_fails_loses_no_change() {
     assert_eq!(vm.ask("PUT", "/snapshot/create", &body).0, 400);
     vm.set("Resumed");
     vm.beats(2);
+    vm.interrupt();
+}
+
+/// A guest that was restored from a file of the folder needs that file as long as it runs: a chain may begin on it again.
+#[test]
+fn the_file_that_the_guest_was_restored_from_is_kept() {
+    needs_vm!();
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let out = folder.path().join("checkpoints");
+    let options = ["--every", "20ms", "--keep", "2", "--merge-at", "3"];
+    let mut vm = Vm::booted(folder.path());
+    let run = Checkpoints::start(&vm, &out, &[&options[..], &["--count", "2"]].concat());
+    assert!(run.end().status.success());
+    vm.interrupt();
+    // It is a layer, and both of its files are needed.
+    let out_text = out.to_str().expect("text");
+    vm = Vm::start(folder.path(), &["restore", out_text, "--lazy", "--populate", "off"]);
+    let mut run = Checkpoints::start(&vm, &out, &options);
+    for _ in 0..2 {
+        run.wait_for("merged");
+        run.wait_for("removed");
+    }
+    let is_kept = || {
+        let kept = names(&out);
+        assert_eq!(kept[..2], ["000001.snap", "000002.snap"], "{kept:?}");
+    };
+    is_kept();
+    // This ends the chain. The next one begins on the same file.
+    let live = || vm.create(&folder.path().join("live.snap"), &["--live"]);
+    // It is refused while a checkpoint is written.
+    while let refused @ Ran { code: Some(1), .. } = live() {
+        refused.failed(1, &["is being snapshotted"]);
+    }
+    while run.wait_for("checkpoint")["parents"] != 2 {}
+    run.wait_for("merged");
+    run.interrupt();
+    is_kept();
+    runs(&out);
+    vm.beats(2);
+    vm.interrupt();
+}
+
+/// A guest whose checkpoints could not be opened is refused before the first one.
+#[test]
+fn a_guest_whose_file_does_not_open_is_refused() {
+    needs_vm!();
+    let sample = Sample::small();
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("moved.snap");
+    std::fs::copy(&sample.file, &file).expect("it is copied");
+    let mut vm = Vm::start(folder.path(), &["restore", file.to_str().expect("text")]);
+    std::fs::remove_file(&file).expect("it is there");
+    let out = folder.path().join("checkpoints");
+    let run = Checkpoints::start(&vm, &out, &["--every", "1s", "--keep", "1"]).end();
+    let error = String::from_utf8_lossy(&run.stderr).into_owned();
+    assert!(error.contains("could not be opened") && error.contains("moved.snap"), "{error}");
+    assert_ne!(run.status.code(), Some(0));
+    assert!(names(&out).is_empty());
+    vm.create(&folder.path().join("layer.snap"), &["--diff"]).failed(1, &["no longer the file"]);
+    vm.beats(1);
+    let never = Checkpoints::start(&vm, &out, &["--every", "0s", "--keep", "1"]).end();
+    assert_eq!(never.status.code(), Some(2));
     vm.interrupt();
 }

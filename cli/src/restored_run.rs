@@ -1,7 +1,6 @@
 //! One restore, from the file to the end of the guest's run, and its costs.
 
 use std::io::Write;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,7 +20,7 @@ use crate::restoring::{self, check_image, check_memory};
 use crate::session::Session;
 use crate::terminal::Keyboard;
 use crate::usage::{Counters, Faults, Measure, Usage};
-use crate::{memory_hash, usage};
+use crate::{bucket, memory_hash, usage};
 
 /// One restore, from the file to the end of the run.
 pub(crate) struct Restore {
@@ -135,7 +134,11 @@ fn facts(memory: &Arc<VmMemory>, vcpus: usize, started: Instant) -> Facts {
     Facts {
         memory_bytes: bytes_of(memory),
         vcpus,
-        restored_from: memory.file().map(Path::to_owned),
+        restored_from: memory.file().map(|file| match bucket::is_meant(file) {
+            true => file.to_owned(),
+            // The reader may be in another folder.
+            false => std::path::absolute(file).unwrap_or_else(|_| file.to_owned()),
+        }),
         started,
         pager: {
             // The control socket keeps no memory.

@@ -168,7 +168,7 @@ fn ask<T: DeserializeOwned>(
     }
 }
 
-/// The snapshot that the guest at this socket was restored from, as its command names it.
+/// The snapshot that the guest at this socket was restored from: an absolute path, or an address.
 pub(crate) fn restored_from(socket: &Path) -> Result<Option<PathBuf>> {
     let named = || format!("cannot ask the guest at {}", socket.display());
     let asking = socket.display().to_string();

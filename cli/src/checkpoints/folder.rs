@@ -7,9 +7,9 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use snapfmt::Snapshot;
 
 use super::{Name, names};
+use crate::input;
 
 /// A folder of checkpoints. No other process writes to it as long as this exists.
 pub(crate) struct Folder {
@@ -17,6 +17,9 @@ pub(crate) struct Folder {
     _lock: File,
     files: Vec<Known>,
     last_number: u64,
+    /// The ids of the snapshot that the guest was restored from, and of its parents. They may be files of this folder.
+    /// The guest's process has them open, and begins its next chain on them.
+    of_guest: HashSet<String>,
 }
 
 /// A file that opens with all of its parents.
@@ -44,8 +47,13 @@ impl Folder {
         }
         let names = names(path)?;
         let last_number = names.last().map_or(0, |name| name.number);
-        let mut folder =
-            Folder { path: path.to_owned(), _lock: lock, files: Vec::new(), last_number };
+        let mut folder = Folder {
+            path: path.to_owned(),
+            _lock: lock,
+            files: Vec::new(),
+            last_number,
+            of_guest: HashSet::new(),
+        };
         for name in names {
             // One that is not whole is not counted, and is left alone.
             let _ = folder.add(name);
@@ -59,14 +67,17 @@ impl Folder {
     }
 
     /// The name of the next checkpoint.
-    pub(crate) fn next(&self) -> Name {
-        Name { number: self.last_number + 1, is_merged: false }
+    pub(crate) fn next(&self) -> Result<Name> {
+        match self.last_number.checked_add(1).filter(|number| *number <= Name::MOST) {
+            Some(number) => Ok(Name { number, is_merged: false }),
+            None => bail!("{} has a checkpoint of the highest number", self.path.display()),
+        }
     }
 
     /// Notes a new file, after it has appeared.
     pub(crate) fn add(&mut self, name: Name) -> Result<()> {
         let path = self.at(name);
-        let snapshot = Snapshot::open(&path).with_context(|| path.display().to_string())?;
+        let snapshot = input::open(&path, &Default::default())?;
         let mut ids = snapshot.headers().map(|header| header.id.to_string());
         let Some(id) = ids.next() else { bail!("{} has no header", path.display()) };
         self.files.push(Known { name, id, parents: ids.collect() });
@@ -84,12 +95,18 @@ impl Folder {
         self.known(name).map_or(0, |file| file.parents.len())
     }
 
+    /// The first checkpoint of a chain is on the snapshot that the guest was restored from: its parents are not removed.
+    pub(crate) fn begin_chain(&mut self, first: Name) {
+        let parents = self.known(first).map(|file| file.parents.iter().cloned().collect());
+        self.of_guest = parents.unwrap_or_default();
+    }
+
     fn known(&self, name: Name) -> Option<&Known> {
         self.files.iter().find(|file| file.name == name)
     }
 
     /// Removes the files that neither the newest `keep` checkpoints need, nor the one at `parent`, which is the parent of
-    /// the next one. Returns their names.
+    /// the next one, nor the guest. Returns their names.
     pub(crate) fn prune(&mut self, keep: usize, parent: Option<Name>) -> Result<Vec<String>> {
         self.files.sort_unstable_by_key(|file| file.name);
         let checkpoints = self.files.iter().filter(|file| !file.name.is_merged);
@@ -98,6 +115,7 @@ impl Folder {
         let needed: HashSet<&String> = kept
             .chain(parent)
             .flat_map(|file| file.parents.iter().chain(std::iter::once(&file.id)))
+            .chain(&self.of_guest)
             .collect();
         // Layers before their parents: whatever ends this process, a file that is there is whole.
         let unneeded: Vec<Name> = self

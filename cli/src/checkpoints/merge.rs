@@ -13,6 +13,7 @@ use snapvm::path_of_parent;
 
 use super::Name;
 use crate::commands::Parts;
+use crate::input;
 use crate::interrupt::Interrupt;
 
 /// A file that has the content of a checkpoint, with the layers below it merged into it.
@@ -30,9 +31,10 @@ pub(crate) struct Merging {
 }
 
 impl Merging {
-    /// Begins to merge the checkpoint at `top`.
+    /// Begins to merge the checkpoint at `top`, without the lowest `base_depth` files of its chain.
     pub(crate) fn start(
         top: PathBuf,
+        base_depth: usize,
         name: Name,
         options: WriteOptions,
         interrupt: Interrupt,
@@ -41,7 +43,7 @@ impl Merging {
         let stop = Arc::clone(&cancelled);
         let merge = move || {
             let cancelled = || stop.load(Ordering::Relaxed) || interrupt.requested();
-            merge_to_base(&top, name, &options, &cancelled)
+            merge_to_base(&top, base_depth, name, &options, &cancelled)
         };
         let thread = std::thread::Builder::new().name("merge".into()).spawn(merge);
         let thread = thread.context("the thread that merges layers cannot be started")?;
@@ -72,23 +74,20 @@ impl Drop for Merging {
     }
 }
 
-/// Writes the content of the checkpoint at `top` as one layer on the lowest file of its chain, or on the file from which
-/// the guest was restored.
+/// Writes the content of the checkpoint at `top` as one layer on the file from which the guest was restored, which with
+/// its parents is the lowest `base_depth` files of the chain; or on the lowest file, if the guest was booted.
 fn merge_to_base(
     top: &Path,
+    base_depth: usize,
     name: Name,
     options: &WriteOptions,
     cancelled: &(dyn Fn() -> bool + Sync),
 ) -> Result<Merged> {
     let snapshot = open(top)?;
-    let folder = top.parent();
-    let is_own = |path: Option<&Path>| {
-        path.is_some_and(|path| path.parent() == folder && Name::of(path).is_some())
+    let base = snapshot.paths().len().saturating_sub(base_depth.max(1));
+    let Some(base_path) = snapshot.paths().nth(base).flatten() else {
+        bail!("{}: its base is no file", top.display())
     };
-    let paths: Vec<_> = snapshot.paths().collect();
-    let outside = paths.iter().position(|path| !is_own(*path));
-    let base = outside.unwrap_or(paths.len() - 1);
-    let Some(base_path) = paths[base] else { bail!("{}: its base is no file", top.display()) };
     let onto = open(base_path)?;
     write(
         &snapshot,
@@ -121,7 +120,7 @@ pub(crate) fn merge_onto(
 }
 
 fn open(path: &Path) -> Result<Snapshot> {
-    Snapshot::open(path).with_context(|| path.display().to_string())
+    input::open(path, &Default::default())
 }
 
 /// Writes `snapshot` as a layer on `onto`, which has the content of the file number `base` of its chain.

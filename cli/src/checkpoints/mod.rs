@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use snapfmt::{ReadError, Snapshot};
 
+use crate::input;
 use crate::stderr::say;
 pub(crate) use folder::Folder;
 pub(crate) use merge::{Merged, Merging, merge_onto};
@@ -22,6 +23,9 @@ pub(crate) struct Name {
 }
 
 impl Name {
+    /// The highest number. A file with a higher one is not counted.
+    pub(crate) const MOST: u64 = 999_999_999_999_999;
+
     pub(crate) fn of(path: &Path) -> Option<Name> {
         let name = path.file_name()?.to_str()?.strip_suffix(".snap")?;
         let (digits, is_merged) = match name.strip_suffix(".merged") {
@@ -29,7 +33,8 @@ impl Name {
             None => (name, false),
         };
         let is_number = digits.len() >= 6 && digits.bytes().all(|byte| byte.is_ascii_digit());
-        let number = digits.parse().ok().filter(|number| is_number && *number > 0)?;
+        let number =
+            digits.parse().ok().filter(|number| is_number && (1..=Self::MOST).contains(number))?;
         let found = Name { number, is_merged };
         // Not with more zeros than it needs.
         (*found.file_name() == *path.file_name()?).then_some(found)
@@ -83,7 +88,7 @@ fn newest(folder: &Path) -> Result<Option<PathBuf>> {
     let mut first_error = None;
     for name in names(folder)?.into_iter().rev().filter(|name| !name.is_merged) {
         let path = folder.join(name.file_name());
-        match Snapshot::open(&path) {
+        match input::open(&path, &Default::default()) {
             Ok(_) => {
                 if let Some(error) = &first_error {
                     say(&format!("snap: {} is used instead: {error:#}\n", path.display()));
@@ -91,7 +96,6 @@ fn newest(folder: &Path) -> Result<Option<PathBuf>> {
                 return Ok(Some(path));
             }
             Err(error) => {
-                let error = anyhow::Error::new(error).context(path.display().to_string());
                 first_error.get_or_insert(error);
             }
         }
@@ -117,6 +121,7 @@ mod tests {
             (7, false, "000007.snap"),
             (16, true, "000016.merged.snap"),
             (1_234_567, false, "1234567.snap"),
+            (Name::MOST, false, "999999999999999.snap"),
         ] {
             let name = Name { number, is_merged };
             assert_eq!(name.file_name(), text);
@@ -128,6 +133,8 @@ mod tests {
             "000000.snap",
             "000007.snap.tmp",
             "000007",
+            "1000000000000000.snap",
+            "18446744073709551615.snap",
             "+00007.snap",
             "a.snap",
             ".000007.snap",

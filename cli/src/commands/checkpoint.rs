@@ -4,20 +4,20 @@ use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use serde_json::json;
 use snapfmt::Codec;
 
 use crate::api::CheckpointFields;
 use crate::api::client::{self, Fault};
 use crate::checkpoints::{Folder, Merged, Merging, Name, merge_onto};
-use crate::exit::{Interrupted, describe};
-use crate::foreign_text;
+use crate::exit::{Interrupted, WrongOptions, describe};
 use crate::session::Session;
 use crate::size;
 use crate::stdout::print_line;
 use crate::storage::Storage;
 use crate::summary::Summary;
+use crate::{bucket, foreign_text, input};
 
 /// Snapshot a running guest again and again, each time only what has changed.
 ///
@@ -77,8 +77,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(20);
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
-    if args.every > MOST {
-        return Err(crate::exit::WrongOptions("--every: at most 1h".into()).into());
+    if args.every.is_zero() || args.every > MOST {
+        return Err(WrongOptions("--every: more than 0, and at most 1h".into()).into());
     }
     let storage = Storage { codec: args.codec, ..Storage::default() };
     let folder = Folder::open(&args.out)?;
@@ -87,6 +87,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         session,
         storage,
         folder,
+        restored_from: None,
         last: None,
         parent: None,
         base_depth: 0,
@@ -94,6 +95,9 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     };
     let mut made = 0;
     loop {
+        if session.interrupt.requested() {
+            return Err(Interrupted.into());
+        }
         let started = Instant::now();
         made += u64::from(run.checkpoint(made == 0)?);
         if args.count.is_some_and(|count| made >= count.get()) {
@@ -113,6 +117,8 @@ struct Run<'a> {
     session: &'a Session,
     storage: Storage,
     folder: Folder,
+    /// The snapshot that the guest was restored from.
+    restored_from: Option<PathBuf>,
     /// The last checkpoint, with its id.
     last: Option<(Name, String)>,
     /// The file with its content on which the next one is a layer.
@@ -135,7 +141,8 @@ impl Run<'_> {
     /// Makes a checkpoint. Returns whether there is one more.
     fn checkpoint(&mut self, is_first: bool) -> Result<bool> {
         self.take_merged(false)?;
-        let name = self.folder.next();
+        self.look_at_guest()?;
+        let name = self.folder.next()?;
         let path = |name| absolute(&self.folder.at(name));
         let fields = CheckpointFields {
             parent: self.parent.map(path).transpose()?,
@@ -163,6 +170,7 @@ impl Run<'_> {
         let depth = self.folder.depth(name);
         if is_new_chain {
             self.base_depth = depth;
+            self.folder.begin_chain(name);
             self.merging = None;
         }
         self.report(&Event::Checkpoint { number: name.number, depth, summary: &summary })?;
@@ -173,9 +181,34 @@ impl Run<'_> {
             let merged = Name { is_merged: true, ..name };
             let options = self.storage.options()?.threads(NonZeroUsize::MIN);
             let interrupt = self.session.interrupt.clone();
-            self.merging = Some(Merging::start(out, merged, options, interrupt)?);
+            self.merging = Some(Merging::start(out, self.base_depth, merged, options, interrupt)?);
         }
         Ok(true)
+    }
+
+    /// Refuses a guest whose checkpoints could not be opened. Of another guest than the last time, a new chain begins.
+    fn look_at_guest(&mut self) -> Result<()> {
+        let restored_from = client::restored_from(&self.args.vm)?;
+        if restored_from == self.restored_from {
+            return Ok(());
+        }
+        if let Some(file) = &restored_from {
+            let opened = if bucket::is_meant(file) {
+                Err(anyhow!("it is in a bucket"))
+            } else {
+                input::open(file, &Default::default()).map(drop)
+            };
+            opened.with_context(|| {
+                format!(
+                    "checkpoints of this guest could not be opened: they would be layers on {}; restore it from a file \
+                     whose parents are found without options or by SNAP_PATH, which snap flatten writes",
+                    file.display()
+                )
+            })?;
+        }
+        self.restored_from = restored_from;
+        (self.parent, self.merging) = (None, None);
+        Ok(())
     }
 
     /// If layers were merged, the next checkpoint is on the merged file.

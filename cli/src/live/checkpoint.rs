@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use snapfmt::Snapshot;
 use snapvm::Armed;
 
-use crate::checkpoints;
+use crate::{checkpoints, input};
 
 /// How a live snapshot continues a chain.
 #[derive(Clone, Debug)]
@@ -46,7 +46,7 @@ impl Tracker {
         let Some((Tracked { armed, last }, _)) = self.lock().take() else { return Ok(None) };
         let Some(path) = parent else { return Ok(None) };
         let named = || format!("the parent {}", path.display());
-        let parent = Snapshot::open(path).with_context(named)?;
+        let parent = input::open(path, &Default::default()).with_context(named)?;
         let has_last = checkpoints::contents_of(&parent).with_context(named)?.contains(&last);
         Ok(has_last.then(|| (armed, Base { last, parent, path: path.to_owned() })))
     }
