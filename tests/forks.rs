@@ -102,6 +102,32 @@ fn a_child_that_fails_is_reported() {
     let mut vm = Vm::booted(folder.path());
     fork(&vm, &["-n", "2", "--", "--memory", "1G"]).failed(1, &["2 of 2 children failed; child 0"]);
     fork(&vm, &["--log", "/nowhere/{}"]).failed(1, &["cannot create /nowhere/0"]);
+    // The second child would have the same file: no child is started, and no file is left.
+    let log = folder.path().join("one.log");
+    let log = log.to_str().expect("text");
+    fork(&vm, &["-n", "2", "--log", log]).failed(1, &["cannot create", "one.log"]);
+    assert!(!Path::new(log).exists());
+    vm.beats(2);
+    vm.interrupt();
+}
+
+/// A layer on the snapshot that the guest was restored from could not be opened: the cut has all of the guest.
+#[test]
+fn a_guest_whose_snapshot_was_replaced_is_forked() {
+    needs_vm!();
+    let sample = Sample::small();
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("replaced.snap");
+    fs::copy(&sample.file, &file).expect("it is copied");
+    let mut vm = Vm::start(folder.path(), &["restore", file.to_str().expect("text"), "--lazy"]);
+    fs::remove_file(&file).expect("it is there");
+    fs::copy(&sample.file, &file).expect("it is copied again");
+    let log = folder.path().join("{}.log");
+    let options = ["-n", "2", "--log", log.to_str().expect("text"), "--", "--beats", "3"];
+    fork(&vm, &options).ok();
+    for child in ["0.log", "1.log"] {
+        assert!(!beats(&folder.path().join(child)).is_empty());
+    }
     vm.beats(2);
     vm.interrupt();
 }

@@ -1,0 +1,188 @@
+//! `snap fork`: starts guests that continue from where a running guest is now.
+
+mod children;
+mod folder;
+
+use std::io::{self, PipeReader, PipeWriter};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use anyhow::{Context, Result, bail};
+use pager::SnapshotSource;
+use pager::serve::{ServeOptions, Server, Socket};
+use serde::Serialize;
+use snapfmt::{Codec, Snapshot};
+use snapvm::snapshot_name;
+
+use crate::api::client::{self, Kind};
+use crate::api::private_socket;
+use crate::descriptors::allow_many_descriptors;
+use crate::exit::Interrupted;
+use crate::input;
+use crate::millis::ms;
+use crate::session::Session;
+use crate::stdout::{print_json, print_line};
+use crate::storage::Storage;
+use crate::summary::Summary;
+use children::Children;
+use folder::Folder;
+
+/// Start guests that continue from where a running guest is now.
+///
+/// The guest is paused for milliseconds and then continues. Its children are processes `snap restore --lazy --share`,
+/// whose memory this process serves: they share the pages that they only read. Each has a new generation id, an overlay of
+/// its own for each disk that has one, and the devices that the options after `--` give it. This process ends when all
+/// children have ended. Ctrl-C ends the children, too.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  snap fork --vm vm.sock -n 3 --log child-{}.log
+  snap fork --vm vm.sock -n 3 -- --api child-{}.sock --vsock 10{},child-{}.vsock --for 10s")]
+pub(crate) struct Args {
+    /// The control socket of the guest.
+    #[arg(long, value_name = "SOCKET")]
+    vm: PathBuf,
+
+    /// How many children.
+    #[arg(short = 'n', long, value_name = "N", default_value = "1",
+          value_parser = clap::value_parser!(u16).range(1..=1000))]
+    count: u16,
+
+    /// Write the output of each child to a new file; `{}` is its number, from 0. Otherwise it is discarded.
+    #[arg(long, value_name = "FILE")]
+    log: Option<String>,
+
+    /// Pause the guest until all of its memory is copied. A guest that shares memory itself needs this.
+    #[arg(long)]
+    pause: bool,
+
+    /// Print what was done as JSON, when the children have been started.
+    #[arg(long)]
+    json: bool,
+
+    /// Options of `snap restore` for each child; `{}` is its number.
+    #[arg(last = true, value_name = "OPTIONS")]
+    options: Vec<String>,
+}
+
+/// What was done until the children were started.
+#[derive(Serialize)]
+struct Started {
+    /// Until the children could be started.
+    cut_ms: f64,
+    /// How long the guest was paused.
+    pause_ms: f64,
+    /// Until the last child was started.
+    total_ms: f64,
+    /// Their process ids.
+    children: Vec<u32>,
+}
+
+pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
+    allow_many_descriptors();
+    let folder = Folder::new()?;
+    let file = folder.join("cut.snap");
+    let (cut, snapshot) = cut(args, &file, session)?;
+    let snapshot = Arc::new(snapshot);
+    let mut options = ServeOptions::default();
+    options.share = Some(snapshot_name(&snapshot));
+    let path = folder.join("pages.sock");
+    let socket = private_socket(&path, || Socket::bind(&path))?;
+    let source = Arc::new(SnapshotSource::new(snapshot));
+    let server = Server::at(socket, source, options, |_| {})?;
+    let cut_ms = ms(session.started.elapsed());
+
+    // Before the first child, which waits for it only for a limited time.
+    let serving = Serving::start(server)?;
+    let mut children = Children::start(args, &file, &path, session)?;
+    let started = Started {
+        cut_ms,
+        pause_ms: cut.pause_ms,
+        total_ms: ms(session.started.elapsed()),
+        children: children.ids(),
+    };
+    match (args.json, session.quiet) {
+        (true, _) => print_json(&started)?,
+        (false, true) => {}
+        (false, false) => print_line(format_args!(
+            "{}: {} children, {:.1} ms, paused {:.1} ms",
+            args.vm.display(),
+            args.count,
+            started.total_ms,
+            started.pause_ms
+        ))?,
+    }
+    let failed = children.wait(serving.ended.as_fd())?;
+    // Without a server they would wait for their pages.
+    drop(children);
+    serving.end()?;
+    if session.interrupt.requested() {
+        return Err(Interrupted.into());
+    }
+    let Some(failed) = failed else { bail!("the server of the children has ended") };
+    match failed.first() {
+        None => Ok(()),
+        Some((number, status)) => {
+            bail!("{} of {} children failed; child {number}: {status}", failed.len(), args.count)
+        }
+    }
+}
+
+/// Snapshots the guest to `file`. A layer is enough if it opens here, as it then does for the children. It does not if
+/// the snapshot that the guest was restored from is in a bucket, was replaced, or was found by an option of the guest.
+fn cut(args: &Args, file: &Path, session: &Session) -> Result<(Summary, Snapshot)> {
+    // It is read once, from memory.
+    let storage = Storage { codec: Codec::Lz4, no_dedupe: true, ..Storage::default() };
+    let cut = |diff| {
+        let kind = Kind { diff, live: !args.pause, stop: false };
+        let summary = client::create(&args.vm, file, kind, &storage, session)?;
+        Ok((summary, input::open(file, &Default::default())?))
+    };
+    if client::restored_from(&args.vm)?.is_some_and(|file| file.is_file()) {
+        let made = cut(true);
+        if made.is_ok() || session.interrupt.requested() {
+            return made;
+        }
+        match std::fs::remove_file(file) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("cannot remove {}", file.display()));
+            }
+            _ => {}
+        }
+    }
+    cut(false)
+}
+
+/// The thread that serves the children's pages. It ends when this is dropped and no child needs it any more.
+struct Serving {
+    stop: PipeWriter,
+    /// Hung up when the thread has ended.
+    ended: PipeReader,
+    thread: JoinHandle<io::Result<()>>,
+}
+
+impl Serving {
+    fn start(server: Server) -> Result<Self> {
+        let (stopped, stop) = io::pipe().context("cannot create a pipe")?;
+        let (ended, ending) = io::pipe().context("cannot create a pipe")?;
+        let serve = move || {
+            let _ending = ending;
+            server.run(stopped.as_fd())
+        };
+        let thread = thread::Builder::new().name("pages".into()).spawn(serve);
+        let thread = thread.context("the thread that serves the children cannot be started")?;
+        Ok(Self { stop, ended, thread })
+    }
+
+    /// After the children have ended.
+    fn end(self) -> Result<()> {
+        drop(self.stop);
+        match self.thread.join() {
+            Ok(served) => served.context("cannot serve the children"),
+            // A panic in the thread has been printed already.
+            Err(_) => bail!("the thread that serves the children panicked"),
+        }
+    }
+}
