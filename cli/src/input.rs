@@ -8,7 +8,7 @@ use snapfmt::{ChainError, Parents, ReadError, Snapshot};
 
 use crate::trust::TrustArgs;
 use crate::waits::{Wait, Waiting};
-use crate::{bucket, checkpoints, stdio};
+use crate::{bucket, checkpoints, snap_path, stdio};
 
 /// Opens a snapshot, and the parents of a layer; the error names the file.
 pub(crate) fn open(path: &Path, parents: &ParentArgs) -> Result<Snapshot> {
@@ -41,11 +41,7 @@ fn open_unchecked(
         }
         return open_object(path, &parents.from);
     }
-    let folders = std::env::var_os("SNAP_PATH").unwrap_or_default();
-    let local = Parents {
-        files: parents.files.clone(),
-        folders: std::env::split_paths(&folders).filter(|f| *f != Path::new("")).collect(),
-    };
+    let local = Parents { files: parents.files.clone(), folders: snap_path::folders() };
     Snapshot::open_with(path, &local).or_else(|error| match error {
         // It is repeated only if it is a path: an address may have a password in it.
         ReadError::Open { source, .. }

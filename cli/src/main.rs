@@ -33,6 +33,7 @@ mod restoring;
 mod service;
 mod session;
 mod size;
+mod snap_path;
 mod stderr;
 mod stdio;
 mod stdout;

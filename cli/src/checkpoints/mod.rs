@@ -7,9 +7,9 @@ mod merge;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use snapfmt::{ReadError, Snapshot};
+use snapfmt::{Parents, ReadError, Snapshot};
 
-use crate::input;
+use crate::snap_path;
 use crate::stderr::say;
 pub(crate) use folder::Folder;
 pub(crate) use merge::{Merged, Merging, merge_onto};
@@ -85,10 +85,11 @@ pub(crate) fn resolve(path: &Path) -> Result<Option<PathBuf>> {
 
 /// The newest checkpoint that opens with all of its parents.
 fn newest(folder: &Path) -> Result<Option<PathBuf>> {
+    let parents = Parents { files: Vec::new(), folders: snap_path::folders() };
     let mut first_error = None;
     for name in names(folder)?.into_iter().rev().filter(|name| !name.is_merged) {
         let path = folder.join(name.file_name());
-        match input::open(&path, &Default::default()) {
+        match Snapshot::open_with(&path, &parents) {
             Ok(_) => {
                 if let Some(error) = &first_error {
                     say(&format!("snap: {} is used instead: {error:#}\n", path.display()));
@@ -96,6 +97,7 @@ fn newest(folder: &Path) -> Result<Option<PathBuf>> {
                 return Ok(Some(path));
             }
             Err(error) => {
+                let error = anyhow::Error::new(error).context(path.display().to_string());
                 first_error.get_or_insert(error);
             }
         }

@@ -13,7 +13,6 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-use super::Args;
 use crate::exit::Interrupted;
 use crate::session::Session;
 
@@ -21,6 +20,16 @@ use crate::session::Session;
 const PATIENCE: Duration = Duration::from_secs(2);
 /// The interval of checks for the end of a child.
 const LOOK: Duration = Duration::from_millis(10);
+
+/// What is to be started.
+pub(super) struct Wanted<'a> {
+    /// How many children.
+    pub(super) count: u16,
+    /// The file of each child's output, with `{}` for its number.
+    pub(super) log: Option<&'a str>,
+    /// Options of `snap restore`, with `{}`, too.
+    pub(super) options: &'a [String],
+}
 
 /// The processes. Dropping this ends them: they have the time to remove their sockets.
 pub(super) struct Children(Vec<Running>);
@@ -32,10 +41,15 @@ struct Running {
 }
 
 impl Children {
-    pub(super) fn start(args: &Args, file: &Path, pages: &Path, session: &Session) -> Result<Self> {
+    pub(super) fn start(
+        wanted: &Wanted<'_>,
+        file: &Path,
+        pages: &Path,
+        session: &Session,
+    ) -> Result<Self> {
         let program = std::env::current_exe().context("cannot find the program itself")?;
         // Before the first child: one that had begun would be ended again.
-        let logs = logs(args)?;
+        let logs = logs(wanted)?;
         let mut children = Self(Vec::new());
         for (number, log) in logs.into_iter().enumerate() {
             if session.interrupt.requested() {
@@ -43,7 +57,7 @@ impl Children {
             }
             let mut command = Command::new(&program);
             command.args(["restore", "--quiet", "--lazy", "--share"]).arg(pages).arg(file);
-            let options = args.options.iter().map(|option| numbered(option, number));
+            let options = wanted.options.iter().map(|option| numbered(option, number));
             command.args(options).stdin(Stdio::null()).stdout(log);
             let mut process = command.spawn().context("cannot start a child")?;
             let Ok(pidfd) = pidfd_open(Pid::from_child(&process), PidfdFlags::empty()) else {
@@ -120,9 +134,9 @@ fn numbered(text: &str, number: usize) -> String {
 }
 
 /// Creates the files for the outputs of all children, or none.
-fn logs(args: &Args) -> Result<Vec<Stdio>> {
-    let numbers = 0..usize::from(args.count);
-    let Some(log) = &args.log else { return Ok(numbers.map(|_| Stdio::null()).collect()) };
+fn logs(wanted: &Wanted<'_>) -> Result<Vec<Stdio>> {
+    let numbers = 0..usize::from(wanted.count);
+    let Some(log) = wanted.log else { return Ok(numbers.map(|_| Stdio::null()).collect()) };
     let mut logs = Vec::new();
     for path in numbers.map(|number| numbered(log, number)) {
         match File::create_new(&path) {

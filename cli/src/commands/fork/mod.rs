@@ -26,7 +26,7 @@ use crate::session::Session;
 use crate::stdout::{print_json, print_line};
 use crate::storage::Storage;
 use crate::summary::Summary;
-use children::Children;
+use children::{Children, Wanted};
 use folder::Folder;
 
 /// Start guests that continue from where a running guest is now.
@@ -96,7 +96,8 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
 
     // Before the first child, which waits for it only for a limited time.
     let serving = Serving::start(server)?;
-    let mut children = Children::start(args, &file, &path, session)?;
+    let wanted = Wanted { count: args.count, log: args.log.as_deref(), options: &args.options };
+    let mut children = Children::start(&wanted, &file, &path, session)?;
     let started = Started {
         cut_ms,
         pause_ms: cut.pause_ms,
