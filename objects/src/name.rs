@@ -131,7 +131,7 @@ impl Name {
                 return Err(format!("{id:?} is no id"));
             }
             if !(HEADER_BYTES as u64..=MOST_OBJECT_BYTES).contains(file_bytes) {
-                return Err(format!("{file_bytes} bytes are no length of a snapshot"));
+                return Err(format!("no snapshot has a length of {file_bytes} bytes"));
             }
         }
         Ok((name, texts.byte_offset()))
@@ -169,7 +169,7 @@ mod tests {
             let layer = LayerName { file_bytes, ..layer("0190b3a2-5c1e-7d5f-8a60-123456789abc") };
             let bytes = Name::new(vec![layer]).encode(None);
             let error = Name::parse(&bytes, bytes.len() as u64).unwrap_err();
-            assert!(error.contains("no length of a snapshot"), "{error}");
+            assert!(error.contains("no snapshot has a length"), "{error}");
         }
     }
 
