@@ -47,7 +47,12 @@ impl Wanted for Claim<'_> {
                 }
             }
         }
-        true
+        // A demand thread may have loaded them between the check of their states and their marks.
+        let missing = pages.iter().any(|&page| self.shared.states.of(page) == PageState::Missing);
+        if !missing {
+            pages.drain(..).for_each(|page| loading.release(page));
+        }
+        missing
     }
 }
 

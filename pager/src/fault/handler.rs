@@ -387,6 +387,8 @@ impl Handler {
         // Without background loading, no other thread can be loading this page.
         let _mark = match shared.background() && !attempt.has_waited {
             true => match shared.loading.by_demand(place.page) {
+                // A background thread may have installed it between the check of its state and the mark.
+                Some(_) if shared.states.of(place.page) != PageState::Missing => return None,
                 Some(mark) => Some(mark),
                 None => {
                     attempt.has_waited = true;

@@ -29,7 +29,7 @@ pub trait Wanted {
     fn is_wanted(&self, source_offset: u64) -> bool;
 
     /// Claims the pages at these source offsets before they are read and decoded. `false` refuses that, because another
-    /// thread is loading one of them.
+    /// thread is loading one of them, or has loaded all of them.
     fn claim(&self, _source_offsets: &mut dyn Iterator<Item = u64>) -> bool {
         true
     }
