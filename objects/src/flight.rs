@@ -63,6 +63,24 @@ impl Flight {
         self.blocks.start + self.progress().come.len() as u64
     }
 
+    /// The number of blocks that have not arrived.
+    pub(crate) fn blocks_to_come(&self) -> u64 {
+        self.blocks.end - self.next()
+    }
+
+    /// Waits until fewer than this number of blocks have not arrived. Returns how many have not.
+    pub(crate) async fn fewer_to_come(&self, than: u64) -> u64 {
+        loop {
+            // From here on no change is missed.
+            let changed = self.changed_task.notified();
+            let to_come = self.blocks_to_come();
+            if to_come < than {
+                return to_come;
+            }
+            changed.await;
+        }
+    }
+
     /// The blocks that have not arrived will not arrive.
     pub(crate) fn fail(&self, error: ObjectError) {
         self.progress().failed = Some(Arc::new(error));

@@ -32,6 +32,12 @@ pub(crate) fn measure(amount: Amount) {
         let received: Vec<Received> =
             fake.take_received().into_iter().filter(|one| one.method == "GET").collect();
         let fetched: u64 = received.iter().map(|one| one.range.end - one.range.start).sum();
+        if std::env::var_os("TIMELINE").is_some() {
+            let first = received.iter().map(|one| one.started).min().unwrap();
+            for one in &received {
+                eprintln!("{:8.1} {:8.1} {:10} {:8}", (one.started - first).as_secs_f64() * 1e3, (one.ended - first).as_secs_f64() * 1e3, one.range.start / 1024, (one.range.end - one.range.start) / 1024);
+            }
+        }
         let needed = needed_bytes(Path::new(file));
         line(&format!("working set, {what}: bytes needed"), needed as f64 / 1e6, "MB", None);
         let beyond = (fetched as f64 / needed as f64 - 1.0) * 100.0;
