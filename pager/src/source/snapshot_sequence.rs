@@ -43,6 +43,9 @@ pub(crate) struct SnapshotSequence<R: ReadAt> {
     batch_pages: usize,
     /// The pages that are being looked up.
     pages_of_batch: Vec<PageIndex>,
+    /// Pages whose look-up would wait for another host. They are looked up when the others have been announced.
+    put_off: VecDeque<PageIndex>,
+    is_remote: bool,
     /// The pages that are being loaded, and the next ones, which the storage already reads.
     batch: Batch,
     next: VecDeque<Batch>,
@@ -90,12 +93,14 @@ impl<R: ReadAt> SnapshotSequence<R> {
         let batch_pages = if pages <= BATCH as u64 { BATCH } else { FIRST_BATCH };
         SnapshotSequence {
             ahead_bytes: snapshot.ahead_bytes(),
+            is_remote: snapshot.is_remote(),
             snapshot,
             shared,
             ranges: ranges.into_iter(),
             now: 0..0,
             batch_pages,
             pages_of_batch: Vec::with_capacity(BATCH),
+            put_off: VecDeque::new(),
             batch: Batch::default(),
             next: VecDeque::new(),
             skip: 0,
@@ -105,11 +110,10 @@ impl<R: ReadAt> SnapshotSequence<R> {
         }
     }
 
-    /// Looks up the next pages, and lets the storage start to read them. `None` if there are no more.
-    fn look_up(&mut self, wanted: &dyn Wanted) -> Option<Batch> {
-        let mut batch = Batch::default();
-        self.pages_of_batch.clear();
-        let mut count = 0;
+    /// Takes the pages of the next batch. Pages whose look-up would wait for another host are put off, so that the chunks of
+    /// the other pages are announced before that. Returns `false` if there are no more pages.
+    fn take_pages(&mut self, wanted: &dyn Wanted) -> bool {
+        let (mut new_pages, mut count) = (Vec::new(), 0);
         while count < self.batch_pages {
             if self.now.is_empty() {
                 let Some(range) = self.ranges.next() else { break };
@@ -123,10 +127,26 @@ impl<R: ReadAt> SnapshotSequence<R> {
                 continue;
             }
             count += 1;
-            let page = PageIndex::containing(offset).filter(|_| wanted.is_wanted(offset));
-            self.pages_of_batch.extend(page);
+            new_pages.extend(PageIndex::containing(offset).filter(|_| wanted.is_wanted(offset)));
         }
-        self.snapshot.expect_entries(&self.pages_of_batch);
+        self.snapshot.expect_entries(&new_pages);
+        let again = self.put_off.len().min(self.batch_pages);
+        self.pages_of_batch.clear();
+        self.pages_of_batch.extend(self.put_off.drain(..again));
+        self.pages_of_batch.append(&mut new_pages);
+        if self.is_remote && count > 0 {
+            let waits = |page: &mut PageIndex| self.snapshot.entry_would_wait(*page);
+            self.put_off.extend(self.pages_of_batch.extract_if(.., waits));
+        }
+        count > 0 || !self.pages_of_batch.is_empty()
+    }
+
+    /// Looks up the next pages, and lets the storage start to read them. `None` if there are no more.
+    fn look_up(&mut self, wanted: &dyn Wanted) -> Option<Batch> {
+        if !self.take_pages(wanted) {
+            return None;
+        }
+        let mut batch = Batch::default();
         for (number, &page) in self.pages_of_batch.iter().enumerate() {
             if number % LOOK_UPS == 0 {
                 thread::yield_now();
@@ -160,7 +180,7 @@ impl<R: ReadAt> SnapshotSequence<R> {
         };
         batch.zeros.reverse();
         self.expect(&batch);
-        (count > 0).then_some(batch)
+        Some(batch)
     }
 
     /// Looks up the next batch, and further ones for storage that answers late.
