@@ -23,7 +23,7 @@ fn main() {
     let faults = if full { 1500 } else { 100 };
     let bench = Bench::start((faults + 32) * BLOCK, LATENCY);
     let file_bytes = std::fs::read(&bench.file).expect("it is there");
-    println!("{faults} faults, each on another block of 256 KiB of {KEY}, latency {LATENCY:?}");
+    println!("{faults} faults, each on another block of 128 KiB of {KEY}, latency {LATENCY:?}");
     let Some(one) = run(&bench, faults, 1) else { return };
     row("1 thread", &one);
     if let Some(many) = run(&bench, faults, 16) {

@@ -9,17 +9,17 @@ use crate::cache::BLOCK_BYTES;
 const STREAMS: usize = 4;
 /// A stream must have this length before blocks are read ahead of it, because a guest's faults are often close
 /// together.
-const PROVEN_BLOCKS: u64 = 4;
+const PROVEN_BLOCKS: u64 = (1 << 20) / BLOCK_BYTES;
 /// The first window, and the largest one: twice what a link of 10 Gbit/s sends in 20 ms.
-const FIRST_BLOCKS: u64 = 8;
+const FIRST_BLOCKS: u64 = (2 << 20) / BLOCK_BYTES;
 const MOST_BLOCKS: u64 = (32 << 20) / BLOCK_BYTES;
 /// The largest window of a reader that announces what it will read. Without one, a loader would wait between the parts
 /// of memory that it announces; a larger one fetches bytes behind the end of a working set.
-const ANNOUNCED_BLOCKS: u64 = 16;
+const ANNOUNCED_BLOCKS: u64 = (4 << 20) / BLOCK_BYTES;
 /// The limit of announced runs that are remembered.
 const ANNOUNCED_RUNS: usize = 256;
 /// The largest distance of a thread from the front of a stream that it shares.
-const NEAR_BLOCKS: u64 = 16;
+const NEAR_BLOCKS: u64 = (4 << 20) / BLOCK_BYTES;
 
 /// Detects sequential readers.
 #[derive(Debug, Default)]

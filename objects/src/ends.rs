@@ -9,7 +9,7 @@ use crate::fetch::MOST_ETAG_BYTES;
 
 /// The first bytes of an object that the first answers contain: the header, and some of the chunks that `snap optimize` puts
 /// behind it. More would delay what is read to open it, which takes the same link.
-pub(crate) const FRONT_BYTES: u64 = BLOCK_BYTES;
+pub(crate) const FRONT_BYTES: u64 = 256 << 10;
 /// The last bytes of an object that the first answers contain: the index of up to 400 MiB of memory in use, and all that is
 /// read to open it.
 pub(crate) const END_BYTES: u64 = 1 << 20;

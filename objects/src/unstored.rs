@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use bytes::Bytes;
 
 /// The limit of kept blocks: 16 MiB. The oldest is dropped.
-const MOST: usize = 64;
+const MOST: usize = 128;
 
 #[derive(Debug, Default)]
 pub(crate) struct Unstored(Mutex<VecDeque<(u64, Bytes)>>);
@@ -42,12 +42,12 @@ mod tests {
     #[test]
     fn the_last_blocks_are_kept() {
         let unstored = Unstored::default();
-        (0..100).for_each(|block| unstored.keep(block, Bytes::from_static(b"old")));
-        unstored.keep(99, Bytes::from_static(b"new"));
-        assert_eq!(unstored.get(99), Some(Bytes::from_static(b"new")));
-        assert!(unstored.get(36).is_some() && unstored.get(35).is_none());
-        unstored.drop_blocks(&(90..100));
-        assert!(unstored.get(99).is_none() && unstored.get(89).is_some());
+        (0..300).for_each(|block| unstored.keep(block, Bytes::from_static(b"old")));
+        unstored.keep(299, Bytes::from_static(b"new"));
+        assert_eq!(unstored.get(299), Some(Bytes::from_static(b"new")));
+        assert!(unstored.get(172).is_some() && unstored.get(171).is_none());
+        unstored.drop_blocks(&(290..300));
+        assert!(unstored.get(299).is_none() && unstored.get(289).is_some());
         assert!(unstored.kept().len() <= MOST);
     }
 }

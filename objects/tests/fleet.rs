@@ -11,17 +11,16 @@ mod support;
 use std::time::Duration;
 
 use model::{Caches, Fleet, From, Placement, Trace, simulate};
-use support::fake::{Fake, Received};
+use support::fake::{BLOCK_BYTES, Fake, Received};
 use support::processes::{Process, Reading};
 use support::{memory, write};
 
-/// 16 MiB: 64 blocks, and the index.
+/// 16 MiB: 128 blocks, and the index.
 const PAGES: usize = 4096;
-const BLOCK_BYTES: u64 = 256 << 10;
 /// Pages of five blocks that are not in the first answers, and that do not look like a stream.
 const HOT: [u32; 5] = [10 * 64, 20 * 64, 30 * 64, 40 * 64, 50 * 64];
-/// The first 256 KiB, the last 1.25 MiB, and these blocks.
-const START_BYTES: u64 = (1 << 18) + (5 << 18) + HOT.len() as u64 * BLOCK_BYTES;
+/// The first 256 KiB, the last 1.125 MiB, and these blocks.
+const START_BYTES: u64 = (256 << 10) + (9 << 17) + HOT.len() as u64 * BLOCK_BYTES;
 const STARTS: u64 = 10;
 
 /// The processes of these tests.

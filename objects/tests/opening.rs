@@ -79,8 +79,8 @@ fn reading_in_order_is_not_bound_by_the_latency() {
     let received = bench.fake.take_received();
     assert!(times_sent(&received, KEY).values().all(|times| *times == 1), "{received:?}");
     assert!(bench.fake.most_concurrent() >= 3, "{}", bench.fake.most_concurrent());
-    // Block by block it would be 128 latencies, and 1.6 s of one connection's rate.
-    assert!(received.len() < 20, "{} requests", received.len());
+    // Block by block it would be 256 latencies, and 1.6 s of one connection's rate.
+    assert!(received.len() < 40, "{} requests", received.len());
     eprintln!("32 MiB in order in {took:?} with {} requests", received.len());
 }
 

@@ -71,8 +71,8 @@ fn processes_that_open_at_the_same_moment_fetch_each_block_once() {
             assert!(times.values().all(|times| *times <= most), "{path}: {times:?} {received:?}");
             blocks += times.len();
         }
-        // The base has 64 blocks of pages. Its index and each layer are one more, but the top one is in the name.
-        assert!((66..=70).contains(&blocks), "{blocks} blocks");
+        // The base has 128 blocks of pages. Its index and each layer are one more, but the top one is in the name.
+        assert!((130..=136).contains(&blocks), "{blocks} blocks");
         // Beyond that: the part of a block, the names or lists, and 4 KiB of each object for each process, which show
         // its version.
         let needed = 17 << 20;

@@ -10,11 +10,10 @@ use pager::{Pager, Populate, Region, SnapshotSource};
 use snapfmt::{Codec, Contents, MemoryRegion, WriteOptions, write_snapshot};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use crate::fake::{Fake, Fate};
+use crate::fake::{BLOCK_BYTES, Fake, Fate};
 use crate::{Amount, Bound, LATENCY, LINK, line, quantile};
 
 const KEY: &str = "/bucket/guest.snap";
-const BLOCK_BYTES: u64 = 256 << 10;
 const THREADS: usize = 16;
 
 pub(crate) fn measure(amount: Amount) {

@@ -35,7 +35,13 @@ pub(crate) fn measure(amount: Amount) {
         if std::env::var_os("TIMELINE").is_some() {
             let first = received.iter().map(|one| one.started).min().unwrap();
             for one in &received {
-                eprintln!("{:8.1} {:8.1} {:10} {:8}", (one.started - first).as_secs_f64() * 1e3, (one.ended - first).as_secs_f64() * 1e3, one.range.start / 1024, (one.range.end - one.range.start) / 1024);
+                eprintln!(
+                    "{:8.1} {:8.1} {:10} {:8}",
+                    (one.started - first).as_secs_f64() * 1e3,
+                    (one.ended - first).as_secs_f64() * 1e3,
+                    one.range.start / 1024,
+                    (one.range.end - one.range.start) / 1024
+                );
             }
         }
         let needed = needed_bytes(Path::new(file));

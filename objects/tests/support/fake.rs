@@ -186,18 +186,21 @@ pub(crate) fn depth(received: &[Received]) -> usize {
     depths.into_iter().max().unwrap_or(0)
 }
 
-/// How often each block of 256 KiB was sent.
+/// Bytes of a block of the cache.
+pub(crate) const BLOCK_BYTES: u64 = 128 << 10;
+
+/// How often each block was sent.
 pub(crate) fn times_sent(received: &[Received], path: &str) -> HashMap<u64, usize> {
     let mut times = HashMap::new();
     for one in received.iter().filter(|one| one.path == path && one.method == "GET") {
-        for block in one.range.start / (256 << 10)..one.range.end.div_ceil(256 << 10) {
+        for block in one.range.start / BLOCK_BYTES..one.range.end.div_ceil(BLOCK_BYTES) {
             *times.entry(block).or_default() += 1;
         }
     }
     times
 }
 
-/// How often each block of 256 KiB of an object was sent as a whole.
+/// How often each block of an object was sent as a whole.
 pub(crate) fn whole_times_sent(
     received: &[Received],
     path: &str,
@@ -206,8 +209,8 @@ pub(crate) fn whole_times_sent(
     let mut times = HashMap::new();
     let sent = |one: &&Received| one.path == path && one.method == "GET" && one.status < 300;
     for one in received.iter().filter(sent) {
-        for block in one.range.start.div_ceil(256 << 10)..one.range.end.div_ceil(256 << 10) {
-            if ((block + 1) * (256 << 10)).min(len_bytes) <= one.range.end {
+        for block in one.range.start.div_ceil(BLOCK_BYTES)..one.range.end.div_ceil(BLOCK_BYTES) {
+            if ((block + 1) * BLOCK_BYTES).min(len_bytes) <= one.range.end {
                 *times.entry(block).or_default() += 1;
             }
         }
