@@ -233,3 +233,31 @@ fn what_the_environment_lacks_is_said() {
     let ran = run(command).failed(1, &["s3://bucket/guest", "AWS_ALLOW_HTTP=true"]);
     assert!(!ran.stderr.contains(SECRET), "{}", ran.stderr);
 }
+
+/// The same for a store whose endpoint is in a file. The request is not repeated until the patience ends.
+#[test]
+fn plain_http_of_google_cloud_storage_is_refused_unless_it_is_allowed() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let fake = Fake::start(Duration::ZERO);
+    let account = folder.path().join("account.json");
+    let text = serde_json::json!({
+        "gcs_base_url": fake.url(""), "disable_oauth": true,
+        "client_email": "", "private_key": "", "private_key_id": "",
+    });
+    std::fs::write(&account, text.to_string()).expect("it is written");
+    let info = |allow: &str| {
+        let mut command = Command::new(SNAP);
+        command
+            .args(["info", "gs://bucket/guest"])
+            .env("SNAP_CACHE", folder.path())
+            .env("GOOGLE_SERVICE_ACCOUNT", &account)
+            .env("GOOGLE_ALLOW_HTTP", allow);
+        run(command)
+    };
+    let started = Instant::now();
+    info("false").failed(1, &["gs://bucket/guest", "GOOGLE_ALLOW_HTTP=true"]);
+    assert!(started.elapsed() < Duration::from_secs(10));
+    assert!(fake.take_received().is_empty());
+    info("true").failed(1, &["gs://bucket/guest", "there is no such object"]);
+    assert!(!fake.take_received().is_empty());
+}

@@ -42,7 +42,9 @@ pub(crate) fn status(status: u16) {
 
 /// Records that no answer has arrived.
 pub(crate) fn none(error: &HttpError) {
-    note(match causes(error).find_map(untrusted) {
+    let plain = || causes(error).any(|cause| cause.to_string() == BAD_SCHEME);
+    let plain = || plain().then(|| PLAIN_HTTP.to_owned());
+    note(match causes(error).find_map(untrusted).or_else(plain) {
         Some(reason) => Seen::Refused(reason),
         None => Seen::NoAnswer(reason(error)),
     });
@@ -102,6 +104,11 @@ fn note(seen: Seen) {
     // Other requests of the client, for example for a token, may run outside of `watched`.
     let _ = SEEN.try_with(|place| *place.borrow_mut() = seen);
 }
+
+/// The error of `reqwest` for an address without TLS.
+const BAD_SCHEME: &str = "URL scheme is not allowed";
+const PLAIN_HTTP: &str = "its endpoint is plain HTTP, which AWS_ALLOW_HTTP=true, GOOGLE_ALLOW_HTTP=true or \
+                          AZURE_ALLOW_HTTP=true allows";
 
 /// How the standard library begins an error of looking a host's name up.
 const LOOK_UP: &str = "failed to lookup address information";

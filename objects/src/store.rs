@@ -185,7 +185,7 @@ fn client(
     watching: &Watching,
 ) -> object_store::Result<Arc<dyn ObjectStore>> {
     let options = ClientOptions::new()
-        .with_allow_http(url.scheme() == Scheme::Http)
+        .with_allow_http(allows_http(url.scheme()))
         // The time of a whole answer has no limit, but the time without bytes has one.
         .with_timeout_disabled()
         .with_read_timeout(SILENCE)
@@ -196,7 +196,7 @@ fn client(
         Scheme::S3 => Arc::new(
             AmazonS3Builder::from_env()
                 .with_bucket_name(url.host())
-                .with_client_options(s3_options(options))
+                .with_client_options(options)
                 .with_retry(retry)
                 .with_http_connector(watching)
                 .build()?,
@@ -237,7 +237,7 @@ fn scheme_name(url: &ObjectUrl) -> &'static str {
 fn check_endpoint(url: &ObjectUrl) -> Result<(), ObjectError> {
     let plain = url.scheme() == Scheme::S3
         && Store::endpoint(url).lines().any(|endpoint| endpoint.starts_with("http://"))
-        && !allows_http();
+        && !allows_http(Scheme::S3);
     match plain {
         true => Err(ObjectError::Configuration {
             url: url.to_string(),
@@ -247,13 +247,19 @@ fn check_endpoint(url: &ObjectUrl) -> Result<(), ObjectError> {
     }
 }
 
-fn allows_http() -> bool {
-    std::env::var("AWS_ALLOW_HTTP").is_ok_and(|value| value == "true" || value == "1")
+/// The variable with which a user allows plain HTTP.
+fn variable_for_http(scheme: Scheme) -> Option<&'static str> {
+    match scheme {
+        Scheme::S3 => Some("AWS_ALLOW_HTTP"),
+        Scheme::Gs => Some("GOOGLE_ALLOW_HTTP"),
+        Scheme::Az => Some("AZURE_ALLOW_HTTP"),
+        Scheme::Http | Scheme::Https | Scheme::Oci | Scheme::File => None,
+    }
 }
 
-/// The options given here replace those of the environment, so plain HTTP is allowed here if the user has set it.
-fn s3_options(options: ClientOptions) -> ClientOptions {
-    options.with_allow_http(allows_http())
+fn allows_http(scheme: Scheme) -> bool {
+    let by_user = variable_for_http(scheme).and_then(|name| std::env::var(name).ok());
+    scheme == Scheme::Http || by_user.is_some_and(|value| value == "true" || value == "1")
 }
 
 /// The text without the values of variables that look like secrets.
