@@ -25,6 +25,7 @@ mod forks;
 mod fuse;
 mod golden_files;
 mod hangups;
+mod hostile_sockets;
 mod import_export;
 mod independent_reader;
 mod integrity;

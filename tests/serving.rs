@@ -388,7 +388,10 @@ fn figures_are_served_over_http() {
     serving.prints("ended after");
     let ask = |request: &str| {
         let mut stream = std::net::TcpStream::connect(&address).expect("it listens");
-        write!(stream, "{request} HTTP/1.1\r\nHost: x\r\n\r\n").expect("it is taken");
+        let host = if request.ends_with("/other-site") { "example.com" } else { "localhost" };
+        // In one part: a request that is refused early would break off otherwise.
+        let request = format!("{request} HTTP/1.1\r\nHost: {host}\r\n\r\n");
+        stream.write_all(request.as_bytes()).expect("it is taken");
         let mut answer = String::new();
         stream.read_to_string(&mut answer).expect("an answer");
         answer
@@ -399,6 +402,7 @@ fn figures_are_served_over_http() {
     assert!(figures.contains("\nsnap_guests_total 1\n"), "{figures}");
     assert!(!figures.contains("\nsnap_faults_total 0\n"), "{figures}");
     assert!(ask("GET /").starts_with("HTTP/1.1 404"));
+    assert!(ask("GET /other-site").starts_with("HTTP/1.1 403"));
     assert!(ask("POST /metrics").starts_with("HTTP/1.1 405"));
     assert!(ask("").starts_with("HTTP/1.1 400"));
     assert_eq!(serving.end("TERM"), Some(130));

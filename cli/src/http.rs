@@ -18,6 +18,8 @@ const BODY_BYTES: usize = 64 << 10;
 pub(crate) struct Request {
     pub(crate) method: String,
     pub(crate) path: String,
+    /// The host, and a port, that the client means.
+    pub(crate) host: Option<String>,
     pub(crate) body: Vec<u8>,
     /// Whether the client may send another one.
     pub(crate) keep_alive: bool,
@@ -112,7 +114,8 @@ where
         }
         let body = self.bytes[head_bytes..end].to_vec();
         self.bytes.drain(..end);
-        Ok(Request { method: head.method, path: head.path, body, keep_alive: head.keep_alive })
+        let Head { method, path, host, keep_alive, .. } = head;
+        Ok(Request { method, path, host, body, keep_alive })
     }
 
     /// Reads what there is, once.
@@ -145,6 +148,7 @@ fn refused(status: u16, message: &str) -> NoRequest {
 struct Head {
     method: String,
     path: String,
+    host: Option<String>,
     body_bytes: usize,
     keep_alive: bool,
     expects_continue: bool,
@@ -171,6 +175,7 @@ impl Head {
         let mut head = Head {
             method: method.to_owned(),
             path: path.to_owned(),
+            host: None,
             body_bytes: 0,
             keep_alive: version == 1,
             expects_continue: false,
@@ -189,6 +194,10 @@ impl Head {
                         return Err(refused(413, "the request's body is longer than 64 KiB"));
                     }
                     Some(bytes) => length = Some(bytes),
+                }
+            } else if is("Host") {
+                if head.host.replace(value.to_owned()).is_some() {
+                    return Err(refused(400, "two hosts"));
                 }
             } else if is("Transfer-Encoding") {
                 return Err(refused(501, "no transfer encodings: give a Content-Length"));

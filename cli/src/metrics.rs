@@ -1,12 +1,12 @@
 //! The figures of `snap serve` over HTTP: one path, one answer, one connection at a time.
 
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use pager::serve::{METRICS_CONTENT_TYPE, ServerHandle};
 
-use crate::http::{Connection, NoRequest, Patience, write_response};
+use crate::http::{Connection, NoRequest, Patience, Request, write_response};
 
 /// A connection that sends or takes nothing for this time is dropped, and the next one has its turn.
 const LIMIT: Duration = Duration::from_secs(1);
@@ -24,7 +24,7 @@ pub(crate) fn serve(address: SocketAddr, server: ServerHandle) -> Result<SocketA
             loop {
                 match listener.accept() {
                     // A client that does not take its answer costs only its own connection.
-                    Ok((stream, _)) => drop(answer(&stream, &server)),
+                    Ok((stream, _)) => drop(answer(&stream, bound, &server)),
                     // The process may be out of descriptors: later there may be some.
                     Err(_) => std::thread::sleep(LIMIT),
                 }
@@ -34,10 +34,13 @@ pub(crate) fn serve(address: SocketAddr, server: ServerHandle) -> Result<SocketA
     Ok(bound)
 }
 
-fn answer(mut stream: &TcpStream, server: &ServerHandle) -> std::io::Result<()> {
+fn answer(mut stream: &TcpStream, bound: SocketAddr, server: &ServerHandle) -> std::io::Result<()> {
     stream.set_write_timeout(Some(LIMIT))?;
     let text = |status, message: &str| (status, "text/plain", format!("{message}\n"));
     let (status, content_type, body) = match Connection::new(stream).request(PATIENCE) {
+        Ok(Request { host: Some(host), .. }) if !is_own_name(&host, bound) => {
+            text(403, &format!("{host:?} is not a name of {}", bound.ip()))
+        }
         Ok(request) => match (request.path.as_str(), request.method.as_str()) {
             ("/metrics", "GET") => (200, METRICS_CONTENT_TYPE, server.metrics()),
             ("/metrics", method) => text(405, &format!("{method} is not for /metrics: GET")),
@@ -47,6 +50,19 @@ fn answer(mut stream: &TcpStream, server: &ServerHandle) -> std::io::Result<()> 
         Err(NoRequest::Gone) => return Ok(()),
     };
     write_response(&mut stream, status, Some((content_type, &body)), false)
+}
+
+/// Whether a client that means this machine uses this name. An address of this machine only has no other names: a browser
+/// that sends one has a page of another site open, whose name was made to point here (DNS rebinding).
+fn is_own_name(host: &str, bound: SocketAddr) -> bool {
+    let name = match host.rsplit_once(':') {
+        Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
+        _ => host,
+    };
+    let address = name.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+    !bound.ip().is_loopback()
+        || name.eq_ignore_ascii_case("localhost")
+        || address.is_ok_and(|address| address.is_loopback())
 }
 
 /// A port of this machine only, or a whole address.
@@ -66,5 +82,18 @@ mod tests {
         assert_eq!(parse_address("9100"), Ok("127.0.0.1:9100".parse().unwrap()));
         assert_eq!(parse_address("[::1]:80"), Ok("[::1]:80".parse().unwrap()));
         assert!(parse_address("localhost").is_err());
+    }
+
+    #[test]
+    fn names_of_other_sites_are_refused_at_an_address_of_this_machine() {
+        let [own, any] = ["127.0.0.1:9100", "0.0.0.0:9100"].map(|at| at.parse().unwrap());
+        for host in ["localhost", "LOCALHOST:9100", "127.0.0.1:9100", "127.8.0.1", "[::1]:9100"] {
+            assert!(is_own_name(host, own) && is_own_name(host, any), "{host}");
+        }
+        for host in
+            ["", "example.com", "example.com:9100", "localhost.example.com", "10.0.0.1", ":80"]
+        {
+            assert!(!is_own_name(host, own) && is_own_name(host, any), "{host}");
+        }
     }
 }

@@ -381,6 +381,7 @@ mod tests {
         };
         let request = Request {
             method: method.into(),
+            host: None,
             path: path.into(),
             body: body.into(),
             keep_alive: false,
