@@ -3,7 +3,6 @@
 use std::io;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::background::loading::LoadingPages;
@@ -35,6 +34,7 @@ use crate::sched::watchdog::Watchdog;
 use crate::source::load::PageReader;
 use crate::source::page_source::PageSource;
 use crate::source::retry::RetryPolicy;
+use crate::threads;
 use crate::uffd::{Features, ForeignUffd, Uffd};
 use crate::window::slot::WindowSlot;
 
@@ -215,9 +215,7 @@ fn start_demand_thread(
         inbox,
         resolver: Resolver::new(slice),
     };
-    let thread = thread::Builder::new()
-        .name(format!("pager{slice}"))
-        .spawn(move || handler.run())
+    let thread = threads::spawn(format!("pager{slice}"), move || handler.run())
         .map_err(system("a thread"))?;
     pager.threads.push(thread);
     Ok(())
@@ -232,7 +230,7 @@ fn start_prefetch(
 ) {
     let shared = Arc::clone(&pager.shared);
     let prefetcher = Prefetcher { shared, source, list, ready, started_on: cpus::this_cpu() };
-    match thread::Builder::new().name("prefetch".into()).spawn(move || prefetcher.run()) {
+    match threads::spawn("prefetch", move || prefetcher.run()) {
         Ok(thread) => pager.workers.push(thread),
         Err(_) => pager.shared.prefetch.ended(Prefetch::GivenUp),
     }

@@ -222,6 +222,12 @@ impl RestoreConfig {
         self
     }
 
+    /// What it restores from.
+    #[must_use]
+    pub fn snapshot(&self) -> &Snapshot {
+        &self.snapshot
+    }
+
     /// Builds the guest. A pager that fails stops it.
     ///
     /// # Errors

@@ -91,6 +91,7 @@ mod run_loop;
 mod serial;
 mod slot_layout;
 pub mod state;
+mod threads;
 pub mod virtio;
 mod vm;
 mod written;
@@ -110,6 +111,7 @@ pub use host::{FeaturesError, HostReport, KVM_DEVICE, ProbeError, missing_featur
 pub use layout::{LayoutError, MemoryRange, memory_layout};
 pub use payload::{Payload, PayloadError};
 pub use state::{StateError, VmState};
+pub use threads::{ThreadKind, on_thread_start};
 pub use vm::{
     BootError, BootOptions, Clock, MemoryMismatch, PauseError, PausedVm, ResetError, RestoreError,
     RestoreOptions, ResumeError, RunningVm, SaveError,

@@ -20,6 +20,7 @@ use crate::pager_state::PagerState;
 use crate::sched::cpus::Cpus;
 use crate::sched::priority::{DemandPriority, FIRST_TIMEOUT, NORMAL, lock};
 use crate::sched::task;
+use crate::threads;
 
 const LONGEST_TIMEOUT: Duration = Duration::from_millis(8);
 /// The time to the second check of a fault that waits when the timer expires: it may have arrived just then.
@@ -67,8 +68,8 @@ fn start(shared: &Arc<PagerState>, cpus: &Cpus) -> bool {
     shared.watchdog.started.get_or_init(|| {
         if shared.slices.iter().all(|slice| slice.priority.create_timer()) {
             let (watched, cpus) = (Arc::clone(shared), *cpus);
-            let thread = thread::Builder::new().name("pager-watch".into());
-            *lock(&shared.watchdog.thread) = thread.spawn(move || watch(&watched, &cpus)).ok();
+            let thread = threads::spawn("pager-watch", move || watch(&watched, &cpus));
+            *lock(&shared.watchdog.thread) = thread.ok();
         }
     });
     shared.watchdog.ready.load(Ordering::Relaxed)

@@ -27,4 +27,4 @@ pub use features::Features;
 pub use foreign::{ForeignUffd, ForeignUffdError};
 pub(crate) use journal::Journal;
 pub use message::{FaultKind, Message};
-pub use open::OpenError;
+pub use open::{OpenError, keep_device_open};

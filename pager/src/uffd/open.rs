@@ -3,6 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::sync::OnceLock;
 
 use super::abi;
 use super::descriptor::Uffd;
@@ -108,10 +109,31 @@ impl Uffd {
     }
 }
 
+/// The device, if it is kept open.
+static KEPT_DEVICE: OnceLock<File> = OnceLock::new();
+
+/// Opens `/dev/userfaultfd` and keeps it open, so that [`Uffd::open`] opens no file from now on. A program does that
+/// before it gives up the right to open files for writing. Without the device this has no effect, and userfaultfd(2) is
+/// used.
+pub fn keep_device_open() {
+    if let Ok(device) = open_device() {
+        // A second descriptor is closed.
+        let _ = KEPT_DEVICE.set(device);
+    }
+}
+
+fn open_device() -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).open(DEVICE)
+}
+
 /// A userfaultfd before its handshake.
 fn open_file() -> Result<File, OpenError> {
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-    let device = match OpenOptions::new().read(true).write(true).open(DEVICE) {
+    let opened = match KEPT_DEVICE.get() {
+        Some(device) => device.try_clone(),
+        None => open_device(),
+    };
+    let device = match opened {
         Ok(device) => {
             // SAFETY: USERFAULTFD_IOC_NEW takes the flags as a plain number.
             let fd = unsafe {

@@ -4,12 +4,13 @@ use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use super::core::{Core, Protect};
 use super::error::WindowError;
 use crate::layout::Layout;
 use crate::region::{PAGE_BYTES, Region};
+use crate::threads;
 use crate::uffd::{Errno, Features, Message, MessageBatch, Uffd, Wait};
 
 const FEATURES: Features = Features::WRITE_PROTECT
@@ -97,7 +98,7 @@ impl Answering {
                 }
             }
         };
-        let thread = thread::Builder::new().name("window".into()).spawn(answer)?;
+        let thread = threads::spawn("window", answer)?;
         Ok(Answering { stop: Some(stop), thread: Some(thread) })
     }
 }

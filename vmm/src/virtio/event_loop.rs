@@ -9,6 +9,8 @@ use std::thread::JoinHandle;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::threads::{self, ThreadKind};
+
 /// Descriptors handled in one turn.
 const EVENTS_MAX: usize = 32;
 /// The number of no device.
@@ -77,8 +79,7 @@ impl EventLoop {
         let event = EpollEvent::new(EventSet::IN, EXIT_TOKEN);
         shared.epoll.ctl(ControlOperation::Add, exit.as_raw_fd(), event)?;
         let on_thread = Arc::clone(&shared);
-        let thread =
-            std::thread::Builder::new().name("devices".into()).spawn(move || on_thread.run())?;
+        let thread = threads::spawn(ThreadKind::Devices, "devices", move || on_thread.run())?;
         Ok(Arc::new(EventLoop { shared, exit, thread: Some(thread) }))
     }
 

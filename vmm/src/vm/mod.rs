@@ -31,6 +31,7 @@ use crate::memory_slots::{LateRegistration, MemorySlots};
 use crate::payload::{LoadedPayload, Payload};
 use crate::run_loop::{self, Shared};
 use crate::state::{VCPUS_MAX, VmState};
+use crate::threads::{self, ThreadKind};
 use crate::written::WriteLog;
 
 /// A guest that does not run. Only in this form does it have a state that can be saved.
@@ -281,9 +282,7 @@ impl PausedVm {
                 run_loop::run(&mut vcpu, &shared);
                 vcpu
             };
-            let handle = std::thread::Builder::new()
-                .name(format!("vcpu{index}"))
-                .spawn(run)
+            let handle = threads::spawn(ThreadKind::Vcpu, format!("vcpu{index}"), run)
                 .map_err(ResumeError)?;
             threads.handles.push(handle);
         }

@@ -8,6 +8,7 @@ use super::loader::Loader;
 use super::population::Population;
 use super::progress::lock;
 use crate::pager_state::PagerState;
+use crate::threads;
 
 /// Called by a demand thread: threads wait so much that loading ahead has to start.
 pub(crate) fn on_demand(shared: &Arc<PagerState>) {
@@ -68,5 +69,5 @@ pub(crate) fn spawn(
     room.try_reserve_exact(LOADER_BYTES).map_err(|_| std::io::ErrorKind::OutOfMemory)?;
     // Without this, the compiler removes the allocation.
     drop(std::hint::black_box(room));
-    thread::Builder::new().name(name).spawn(body)
+    threads::spawn(name, body)
 }

@@ -26,6 +26,7 @@ use crate::remote::serve::credentials;
 use crate::remote::serve::handshake::{RegionMessage, Request};
 use crate::remote::serve::wire::{self, SocketReader};
 use crate::remote::serve::{Answer, RefuseError, SnapshotName};
+use crate::threads;
 use crate::uffd::{Features, MessageBatch, OpenError, Uffd};
 
 /// A timeout for [`SharedClone::start`]. A server answers immediately, unless the host is very busy.
@@ -155,9 +156,7 @@ impl SharedClone {
         let link = Arc::new(Link { filler, memory: memory_kept, stopping, failure });
         let (read_from, watched) = (Arc::clone(&stream), Arc::clone(&link));
         let early = std::mem::take(&mut reader.bytes);
-        let watch = thread::Builder::new()
-            .name("share".into())
-            .spawn(move || watched.watch(&early, &read_from, on_failure))
+        let watch = threads::spawn("share", move || watched.watch(&early, &read_from, on_failure))
             .map_err(system("start a thread"))?;
         Ok((SharedClone { stream, link, watch: Some(watch) }, memory))
     }

@@ -2,12 +2,12 @@
 
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::{Arc, Weak};
-use std::thread;
 
 use super::SharedImage;
 use crate::background::page_list::{self, PageList};
 use crate::region::PAGE_BYTES;
 use crate::source::load::Load;
+use crate::threads;
 
 /// Adds the listed pages on a separate thread, which ends when the file is closed. If the thread cannot be started,
 /// only faults load pages.
@@ -17,7 +17,7 @@ pub(crate) fn prefill(image: &Arc<SharedImage>, list: PageList) {
         // The source may panic, and the list is only a hint.
         let _ = panic::catch_unwind(AssertUnwindSafe(|| fill(&image, list)));
     };
-    let _ = thread::Builder::new().name("prefill".into()).spawn(fill);
+    let _ = threads::spawn("prefill", fill);
 }
 
 fn fill(image: &Weak<SharedImage>, list: PageList) -> Option<()> {
