@@ -30,6 +30,7 @@ mod import_export;
 mod independent_reader;
 mod integrity;
 mod interruptions;
+mod jailed;
 mod keeping;
 #[path = "../vmm/tests/common/kernel.rs"]
 mod kernel;

@@ -10,7 +10,7 @@ use snapfmt::ReadError;
 use snapvm::OutputError;
 use snapvm::interchange::ImportError;
 
-use crate::{foreign_text, size, stderr};
+use crate::{foreign_text, leftovers, size, stderr};
 
 /// The exit codes, for `snap --help`.
 pub(crate) const HELP: &str = "\
@@ -24,7 +24,8 @@ Exit codes:
   5    the guest stopped by itself: triple fault, reset, unreadable memory, or
        power off before it was snapshotted
   130  interrupted: Ctrl-C, SIGTERM, SIGHUP (a closed terminal), or no CPU time left
-  134  out of memory during an operation; the message has the requested size";
+  134  out of memory during an operation; the message has the requested size
+  159  a thread made a system call that the jail does not allow to it; the message names both";
 
 /// Interrupted by Ctrl-C, SIGTERM or SIGHUP; no files are left.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +59,13 @@ pub(crate) fn report(error: &Error) -> ExitCode {
     };
     stderr::print(&text);
     ExitCode::from(code)
+}
+
+/// Prints an error and ends the process, from any thread.
+pub(crate) fn end(error: &Error) -> ! {
+    leftovers::remove();
+    stderr::print(&format!("snap: {}\n", describe(error)));
+    std::process::exit(code(error).into())
 }
 
 /// The advice for a reached limit of this process, which is missing in the system's message.
@@ -134,6 +142,7 @@ fn code(error: &Error) -> u8 {
             return GUEST;
         }
         let host = cause.is::<ProbeError>()
+            || cause.is::<jail::JailError>()
             || matches!(cause.downcast_ref(), Some(BootError::Host(_)))
             || matches!(cause.downcast_ref(), Some(RestoreError::Host(_)))
             || matches!(cause.downcast_ref(), Some(FeaturesError::Host(_)))

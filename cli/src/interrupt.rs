@@ -6,6 +6,7 @@ use std::io::{self, PipeWriter};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -34,6 +35,8 @@ struct Shared {
     server: Mutex<Option<Serving>>,
     /// Child processes that are being waited for.
     children: Mutex<Vec<Weak<OwnedFd>>>,
+    /// Waits until the thread is jailed.
+    jail: Mutex<Option<(fn(), Sender<()>)>>,
 }
 
 /// The guests of one server or of several.
@@ -139,6 +142,10 @@ impl Interrupt {
                 // For example, out of memory.
                 std::thread::sleep(Duration::from_millis(100));
             }
+            if let Some((enter, waiting)) = self.jail_waits().take() {
+                enter();
+                let _ = waiting.send(());
+            }
             self.handle(&signals.pending().collect::<Vec<_>>());
             let look = waits::look(self.has_children());
             look.lines.iter().for_each(|line| say(line));
@@ -184,6 +191,18 @@ impl Interrupt {
         leftovers::remove();
         terminal::restore();
         std::process::exit(code.into());
+    }
+
+    /// Calls `enter`, which jails a thread, on the thread of this. It sends when that is done.
+    pub(crate) fn jail(&self, enter: fn()) -> Receiver<()> {
+        let (done, jailed) = mpsc::channel();
+        *self.jail_waits() = Some((enter, done));
+        waits::wake();
+        jailed
+    }
+
+    fn jail_waits(&self) -> MutexGuard<'_, Option<(fn(), Sender<()>)>> {
+        self.0.jail.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn requested(&self) -> bool {

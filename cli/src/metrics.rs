@@ -12,11 +12,13 @@ use crate::http::{Connection, NoRequest, Patience, Request, write_response};
 const LIMIT: Duration = Duration::from_secs(1);
 const PATIENCE: Patience = Patience { idle: LIMIT, request: LIMIT };
 
-/// Answers `GET /metrics` at the address from now on, on a thread of its own. Answers the address: its port may have
-/// been 0.
-pub(crate) fn serve(address: SocketAddr, server: ServerHandle) -> Result<SocketAddr> {
-    let listener = TcpListener::bind(address)
-        .with_context(|| format!("cannot listen for metrics at {address}"))?;
+/// Listens at the address.
+pub(crate) fn listen(address: SocketAddr) -> Result<TcpListener> {
+    TcpListener::bind(address).with_context(|| format!("cannot listen for metrics at {address}"))
+}
+
+/// Answers `GET /metrics` from now on, on a thread of its own. Returns the address: its port may have been 0.
+pub(crate) fn serve(listener: TcpListener, server: ServerHandle) -> Result<SocketAddr> {
     let bound = listener.local_addr().context("cannot see the metrics' address")?;
     std::thread::Builder::new()
         .name("metrics".into())

@@ -13,6 +13,7 @@ use crate::api::{Api, Facts, PagerFigures};
 use crate::exit::GuestStopped;
 use crate::guest_console::{GuestConsole, Until};
 use crate::guest_output::Hold;
+use crate::jailed::Jail;
 use crate::live::{self, Ended, Live};
 use crate::millis::{ms, ms_since};
 use crate::report::RestoreReport;
@@ -42,6 +43,10 @@ pub(crate) struct Restore {
     pub(crate) api: Option<Api>,
     /// Whether it waits there until a client resumes it.
     pub(crate) paused: bool,
+    /// Of this process.
+    pub(crate) jail: Jail,
+    /// Whether files are written after the run.
+    pub(crate) writes: bool,
 }
 
 /// Modes of the report.
@@ -65,6 +70,8 @@ impl Restore {
         let memory = Arc::clone(restored.vm.memory());
         let vm = restored.vm;
         let (opened, memory_ready) = (restored.opened_at, restored.memory_ready_at);
+        // A client of the control socket may have files written.
+        self.jail.close(self.writes || self.api.is_some(), session)?;
         let keyboard = match self.keyboard {
             true => Some(Keyboard::connect(vm.handle()).context("cannot use the keyboard")?),
             false => None,

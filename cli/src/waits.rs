@@ -150,6 +150,11 @@ pub(crate) fn wake_by(waker: Arc<UnixStream>) {
     waits.looks_at = Some(Instant::now() + REPORTED_AFTER);
 }
 
+/// Wakes the thread that looks.
+pub(crate) fn wake() {
+    lock().wake();
+}
+
 /// Records that the user has interrupted.
 pub(crate) fn interrupted() {
     lock().interrupted.get_or_insert_with(Instant::now);

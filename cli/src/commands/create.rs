@@ -20,6 +20,7 @@ use crate::exit::{GuestStopped, Interrupted};
 use crate::guest::{self, GuestArgs};
 use crate::guest_console::{GuestConsole, READY, Seen, Until};
 use crate::input::{ParentArgs, refuse_existing};
+use crate::jailed::{self, JailArgs};
 use crate::live;
 use crate::progress::Bar;
 use crate::restoring::{self, snapshot_error};
@@ -87,6 +88,9 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     pub(crate) storage: Storage,
+
+    #[command(flatten)]
+    pub(crate) jail: JailArgs,
 
     /// When to snapshot the guest: ready (the demo guest's default), output:TEXT (at the last byte of this text),
     /// after:TIME (since its boot; with --from, since its restore), or request (a Linux guest's default: it writes any
@@ -228,7 +232,9 @@ fn create_whole(args: &Args, out: &Path, session: &Session) -> Result<(Header, I
         None => Trigger::Ready,
     };
     let (console, seen) = GuestConsole::new(std::io::sink(), when.until());
+    let jail = args.jail.begin(bucket::is_meant(args.out()));
     let vm = guest::boot(&args.guest, console, when == Trigger::Request, session)?;
+    jail.close(true, session)?;
     let (mut guest, paused_at) = run_until_ready(vm, args, &when, &seen, session)?;
     let bar = Bar::new("storing", session.quiet, &session.interrupt);
     let options = args.storage.options()?;
@@ -258,7 +264,10 @@ fn create_layer(
         .populate(Populate::Off, None)
         .prefetch(Prefetch::Off)
         .guest_trigger(when == Trigger::Request);
+    let uses_network = bucket::is_meant(args.out()) || jailed::uses_network(config.snapshot());
+    let jail = args.jail.begin(uses_network);
     let restored = restoring::restore(&config, console, session)?;
+    jail.close(true, session)?;
     let memory_ready_at = restored.memory_ready_at;
     let memory = Arc::clone(restored.vm.memory());
     let ran = run_until_ready(restored.vm, args, &when, &seen, session);

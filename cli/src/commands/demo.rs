@@ -10,6 +10,7 @@ use crate::config::ConfigArgs;
 use crate::guest::GuestArgs;
 use crate::guest_console::{BEAT, Until};
 use crate::input::ParentArgs;
+use crate::jailed::{Jail, JailArgs};
 use crate::leftovers;
 use crate::report::RestoreReport;
 use crate::restored_run::{EAGER, LAZY, Restore};
@@ -76,6 +77,8 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             measure: None,
             api: None,
             paused: false,
+            jail: Jail::Off,
+            writes: true,
         };
         let (report, outcome) = restore.run(std::io::sink(), session, Instant::now())?;
         outcome.map(|()| report)
@@ -119,6 +122,7 @@ fn create_args(args: &Args, out: std::path::PathBuf) -> create::Args {
         live: false,
         stop: false,
         storage: Storage::default(),
+        jail: JailArgs::OFF,
         when: None,
         timeout: std::time::Duration::from_secs(60),
         json: false,

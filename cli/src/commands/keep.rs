@@ -12,6 +12,7 @@ use snapvm::with_causes;
 use crate::api::private_socket;
 use crate::descriptors::allow_many_descriptors;
 use crate::exit::Interrupted;
+use crate::jailed::JailArgs;
 use crate::service;
 use crate::session::Session;
 use crate::stderr::say;
@@ -36,6 +37,9 @@ pub(crate) struct Args {
     /// later server loads those that have not failed yet.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
     patience: Duration,
+
+    #[command(flatten)]
+    jail: JailArgs,
 }
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
@@ -52,6 +56,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     allow_many_descriptors();
     let (stopped, stop) = std::io::pipe().context("cannot create a pipe")?;
     session.interrupt.stops(None, stop);
+    args.jail.close_server(session)?;
     if !quiet {
         let line = format!("keeping at {}\n", args.listen.display());
         let _ = std::io::stderr().write_all(line.as_bytes());

@@ -19,6 +19,7 @@ use crate::foreign_text;
 use crate::guest_output::GuestOutput;
 use crate::input::Input;
 use crate::interrupt::Interrupt;
+use crate::jailed::JailArgs;
 use crate::live::EndArgs;
 use crate::pager_args::{OnError, PrefetchArg};
 use crate::restored_run::{EAGER, LAZY, Restore};
@@ -59,6 +60,9 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     api: ApiArgs,
+
+    #[command(flatten)]
+    jail: JailArgs,
 
     /// With --api: do not run before a client resumes the guest. Background loading starts meanwhile.
     #[arg(long, requires = "api", conflicts_with = "record")]
@@ -241,6 +245,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         // Its control socket can reset it.
         .quick_resets(args.api.api.is_some())
         .devices(args.devices.connections());
+    let jail = args.jail.begin_with(config.snapshot());
     let restore = Restore {
         config,
         mode,
@@ -253,6 +258,8 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         measure: args.measure,
         api: args.api.bind()?,
         paused: args.paused,
+        jail,
+        writes: args.record,
     };
     let output = match &args.out {
         Some(path) => Some((Output { path, replace: args.force }, args.input.open()?)),

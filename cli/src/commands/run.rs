@@ -7,6 +7,7 @@ use crate::config::ConfigArgs;
 use crate::guest::{self, GuestArgs};
 use crate::guest_console::GuestConsole;
 use crate::guest_output::GuestOutput;
+use crate::jailed::JailArgs;
 use crate::live::{self, EndArgs, Live};
 use crate::session::Session;
 use crate::stderr;
@@ -36,13 +37,19 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     api: ApiArgs,
+
+    #[command(flatten)]
+    jail: JailArgs,
 }
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let api = args.api.bind()?;
     let (output, hold) = GuestOutput::new().context("cannot use stdout")?;
     let (console, seen) = GuestConsole::new(output, args.end.until());
+    let jail = args.jail.begin(false);
     let vm = guest::boot(&args.guest, console, false, session)?;
+    // A client of the control socket may have files written.
+    jail.close(api.is_some(), session)?;
     let (remote, events) = live::remote();
     let live = Live {
         session,

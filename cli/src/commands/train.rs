@@ -11,6 +11,7 @@ use snapvm::{MemoryFrom, Pace, Touched};
 
 use crate::devices::SavedDeviceArgs;
 use crate::input::Input;
+use crate::jailed::Jail;
 use crate::live::EndArgs;
 use crate::millis::ms;
 use crate::restored_run::{LAZY, Restore};
@@ -143,6 +144,8 @@ fn touched(args: &Args, session: &Session) -> Result<Touched> {
         measure: None,
         api: None,
         paused: false,
+        jail: Jail::Off,
+        writes: true,
     };
     let (report, outcome) = restore.run(std::io::sink(), session, Instant::now())?;
     outcome?;

@@ -8,6 +8,7 @@ use pager::Populate;
 
 use super::access::Access;
 use crate::input::Input;
+use crate::jailed::JailArgs;
 use crate::metrics;
 use crate::pager_args::{OnError, PrefetchArg};
 
@@ -78,6 +79,9 @@ pub(crate) struct Args {
     /// What to do about a page that cannot be read or is damaged.
     #[arg(long, value_name = "POLICY", default_value = "poison")]
     pub(super) on_error: OnError,
+
+    #[command(flatten)]
+    pub(super) jail: JailArgs,
 }
 
 #[derive(Clone, Copy, ValueEnum)]

@@ -20,7 +20,7 @@ use self::recording::Recording;
 use crate::descriptors::allow_many_descriptors;
 use crate::exit::Interrupted;
 use crate::session::Session;
-use crate::{metrics, service, stderr};
+use crate::{jailed, metrics, service, stderr};
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     args.access.check()?;
@@ -43,8 +43,13 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         Some(recording) => recording.of(source),
         None => source,
     };
+    let metrics = args.metrics.map(metrics::listen).transpose()?;
+    // A recording is written into a file at the end.
+    if recording.is_none() && !jailed::uses_network(&snapshot) {
+        args.jail.close_server(session)?;
+    }
     let server = server(&args.input.file, source, socket, options, session.quiet)?;
-    let metrics = args.metrics.map(|at| metrics::serve(at, server.handle())).transpose()?;
+    let metrics = metrics.map(|listener| metrics::serve(listener, server.handle())).transpose()?;
     let (stopped, stop) = std::io::pipe().context("cannot create a pipe")?;
     session.interrupt.stops(Some(Arc::new(server.handle())), stop);
     if !session.quiet {

@@ -1,0 +1,124 @@
+//! `--jail`: which threads of this process are jailed, and when. See docs/jail.md.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+use jail::Role;
+use snapfmt::Snapshot;
+
+use crate::exit;
+use crate::session::Session;
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum Mode {
+    /// All system calls, with the user's rights.
+    Off,
+    /// Each thread has only the system calls that it needs.
+    #[default]
+    Default,
+}
+
+/// The option.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub(crate) struct JailArgs {
+    /// Take from each thread the system calls that it does not need, and the capabilities, before the guest runs:
+    /// see docs/jail.md. `off`: do not.
+    #[arg(
+        long,
+        value_name = "off|default",
+        default_value = "default",
+        hide_possible_values = true
+    )]
+    jail: Mode,
+}
+
+/// What is jailed of this process. The guest's own threads are in any jail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Jail {
+    Off,
+    /// Only the vCPUs and the devices, because other threads need the network.
+    Guest,
+    /// All threads.
+    Process,
+}
+
+/// How long the thread that waits for signals may take. It waits for nothing else.
+const SIGNALS_TIMEOUT: Duration = Duration::from_secs(10);
+
+impl JailArgs {
+    pub(crate) const OFF: JailArgs = JailArgs { jail: Mode::Off };
+
+    /// Jails this process, which serves guests of other processes from files. All that it needs is open.
+    ///
+    /// # Errors
+    /// The kernel refuses it.
+    pub(crate) fn close_server(&self, session: &Session) -> Result<()> {
+        match self.jail {
+            Mode::Off => Ok(()),
+            Mode::Default => {
+                pager::uffd::keep_device_open();
+                // The thread that waits for signals kills guests, too, when it ends the process.
+                Jail::Process.close_as(Role::Server, || enter(Role::Server), session)
+            }
+        }
+    }
+
+    /// Jails the threads that start from now on to run a guest. `uses_network`: other threads of this process talk to
+    /// object storage.
+    pub(crate) fn begin(&self, uses_network: bool) -> Jail {
+        if self.jail == Mode::Off {
+            return Jail::Off;
+        }
+        vmm::on_thread_start(|kind| match kind {
+            vmm::ThreadKind::Devices => enter(Role::Devices),
+            _ => enter(Role::Vcpu),
+        });
+        if uses_network {
+            return Jail::Guest;
+        }
+        pager::on_thread_start(|| enter(Role::Pager));
+        Jail::Process
+    }
+
+    /// As [`JailArgs::begin`], for a guest that is restored from `snapshot`.
+    pub(crate) fn begin_with(&self, snapshot: &Snapshot) -> Jail {
+        self.begin(uses_network(snapshot))
+    }
+}
+
+impl Jail {
+    /// Jails this thread, the threads that it starts from now on, and the one that waits for signals. All that the guest
+    /// needs is open. `writes`: files may be written later.
+    ///
+    /// # Errors
+    /// The kernel refuses it.
+    pub(crate) fn close(self, writes: bool, session: &Session) -> Result<()> {
+        let role = if writes { Role::Writer } else { Role::Main };
+        self.close_as(role, || enter(Role::Signals), session)
+    }
+
+    fn close_as(self, role: Role, signals: fn(), session: &Session) -> Result<()> {
+        if self != Jail::Process {
+            return Ok(());
+        }
+        let signals = session.interrupt.jail(signals);
+        jail::enter(role).context(ADVICE)?;
+        let jailed = signals.recv_timeout(SIGNALS_TIMEOUT);
+        jailed.context("the thread that waits for signals was not jailed")
+    }
+}
+
+/// Whether a part of it is in object storage.
+pub(crate) fn uses_network(snapshot: &Snapshot) -> bool {
+    snapshot.storages().any(|storage| storage.file().is_none())
+}
+
+const ADVICE: &str = "--jail off runs without it";
+
+/// Jails this thread, or ends the process.
+pub(crate) fn enter(role: Role) {
+    if let Err(error) = jail::enter(role) {
+        exit::end(&anyhow::Error::new(error).context(ADVICE));
+    }
+}

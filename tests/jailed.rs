@@ -1,0 +1,122 @@
+//! `--jail`: which threads of a running `snap` are jailed. What a role refuses is tested in the crate `jail`.
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::Command;
+
+use crate::support::{SNAP, Sample, needs_vm, signal, start};
+use crate::talking::Talking;
+
+/// A thread of another process, from proc(5).
+#[derive(Debug)]
+struct Thread {
+    name: String,
+    seccomp: u64,
+    no_new_privs: u64,
+    capabilities: u64,
+}
+
+const FILTERED: u64 = 2;
+const SYS_NICE: u64 = 1 << 23;
+
+/// All threads of a process.
+fn threads(process: u32) -> Vec<Thread> {
+    let tasks = std::fs::read_dir(format!("/proc/{process}/task")).expect("it runs");
+    let statuses =
+        tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("status")).ok());
+    let of = |status: String| {
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            line.expect(name).trim().to_owned()
+        };
+        let number = |name, base| u64::from_str_radix(&field(name), base).expect(name);
+        Thread {
+            name: field("Name:"),
+            seccomp: number("Seccomp:", 10),
+            no_new_privs: number("NoNewPrivs:", 10),
+            capabilities: number("CapPrm:", 16) | number("CapEff:", 16),
+        }
+    };
+    statuses.map(of).collect()
+}
+
+#[track_caller]
+fn all_are_jailed(process: u32, needed: &[&str]) {
+    let threads = threads(process);
+    for name in needed {
+        assert!(threads.iter().any(|thread| thread.name == *name), "{name}: {threads:?}");
+    }
+    for thread in &threads {
+        assert_eq!((thread.seccomp, thread.no_new_privs), (FILTERED, 1), "{thread:?}");
+        assert_eq!(thread.capabilities & !SYS_NICE, 0, "{thread:?}");
+    }
+}
+
+#[test]
+fn all_threads_of_a_restored_guest_are_jailed() {
+    needs_vm!();
+    let sample = Sample::create(&["--memory", "64M", "--work", "4M"]);
+    let file = sample.file.to_string_lossy();
+    for (mode, needed) in [
+        (&[][..], &["snap", "signals", "vcpu0"][..]),
+        (&["--lazy", "--populate", "off"], &["snap", "signals", "vcpu0", "pager0"]),
+    ] {
+        let mut snap = Talking::snap([&["restore", &*file][..], mode].concat());
+        snap.beats(1);
+        all_are_jailed(snap.id(), needed);
+    }
+}
+
+#[test]
+fn all_threads_of_a_guest_with_a_control_socket_are_jailed() {
+    needs_vm!();
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let socket = folder.path().join("vm.sock");
+    let socket = socket.to_string_lossy();
+    let mut snap = Talking::snap(["run", "--memory", "64M", "--work", "4M", "--api", &socket]);
+    snap.beats(1);
+    // What may write snapshots keeps the capabilities for that, except the vCPU and the thread of signals.
+    let threads = threads(snap.id());
+    assert!(threads.iter().any(|thread| thread.name == "api"), "{threads:?}");
+    for thread in &threads {
+        assert_eq!((thread.seccomp, thread.no_new_privs), (FILTERED, 1), "{thread:?}");
+        if ["vcpu0", "signals"].contains(&&*thread.name) {
+            assert_eq!(thread.capabilities & !SYS_NICE, 0, "{thread:?}");
+        }
+    }
+}
+
+#[test]
+fn without_the_jail_no_thread_is_jailed() {
+    needs_vm!();
+    let mut snap = Talking::snap(["run", "--memory", "64M", "--work", "4M", "--jail", "off"]);
+    snap.beats(1);
+    let threads = threads(snap.id());
+    assert!(threads.iter().any(|thread| thread.name == "vcpu0"), "{threads:?}");
+    assert!(threads.iter().all(|thread| thread.seccomp == 0), "{threads:?}");
+}
+
+#[test]
+fn servers_and_keepers_are_jailed() {
+    needs_vm!();
+    let sample = Sample::create(&["--memory", "64M", "--work", "4M"]);
+    let at = |name: &str| sample.folder.path().join(name);
+    let serve = [Path::new("serve"), &sample.file, Path::new("--listen"), &at("pages.sock")];
+    let keep = [Path::new("keep"), Path::new("--listen"), &at("keep.sock")];
+    for command in [&serve[..], &keep] {
+        let mut process = start({
+            let mut snap = Command::new(SNAP);
+            snap.args(command);
+            snap
+        });
+        let mut line = String::new();
+        BufReader::new(process.stderr.take().expect("a pipe"))
+            .read_line(&mut line)
+            .expect("a line");
+        let threads = threads(process.id());
+        signal(process.id(), "INT");
+        process.wait().expect("it ends");
+        assert!(threads.iter().all(|thread| thread.no_new_privs == 1), "{line}: {threads:?}");
+        assert!(threads.iter().all(|thread| thread.seccomp == FILTERED), "{line}: {threads:?}");
+    }
+}
