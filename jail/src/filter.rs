@@ -31,33 +31,56 @@ pub(crate) fn program(role: Role) -> Vec<sock_filter> {
     let mut rules: Vec<&Rule> = table::of(role).iter().flat_map(|part| part.iter()).collect();
     // Stable: of one call, the checks stay in the order of the table.
     rules.sort_by_key(|rule| rule.call);
-    let calls: Vec<&[&Rule]> = rules.chunk_by(|one, other| one.call == other.call).collect();
     let mut program = vec![
         statement(LOAD, ARCH_AT),
         branch(IF_EQUAL, ARCH, 1, 0),
         statement(RETURN, TRAP),
         statement(LOAD, NUMBER_AT),
     ];
-    program.extend(tree(&calls));
+    program.extend(tree(&segments(&rules)));
     program
 }
 
-/// Finds the call among `calls`, which are sorted.
-fn tree(calls: &[&[&Rule]]) -> Vec<sock_filter> {
-    match calls {
-        [] => vec![statement(RETURN, TRAP)],
-        [rules] => {
-            let mut leaf =
-                vec![branch(IF_EQUAL, number(rules[0].call), 1, 0), statement(RETURN, TRAP)];
-            leaf.extend(checks(rules));
-            leaf
+/// Numbers of calls from `first` on, up to the next segment, and what is done with them.
+struct Segment {
+    first: u32,
+    allowed: bool,
+    checks: Vec<sock_filter>,
+}
+
+/// All numbers, in order. Neighbours that are allowed without conditions are one segment.
+fn segments(rules: &[&Rule]) -> Vec<Segment> {
+    let refused = |first| Segment { first, allowed: false, checks: vec![statement(RETURN, TRAP)] };
+    let mut segments = vec![refused(0)];
+    for rules in rules.chunk_by(|one, other| one.call == other.call) {
+        let first = number(rules[0].call);
+        if segments.last().is_some_and(|last| last.first == first) {
+            segments.pop();
         }
+        let allowed = rules.iter().any(|rule| matches!(rule.when, When::Always));
+        if !(allowed && segments.last().is_some_and(|last| last.allowed)) {
+            segments.push(Segment { first, allowed, checks: checks(rules) });
+        }
+        segments.push(refused(first + 1));
+    }
+    segments
+}
+
+/// Finds the segment of a number.
+fn tree(segments: &[Segment]) -> Vec<sock_filter> {
+    match segments {
+        [] => vec![statement(RETURN, TRAP)],
+        [segment] => segment.checks.clone(),
         _ => {
-            let (lower, upper) = calls.split_at(calls.len() / 2);
-            let (first, lower, upper) = (number(upper[0][0].call), tree(lower), tree(upper));
+            let (lower, upper) = segments.split_at(segments.len() / 2);
+            let (first, lower, upper) = (upper[0].first, tree(lower), tree(upper));
             // A conditional jump reaches 255 instructions, an unconditional one all.
-            let mut node =
-                vec![branch(IF_AT_LEAST, first, 0, 1), statement(JUMP, lower.len() as u32)];
+            let mut node = match u8::try_from(lower.len()) {
+                Ok(len) => vec![branch(IF_AT_LEAST, first, len, 0)],
+                Err(_) => {
+                    vec![branch(IF_AT_LEAST, first, 0, 1), statement(JUMP, lower.len() as u32)]
+                }
+            };
             node.extend(lower);
             node.extend(upper);
             node

@@ -6,7 +6,7 @@
 //! the thread, its role and the call.
 //!
 //! The filters are written as a search tree, not as a chain of comparisons, because the kernel runs a new filter for
-//! each number of a call when it is installed. Measured: 0.08 ms for a tree, 0.3 ms for a chain of 66 calls.
+//! each number of a call when it is installed. Measured for a chain of 66 calls: 0.3 ms.
 #![deny(missing_docs)]
 
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
