@@ -36,8 +36,11 @@ struct Shared {
     /// Child processes that are being waited for.
     children: Mutex<Vec<Weak<OwnedFd>>>,
     /// Waits until the thread is jailed.
-    jail: Mutex<Option<(fn(), Sender<()>)>>,
+    jail: Mutex<Option<Jailing>>,
 }
+
+/// What jails the thread, and where it sends when that is done.
+type Jailing = (fn(), Sender<()>);
 
 /// The guests of one server or of several.
 pub(crate) trait Guests: Send + Sync {
@@ -201,7 +204,7 @@ impl Interrupt {
         jailed
     }
 
-    fn jail_waits(&self) -> MutexGuard<'_, Option<(fn(), Sender<()>)>> {
+    fn jail_waits(&self) -> MutexGuard<'_, Option<Jailing>> {
         self.0.jail.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
