@@ -26,6 +26,8 @@ fn kept(role: Role) -> CapabilitySet {
     let priorities = CapabilitySet::SYS_NICE;
     match role {
         Role::Vcpu | Role::Pager | Role::Devices | Role::Signals | Role::Main => priorities,
+        // Reading needs none: the files are open.
+        Role::Mount => CapabilitySet::empty(),
         // A guest whose page cannot be loaded is killed, also that of another user (--allow-uid). Messages that are read
         // from a userfaultfd go to locked memory. A userfaultfd for memory that clones share needs SYS_PTRACE where there
         // is no /dev/userfaultfd.

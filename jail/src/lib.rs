@@ -13,16 +13,20 @@
 compile_error!("jail knows the system calls of Linux on x86_64 only");
 
 mod capabilities;
+mod core_dumps;
 mod filter;
 mod install;
 mod names;
 mod role;
+mod support;
 mod table;
 mod trap;
 
 use std::io;
 
+pub use core_dumps::forbid_core_dumps;
 pub use role::Role;
+pub use support::{Support, support};
 pub use trap::EXIT_CODE;
 
 /// A thread could not be jailed. It must not begin its work.

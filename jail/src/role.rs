@@ -19,11 +19,13 @@ pub enum Role {
     Writer,
     /// It serves memory of guests in other processes, or keeps what another server needs for that.
     Server,
+    /// It answers readers of a mounted snapshot, by FUSE, or loads pages for them. It mounts and unmounts nothing.
+    Mount,
 }
 
 impl Role {
     /// All roles.
-    pub const ALL: [Role; 7] = [
+    pub const ALL: [Role; 8] = [
         Role::Vcpu,
         Role::Pager,
         Role::Devices,
@@ -31,6 +33,7 @@ impl Role {
         Role::Main,
         Role::Writer,
         Role::Server,
+        Role::Mount,
     ];
 
     pub(crate) const fn name(self) -> &'static str {
@@ -42,6 +45,7 @@ impl Role {
             Role::Main => "main",
             Role::Writer => "writer",
             Role::Server => "server",
+            Role::Mount => "mount",
         }
     }
 }

@@ -49,6 +49,7 @@ pub(crate) fn of(role: Role) -> &'static [&'static [Rule]] {
             &[COMMON, STARTS_THREADS, READS_FILES, VCPU, PAGER, DEVICES, SIGNALS, MAIN, WRITER]
         }
         Role::Server => &[COMMON, STARTS_THREADS, READS_FILES, PAGER, SIGNALS, SERVER],
+        Role::Mount => &[COMMON, STARTS_THREADS, READS_FILES, MOUNT],
     }
 }
 
@@ -237,6 +238,10 @@ const MAIN: &[Rule] = &[
         0x8030_ae7c, 0x4030_ae7b, // KVM_GET_CLOCK, KVM_SET_CLOCK
         0xae03,      // KVM_CHECK_EXTENSION
     ]), "the state of a guest that is paused"),
+    rule(SYS_ioctl, OneOf(1, &[
+        0x4010_ae42, // KVM_GET_DIRTY_LOG: what the guest, or KVM itself, has written
+        0xc060_6610, // PAGEMAP_SCAN of /proc/self/pagemap: which pages are in memory
+    ]), "a reset, and a snapshot of what has changed"),
     rule(SYS_ioctl, OneOf(1, &[TCGETS as u32, TCSETS as u32, TCSETSW as u32, TCSETSF as u32, TIOCGPGRP as u32,
         TIOCGWINSZ as u32, FIONBIO as u32, FIONREAD as u32]), "the terminal, and clients of the control socket"),
     rule(SYS_pipe2, Always, "ends of threads"),
@@ -326,6 +331,13 @@ const SERVER: &[Rule] = &[
     rule(SYS_prlimit64, OneOf(0, &[0]), "limits of this process"),
 ];
 
+#[rustfmt::skip]
+const MOUNT: &[Rule] = &[
+    rule(SYS_writev, Always, "answers to readers"),
+    rule(SYS_geteuid, Always, "the owner of the files"),
+    rule(SYS_getegid, Always, "the owner of the files"),
+];
+
 #[cfg(test)]
 mod tests {
     use std::fmt::Write;
@@ -333,7 +345,7 @@ mod tests {
     use super::*;
     use crate::names;
 
-    const PARTS: [(&str, &[Rule]); 10] = [
+    const PARTS: [(&str, &[Rule]); 11] = [
         ("Common", COMMON),
         ("Starts threads", STARTS_THREADS),
         ("Reads files", READS_FILES),
@@ -344,6 +356,7 @@ mod tests {
         ("Main", MAIN),
         ("Writer", WRITER),
         ("Server", SERVER),
+        ("Mount", MOUNT),
     ];
 
     fn condition(when: &When) -> String {
