@@ -1,5 +1,6 @@
 //! `--jail`: which threads of this process are jailed, and when. See docs/jail.md.
 
+use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -8,6 +9,7 @@ use jail::Role;
 use snapfmt::Snapshot;
 
 use crate::exit;
+use crate::interrupt::Interrupt;
 use crate::session::Session;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -49,40 +51,60 @@ const SIGNALS_TIMEOUT: Duration = Duration::from_secs(10);
 impl JailArgs {
     pub(crate) const OFF: JailArgs = JailArgs { jail: Mode::Off };
 
-    /// Jails this process, which serves guests of other processes from files. All that it needs is open.
+    /// Jails this thread, which serves guests of other processes from files, the threads that it starts from now on, and the
+    /// one that waits for signals. All that they need is open.
     ///
     /// # Errors
     /// The kernel refuses it.
-    pub(crate) fn close_server(&self, session: &Session) -> Result<()> {
+    pub(crate) fn close_server(&self, interrupt: &Interrupt) -> Result<()> {
         match self.jail {
             Mode::Off => Ok(()),
             Mode::Default => {
+                jail::forbid_core_dumps().context(CORE_DUMPS)?;
                 pager::uffd::keep_device_open();
                 // The thread that waits for signals kills guests, too, when it ends the process.
-                Jail::Process.close_as(Role::Server, || enter(Role::Server), session)
+                Jail::Process.close_as(Role::Server, || enter(Role::Server), interrupt)
             }
         }
     }
 
+    /// What jails each thread that answers readers of a mount. The thread that waits for signals is jailed by this; the one
+    /// that calls it is not: it unmounts, for which an ordinary user starts `fusermount3`.
+    ///
+    /// # Errors
+    /// The kernel refuses it. Nothing must be mounted yet: the hook ends the process at an error.
+    pub(crate) fn begin_mount(&self, interrupt: &Interrupt) -> Result<Option<fn()>> {
+        if self.jail == Mode::Off {
+            return Ok(None);
+        }
+        jail::forbid_core_dumps().context(CORE_DUMPS)?;
+        wait_for(&interrupt.jail(|| enter(Role::Signals)))?;
+        Ok(Some(|| enter(Role::Mount)))
+    }
+
     /// Jails the threads that start from now on to run a guest. `uses_network`: other threads of this process talk to
     /// object storage.
-    pub(crate) fn begin(&self, uses_network: bool) -> Jail {
+    ///
+    /// # Errors
+    /// The kernel refuses it.
+    pub(crate) fn begin(&self, uses_network: bool) -> Result<Jail> {
         if self.jail == Mode::Off {
-            return Jail::Off;
+            return Ok(Jail::Off);
         }
+        jail::forbid_core_dumps().context(CORE_DUMPS)?;
         vmm::on_thread_start(|kind| match kind {
             vmm::ThreadKind::Devices => enter(Role::Devices),
             _ => enter(Role::Vcpu),
         });
         if uses_network {
-            return Jail::Guest;
+            return Ok(Jail::Guest);
         }
         pager::on_thread_start(|| enter(Role::Pager));
-        Jail::Process
+        Ok(Jail::Process)
     }
 
     /// As [`JailArgs::begin`], for a guest that is restored from `snapshot`.
-    pub(crate) fn begin_with(&self, snapshot: &Snapshot) -> Jail {
+    pub(crate) fn begin_with(&self, snapshot: &Snapshot) -> Result<Jail> {
         self.begin(uses_network(snapshot))
     }
 }
@@ -95,18 +117,22 @@ impl Jail {
     /// The kernel refuses it.
     pub(crate) fn close(self, writes: bool, session: &Session) -> Result<()> {
         let role = if writes { Role::Writer } else { Role::Main };
-        self.close_as(role, || enter(Role::Signals), session)
+        self.close_as(role, || enter(Role::Signals), &session.interrupt)
     }
 
-    fn close_as(self, role: Role, signals: fn(), session: &Session) -> Result<()> {
+    fn close_as(self, role: Role, signals: fn(), interrupt: &Interrupt) -> Result<()> {
         if self != Jail::Process {
             return Ok(());
         }
-        let signals = session.interrupt.jail(signals);
+        let signals = interrupt.jail(signals);
         jail::enter(role).context(ADVICE)?;
-        let jailed = signals.recv_timeout(SIGNALS_TIMEOUT);
-        jailed.context("the thread that waits for signals was not jailed")
+        wait_for(&signals)
     }
+}
+
+fn wait_for(signals: &Receiver<()>) -> Result<()> {
+    let jailed = signals.recv_timeout(SIGNALS_TIMEOUT);
+    jailed.context("the thread that waits for signals was not jailed")
 }
 
 /// Whether a part of it is in object storage.
@@ -114,6 +140,7 @@ pub(crate) fn uses_network(snapshot: &Snapshot) -> bool {
     snapshot.storages().any(|storage| storage.file().is_none())
 }
 
+const CORE_DUMPS: &str = "cannot forbid core dumps (setrlimit)";
 const ADVICE: &str = "--jail off runs without it";
 
 /// Jails this thread, or ends the process.

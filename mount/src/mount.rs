@@ -32,6 +32,9 @@ pub struct MountOptions {
     pub populate: Populate,
     /// Guest memory to load into a file when it is read first: source offsets in bytes, in this order.
     pub prefetch: Vec<Range<u64>>,
+    /// Called by each thread that answers readers or loads pages, before it begins. A program jails these threads with it.
+    /// They do not mount or unmount. If it cannot do its work it must end the process.
+    pub on_thread_start: Option<fn()>,
 }
 
 /// When pages that readers have not touched are loaded in the background.
@@ -54,6 +57,7 @@ pub struct Mount {
     tree: Arc<Tree>,
     span_bytes: u64,
     on_event: Arc<OnEvent>,
+    on_thread_start: Option<fn()>,
 }
 
 impl Mount {
@@ -90,7 +94,8 @@ impl Mount {
         // The kernel lets only those users in that the mount is for.
         let session = Session::from_fd(files, connection, SessionACL::All, config);
         let session = session.map_err(MountError::Serve)?;
-        Ok(Self { session, point, activity, tree, span_bytes: span_bytes.into(), on_event })
+        let (span_bytes, on_thread_start) = (span_bytes.into(), options.on_thread_start);
+        Ok(Self { session, point, activity, tree, span_bytes, on_event, on_thread_start })
     }
 
     /// Answers readers until the other end of the pipe `stop` is closed, or the folder is unmounted. In both cases files
@@ -99,18 +104,25 @@ impl Mount {
     /// # Errors
     /// [`MountError::Start`], [`MountError::Serve`], [`MountError::Unmount`].
     pub fn run(self, stop: BorrowedFd<'_>) -> Result<(), MountError> {
-        let Self { session, mut point, activity, tree, span_bytes, on_event } = self;
+        let Self { session, mut point, activity, tree, span_bytes, on_event, on_thread_start } =
+            self;
         let folder = point.folder().to_owned();
         let loader = Loader { folder, span_bytes, tree, activity: Arc::clone(&activity) };
         let (ended, end) = io::pipe().map_err(MountError::Start)?;
+        let begin = move || on_thread_start.map_or((), |hook| hook());
         let serve = move || {
             let _end = end;
+            begin();
             session.run()
         };
         let server = start("mount", serve)?;
         loader.prepare();
         on_event(MountEvent::Ready);
-        let loader = start("mount-loader", move || loader.run())?;
+        let load = move || {
+            begin();
+            loader.run()
+        };
+        let loader = start("mount-loader", load)?;
         if wait_for_either(stop, ended.as_fd())? {
             // Its files would keep the mount from ending.
             activity.end();

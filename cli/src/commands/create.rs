@@ -232,7 +232,7 @@ fn create_whole(args: &Args, out: &Path, session: &Session) -> Result<(Header, I
         None => Trigger::Ready,
     };
     let (console, seen) = GuestConsole::new(std::io::sink(), when.until());
-    let jail = args.jail.begin(bucket::is_meant(args.out()));
+    let jail = args.jail.begin(bucket::is_meant(args.out()))?;
     let vm = guest::boot(&args.guest, console, when == Trigger::Request, session)?;
     jail.close(true, session)?;
     let (mut guest, paused_at) = run_until_ready(vm, args, &when, &seen, session)?;
@@ -265,7 +265,7 @@ fn create_layer(
         .prefetch(Prefetch::Off)
         .guest_trigger(when == Trigger::Request);
     let uses_network = bucket::is_meant(args.out()) || jailed::uses_network(config.snapshot());
-    let jail = args.jail.begin(uses_network);
+    let jail = args.jail.begin(uses_network)?;
     let restored = restoring::restore(&config, console, session)?;
     jail.close(true, session)?;
     let memory_ready_at = restored.memory_ready_at;

@@ -14,6 +14,7 @@ use snapvm::{with_causes, working_set_pages};
 use crate::descriptors::allow_many_descriptors;
 use crate::exit::Interrupted;
 use crate::input::{Input, reading};
+use crate::jailed::{self, JailArgs};
 use crate::pager_args::PrefetchArg;
 use crate::session::Session;
 use crate::stderr::{self, say};
@@ -52,6 +53,9 @@ pub(crate) struct Args {
     /// for a guest with KVM's asynchronous page faults everything, from when a file is read first.
     #[arg(long, value_name = "off|auto", default_value = "auto", hide_possible_values = true)]
     populate: PopulateArg,
+
+    #[command(flatten)]
+    jail: JailArgs,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -62,7 +66,10 @@ enum PopulateArg {
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let snapshot = Arc::new(args.input.open()?);
-    let options = options(args, &snapshot)?;
+    let mut options = options(args, &snapshot)?;
+    if !jailed::uses_network(&snapshot) {
+        options.on_thread_start = args.jail.begin_mount(&session.interrupt)?;
+    }
     let (file, folder) = (args.input.file.clone(), args.folder.clone());
     let draining = Mutex::new(None::<Waiting>);
     let quiet = session.quiet;

@@ -6,7 +6,7 @@ mod folder;
 use std::io::{self, PipeReader, PipeWriter};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 
 use anyhow::{Context, Result, bail};
@@ -21,6 +21,8 @@ use crate::api::private_socket;
 use crate::descriptors::allow_many_descriptors;
 use crate::exit::Interrupted;
 use crate::input;
+use crate::interrupt::Interrupt;
+use crate::jailed::JailArgs;
 use crate::millis::ms;
 use crate::session::Session;
 use crate::stdout::{print_json, print_line};
@@ -62,7 +64,10 @@ pub(crate) struct Args {
     #[arg(long)]
     json: bool,
 
-    /// Options of `snap restore` for each child; `{}` is its number.
+    #[command(flatten)]
+    jail: JailArgs,
+
+    /// Options of `snap restore` for each child; `{}` is its number. Each child has a jail of its own.
     #[arg(last = true, value_name = "OPTIONS")]
     options: Vec<String>,
 }
@@ -95,7 +100,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let cut_ms = ms(session.started.elapsed());
 
     // Before the first child, which waits for it only for a limited time.
-    let serving = Serving::start(server)?;
+    let serving = Serving::start(server, &args.jail, &session.interrupt)?;
     let wanted = Wanted { count: args.count, log: args.log.as_deref(), options: &args.options };
     let mut children = Children::start(&wanted, &file, &path, session)?;
     let started = Started {
@@ -165,15 +170,22 @@ struct Serving {
 }
 
 impl Serving {
-    fn start(server: Server) -> Result<Self> {
+    /// The thread is jailed, and so are those that it starts. This one is not: it starts the children.
+    fn start(server: Server, jail: &JailArgs, interrupt: &Interrupt) -> Result<Self> {
         let (stopped, stop) = io::pipe().context("cannot create a pipe")?;
         let (ended, ending) = io::pipe().context("cannot create a pipe")?;
+        let (entered, jailed) = mpsc::channel();
+        let (jail, interrupt) = (jail.clone(), interrupt.clone());
         let serve = move || {
             let _ending = ending;
-            server.run(stopped.as_fd())
+            let result = jail.close_server(&interrupt);
+            let may_serve = result.is_ok();
+            let _ = entered.send(result);
+            if may_serve { server.run(stopped.as_fd()) } else { Ok(()) }
         };
         let thread = thread::Builder::new().name("pages".into()).spawn(serve);
         let thread = thread.context("the thread that serves the children cannot be started")?;
+        jailed.recv().context("the thread that serves the children has ended")??;
         Ok(Self { stop, ended, thread })
     }
 
