@@ -12,6 +12,7 @@ mod control;
 mod core_dumps;
 mod diff_imports;
 mod disks;
+mod doctors;
 mod failing_restores;
 #[cfg(feature = "objects")]
 #[path = "../objects/tests/support/fake.rs"]

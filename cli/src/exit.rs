@@ -37,6 +37,11 @@ pub(crate) struct Interrupted;
 #[error("{0}")]
 pub(crate) struct GuestStopped(pub(crate) String);
 
+/// This host lacks what `snap` needs.
+#[derive(Debug, thiserror::Error)]
+#[error("this host lacks {0}")]
+pub(crate) struct HostLacks(pub(crate) String);
+
 /// Another `snap` that this one has started has failed: its message, and its exit code.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
@@ -142,6 +147,7 @@ fn code(error: &Error) -> u8 {
             return GUEST;
         }
         let host = cause.is::<ProbeError>()
+            || cause.is::<HostLacks>()
             || cause.is::<jail::JailError>()
             || matches!(cause.downcast_ref(), Some(BootError::Host(_)))
             || matches!(cause.downcast_ref(), Some(RestoreError::Host(_)))

@@ -16,6 +16,12 @@ const PAGEMAP_SCAN: u32 = 0xc060_6610;
 const _: () = assert!(size_of::<pm_scan_arg>() == 0x60);
 
 impl Pagemap {
+    /// Whether this kernel has PAGEMAP_SCAN (Linux 6.7), with which pages in memory are found without those that are not.
+    #[must_use]
+    pub fn has_scan(&self) -> bool {
+        self.scan(0, 1).is_ok()
+    }
+
     /// The addresses of those of the `pages` pages from `host_addr` on that are mapped or swapped out, as ascending
     /// ranges. `pages` is at most [`Pagemap::MAX_PAGES`].
     ///
@@ -89,6 +95,16 @@ impl Pagemap {
 mod tests {
     use super::*;
     use crate::mapping::Mapping;
+
+    #[test]
+    fn the_version_of_the_kernel_says_whether_there_is_a_scan() {
+        let release =
+            std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("there is /proc");
+        let mut numbers = release.split('.').map(|number| number.parse().unwrap_or(0));
+        let version: (u32, u32) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+        let pagemap = Pagemap::open().expect("a pagemap");
+        assert_eq!(pagemap.has_scan(), version >= (6, 7), "{release}");
+    }
 
     /// The kernel collects 512 ranges at a time.
     #[test]

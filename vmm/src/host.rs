@@ -11,7 +11,7 @@ use crate::state::VmState;
 /// The device file of KVM.
 pub const KVM_DEVICE: &str = "/dev/kvm";
 /// The one stable version of the KVM API (KVM API documentation, "KVM_GET_API_VERSION").
-const KVM_API_VERSION: i32 = 12;
+pub const KVM_API_VERSION: i32 = 12;
 
 /// A host that can run guests.
 #[derive(Clone, Debug)]

@@ -107,7 +107,9 @@ pub use discards::{Discards, HeldDiscards};
 pub use error::KvmError;
 pub use frozen::Frozen;
 pub use give_back::drop_private_pages;
-pub use host::{FeaturesError, HostReport, KVM_DEVICE, ProbeError, missing_features, probe};
+pub use host::{
+    FeaturesError, HostReport, KVM_API_VERSION, KVM_DEVICE, ProbeError, missing_features, probe,
+};
 pub use layout::{LayoutError, MemoryRange, memory_layout};
 pub use payload::{Payload, PayloadError};
 pub use state::{StateError, VmState};

@@ -11,6 +11,7 @@ mod create;
 mod create_in_bucket;
 mod demo;
 mod diff;
+mod doctor;
 mod export;
 mod fork;
 mod hash;
@@ -70,6 +71,7 @@ pub(crate) enum Command {
     Mount(mount::Args),
     Demo(demo::Args),
     Bench(bench::Args),
+    Doctor(doctor::Args),
     Completions(completions::CompletionsArgs),
     Man(completions::ManArgs),
 }
@@ -113,6 +115,7 @@ pub(crate) fn run(
         Command::Mount(args) => mount::run(&args, &session),
         Command::Demo(args) => demo::run(&args, &session),
         Command::Bench(args) => bench::run(&args, &session),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Completions(args) => completions::completions(&args, cli()),
         Command::Man(args) => completions::man(&args, cli()),
     }
