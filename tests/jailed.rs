@@ -4,6 +4,8 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::Command;
 
+use crate::control::Vm;
+use crate::mounts::{Mounted, host_can_mount};
 use crate::support::{SNAP, Sample, needs_vm, signal, start};
 use crate::talking::Talking;
 
@@ -118,5 +120,69 @@ fn servers_and_keepers_are_jailed() {
         process.wait().expect("it ends");
         assert!(threads.iter().all(|thread| thread.no_new_privs == 1), "{line}: {threads:?}");
         assert!(threads.iter().all(|thread| thread.seccomp == FILTERED), "{line}: {threads:?}");
+    }
+}
+
+/// All threads but the main one are jailed, and these are there.
+#[track_caller]
+fn all_but_the_main_thread_are_jailed(process: u32, needed: &[&str]) {
+    let threads = threads(process);
+    for name in needed {
+        assert!(threads.iter().any(|thread| thread.name == *name), "{name}: {threads:?}");
+    }
+    for thread in &threads {
+        let filtered = if thread.name == "snap" { 0 } else { FILTERED };
+        assert_eq!(thread.seccomp, filtered, "{thread:?}");
+    }
+}
+
+#[test]
+fn the_server_of_a_fork_is_jailed() {
+    needs_vm!();
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let mut vm = Vm::start(folder.path(), &["run", "--memory", "64M", "--work", "4M"]);
+    vm.beats(2);
+    let mut fork = Command::new(SNAP);
+    fork.args(["fork", "-n", "2", "--vm"]).arg(&vm.socket).args(["--", "--for", "60s"]);
+    let mut fork = start(fork);
+    let mut line = String::new();
+    let stdout = fork.stdout.take().expect("a pipe");
+    BufReader::new(stdout).read_line(&mut line).expect("a line");
+    assert!(line.contains("2 children"), "{line}");
+    all_but_the_main_thread_are_jailed(fork.id(), &["snap", "signals", "pages"]);
+    signal(fork.id(), "INT");
+    assert_eq!(fork.wait().expect("it ends").code(), Some(130));
+    vm.interrupt();
+}
+
+#[test]
+fn the_threads_of_a_mount_are_jailed() {
+    needs_vm!();
+    if !host_can_mount("the_threads_of_a_mount_are_jailed") {
+        return;
+    }
+    let sample = Sample::small();
+    let mut mounted = Mounted::start(&sample.file, &["--prefetch", "all"]);
+    let memory = std::fs::read(mounted.file("memory.raw")).expect("it is read");
+    assert!(!memory.is_empty());
+    let needed = ["snap", "signals", "mount", "mount-loader", "fuser-0"];
+    all_but_the_main_thread_are_jailed(mounted.id(), &needed);
+    assert_eq!(mounted.end("INT").0, Some(130));
+}
+
+#[test]
+fn a_jailed_process_leaves_no_core_dump() {
+    needs_vm!();
+    let args = ["run", "--memory", "64M", "--work", "4M", "--jail"];
+    let hard_limit = |process: u32| {
+        let limits = std::fs::read_to_string(format!("/proc/{process}/limits")).expect("it runs");
+        let line = limits.lines().find_map(|line| line.strip_prefix("Max core file size"));
+        line.expect("it is there").split_whitespace().nth(1).expect("two limits").to_owned()
+    };
+    let own = hard_limit(std::process::id());
+    for (jail, limit) in [("off", &*own), ("default", if own == "0" { "0" } else { "1" })] {
+        let mut snap = Talking::snap(args.into_iter().chain([jail]));
+        snap.beats(1);
+        assert_eq!(hard_limit(snap.id()), limit, "--jail {jail}");
     }
 }

@@ -74,15 +74,15 @@ mod tests {
     #[test]
     fn only_what_is_missing_has_advice() {
         let there = Check::new("fuse", "snap mount").ok("there", json!({}));
-        let missing = Check::new("landlock", "--jail strict").missing("none", "a newer kernel");
+        let missing = Check::new("tap", "--net").missing("no device", "modprobe tun");
         let checks = vec![there, missing];
         let report = Report { version: "1", kernel: "6.18".into(), usable: true, checks };
         let expected = "\
 snap 1 on Linux 6.18
 ok       fuse               there
-missing  landlock           none
-                            for: --jail strict
-                            do: a newer kernel
+missing  tap                no device
+                            for: --net
+                            do: modprobe tun
 ";
         assert_eq!(as_text(&report), expected);
     }
