@@ -70,6 +70,7 @@ mod sockets;
 mod streams;
 mod support;
 mod talking;
+mod uniqueness;
 mod virtio_guest;
 mod waits;
 mod working_sets;

@@ -93,6 +93,7 @@ mod slot_layout;
 pub mod state;
 pub mod virtio;
 mod vm;
+mod vm_clock;
 mod written;
 
 pub use arch::{HostCpu, SNAPSHOT_TRIGGER_PORT, VcpuError};
