@@ -169,20 +169,3 @@ fn the_threads_of_a_mount_are_jailed() {
     all_but_the_main_thread_are_jailed(mounted.id(), &needed);
     assert_eq!(mounted.end("INT").0, Some(130));
 }
-
-#[test]
-fn a_jailed_process_leaves_no_core_dump() {
-    needs_vm!();
-    let args = ["run", "--memory", "64M", "--work", "4M", "--jail"];
-    let hard_limit = |process: u32| {
-        let limits = std::fs::read_to_string(format!("/proc/{process}/limits")).expect("it runs");
-        let line = limits.lines().find_map(|line| line.strip_prefix("Max core file size"));
-        line.expect("it is there").split_whitespace().nth(1).expect("two limits").to_owned()
-    };
-    let own = hard_limit(std::process::id());
-    for (jail, limit) in [("off", &*own), ("default", if own == "0" { "0" } else { "1" })] {
-        let mut snap = Talking::snap(args.into_iter().chain([jail]));
-        snap.beats(1);
-        assert_eq!(hard_limit(snap.id()), limit, "--jail {jail}");
-    }
-}

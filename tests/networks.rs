@@ -30,10 +30,10 @@ impl Place {
 }
 
 /// A tap of this host, removed when this is dropped.
-struct HostTap(String);
+pub(crate) struct HostTap(pub(crate) String);
 
 impl HostTap {
-    fn new(test: &str, name: &str) -> Option<Self> {
+    pub(crate) fn new(test: &str, name: &str) -> Option<Self> {
         let made = Command::new("ip").args(["tuntap", "add", name, "mode", "tap"]).output();
         match made {
             Ok(made) if made.status.success() => Some(Self(name.into())),

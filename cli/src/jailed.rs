@@ -60,7 +60,6 @@ impl JailArgs {
         match self.jail {
             Mode::Off => Ok(()),
             Mode::Default => {
-                jail::forbid_core_dumps().context(CORE_DUMPS)?;
                 pager::uffd::keep_device_open();
                 // The thread that waits for signals kills guests, too, when it ends the process.
                 Jail::Process.close_as(Role::Server, || enter(Role::Server), interrupt)
@@ -77,7 +76,6 @@ impl JailArgs {
         if self.jail == Mode::Off {
             return Ok(None);
         }
-        jail::forbid_core_dumps().context(CORE_DUMPS)?;
         wait_for(&interrupt.jail(|| enter(Role::Signals)))?;
         Ok(Some(|| enter(Role::Mount)))
     }
@@ -91,7 +89,6 @@ impl JailArgs {
         if self.jail == Mode::Off {
             return Ok(Jail::Off);
         }
-        jail::forbid_core_dumps().context(CORE_DUMPS)?;
         vmm::on_thread_start(|kind| match kind {
             vmm::ThreadKind::Devices => enter(Role::Devices),
             _ => enter(Role::Vcpu),
@@ -140,7 +137,6 @@ pub(crate) fn uses_network(snapshot: &Snapshot) -> bool {
     snapshot.storages().any(|storage| storage.file().is_none())
 }
 
-const CORE_DUMPS: &str = "cannot forbid core dumps (setrlimit)";
 const ADVICE: &str = "--jail off runs without it";
 
 /// Jails this thread, or ends the process.

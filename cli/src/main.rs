@@ -8,6 +8,7 @@ mod bucket;
 mod checkpoints;
 mod commands;
 mod config;
+mod core_dumps;
 mod descriptors;
 mod devices;
 mod exit;
@@ -72,6 +73,7 @@ fn main() -> ExitCode {
     // All times that `snap` reports count from here.
     let started = Instant::now();
     let result = Interrupt::install().and_then(|interrupt| {
+        core_dumps::leave_memory_out()?;
         let cli = command_line()?;
         let session = Session { quiet: cli.quiet, started, interrupt };
         commands::run(cli.command, Cli::command, session)

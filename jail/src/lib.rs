@@ -13,7 +13,6 @@
 compile_error!("jail knows the system calls of Linux on x86_64 only");
 
 mod capabilities;
-mod core_dumps;
 mod filter;
 mod install;
 mod names;
@@ -24,7 +23,6 @@ mod trap;
 
 use std::io;
 
-pub use core_dumps::forbid_core_dumps;
 pub use role::Role;
 pub use support::{Support, support};
 pub use trap::EXIT_CODE;

@@ -139,33 +139,3 @@ fn the_kernel_says_what_it_can_enforce() {
         assert_eq!(kernel.landlock_abi > 0, listed, "{kernel:?}: {modules}");
     }
 }
-
-/// This is not a test of its own: the test below starts it as a child process.
-#[test]
-fn child_without_core_dumps() {
-    if std::env::var_os(ATTEMPT).is_none() {
-        return;
-    }
-    jail::forbid_core_dumps().expect("a limit may be lowered");
-    let limits = std::fs::read_to_string("/proc/self/limits").expect("there is /proc");
-    let line = limits.lines().find(|line| line.starts_with("Max core file size"));
-    println!("{}", line.expect("it is there"));
-}
-
-#[test]
-fn core_dumps_are_forbidden_for_good() {
-    for (hard, expected) in [("unlimited", "1 1 bytes"), ("4096", "1 1 bytes"), ("0", "0 0 bytes")]
-    {
-        let mut command = Command::new("sh");
-        let script = format!("ulimit -c {hard} && exec \"$0\" \"$@\"");
-        command.args(["-c", &script]).arg(std::env::current_exe().expect("this program"));
-        command.args(["--exact", "child_without_core_dumps", "--nocapture"]).env(ATTEMPT, "");
-        let output = command.output().expect("it starts");
-        let words: Vec<_> =
-            std::str::from_utf8(&output.stdout).expect("text").split_whitespace().collect();
-        assert!(
-            words.join(" ").contains(&format!("Max core file size {expected}")),
-            "{hard}: {words:?}"
-        );
-    }
-}

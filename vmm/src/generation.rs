@@ -1,5 +1,6 @@
-//! The generation id: 16 random bytes in guest memory that are new in every restored guest, so that two clones
-//! of one snapshot do not draw the same random numbers. Microsoft, "Virtual Machine Generation ID".
+//! What is new in every restored or reset guest, so that two clones of one snapshot do not draw the same random numbers:
+//! the generation id, 16 random bytes in guest memory (Microsoft, "Virtual Machine Generation ID"), and the generation
+//! counter of the [`vm_clock`].
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -9,15 +10,29 @@ use kvm_ioctls::VmFd;
 use crate::arch::GENERATION_IRQ;
 use crate::error::{KvmError, NameCall};
 use crate::memory_slots::MemorySlots;
+use crate::vm_clock;
 
-/// Writes a new id. It uses a system call on guest memory, so that an unreadable page is an error here.
-pub(crate) fn renew(memory_slots: &MemorySlots, gpa: u64) -> io::Result<()> {
-    let mut id = [0; 16];
-    File::open("/dev/urandom")?.read_exact(&mut id)?;
-    memory_slots.write(gpa, &id)
+/// Writes the first generation of a guest that has not run yet, with its id at `id_gpa`.
+pub(crate) fn place(memory_slots: &MemorySlots, id_gpa: u64) -> io::Result<()> {
+    memory_slots.write(id_gpa, &random::<16>()?)?;
+    vm_clock::place(memory_slots, u64::from_le_bytes(random()?))
 }
 
-/// Notifies the guest, by the interrupt that its ACPI event device turns into a notification. It runs after
+/// Writes a new generation. It uses system calls on guest memory, so that an unreadable page is an error here.
+pub(crate) fn renew(memory_slots: &MemorySlots, id_gpa: u64) -> io::Result<()> {
+    memory_slots.write(id_gpa, &random::<16>()?)?;
+    // Random as well: a counter of restores would be the same in two clones of one snapshot. A value is never repeated,
+    // up to a chance of 1 in 2^64.
+    vm_clock::renew(memory_slots, u64::from_le_bytes(random()?))
+}
+
+fn random<const BYTES: usize>() -> io::Result<[u8; BYTES]> {
+    let mut bytes = [0; BYTES];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// Notifies the guest, by the interrupt that its ACPI event device turns into notifications. It runs after
 /// the interrupt controller is restored, because that would overwrite the request.
 pub(crate) fn notify(vm: &VmFd) -> Result<(), KvmError> {
     vm.set_irq_line(GENERATION_IRQ, true).call("KVM_IRQ_LINE")?;

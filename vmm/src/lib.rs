@@ -94,6 +94,7 @@ pub mod state;
 mod threads;
 pub mod virtio;
 mod vm;
+mod vm_clock;
 mod written;
 
 pub use arch::{HostCpu, SNAPSHOT_TRIGGER_PORT, VcpuError};

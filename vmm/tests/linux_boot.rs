@@ -156,6 +156,54 @@ fn the_guest_is_notified_of_its_new_generation_id() {
     assert_eq!(requested(&vm.state().unwrap()), 1);
 }
 
+/// Programs in the guest compare it with the value that they have seen: before the first instruction it is another one.
+#[test]
+fn the_vm_clock_is_new_in_every_restored_or_reset_guest() {
+    use vm_memory::{Bytes, GuestAddress};
+    if !kvm_or_skip("the_vm_clock_is_new_in_every_restored_or_reset_guest") {
+        return;
+    }
+    let file = kernel::elf(&[kernel::PRINT_CMDLINE_PVH, &[0xeb, 0xfe]].concat(), true, 0);
+    let kernel = TempFile::new("clock", &file);
+    let memory = guest_memory(8 * MIB);
+    let field = |at: u64, bytes: usize| {
+        let mut field = vec![0; bytes];
+        memory.read_slice(&mut field, GuestAddress(0xf_1000 + at)).unwrap();
+        field
+    };
+    // The sequence number, the disruption marker, the generation counter.
+    let fields = || (field(0x0c, 4), field(0x10, 8), field(0x68, 8));
+    let console = Lines::pausing_after(1);
+    let vm = PausedVm::boot(Arc::clone(&memory), &linux(&kernel, "x"), console).unwrap();
+    assert_eq!(field(0, 0x0c), *b"VCLK\0\x10\0\0\x01\0\xff\0");
+    let mut seen = vec![fields()];
+    let mut vm = run_to_pause(vm);
+    assert_eq!(fields(), seen[0], "it changed while the guest ran");
+    let state = vm.state().unwrap();
+    let mut check = |sequence: u32| {
+        let now = fields();
+        assert_eq!(now.0, sequence.to_le_bytes());
+        assert!(seen.iter().all(|(_, marker, count)| *marker != now.1 && *count != now.2));
+        seen.push(now);
+    };
+    drop(vm);
+    let options = RestoreOptions::default();
+    let restored = || PausedVm::restore(Arc::clone(&memory), &state, Lines::default(), &options);
+    let mut vm = restored().unwrap();
+    check(2);
+    vm.reset(&state, &[], vmm::Clock::Advance).unwrap();
+    check(4);
+    drop(vm);
+    // A number that is odd is that of a change in progress. The guest may have written it.
+    memory.write_obj(u32::MAX, GuestAddress(0xf_100c)).unwrap();
+    drop(restored().unwrap());
+    check(0);
+    // A guest of a version without this page has zeros there.
+    memory.write_slice(&[0; 0x70], GuestAddress(0xf_1000)).unwrap();
+    drop(restored().unwrap());
+    assert_eq!(field(0, 0x70), [0; 0x70]);
+}
+
 /// Otherwise the guest's watchdog reports the pause as a lockup of its CPU.
 #[test]
 fn the_guest_is_notified_that_it_was_paused() {

@@ -118,11 +118,30 @@ enum Guest {
     Paused(Vm),
 }
 
+impl Guest {
+    /// The guest, paused, and whether it ran before.
+    fn paused(self) -> Result<(Vm, bool), PauseError> {
+        match self {
+            Guest::Paused(vm) => Ok((vm, false)),
+            Guest::Running(vm) => Ok((pause(vm)?, true)),
+        }
+    }
+}
+
 /// What follows after an event.
 enum Next {
     Go(Guest),
     /// It has ended, or could not be paused because it had.
     End(End, Result<Guest, PauseError>),
+}
+
+impl Next {
+    /// What follows when a command could not pause the guest. Its client gets the reason.
+    fn unpaused(error: PauseError, answer: &Sender<Answer>) -> Next {
+        // The client may have left.
+        let _ = answer.send(Err(Refused::Failed(error.to_string())));
+        Next::End(End::Stopped(error.stop.clone()), Err(error))
+    }
 }
 
 impl Live<'_> {
@@ -240,20 +259,13 @@ impl Live<'_> {
     fn handle(&self, guest: Guest, command: Command, answer: &Sender<Answer>) -> Result<Next> {
         // The command is done even if the client does not wait for the answer.
         let reply = |what| drop(answer.send(what));
-        let was_running = matches!(guest, Guest::Running(_));
         if let (Command::Resume, Guest::Running(_)) = (&command, &guest) {
             reply(Ok(Done::Plain));
             return Ok(Next::Go(guest));
         }
-        let mut vm = match guest {
-            Guest::Paused(vm) => vm,
-            Guest::Running(vm) => match pause(vm) {
-                Ok(vm) => vm,
-                Err(error) => {
-                    reply(Err(Refused::Failed(error.to_string())));
-                    return Ok(Next::End(End::Stopped(error.stop.clone()), Err(error)));
-                }
-            },
+        let (mut vm, was_running) = match guest.paused() {
+            Ok(paused) => paused,
+            Err(error) => return Ok(Next::unpaused(error, answer)),
         };
         self.events.status.set(State::Paused);
         let paused_at = Instant::now();

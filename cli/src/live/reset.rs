@@ -10,7 +10,7 @@ use vmm::Stop;
 
 use super::checkpoint::Tracker;
 use super::remote::{Answer, Done, Refused};
-use super::{End, Guest, Live, Next, pause};
+use super::{End, Guest, Live, Next};
 use crate::exit;
 use crate::millis::ms;
 use crate::progress::Steps;
@@ -31,15 +31,9 @@ impl Live<'_> {
             return Ok(Next::Go(guest));
         }
         let paused_at = Instant::now();
-        let (mut vm, was_running) = match guest {
-            Guest::Paused(vm) => (vm, false),
-            Guest::Running(vm) => match pause(vm) {
-                Ok(vm) => (vm, true),
-                Err(error) => {
-                    refuse(Refused::Failed(error.to_string()));
-                    return Ok(Next::End(End::Stopped(error.stop.clone()), Err(error)));
-                }
-            },
+        let (mut vm, was_running) = match guest.paused() {
+            Ok(paused) => paused,
+            Err(error) => return Ok(Next::unpaused(error, answer)),
         };
         if self.seen.is_done() {
             // The console has requested the end at the moment of the pause.

@@ -12,7 +12,7 @@ use vmm::Stop;
 use super::checkpoint::{Tracked, Tracker};
 use super::remote::{Answer, Done, Refused, StoreRequest};
 use super::saving::{Begun, Save, Saving, Tracking, What};
-use super::{End, Guest, Live, Next, pause};
+use super::{End, Guest, Live, Next};
 use crate::exit;
 use crate::restoring::snapshot_error;
 
@@ -45,15 +45,9 @@ impl Live<'_> {
             }
         };
         let paused_at = Instant::now();
-        let (mut vm, was_running) = match guest {
-            Guest::Paused(vm) => (vm, false),
-            Guest::Running(vm) => match pause(vm) {
-                Ok(vm) => (vm, true),
-                Err(error) => {
-                    reply(Err(Refused::Failed(error.to_string())));
-                    return Ok(Next::End(End::Stopped(error.stop.clone()), Err(error)));
-                }
-            },
+        let (mut vm, was_running) = match guest.paused() {
+            Ok(paused) => paused,
+            Err(error) => return Ok(Next::unpaused(error, answer)),
         };
         let cut = vm.cut(armed);
         if self.seen.is_done() {

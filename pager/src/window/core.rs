@@ -99,15 +99,14 @@ impl Core {
 
     /// The bytes of a page change after the cut. Before it, the page was in state `from`, or had another change.
     fn changed(&self, page: u64, from: PageState) {
-        match from {
-            PageState::Missing => self.states.exclude(page, CutState::Missing),
-            PageState::Removed => self.states.exclude(page, CutState::Zero),
+        match CutState::without_bytes(from) {
+            Some(state) => self.states.exclude(page, state),
             // Its bytes are still needed, unless they are copied. If it was installed although its state was `Present`,
             // it was given back without a report.
-            PageState::Present | PageState::Poisoned if !self.is_done(page) => {
+            None if !self.is_done(page) => {
                 self.fail(format!("page {page} was given back while the guest was saved"));
             }
-            PageState::Present | PageState::Poisoned => {}
+            None => {}
         }
     }
 
@@ -131,7 +130,7 @@ impl Core {
             phase = self.lock();
             phase.rounds.copying -= 1;
         }
-        if !phase.closed && (!phase.cut || self.tracks) {
+        if phase.notes(self.tracks) {
             phase.note(self.block(place.page).start);
         }
         // Under the lock, so that no cut comes in between.
@@ -170,7 +169,7 @@ impl Core {
     }
 
     fn is_done(&self, page: u64) -> bool {
-        !matches!(self.states.of(page), CutState::Unsaved | CutState::Claimed)
+        self.states.of(page).is_done()
     }
 
     /// Waits for the thread that copies a page, which takes microseconds.

@@ -9,6 +9,8 @@ mod absent;
 pub(crate) mod core;
 mod error;
 mod memory_window;
+#[cfg(test)]
+mod model;
 mod of_pager;
 mod options;
 mod pager_window;

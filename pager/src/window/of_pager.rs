@@ -63,7 +63,8 @@ impl PagerState {
     /// # Errors
     /// `EAGAIN`: an event is queued. The caller reads it and calls again. Any other: the page stays protected.
     pub(crate) fn answer_write(&self, host_addr: u64) -> Result<(), Errno> {
-        match self.window.get() {
+        let answering = self.window.answering();
+        match &answering.core {
             Some(core) => core.answer(self, host_addr),
             // It has waited until after the end of a window.
             None => {

@@ -35,6 +35,7 @@ impl Pager {
         // From here on, dropping the window makes all memory writable.
         let window = Window { core: Arc::clone(&core), memory: Memory::Paged(Arc::clone(shared)) };
         shared.present_window(&core)?;
+        shared.window.wait_for_answers();
         for (index, slice) in shared.slices.iter().enumerate() {
             register::protection(&slice.filler.uffd, shared.layout.extents_of(index))
                 .map_err(|(host_addr, errno)| WindowError::Register { host_addr, errno })?;

@@ -73,34 +73,24 @@ impl Core {
         if phase.cut {
             return Err(WindowError::ended("it has a cut that has not ended"));
         }
-        let hot: Vec<u64> = std::mem::take(&mut phase.hot).into_iter().collect();
+        let hot = phase.take_hot();
         self.protect_blocks(protect, &hot)?;
         // Of an earlier cut that was not saved.
         self.staging.clear();
         let unsaved = |page| self.states.set(page, CutState::Unsaved);
-        let Rounds { written, cut, saved, .. } = &mut phase.rounds;
-        let written = std::mem::take(written);
-        if *saved {
-            let blocks = cut.get_or_insert_default();
-            blocks.extend(written);
-            blocks.iter().flat_map(|first| self.block(*first)).for_each(unsaved);
-        } else if self.tracks {
-            (0..self.layout.pages()).for_each(unsaved);
+        match phase.begin_cut() {
+            Some(blocks) => blocks.iter().flat_map(|first| self.block(*first)).for_each(unsaved),
+            None if self.tracks => (0..self.layout.pages()).for_each(unsaved),
+            // It is the first cut: they are unsaved.
+            None => {}
         }
-        phase.cut = true;
         Ok(())
     }
 
     /// The cut has ended, and pages may change again. If it was `saved`, the next one has only what is written from it
     /// on; otherwise it also has all that this one had.
     pub(crate) fn end_cut(&self, saved: bool) {
-        let mut phase = self.lock();
-        phase.cut = false;
-        if saved {
-            phase.rounds.saved = true;
-            phase.rounds.cut = None;
-        }
-        drop(phase);
+        self.lock().end_cut(saved);
         // Threads that wait for room look again, too.
         self.staging.clear();
         self.forget_stats();

@@ -1,7 +1,8 @@
 //! Where a pager keeps its window, and what the pager's threads report to it.
 
-use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 
 use super::core::Core;
 use super::error::WindowError;
@@ -12,6 +13,8 @@ use crate::install::page_state::PageState;
 pub(crate) struct WindowSlot {
     /// A copy of whether there is one, for threads that hold a slice lock. It changes while all of these are held.
     present: AtomicBool,
+    /// Threads that answer a write, for the window that they have found.
+    answering: AtomicUsize,
     state: Mutex<SlotState>,
     /// A window was closed, or a release has ended.
     changed: Condvar,
@@ -82,11 +85,26 @@ impl WindowSlot {
         state.core.clone()
     }
 
-    /// The window, in a thread that holds a slice lock or answers a write fault.
+    /// The window, in a thread that holds a slice lock.
     pub(crate) fn get(&self) -> Option<Arc<Core>> {
         match self.present.load(Ordering::SeqCst) {
             false => None,
             true => self.lock().core.clone(),
+        }
+    }
+
+    /// The window, for the answer to a write. Until the result is dropped, no other window protects memory.
+    pub(super) fn answering(&self) -> Answering<'_> {
+        self.answering.fetch_add(1, Ordering::SeqCst);
+        Answering { slot: self, core: self.get() }
+    }
+
+    /// Waits for the threads that answer a write for an earlier window, or for none: they make a page writable, and this
+    /// window would not note it. It is called after [`WindowSlot::present`] and before memory is protected. So they do not
+    /// wait for a save, and no others follow.
+    pub(super) fn wait_for_answers(&self) {
+        while self.answering.load(Ordering::SeqCst) > 0 {
+            thread::yield_now();
         }
     }
 
@@ -119,6 +137,19 @@ impl WindowSlot {
     }
 }
 
+/// A thread answers a write.
+pub(super) struct Answering<'a> {
+    slot: &'a WindowSlot,
+    /// The window that was open when it began.
+    pub(super) core: Option<Arc<Core>>,
+}
+
+impl Drop for Answering<'_> {
+    fn drop(&mut self) {
+        self.slot.answering.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 impl SlotState {
     fn has(&self, core: &Arc<Core>) -> bool {
         self.core.as_ref().is_some_and(|own| Arc::ptr_eq(own, core))
@@ -137,7 +168,6 @@ pub(crate) fn page_moved(core: &Core, page: u64, from: PageState, to: PageState)
 
 #[cfg(test)]
 mod tests {
-    use std::thread;
     use std::time::Duration;
 
     use super::*;
@@ -183,6 +213,27 @@ mod tests {
             slot.clear(&core);
         });
         assert_eq!(slot.lock().release, Release::Going);
+    }
+
+    /// Such a thread makes a page writable in the end, without a note in the new window.
+    #[test]
+    fn a_window_waits_for_answers_of_the_one_before() {
+        let (slot, old, new) = (WindowSlot::default(), core(), core());
+        slot.reserve(&old).expect("it is free");
+        slot.present(&old).expect("it has the slot");
+        let answering = slot.answering();
+        assert!(answering.core.as_ref().is_some_and(|core| Arc::ptr_eq(core, &old)));
+        slot.clear(&old);
+        slot.reserve(&new).expect("it is free");
+        slot.present(&new).expect("it has the slot");
+        thread::scope(|scope| {
+            let waited = scope.spawn(|| slot.wait_for_answers());
+            thread::sleep(Duration::from_millis(20));
+            assert!(!waited.is_finished());
+            drop(answering);
+        });
+        assert!(slot.answering().core.as_ref().is_some_and(|core| Arc::ptr_eq(core, &new)));
+        slot.wait_for_answers();
     }
 
     /// The pager may end between the two steps of opening a window.

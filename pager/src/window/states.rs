@@ -12,6 +12,7 @@ use std::io;
 use std::sync::atomic::Ordering;
 
 use crate::install::page_bytes::PageBytes;
+use crate::install::page_state::PageState;
 
 /// The state of a page of a window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -32,6 +33,20 @@ pub(crate) enum CutState {
 }
 
 impl CutState {
+    /// Whether memory is not needed any more for the bytes of the page.
+    pub(crate) fn is_done(self) -> bool {
+        !matches!(self, CutState::Unsaved | CutState::Claimed)
+    }
+
+    /// What an unsaved page is that was in this state of the pager at the cut. `None`: memory has its bytes.
+    pub(crate) fn without_bytes(at_cut: PageState) -> Option<CutState> {
+        match at_cut {
+            PageState::Missing => Some(CutState::Missing),
+            PageState::Removed => Some(CutState::Zero),
+            PageState::Present | PageState::Poisoned => None,
+        }
+    }
+
     fn of(byte: u8) -> CutState {
         match byte {
             0 => CutState::Unsaved,

@@ -11,7 +11,7 @@
 //! | `MMIO_HOLE_START`, `MMIO_HOLE_END` | the guest physical addresses that are never RAM |
 //! | `DEVICE_WINDOWS_GPA`, `DEVICE_IRQS` | where virtio devices are, and which interrupt line each of them has |
 //! | `SERIAL_IRQ` | the interrupt line of the serial port |
-//! | `GENERATION_ID_GPA`, `GENERATION_IRQ` | the place of the generation id, and the interrupt that announces a new one |
+//! | `GENERATION_ID_GPA`, `VM_CLOCK_GPA`, `GENERATION_IRQ` | the places of the generation id and of the VMClock, and the interrupt that announces a new generation |
 //! | `CMDLINE_GPA`, `CMDLINE_MAX_BYTES` | the place of a kernel's command line, and the room for it |
 //! | **state** | |
 //! | `STATE_KIND` | the tag of a stored state of this architecture |
@@ -45,9 +45,9 @@ mod x86_64;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86_64::{
     CMDLINE_GPA, CMDLINE_MAX_BYTES, DEVICE_IRQS, Entry, GENERATION_ID_GPA, GENERATION_IRQ, IoPorts,
-    Kernel, MAPPED_GIB_MAX, Mapping, PROGRAM_MAX_BYTES, PROGRAM_PARAMS_GPA, SERIAL_IRQ, Vcpu,
-    create_irqchip, demo_guest_code, instruction_pointer, load_program, missing_features,
-    pages_shared_with_kvm,
+    Kernel, MAPPED_GIB_MAX, Mapping, PROGRAM_MAX_BYTES, PROGRAM_PARAMS_GPA, SERIAL_IRQ,
+    VM_CLOCK_GPA, Vcpu, create_irqchip, demo_guest_code, instruction_pointer, load_program,
+    missing_features, pages_shared_with_kvm,
 };
 #[cfg(target_arch = "x86_64")]
 pub use x86_64::{

@@ -108,7 +108,7 @@ impl PausedVm {
             .collect::<Result<Vec<_>, _>>()?;
         let generation = payload.has_generation_id().then_some(GENERATION_ID_GPA);
         if let Some(gpa) = generation {
-            generation::renew(&memory_slots, gpa).map_err(BootError::GenerationId)?;
+            generation::place(&memory_slots, gpa).map_err(BootError::GenerationId)?;
         }
         let io_ports =
             IoPorts::new(Arc::clone(&vm), Box::new(console), options.guest_snapshot_trigger);

@@ -5,13 +5,13 @@ use std::io::PipeWriter;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use pager::SnapshotSource;
-use pager::serve::ServerHandle;
+use pager::serve::{Server, ServerHandle};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::args::Args;
@@ -168,17 +168,23 @@ impl Folder<'_> {
         let path = self.sockets.join(name);
         let socket = bind(&path, self.args, &options)?;
         let source = Arc::new(SnapshotSource::new(Arc::clone(&snapshot)));
-        let server = server(file, source, socket, options, self.quiet)?;
-        let guests = server.handle();
         let (stopped, stop) = std::io::pipe().context("cannot create a pipe")?;
         let own = file.to_owned();
+        let (give, take) = mpsc::channel::<Server>();
         let serve = move || {
+            // Without a server, it was not made.
+            let Ok(server) = take.recv() else { return };
             if let Err(error) = server.run(stopped.as_fd()) {
                 say(&format!("snap: {} is not served any more: {error}\n", own.display()));
             }
         };
+        // Before the server is made: from then on it serves the guests of a dead one, and has to be waited for.
         let thread = thread::Builder::new().name("server".into()).spawn(serve);
         let thread = thread.context("cannot start a thread")?;
+        let server = server(file, source, socket, options, self.quiet)?;
+        let guests = server.handle();
+        // The thread receives until this sender is dropped.
+        let _ = give.send(server);
         if !self.quiet {
             say(&format!("serving {} at {}\n", served(file, &snapshot), path.display()));
         }

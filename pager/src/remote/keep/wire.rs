@@ -127,9 +127,9 @@ pub(super) fn connect(path: &Path, timeout: Duration) -> Result<OwnedFd, KeepErr
 pub(super) fn trusted(socket: &OwnedFd) -> Result<i32, KeepError> {
     let what = "get the user of the other side";
     let found = credentials::of(socket).map_err(|error| KeepError::System { what, error })?;
-    match found.uid {
-        uid if uid == rustix::process::geteuid().as_raw() || uid == 0 => Ok(found.pid),
-        uid => Err(KeepError::User { uid }),
+    match found.is_own_or_root() {
+        true => Ok(found.pid),
+        false => Err(KeepError::User { uid: found.uid }),
     }
 }
 

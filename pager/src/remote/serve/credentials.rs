@@ -17,6 +17,14 @@ pub(crate) struct Credentials {
     pub(crate) gid: u32,
 }
 
+impl Credentials {
+    /// Whether it runs as this user or as root. Each side of a connection relies on the other: it gets the memory of a guest,
+    /// or decides what is in it.
+    pub(crate) fn is_own_or_root(&self) -> bool {
+        [0, rustix::process::geteuid().as_raw()].contains(&self.uid)
+    }
+}
+
 /// `SO_PEERCRED`. The function of rustix has no value for process id 0.
 pub(crate) fn of(socket: impl AsFd) -> io::Result<Credentials> {
     let mut found = libc::ucred { pid: 0, uid: 0, gid: 0 };

@@ -27,8 +27,7 @@ pub(super) fn allowed(
 ) -> Result<Credentials, RefuseError> {
     let failed = |error| RefuseError::System { what: "get the user of the client", error };
     let found = credentials::of(stream).map_err(failed)?;
-    let own = [0, rustix::process::geteuid().as_raw()];
-    if own.contains(&found.uid) || others.uids.contains(&found.uid) {
+    if found.is_own_or_root() || others.uids.contains(&found.uid) {
         return Ok(found);
     }
     if others.gids.is_empty() {

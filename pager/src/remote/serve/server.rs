@@ -85,8 +85,10 @@ impl Server {
             next_id: AtomicU64::new(0),
         };
         let state = Arc::new(state);
+        // Before clients are taken over: their threads would continue after an error.
+        let arrivals = Arrivals::new(socket, state.keeper())?;
         Server::take_over(&state)?;
-        Ok(Server { arrivals: Arrivals::new(socket, state.keeper())?, state })
+        Ok(Server { arrivals, state })
     }
 
     /// Takes over the clients of a dead server.

@@ -255,9 +255,10 @@ fn accepted(reader: &mut SocketReader<'_>, timeout: Duration) -> Result<(), Shar
 /// Checks that the server runs as this user or as root, because it decides what the guest runs.
 fn trusted(stream: &UnixStream) -> Result<(), ShareError> {
     let failed = |error| ShareError::System { what: "get the user of the server", error };
-    match credentials::of(stream).map_err(failed)?.uid {
-        uid if uid == rustix::process::geteuid().as_raw() || uid == 0 => Ok(()),
-        uid => Err(ShareError::User { uid }),
+    let found = credentials::of(stream).map_err(failed)?;
+    match found.is_own_or_root() {
+        true => Ok(()),
+        false => Err(ShareError::User { uid: found.uid }),
     }
 }
 

@@ -1,4 +1,4 @@
-//! The ACPI tables: CPUs, interrupt controllers, devices, power off and reset, the generation id.
+//! The ACPI tables: CPUs, interrupt controllers, devices, power off and reset, the generation id, the VMClock.
 //!
 //! Hardware-reduced ACPI (ACPI 6.5, 4.1): no power management timer, no system control interrupt, no
 //! registers but one to sleep and one to reset. Events come through a Generic Event Device. RSDP, XSDT,
@@ -21,10 +21,11 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::address_map::{
     COM1_PORT, COM1_PORTS, FIRMWARE_START, GENERATION_ID_GPA, GENERATION_IRQ, IO_APIC_GPA,
-    LOCAL_APIC_GPA, RESET_PORT, SERIAL_IRQ, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT,
+    LOCAL_APIC_GPA, RESET_PORT, SERIAL_IRQ, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, VM_CLOCK_GPA,
 };
 use crate::boot::{Board, LinuxError};
 use crate::devices::{DEVICE_WINDOW_BYTES, device_window};
+use crate::layout::PAGE_BYTES;
 
 /// The value that resets the machine.
 pub(super) const RESET_VALUE: u8 = 1;
@@ -112,6 +113,7 @@ fn dsdt(board: Board) -> Vec<u8> {
         code.extend(virtio_mmio(index));
     }
     code.extend(generation_id());
+    code.extend(vm_clock());
     code.extend(event_device());
     let mut table = Sdt::new(*b"DSDT", HEADER_BYTES, 2, OEM, OEM_TABLE, OEM_REVISION);
     table.append_slice(&code);
@@ -179,7 +181,28 @@ fn generation_id() -> Vec<u8> {
     ))
 }
 
-/// Turns [`GENERATION_IRQ`] into a notification of the generation id's device (ACPI 6.5, 5.6.9).
+/// The VMClock: Linux, `drivers/ptp/ptp_vmclock.c`.
+fn vm_clock() -> Vec<u8> {
+    aml_bytes(&Device::new(
+        "_SB_.VCLK".into(),
+        vec![
+            &Name::new("_HID".into(), &"AMZNC10C"),
+            &Name::new("_CID".into(), &"VMCLOCK"),
+            &Name::new("_DDN".into(), &"VMCLOCK"),
+            &Name::new(
+                "_CRS".into(),
+                // The page is below 4 GiB.
+                &ResourceTemplate::new(vec![&Memory32Fixed::new(
+                    false,
+                    VM_CLOCK_GPA as u32,
+                    PAGE_BYTES as u32,
+                )]),
+            ),
+        ],
+    ))
+}
+
+/// Turns [`GENERATION_IRQ`] into notifications of the generation id's device and of the VMClock (ACPI 6.5, 5.6.9).
 fn event_device() -> Vec<u8> {
     aml_bytes(&Device::new(
         "_SB_.GED_".into(),
@@ -202,7 +225,10 @@ fn event_device() -> Vec<u8> {
                 true,
                 vec![&If::new(
                     &Equal::new(&Arg(0), &GENERATION_IRQ),
-                    vec![&Notify::new(&Path::new("\\_SB_.VGEN"), &0x80u8)],
+                    vec![
+                        &Notify::new(&Path::new("\\_SB_.VGEN"), &0x80u8),
+                        &Notify::new(&Path::new("\\_SB_.VCLK"), &0x80u8),
+                    ],
                 )],
             ),
         ],
@@ -253,7 +279,7 @@ mod tests {
         assert_eq!(flags & (1 << 20 | 1 << 10), 1 << 20 | 1 << 10);
         // Four CPUs of 8 bytes, then the I/O APIC of 12.
         assert_eq!(madt.len(), 44 + 4 * 8 + 12);
-        for name in ["COM1", "VIO0", "VIO7", "VGEN", "GED_"] {
+        for name in ["COM1", "VIO0", "VIO7", "VGEN", "VCLK", "GED_"] {
             assert!(dsdt.windows(4).any(|at| at == name.as_bytes()), "{name}");
         }
     }

@@ -11,6 +11,7 @@
 //! 0x20000        command line                           both protocols
 //! 0xe0000        ACPI tables (reserved)                 both protocols
 //! 0xf0000        generation id (reserved)               ACPI
+//! 0xf1000        VMClock (reserved)                     ACPI
 //! 0x100000       kernel; the initrd is at the end of low memory
 //! 0xc0000000     MMIO hole, up to 4 GiB
 //! 0xd0000000     windows of virtio devices
@@ -41,7 +42,9 @@ pub(super) const FIRMWARE_START: u64 = 0xe_0000;
 pub(super) const FIRMWARE_END: u64 = 0x10_0000;
 /// The 16 bytes that differ in every restored guest: Microsoft, "Virtual Machine Generation ID".
 pub(crate) const GENERATION_ID_GPA: u64 = 0xf_0000;
-/// The interrupt that announces a new generation id: the first line that no PC device has.
+/// The page of the VMClock. It is another one than that of the generation id, because programs in the guest can map it.
+pub(crate) const VM_CLOCK_GPA: u64 = 0xf_1000;
+/// The interrupt that announces a new generation: the first line that no PC device has.
 pub(crate) const GENERATION_IRQ: u32 = 16;
 
 /// The local APICs.

@@ -29,6 +29,7 @@ mod vcpu_state;
 
 pub(crate) use address_map::{
     CMDLINE_GPA, CMDLINE_MAX_BYTES, DEVICE_IRQS, GENERATION_ID_GPA, GENERATION_IRQ, SERIAL_IRQ,
+    VM_CLOCK_GPA,
 };
 pub use address_map::{DEVICE_WINDOWS_GPA, MMIO_HOLE_END, MMIO_HOLE_START};
 pub use boot::KernelError;
