@@ -42,7 +42,9 @@ pub(super) fn switched_off(vmstate: &[u8]) -> Result<Vec<u8>, ExportError> {
     }
     let mut changed = body.to_vec();
     for value in values(body) {
-        changed[value].fill(0);
+        if read(body, &value) & ENABLED != 0 {
+            changed[value].fill(0);
+        }
     }
     changed.extend(crc.checksum(&changed).to_le_bytes());
     Ok(changed)
@@ -82,6 +84,8 @@ mod tests {
         assert!(is_on(&on) && !is_on(&vmstate(0x0183_7b8c)));
         let off = switched_off(&on).expect("it is a vmstate");
         assert_eq!(off, vmstate(0));
+        let other = vmstate(0x0183_7b8c);
+        assert_eq!(switched_off(&other).expect("it is a vmstate"), other);
     }
 
     #[test]
