@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use crate::import_export::{MIB, PAGE, Place, assert_same, data_ranges};
-use crate::support::{SNAP, names, run, snap};
+use crate::support::{Ran, SNAP, names, run, snap};
 
 /// A vmstate as Firecracker 1.16 begins it, of a guest with this memory.
 fn sized_vmstate(mib: u8) -> Vec<u8> {
@@ -31,8 +31,8 @@ fn memory_of_another_length_than_the_vmstate_says_is_refused() {
     import("right", 64, &["--force"]).ok();
 }
 
-#[test]
-fn a_diff_snapshot_is_merged_with_its_base() {
+/// A full snapshot, imported as `a.snap`; a diff of it, and `merged`, the memory that both are together.
+fn diff_and_base() -> Place {
     let place = Place::new();
     let pages = |seed: u8| -> Vec<u8> {
         (0..MIB / PAGE)
@@ -59,22 +59,35 @@ fn a_diff_snapshot_is_merged_with_its_base() {
     }
     assert!(merged[zeroed as usize..][..PAGE as usize] == [0; PAGE as usize]);
     std::fs::write(place.path("merged"), &merged).expect("it can be written");
+    place
+}
 
-    let import = |name: &str, out: &str, options: &[&str]| {
-        let (memory, out) = (place.text(name), place.text(out));
-        let state = place.text("diff.state");
-        snap([&["import", &memory, "-o", &out, "--vmstate", &state][..], options].concat())
-    };
+/// Imports a diff with its vmstate.
+fn import(place: &Place, name: &str, out: &str, options: &[&str]) -> Ran {
+    let (memory, out) = (place.text(name), place.text(out));
+    let state = place.text("diff.state");
+    snap([&["import", &memory, "-o", &out, "--vmstate", &state][..], options].concat())
+}
+
+#[track_caller]
+fn assert_exports_merged(place: &Place, snapshot: &str) {
+    let out = place.text("out");
+    snap(["export", &place.text(snapshot), "--format", "firecracker", "-o", &out, "-f"]).ok();
+    assert_same(&place.path("merged"), &place.path("out/memory"));
+    assert_same(&place.path("diff.state"), &place.path("out/vmstate"));
+}
+
+#[test]
+fn a_diff_snapshot_is_merged_with_its_base() {
+    let place = diff_and_base();
+    let import = |name: &str, out: &str, options: &[&str]| import(&place, name, out, options);
     let base = place.text("a.snap");
     let holes = ["diff has holes", "diff snapshot", "--base", "--holes-are-zeros"];
     import("diff", "b.snap", &[]).failed(1, &holes);
     assert!(!place.path("b.snap").exists());
     import("diff", "b.snap", &["--base", &base]).ok();
     std::fs::remove_file(place.path("a.snap")).expect("it can be removed");
-    snap(["export", &place.text("b.snap"), "--format", "firecracker", "-o", &place.text("out")])
-        .ok();
-    assert_same(&place.path("merged"), &place.path("out/memory"));
-    assert_same(&place.path("diff.state"), &place.path("out/vmstate"));
+    assert_exports_merged(&place, "b.snap");
 
     // A pipe has no holes.
     let script =
@@ -96,4 +109,34 @@ fn a_diff_snapshot_is_merged_with_its_base() {
     place.import(&larger, &[]).ok();
     import("diff", "c.snap", &["--base", &base]).failed(1, &["--base", "memory maps differ"]);
     assert!(!place.path("c.snap").exists());
+}
+
+#[test]
+fn a_diff_snapshot_becomes_a_layer_on_its_base() {
+    let place = diff_and_base();
+    let (base, layer) = (place.text("a.snap"), place.text("b.snap"));
+    import(&place, "diff", "b.snap", &["--layer"]).failed(2, &["--base"]);
+    let json =
+        import(&place, "diff", "b.snap", &["--base", &base, "--layer", "--json"]).ok().json();
+    let info = |file: &str| snap(["info", "--json", file]).ok().json();
+    assert_eq!(json["parent_id"], info(&base)["id"]);
+    // Four pages are in the diff; all others are in the base.
+    assert_eq!(json["pages"]["data"], 3);
+    assert_eq!(json["pages"]["zero"], 1);
+    assert_eq!(json["pages"]["parent"], 4 * MIB / PAGE - 4);
+    assert_exports_merged(&place, "b.snap");
+
+    // The next diff is a layer on this layer.
+    let next = import(&place, "diff", "c.snap", &["--base", &layer, "--layer"]).ok();
+    assert!(next.stdout.contains("unchanged 4 MiB"), "{}", next.stdout);
+    assert_exports_merged(&place, "c.snap");
+
+    // A name that is no file of the base any more, and a base that is damaged where the diff is compared with it.
+    import(&place, "diff", "a.snap", &["--base", &base, "--layer", "--force"])
+        .failed(1, &["a.snap"]);
+    let len = place.path("a.snap").metadata().expect("it is there").len();
+    let file = File::options().write(true).open(&base).expect("it opens");
+    file.write_all_at(&vec![0xee; 2048], 4096.min(len)).expect("it is written");
+    import(&place, "diff", "d.snap", &["--base", &base, "--layer"]).failed(3, &["a.snap"]);
+    assert!(!place.path("d.snap").exists());
 }

@@ -21,6 +21,9 @@ mod failing_restores;
 mod fake_objects;
 #[path = "../snapfmt/tests/common/mod.rs"]
 mod file_bytes;
+mod firecracker;
+#[allow(dead_code, reason = "shared with a benchmark")]
+mod firecracker_machine;
 mod foreign_paths;
 mod foreign_text;
 mod forks;

@@ -7,10 +7,12 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde::Serialize;
+use snapfmt::WriteError;
+use snapfmt::layout::PAGE_BYTES;
 use snapvm::interchange::{Import, ImportError, MemoryImage, NotMemory, VMSTATE};
 
 use super::cat::parse_address;
-use super::summary::Written;
+use super::summary::{Pages, Written};
 use crate::foreign_text::one_line;
 use crate::input::{self, reading, refuse_as_output, refuse_existing};
 use crate::progress::Bar;
@@ -31,6 +33,7 @@ Examples:
   snap import memory.raw -o guest.snap                      a flat dump of memory
   snap import mem.file --vmstate vm.state -o guest.snap     a Firecracker snapshot
   snap import diff.mem --vmstate diff.state --base guest.snap -o later.snap     a Firecracker diff snapshot
+  snap import diff.mem --vmstate diff.state --base guest.snap --layer -o later.snap     only its pages
   snap import snapshot-dir -o guest.snap                    a Cloud Hypervisor snapshot
   snap import migration -o guest.snap                       QEMU: `migrate file:migration` with mapped-ram
   snap import pc.ram -o guest.snap --region 0:3G --region 4G:1G
@@ -51,7 +54,7 @@ pub(crate) struct Args {
     vmstate: Option<PathBuf>,
 
     /// MEMORY is of a Firecracker diff snapshot: take what it does not have, its holes, from this snapshot, and write a
-    /// whole one. BASE.snap is the full snapshot with the diffs before this one.
+    /// whole one. BASE.snap is the full snapshot, or the one of the last diff before this.
     #[arg(
         long,
         value_name = "BASE.snap",
@@ -59,6 +62,10 @@ pub(crate) struct Args {
         conflicts_with = "holes_are_zeros"
     )]
     base: Option<PathBuf>,
+
+    /// Write only the pages of the diff snapshot: OUT.snap is a layer of BASE.snap, which must stay.
+    #[arg(long, requires = "base")]
+    layer: bool,
 
     /// The holes of a Firecracker snapshot's MEMORY are zeros: it is a full one that was copied sparsely, as by
     /// `cp --sparse` or `snap export`.
@@ -132,7 +139,17 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     refuse_as_output(&args.out, imported.base())?;
     let options = args.storage.options()?;
     let bar = Bar::new("importing", session.quiet, &session.interrupt);
-    let header = imported.write(&args.out, &options, &|progress| bar.update(progress))?;
+    let progress = |progress| bar.update(progress);
+    let header = match (&args.base, imported.base()) {
+        (Some(given), Some(base)) if args.layer => {
+            // In a bucket, it is the object that the name has now.
+            let path = base.paths().next().flatten().unwrap_or(given);
+            let path = snapvm::path_of_parent(base.storage(), path, &args.out)?;
+            let written = imported.write_layer(&args.out, path, &options, &progress);
+            written.map_err(|error| in_base(error, given))?
+        }
+        _ => imported.write(&args.out, &options, &progress)?,
+    };
     if imported.has_left_out() {
         stderr::print(LEFT_OUT);
     }
@@ -142,17 +159,26 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         print_json(&summary)?;
     } else if !session.quiet {
         print_line(format_args!(
-            "{}: {} memory {}, non-zero {}, file {} (ratio {:.2}), {:.0} ms",
+            "{}: {} memory {}, non-zero {}, {}file {} (ratio {:.2}), {:.0} ms",
             summary.written.file.display(),
             summary.source,
             size::human(summary.written.memory_bytes),
             size::human(summary.written.nonzero_bytes),
+            unchanged(&summary.written.pages),
             size::human(summary.written.file_bytes),
             summary.written.ratio,
             summary.written.total_ms,
         ))?;
     }
     Ok(())
+}
+
+/// The part of a layer's summary that other snapshots have not.
+fn unchanged(pages: &Pages) -> String {
+    match pages.parent * PAGE_BYTES as u64 {
+        0 => String::new(),
+        bytes => format!("unchanged {}, ", size::human(bytes)),
+    }
 }
 
 /// Of the file of a guest that ran while QEMU wrote it.
@@ -176,6 +202,16 @@ fn firecracker(args: &Args, vmstate: &Path) -> Result<Import> {
         Some(ImportError::OtherBase { .. }) => error.context("--base"),
         _ => error,
     })
+}
+
+/// An error of the base with its name.
+fn in_base(error: ImportError, base: &Path) -> anyhow::Error {
+    match error {
+        ImportError::Write { error: WriteError::Parent(_), .. } => {
+            anyhow::Error::new(error).context(base.display().to_string())
+        }
+        error => error.into(),
+    }
 }
 
 /// What to do about a memory file with holes.

@@ -165,6 +165,12 @@ pub enum ImportError {
         /// The image.
         path: PathBuf,
     },
+    /// A layer is to be written, and the caller has given no base for the holes of the memory image.
+    #[error("{}: a layer needs the base of the diff snapshot", path.display())]
+    NoBase {
+        /// The image.
+        path: PathBuf,
+    },
     /// The vmstate has no magic of Firecracker, so the memory ranges are not known.
     #[error(
         "the file does not start like a vmstate of Firecracker; if it is one, give the guest's memory ranges"
@@ -261,6 +267,7 @@ impl ImportError {
             | Self::Ranges(_)
             | Self::Holes { .. }
             | Self::OtherBase { .. }
+            | Self::NoBase { .. }
             | Self::Write { .. } => false,
             _ => true,
         }

@@ -3,13 +3,13 @@
 use std::fs::Metadata as FileMetadata;
 use std::io;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::json;
 use snapfmt::layout::MAX_STATE_BYTES;
 use snapfmt::{
-    Contents, Header, Metadata, OnProgress, Snapshot, StateBlob, WriteError, WriteOptions,
-    write_snapshot,
+    Contents, Header, Metadata, OnProgress, Parent, Snapshot, StateBlob, WriteError, WriteOptions,
+    write_layer, write_snapshot,
 };
 
 use super::cloud_hypervisor::{self, CONFIG, STATE};
@@ -196,8 +196,33 @@ impl Import {
         options: &WriteOptions,
         progress: OnProgress<'_>,
     ) -> Result<Header, ImportError> {
-        let path = &self.memory.path;
         let data = self.memory.data();
+        let written = write_snapshot(out, self.contents(&data), options, progress);
+        Ok(written.map_err(|error| self.not_written(error))?.0)
+    }
+
+    /// Writes a layer on the [base](Import::base): the pages that the memory file has and that differ from the base. The
+    /// pages of the base are neither copied nor, except for these, read. `base_path` is the path of the base that the
+    /// layer will store: see [`path_of_parent`](crate::path_of_parent). Otherwise as [`Import::write`].
+    ///
+    /// # Errors
+    /// As [`Import::write`]; [`ImportError::NoBase`] if the caller has given no base.
+    pub fn write_layer(
+        &self,
+        out: &Path,
+        base_path: impl Into<PathBuf>,
+        options: &WriteOptions,
+        progress: OnProgress<'_>,
+    ) -> Result<Header, ImportError> {
+        let no_base = || ImportError::NoBase { path: self.memory.path.clone() };
+        let parent = Parent::new(self.base().ok_or_else(no_base)?, base_path);
+        let contents = self.contents(self.memory.own());
+        let written = write_layer(out, contents, &parent, options, progress);
+        Ok(written.map_err(|error| self.not_written(error))?.0)
+    }
+
+    /// The parts of memory in `data`, as source offsets, and the states.
+    fn contents<'a>(&'a self, data: &'a [Range<u64>]) -> Contents<'a> {
         let mut source = json!({ "kind": self.kind() });
         match &self.source {
             Source::Firecracker(arch) => source["arch"] = json!(arch.map(GuestArch::name)),
@@ -208,11 +233,13 @@ impl Import {
         other.insert("source".into(), source);
         let metadata =
             Metadata::default().tool("snap").tool_version(env!("CARGO_PKG_VERSION")).other(other);
-        let contents = Contents::new(self.memory.regions(), &self.memory, &data)
+        Contents::new(self.memory.regions(), &self.memory, data)
             .states(&self.states)
-            .metadata(metadata);
-        let failed = |error: WriteError| ImportError::Write { path: path.clone(), error };
-        Ok(write_snapshot(out, contents, options, progress).map_err(failed)?.0)
+            .metadata(metadata)
+    }
+
+    fn not_written(&self, error: WriteError) -> ImportError {
+        ImportError::Write { path: self.memory.path.clone(), error }
     }
 }
 

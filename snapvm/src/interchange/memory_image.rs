@@ -205,6 +205,11 @@ impl LaidOutImage {
         self.base.as_ref().map(|base| &*base.0)
     }
 
+    /// The parts of the source space that are in the file itself.
+    pub(super) fn own(&self) -> &[Range<u64>] {
+        &self.own
+    }
+
     /// The parts of the source space that may not be zero.
     pub(super) fn data(&self) -> Vec<Range<u64>> {
         let base = self.base.iter().flat_map(|base| base.0.populated());
