@@ -46,6 +46,12 @@ pub(crate) fn encode(
     Ok(((out.len() - start) as u32, codec))
 }
 
+/// The length of a raw chunk of so many pages, 1 to 512.
+pub(crate) fn raw_bytes(pages: u16) -> u32 {
+    let len = CHUNK_HEADER_BYTES + usize::from(pages) * (4 + PAGE_BYTES);
+    len.next_multiple_of(CHUNK_ALIGN) as u32
+}
+
 /// The start value of the checksums of the chunks of a snapshot.
 pub(crate) fn seed(chunks_id: Uuid) -> u32 {
     crc32fast::hash(chunks_id.as_bytes())

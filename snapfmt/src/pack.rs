@@ -85,7 +85,7 @@ impl LeafTasks {
     }
 
     /// The parts of one task's leaf that may hold data.
-    fn ranges_of(&self, task: usize) -> (u32, impl Iterator<Item = Range<u64>>) {
+    pub(crate) fn ranges_of(&self, task: usize) -> (u32, impl Iterator<Item = Range<u64>>) {
         let number = self.leaves[task];
         let leaf = u64::from(number) * LEAF_SPAN_BYTES..(u64::from(number) + 1) * LEAF_SPAN_BYTES;
         let first = self.ranges.partition_point(|range| range.end <= leaf.start);
@@ -356,7 +356,7 @@ impl<'a> Packer<'a> {
 
 /// Whether a page is all zeros. The first bytes decide for most pages that are not; the rest is
 /// one OR over blocks, which the compiler turns into vector instructions.
-fn is_zero(page: &[u8]) -> bool {
+pub(crate) fn is_zero(page: &[u8]) -> bool {
     let (blocks, rest) = page.as_chunks::<64>();
     blocks.iter().all(|block| block.iter().fold(0, |sum, byte| sum | byte) == 0)
         && rest.iter().all(|byte| *byte == 0)

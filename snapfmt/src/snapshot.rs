@@ -9,7 +9,7 @@ use crate::entry::{ChunkExtent, PageEntry, PageIndex};
 use crate::error::{ChainError, Corruption, Part, Problem, ReadError};
 use crate::header::Header;
 use crate::layer::Layer;
-use crate::layout::{LEAF_SPAN_BYTES, PAGE_BYTES};
+use crate::layout::{CHUNK_MAGIC, LEAF_SPAN_BYTES, PAGE_BYTES};
 use crate::memory_map::MemoryRegion;
 use crate::metadata::Metadata;
 use crate::page_table::PageTable;
@@ -342,6 +342,19 @@ impl<R: ReadAt> Snapshot<R> {
             .map_err(|error| layer.named(extent.layer().into(), error))?;
         buffer.filled_ahead(self.serial, extent);
         Ok(len)
+    }
+
+    /// Whether a chunk of a snapshot from [`write_deferred`](crate::write_deferred) is in its file yet.
+    ///
+    /// # Errors
+    /// [`ReadError::Io`] when the storage fails.
+    pub fn has_chunk(&self, extent: ChunkExtent) -> Result<bool, ReadError> {
+        let layer = self.layer_of(extent)?;
+        let mut magic = [0; CHUNK_MAGIC.len()];
+        layer
+            .read_chunks(&layer.storage, &mut magic, extent.offset())
+            .map_err(|error| layer.named(extent.layer().into(), error))?;
+        Ok(magic == CHUNK_MAGIC)
     }
 
     /// The second half of reading a chunk: checks and decodes what [`Snapshot::fetch_chunk`] has

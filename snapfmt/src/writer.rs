@@ -24,7 +24,7 @@ use crate::layout::{
     VERSION, u32_at,
 };
 use crate::memory_map::{self, MemoryRegion};
-use crate::metadata::{self, Metadata, StorageUse};
+use crate::metadata::{self, CodecUse, Metadata, StorageUse};
 use crate::ordered;
 use crate::output::{Existing, Output};
 use crate::pack::{LeafTasks, PackedLeaf, Packer};
@@ -215,10 +215,7 @@ pub fn write_layer(
     options: &WriteOptions,
     progress: OnProgress<'_>,
 ) -> Result<(Header, Metadata), WriteError> {
-    if contents.regions != parent.regions {
-        let source = ChainError::MemoryMap { id: parent.hint.id }.into();
-        return Err(WriteError::Parent(source));
-    }
+    check_regions(&contents, Some(parent))?;
     write(path.as_ref(), contents, Some(parent), None, options, progress)
 }
 
@@ -235,10 +232,7 @@ pub fn write_with_set(
     options: &WriteOptions,
     progress: OnProgress<'_>,
 ) -> Result<(Header, Metadata), WriteError> {
-    if parent.is_some_and(|parent| contents.regions != parent.regions) {
-        let id = parent.map_or(Uuid::nil(), |parent| parent.hint.id);
-        return Err(WriteError::Parent(ChainError::MemoryMap { id }.into()));
-    }
+    check_regions(&contents, parent)?;
     write(path.as_ref(), contents, parent, Some(hot), options, progress)
 }
 
@@ -254,7 +248,7 @@ fn write(
     check_limits(&contents, parent, options)?;
     let mut output = Output::create(path, options.existing)?;
     let mut file = FileBuilder::new(&mut output, parent);
-    let seed = chunk::seed(file.id);
+    let seed = file.seed();
 
     let tasks = LeafTasks::new(contents.data, memory_bytes);
     let dedupe = options.dedupe.then(|| match contents.read_once {
@@ -311,14 +305,27 @@ fn write(
     file.working_set = hot.map(|hot| hot.set.encode());
 
     let mut metadata = contents.metadata;
-    metadata.storage = file.storage.by_name();
+    metadata.storage = file.storage();
     let header =
         file.finish(contents.regions, memory_bytes, contents.states, &metadata, options)?;
     output.publish()?;
     Ok((header, metadata))
 }
 
-fn check_limits(
+/// A layer has the memory map of its parent.
+pub(crate) fn check_regions(
+    contents: &Contents<'_>,
+    parent: Option<&Parent<'_>>,
+) -> Result<(), WriteError> {
+    match parent {
+        Some(parent) if contents.regions != parent.regions => {
+            Err(WriteError::Parent(ChainError::MemoryMap { id: parent.hint.id }.into()))
+        }
+        _ => Ok(()),
+    }
+}
+
+pub(crate) fn check_limits(
     contents: &Contents<'_>,
     parent: Option<&Parent<'_>>,
     options: &WriteOptions,
@@ -396,12 +403,8 @@ impl<'a> FileBuilder<'a> {
         for packed in &packed.chunks {
             let (chunk, after) = rest.split_at_mut(packed.len as usize);
             rest = after;
-            if offset >= MAX_CHUNK_OFFSET {
-                let (what, max) = ("the offset of a chunk", MAX_CHUNK_OFFSET - 1);
-                return Err(WriteError::Limit { what, min: 0, max, found: offset });
-            }
+            let extent = ChunkExtent::new(self.place_at(offset)?, packed.len);
             chunk::set_place(chunk, offset);
-            let extent = ChunkExtent::new(offset, packed.len);
             stored.extend((0..packed.pages).map(|slot| PageEntry::Data { chunk: extent, slot }));
             self.storage.add(packed.codec, packed.pages.into(), packed.len);
             offset = extent.end();
@@ -435,8 +438,54 @@ impl<'a> FileBuilder<'a> {
         self.append(&packed.bytes)
     }
 
+    /// Gives places to raw chunks of consecutive pages, each with its first page and their number, and adds their leaf
+    /// to the index. Nothing is written to these places.
+    pub(crate) fn reserve_leaf(
+        &mut self,
+        number: u32,
+        chunks: impl Iterator<Item = (u32, u16)>,
+    ) -> Result<Vec<(u32, u16, ChunkExtent)>, WriteError> {
+        let mut reserved = Vec::new();
+        for (first_page, pages) in chunks {
+            let extent = ChunkExtent::new(self.place_at(self.offset)?, chunk::raw_bytes(pages));
+            self.offset = extent.end();
+            self.storage.add(Codec::Raw, pages.into(), extent.len_bytes());
+            self.data_pages += u64::from(pages);
+            reserved.push((first_page, pages, extent));
+        }
+        let entries = reserved.iter().flat_map(|&(first_page, pages, chunk)| {
+            (0..pages).map(move |slot| {
+                let page = PageIndex(first_page + u32::from(slot));
+                (page, PageEntry::Data { chunk, slot })
+            })
+        });
+        self.index.push_leaf(number, entries);
+        Ok(reserved)
+    }
+
+    /// The offset, if a chunk can be there.
+    fn place_at(&self, offset: u64) -> Result<u64, WriteError> {
+        match offset < MAX_CHUNK_OFFSET {
+            true => Ok(offset),
+            false => {
+                let (what, max) = ("the offset of a chunk", MAX_CHUNK_OFFSET - 1);
+                Err(WriteError::Limit { what, min: 0, max, found: offset })
+            }
+        }
+    }
+
+    /// The start value of the checksums of the file's chunks.
+    pub(crate) fn seed(&self) -> u32 {
+        chunk::seed(self.id)
+    }
+
+    /// How its chunks are stored, for the metadata.
+    pub(crate) fn storage(&self) -> BTreeMap<String, CodecUse> {
+        self.storage.by_name()
+    }
+
     /// Writes everything after the chunks, and the header last.
-    fn finish(
+    pub(crate) fn finish(
         mut self,
         regions: &[MemoryRegion],
         memory_bytes: u64,

@@ -62,7 +62,7 @@ pub use boot::BootConfig;
 pub use devices::{DeviceConnections, DeviceError};
 pub use error::{BootError, GuestFailure, MemoryError, RestoreError, SnapshotError};
 pub use guest_memory::ArrivingBytes;
-pub use live::{Armed, Cut};
+pub use live::{Armed, Cut, Written};
 pub use memory::VmMemory;
 pub use memory_map::{gpa_ranges, to_ranges, to_regions};
 pub use metadata::GuestMetadata;

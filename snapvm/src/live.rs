@@ -11,8 +11,8 @@ use pager::Region;
 use pager::window::{Protection, ReadMemory, Window, WindowError, WindowOptions, WindowStats};
 use serde_json::Value;
 use snapfmt::{
-    Contents, Header, OnProgress, Parent, ReadAt, StateBlob, WriteOptions, write_layer,
-    write_snapshot,
+    Contents, DeferredChunks, Header, OnProgress, Parent, ReadAt, Snapshot, StateBlob,
+    WriteOptions, write_deferred, write_layer, write_snapshot,
 };
 use vm_memory::GuestAddress;
 use vmm::{FrozenContent, HeldDiscards};
@@ -20,6 +20,7 @@ use vmm::{FrozenContent, HeldDiscards};
 use crate::error::SnapshotError;
 use crate::guest_memory::GuestBytes;
 use crate::memory::{Origin, Restored, Service, VmMemory};
+use crate::memory_map::source_ranges;
 use crate::metadata::GuestMetadata;
 use crate::pagemap::private_pages;
 use crate::room;
@@ -46,6 +47,10 @@ pub struct Cut {
     contents: Vec<Option<FrozenContent>>,
     pub(crate) memory: Arc<VmMemory>,
 }
+
+/// The pages that a guest has written to, as ascending ranges of source offsets, if that is known.
+#[derive(Clone, Debug, Default)]
+pub struct Written(Option<Vec<Range<u64>>>);
 
 impl fmt::Debug for Cut {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -91,6 +96,17 @@ impl Vm {
         armed.window.cut().map_err(SnapshotError::Window)?;
         let Armed { window, discards, memory } = armed;
         Ok(Cut { window, discards, state, contents, memory })
+    }
+
+    /// The pages that the guest, or this process, has written to since it was restored or reset, for
+    /// [`Cut::write_deferred`]. They are not known of a guest without
+    /// [`RestoreConfig::quick_resets`](crate::RestoreConfig::quick_resets).
+    ///
+    /// # Errors
+    /// KVM's log cannot be read.
+    pub fn written(&mut self) -> Result<Written, SnapshotError> {
+        let gpas = self.machine.written().map_err(vmm::SaveError::from)?;
+        Ok(Written(gpas.map(|gpas| source_ranges(&self.memory.regions, &gpas))))
     }
 }
 
@@ -148,21 +164,65 @@ impl Cut {
         };
         self.memory.check_complete(restored, out)?;
         let snapshot = &restored.snapshot;
-        let data = match self.window.own_pages() {
-            Some(own) => own,
-            None => {
-                let mut data = self.private_pages()?;
-                // A page that the guest gave back is no longer mapped, but has content in the snapshot.
-                data.extend(snapshot.populated());
-                self.only(data)
-            }
-        };
+        let data = self.only(self.changed_pages(snapshot)?);
         check_room(&data, options, true)?;
         let (saved, states) = (Saved(self), self.states()?);
         let (guest, check) = (guest_of(snapshot)?, || self.window.check());
         let contents = self.contents(&saved, &data, &states, guest).read_once(&check);
         let parent = Parent::new(snapshot, parent_of(restored, out)?);
         Ok(write_layer(out, contents, &parent, options, progress)?.0)
+    }
+
+    /// Writes a file that opens, and whose memory is added by [`Cut::add`]: a layer on the snapshot from which the guest
+    /// was restored, or all of a guest that was booted. The layer has a place for each page that may have changed, which is
+    /// not compared. `written` is that of the pause in which this point in time was taken, after that. Of `options`, only
+    /// `chunk_pages` and `existing` are used.
+    ///
+    /// # Errors
+    /// [`SnapshotError`]
+    pub fn write_deferred(
+        &self,
+        out: &Path,
+        written: &Written,
+        options: &WriteOptions,
+    ) -> Result<(Header, DeferredChunks), SnapshotError> {
+        let (saved, states) = (Saved(self), self.states()?);
+        let write = |data: &[Range<u64>], guest, parent: Option<&Parent<'_>>| {
+            check_room(data, options, true)?;
+            let contents = self.contents(&saved, data, &states, guest);
+            Ok(write_deferred(out, &contents, parent, options)?)
+        };
+        match &self.memory.origin {
+            Origin::Booted { file, guest } => write(&file.touched()?, guest.clone(), None),
+            Origin::Restored(restored) => {
+                self.memory.check_complete(restored, out)?;
+                let snapshot = &restored.snapshot;
+                let parent = Parent::new(snapshot, parent_of(restored, out)?);
+                let data = match (&restored.service, &written.0) {
+                    // The other pages were loaded, and have the bytes of the snapshot.
+                    (Service::Lazy { .. }, Some(written)) => match self.window.own_pages() {
+                        Some(own) => common(&own, written),
+                        // All were loaded.
+                        None => written.clone(),
+                    },
+                    _ => self.changed_pages(snapshot)?,
+                };
+                write(&data, guest_of(snapshot)?, Some(&parent))
+            }
+        }
+    }
+
+    /// Lets the guest write pages that are not in the file without a copy of what was there.
+    pub fn release_others(&self, chunks: &DeferredChunks) {
+        self.window.only(&chunks.memory());
+    }
+
+    /// Adds a chunk to a file of [`Cut::write_deferred`], on any thread. When all are added, this can be dropped.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Write`]. Then the file lacks the chunk, and will.
+    pub fn add(&self, chunks: &DeferredChunks, chunk: usize) -> Result<(), SnapshotError> {
+        Ok(chunks.add(chunk, &CheckedSaved(Saved(self)))?)
     }
 
     /// What was done so far to keep the point in time.
@@ -194,6 +254,19 @@ impl Cut {
         Ok(states)
     }
 
+    /// Pages that may differ from those of the snapshot from which the guest was restored.
+    fn changed_pages(&self, snapshot: &Snapshot) -> Result<Vec<Range<u64>>, SnapshotError> {
+        Ok(match self.window.own_pages() {
+            Some(own) => own,
+            None => {
+                let mut data = self.private_pages()?;
+                // A page that the guest gave back is no longer mapped, but has content in the snapshot.
+                data.extend(snapshot.populated());
+                data
+            }
+        })
+    }
+
     /// Pages that may not be zero: those in memory now. Each page that was in memory at the cut still is.
     fn private_pages(&self) -> Result<Vec<Range<u64>>, SnapshotError> {
         Ok(private_pages(&self.memory.mapped, &self.memory.regions)?)
@@ -216,6 +289,38 @@ impl ReadAt for Saved<'_> {
 
     fn len_bytes(&self) -> io::Result<u64> {
         Ok(self.0.memory.regions.iter().map(|region| region.len).sum())
+    }
+}
+
+/// What two lists of ascending ranges have in common.
+fn common(one: &[Range<u64>], other: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut common = Vec::new();
+    let (mut here, mut there) = (one.iter().peekable(), other.iter().peekable());
+    while let (Some(a), Some(b)) = (here.peek(), there.peek()) {
+        let part = a.start.max(b.start)..a.end.min(b.end);
+        if a.end < b.end {
+            here.next();
+        } else {
+            there.next();
+        }
+        if !part.is_empty() {
+            common.push(part);
+        }
+    }
+    common
+}
+
+/// As [`Saved`], for bytes that are used before all are read.
+struct CheckedSaved<'a>(Saved<'a>);
+
+impl ReadAt for CheckedSaved<'_> {
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.0.read_exact_at(buf, offset)?;
+        self.0.0.window.check()
+    }
+
+    fn len_bytes(&self) -> io::Result<u64> {
+        self.0.len_bytes()
     }
 }
 
@@ -290,5 +395,21 @@ impl VmMemory {
             }
         };
         Window::open(protection, read, options)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn common_parts_of_ranges_are_found() {
+        let one = [0..4, 6..8, 10..20];
+        assert_eq!(
+            common(&one, &[1..2, 3..7, 8..10, 12..13, 19..30]),
+            [1..2, 3..4, 6..7, 12..13, 19..20]
+        );
+        assert_eq!(common(&one, &one), one);
+        assert!(common(&one, &[]).is_empty() && common(&[], &one).is_empty());
     }
 }

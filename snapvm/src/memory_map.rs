@@ -36,6 +36,19 @@ pub fn to_regions(ranges: &[MemoryRange]) -> Vec<MemoryRegion> {
     ranges.iter().map(to_region).collect()
 }
 
+/// The source offsets of ranges of guest physical addresses, which ascend like the regions.
+pub(crate) fn source_ranges(regions: &[MemoryRegion], gpas: &[Range<u64>]) -> Vec<Range<u64>> {
+    let in_region = |range: &Range<u64>| {
+        let (start, end) = (range.start, range.end);
+        regions.iter().filter_map(move |region| {
+            let (start, end) = (start.max(region.gpa), end.min(region.gpa + region.len));
+            let offset = |gpa: u64| region.source_offset + (gpa - region.gpa);
+            (start < end).then(|| offset(start)..offset(end))
+        })
+    };
+    gpas.iter().flat_map(in_region).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,14 +6,14 @@ use std::sync::{Arc, PoisonError};
 
 use pager::Pager;
 use snapfmt::layout::PAGE_BYTES;
-use snapfmt::{MemoryRegion, OnProgress, ReadAt};
+use snapfmt::{OnProgress, ReadAt};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::devices::{self, DeviceError};
 use crate::error::{GuestFailure, MemoryError, RestoreError};
 use crate::guest_memory;
 use crate::memory::{Restored, Service, VmMemory};
-use crate::memory_map::gpa_ranges;
+use crate::memory_map::{gpa_ranges, source_ranges};
 use crate::pagemap::private_pages;
 use crate::restore;
 use crate::vm::Vm;
@@ -231,17 +231,4 @@ impl VmMemory {
 
 fn len_bytes(ranges: &[Range<u64>]) -> u64 {
     ranges.iter().map(|range| range.end - range.start).sum()
-}
-
-/// The source offsets of ranges of guest physical addresses, which ascend like the regions.
-fn source_ranges(regions: &[MemoryRegion], gpas: &[Range<u64>]) -> Vec<Range<u64>> {
-    let in_region = |range: &Range<u64>| {
-        let (start, end) = (range.start, range.end);
-        regions.iter().filter_map(move |region| {
-            let (start, end) = (start.max(region.gpa), end.min(region.gpa + region.len));
-            let offset = |gpa: u64| region.source_offset + (gpa - region.gpa);
-            (start < end).then(|| offset(start)..offset(end))
-        })
-    };
-    gpas.iter().flat_map(in_region).collect()
 }

@@ -171,10 +171,12 @@ impl MemorySlots {
         unsafe { self.copy(gpa, data.as_ptr().cast_mut(), data.len(), libc::process_vm_writev) }
     }
 
-    /// The pages that were written to since the last call, as ascending ranges of guest physical addresses. `None` if they
-    /// are not recorded. No vCPU may run.
-    pub(crate) fn take_written(&self) -> Result<Option<Vec<Range<u64>>>, KvmError> {
-        let Some(mut pages) = self.writes.take() else { return Ok(None) };
+    /// The pages that were written to since they were taken last, as ascending ranges of guest physical addresses. `None`
+    /// if they are not recorded. No vCPU may run.
+    pub(crate) fn written(&self) -> Result<Option<Vec<Range<u64>>>, KvmError> {
+        if !self.writes.is_recording() {
+            return Ok(None);
+        }
         // A slot that is registered after this has no writes yet.
         let registered: Vec<usize> = {
             let states = self.lock();
@@ -184,9 +186,17 @@ impl MemorySlots {
         for number in registered {
             let slot = &self.slots[number];
             let log = self.vm.get_dirty_log(number as u32, slot.len as usize);
-            pages.add_bitmap(slot.gpa, &log.call("KVM_GET_DIRTY_LOG")?);
+            // KVM forgets what it returns.
+            self.writes.note_bitmap(slot.gpa, &log.call("KVM_GET_DIRTY_LOG")?);
         }
-        Ok(Some(pages.ranges()))
+        Ok(self.writes.ranges())
+    }
+
+    /// As [`MemorySlots::written`], and forgets them.
+    pub(crate) fn take_written(&self) -> Result<Option<Vec<Range<u64>>>, KvmError> {
+        let written = self.written()?;
+        self.writes.take();
+        Ok(written)
     }
 
     /// Registers one slot, or waits until the thread that registers it has finished.

@@ -26,7 +26,7 @@ impl PageSet {
     }
 
     /// Adds the pages of a bitmap whose first bit is the page at `gpa`.
-    pub(crate) fn add_bitmap(&mut self, gpa: u64, bitmap: &[u64]) {
+    fn add_bitmap(&mut self, gpa: u64, bitmap: &[u64]) {
         let (first_word, shift) = (gpa / PAGE_BYTES / WORD_PAGES, gpa / PAGE_BYTES % WORD_PAGES);
         for (index, &word) in (first_word..).zip(bitmap).filter(|(_, word)| **word != 0) {
             *self.words.entry(index).or_default() |= word << shift;
@@ -73,6 +73,18 @@ impl WriteLog {
         }
     }
 
+    /// Records the pages of a bitmap whose first bit is the page at `gpa`.
+    pub(crate) fn note_bitmap(&self, gpa: u64, bitmap: &[u64]) {
+        if let Some(mut pages) = self.lock() {
+            pages.add_bitmap(gpa, bitmap);
+        }
+    }
+
+    /// The pages so far, as [`PageSet::ranges`] has them. `None` if it records nothing.
+    pub(crate) fn ranges(&self) -> Option<Vec<Range<u64>>> {
+        self.lock().map(|pages| pages.ranges())
+    }
+
     /// The pages so far, which the log forgets. `None` if it records nothing.
     pub(crate) fn take(&self) -> Option<PageSet> {
         self.lock().map(|mut pages| std::mem::take(&mut *pages))
@@ -94,10 +106,9 @@ mod tests {
         log.note(4095..4097);
         log.note(100 * 4096..100 * 4096);
         log.note(63 * 4096..66 * 4096);
-        let mut pages = log.take().expect("it records");
-        pages.add_bitmap(1 << 32, &[0b101, 0, 1 << 63]);
+        log.note_bitmap(1 << 32, &[0b101, 0, 1 << 63]);
         // Of a slot that begins in the middle of a word.
-        pages.add_bitmap(70 * 4096, &[1 << 60 | 1]);
+        log.note_bitmap(70 * 4096, &[1 << 60 | 1]);
         let page = |page: u64, pages: u64| page * 4096..(page + pages) * 4096;
         let high = (1 << 32) / 4096;
         let expected = [
@@ -109,7 +120,8 @@ mod tests {
             page(high + 2, 1),
             page(high + 191, 1),
         ];
-        assert_eq!(pages.ranges(), expected);
+        assert_eq!(log.ranges().expect("it records"), expected);
+        assert_eq!(log.take().expect("it records").ranges(), expected);
         assert!(log.take().expect("it records").ranges().is_empty());
         assert!(WriteLog::default().take().is_none());
     }

@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use snapfmt::Progress;
 
-use super::routes::{CheckpointFields, CreateSnapshot, Pausing, SnapshotType};
+use super::bodies::{CheckpointFields, CreateSnapshot, DeferredPages, Pausing, SnapshotType};
 use crate::exit::Interrupted;
 use crate::http::read_response;
 use crate::progress::Bar;
@@ -53,6 +53,55 @@ pub(crate) fn create(
     summary.context("the guest has written no file, and does not say why")
 }
 
+/// Makes the guest at this socket write a live snapshot to `out` whose memory it adds later: see [`wait_for_pages`].
+pub(crate) fn create_deferred(
+    socket: &Path,
+    out: &Path,
+    storage: &Storage,
+    session: &Session,
+) -> Result<Summary> {
+    let kind = Kind { diff: false, live: true, stop: false };
+    let wanted = CreateSnapshot { deferred: true, ..wanted(out, kind, storage)? };
+    let summary = ask(socket, &Request::create(&wanted, true), session)?;
+    summary.context("the guest has written no file, and does not say why")
+}
+
+/// Waits until the guest at this socket has added a page of memory, or all of it, to the file with this id. `waiting` is
+/// called meanwhile; its error ends the wait.
+pub(crate) fn wait_for_pages(
+    socket: &Path,
+    id: &str,
+    page: Option<u32>,
+    waiting: &dyn Fn() -> Result<()>,
+) -> Result<()> {
+    pages("PUT", socket, DeferredPages { id: id.to_owned(), page }, waiting)
+}
+
+/// Makes the guest at this socket add no more memory to the file with this id, and waits for that.
+pub(crate) fn cancel_pages(socket: &Path, id: &str) -> Result<()> {
+    let deadline = Instant::now() + STATE;
+    let in_time = || match Instant::now() < deadline {
+        true => Ok(()),
+        false => bail!("it does not answer"),
+    };
+    pages("DELETE", socket, DeferredPages { id: id.to_owned(), page: None }, &in_time)
+}
+
+fn pages(
+    method: &str,
+    socket: &Path,
+    wanted: DeferredPages,
+    waiting: &dyn Fn() -> Result<()>,
+) -> Result<()> {
+    let named = || format!("cannot ask the guest at {}", socket.display());
+    let stream = connect(socket, PATIENCE).with_context(named)?;
+    send(&stream, method, "/snapshot/pages", &json!(wanted), PATIENCE).with_context(named)?;
+    match receive(stream, waiting).with_context(named)? {
+        (204, _) => Ok(()),
+        (status, body) => Err(Fault::of(socket, status, &body).into()),
+    }
+}
+
 /// Makes the guest at this socket write a checkpoint to `out`. `None`: it has not changed, and has written nothing.
 pub(crate) fn checkpoint(
     socket: &Path,
@@ -72,6 +121,7 @@ fn wanted(out: &Path, kind: Kind, storage: &Storage) -> Result<CreateSnapshot> {
         snapshot_type: if kind.diff { SnapshotType::Diff } else { SnapshotType::Full },
         pausing: if kind.live { Pausing::Live } else { Pausing::Paused },
         checkpoint: None,
+        deferred: false,
         stop: kind.stop,
         force: storage.force,
         codec: Some(storage.codec.to_string()),
@@ -101,6 +151,16 @@ pub(crate) struct Fault {
     socket: PathBuf,
     pub(crate) status: u16,
     message: String,
+}
+
+impl Fault {
+    fn of(socket: &Path, status: u16, body: &Value) -> Fault {
+        let message = match body["fault_message"].as_str() {
+            Some(message) => message.to_owned(),
+            None => format!("answer {status}"),
+        };
+        Fault { socket: socket.to_owned(), status, message }
+    }
 }
 
 /// A request that takes a while.
@@ -158,13 +218,7 @@ fn ask<T: DeserializeOwned>(
     match status {
         200 => Ok(serde_json::from_value(body).context("the guest's answer is not understood")?),
         204 => Ok(None),
-        _ => {
-            let message = match body["fault_message"].as_str() {
-                Some(message) => message.to_owned(),
-                None => format!("answer {status}"),
-            };
-            Err(Fault { socket: socket.to_owned(), status, message }.into())
-        }
+        _ => Err(Fault::of(socket, status, &body).into()),
     }
 }
 

@@ -3,6 +3,7 @@
 //! A connection has a thread of its own and limits in bytes and in time, so that no client holds up
 //! the guest or another client.
 
+mod bodies;
 pub(crate) mod client;
 mod response;
 mod routes;
@@ -13,7 +14,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use pager::serve::{BindError, LOCK_TIMEOUT, Socket};
 
-pub(crate) use routes::{CheckpointFields, Facts, PagerFigures};
+pub(crate) use bodies::CheckpointFields;
+pub(crate) use routes::{Facts, PagerFigures};
 pub(crate) use server::Serving;
 
 use crate::leftovers;

@@ -1,6 +1,5 @@
-//! The requests of the control socket, and their paths and fields.
+//! The requests of the control socket, and their paths.
 
-use std::num::NonZeroUsize;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -9,15 +8,17 @@ use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 use serde_json::json;
-use snapfmt::{Codec, Existing, WriteOptions};
 
+use super::bodies::{
+    CreateSnapshot, DeferredPages, LoadSnapshot, LoadType, Pausing, SnapshotType, VmState, Wanted,
+};
 use super::response::Response;
 use crate::bucket;
 use crate::http::Request;
-use crate::live::{Answer, Checkpoint, Command, Done, Refused, Remote, StoreRequest};
+use crate::live::{AddError, Answer, Command, Done, Refused, Remote, StoreRequest};
 
 /// Constant facts about the guest, and its figures.
 pub(crate) struct Facts {
@@ -48,141 +49,6 @@ pub(super) struct Routes {
     pub(super) facts: Facts,
 }
 
-/// The body of `PATCH /vm`.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct VmState {
-    state: Wanted,
-}
-
-#[derive(Deserialize)]
-enum Wanted {
-    Paused,
-    Resumed,
-}
-
-/// The body of `PUT /snapshot/create`.
-#[derive(Deserialize, Serialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct CreateSnapshot {
-    pub(super) snapshot_path: PathBuf,
-    #[serde(default)]
-    pub(super) snapshot_type: SnapshotType,
-    #[serde(default, rename = "type")]
-    pub(super) pausing: Pausing,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) checkpoint: Option<CheckpointFields>,
-    #[serde(default)]
-    pub(super) stop: bool,
-    #[serde(default)]
-    pub(super) force: bool,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) codec: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) level: Option<i32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) chunk_pages: Option<u16>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) dedupe: Option<bool>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) threads: Option<NonZeroUsize>,
-}
-
-/// How a live snapshot continues a chain.
-#[derive(Clone, Deserialize, Serialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct CheckpointFields {
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) parent: Option<PathBuf>,
-    #[serde(default)]
-    pub(crate) if_changed: bool,
-    pub(crate) track_ms: u64,
-}
-
-/// The longest time between two checkpoints.
-const MOST_TRACK_MS: u64 = 24 * 60 * 60 * 1000;
-
-impl CheckpointFields {
-    fn checked(self, wanted: &CreateSnapshot) -> Result<Checkpoint, &'static str> {
-        if wanted.pausing != Pausing::Live || matches!(wanted.snapshot_type, SnapshotType::Diff) {
-            return Err(
-                "checkpoint: for a snapshot with the type \"live\", and without a snapshot_type",
-            );
-        }
-        if self.parent.as_ref().is_some_and(|parent| !parent.is_absolute()) {
-            return Err(
-                "checkpoint: the parent is relative, and the guest's working folder is not yours",
-            );
-        }
-        if !(1..=MOST_TRACK_MS).contains(&self.track_ms) {
-            return Err("checkpoint: track_ms is not in 1 to a day");
-        }
-        let CheckpointFields { parent, if_changed, track_ms } = self;
-        Ok(Checkpoint { parent, if_changed, track_for: Duration::from_millis(track_ms) })
-    }
-}
-
-impl CreateSnapshot {
-    /// How the file is to be written, or the error in the request.
-    fn options(&self) -> Result<WriteOptions, String> {
-        let mut options = WriteOptions::default();
-        if let Some(codec) = &self.codec {
-            options.codec = codec.parse().map_err(|error| format!("codec: {error}"))?;
-        }
-        if let Some(level) = self.level {
-            if options.codec != Codec::Zstd {
-                return Err(format!("level: {} has no levels", options.codec));
-            }
-            if !(-7..=22).contains(&level) {
-                return Err(format!("level: {level} is not in -7 to 22"));
-            }
-            options.level = level;
-        }
-        if let Some(pages) = self.chunk_pages {
-            if !(1..=512).contains(&pages) {
-                return Err(format!("chunk_pages: {pages} is not in 1 to 512"));
-            }
-            options.chunk_pages = pages.into();
-        }
-        options.dedupe = self.dedupe.unwrap_or(options.dedupe);
-        options.threads = self.threads.unwrap_or(options.threads);
-        options.existing = if self.force { Existing::Replace } else { Existing::Keep };
-        Ok(options)
-    }
-}
-
-#[derive(Clone, Copy, Default, Deserialize, Serialize)]
-pub(super) enum SnapshotType {
-    #[default]
-    Full,
-    Diff,
-}
-
-/// The body of `PUT /snapshot/load`.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct LoadSnapshot {
-    #[serde(rename = "type")]
-    kind: LoadType,
-}
-
-#[derive(Deserialize)]
-enum LoadType {
-    /// The snapshot that the guest was restored from.
-    #[serde(rename = "reset")]
-    Reset,
-}
-
-/// Whether the guest is paused until the file is complete, or runs meanwhile.
-#[derive(Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize)]
-pub(super) enum Pausing {
-    #[default]
-    #[serde(rename = "paused")]
-    Paused,
-    #[serde(rename = "live")]
-    Live,
-}
-
 /// The interval of checks whether a client still waits.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -200,6 +66,13 @@ impl Routes {
             "/snapshot/create" => match request.method.as_str() {
                 "PUT" => return self.create(&request.body, stream),
                 "DELETE" => return self.cancel(),
+                _ => "PUT or DELETE",
+            },
+            "/snapshot/pages" => match request.method.as_str() {
+                "PUT" => return self.pages(&request.body, Remote::added),
+                "DELETE" => {
+                    return self.pages(&request.body, |remote, id, _| remote.cancel_adding(id));
+                }
                 _ => "PUT or DELETE",
             },
             "/snapshot/load" => match request.method.as_str() {
@@ -257,6 +130,23 @@ impl Routes {
         }
     }
 
+    /// Something about the memory of a file that was deferred.
+    fn pages(
+        &self,
+        body: &[u8],
+        what: impl Fn(&Remote, &str, Option<u32>) -> Result<(), AddError>,
+    ) -> Response {
+        let DeferredPages { id, page } = match parse(body) {
+            Ok(wanted) => wanted,
+            Err(refused) => return refused,
+        };
+        match what(&self.remote, &id, page) {
+            Ok(()) => Response { status: 204, body: None },
+            Err(error @ AddError::Unknown) => Response::fault(409, error.to_string()),
+            Err(error @ AddError::Failed(_)) => Response::fault(500, error.to_string()),
+        }
+    }
+
     fn create(&self, body: &[u8], stream: &UnixStream) -> Response {
         let wanted: CreateSnapshot = match parse(body) {
             Ok(wanted) => wanted,
@@ -272,6 +162,10 @@ impl Routes {
         }
         if wanted.stop && wanted.pausing == Pausing::Live {
             return Response::fault(400, "stop: a live snapshot is for a guest that runs on");
+        }
+        if wanted.deferred && !wanted.can_be_deferred() {
+            let message = "deferred: for a snapshot with the type \"live\", and without a snapshot_type or checkpoint";
+            return Response::fault(400, message);
         }
         let options = match wanted.options() {
             Ok(options) => options,
@@ -293,6 +187,7 @@ impl Routes {
             changes_only: matches!(wanted.snapshot_type, SnapshotType::Diff),
             live: wanted.pausing == Pausing::Live,
             checkpoint,
+            deferred: wanted.deferred,
             stop: wanted.stop,
             options,
             cancelled: Arc::clone(&cancelled),
@@ -421,6 +316,12 @@ mod tests {
         refused("PATCH", "/vm", "{\"state\":\"Off\"}", 400, "unknown variant `Off`");
         refused("PATCH", "/vm", "{\"state\":\"Paused\",\"a\":1}", 400, "unknown field `a`");
         refused("PATCH", "/vm", "{\"state\":\"Paused\"}", 409, "the guest has ended");
+        refused("GET", "/snapshot/pages", "", 405, "PUT");
+        refused("PUT", "/snapshot/pages", "{}", 400, "missing field `id`");
+        refused("PUT", "/snapshot/pages", "{\"id\":\"a\",\"page\":-1}", 400, "body: invalid value");
+        refused("PUT", "/snapshot/pages", "{\"id\":\"a\",\"page\":1}", 409, "with this id");
+        refused("PUT", "/snapshot/pages", "{\"id\":\"a\"}", 409, "with this id");
+        refused("DELETE", "/snapshot/pages", "{\"id\":\"a\"}", 409, "with this id");
         let create =
             |body: &str, reason: &str| refused("PUT", "/snapshot/create", body, 400, reason);
         create("{}", "missing field `snapshot_path`");
@@ -430,6 +331,10 @@ mod tests {
         create(
             "{\"snapshot_path\":\"/a\",\"codec\":\"lz4\",\"level\":3}",
             "level: lz4 has no levels",
+        );
+        create(
+            "{\"snapshot_path\":\"/a\",\"deferred\":true}",
+            "deferred: for a snapshot with the type",
         );
         create("{\"snapshot_path\":\"/a\",\"level\":99}", "level: 99 is not in -7 to 22");
         create("{\"snapshot_path\":\"/a\",\"chunk_pages\":0}", "chunk_pages: 0 is not in 1 to 512");

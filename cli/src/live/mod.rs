@@ -1,6 +1,8 @@
 //! Runs a guest until an event ends it, and judges the result.
 
+mod adding;
 mod checkpoint;
+mod deferred;
 mod remote;
 mod reset;
 mod save;
@@ -22,6 +24,7 @@ use crate::restoring::snapshot_error;
 use crate::session::Session;
 use crate::summary::Summary;
 use crate::waits::{Wait, Waiting};
+pub(crate) use adding::AddError;
 pub(crate) use checkpoint::Checkpoint;
 use checkpoint::Tracker;
 use remote::Event;

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde::Serialize;
 use snapfmt::{Progress, WriteOptions};
 
+use super::adding::{AddError, Adding};
 use super::checkpoint::Checkpoint;
 use crate::summary::{ResetSummary, Summary};
 
@@ -40,6 +41,9 @@ pub(crate) struct StoreRequest {
     pub(crate) live: bool,
     /// Continue a chain of live snapshots.
     pub(crate) checkpoint: Option<Checkpoint>,
+    /// Answer when the file opens, and then add its memory: what the guest may have changed since the snapshot that it was
+    /// restored from, or all of a guest that was booted.
+    pub(crate) deferred: bool,
     /// End the guest afterwards; otherwise it returns to its former state.
     pub(crate) stop: bool,
     pub(crate) options: WriteOptions,
@@ -97,6 +101,8 @@ pub(super) struct Status {
     storing: Mutex<Cancel>,
     /// Of a guest that runs on.
     saving: Mutex<Cancel>,
+    /// The file whose memory is being added.
+    pub(super) adding: Adding,
     resetting: AtomicBool,
     done_bytes: AtomicU64,
     total_bytes: AtomicU64,
@@ -175,6 +181,7 @@ pub(crate) fn remote() -> (Remote, Events) {
         state: Mutex::new(State::NotStarted),
         storing: Mutex::default(),
         saving: Mutex::default(),
+        adding: Adding::default(),
         resetting: AtomicBool::new(false),
         done_bytes: AtomicU64::new(0),
         total_bytes: AtomicU64::new(0),
@@ -209,6 +216,19 @@ impl Remote {
         let cancels: Vec<_> = cancels.into_iter().flatten().collect();
         cancels.iter().for_each(|cancel| cancel.store(true, Ordering::SeqCst));
         !cancels.is_empty()
+    }
+
+    /// Returns when the page with this number is in the file with this id, or without a number when all of them are.
+    pub(crate) fn added(&self, id: &str, page: Option<u32>) -> Result<(), AddError> {
+        match page {
+            Some(page) => self.status.adding.add_page(id, page),
+            None => self.status.adding.wait(id),
+        }
+    }
+
+    /// Cancels the file with this id whose memory is being added, and returns when that has ended.
+    pub(crate) fn cancel_adding(&self, id: &str) -> Result<(), AddError> {
+        self.status.adding.cancel(id)
     }
 
     /// Sends a command. Its answer comes when it is done; a closed channel means that the guest has ended.

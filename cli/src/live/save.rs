@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use pager::window::WindowOptions;
-use snapvm::{Armed, VmMemory};
+use snapvm::{Armed, VmMemory, Written};
 use vmm::Stop;
 
 use super::checkpoint::{Tracked, Tracker};
@@ -49,7 +49,10 @@ impl Live<'_> {
             Ok(paused) => paused,
             Err(error) => return Ok(Next::unpaused(error, answer)),
         };
-        let cut = vm.cut(armed);
+        let cut = vm.cut(armed).and_then(|cut| {
+            let written = if request.deferred { vm.written()? } else { Written::default() };
+            Ok((cut, written))
+        });
         if self.seen.is_done() {
             // The console has requested the end at the moment of the pause.
             reply(Err(Refused::Ended));
@@ -57,7 +60,7 @@ impl Live<'_> {
         }
         let guest = if was_running { self.resume(vm)? } else { Guest::Paused(vm) };
         let pause = if was_running { paused_at.elapsed() } else { Duration::ZERO };
-        let cut = match cut {
+        let (cut, written) = match cut {
             Ok(cut) => cut,
             Err(error) => {
                 reply(Err(failed(snapshot_error(error))));
@@ -66,6 +69,7 @@ impl Live<'_> {
         };
         let save = Save {
             cut,
+            written,
             what,
             begun: Begun::new(&self.events.status, &request, answer),
             request,

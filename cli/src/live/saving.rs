@@ -8,8 +8,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use snapfmt::Progress;
-use snapvm::Cut;
+use snapfmt::{Header, Progress};
+use snapvm::{Cut, Written};
 
 use super::checkpoint::{Base, Tracked, Tracker};
 use super::remote::{Answer, Done, Event, Refused, Status, StoreRequest};
@@ -55,8 +55,9 @@ pub(super) fn progress_of<'a>(
 
 /// A snapshot that was begun, and its client. However it ends, the status says so, and then the client gets an answer.
 pub(super) struct Begun {
-    status: Arc<Status>,
-    answer: Sender<Answer>,
+    pub(super) status: Arc<Status>,
+    /// `None`: the client has it.
+    answer: Option<Sender<Answer>>,
     result: Option<Answer>,
 }
 
@@ -67,7 +68,14 @@ impl Begun {
         answer: &Sender<Answer>,
     ) -> Begun {
         status.saving(Some(Arc::clone(&request.cancelled)));
-        Begun { status: Arc::clone(status), answer: answer.clone(), result: None }
+        Begun { status: Arc::clone(status), answer: Some(answer.clone()), result: None }
+    }
+
+    /// The client gets this, although the snapshot has not ended.
+    pub(super) fn answer(&mut self, result: Answer) {
+        if let Some(answer) = self.answer.take() {
+            let _ = answer.send(result);
+        }
     }
 
     /// It ends with this result.
@@ -83,7 +91,8 @@ impl Drop for Begun {
         let panicked =
             || Err(Refused::Failed("the thread that writes the snapshot panicked".into()));
         // The command is done even if the client does not wait for the answer.
-        let _ = self.answer.send(self.result.take().unwrap_or_else(panicked));
+        let result = self.result.take().unwrap_or_else(panicked);
+        self.answer(result);
     }
 }
 
@@ -106,6 +115,8 @@ pub(super) struct Tracking {
 pub(super) struct Save {
     // First, because the memory is free for another one when the client gets the answer.
     pub(super) cut: Cut,
+    /// For a file whose memory is added later.
+    pub(super) written: Written,
     pub(super) what: What,
     pub(super) request: StoreRequest,
     pub(super) tracking: Tracking,
@@ -138,6 +149,9 @@ impl Save {
     }
 
     fn run(self) {
+        if self.request.deferred {
+            return self.run_deferred();
+        }
         let written = self.write();
         let Save { cut, what, request, tracking, begun, .. } = self;
         match request.checkpoint {
@@ -163,7 +177,7 @@ impl Save {
     }
 
     fn write(&self) -> Result<Summary> {
-        let Save { cut, what, request, begun, interrupt, started, .. } = self;
+        let Save { cut, what, request, begun, interrupt, .. } = self;
         let progress = progress_of(request, &begun.status, interrupt);
         let (out, options) = (&request.out, &request.options);
         let written = match what {
@@ -173,17 +187,20 @@ impl Save {
                 cut.write_changes(out, &base.parent, &base.path, options, &progress)
             }
         };
-        let header = written.map_err(snapshot_error)?;
-        let stats = cut.stats();
+        Ok(self.summary(&written.map_err(snapshot_error)?))
+    }
+
+    pub(super) fn summary(&self, header: &Header) -> Summary {
+        let (stats, started) = (self.cut.stats(), self.started);
         let live = LiveFigures {
             arm_ms: ms(self.arm),
             faults: stats.faults,
             copied_bytes: stats.copied_bytes,
             waits: stats.waits,
         };
-        let mut summary = Summary::new(out, &header, *started, *started, *started);
+        let mut summary = Summary::new(&self.request.out, header, started, started, started);
         summary.pause_ms = ms(self.pause);
-        Ok(Summary { live: Some(live), ..summary })
+        Summary { live: Some(live), ..summary }
     }
 }
 
@@ -201,6 +218,7 @@ mod tests {
             changes_only: false,
             live: true,
             checkpoint: None,
+            deferred: false,
             stop: false,
             options: snapfmt::WriteOptions::default(),
             cancelled: Arc::new(AtomicBool::new(false)),

@@ -133,8 +133,16 @@ impl PausedVm {
     }
 
     /// The guest physical addresses of the pages that were written to or discarded since the guest was restored, or since
-    /// the last call, which forgets them. They ascend. `None` if they are not recorded:
+    /// they were taken last. They ascend. `None` if they are not recorded:
     /// [`RestoreOptions::record_writes`](super::RestoreOptions::record_writes).
+    ///
+    /// # Errors
+    /// KVM's log cannot be read.
+    pub fn written(&mut self) -> Result<Option<Vec<Range<u64>>>, KvmError> {
+        self.machine.shared.memory_slots.written()
+    }
+
+    /// As [`PausedVm::written`], and forgets them.
     ///
     /// # Errors
     /// KVM's log cannot be read.

@@ -2,6 +2,7 @@
 
 mod children;
 mod folder;
+mod guest_pages;
 
 use std::io::{self, PipeReader, PipeWriter};
 use std::os::fd::AsFd;
@@ -27,9 +28,9 @@ use crate::millis::ms;
 use crate::session::Session;
 use crate::stdout::{print_json, print_line};
 use crate::storage::Storage;
-use crate::summary::Summary;
 use children::{Children, Wanted};
 use folder::Folder;
+use guest_pages::GuestPages;
 
 /// Start guests that continue from where a running guest is now.
 ///
@@ -81,6 +82,8 @@ struct Started {
     pause_ms: f64,
     /// Until the last child was started.
     total_ms: f64,
+    /// Until all memory of the guest was copied, and the last child was started.
+    copied_ms: f64,
     /// Their process ids.
     children: Vec<u32>,
 }
@@ -89,13 +92,17 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     allow_many_descriptors();
     let folder = Folder::new()?;
     let file = folder.join("cut.snap");
-    let (cut, snapshot) = cut(args, &file, session)?;
+    let Cut { pause_ms, snapshot, deferred } = cut(args, &file, session)?;
     let snapshot = Arc::new(snapshot);
+    let copying = deferred.then(|| GuestPages::start(&args.vm, &snapshot)).transpose()?;
     let mut options = ServeOptions::default();
     options.share = Some(snapshot_name(&snapshot));
     let path = folder.join("pages.sock");
     let socket = private_socket(&path, || Socket::bind(&path))?;
-    let source = Arc::new(SnapshotSource::new(snapshot));
+    let source = match &copying {
+        Some(copying) => copying.as_source(),
+        None => Arc::new(SnapshotSource::new(snapshot)),
+    };
     let server = Server::at(socket, source, options, |_| {})?;
     let cut_ms = ms(session.started.elapsed());
 
@@ -103,12 +110,11 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let serving = Serving::start(server, &args.jail, &session.interrupt)?;
     let wanted = Wanted { count: args.count, log: args.log.as_deref(), options: &args.options };
     let mut children = Children::start(&wanted, &file, &path, session)?;
-    let started = Started {
-        cut_ms,
-        pause_ms: cut.pause_ms,
-        total_ms: ms(session.started.elapsed()),
-        children: children.ids(),
-    };
+    let total_ms = ms(session.started.elapsed());
+    // From then on the children do not need the guest, and it takes other requests.
+    copying.iter().try_for_each(|copying| copying.wait(session))?;
+    let copied_ms = ms(session.started.elapsed());
+    let started = Started { cut_ms, pause_ms, total_ms, copied_ms, children: children.ids() };
     match (args.json, session.quiet) {
         (true, _) => print_json(&started)?,
         (false, true) => {}
@@ -136,18 +142,29 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     }
 }
 
+/// The guest at one point in time.
+struct Cut {
+    pause_ms: f64,
+    snapshot: Snapshot,
+    /// The guest adds its memory to the file.
+    deferred: bool,
+}
+
 /// Snapshots the guest to `file`. A layer is enough if it opens here, as it then does for the children. It does not if
 /// the snapshot that the guest was restored from is in a bucket, was replaced, or was found by an option of the guest.
-fn cut(args: &Args, file: &Path, session: &Session) -> Result<(Summary, Snapshot)> {
-    // It is read once, from memory.
-    let storage = Storage { codec: Codec::Lz4, no_dedupe: true, ..Storage::default() };
-    let cut = |diff| {
-        let kind = Kind { diff, live: !args.pause, stop: false };
-        let summary = client::create(&args.vm, file, kind, &storage, session)?;
-        Ok((summary, input::open(file, &Default::default())?))
-    };
-    if client::restored_from(&args.vm)?.is_some_and(|file| file.is_file()) {
-        let made = cut(true);
+fn cut(args: &Args, file: &Path, session: &Session) -> Result<Cut> {
+    let parent = client::restored_from(&args.vm)?;
+    let has_parent = parent.as_ref().is_some_and(|file| file.is_file());
+    let mut ways = vec![Way::Whole { diff: false }];
+    if has_parent {
+        ways.insert(0, Way::Whole { diff: true });
+    }
+    if !args.pause && (has_parent || parent.is_none()) {
+        ways.insert(0, Way::Deferred);
+    }
+    let last = ways.len() - 1;
+    for way in &ways[..last] {
+        let made = way.cut(args, file, session);
         if made.is_ok() || session.interrupt.requested() {
             return made;
         }
@@ -158,7 +175,44 @@ fn cut(args: &Args, file: &Path, session: &Session) -> Result<(Summary, Snapshot
             _ => {}
         }
     }
-    cut(false)
+    ways[last].cut(args, file, session)
+}
+
+/// How a cut is made.
+enum Way {
+    /// Memory is added to the file while children use it.
+    Deferred,
+    Whole {
+        diff: bool,
+    },
+}
+
+impl Way {
+    fn cut(&self, args: &Args, file: &Path, session: &Session) -> Result<Cut> {
+        let storage = Storage { codec: Codec::Lz4, no_dedupe: true, ..Storage::default() };
+        let summary = match *self {
+            Way::Deferred => {
+                // A child often needs the pages around one that it needs.
+                let storage = Storage { chunk_pages: 16, ..storage };
+                client::create_deferred(&args.vm, file, &storage, session)?
+            }
+            Way::Whole { diff } => {
+                let kind = Kind { diff, live: !args.pause, stop: false };
+                client::create(&args.vm, file, kind, &storage, session)?
+            }
+        };
+        let deferred = matches!(self, Way::Deferred);
+        let snapshot = input::open(file, &Default::default());
+        if snapshot.is_err() && deferred {
+            // Until then, the guest does not take another request. Its result does not matter.
+            let waiting = || match session.interrupt.requested() {
+                true => Err(Interrupted.into()),
+                false => Ok(()),
+            };
+            let _ = client::wait_for_pages(&args.vm, &summary.id, None, &waiting);
+        }
+        Ok(Cut { pause_ms: summary.pause_ms, snapshot: snapshot?, deferred })
+    }
 }
 
 /// The thread that serves the children's pages. It ends when this is dropped and no child needs it any more.
