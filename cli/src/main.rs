@@ -18,6 +18,7 @@ mod guest_output;
 mod http;
 mod input;
 mod interrupt;
+mod keys;
 mod leftovers;
 mod live;
 mod memory_hash;

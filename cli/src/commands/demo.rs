@@ -10,6 +10,7 @@ use crate::config::ConfigArgs;
 use crate::guest::GuestArgs;
 use crate::guest_console::{BEAT, Until};
 use crate::input::ParentArgs;
+use crate::keys::KeyArgs;
 use crate::leftovers;
 use crate::report::RestoreReport;
 use crate::restored_run::{EAGER, LAZY, Restore};
@@ -119,6 +120,7 @@ fn create_args(args: &Args, out: std::path::PathBuf) -> create::Args {
         live: false,
         stop: false,
         storage: Storage::default(),
+        keys: KeyArgs::default(),
         when: None,
         timeout: std::time::Duration::from_secs(60),
         json: false,
