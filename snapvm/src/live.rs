@@ -107,6 +107,7 @@ impl Cut {
         progress: OnProgress<'_>,
     ) -> Result<Header, SnapshotError> {
         let (saved, states) = (Saved(self), self.states()?);
+        let options = &self.memory.as_sealed(options);
         let write = |bytes: &dyn ReadAt, data: &[Range<u64>], guest: Value| {
             let check = || self.window.check();
             check_room(data, options, true)?;
@@ -147,6 +148,7 @@ impl Cut {
             return Err(SnapshotError::NotRestored);
         };
         self.memory.check_complete(restored, out)?;
+        let options = &self.memory.as_sealed(options);
         let snapshot = &restored.snapshot;
         let data = match self.window.own_pages() {
             Some(own) => own,

@@ -77,6 +77,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             measure: None,
             api: None,
             paused: false,
+            keys: KeyArgs::default(),
         };
         let (report, outcome) = restore.run(std::io::sink(), session, Instant::now())?;
         outcome.map(|()| report)

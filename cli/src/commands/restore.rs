@@ -253,6 +253,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         measure: args.measure,
         api: args.api.bind()?,
         paused: args.paused,
+        keys: args.input.parents.keys.clone(),
     };
     let output = match &args.out {
         Some(path) => Some((Output { path, replace: args.force }, args.input.open()?)),

@@ -7,6 +7,7 @@ use crate::config::ConfigArgs;
 use crate::guest::{self, GuestArgs};
 use crate::guest_console::GuestConsole;
 use crate::guest_output::GuestOutput;
+use crate::keys::KeyArgs;
 use crate::live::{self, EndArgs, Live};
 use crate::session::Session;
 use crate::stderr;
@@ -36,9 +37,14 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     api: ApiArgs,
+
+    #[command(flatten)]
+    keys: KeyArgs,
 }
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
+    // Before the guest's boot, which would be useless.
+    args.keys.provider()?;
     let api = args.api.bind()?;
     let (output, hold) = GuestOutput::new().context("cannot use stdout")?;
     let (console, seen) = GuestConsole::new(output, args.end.until());
@@ -51,6 +57,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         run_for: args.end.run_for,
         begins_paused: false,
         events,
+        keys: args.keys.clone(),
     };
     let facts = Facts {
         memory_bytes: args.guest.memory,

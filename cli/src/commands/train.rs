@@ -143,6 +143,7 @@ fn touched(args: &Args, session: &Session) -> Result<Touched> {
         measure: None,
         api: None,
         paused: false,
+        keys: args.input.parents.keys.clone(),
     };
     let (report, outcome) = restore.run(std::io::sink(), session, Instant::now())?;
     outcome?;

@@ -21,6 +21,7 @@ use crate::api::private_socket;
 use crate::descriptors::allow_many_descriptors;
 use crate::exit::Interrupted;
 use crate::input;
+use crate::keys::KeyArgs;
 use crate::millis::ms;
 use crate::session::Session;
 use crate::stdout::{print_json, print_line};
@@ -57,6 +58,9 @@ pub(crate) struct Args {
     /// Pause the guest until all of its memory is copied. A guest that shares memory itself needs this.
     #[arg(long)]
     pause: bool,
+
+    #[command(flatten)]
+    keys: KeyArgs,
 
     /// Print what was done as JSON, when the children have been started.
     #[arg(long)]
@@ -96,7 +100,9 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
 
     // Before the first child, which waits for it only for a limited time.
     let serving = Serving::start(server)?;
-    let wanted = Wanted { count: args.count, log: args.log.as_deref(), options: &args.options };
+    let keys = args.keys.options();
+    let wanted =
+        Wanted { count: args.count, log: args.log.as_deref(), keys: &keys, options: &args.options };
     let mut children = Children::start(&wanted, &file, &path, session)?;
     let started = Started {
         cut_ms,
@@ -139,7 +145,7 @@ fn cut(args: &Args, file: &Path, session: &Session) -> Result<(Summary, Snapshot
     let cut = |diff| {
         let kind = Kind { diff, live: !args.pause, stop: false };
         let summary = client::create(&args.vm, file, kind, &storage, session)?;
-        Ok((summary, input::open(file, &Default::default())?))
+        Ok((summary, input::open(file, &args.keys.clone().into())?))
     };
     if client::restored_from(&args.vm)?.is_some_and(|file| file.is_file()) {
         let made = cut(true);
