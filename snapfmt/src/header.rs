@@ -229,10 +229,10 @@ fn uuid_at(b: &[u8; HEADER_BYTES], at: usize) -> Uuid {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn header() -> Header {
+    pub(crate) fn header() -> Header {
         Header {
             version: VERSION,
             incompat: 0,

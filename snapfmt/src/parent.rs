@@ -246,3 +246,23 @@ pub fn open_file(path: &Path) -> io::Result<File> {
     }
     Ok(file)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sealed_layer_knows_the_whole_header_of_its_parent() {
+        let mut parent = crate::header::tests::header();
+        parent.hash = Some([5; HASH_BYTES]);
+        let (id, header_crc) = (parent.id, parent.crc);
+        let of = |header_hash| ParentHint { id, header_crc, header_hash, path: "p".into() };
+        of(None).check(&parent).unwrap();
+        of(parent.hash).check(&parent).unwrap();
+        // The same id and checksum, and another header.
+        let forged = of(Some([6; HASH_BYTES])).check(&parent);
+        assert!(matches!(forged, Err(ChainError::ForgedParent { id: found }) if found == id));
+        parent.hash = None;
+        assert!(of(Some([5; HASH_BYTES])).check(&parent).is_err());
+    }
+}
