@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use snapfmt::{Outline, SectionKind};
 use tempfile::TempDir;
 
+use crate::control::Vm;
 use crate::support::{Ran, needs_vm, snap};
 
 struct Files(TempDir);
@@ -63,7 +64,7 @@ fn a_sealed_file_opens_with_its_key_only() {
     files.snap("verify @sealed.snap --key-file @key").ok();
     files.snap("diff @sealed.snap @sealed.snap --key-file @key").ok();
     for command in [
-        "cat @sealed.snap --page 30",
+        "cat @sealed.snap --gpa 0",
         "hash @sealed.snap",
         "export @sealed.snap --format raw -o @out",
     ] {
@@ -211,4 +212,51 @@ fn a_running_guest_stops_at_a_forged_page() {
     let stopped = files.snap("restore --lazy @a.snap --beats 2 --key-file @key");
     stopped.failed(5, &["not sealed with the key of this file"]);
     files.snap("restore @a.snap --beats 2 --key-file @key").failed(3, &["not sealed with the key"]);
+}
+
+/// Whoever asks for it, and whether a key is given or not.
+#[test]
+fn what_is_written_of_a_running_sealed_guest_is_sealed() {
+    needs_vm!();
+    let files = Files::new();
+    files.snap("create @a.snap --memory 64M --work 4M --key-file @key").ok();
+    let (file, key) = (files.text("a.snap"), files.text("key"));
+    for guest in [
+        &["restore", &file, "--lazy", "--key-file", &key][..],
+        &["restore", &file, "--key-file", &key],
+        &["run", "--memory", "64M", "--work", "4M", "--key-file", &key],
+    ] {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut vm = Vm::start(folder.path(), guest);
+        let socket = vm.socket.to_str().expect("a plain name").to_owned();
+        let at = |name: &str| folder.path().join(name);
+        let is_restored = guest[0] == "restore";
+        for (name, options) in
+            [("full", ""), ("live", "--live"), ("diff", "--diff"), ("both", "--diff --live")]
+        {
+            if options.contains("--diff") && !is_restored {
+                continue;
+            }
+            let out = at(name);
+            files.snap(&format!("create {} --vm {socket} {options}", out.display())).ok();
+            assert!(is_sealed(&out), "{guest:?} {name}");
+            files.snap(&format!("verify {} --key-file @key", out.display())).ok();
+        }
+        files
+            .snap(&format!("create {} --vm {socket} --key-file @key", at("no").display()))
+            .failed(1, &["give the key to its snap run or snap restore"]);
+        let checkpoints = at("checkpoints");
+        let made = format!("checkpoint --vm {socket} --every 50ms --keep 3 --count 6 --merge-at 3");
+        files.snap(&format!("{made} -o {} --key-file @key", checkpoints.display())).ok();
+        for name in crate::support::names(&checkpoints) {
+            assert!(is_sealed(&checkpoints.join(&name)), "{name}");
+        }
+        files.snap(&format!("restore {} --beats 1 --key-file @key", checkpoints.display())).ok();
+        let log = at("{}.log");
+        let forked = format!("fork --vm {socket} -n 2 --log {}", log.display());
+        files.snap(&format!("{forked} -- --beats 2")).failed(3, &["its key is needed"]);
+        files.snap(&format!("{forked} --key-file @key -- --beats 2")).ok();
+        vm.beats(1);
+        vm.interrupt();
+    }
 }
