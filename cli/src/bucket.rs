@@ -6,7 +6,6 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use snapfmt::{ReadError, Snapshot};
 
-use crate::input::ParentArgs;
 use crate::keys::KeyArgs;
 
 /// The schemes of addresses, also in a build that cannot read them.
@@ -46,8 +45,13 @@ pub(crate) fn open(path: &Path, _: &[String], _: &KeyArgs) -> Result<Snapshot> {
 
 /// Opens a layer in a file whose parent is no file, as `error` says, but perhaps an object in `from`.
 #[cfg(feature = "objects")]
-pub(crate) fn open_layer(path: &Path, parents: &ParentArgs, error: ReadError) -> Result<Snapshot> {
-    let (from, keys) = (&parents.from, parents.keys.provider()?);
+pub(crate) fn open_layer(
+    path: &Path,
+    from: &[String],
+    keys: &KeyArgs,
+    error: ReadError,
+) -> Result<Snapshot> {
+    let keys = keys.provider()?;
     let failed = || anyhow::Error::new(error).context(path.display().to_string());
     let address = || {
         let file = std::fs::File::open(path).ok()?;
@@ -68,7 +72,12 @@ pub(crate) fn open_layer(path: &Path, parents: &ParentArgs, error: ReadError) ->
 }
 
 #[cfg(not(feature = "objects"))]
-pub(crate) fn open_layer(path: &Path, _: &ParentArgs, error: ReadError) -> Result<Snapshot> {
+pub(crate) fn open_layer(
+    path: &Path,
+    _: &[String],
+    _: &KeyArgs,
+    error: ReadError,
+) -> Result<Snapshot> {
     Err(error).with_context(|| path.display().to_string())
 }
 

@@ -54,7 +54,7 @@ fn open_unchecked(path: &Path, parents: &ParentArgs, open_object: OpenObject) ->
         ReadError::Open { .. } => Err(error.into()),
         // A parent in a bucket could not be checked.
         _ if lacks_parent(&error) && !parents.trust.is_required() => {
-            bucket::open_layer(path, parents, error)
+            bucket::open_layer(path, &parents.from, &parents.keys, error)
         }
         _ => Err(anyhow::Error::new(error).context(path.display().to_string())),
     })
