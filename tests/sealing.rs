@@ -260,3 +260,35 @@ fn what_is_written_of_a_running_sealed_guest_is_sealed() {
         vm.interrupt();
     }
 }
+
+#[test]
+#[cfg(feature = "objects")]
+fn sealed_files_are_pushed_and_pulled_as_they_are() {
+    let files = Files::new();
+    files.seal_golden();
+    files.snap("flatten @sealed.snap -o @copy.snap --key-file @key").ok();
+    files.snap("rebase @copy.snap --onto @sealed.snap -o @layer.snap --key-file @key").ok();
+    let url = format!("file://{}/guest", files.text("bucket"));
+    let cached = |line: &str| {
+        let mut command = std::process::Command::new(crate::support::SNAP);
+        let words = line.split_whitespace().map(|word| match word.strip_prefix('@') {
+            Some(name) => files.text(name),
+            None => word.replace("URL", &url),
+        });
+        command.args(words).env("SNAP_CACHE", files.path("cache"));
+        crate::support::run(command)
+    };
+    std::fs::create_dir(files.path("bucket")).expect("it is created");
+    cached("push @layer.snap URL").failed(3, &["its key is needed"]);
+    cached("push @layer.snap URL --key-file @key").ok();
+    cached("verify URL --key-file @key").ok();
+    cached("verify URL").failed(3, &["its key is needed"]);
+    cached("verify URL --key-file @other").failed(3, &["the key does not open"]);
+    cached("pull URL @pulled/layer.snap").failed(3, &["its key is needed"]);
+    std::fs::create_dir(files.path("pulled")).expect("it is created");
+    cached("pull URL @pulled/layer.snap --key-file @key").ok();
+    for name in ["layer.snap", "sealed.snap"] {
+        let bytes = |path: PathBuf| std::fs::read(path).expect("it is there");
+        assert!(bytes(files.path(name)) == bytes(files.path("pulled").join(name)), "{name}");
+    }
+}
