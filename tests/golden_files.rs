@@ -6,11 +6,13 @@
 use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::Arc;
 
-use snapfmt::layout::{INCOMPAT_BOUND, PAGE_BYTES};
+use snapfmt::layout::{INCOMPAT_BOUND, INCOMPAT_SEALED, PAGE_BYTES};
 use snapfmt::{
-    Changes, ChunkBuffer, Codec, Contents, HotRun, MemoryRegion, Metadata, PageIndex, Phase,
-    Snapshot, StateBlob, WorkingSet, WriteOptions, copy_snapshot, write_snapshot,
+    Changes, ChunkBuffer, Codec, Contents, HotRun, KeyProvider, MemoryRegion, Metadata, PageIndex,
+    Parents, Phase, SecretKey, Snapshot, StateBlob, WorkingSet, WriteOptions, copy_snapshot,
+    write_snapshot,
 };
 
 use crate::support::snap;
@@ -49,6 +51,10 @@ const HOT: &str = "v1-working-set.snap";
 /// A copy of a file, with its chunks and with a working set.
 const COPY: &str = "v1-bound-copy.snap";
 
+/// A sealed file with the content of the zstd file. All bytes of its key are [`KEY`].
+const SEALED: &str = "v1-sealed-zstd.snap";
+const KEY: u8 = 0xa7;
+
 const STATE: &[u8] = b"the state of a golden machine";
 
 /// The required files: a missing one is an error, not a skip. These are from before BOUND.
@@ -73,27 +79,42 @@ fn golden_files_read_without_a_change() {
     let present = PRESENT.map(|(name, codec)| (name, codec, INCOMPAT_BOUND));
     for (name, codec, incompat) in old.into_iter().chain(present) {
         let path = folder.join(name);
-        let snapshot = Snapshot::open(&path).expect(name);
-        let header = snapshot.header();
+        check(name, &Snapshot::open(&path).expect(name), codec);
+        let header = Snapshot::open(&path).expect(name).header().clone();
         assert_eq!((header.version, header.incompat), (1, incompat), "{name}");
         assert_eq!(header.chunks_id.is_some(), incompat == INCOMPAT_BOUND, "{name}");
         assert_eq!(header.chunks_id.is_some_and(|id| id != header.id), name == COPY, "{name}");
-        assert_eq!(snapshot.regions(), REGIONS, "{name}");
-        let state = snapshot.state(7).expect(name).expect("the state is there");
-        assert_eq!((state.version, &state.bytes[..]), (3, STATE), "{name}");
-        let metadata = snapshot.metadata().expect(name);
-        assert_eq!(metadata.tool, "golden");
-        assert!(metadata.storage.contains_key(codec.name()), "{name}");
-        let set = snapshot.working_set().expect(name);
-        assert_eq!(set, [HOT, COPY].contains(&name).then(working_set), "{name}");
-        let (mut buffer, mut found) = (ChunkBuffer::new(), [0; PAGE_BYTES]);
-        for number in 0..2048 {
-            snapshot.read_page(PageIndex(number), &mut buffer, &mut found).expect(name);
-            assert!(found == page(number), "{name}: page {number}");
-        }
-        snapshot.verify(NonZeroUsize::MIN, &|_| ControlFlow::Continue(())).expect(name);
         snap(["verify".as_ref(), path.as_os_str()]).ok();
     }
+}
+
+/// The snapshot has the content of all golden files.
+fn check(name: &str, snapshot: &Snapshot, codec: Codec) {
+    assert_eq!(snapshot.regions(), REGIONS, "{name}");
+    let state = snapshot.state(7).expect(name).expect("the state is there");
+    assert_eq!((state.version, &state.bytes[..]), (3, STATE), "{name}");
+    let metadata = snapshot.metadata().expect(name);
+    assert_eq!(metadata.tool, "golden");
+    assert!(metadata.storage.contains_key(codec.name()), "{name}");
+    let set = snapshot.working_set().expect(name);
+    assert_eq!(set, [HOT, COPY].contains(&name).then(working_set), "{name}");
+    let (mut buffer, mut found) = (ChunkBuffer::new(), [0; PAGE_BYTES]);
+    for number in 0..2048 {
+        snapshot.read_page(PageIndex(number), &mut buffer, &mut found).expect(name);
+        assert!(found == page(number), "{name}: page {number}");
+    }
+    snapshot.verify(NonZeroUsize::MIN, &|_| ControlFlow::Continue(())).expect(name);
+}
+
+#[test]
+fn the_golden_sealed_file_reads_without_a_change() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(SEALED);
+    let keys: Arc<dyn KeyProvider> = Arc::new(SecretKey::new([KEY; 32]));
+    let parents = Parents { keys: Some(keys), ..Parents::default() };
+    let snapshot = Snapshot::open_with(&path, &parents).expect(SEALED);
+    assert_eq!(snapshot.header().incompat, INCOMPAT_BOUND | INCOMPAT_SEALED);
+    check(SEALED, &snapshot, Codec::Zstd);
+    snap(["verify".as_ref(), path.as_os_str()]).ok();
 }
 
 /// Two restores: 40 pages in one run, some single ones, one that only the second has touched.

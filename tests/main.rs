@@ -68,6 +68,7 @@ mod scattered_memory;
 #[path = "../snapfmt/fuzz/harness/seal.rs"]
 #[allow(dead_code, reason = "shared with the fuzz targets")]
 mod seal;
+mod sealing;
 #[cfg(feature = "objects")]
 mod secrets;
 mod serving;

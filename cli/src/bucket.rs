@@ -6,6 +6,8 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use snapfmt::{ReadError, Snapshot};
 
+use crate::keys::KeyArgs;
+
 /// The schemes of addresses, also in a build that cannot read them.
 const SCHEMES: [&str; 7] = ["s3", "gs", "az", "http", "https", "file", "oci"];
 
@@ -20,15 +22,16 @@ pub(crate) fn is_meant(path: &Path) -> bool {
 
 /// Opens the snapshot at an address, whose parents may also be in `from`.
 #[cfg(feature = "objects")]
-pub(crate) fn open(path: &Path, from: &[String]) -> Result<Snapshot> {
-    let opened = objects::open(&url(path)?, &options_from(from)?);
+pub(crate) fn open(path: &Path, from: &[String], keys: &KeyArgs) -> Result<Snapshot> {
+    let opened = objects::open(&url(path)?, &options_from(from)?.keys(keys.provider()?));
     Ok(opened.map_err(to_error)?.snapshot)
 }
 
 /// As [`open`]. The objects must be in the bucket, even if all of them is cached.
 #[cfg(feature = "objects")]
-pub(crate) fn open_to_verify(path: &Path, from: &[String]) -> Result<Snapshot> {
-    let opened = objects::open(&url(path)?, &options_from(from)?.asks_server(true));
+pub(crate) fn open_to_verify(path: &Path, from: &[String], keys: &KeyArgs) -> Result<Snapshot> {
+    let options = options_from(from)?.keys(keys.provider()?).asks_server(true);
+    let opened = objects::open(&url(path)?, &options);
     Ok(opened.map_err(to_error)?.snapshot)
 }
 
@@ -36,17 +39,24 @@ pub(crate) fn open_to_verify(path: &Path, from: &[String]) -> Result<Snapshot> {
 pub(crate) use open as open_to_verify;
 
 #[cfg(not(feature = "objects"))]
-pub(crate) fn open(path: &Path, _: &[String]) -> Result<Snapshot> {
+pub(crate) fn open(path: &Path, _: &[String], _: &KeyArgs) -> Result<Snapshot> {
     Err(missing()).with_context(|| path.display().to_string())
 }
 
 /// Opens a layer in a file whose parent is no file, as `error` says, but perhaps an object in `from`.
 #[cfg(feature = "objects")]
-pub(crate) fn open_layer(path: &Path, from: &[String], error: ReadError) -> Result<Snapshot> {
+pub(crate) fn open_layer(
+    path: &Path,
+    from: &[String],
+    keys: &KeyArgs,
+    error: ReadError,
+) -> Result<Snapshot> {
+    let keys = keys.provider()?;
     let failed = || anyhow::Error::new(error).context(path.display().to_string());
     let address = || {
         let file = std::fs::File::open(path).ok()?;
-        let hint = Snapshot::parent_hint_of(snapfmt::Storage::from(file)).ok()??;
+        let hint =
+            Snapshot::parent_hint_of(snapfmt::Storage::from(file), keys.as_deref()).ok()??;
         hint.path.to_str()?.parse::<objects::ObjectUrl>().ok()
     };
     match address() {
@@ -55,12 +65,19 @@ pub(crate) fn open_layer(path: &Path, from: &[String], error: ReadError) -> Resu
             "{}: its parent is an object, {url}: --allow-parents-from URL lets it be read there",
             path.display()
         ))),
-        Some(_) => objects::open_over(path, None, &options_from(from)?).map_err(to_error),
+        Some(_) => {
+            objects::open_over(path, None, &options_from(from)?.keys(keys)).map_err(to_error)
+        }
     }
 }
 
 #[cfg(not(feature = "objects"))]
-pub(crate) fn open_layer(path: &Path, _: &[String], error: ReadError) -> Result<Snapshot> {
+pub(crate) fn open_layer(
+    path: &Path,
+    _: &[String],
+    _: &KeyArgs,
+    error: ReadError,
+) -> Result<Snapshot> {
     Err(error).with_context(|| path.display().to_string())
 }
 

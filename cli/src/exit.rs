@@ -6,7 +6,7 @@ use anyhow::Error;
 use hashtree::{ChainRootsError, HashError, RootsError};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
-use snapfmt::ReadError;
+use snapfmt::{KeyError, ReadError, WriteError};
 use snapvm::OutputError;
 use snapvm::interchange::ImportError;
 
@@ -19,7 +19,7 @@ Exit codes:
   1    failed; the message names what failed and where
   2    the command line is wrong
   3    the file is not a snapshot, or not what import takes; it is damaged, needs a newer
-       snap, lacks its parent, or was written to while it was read
+       snap, lacks its parent, needs another key, or was written to while it was read
   4    this host lacks something: KVM, userfaultfd, FUSE, or the permission to use them
   5    the guest stopped by itself: triple fault, reset, unreadable memory, or
        power off before it was snapshotted
@@ -89,6 +89,27 @@ fn about_files(error: &Error) -> &'static str {
     }
 }
 
+/// The option that opens a sealed file, or does not fit one that is not.
+fn about_keys(error: &Error) -> Option<&'static str> {
+    let read = |cause: &(dyn std::error::Error + 'static)| match cause.downcast_ref::<ReadError>() {
+        Some(ReadError::KeyNeeded) => Some("; give --key-file FILE or --key-command CMD"),
+        Some(ReadError::NotSealed) => {
+            Some("; without the key it is read, and snap flatten --from-plain seals a copy")
+        }
+        _ => None,
+    };
+    let write = |cause: &(dyn std::error::Error + 'static)| match cause.downcast_ref() {
+        Some(WriteError::ParentSeal { parent_is_sealed: true }) => {
+            Some("; give --key-file FILE or --key-command CMD")
+        }
+        Some(WriteError::ParentSeal { parent_is_sealed: false }) => {
+            Some("; snap flatten --from-plain seals a copy of it")
+        }
+        _ => None,
+    };
+    error.chain().find_map(|cause| read(cause).or_else(|| write(cause)))
+}
+
 /// An error with all its causes, and the advice if a limit is one of them.
 pub(crate) fn describe(error: &Error) -> String {
     let errno = |cause: &(dyn std::error::Error + 'static)| {
@@ -117,7 +138,7 @@ pub(crate) fn describe(error: &Error) -> String {
         {
             "; give --force to replace it".into()
         }
-        _ => about_files(error).into(),
+        _ => about_keys(error).unwrap_or_else(|| about_files(error)).into(),
     };
     format!("{}{advice}", foreign_text::one_line(&format!("{error:#}")))
 }
@@ -163,6 +184,8 @@ fn code(error: &Error) -> u8 {
         }
         match cause.downcast_ref().map(ReadError::root) {
             Some(ReadError::Open { .. } | ReadError::Io { .. }) | None => {}
+            // No key was had: that says nothing about the file.
+            Some(ReadError::Key(KeyError::Provider(_) | KeyError::Random(_))) => {}
             Some(ReadError::Cancelled) => return INTERRUPTED,
             Some(_) => code = BAD_FILE,
         }
@@ -174,7 +197,7 @@ fn code(error: &Error) -> u8 {
         {
             code = BAD_FILE;
         }
-        if matches!(cause.downcast_ref(), Some(snapfmt::WriteError::Cancelled)) {
+        if matches!(cause.downcast_ref(), Some(WriteError::Cancelled)) {
             return INTERRUPTED;
         }
     }

@@ -1,11 +1,13 @@
 //! Snapshots that are read, and outputs that must not be one of them.
 
+use std::fs::File;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
-use snapfmt::{ChainError, Parents, ReadError, Snapshot};
+use snapfmt::{ChainError, Outline, Parents, ReadError, Snapshot, open_file};
 
+use crate::keys::KeyArgs;
 use crate::trust::TrustArgs;
 use crate::waits::{Wait, Waiting};
 use crate::{bucket, checkpoints, snap_path, stdio};
@@ -15,12 +17,8 @@ pub(crate) fn open(path: &Path, parents: &ParentArgs) -> Result<Snapshot> {
     open_with(path, parents, bucket::open)
 }
 
-fn open_with(
-    path: &Path,
-    parents: &ParentArgs,
-    open_object: fn(&Path, &[String]) -> Result<Snapshot>,
-) -> Result<Snapshot> {
-    let checkpoint = checkpoints::resolve(path)?;
+fn open_with(path: &Path, parents: &ParentArgs, open_object: OpenObject) -> Result<Snapshot> {
+    let checkpoint = checkpoints::resolve(path, &parents.keys)?;
     let path = checkpoint.as_deref().unwrap_or(path);
     let _opening = reading(path);
     if parents.trust.is_required() && bucket::is_meant(path) {
@@ -30,18 +28,21 @@ fn open_with(
     parents.trust.check(snapshot, path)
 }
 
-fn open_unchecked(
-    path: &Path,
-    parents: &ParentArgs,
-    open_object: fn(&Path, &[String]) -> Result<Snapshot>,
-) -> Result<Snapshot> {
+/// Opens the snapshot at an address. Its parents may be at other addresses.
+type OpenObject = fn(&Path, &[String], &KeyArgs) -> Result<Snapshot>;
+
+fn open_unchecked(path: &Path, parents: &ParentArgs, open_object: OpenObject) -> Result<Snapshot> {
     if bucket::is_meant(path) {
         if !parents.files.is_empty() {
             bail!("--parent: the parents of a snapshot in a bucket are in the same bucket");
         }
-        return open_object(path, &parents.from);
+        return open_object(path, &parents.from, &parents.keys);
     }
-    let local = Parents { files: parents.files.clone(), folders: snap_path::folders() };
+    let local = Parents {
+        files: parents.files.clone(),
+        folders: snap_path::folders(),
+        keys: parents.keys.provider()?,
+    };
     Snapshot::open_with(path, &local).or_else(|error| match error {
         // It is repeated only if it is a path: an address may have a password in it.
         ReadError::Open { source, .. }
@@ -53,7 +54,7 @@ fn open_unchecked(
         ReadError::Open { .. } => Err(error.into()),
         // A parent in a bucket could not be checked.
         _ if lacks_parent(&error) && !parents.trust.is_required() => {
-            bucket::open_layer(path, &parents.from, error)
+            bucket::open_layer(path, &parents.from, &parents.keys, error)
         }
         _ => Err(anyhow::Error::new(error).context(path.display().to_string())),
     })
@@ -130,6 +131,16 @@ pub(crate) struct ParentArgs {
 
     #[command(flatten)]
     pub(crate) trust: TrustArgs,
+
+    #[command(flatten)]
+    pub(crate) keys: KeyArgs,
+}
+
+impl From<KeyArgs> for ParentArgs {
+    /// Parents that are found without options.
+    fn from(keys: KeyArgs) -> Self {
+        Self { keys, ..Self::default() }
+    }
 }
 
 impl Input {
@@ -140,6 +151,22 @@ impl Input {
     /// As [`Input::open`]. An object must be in its bucket, even if all of it is cached.
     pub(crate) fn open_to_verify(&self) -> Result<Snapshot> {
         open_with(&self.file, &self.parents, bucket::open_to_verify)
+    }
+
+    /// A sealed file as far as it can be read without a key, if none is given.
+    pub(crate) fn outline(&self) -> Result<Option<Outline<File>>> {
+        let checks = self.parents.trust.is_required();
+        if self.parents.keys.is_given() || checks || bucket::is_meant(&self.file) {
+            return Ok(None);
+        }
+        // What is wrong with it, opening it will say.
+        let Ok(outline) = open_file(&self.file)
+            .map_err(anyhow::Error::from)
+            .and_then(|file| Ok(Outline::open(file)?))
+        else {
+            return Ok(None);
+        };
+        Ok(Some(outline).filter(|outline| outline.header().is_sealed()))
     }
 
     /// Opens the parent, at `path`, of a layer that was opened before.

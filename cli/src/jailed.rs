@@ -10,6 +10,7 @@ use snapfmt::Snapshot;
 
 use crate::exit;
 use crate::interrupt::Interrupt;
+use crate::keys::KeyArgs;
 use crate::session::Session;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -80,12 +81,12 @@ impl JailArgs {
         Ok(Some(|| enter(Role::Mount)))
     }
 
-    /// Jails the threads that start from now on to run a guest. `uses_network`: other threads of this process talk to
-    /// object storage.
+    /// Jails the threads that start from now on to run a guest. `guest_only`: other threads of this process talk to object
+    /// storage, or run commands for keys.
     ///
     /// # Errors
     /// The kernel refuses it.
-    pub(crate) fn begin(&self, uses_network: bool) -> Result<Jail> {
+    pub(crate) fn begin(&self, guest_only: bool) -> Result<Jail> {
         if self.jail == Mode::Off {
             return Ok(Jail::Off);
         }
@@ -93,7 +94,7 @@ impl JailArgs {
             vmm::ThreadKind::Devices => enter(Role::Devices),
             _ => enter(Role::Vcpu),
         });
-        if uses_network {
+        if guest_only {
             return Ok(Jail::Guest);
         }
         pager::on_thread_start(|| enter(Role::Pager));
@@ -101,8 +102,8 @@ impl JailArgs {
     }
 
     /// As [`JailArgs::begin`], for a guest that is restored from `snapshot`.
-    pub(crate) fn begin_with(&self, snapshot: &Snapshot) -> Result<Jail> {
-        self.begin(uses_network(snapshot))
+    pub(crate) fn begin_with(&self, snapshot: &Snapshot, keys: &KeyArgs) -> Result<Jail> {
+        self.begin(uses_network(snapshot) || keys.run_commands())
     }
 }
 

@@ -20,6 +20,7 @@ mod http;
 mod input;
 mod interrupt;
 mod jailed;
+mod keys;
 mod leftovers;
 mod live;
 mod memory_hash;

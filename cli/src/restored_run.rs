@@ -14,6 +14,7 @@ use crate::exit::GuestStopped;
 use crate::guest_console::{GuestConsole, Until};
 use crate::guest_output::Hold;
 use crate::jailed::Jail;
+use crate::keys::KeyArgs;
 use crate::live::{self, Ended, Live};
 use crate::millis::{ms, ms_since};
 use crate::report::RestoreReport;
@@ -47,6 +48,8 @@ pub(crate) struct Restore {
     pub(crate) jail: Jail,
     /// Whether files are written after the run.
     pub(crate) writes: bool,
+    /// The keys of the files that the guest's clients request.
+    pub(crate) keys: KeyArgs,
 }
 
 /// Modes of the report.
@@ -82,7 +85,8 @@ impl Restore {
         let serving = self.api.map(|api| api.serve(remote, facts)).transpose()?;
         let hold = self.hold.as_ref();
         let (run_for, begins_paused) = (self.run_for, self.paused);
-        let live = Live { session, seen: &seen, hold, run_for, begins_paused, events };
+        let keys = self.keys;
+        let live = Live { session, seen: &seen, hold, run_for, begins_paused, events, keys };
         let before = self.measure.map(|_| Counters::now()).transpose()?;
         let faults = memory.pager().map_or(Faults::Kernel, Faults::Served);
         let mut touched = None;

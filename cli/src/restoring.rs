@@ -28,7 +28,7 @@ pub(crate) fn config(
     session: &Session,
 ) -> Result<RestoreConfig> {
     // Layers of the guest will have the path of the file itself.
-    let checkpoint = checkpoints::resolve(file)?;
+    let checkpoint = checkpoints::resolve(file, &parents.keys)?;
     let file = checkpoint.as_deref().unwrap_or(file);
     let snapshot = open(file, parents)?;
     let found = snapshot.header().memory_bytes;

@@ -5,6 +5,8 @@ use std::num::NonZeroUsize;
 use anyhow::{Result, bail};
 use snapfmt::{Codec, Existing, WriteOptions};
 
+use crate::keys::KeyArgs;
+
 /// How the new file is stored.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Storage {
@@ -36,8 +38,8 @@ pub(crate) struct Storage {
 }
 
 impl Storage {
-    /// The writer's options; refuses a level for a codec that has none.
-    pub(crate) fn options(&self) -> Result<WriteOptions> {
+    /// The writer's options; refuses a level for a codec that has none. With keys, the file is sealed.
+    pub(crate) fn options(&self, keys: &KeyArgs) -> Result<WriteOptions> {
         if self.level.is_some() && self.codec != Codec::Zstd {
             bail!("--level goes with --codec zstd: {} has no levels", self.codec);
         }
@@ -50,7 +52,8 @@ impl Storage {
             .chunk_pages(self.chunk_pages.into())
             .dedupe(!self.no_dedupe)
             .threads(self.threads.unwrap_or(defaults.threads))
-            .existing(existing))
+            .existing(existing)
+            .seal(keys.provider()?))
     }
 }
 

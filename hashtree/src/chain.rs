@@ -76,7 +76,8 @@ pub fn check_chain(snapshot: Snapshot, roots: &[Root]) -> Result<Snapshot, Chain
             Err(source) => Err(ChainRootsError::Tree { path, source }),
         }
     };
+    let keys = snapshot.keys().cloned();
     let storages: Vec<_> =
         snapshot.into_storages().zip(roots).map(checked).collect::<Result<_, _>>()?;
-    Snapshot::named_chain(storages).map_err(ChainRootsError::Snapshot)
+    Snapshot::named_chain_with(storages, keys).map_err(ChainRootsError::Snapshot)
 }

@@ -165,7 +165,8 @@ async fn parents(
     let mut objects = vec![top];
     while let Some(last) = objects.last() {
         // Opening the chain reports an error.
-        let hint = tokio::task::block_in_place(|| Snapshot::parent_hint_of(last.clone()));
+        let keys = options.keys.as_deref();
+        let hint = tokio::task::block_in_place(|| Snapshot::parent_hint_of(last.clone(), keys));
         let Ok(Some(hint)) = hint else { break };
         let found = parent(last, &hint, known, options).await?;
         let is_known = |one: &RemoteObject| objects.iter().any(|object| object.url() == one.url());

@@ -49,19 +49,19 @@ pub(crate) fn open_unless(
     };
     let found = lineage(trust)?;
     let by_id = found.objects.iter().any(|object| name::id_of(object.url()).is_some());
-    match opened(url, found) {
+    match opened(url, found, options) {
         // The cache may have another object than the one with that id.
-        Err(_) if by_id && trust == Trust::Ids => opened(url, lineage(Trust::Server)?),
+        Err(_) if by_id && trust == Trust::Ids => opened(url, lineage(Trust::Server)?, options),
         opened => opened,
     }
 }
 
-fn opened(url: &ObjectUrl, lineage: Lineage) -> Result<Opened, ObjectError> {
+fn opened(url: &ObjectUrl, lineage: Lineage, options: &Options) -> Result<Opened, ObjectError> {
     let wrong = |of: &ObjectUrl, reason: &str| ObjectError::Name {
         url: of.to_string(),
         reason: reason.to_owned(),
     };
-    let snapshot = Snapshot::named_chain(lineage.layers())
+    let snapshot = Snapshot::named_chain_with(lineage.layers(), options.keys.clone())
         .map_err(|error| ObjectError::Snapshot { name: url.to_string(), error })?;
     let objects = lineage.objects;
     let id_is_wrong = |(object, header): &(&RemoteObject, &Header)| {
@@ -100,13 +100,14 @@ pub fn open_over(
         let open = File::open(file);
         open.map_err(|source| ReadError::Open { path: file.to_owned(), source }).map_err(failed)
     };
-    let hint = Snapshot::parent_hint_of(Storage::from(open()?)).map_err(failed)?;
+    let keys = options.keys.clone();
+    let hint = Snapshot::parent_hint_of(Storage::from(open()?), keys.as_deref()).map_err(failed)?;
     let parents = match &hint {
         Some(hint) => runtime::wait(parents_of_file(&shown, hint, name, options))
             .map_err(ObjectError::Runtime)??,
         None => None,
     };
     let named = [(Storage::from(open()?), file.to_owned())];
-    Snapshot::named_chain(named.into_iter().chain(parents.iter().flat_map(Lineage::layers)))
-        .map_err(failed)
+    let layers = named.into_iter().chain(parents.iter().flat_map(Lineage::layers));
+    Snapshot::named_chain_with(layers, keys).map_err(failed)
 }

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use snapfmt::KeyProvider;
+
 use crate::cache::Cache;
 use crate::prefix::UrlPrefix;
 use crate::retry::Retry;
@@ -18,6 +20,8 @@ pub struct Options {
     pub asks_server: bool,
     /// Where the parents of a layer may be, besides the bucket or repository of the layer.
     pub parents_from: Vec<UrlPrefix>,
+    /// Who has the keys of sealed snapshots. With it only sealed ones are opened, without it only others.
+    pub keys: Option<Arc<dyn KeyProvider>>,
 }
 
 impl Options {
@@ -29,6 +33,7 @@ impl Options {
             retry: Retry::default(),
             asks_server: false,
             parents_from: Vec::new(),
+            keys: None,
         }
     }
 
@@ -50,6 +55,13 @@ impl Options {
     #[must_use]
     pub fn parents_from(mut self, places: Vec<UrlPrefix>) -> Self {
         self.parents_from = places;
+        self
+    }
+
+    /// Sets [`Options::keys`].
+    #[must_use]
+    pub fn keys(mut self, keys: Option<Arc<dyn KeyProvider>>) -> Self {
+        self.keys = keys;
         self
     }
 }

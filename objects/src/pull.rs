@@ -50,7 +50,7 @@ pub fn pull(
 ) -> Result<Vec<Pulled>, ObjectError> {
     let opening = || progress(Progress::new(0, 0));
     let Opened { snapshot, objects } = open_unless(url, options, Trust::Server, &opening)?;
-    let paths = local_paths(&snapshot, &objects, path)?;
+    let paths = local_paths(&snapshot, &objects, path, options)?;
     // Each byte is fetched, and then verified.
     let total_bytes = 2 * snapshot.headers().map(|header| header.file_bytes).sum::<u64>();
     let mut done_bytes = 0;
@@ -58,11 +58,11 @@ pub fn pull(
     let headers: Vec<_> = snapshot.headers().collect();
     for (number, object) in objects.iter().enumerate().rev() {
         let (path, file_bytes) = (&paths[number], headers[number].file_bytes);
-        let was_there = number > 0 && is_there(path, &paths, headers[number], number)?;
+        let was_there = number > 0 && is_there(path, &paths, headers[number], number, options)?;
         if !was_there {
             let existing = if number == 0 { existing } else { Existing::Keep };
             let before = done_bytes;
-            fetch(object, path, existing, &paths[number + 1..], &|bytes| {
+            fetch(object, path, existing, (&paths[number + 1..], options), &|bytes| {
                 progress(Progress::new(before + bytes, total_bytes))
             })?;
         }
@@ -78,12 +78,14 @@ fn local_paths(
     snapshot: &Snapshot,
     objects: &[RemoteObject],
     top: &Path,
+    options: &Options,
 ) -> Result<Vec<PathBuf>, ObjectError> {
     let mut paths = vec![top.to_owned()];
     for (number, header) in snapshot.headers().enumerate().skip(1) {
         let child = objects[number - 1..].iter().cloned();
         let named = child.map(|object| (Storage::other(object), PathBuf::new()));
-        let hint = Snapshot::named_chain(named).and_then(|child| child.parent_hint());
+        let hint = Snapshot::named_chain_with(named, options.keys.clone())
+            .and_then(|child| child.parent_hint());
         let hint = hint.map_err(|error| ObjectError::Snapshot {
             name: objects[number - 1].url().to_string(),
             error,
@@ -108,11 +110,12 @@ fn is_there(
     paths: &[PathBuf],
     header: &snapfmt::Header,
     number: usize,
+    options: &Options,
 ) -> Result<bool, ObjectError> {
     if path.symlink_metadata().is_err() {
         return Ok(false);
     }
-    let found = chain_of(None, &paths[number..]);
+    let found = chain_of(None, &paths[number..], options);
     match found {
         Ok(found) if found.header() == header => Ok(true),
         Ok(_) => Err(WriteError::Exists { path: path.to_owned() }.into()),
@@ -121,7 +124,11 @@ fn is_there(
 }
 
 /// Opens files as a chain; `top`, if given, has no name yet.
-fn chain_of(top: Option<std::fs::File>, paths: &[PathBuf]) -> Result<Snapshot, ReadError> {
+fn chain_of(
+    top: Option<std::fs::File>,
+    paths: &[PathBuf],
+    options: &Options,
+) -> Result<Snapshot, ReadError> {
     let mut layers: Vec<_> =
         top.into_iter().map(|file| (Storage::from(file), PathBuf::new())).collect();
     for path in paths {
@@ -129,14 +136,14 @@ fn chain_of(top: Option<std::fs::File>, paths: &[PathBuf]) -> Result<Snapshot, R
             .map_err(|source| ReadError::Open { path: path.clone(), source })?;
         layers.push((Storage::from(file), path.clone()));
     }
-    Snapshot::named_chain(layers)
+    Snapshot::named_chain_with(layers, options.keys.clone())
 }
 
 fn fetch(
     object: &RemoteObject,
     path: &Path,
     existing: Existing,
-    parents: &[PathBuf],
+    (parents, options): (&[PathBuf], &Options),
     progress: &(dyn Fn(u64) -> ControlFlow<()> + Sync),
 ) -> Result<(), ObjectError> {
     let mut output = Output::create(path, existing)?;
@@ -146,7 +153,7 @@ fn fetch(
     let named = |error| ObjectError::Snapshot { name: object.url().to_string(), error };
     let io = |source| ReadError::Open { path: path.to_owned(), source };
     let file = output.file().try_clone().map_err(|error| named(io(error)))?;
-    let written = chain_of(Some(file), parents).map_err(named)?;
+    let written = chain_of(Some(file), parents, options).map_err(named)?;
     let threads = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
     let fetched_bytes = identity.len_bytes;
     let verified = written.verify(threads, &|p| progress(fetched_bytes + p.done_bytes));

@@ -124,8 +124,8 @@ mod tests {
         let options = WriteOptions::default().codec(Codec::Raw).dedupe(false);
         write_snapshot(&path, contents, &options, &|_| ControlFlow::Continue(())).unwrap();
         let bytes = std::fs::read(path).unwrap();
-        let cached = cached(&Layer::open(bytes.clone()).unwrap());
-        Layer::open(Arc::new(Cold { bytes, cached, released: Mutex::default() })).unwrap()
+        let cached = cached(&Layer::open(bytes.clone(), None).unwrap());
+        Layer::open(Arc::new(Cold { bytes, cached, released: Mutex::default() }), None).unwrap()
     }
 
     #[test]

@@ -10,18 +10,36 @@ use crate::entry::{ChunkExtent, PageIndex};
 use crate::error::{Corruption, Part, Problem, ReadError, WriteError};
 use crate::layout::{
     C_BODY_CRC, C_CODEC, C_CRC, C_MAGIC, C_OFFSET, C_PAGES, C_PAYLOAD_BYTES, C_RESERVED_A,
-    C_RESERVED_B, CHUNK_ALIGN, CHUNK_HEADER_BYTES, CHUNK_MAGIC, MAX_CHUNK_PAGES, PAGE_BYTES, put,
-    u16_at, u32_at, u64_at,
+    C_RESERVED_B, CHUNK_ALIGN, CHUNK_HEADER_BYTES, CHUNK_MAGIC, MAX_CHUNK_PAGES, PAGE_BYTES,
+    TAG_BYTES, put, u16_at, u32_at, u64_at,
 };
+use crate::seal::{KeyError, Seal};
 use crate::section::SectionKind;
 
-/// Appends a chunk to `out`, without its own offset in the file, which [`set_place`] adds. `seed` is the start of its
-/// checksum. Returns its length and the codec of its payload.
+/// What binds chunks to their file.
+#[derive(Clone, Copy)]
+pub(crate) struct Binding<'a> {
+    /// The start value of their checksums: see [`seed`].
+    pub(crate) seed: u32,
+    /// Bytes of the tag behind each payload: 0 in a file that is not sealed.
+    pub(crate) tag_bytes: usize,
+    /// With it payloads are encrypted and decrypted. In a sealed file that is read without a key, it is missing.
+    pub(crate) seal: Option<&'a Seal>,
+}
+
+impl<'a> Binding<'a> {
+    pub(crate) fn new(seed: u32, seal: Option<&'a Seal>) -> Self {
+        Self { seed, tag_bytes: if seal.is_some() { TAG_BYTES } else { 0 }, seal }
+    }
+}
+
+/// Appends a chunk to `out`, without its own offset in the file, which [`set_place`] adds. Of a sealed file, the payload
+/// is not yet encrypted. Returns the chunk's length and the codec of its payload.
 pub(crate) fn encode(
     compressor: &mut Compressor,
     pages: &[PageIndex],
     raw: &[u8],
-    seed: u32,
+    binding: Binding<'_>,
     out: &mut Appended,
 ) -> Result<(u32, Codec), WriteError> {
     debug_assert!((1..=MAX_CHUNK_PAGES).contains(&pages.len()));
@@ -34,6 +52,7 @@ pub(crate) fn encode(
     let payload_start = out.len();
     let codec = compressor.append(raw, out)?;
     let payload_bytes = (out.len() - payload_start) as u32;
+    out.push_zeros(binding.tag_bytes);
     let len = out.len() - start;
     out.push_zeros(len.next_multiple_of(CHUNK_ALIGN) - len);
 
@@ -42,13 +61,16 @@ pub(crate) fn encode(
     header[C_CODEC] = codec as u8;
     put(header, C_PAGES, &(pages.len() as u16).to_le_bytes());
     put(header, C_PAYLOAD_BYTES, &payload_bytes.to_le_bytes());
-    put(header, C_BODY_CRC, &body_crc(seed, body).to_le_bytes());
+    // That of a sealed chunk covers the ciphertext, which depends on the place.
+    if binding.seal.is_none() {
+        put(header, C_BODY_CRC, &body_crc(binding.seed, body).to_le_bytes());
+    }
     Ok(((out.len() - start) as u32, codec))
 }
 
 /// The length of a raw chunk of so many pages, 1 to 512.
-pub(crate) fn raw_bytes(pages: u16) -> u32 {
-    let len = CHUNK_HEADER_BYTES + usize::from(pages) * (4 + PAGE_BYTES);
+pub(crate) fn raw_bytes(pages: u16, binding: Binding<'_>) -> u32 {
+    let len = CHUNK_HEADER_BYTES + usize::from(pages) * (4 + PAGE_BYTES) + binding.tag_bytes;
     len.next_multiple_of(CHUNK_ALIGN) as u32
 }
 
@@ -65,11 +87,23 @@ fn body_crc(seed: u32, body: &[u8]) -> u32 {
     hasher.finalize()
 }
 
-/// Writes the offset of an encoded chunk in the file into the chunk, and the checksum of its header.
-pub(crate) fn set_place(chunk: &mut [u8], offset: u64) {
+/// Writes the offset of an encoded chunk in the file into the chunk, encrypts the payload in a sealed file, and writes
+/// the checksum of the chunk's header.
+pub(crate) fn set_place(
+    chunk: &mut [u8],
+    offset: u64,
+    binding: Binding<'_>,
+) -> Result<(), KeyError> {
     put(chunk, C_OFFSET, &offset.to_le_bytes());
+    if let Some(seal) = binding.seal {
+        let (pages, payload_bytes) = (u16_at(chunk, C_PAGES), u32_at(chunk, C_PAYLOAD_BYTES));
+        seal.seal_chunk(chunk, pages.into(), payload_bytes as usize)?;
+        let crc = body_crc(binding.seed, &chunk[CHUNK_HEADER_BYTES..]);
+        put(chunk, C_BODY_CRC, &crc.to_le_bytes());
+    }
     let crc = crc32fast::hash(&chunk[..C_CRC]);
     put(chunk, C_CRC, &crc.to_le_bytes());
+    Ok(())
 }
 
 /// A chunk's header, checked on its own.
@@ -86,10 +120,10 @@ pub struct ChunkHeader {
 }
 
 impl ChunkHeader {
-    /// The place of the whole chunk, given the offset at which it was read.
-    pub(crate) fn extent(&self, offset: u64) -> ChunkExtent {
-        let len =
-            CHUNK_HEADER_BYTES as u64 + 4 * u64::from(self.pages) + u64::from(self.payload_bytes);
+    /// The place of the whole chunk, given the offset at which it was read, and the length of its tag.
+    pub(crate) fn extent(&self, offset: u64, tag_bytes: usize) -> ChunkExtent {
+        let front = CHUNK_HEADER_BYTES as u64 + 4 * u64::from(self.pages);
+        let len = front + u64::from(self.payload_bytes) + tag_bytes as u64;
         // At most 2 MiB and a bit: `decode` bounds pages and payload.
         ChunkExtent::new(offset, len.next_multiple_of(CHUNK_ALIGN as u64) as u32)
     }
@@ -142,7 +176,11 @@ pub struct ChunkBuffer {
     at: usize,
     /// The snapshot, the layer and the offset of `stored`, if it may have chunks that were read ahead.
     ahead: Option<(u64, u16, u64)>,
+    /// The payload of a sealed chunk, decrypted, if it is compressed.
+    opened: Vec<u8>,
+    /// The pages of the chunk, if they are not as they stand in `stored`.
     decoded: Vec<u8>,
+    in_stored: bool,
     list: Vec<PageIndex>,
     decompressor: Decompressor,
     /// Header of the chunk that is decoded here, and which one that is: the serial number of its
@@ -197,19 +235,22 @@ impl ChunkBuffer {
     /// The chunk that was decoded last.
     pub(crate) fn held(&self, extent: ChunkExtent) -> Result<Chunk<'_>, ReadError> {
         let Some(header) = self.header else { return Err(ReadError::NothingFetched) };
-        let bytes = match header.codec {
-            Codec::Raw => {
+        let bytes = match self.in_stored {
+            true => {
                 let start = self.at + CHUNK_HEADER_BYTES + 4 * usize::from(header.pages);
                 &self.stored[start..start + header.payload_bytes as usize]
             }
-            Codec::Lz4 | Codec::Zstd => &self.decoded,
+            false => &self.decoded,
         };
         Ok(Chunk { extent, header, pages: &self.list, bytes })
     }
 
-    /// Checks and decodes the bytes that were read for the same `extent`, from a file whose checksums begin with
-    /// `seed`.
-    pub(crate) fn decode(&mut self, extent: ChunkExtent, seed: u32) -> Result<(), ReadError> {
+    /// Checks the bytes that were read for the same `extent`, as far as that is possible without a key.
+    pub(crate) fn check(
+        &self,
+        extent: ChunkExtent,
+        binding: Binding<'_>,
+    ) -> Result<ChunkHeader, ReadError> {
         let offset = extent.offset();
         let len = extent.len_bytes() as usize;
         let fetched = self.stored.get(self.at..).unwrap_or_default();
@@ -220,32 +261,54 @@ impl ChunkBuffer {
         }
         let fetched = &fetched[..len];
         let header = ChunkHeader::decode(&fetched[..CHUNK_HEADER_BYTES], offset)?;
-        let implied = header.extent(offset).in_layer(extent.layer());
+        let implied = header.extent(offset, binding.tag_bytes).in_layer(extent.layer());
         if implied != extent {
-            return Err(corruption(
-                offset,
-                Problem::Field {
-                    field: "chunk length",
-                    expected: extent.len_bytes().into(),
-                    found: implied.len_bytes().into(),
-                },
-            )
-            .into());
+            let (expected, found) = (extent.len_bytes().into(), implied.len_bytes().into());
+            let problem = Problem::Field { field: "chunk length", expected, found };
+            return Err(corruption(offset, problem).into());
         }
         let body = &fetched[CHUNK_HEADER_BYTES..];
-        let (expected, found) = (header.body_crc, body_crc(seed, body));
+        let (expected, found) = (header.body_crc, body_crc(binding.seed, body));
         if expected != found {
             return Err(corruption(offset, Problem::Checksum { expected, found }).into());
         }
-        let (list, rest) = body.split_at(4 * usize::from(header.pages));
-        let (payload, padding) = rest.split_at(header.payload_bytes as usize);
-        if let Some(stray) = padding.iter().find(|byte| **byte != 0) {
+        let used =
+            4 * usize::from(header.pages) + header.payload_bytes as usize + binding.tag_bytes;
+        if let Some(stray) = body[used..].iter().find(|byte| **byte != 0) {
             let field = "chunk.padding";
             let found = u64::from(*stray);
             return Err(corruption(offset, Problem::Field { field, expected: 0, found }).into());
         }
+        Ok(header)
+    }
+
+    /// Checks and decodes the bytes that were read for the same `extent`.
+    pub(crate) fn decode(
+        &mut self,
+        extent: ChunkExtent,
+        binding: Binding<'_>,
+    ) -> Result<(), ReadError> {
+        let header = self.check(extent, binding)?;
+        let offset = extent.offset();
+        let fetched = &self.stored[self.at..self.at + extent.len_bytes() as usize];
+        let (front, rest) = fetched.split_at(CHUNK_HEADER_BYTES + 4 * usize::from(header.pages));
+        let (mut payload, rest) = rest.split_at(header.payload_bytes as usize);
+        let list = &front[CHUNK_HEADER_BYTES..];
         self.list.clear();
         self.list.extend(list.chunks_exact(4).map(|raw| PageIndex(u32_at(raw, 0))));
+        if let Some(seal) = binding.seal {
+            let to = match header.codec {
+                Codec::Raw => &mut self.decoded,
+                Codec::Lz4 | Codec::Zstd => &mut self.opened,
+            };
+            to.resize(payload.len(), 0);
+            let mut tag = [0; TAG_BYTES];
+            tag.copy_from_slice(&rest[..TAG_BYTES]);
+            seal.open_chunk(front, payload, &tag, to)
+                .map_err(|problem| corruption(offset, problem))?;
+            payload = &self.opened;
+        }
+        self.in_stored = header.codec == Codec::Raw && binding.seal.is_none();
         if header.codec != Codec::Raw {
             let expected = usize::from(header.pages) * PAGE_BYTES;
             self.decoded.resize(expected, 0);
@@ -314,13 +377,17 @@ mod tests {
 
     const SEED: u32 = 0x1234_5678;
 
+    fn bound(seed: u32) -> Binding<'static> {
+        Binding::new(seed, None)
+    }
+
     fn stored(codec: Codec, raw: &[u8]) -> (Vec<u8>, ChunkExtent) {
         let pages: Vec<_> =
             (0..raw.len() / PAGE_BYTES).map(|page| PageIndex(3 * page as u32)).collect();
         let mut out = Appended::default();
         let mut compressor = Compressor::new(codec, 1).unwrap();
-        let (len, _) = encode(&mut compressor, &pages, raw, SEED, &mut out).unwrap();
-        set_place(&mut out, 4096);
+        let (len, _) = encode(&mut compressor, &pages, raw, bound(SEED), &mut out).unwrap();
+        set_place(&mut out, 4096, bound(SEED)).unwrap();
         (out.to_vec(), ChunkExtent::new(4096, len))
     }
 
@@ -335,7 +402,7 @@ mod tests {
             let mut buffer = ChunkBuffer::new();
             let (bytes, extent) = stored(codec, &raw);
             buffer.stored = bytes;
-            buffer.decode(extent, SEED).unwrap();
+            buffer.decode(extent, bound(SEED)).unwrap();
             let chunk = buffer.held(extent).unwrap();
             assert_eq!(chunk.header().codec, codec);
             assert_eq!(chunk.bytes(), raw);
@@ -354,7 +421,7 @@ mod tests {
             for bit in 0..bytes.len() * 8 {
                 buffer.stored.clone_from(&bytes);
                 buffer.stored[bit / 8] ^= 1 << (bit % 8);
-                assert!(buffer.decode(extent, SEED).is_err(), "{codec} bit {bit}");
+                assert!(buffer.decode(extent, bound(SEED)).is_err(), "{codec} bit {bit}");
             }
         }
     }
@@ -367,7 +434,7 @@ mod tests {
             let (bytes, extent) = stored(codec, &raw);
             for bit in 0..32 {
                 let mut buffer = ChunkBuffer { stored: bytes.clone(), ..ChunkBuffer::default() };
-                let taken = buffer.decode(extent, SEED ^ (1 << bit));
+                let taken = buffer.decode(extent, bound(SEED ^ (1 << bit)));
                 let Err(ReadError::Corrupt(corruption)) = taken else { panic!("{codec} {bit}") };
                 assert!(matches!(corruption.problem, Problem::Checksum { .. }), "{corruption}");
             }
@@ -394,12 +461,12 @@ mod tests {
                 put(&mut out, C_PAYLOAD_BYTES, &payload_bytes.to_le_bytes());
                 let crc = body_crc(SEED, &out[CHUNK_HEADER_BYTES..]);
                 put(&mut out, C_BODY_CRC, &crc.to_le_bytes());
-                set_place(&mut out, 4096);
+                set_place(&mut out, 4096, bound(SEED)).unwrap();
                 let extent = ChunkExtent::new(4096, out.len() as u32);
                 let mut buffer = ChunkBuffer { stored: out, ..ChunkBuffer::default() };
                 assert!(
                     matches!(
-                        buffer.decode(extent, SEED),
+                        buffer.decode(extent, bound(SEED)),
                         Err(ReadError::Corrupt(Corruption {
                             problem: Problem::Undecodable { .. },
                             ..

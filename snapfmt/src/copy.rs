@@ -3,8 +3,12 @@
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
+use uuid::Uuid;
+
 use crate::error::{Part, ReadError, WriteError};
-use crate::layout::{CHUNK_ALIGN, MAX_PARENT_HINT_BYTES, MAX_SECTIONS, PAGE_BYTES};
+use crate::index::IndexBuilder;
+use crate::layer::Layer;
+use crate::layout::{CHUNK_ALIGN, MAX_SECTIONS, MAX_STATE_BYTES, PAGE_BYTES};
 use crate::metadata::Metadata;
 use crate::output::{Existing, Output};
 use crate::parent::ParentHint;
@@ -57,6 +61,9 @@ const BLOCK_BYTES: u64 = 1 << 20;
 /// are copied without a check, so damage stays, and it stays detectable. The chunks keep the id of the snapshot that
 /// they were written for, and the header of the copy has that id too. Each chunk has the same offset in both files.
 ///
+/// The copy of a sealed snapshot is sealed with the same keys. Its chunks are those of the original; all other parts are
+/// encrypted again, and sections of kinds that this version does not know are left out.
+///
 /// # Errors
 /// [`WriteError`]; then nothing new is at `path`.
 pub fn copy_snapshot<R: ReadAt>(
@@ -70,8 +77,10 @@ pub fn copy_snapshot<R: ReadAt>(
     let json = writer::encoded(&changes.metadata)?;
     let hint = parent_hint(snapshot, changes)?;
 
+    let id = Uuid::new_v4();
+    let seal = snapshot.layers[0].seal.as_ref().map(|seal| seal.of_copy(id));
     let mut output = Output::create(path.as_ref(), changes.existing)?;
-    let mut file = FileBuilder::new(&mut output, None);
+    let mut file = FileBuilder::new(&mut output, id, seal.as_ref(), None);
     let storage = snapshot.storage();
     let total_bytes = header.file_bytes;
     let mut done_bytes = 0;
@@ -106,26 +115,56 @@ pub fn copy_snapshot<R: ReadAt>(
             _ => others.push(*section),
         }
     }
+    if seal.is_some() {
+        reseal(&snapshot.layers[0], &others, &mut file)?;
+        others.clear();
+    }
     for section in others {
         let leaves = section.kind == SectionKind::INDEX_LEAVES;
         file.align(if leaves { PAGE_BYTES } else { CHUNK_ALIGN })?;
         copy(&mut file, &section)?;
     }
-    file.section(SectionKind::METADATA, 0, 0, &json)?;
-    file.section(SectionKind::WORKING_SET, 0, 0, &changes.working_set.encode())?;
+    file.section(SectionKind::METADATA, 0, 0, json)?;
+    file.section(SectionKind::WORKING_SET, 0, 0, changes.working_set.encode())?;
     if let Some(hint) = hint {
-        file.section(SectionKind::PARENT_HINT, 0, 0, &hint.encode())?;
+        file.section(SectionKind::PARENT_HINT, 0, 0, hint.encode())?;
     }
-    let found = file.sections.len() as u64;
+    let found = (file.sections.len() + usize::from(seal.is_some())) as u64;
     if found > MAX_SECTIONS as u64 {
         let (what, max) = ("the number of sections", MAX_SECTIONS as u64);
         return Err(WriteError::Limit { what, min: 1, max, found });
     }
     // The chunks were not checked, so that chunks of another file would not be detected.
     snapshot.layers[0].unchanged().map_err(WriteError::Original)?;
-    let header = file.seal(header)?;
+    let header = file.close(header)?;
     output.publish()?;
     Ok(header)
+}
+
+/// Encrypts the index, the memory map and the states of a sealed file for a copy, which has other keys for them.
+fn reseal<R: ReadAt>(
+    layer: &Layer<R>,
+    sections: &[Section],
+    file: &mut FileBuilder<'_>,
+) -> Result<(), WriteError> {
+    let mut index = IndexBuilder::new(layer.index.absent());
+    for number in layer.index.leaf_numbers() {
+        if let Some(leaf) = layer.leaf(number).map_err(WriteError::Original)? {
+            index.push_encoded(number, &leaf);
+        }
+    }
+    file.index(index)?;
+    for section in sections {
+        let most = match section.kind {
+            // The map that was opened.
+            SectionKind::MEMORY_MAP => section.len,
+            SectionKind::STATE => MAX_STATE_BYTES,
+            _ => continue,
+        };
+        let content = layer.section(section, most).map_err(WriteError::Original)?;
+        file.section(section.kind, section.tag, section.version, content)?;
+    }
+    Ok(())
 }
 
 fn parent_hint<R: ReadAt>(
@@ -139,8 +178,9 @@ fn parent_hint<R: ReadAt>(
         hint.path.clone_from(path);
     }
     let found = hint.encode().len() as u64;
-    if found > MAX_PARENT_HINT_BYTES {
-        let (what, max) = ("the length of the parent's path", MAX_PARENT_HINT_BYTES);
+    let max = writer::most_hint_bytes(hint.header_hash.is_some());
+    if found > max {
+        let what = "the length of the parent's path";
         return Err(WriteError::Limit { what, min: 0, max, found });
     }
     Ok(Some(hint))

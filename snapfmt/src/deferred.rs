@@ -4,6 +4,7 @@
 //! index, states and metadata. A chunk that was not added yet is a hole of the file. A reader refuses it, because it does
 //! not begin with the magic of a chunk: no reader takes the hole for zeros.
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -12,7 +13,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread;
 
-use crate::chunk;
+use uuid::Uuid;
+
+use crate::chunk::{self, Binding};
 use crate::codec::{Appended, Codec, Compressor};
 use crate::entry::{ChunkExtent, PageIndex};
 use crate::error::WriteError;
@@ -23,16 +26,16 @@ use crate::output::Output;
 use crate::pack::{LeafTasks, is_zero};
 use crate::parent::Parent;
 use crate::read_at::ReadAt;
+use crate::seal::Seal;
 use crate::section::SectionKind;
 use crate::writer::{Contents, FileBuilder, WriteOptions, check_limits, check_regions};
 
 /// A file that has appeared, and whose chunks are added by [`DeferredChunks::add`].
-#[derive(Debug)]
 pub struct DeferredChunks {
     file: File,
     path: PathBuf,
-    /// The start value of the checksums of the chunks.
-    seed: u32,
+    id: Uuid,
+    seal: Option<Seal>,
     /// By ascending page.
     chunks: Vec<DeferredChunk>,
 }
@@ -56,7 +59,7 @@ const ADDED: u8 = 2;
 const FAILED: u8 = 3;
 
 /// Writes a snapshot, or with a parent a layer, without the bytes of its memory. Every page in `contents.data` gets a
-/// place, also if it is zero or equal to the parent's. Of `options`, only `chunk_pages` and `existing` are used.
+/// place, also if it is zero or equal to the parent's. Of `options`, only `chunk_pages`, `existing` and `seal` are used.
 ///
 /// # Errors
 /// As [`write_layer`](crate::write_layer); then there is no file.
@@ -70,9 +73,10 @@ pub fn write_deferred(
     check_regions(contents, parent)?;
     let memory_bytes = memory_map::validate(contents.regions)?;
     check_limits(contents, parent, options)?;
+    let id = Uuid::new_v4();
+    let seal = options.seal.as_deref().map(|keys| Seal::create(keys, id)).transpose()?;
     let mut output = Output::create(path, options.existing)?;
-    let mut file = FileBuilder::new(&mut output, parent);
-    let seed = file.seed();
+    let mut file = FileBuilder::new(&mut output, id, seal.as_ref(), parent);
     let tasks = LeafTasks::new(contents.data, memory_bytes);
     file.begin(SectionKind::CHUNKS);
     let mut chunks = Vec::new();
@@ -96,7 +100,7 @@ pub fn write_deferred(
     check_space(output.file(), header.file_bytes).map_err(failed("write"))?;
     let file = output.file().try_clone().map_err(failed("open"))?;
     output.publish()?;
-    Ok((header, DeferredChunks { file, path: path.to_owned(), seed, chunks }))
+    Ok((header, DeferredChunks { file, path: path.to_owned(), id, seal, chunks }))
 }
 
 /// Refuses a file for which there is no space now, because later it would have appeared already.
@@ -118,6 +122,12 @@ fn parts(range: Range<u32>, chunk_pages: u32) -> impl Iterator<Item = (u32, u16)
         at = (first - first % chunk_pages + chunk_pages).min(range.end);
         (first < range.end).then(|| (first, (at - first) as u16))
     })
+}
+
+impl fmt::Debug for DeferredChunks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DeferredChunks").field("path", &self.path).finish_non_exhaustive()
+    }
 }
 
 impl DeferredChunks {
@@ -181,11 +191,14 @@ impl DeferredChunks {
             .collect();
         let mut bytes = Appended::default();
         let mut compressor = Compressor::new(Codec::Raw, 0)?;
-        chunk::encode(&mut compressor, &pages, &raw, self.seed, &mut bytes)?;
-        chunk::set_place(&mut bytes, chunk.extent.offset());
+        let binding = Binding::new(chunk::seed(self.id), self.seal.as_ref());
+        chunk::encode(&mut compressor, &pages, &raw, binding, &mut bytes)?;
+        // A chunk is written once, so no nonce is used twice.
+        chunk::set_place(&mut bytes, chunk.extent.offset(), binding)?;
         let (header, body) = bytes.split_at(CHUNK_HEADER_BYTES);
         // A hole of the file is zero, too.
-        let body = if is_zero(&raw) { &body[..4 * pages.len()] } else { body };
+        let body =
+            if self.seal.is_none() && is_zero(&raw) { &body[..4 * pages.len()] } else { body };
         let place = chunk.extent.offset();
         // The header comes last: where it is, the chunk is complete.
         self.file
@@ -202,12 +215,13 @@ impl DeferredChunks {
 mod tests {
     use std::num::NonZeroUsize;
     use std::ops::ControlFlow;
+    use std::sync::Arc;
     use std::sync::atomic::AtomicBool;
 
     use super::*;
     use crate::{
-        ChunkBuffer, MemoryRegion, PageEntry, Parents, ReadError, Snapshot, StateBlob,
-        write_snapshot,
+        ChunkBuffer, KeyProvider, MemoryRegion, PageEntry, Parents, ReadError, SecretKey, Snapshot,
+        StateBlob, write_snapshot,
     };
 
     const PAGES: usize = 1100;
@@ -256,16 +270,26 @@ mod tests {
 
     #[test]
     fn a_page_is_refused_until_it_is_added_and_then_right() {
+        added_pages(None);
+    }
+
+    #[test]
+    fn the_same_in_a_sealed_file() {
+        added_pages(Some(Arc::new(SecretKey::new([7; 32]))));
+    }
+
+    fn added_pages(keys: Option<Arc<dyn KeyProvider>>) {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("deferred.snap");
         let memory = Once::new();
         let (data, regions) = ([bytes_of(5..700), bytes_of(1000..1100)], regions());
         let states = [StateBlob { tag: 7, version: 1, bytes: vec![9; 100] }];
         let contents = Contents::new(&regions, &memory, &data).states(&states);
-        let options = WriteOptions::default().chunk_pages(16);
+        let options = WriteOptions::default().chunk_pages(16).seal(keys.clone());
+        let parents = Parents { keys, ..Parents::default() };
         let (_, chunks) = write_deferred(&path, &contents, None, &options).expect("it is written");
         // A reader that was there before.
-        let snapshot = Snapshot::open(&path).expect("it opens");
+        let snapshot = Snapshot::open_with(&path, &parents).expect("it opens");
         assert_eq!(snapshot.state(7).expect("it is whole").expect("it is there").bytes, [9; 100]);
         assert_eq!(snapshot.header().data_pages, 795);
         for page in [0, 4, 700, 999] {
@@ -293,7 +317,7 @@ mod tests {
         for page in (5..700).chain(1000..1100) {
             assert_eq!(read(&snapshot, page).expect("it is there"), content(page));
         }
-        let verified = Snapshot::open(&path)
+        let verified = Snapshot::open_with(&path, &parents)
             .expect("it opens")
             .verify(NonZeroUsize::MIN, &|_| ControlFlow::Continue(()));
         assert!(verified.is_ok(), "{verified:?}");

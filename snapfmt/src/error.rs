@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
 use crate::guard::Stamp;
+use crate::seal::KeyError;
 use crate::section::SectionKind;
 
 /// Why a snapshot could not be opened or read.
@@ -125,6 +126,15 @@ pub enum ReadError {
     /// The layers of the snapshot do not make a chain.
     #[error(transparent)]
     Chain(#[from] ChainError),
+    /// The file is sealed, and was opened without a key.
+    #[error("the snapshot is sealed: its key is needed")]
+    KeyNeeded,
+    /// A key was given, so that only sealed files are accepted, and this one is not.
+    #[error("the snapshot is not sealed, and a key was given: anyone may have written it")]
+    NotSealed,
+    /// The key of the file cannot be had.
+    #[error(transparent)]
+    Key(#[from] KeyError),
     /// The caller's progress callback asked to stop.
     #[error("cancelled")]
     Cancelled,
@@ -182,6 +192,12 @@ pub enum ChainError {
         /// Checksum of the header now.
         found: u32,
     },
+    /// The parent's id and the checksum of its header, but another header: it was forged.
+    #[error("header of parent {id}: not the one that the sealed layer was written for")]
+    ForgedParent {
+        /// The parent's id.
+        id: Uuid,
+    },
     /// The parent's memory has other regions.
     #[error("the memory map of parent {id} is not that of its layer")]
     MemoryMap {
@@ -200,6 +216,15 @@ pub enum ChainError {
         /// The most there may be.
         most: usize,
     },
+}
+
+fn other_seal(parent_is_sealed: bool) -> &'static str {
+    match parent_is_sealed {
+        true => "the parent is sealed, so its layer must be sealed too: a key is needed",
+        false => {
+            "a sealed layer needs a sealed parent, and this parent is not: write it again with a key"
+        }
+    }
 }
 
 fn change(opened: &Stamp, found: &Stamp) -> String {
@@ -296,6 +321,9 @@ pub enum Problem {
         /// The checksum of the bytes as they are.
         found: u32,
     },
+    /// The bytes of a sealed file do not have the tag that the file's key gives them.
+    #[error("not sealed with the key of this file: changed, moved, or of another file")]
+    NotAuthentic,
     /// A field must have one value and has another.
     #[error("{field} expected {expected:#x}, found {found:#x}")]
     Field {
@@ -451,6 +479,15 @@ pub enum WriteError {
     /// The snapshot to be copied could not be read.
     #[error("cannot read the snapshot")]
     Original(#[source] ReadError),
+    /// The file cannot be sealed.
+    #[error("cannot seal the snapshot")]
+    Key(#[from] KeyError),
+    /// A layer is sealed exactly if its parent is.
+    #[error("{}", other_seal(*parent_is_sealed))]
+    ParentSeal {
+        /// Whether the parent is sealed. The layer is not, or the other way round.
+        parent_is_sealed: bool,
+    },
     /// A codec failed.
     #[error("{codec} could not compress a chunk")]
     Codec {

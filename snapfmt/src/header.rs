@@ -6,11 +6,11 @@ use crate::chunk;
 use crate::error::{Corruption, Part, Problem, ReadError};
 use crate::layout::{
     H_CHUNK_PAGES, H_CHUNKS, H_CHUNKS_ID, H_COMPAT, H_CRC, H_CREATED_UNIX_MS, H_DATA_PAGES,
-    H_FILE_BYTES, H_HEADER_BYTES, H_ID, H_INCOMPAT, H_MAGIC, H_MEMORY_BYTES, H_PAGE_BYTES,
+    H_FILE_BYTES, H_HEADER_BYTES, H_ID, H_INCOMPAT, H_MAC, H_MAGIC, H_MEMORY_BYTES, H_PAGE_BYTES,
     H_PARENT_ID, H_PARENT_PAGES, H_RESERVED, H_RO_COMPAT, H_STORED_PAGES, H_TABLE_CRC,
-    H_TABLE_OFFSET, H_TABLE_RECORDS, H_VERSION, HEADER_BYTES, INCOMPAT_BOUND, INCOMPAT_KNOWN,
-    MAGIC, MAX_CHUNK_PAGES, MAX_MEMORY_BYTES, MAX_SECTIONS, PAGE_BYTES, SECTION_RECORD_BYTES,
-    VERSION, put, u32_at, u64_at,
+    H_TABLE_OFFSET, H_TABLE_RECORDS, H_VERSION, HASH_BYTES, HEADER_BYTES, INCOMPAT_BOUND,
+    INCOMPAT_KNOWN, INCOMPAT_SEALED, MAGIC, MAX_CHUNK_PAGES, MAX_MEMORY_BYTES, MAX_SECTIONS,
+    PAGE_BYTES, SECTION_RECORD_BYTES, VERSION, put, u32_at, u64_at,
 };
 
 /// The header of a snapshot, checked.
@@ -54,9 +54,16 @@ pub struct Header {
     pub(crate) table_offset: u64,
     pub(crate) table_records: u32,
     pub(crate) table_crc: u32,
+    /// Of a sealed file: the BLAKE3 hash of the whole header, by which its layers know it.
+    pub(crate) hash: Option<[u8; HASH_BYTES]>,
 }
 
 impl Header {
+    /// Whether the file is encrypted and authenticated with a key.
+    pub fn is_sealed(&self) -> bool {
+        self.incompat & INCOMPAT_SEALED != 0
+    }
+
     /// Pages of guest memory.
     pub fn pages(&self) -> u64 {
         self.memory_bytes / PAGE_BYTES as u64
@@ -171,6 +178,7 @@ impl Header {
             table_records,
             table_crc: u32_at(b, H_TABLE_CRC),
             crc: u32_at(b, H_CRC),
+            hash: (incompat & INCOMPAT_SEALED != 0).then(|| *blake3::hash(b).as_bytes()),
         })
     }
 }
@@ -203,8 +211,11 @@ fn checked_version(b: &[u8; HEADER_BYTES]) -> Result<(u32, u64), ReadError> {
 
 /// Whether the bytes that the file's features do not use are zero, as writers make them.
 pub(crate) fn reserved_is_zero(b: &[u8; HEADER_BYTES]) -> bool {
-    let start = if is_bound(b) { H_RESERVED } else { H_CHUNKS_ID };
-    b[start..H_CRC].iter().all(|byte| *byte == 0)
+    let zero = |bytes: &[u8]| bytes.iter().all(|byte| *byte == 0);
+    let sealed = u64_at(b, H_INCOMPAT) & INCOMPAT_SEALED != 0;
+    (is_bound(b) || zero(&b[H_CHUNKS_ID..H_MAC]))
+        && (sealed || zero(&b[H_MAC..H_RESERVED]))
+        && zero(&b[H_RESERVED..H_CRC])
 }
 
 fn is_bound(b: &[u8; HEADER_BYTES]) -> bool {
@@ -218,10 +229,10 @@ fn uuid_at(b: &[u8; HEADER_BYTES], at: usize) -> Uuid {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn header() -> Header {
+    pub(crate) fn header() -> Header {
         Header {
             version: VERSION,
             incompat: 0,
@@ -242,6 +253,7 @@ mod tests {
             table_records: 1,
             table_crc: 5,
             crc: 0,
+            hash: None,
         }
     }
 

@@ -9,17 +9,22 @@ use std::ops::Range;
 
 use crate::entry::{PageEntry, PageIndex};
 use crate::error::{Corruption, Part, Problem, ReadError};
+use crate::header::Header;
 use crate::layer;
 use crate::layout::{
-    ENTRY_BYTES, LEAF_BYTES, LEAF_PAGES, LEAF_SPAN_BYTES, ROOT_RECORD_BYTES, put, u32_at, u64_at,
+    ENTRY_BYTES, INCOMPAT_LAYERED, LEAF_BYTES, LEAF_PAGES, LEAF_SPAN_BYTES, ROOT_RECORD_BYTES,
+    SEALED_ROOT_RECORD_BYTES, TAG_BYTES, put, u32_at, u64_at,
 };
 use crate::read_at::ReadAt;
+use crate::seal::{KeyError, Seal};
 use crate::section::{Section, SectionKind};
 
 /// Reader's side of one file's index.
 pub(crate) struct Index {
     /// Number and checksum of the existing leaves, by ascending number.
     leaves: Vec<(u32, u32)>,
+    /// Of a sealed file: the tag of each leaf.
+    tags: Vec<[u8; TAG_BYTES]>,
     /// Offset of the first leaf in the file; the others follow in the order of the root.
     leaves_offset: u64,
     /// The bytes of the file that chunks may be in.
@@ -28,38 +33,51 @@ pub(crate) struct Index {
 }
 
 impl Index {
-    /// Parses a root with a correct checksum.
+    /// Bytes of a record of the root.
+    pub(crate) fn record_bytes(sealed: bool) -> usize {
+        if sealed { SEALED_ROOT_RECORD_BYTES } else { ROOT_RECORD_BYTES }
+    }
+
+    /// Parses a root with a correct checksum; that of a sealed file is decrypted.
     pub(crate) fn parse(
         root: &[u8],
         root_section: &Section,
         leaves_section: &Section,
         chunks_section: &Section,
-        memory_bytes: u64,
-        layered: bool,
+        header: &Header,
     ) -> Result<Self, Corruption> {
-        let possible = memory_bytes.div_ceil(LEAF_SPAN_BYTES);
-        let expected = (root.len() / ROOT_RECORD_BYTES * LEAF_BYTES) as u64;
+        let (sealed, layered) = (header.is_sealed(), header.incompat & INCOMPAT_LAYERED != 0);
+        let possible = header.memory_bytes.div_ceil(LEAF_SPAN_BYTES);
+        let record_bytes = Self::record_bytes(sealed);
+        let expected = (root.len() / record_bytes * LEAF_BYTES) as u64;
         if leaves_section.len != expected {
             let field = "length of index leaves";
             let problem = Problem::Field { field, expected, found: leaves_section.len };
             return Err(Corruption::new(Part::SectionTable, leaves_section.offset, problem));
         }
-        let mut leaves = Vec::with_capacity(root.len() / ROOT_RECORD_BYTES);
+        let count = root.len() / record_bytes;
+        let mut leaves = Vec::with_capacity(count);
+        let mut tags = Vec::with_capacity(if sealed { count } else { 0 });
         let mut least = 0;
-        for (position, record) in root.chunks_exact(ROOT_RECORD_BYTES).enumerate() {
+        for (position, record) in root.chunks_exact(record_bytes).enumerate() {
             let number = u32_at(record, 0);
             if !(least..possible).contains(&u64::from(number)) {
                 let (field, max) = ("root.leaf", possible - 1);
                 let problem = Problem::Range { field, min: least, max, found: number.into() };
-                let at = root_section.offset + (position * ROOT_RECORD_BYTES) as u64;
+                let at = root_section.offset + (position * record_bytes) as u64;
                 let part = Part::Section(SectionKind::INDEX_ROOT);
                 return Err(Corruption::new(part, at, problem));
             }
             least = u64::from(number) + 1;
             leaves.push((number, u32_at(record, 4)));
+            if sealed {
+                let mut tag = [0; TAG_BYTES];
+                tag.copy_from_slice(&record[ROOT_RECORD_BYTES..]);
+                tags.push(tag);
+            }
         }
         let chunks = chunks_section.offset..chunks_section.end();
-        Ok(Self { leaves, leaves_offset: leaves_section.offset, chunks, layered })
+        Ok(Self { leaves, tags, leaves_offset: leaves_section.offset, chunks, layered })
     }
 
     /// The bytes of the file that chunks may be in.
@@ -82,10 +100,11 @@ impl Index {
         if self.layered { PageEntry::Parent } else { PageEntry::Zero }
     }
 
-    /// Reads a leaf and checks all of its entries; `None` if it does not exist.
+    /// Reads a leaf, decrypts it in a sealed file, and checks all of its entries; `None` if it does not exist.
     pub(crate) fn leaf(
         &self,
         storage: &dyn ReadAt,
+        seal: Option<&Seal>,
         number: u32,
     ) -> Result<Option<Box<[u8; LEAF_BYTES]>>, ReadError> {
         let Some(position) = self.position(number) else { return Ok(None) };
@@ -96,11 +115,16 @@ impl Index {
                 .read_exact_at(&mut leaf[..], offset)
                 .map_err(|source| ReadError::io(part, offset, LEAF_BYTES as u64, source))?;
             let (expected, found) = (self.leaves[position].1, crc32fast::hash(&leaf[..]));
-            let problem = Problem::Checksum { expected, found };
-            match expected == found {
-                true => Ok(()),
-                false => Err(Corruption::new(part, offset, problem).into()),
+            if expected != found {
+                return Err(
+                    Corruption::new(part, offset, Problem::Checksum { expected, found }).into()
+                );
             }
+            let Some(seal) = seal else { return Ok(()) };
+            // A sealed file that is opened has a tag for each leaf.
+            let tag = self.tags.get(position).copied().unwrap_or_default();
+            let opened = seal.open_leaf(number, offset, &mut leaf, &tag);
+            Ok(opened.map_err(|problem| Corruption::new(part, offset, problem))?)
         })?;
         for at in (0..LEAF_BYTES).step_by(ENTRY_BYTES) {
             self.check(u64_at(&leaf[..], at))
@@ -192,17 +216,40 @@ impl IndexBuilder {
         PageEntry::decode(u64_at(&self.leaves, at)).unwrap_or(self.absent)
     }
 
+    /// Adds a leaf as it stands in another file.
+    pub(crate) fn push_encoded(&mut self, number: u32, leaf: &[u8; LEAF_BYTES]) {
+        self.leaves.extend_from_slice(leaf);
+        self.numbers.push(number);
+    }
+
+    /// Encrypts the leaves in place. They will stand at `offset` of the file. Returns their tags.
+    pub(crate) fn seal(
+        &mut self,
+        seal: &Seal,
+        offset: u64,
+    ) -> Result<Vec<[u8; TAG_BYTES]>, KeyError> {
+        let leaves = self.leaves.chunks_exact_mut(LEAF_BYTES).zip(&self.numbers);
+        let sealed = leaves.enumerate().map(|(position, (leaf, number))| {
+            seal.seal_leaf(*number, offset + (position * LEAF_BYTES) as u64, leaf)
+        });
+        sealed.collect()
+    }
+
     /// Bytes of the leaves section.
     pub(crate) fn leaves(&self) -> &[u8] {
         &self.leaves
     }
 
-    /// Bytes of the root section.
-    pub(crate) fn root(&self) -> Vec<u8> {
+    /// Bytes of the root section. `tags`: of each leaf, or none in a file that is not sealed.
+    pub(crate) fn root(&self, tags: &[[u8; TAG_BYTES]]) -> Vec<u8> {
         let leaves = self.leaves.chunks_exact(LEAF_BYTES).map(crc32fast::hash);
-        let records = self.numbers.iter().zip(leaves);
-        records
-            .flat_map(|(number, crc)| [number.to_le_bytes(), crc.to_le_bytes()].concat())
-            .collect()
+        let mut root =
+            Vec::with_capacity(self.numbers.len() * Index::record_bytes(!tags.is_empty()));
+        for (position, (number, crc)) in self.numbers.iter().zip(leaves).enumerate() {
+            root.extend_from_slice(&number.to_le_bytes());
+            root.extend_from_slice(&crc.to_le_bytes());
+            root.extend_from_slice(tags.get(position).map_or(&[], |tag| &tag[..]));
+        }
+        root
     }
 }

@@ -4,21 +4,22 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
-use crate::chunk::ChunkBuffer;
+use crate::chunk::{Binding, ChunkBuffer};
 use crate::entry::ChunkExtent;
 use crate::error::{Corruption, Part, Problem, ReadError};
-use crate::guard::Guard;
+use crate::guard::{Guard, Stamp};
 use crate::header::Header;
 use crate::index::Index;
 use crate::layout::{
-    HEADER_BYTES, INCOMPAT_LAYERED, LEAF_SPAN_BYTES, MAX_METADATA_BYTES, MAX_PARENT_HINT_BYTES,
-    MAX_STATE_BYTES, MAX_WORKING_SET_BYTES, REGION_RECORD_BYTES, ROOT_RECORD_BYTES,
-    SECTION_RECORD_BYTES, max_regions,
+    HEADER_BYTES, INCOMPAT_LAYERED, LEAF_BYTES, LEAF_SPAN_BYTES, MAX_METADATA_BYTES,
+    MAX_PARENT_HINT_BYTES, MAX_SEALED_PARENT_HINT_BYTES, MAX_STATE_BYTES, MAX_WORKING_SET_BYTES,
+    REGION_RECORD_BYTES, TAG_BYTES, max_regions,
 };
 use crate::memory_map::{self, MemoryRegion};
 use crate::metadata::{self, Metadata};
 use crate::parent::ParentHint;
 use crate::read_at::ReadAt;
+use crate::seal::{KeyProvider, Parts, Seal};
 use crate::section::{self, Section, SectionKind};
 use crate::snapshot::StateBlob;
 use crate::working_set::WorkingSet;
@@ -35,7 +36,9 @@ pub(crate) struct Layer<R> {
     pub(crate) index: Index,
     pub(crate) regions: Vec<MemoryRegion>,
     /// The start value of the checksums of its chunks.
-    pub(crate) chunk_seed: u32,
+    chunk_seed: u32,
+    /// The keys of a sealed file.
+    pub(crate) seal: Option<Seal>,
     /// Detects changes, if the storage has a stamp.
     guard: Option<Guard>,
 }
@@ -47,29 +50,23 @@ impl<R: ReadAt> Layer<R> {
         again.as_deref().unwrap_or(&self.storage)
     }
 
-    /// Reads and checks header, section table, memory map and the root of the index.
-    pub(crate) fn open(storage: R) -> Result<Self, ReadError> {
-        let failed = |source| ReadError::io(Part::Header, 0, HEADER_BYTES as u64, source);
-        let stamp = storage.stamp().map_err(failed)?;
-        let file_bytes = match stamp {
-            Some(stamp) => stamp.len_bytes,
-            None => storage.len_bytes().map_err(failed)?,
-        };
-        let parts = Self::parts(&storage, file_bytes);
-        let (header, sections, index, regions) = parts.map_err(|error| {
-            match (stamp, storage.stamp()) {
-                // It was written to at that moment.
-                (Some(opened), Ok(Some(found))) if opened.before_a_write(&found) => {
-                    ReadError::Changed { opened, found, source: Some(Box::new(error)) }
-                }
-                _ => error,
-            }
-        })?;
+    /// Reads and checks header, section table, memory map and the root of the index. With `keys` only sealed files are
+    /// opened, without them only others.
+    pub(crate) fn open(storage: R, keys: Option<&dyn KeyProvider>) -> Result<Self, ReadError> {
+        let stamp = storage.stamp().map_err(of_header)?;
+        let parts = Self::opened(&storage, stamp, |file_bytes| {
+            let parts = Parts::read(&storage, file_bytes)?;
+            let seal = parts.unlock(&storage, keys)?;
+            let (index, regions) = index_and_regions(&storage, &parts, seal.as_ref())?;
+            Ok((parts, seal, index, regions))
+        });
+        let (Parts { header, sections, .. }, seal, index, regions) = parts?;
         Ok(Self {
             storage,
             in_order: OnceLock::new(),
             path: None,
             chunk_seed: header.chunk_seed(),
+            seal,
             guard: stamp.map(|opened| Guard::new(opened, &header)),
             header,
             sections,
@@ -78,33 +75,48 @@ impl<R: ReadAt> Layer<R> {
         })
     }
 
-    fn parts(
-        storage: &R,
-        file_bytes: u64,
-    ) -> Result<(Header, Vec<Section>, Index, Vec<MemoryRegion>), ReadError> {
-        let header = read_header(storage, file_bytes)?;
-        let table_bytes = header.table_records as usize * SECTION_RECORD_BYTES;
-        let (part, offset) = (Part::SectionTable, header.table_offset);
-        let table = read(storage, part, offset, table_bytes, header.table_crc)?;
-        let sections = section::parse_table(&table, header.table_offset)?;
+    /// The information about its parent in a file that is opened without its parents. If the file is not a layer, this
+    /// needs no key.
+    pub(crate) fn parent_hint_of(
+        storage: R,
+        keys: Option<&dyn KeyProvider>,
+    ) -> Result<Option<ParentHint>, ReadError> {
+        let stamp = storage.stamp().map_err(of_header)?;
+        let parts = Self::opened(&storage, stamp, |len| Parts::read(&storage, len))?;
+        match parts.header.incompat & INCOMPAT_LAYERED {
+            0 => Ok(None),
+            _ => Self::open(storage, keys)?.parent_hint(),
+        }
+    }
 
-        let only = |kind| section::only(&sections, kind, header.table_offset);
-        let map = only(SectionKind::MEMORY_MAP)?;
-        let most = max_regions(header.memory_bytes) * REGION_RECORD_BYTES as u64;
-        let map_bytes = read_section(storage, &map, REGION_RECORD_BYTES, most)?;
-        let regions = memory_map::parse(&map_bytes, map.offset, header.memory_bytes)?;
-        let root = only(SectionKind::INDEX_ROOT)?;
-        let most = header.memory_bytes.div_ceil(LEAF_SPAN_BYTES) * ROOT_RECORD_BYTES as u64;
-        let root_bytes = read_section(storage, &root, ROOT_RECORD_BYTES, most)?;
-        let index = Index::parse(
-            &root_bytes,
-            &root,
-            &only(SectionKind::INDEX_LEAVES)?,
-            &only(SectionKind::CHUNKS)?,
-            header.memory_bytes,
-            header.incompat & INCOMPAT_LAYERED != 0,
-        )?;
-        Ok((header, sections, index, regions))
+    /// Reads some parts of a file. `stamp` is from before. If the file was written to meanwhile, an error is
+    /// [`ReadError::Changed`].
+    fn opened<T>(
+        storage: &R,
+        stamp: Option<Stamp>,
+        read: impl FnOnce(u64) -> Result<T, ReadError>,
+    ) -> Result<T, ReadError> {
+        let file_bytes = match stamp {
+            Some(stamp) => stamp.len_bytes,
+            None => storage.len_bytes().map_err(of_header)?,
+        };
+        read(file_bytes).map_err(|error| match (stamp, storage.stamp()) {
+            // It was written to at that moment.
+            (Some(opened), Ok(Some(found))) if opened.before_a_write(&found) => {
+                ReadError::Changed { opened, found, source: Some(Box::new(error)) }
+            }
+            _ => error,
+        })
+    }
+
+    /// What binds the chunks to this file.
+    pub(crate) fn binding(&self) -> Binding<'_> {
+        Binding::new(self.chunk_seed, self.seal.as_ref())
+    }
+
+    /// A leaf of the index; `None` if it does not exist.
+    pub(crate) fn leaf(&self, number: u32) -> Result<Option<Box<[u8; LEAF_BYTES]>>, ReadError> {
+        self.index.leaf(&self.storage, self.seal.as_ref(), number)
     }
 
     /// Reads bytes of chunks, from the storage itself or from [`Layer::in_order`]. The bytes belong to the file that
@@ -132,11 +144,11 @@ impl<R: ReadAt> Layer<R> {
         extent: ChunkExtent,
         buffer: &mut ChunkBuffer,
     ) -> Result<(), ReadError> {
-        match buffer.decode(extent, self.chunk_seed) {
+        match buffer.decode(extent, self.binding()) {
             Err(ReadError::Corrupt(_)) if self.storage.refetch(extent.offset()..extent.end()) => {
                 let stored = buffer.refill(extent.len_bytes() as usize);
                 self.read_chunks(&self.storage, stored, extent.offset())?;
-                buffer.decode(extent, self.chunk_seed)
+                buffer.decode(extent, self.binding())
             }
             checked => checked,
         }
@@ -179,14 +191,14 @@ impl<R: ReadAt> Layer<R> {
     pub(crate) fn metadata(&self) -> Result<Metadata, ReadError> {
         let section =
             section::only(&self.sections, SectionKind::METADATA, self.header.table_offset)?;
-        let bytes = read_section(&self.storage, &section, 1, MAX_METADATA_BYTES)?;
+        let bytes = self.section(&section, MAX_METADATA_BYTES)?;
         Ok(metadata::parse(&bytes, section.offset)?)
     }
 
     pub(crate) fn state(&self, tag: u32) -> Result<Option<StateBlob>, ReadError> {
         let of_tag = |s: &&Section| s.kind == SectionKind::STATE && s.tag == tag;
         let Some(section) = self.sections.iter().find(of_tag) else { return Ok(None) };
-        let bytes = read_section(&self.storage, section, 1, MAX_STATE_BYTES)?;
+        let bytes = self.section(section, MAX_STATE_BYTES)?;
         Ok(Some(StateBlob { tag, version: section.version, bytes }))
     }
 
@@ -197,7 +209,7 @@ impl<R: ReadAt> Layer<R> {
         }
         let section =
             section::only(&self.sections, SectionKind::WORKING_SET, self.header.table_offset)?;
-        let bytes = read_section(&self.storage, &section, 1, MAX_WORKING_SET_BYTES)?;
+        let bytes = self.section(&section, MAX_WORKING_SET_BYTES)?;
         Ok(WorkingSet::parse(&bytes, section.offset, self.header.pages())?)
     }
 
@@ -208,52 +220,74 @@ impl<R: ReadAt> Layer<R> {
         }
         let section =
             section::only(&self.sections, SectionKind::PARENT_HINT, self.header.table_offset)?;
-        let bytes = read_section(&self.storage, &section, 1, MAX_PARENT_HINT_BYTES)?;
+        let most = match self.seal {
+            Some(_) => MAX_SEALED_PARENT_HINT_BYTES,
+            None => MAX_PARENT_HINT_BYTES,
+        };
+        let bytes = self.section(&section, most)?;
         Ok(Some(ParentHint::parse(&self.header, &bytes, section.offset)?))
     }
-}
 
-fn read_header(storage: &dyn ReadAt, file_bytes: u64) -> Result<Header, ReadError> {
-    healed(storage, 0..HEADER_BYTES as u64, || header_once(storage, file_bytes))
-}
-
-fn header_once(storage: &dyn ReadAt, file_bytes: u64) -> Result<Header, ReadError> {
-    let mut bytes = Box::new([0; HEADER_BYTES]);
-    // If a file is too short for a header, check first whether it begins like a snapshot.
-    let len = file_bytes.min(HEADER_BYTES as u64) as usize;
-    storage
-        .read_exact_at(&mut bytes[..len], 0)
-        .map_err(|source| ReadError::io(Part::Header, 0, len as u64, source))?;
-    if len < HEADER_BYTES && bytes.starts_with(&crate::layout::MAGIC) || len == 0 {
-        return Err(ReadError::WrongLength { expected: HEADER_BYTES as u64, found: file_bytes });
+    /// The content of a section of a known kind, of at most `most` bytes.
+    pub(crate) fn section(&self, section: &Section, most: u64) -> Result<Vec<u8>, ReadError> {
+        read_section(&self.storage, self.seal.as_ref(), section, 1, most)
     }
-    Header::decode(&bytes, file_bytes)
 }
 
-/// Reads a section into memory after checking that its length is a multiple of `unit` and at
-/// most `most`; then checks its checksum.
-fn read_section(
+fn of_header(source: std::io::Error) -> ReadError {
+    ReadError::io(Part::Header, 0, HEADER_BYTES as u64, source)
+}
+
+/// Reads the memory map and the root of the index.
+fn index_and_regions(
     storage: &dyn ReadAt,
+    parts: &Parts,
+    seal: Option<&Seal>,
+) -> Result<(Index, Vec<MemoryRegion>), ReadError> {
+    let (header, sections) = (&parts.header, &parts.sections);
+    let only = |kind| section::only(sections, kind, header.table_offset);
+    let map = only(SectionKind::MEMORY_MAP)?;
+    let most = max_regions(header.memory_bytes) * REGION_RECORD_BYTES as u64;
+    let map_bytes = read_section(storage, seal, &map, REGION_RECORD_BYTES, most)?;
+    let regions = memory_map::parse(&map_bytes, map.offset, header.memory_bytes)?;
+    let root = only(SectionKind::INDEX_ROOT)?;
+    let record_bytes = Index::record_bytes(header.is_sealed());
+    let most = header.memory_bytes.div_ceil(LEAF_SPAN_BYTES) * record_bytes as u64;
+    let root_bytes = read_section(storage, seal, &root, record_bytes, most)?;
+    let (leaves, chunks) = (only(SectionKind::INDEX_LEAVES)?, only(SectionKind::CHUNKS)?);
+    Ok((Index::parse(&root_bytes, &root, &leaves, &chunks, header)?, regions))
+}
+
+/// Reads a section into memory after checking that the length of its content is a multiple of `unit` and at most `most`;
+/// then checks its checksum. With a seal, it decrypts the content.
+pub(crate) fn read_section(
+    storage: &dyn ReadAt,
+    seal: Option<&Seal>,
     section: &Section,
     unit: usize,
     most: u64,
 ) -> Result<Vec<u8>, ReadError> {
     let part = Part::Section(section.kind);
     let corrupt = |problem| Corruption::new(part, section.offset, problem);
-    if section.len > most {
-        let (field, found) = ("section.len", section.len);
-        return Err(corrupt(Problem::Range { field, min: 0, max: most, found }).into());
+    let tag_bytes = if seal.is_some() { TAG_BYTES as u64 } else { 0 };
+    let (min, max, found) = (tag_bytes, most + tag_bytes, section.len);
+    if !(min..=max).contains(&found) {
+        return Err(corrupt(Problem::Range { field: "section.len", min, max, found }).into());
     }
-    let rest = section.len % unit as u64;
+    let rest = (section.len - tag_bytes) % unit as u64;
     if rest != 0 {
         let field = "section.len modulo record";
         return Err(corrupt(Problem::Field { field, expected: 0, found: rest }).into());
     }
-    read(storage, part, section.offset, section.len as usize, section.crc)
+    let mut bytes = read(storage, part, section.offset, section.len as usize, section.crc)?;
+    if let Some(seal) = seal {
+        seal.open_section(section, &mut bytes).map_err(corrupt)?;
+    }
+    Ok(bytes)
 }
 
 /// Reads a part of the file and checks its checksum.
-fn read(
+pub(crate) fn read(
     storage: &dyn ReadAt,
     part: Part,
     offset: u64,

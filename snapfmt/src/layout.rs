@@ -86,6 +86,24 @@ pub const MAX_METADATA_VALUES: u64 = 16 << 10;
 /// Most bytes of the parent hint.
 pub const MAX_PARENT_HINT_BYTES: u64 = 4 + 4096;
 
+/// Most bytes of the parent hint of a sealed file, without its tag.
+pub const MAX_SEALED_PARENT_HINT_BYTES: u64 = MAX_PARENT_HINT_BYTES + HASH_BYTES as u64;
+
+/// Most bytes of the section with the keys of a sealed file.
+pub const MAX_KEYS_BYTES: u64 = 64 << 10;
+
+/// Most keys that the file key of a sealed file may be wrapped with.
+pub const MAX_KEY_SLOTS: usize = 16;
+
+/// The cipher suite of sealed files: AES-256-GCM, with keys that BLAKE3 derives.
+pub const SUITE_AES_256_GCM: u32 = 1;
+
+/// Bytes of the tag that the cipher adds to each sealed part.
+pub const TAG_BYTES: usize = 16;
+
+/// Bytes of one record of the root of a sealed file's index: the record, and the tag of its leaf.
+pub const SEALED_ROOT_RECORD_BYTES: usize = ROOT_RECORD_BYTES + TAG_BYTES;
+
 /// Most bytes of the working set.
 pub const MAX_WORKING_SET_BYTES: u64 = 4 << 20;
 
@@ -104,8 +122,11 @@ pub const INCOMPAT_LAYERED: u64 = 1 << 0;
 /// Feature bit (incompatible): the checksums of chunks begin with the id of their snapshot.
 pub const INCOMPAT_BOUND: u64 = 1 << 1;
 
+/// Feature bit (incompatible): the file is encrypted and authenticated with a key.
+pub const INCOMPAT_SEALED: u64 = 1 << 2;
+
 /// Incompatible features that this crate understands; any other set bit refuses the file.
-pub const INCOMPAT_KNOWN: u64 = INCOMPAT_LAYERED | INCOMPAT_BOUND;
+pub const INCOMPAT_KNOWN: u64 = INCOMPAT_LAYERED | INCOMPAT_BOUND | INCOMPAT_SEALED;
 
 // Byte offsets of the header's fields. The first four and the CRC stay where they are in every
 // future version, so that any tool can identify the file.
@@ -131,7 +152,9 @@ pub(crate) const H_CHUNKS: usize = 136;
 pub(crate) const H_CREATED_UNIX_MS: usize = 144;
 /// Also reserved without [`INCOMPAT_BOUND`].
 pub(crate) const H_CHUNKS_ID: usize = 152;
-pub(crate) const H_RESERVED: usize = 168;
+/// Also reserved without [`INCOMPAT_SEALED`].
+pub(crate) const H_MAC: usize = 168;
+pub(crate) const H_RESERVED: usize = 200;
 pub(crate) const H_CRC: usize = HEADER_BYTES - 4;
 
 // Byte offsets of the chunk header's fields.
@@ -163,6 +186,21 @@ pub(crate) const W_FIRST_PAGE: usize = 0;
 pub(crate) const W_PAGES: usize = 4;
 pub(crate) const W_PHASE: usize = 6;
 pub(crate) const W_SEEN: usize = 7;
+
+// Byte offsets of the fields of the section with the keys, and of its slots.
+pub(crate) const K_SUITE: usize = 0;
+pub(crate) const K_SLOTS: usize = 4;
+pub(crate) const K_SEAL_ID: usize = 8;
+pub(crate) const KEYS_HEADER_BYTES: usize = 24;
+pub(crate) const K_KIND: usize = 0;
+pub(crate) const K_LEN: usize = 4;
+pub(crate) const KEY_SLOT_HEADER_BYTES: usize = 8;
+
+/// Bytes of the message authentication code in the header of a sealed file.
+pub(crate) const MAC_BYTES: usize = 32;
+
+/// Bytes of a BLAKE3 hash.
+pub(crate) const HASH_BYTES: usize = 32;
 
 // A page entry: kind in bits 0..3, slot in 3..12, extent units - 1 in 12..28, offset in 28..64.
 pub(crate) const E_KIND_BITS: u32 = 3;
@@ -199,7 +237,15 @@ const _: () = {
     assert!(LEAF_BYTES == 4096);
     assert!(LEAF_SPAN_BYTES == 2 << 20);
     assert!(H_CREATED_UNIX_MS + 8 == H_CHUNKS_ID);
-    assert!(H_CHUNKS_ID + 16 == H_RESERVED);
+    assert!(H_CHUNKS_ID + 16 == H_MAC);
+    assert!(H_MAC + MAC_BYTES == H_RESERVED);
+    assert!(K_SEAL_ID + 16 == KEYS_HEADER_BYTES);
+    assert!(K_LEN + 4 == KEY_SLOT_HEADER_BYTES);
+    // The longest chunk has room for its tag.
+    assert!(
+        CHUNK_HEADER_BYTES + MAX_CHUNK_PAGES * (4 + PAGE_BYTES) + TAG_BYTES
+            <= MAX_CHUNK_EXTENT_BYTES
+    );
     assert!(H_CRC == 4092);
     assert!(C_CRC + 4 == CHUNK_HEADER_BYTES);
     assert!(S_RESERVED + 8 == SECTION_RECORD_BYTES);

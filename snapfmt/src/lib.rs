@@ -12,12 +12,13 @@
 //!   returns errors, and never a page of the other snapshot.
 //! - Writes on all cores, with bounded memory, progress and cancellation; a file appears whole
 //!   and synced, or not at all, even after SIGKILL.
+//! - Seals files on request: AES-256-GCM with a key of the caller's ([`WriteOptions::seal`]).
 //! - Treats the file as hostile: lengths are bounded before allocation, offsets checked, decoders
 //!   capped. A bad file is a typed error with section, offset, expected and found.
 //!
 //! # What it does not do
 //! - It does not use KVM or userfaultfd, and it does not interpret the state.
-//! - It does not encrypt or sign; checksums detect accidents, not forgery.
+//! - It does not sign; without a key, checksums detect accidents, not forgery.
 //!
 //! # Example
 //! ```
@@ -73,10 +74,12 @@ mod pack;
 mod page_table;
 mod parent;
 mod read_at;
+mod seal;
 mod section;
 mod snapshot;
 mod storage;
 mod verify;
+mod verify_bytes;
 mod waiting;
 mod working_set;
 mod writeback;
@@ -98,6 +101,7 @@ pub use metadata::{CodecUse, Metadata};
 pub use output::{Existing, Output};
 pub use parent::{Parent, ParentHint, Parents, open_file};
 pub use read_at::{ReadAt, WhenHere};
+pub use seal::{KeyError, KeyProvider, KeySlot, KeySlots, Outline, SecretKey, VerifiedOutline};
 pub use section::{Section, SectionKind};
 pub use snapshot::{READ_AHEAD_BYTES, Snapshot, StateBlob};
 pub use storage::{Permanent, Storage};

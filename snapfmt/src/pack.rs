@@ -7,7 +7,7 @@
 use std::collections::HashSet;
 use std::ops::Range;
 
-use crate::chunk::{self, ChunkBuffer};
+use crate::chunk::{self, Binding, ChunkBuffer};
 use crate::codec::{Appended, Codec, Compressor};
 use crate::dedupe::{Dedupe, Ticket};
 use crate::entry::{ChunkExtent, PageEntry, PageIndex};
@@ -118,8 +118,7 @@ pub(crate) struct Packer<'a> {
     memory: &'a dyn ReadAt,
     compressor: Compressor,
     chunk_pages: usize,
-    /// The start value of the checksums of chunks.
-    seed: u32,
+    binding: Binding<'a>,
     dedupe: Option<&'a Dedupe>,
     parent: Option<(&'a dyn ParentPages, ChunkBuffer)>,
     /// With a parent: what it has, for each page of the part.
@@ -142,7 +141,7 @@ impl<'a> Packer<'a> {
         memory: &'a dyn ReadAt,
         compressor: Compressor,
         chunk_pages: usize,
-        seed: u32,
+        binding: Binding<'a>,
         dedupe: Option<&'a Dedupe>,
         parent: Option<&'a dyn ParentPages>,
     ) -> Self {
@@ -152,7 +151,7 @@ impl<'a> Packer<'a> {
             memory,
             compressor,
             chunk_pages,
-            seed,
+            binding,
             dedupe,
             parent,
             there: Vec::new(),
@@ -232,7 +231,8 @@ impl<'a> Packer<'a> {
         let PackedLeaf { bytes, chunks, pages, .. } = packed;
         let raw_chunks = self.raw[..self.gathered].chunks(self.chunk_pages * PAGE_BYTES);
         for (pages, raw) in pages.chunks(self.chunk_pages).zip(raw_chunks) {
-            let (len, codec) = chunk::encode(&mut self.compressor, pages, raw, self.seed, bytes)?;
+            let (len, codec) =
+                chunk::encode(&mut self.compressor, pages, raw, self.binding, bytes)?;
             chunks.push(PackedChunk { len, pages: pages.len() as u16, codec });
         }
         Ok(())

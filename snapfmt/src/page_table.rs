@@ -191,7 +191,7 @@ fn merge<R: ReadAt>(layers: &[Layer<R>], number: u32) -> Result<Leaf, ReadError>
             break;
         }
         let absent = layer.index.absent().encode();
-        let leaf = layer.index.leaf(&layer.storage, number);
+        let leaf = layer.leaf(number);
         let leaf = leaf.map_err(|error| layer.named(depth.into(), error))?;
         for (at, entry) in entries.iter_mut().enumerate().filter(|(_, entry)| **entry == parent) {
             *entry = leaf.as_ref().map_or(absent, |leaf| u64_at(&leaf[..], at * ENTRY_BYTES));

@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::OFlags;
 use uuid::Uuid;
@@ -16,9 +17,10 @@ use crate::entry::{PageEntry, PageIndex};
 use crate::error::{ChainError, Corruption, Part, Problem, ReadError};
 use crate::header::Header;
 use crate::layer::Layer;
-use crate::layout::u32_at;
+use crate::layout::{HASH_BYTES, u32_at};
 use crate::memory_map::MemoryRegion;
 use crate::read_at::ReadAt;
+use crate::seal::KeyProvider;
 use crate::section::SectionKind;
 use crate::snapshot::Snapshot;
 use crate::storage::Storage;
@@ -34,6 +36,8 @@ pub struct ParentHint {
     pub id: Uuid,
     /// Checksum of the parent's header. The parent must have it.
     pub header_crc: u32,
+    /// Of a sealed layer: the BLAKE3 hash of the parent's header. The parent must have it.
+    pub header_hash: Option<[u8; 32]>,
     /// Where the parent was: a path, relative to the layer's own folder or absolute, or the address of an object. Only a
     /// hint. This crate never follows an address.
     pub path: PathBuf,
@@ -42,8 +46,10 @@ pub struct ParentHint {
 impl ParentHint {
     pub(crate) fn parse(header: &Header, bytes: &[u8], offset: u64) -> Result<Self, Corruption> {
         let part = Part::Section(SectionKind::PARENT_HINT);
-        let min = 4;
-        if bytes.len() < 4 {
+        let hash_bytes = if header.is_sealed() { HASH_BYTES } else { 0 };
+        let path_at = 4 + hash_bytes;
+        let min = path_at as u64;
+        if bytes.len() < path_at {
             let (field, found) = ("section.len", bytes.len() as u64);
             let problem = Problem::Range { field, min, max: u64::MAX, found };
             return Err(Corruption::new(part, offset, problem));
@@ -52,8 +58,13 @@ impl ParentHint {
             let problem = Problem::Field { field: "parent_id is zero", expected: 0, found: 1 };
             return Err(Corruption::new(Part::Header, 0, problem));
         };
-        let path = PathBuf::from(std::ffi::OsStr::from_bytes(&bytes[4..]));
-        Ok(Self { id, header_crc: u32_at(bytes, 0), path })
+        let header_hash = header.is_sealed().then(|| {
+            let mut hash = [0; HASH_BYTES];
+            hash.copy_from_slice(&bytes[4..path_at]);
+            hash
+        });
+        let path = PathBuf::from(std::ffi::OsStr::from_bytes(&bytes[path_at..]));
+        Ok(Self { id, header_crc: u32_at(bytes, 0), header_hash, path })
     }
 
     /// Whether the parent was an object in a bucket, and not a file.
@@ -62,7 +73,8 @@ impl ParentHint {
     }
 
     pub(crate) fn encode(&self) -> Vec<u8> {
-        [&self.header_crc.to_le_bytes(), self.path.as_os_str().as_bytes()].concat()
+        let hash = self.header_hash.as_ref().map_or(&[][..], |hash| &hash[..]);
+        [&self.header_crc.to_le_bytes(), hash, self.path.as_os_str().as_bytes()].concat()
     }
 
     /// Whether a header is that of the parent.
@@ -73,6 +85,9 @@ impl ParentHint {
         if parent.crc != self.header_crc {
             let (expected, found) = (self.header_crc, parent.crc);
             return Err(ChainError::ChangedParent { id: self.id, expected, found });
+        }
+        if self.header_hash.is_some() && self.header_hash != parent.hash {
+            return Err(ChainError::ForgedParent { id: self.id });
         }
         Ok(())
     }
@@ -91,7 +106,8 @@ impl<'a> Parent<'a> {
     /// relative to the layer's folder, or absolute; or the address of its object.
     pub fn new<R: ReadAt>(snapshot: &'a Snapshot<R>, path: impl Into<PathBuf>) -> Self {
         let header = snapshot.header();
-        let hint = ParentHint { id: header.id, header_crc: header.crc, path: path.into() };
+        let (id, header_crc, header_hash) = (header.id, header.crc, header.hash);
+        let hint = ParentHint { id, header_crc, header_hash, path: path.into() };
         Self { pages: snapshot, regions: snapshot.regions(), hint }
     }
 }
@@ -131,12 +147,14 @@ pub struct Parents {
     /// Folders in which a parent is searched, first by the name that the layer stores. If there is no such parent, it
     /// is searched by its id in the first 4 KiB of the folders' files, of 4096 files at most.
     pub folders: Vec<PathBuf>,
+    /// Who has the keys of the file and of its parents. With it only sealed files are opened, without it only others.
+    pub keys: Option<Arc<dyn KeyProvider>>,
 }
 
 impl Parents {
     /// Opens the file at `path` and all of its parents, top first.
     pub(crate) fn open_chain(&self, path: &Path) -> Result<Vec<Layer<Storage>>, ReadError> {
-        let mut layers = vec![open(path)?];
+        let mut layers = vec![self.open(path)?];
         let mut child = path.to_owned();
         // Read once for the whole chain, if a parent is not at its path.
         let catalogue = OnceCell::new();
@@ -182,7 +200,7 @@ impl Parents {
         });
         let mut first_error = None;
         for place in there.chain(by_id.flatten()) {
-            let fits = open(place).and_then(|layer| {
+            let fits = self.open(place).and_then(|layer| {
                 hint.check(&layer.header)?;
                 Ok(layer)
             });
@@ -202,14 +220,14 @@ impl Parents {
         }
         .into())
     }
-}
 
-fn open(path: &Path) -> Result<Layer<Storage>, ReadError> {
-    let file =
-        open_file(path).map_err(|source| ReadError::Open { path: path.to_owned(), source })?;
-    let mut layer = Layer::open(Storage::File(file))?;
-    layer.path = Some(path.to_owned());
-    Ok(layer)
+    fn open(&self, path: &Path) -> Result<Layer<Storage>, ReadError> {
+        let file =
+            open_file(path).map_err(|source| ReadError::Open { path: path.to_owned(), source })?;
+        let mut layer = Layer::open(Storage::File(file), self.keys.as_deref())?;
+        layer.path = Some(path.to_owned());
+        Ok(layer)
+    }
 }
 
 /// Opens a regular file to be read. Opening anything else, for example a pipe, could block endlessly.
@@ -227,4 +245,24 @@ pub fn open_file(path: &Path) -> io::Result<File> {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
     }
     Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sealed_layer_knows_the_whole_header_of_its_parent() {
+        let mut parent = crate::header::tests::header();
+        parent.hash = Some([5; HASH_BYTES]);
+        let (id, header_crc) = (parent.id, parent.crc);
+        let of = |header_hash| ParentHint { id, header_crc, header_hash, path: "p".into() };
+        of(None).check(&parent).unwrap();
+        of(parent.hash).check(&parent).unwrap();
+        // The same id and checksum, and another header.
+        let forged = of(Some([6; HASH_BYTES])).check(&parent);
+        assert!(matches!(forged, Err(ChainError::ForgedParent { id: found }) if found == id));
+        parent.hash = None;
+        assert!(of(Some([5; HASH_BYTES])).check(&parent).is_err());
+    }
 }

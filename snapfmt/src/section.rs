@@ -29,9 +29,11 @@ impl SectionKind {
     pub const WORKING_SET: Self = Self(7);
     /// Of a layer: checksum of the parent's header, and where the parent may be found.
     pub const PARENT_HINT: Self = Self(8);
+    /// Of a sealed file: the file's key, wrapped with the keys that open it.
+    pub const KEYS: Self = Self(9);
 
     fn is_known(self) -> bool {
-        (Self::CHUNKS..=Self::PARENT_HINT).contains(&self)
+        (Self::CHUNKS..=Self::KEYS).contains(&self)
     }
 }
 
@@ -46,6 +48,7 @@ impl fmt::Display for SectionKind {
             Self::METADATA => "metadata",
             Self::WORKING_SET => "working set",
             Self::PARENT_HINT => "parent hint",
+            Self::KEYS => "keys",
             Self(other) => return write!(f, "section {other}"),
         })
     }
@@ -60,7 +63,8 @@ pub struct Section {
     pub tag: u32,
     /// For a state section: version of the producer's encoding. Otherwise 0.
     pub version: u32,
-    /// CRC-32 of the section's bytes; 0 for chunks and index leaves, which carry their own.
+    /// CRC-32 of the section's bytes; 0 for chunks, and in a file that is not sealed for index leaves, which carry their
+    /// own.
     pub crc: u32,
     /// Where it starts, in bytes from the start of the file.
     pub offset: u64,
@@ -77,7 +81,12 @@ impl Section {
     /// Whether the section's bytes are covered by [`Section::crc`] rather than by checksums of
     /// their own.
     pub fn has_crc(&self) -> bool {
-        !matches!(self.kind, SectionKind::CHUNKS | SectionKind::INDEX_LEAVES)
+        match self.kind {
+            SectionKind::CHUNKS => false,
+            // Those of a sealed file have one too, for readers without a key.
+            SectionKind::INDEX_LEAVES => self.crc != 0,
+            _ => true,
+        }
     }
 
     pub(crate) fn encode(&self, record: &mut [u8]) {

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::chunk::{Chunk, ChunkBuffer};
@@ -15,6 +16,7 @@ use crate::metadata::Metadata;
 use crate::page_table::PageTable;
 use crate::parent::{ParentHint, Parents};
 use crate::read_at::ReadAt;
+use crate::seal::KeyProvider;
 use crate::section::{Section, SectionKind};
 use crate::storage::Storage;
 use crate::working_set::WorkingSet;
@@ -36,6 +38,7 @@ pub struct Snapshot<R = Storage> {
     /// The file itself, its parent, and so on.
     pub(crate) layers: Vec<Layer<R>>,
     pub(crate) table: PageTable,
+    keys: Option<Arc<dyn KeyProvider>>,
     /// Distinguishes this snapshot's chunks from another's in a buffer that was used for both.
     serial: u64,
 }
@@ -64,9 +67,10 @@ impl Snapshot {
     ///
     /// # Errors
     /// [`ReadError::Io`] when a file cannot be opened or read, [`ReadError::Chain`] when a parent is missing or does
-    /// not match, otherwise as [`Snapshot::new`].
+    /// not match, [`ReadError::Key`] and [`ReadError::NotSealed`] with [`Parents::keys`], otherwise as
+    /// [`Snapshot::new`].
     pub fn open_with(path: impl AsRef<Path>, parents: &Parents) -> Result<Self, ReadError> {
-        Self::of_layers(parents.open_chain(path.as_ref())?)
+        Self::of_layers(parents.open_chain(path.as_ref())?, parents.keys.clone())
     }
 }
 
@@ -76,17 +80,17 @@ impl<R: ReadAt> Snapshot<R> {
     /// # Memory
     /// For any claims in a file, an open snapshot takes at most 4 bytes for each 2 MiB of the guest's memory between
     /// the first and the last page that is stored (32 MiB for the maximum of 16 TiB; zeroed, so only touched where
-    /// there are pages) and 64 bytes for each 2 MiB that its index lists, and 48 bytes for each region of its memory
+    /// there are pages) and 64 bytes (of a sealed file 80) for each 2 MiB that its index lists, and 48 bytes for each region of its memory
     /// map, of which there is at most one for each 2 MiB of memory, or 1024. A look-up keeps the leaf it has used: 4
-    /// KiB, in a chain 5 KiB. Passes over all pages keep no leaves. A [`ChunkBuffer`] grows to at most 7 MiB,
+    /// KiB, in a chain 5 KiB. Passes over all pages keep no leaves. A [`ChunkBuffer`] grows to at most 9 MiB,
     /// [`Snapshot::state`] takes 64 MiB at most, and [`Snapshot::metadata`] 16 MiB for the worst JSON.
     ///
     /// # Errors
     /// [`ReadError`], with section, offset, expected and found, when the storage fails, the bytes
     /// are no snapshot, or of a version or with a feature that this build does not know, or
-    /// damaged in one of the parts that are read here.
+    /// damaged in one of the parts that are read here; [`ReadError::KeyNeeded`] if it is sealed.
     pub fn new(storage: R) -> Result<Self, ReadError> {
-        Self::of_layers(vec![Layer::open(storage)?])
+        Self::of_layers(vec![Layer::open(storage, None)?], None)
     }
 
     /// Opens a chain of layers in any storage: the top one first, each followed by its parent,
@@ -96,7 +100,8 @@ impl<R: ReadAt> Snapshot<R> {
     /// As [`Snapshot::new`], and [`ReadError::Chain`] when a storage is not the parent of the one
     /// before it, or when the last one is a layer too.
     pub fn chain(storages: impl IntoIterator<Item = R>) -> Result<Self, ReadError> {
-        Self::of_layers(storages.into_iter().map(Layer::open).collect::<Result<_, _>>()?)
+        let open = |storage| Layer::open(storage, None);
+        Self::of_layers(storages.into_iter().map(open).collect::<Result<_, _>>()?, None)
     }
 
     /// As [`Snapshot::chain`], of storages with names: see [`Snapshot::paths`].
@@ -106,7 +111,18 @@ impl<R: ReadAt> Snapshot<R> {
     pub fn named_chain(
         storages: impl IntoIterator<Item = (R, PathBuf)>,
     ) -> Result<Self, ReadError> {
-        let open = |(number, (storage, path))| match Layer::open(storage) {
+        Self::named_chain_with(storages, None)
+    }
+
+    /// As [`Snapshot::named_chain`], of sealed storages if there are `keys`: see [`Parents::keys`].
+    ///
+    /// # Errors
+    /// As [`Snapshot::chain`], [`ReadError::Key`], [`ReadError::KeyNeeded`] and [`ReadError::NotSealed`].
+    pub fn named_chain_with(
+        storages: impl IntoIterator<Item = (R, PathBuf)>,
+        keys: Option<Arc<dyn KeyProvider>>,
+    ) -> Result<Self, ReadError> {
+        let open = |(number, (storage, path))| match Layer::open(storage, keys.as_deref()) {
             Ok(mut layer) => {
                 layer.path = Some(path);
                 Ok(layer)
@@ -114,10 +130,14 @@ impl<R: ReadAt> Snapshot<R> {
             Err(error) if number == 0 => Err(error),
             Err(error) => Err(ChainError::Parent { path, source: Box::new(error) }.into()),
         };
-        Self::of_layers(storages.into_iter().enumerate().map(open).collect::<Result<_, _>>()?)
+        let layers = storages.into_iter().enumerate().map(open).collect::<Result<_, _>>()?;
+        Self::of_layers(layers, keys)
     }
 
-    fn of_layers(layers: Vec<Layer<R>>) -> Result<Self, ReadError> {
+    fn of_layers(
+        layers: Vec<Layer<R>>,
+        keys: Option<Arc<dyn KeyProvider>>,
+    ) -> Result<Self, ReadError> {
         for (number, layer) in layers.iter().enumerate() {
             let hint = layer.parent_hint().map_err(|error| layer.named(number, error))?;
             match (hint, layers.get(number + 1)) {
@@ -141,7 +161,7 @@ impl<R: ReadAt> Snapshot<R> {
         }
         static SERIAL: AtomicU64 = AtomicU64::new(1);
         let table = PageTable::new(&layers);
-        Ok(Self { layers, table, serial: SERIAL.fetch_add(1, Ordering::Relaxed) })
+        Ok(Self { layers, table, keys, serial: SERIAL.fetch_add(1, Ordering::Relaxed) })
     }
 
     fn top(&self) -> &Layer<R> {
@@ -152,6 +172,11 @@ impl<R: ReadAt> Snapshot<R> {
     /// The file's header.
     pub fn header(&self) -> &Header {
         &self.top().header
+    }
+
+    /// Who has the keys that the snapshot was opened with, if it is sealed.
+    pub fn keys(&self) -> Option<&Arc<dyn KeyProvider>> {
+        self.keys.as_ref()
     }
 
     /// The headers of the file, its parent, and so on.
@@ -170,9 +195,13 @@ impl<R: ReadAt> Snapshot<R> {
     /// The information about its parent in a file that is opened without its parents. `None`: it is not a layer.
     ///
     /// # Errors
-    /// [`ReadError`] when the file is not a snapshot, or the section is damaged.
-    pub fn parent_hint_of(storage: R) -> Result<Option<ParentHint>, ReadError> {
-        Layer::open(storage)?.parent_hint()
+    /// [`ReadError`] when the file is not a snapshot, or the section is damaged; [`ReadError::KeyNeeded`] for a sealed
+    /// layer without `keys`.
+    pub fn parent_hint_of(
+        storage: R,
+        keys: Option<&dyn KeyProvider>,
+    ) -> Result<Option<ParentHint>, ReadError> {
+        Layer::parent_hint_of(storage, keys)
     }
 
     /// The file's sections, in the order in which they are in the file.

@@ -1,15 +1,17 @@
 //! Writing a guest's memory and state to one file. The file appears complete or not at all.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::num::NonZeroUsize;
 use std::ops::{ControlFlow, Range};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use uuid::Uuid;
 
-use crate::chunk;
+use crate::chunk::{self, Binding};
 use crate::codec::{Codec, Compressor};
 use crate::dedupe::Dedupe;
 use crate::entry::{ChunkExtent, PageEntry, PageIndex};
@@ -18,10 +20,10 @@ use crate::header::Header;
 use crate::hot::{self, HotPages};
 use crate::index::IndexBuilder;
 use crate::layout::{
-    CHUNK_ALIGN, H_CRC, HEADER_BYTES, INCOMPAT_BOUND, INCOMPAT_LAYERED, LEAF_PAGES,
-    MAX_CHUNK_OFFSET, MAX_CHUNK_PAGES, MAX_METADATA_BYTES, MAX_METADATA_VALUES,
-    MAX_PARENT_HINT_BYTES, MAX_SECTIONS, MAX_STATE_BYTES, PAGE_BYTES, SECTION_RECORD_BYTES,
-    VERSION, u32_at,
+    CHUNK_ALIGN, H_CRC, HEADER_BYTES, INCOMPAT_BOUND, INCOMPAT_LAYERED, INCOMPAT_SEALED,
+    LEAF_PAGES, MAX_CHUNK_OFFSET, MAX_CHUNK_PAGES, MAX_METADATA_BYTES, MAX_METADATA_VALUES,
+    MAX_PARENT_HINT_BYTES, MAX_SEALED_PARENT_HINT_BYTES, MAX_SECTIONS, MAX_STATE_BYTES, PAGE_BYTES,
+    SECTION_RECORD_BYTES, VERSION, u32_at,
 };
 use crate::memory_map::{self, MemoryRegion};
 use crate::metadata::{self, CodecUse, Metadata, StorageUse};
@@ -30,6 +32,7 @@ use crate::output::{Existing, Output};
 use crate::pack::{LeafTasks, PackedLeaf, Packer};
 use crate::parent::Parent;
 use crate::read_at::ReadAt;
+use crate::seal::{KeyProvider, Seal};
 use crate::section::{Section, SectionKind};
 use crate::snapshot::StateBlob;
 
@@ -106,6 +109,9 @@ pub struct WriteOptions {
     pub dedupe: bool,
     /// What to do with a file that is already there.
     pub existing: Existing,
+    /// Who wraps the file's key: then the file is sealed, that is encrypted and authenticated. A layer must be sealed
+    /// exactly if its parent is.
+    pub seal: Option<Arc<dyn KeyProvider>>,
 }
 
 impl Default for WriteOptions {
@@ -117,11 +123,19 @@ impl Default for WriteOptions {
             threads: std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
             dedupe: true,
             existing: Existing::Keep,
+            seal: None,
         }
     }
 }
 
 impl WriteOptions {
+    /// Sets [`WriteOptions::seal`].
+    #[must_use]
+    pub fn seal(mut self, seal: impl Into<Option<Arc<dyn KeyProvider>>>) -> Self {
+        self.seal = seal.into();
+        self
+    }
+
     /// Sets [`WriteOptions::codec`].
     #[must_use]
     pub fn codec(mut self, codec: Codec) -> Self {
@@ -246,9 +260,11 @@ fn write(
 ) -> Result<(Header, Metadata), WriteError> {
     let memory_bytes = memory_map::validate(contents.regions)?;
     check_limits(&contents, parent, options)?;
+    let id = Uuid::new_v4();
+    let seal = options.seal.as_deref().map(|keys| Seal::create(keys, id)).transpose()?;
     let mut output = Output::create(path, options.existing)?;
-    let mut file = FileBuilder::new(&mut output, parent);
-    let seed = file.seed();
+    let mut file = FileBuilder::new(&mut output, id, seal.as_ref(), parent);
+    let binding = file.binding();
 
     let tasks = LeafTasks::new(contents.data, memory_bytes);
     let dedupe = options.dedupe.then(|| match contents.read_once {
@@ -259,7 +275,7 @@ fn write(
         let compressor = Compressor::new(codec, options.level)?;
         let (dedupe, parent) = (dedupe.as_ref(), parent.map(|parent| parent.pages));
         let chunk_pages = options.chunk_pages;
-        Ok(Packer::new(contents.memory, compressor, chunk_pages, seed, dedupe, parent))
+        Ok(Packer::new(contents.memory, compressor, chunk_pages, binding, dedupe, parent))
     };
     let front = hot::front(hot, &tasks, memory_bytes)?;
     let hot_bytes = front.pages.len() as u64 * PAGE_BYTES as u64;
@@ -335,13 +351,28 @@ pub(crate) fn check_limits(
         false => Err(WriteError::Limit { what, min, max, found: found as u64 }),
     };
     limit("pages per chunk", 1, MAX_CHUNK_PAGES as u64, options.chunk_pages)?;
-    limit("the number of states", 0, MAX_SECTIONS as u64 - 7, contents.states.len())?;
+    let others = 7 + u64::from(options.seal.is_some());
+    limit("the number of states", 0, MAX_SECTIONS as u64 - others, contents.states.len())?;
     let hint_bytes = parent.map_or(0, |parent| parent.hint.encode().len());
-    limit("the length of the parent's path", 0, MAX_PARENT_HINT_BYTES, hint_bytes)?;
+    limit(
+        "the length of the parent's path",
+        0,
+        most_hint_bytes(options.seal.is_some()),
+        hint_bytes,
+    )?;
+    let parent_is_sealed = parent.is_some_and(|parent| parent.hint.header_hash.is_some());
+    if parent.is_some() && parent_is_sealed != options.seal.is_some() {
+        return Err(WriteError::ParentSeal { parent_is_sealed });
+    }
     for state in contents.states {
         limit("the length of a state", 0, MAX_STATE_BYTES, state.bytes.len())?;
     }
     Ok(())
+}
+
+/// Most bytes of a parent hint.
+pub(crate) fn most_hint_bytes(sealed: bool) -> u64 {
+    if sealed { MAX_SEALED_PARENT_HINT_BYTES } else { MAX_PARENT_HINT_BYTES }
 }
 
 /// Appends to the output and records sections, index and counts.
@@ -349,6 +380,8 @@ pub(crate) struct FileBuilder<'a> {
     output: &'a mut Output,
     /// The id that the file gets.
     id: Uuid,
+    /// The keys of the file, if it is sealed. They are of this file only: see the module `seal`.
+    seal: Option<&'a Seal>,
     parent: Option<&'a Parent<'a>>,
     pub(crate) offset: u64,
     pub(crate) sections: Vec<Section>,
@@ -362,11 +395,17 @@ pub(crate) struct FileBuilder<'a> {
 }
 
 impl<'a> FileBuilder<'a> {
-    pub(crate) fn new(output: &'a mut Output, parent: Option<&'a Parent<'a>>) -> Self {
+    pub(crate) fn new(
+        output: &'a mut Output,
+        id: Uuid,
+        seal: Option<&'a Seal>,
+        parent: Option<&'a Parent<'a>>,
+    ) -> Self {
         let absent = if parent.is_some() { PageEntry::Parent } else { PageEntry::Zero };
         Self {
             output,
-            id: Uuid::new_v4(),
+            id,
+            seal,
             parent,
             // The header is written last: until then the file does not open.
             offset: HEADER_BYTES as u64,
@@ -378,6 +417,11 @@ impl<'a> FileBuilder<'a> {
             hot: BTreeMap::new(),
             working_set: None,
         }
+    }
+
+    /// What binds the file's chunks to it.
+    pub(crate) fn binding(&self) -> Binding<'a> {
+        Binding::new(chunk::seed(self.id), self.seal)
     }
 
     /// Places chunks of pages from anywhere at the end of the file and keeps their entries for their leaves.
@@ -397,14 +441,15 @@ impl<'a> FileBuilder<'a> {
 
     /// Puts encoded chunks at the end of the file, and sets the entries of their slots.
     fn place(&mut self, packed: &mut PackedLeaf) -> Result<Vec<PageEntry>, WriteError> {
+        let binding = self.binding();
         let mut rest = &mut packed.bytes[..];
         let mut offset = self.offset;
         let mut stored = Vec::with_capacity(packed.pages.len());
         for packed in &packed.chunks {
             let (chunk, after) = rest.split_at_mut(packed.len as usize);
             rest = after;
-            let extent = ChunkExtent::new(self.place_at(offset)?, packed.len);
-            chunk::set_place(chunk, offset);
+            chunk::set_place(chunk, self.place_at(offset)?, binding)?;
+            let extent = ChunkExtent::new(offset, packed.len);
             stored.extend((0..packed.pages).map(|slot| PageEntry::Data { chunk: extent, slot }));
             self.storage.add(packed.codec, packed.pages.into(), packed.len);
             offset = extent.end();
@@ -445,9 +490,10 @@ impl<'a> FileBuilder<'a> {
         number: u32,
         chunks: impl Iterator<Item = (u32, u16)>,
     ) -> Result<Vec<(u32, u16, ChunkExtent)>, WriteError> {
-        let mut reserved = Vec::new();
+        let (mut reserved, binding) = (Vec::new(), self.binding());
         for (first_page, pages) in chunks {
-            let extent = ChunkExtent::new(self.place_at(self.offset)?, chunk::raw_bytes(pages));
+            let len_bytes = chunk::raw_bytes(pages, binding);
+            let extent = ChunkExtent::new(self.place_at(self.offset)?, len_bytes);
             self.offset = extent.end();
             self.storage.add(Codec::Raw, pages.into(), extent.len_bytes());
             self.data_pages += u64::from(pages);
@@ -474,11 +520,6 @@ impl<'a> FileBuilder<'a> {
         }
     }
 
-    /// The start value of the checksums of the file's chunks.
-    pub(crate) fn seed(&self) -> u32 {
-        chunk::seed(self.id)
-    }
-
     /// How its chunks are stored, for the metadata.
     pub(crate) fn storage(&self) -> BTreeMap<String, CodecUse> {
         self.storage.by_name()
@@ -494,29 +535,27 @@ impl<'a> FileBuilder<'a> {
         options: &WriteOptions,
     ) -> Result<Header, WriteError> {
         let json = encoded(metadata)?;
-        self.align(PAGE_BYTES)?;
-        self.begin(SectionKind::INDEX_LEAVES);
         let absent = IndexBuilder::new(PageEntry::Zero);
         let index = std::mem::replace(&mut self.index, absent);
-        self.append(index.leaves())?;
-        self.end(0);
-        self.section(SectionKind::INDEX_ROOT, 0, 0, &index.root())?;
-        self.section(SectionKind::MEMORY_MAP, 0, 0, &memory_map::encode(regions))?;
+        self.index(index)?;
+        self.section(SectionKind::MEMORY_MAP, 0, 0, memory_map::encode(regions))?;
         for state in states {
-            self.section(SectionKind::STATE, state.tag, state.version, &state.bytes)?;
+            self.section(SectionKind::STATE, state.tag, state.version, &state.bytes[..])?;
         }
-        self.section(SectionKind::METADATA, 0, 0, &json)?;
+        self.section(SectionKind::METADATA, 0, 0, json)?;
         if let Some(set) = self.working_set.take() {
-            self.section(SectionKind::WORKING_SET, 0, 0, &set)?;
+            self.section(SectionKind::WORKING_SET, 0, 0, set)?;
         }
         if let Some(parent) = self.parent {
-            self.section(SectionKind::PARENT_HINT, 0, 0, &parent.hint.encode())?;
+            self.section(SectionKind::PARENT_HINT, 0, 0, parent.hint.encode())?;
         }
 
         let stored = self.storage.total();
         let header = Header {
             version: VERSION,
-            incompat: INCOMPAT_BOUND | if self.parent.is_some() { INCOMPAT_LAYERED } else { 0 },
+            incompat: INCOMPAT_BOUND
+                | if self.parent.is_some() { INCOMPAT_LAYERED } else { 0 }
+                | if self.seal.is_some() { INCOMPAT_SEALED } else { 0 },
             ro_compat: 0,
             compat: 0,
             id: Uuid::nil(),
@@ -537,12 +576,26 @@ impl<'a> FileBuilder<'a> {
             table_records: 0,
             table_crc: 0,
             crc: 0,
+            hash: None,
         };
-        self.seal(header)
+        self.close(header)
     }
 
-    /// Writes the section table, and the header with the file's own id.
-    pub(crate) fn seal(mut self, header: Header) -> Result<Header, WriteError> {
+    /// Writes the leaves and the root of the index.
+    pub(crate) fn index(&mut self, mut index: IndexBuilder) -> Result<(), WriteError> {
+        self.align(PAGE_BYTES)?;
+        self.begin(SectionKind::INDEX_LEAVES);
+        let tags = self.seal.map(|seal| index.seal(seal, self.offset)).transpose()?;
+        self.append(index.leaves())?;
+        self.end(tags.as_ref().map_or(0, |_| crc32fast::hash(index.leaves())));
+        self.section(SectionKind::INDEX_ROOT, 0, 0, index.root(&tags.unwrap_or_default()))
+    }
+
+    /// Writes the keys of a sealed file, the section table, and the header with the file's own id.
+    pub(crate) fn close(mut self, header: Header) -> Result<Header, WriteError> {
+        if let Some(seal) = self.seal {
+            self.plain_section(SectionKind::KEYS, 0, 0, &seal.keys())?;
+        }
         self.align(CHUNK_ALIGN)?;
         let mut table = vec![0; self.sections.len() * SECTION_RECORD_BYTES];
         for (record, section) in table.chunks_exact_mut(SECTION_RECORD_BYTES).zip(&self.sections) {
@@ -559,15 +612,14 @@ impl<'a> FileBuilder<'a> {
             table_crc: crc32fast::hash(&table),
             ..header
         };
-        header.crc = self.write_header(&header)?;
-        Ok(header)
-    }
-
-    /// Returns the header's checksum.
-    fn write_header(&mut self, header: &Header) -> Result<u32, WriteError> {
-        let bytes = header.encode();
+        let mut bytes = header.encode();
+        if let Some(seal) = self.seal {
+            seal.sign(&mut bytes, &table);
+            header.hash = Some(*blake3::hash(&bytes[..]).as_bytes());
+        }
+        header.crc = u32_at(&bytes[..], H_CRC);
         self.output.write_at(&bytes[..], 0)?;
-        Ok(u32_at(&bytes[..], H_CRC))
+        Ok(header)
     }
 
     pub(crate) fn begin(&mut self, kind: SectionKind) {
@@ -582,7 +634,24 @@ impl<'a> FileBuilder<'a> {
         }
     }
 
-    pub(crate) fn section(
+    /// Writes a section that a sealed file has encrypted.
+    pub(crate) fn section<'b>(
+        &mut self,
+        kind: SectionKind,
+        tag: u32,
+        version: u32,
+        content: impl Into<Cow<'b, [u8]>>,
+    ) -> Result<(), WriteError> {
+        let content = content.into();
+        let Some(seal) = self.seal else { return self.plain_section(kind, tag, version, &content) };
+        self.align(CHUNK_ALIGN)?;
+        let mut bytes = content.into_owned();
+        let section = Section { kind, tag, version, crc: 0, offset: self.offset, len: 0 };
+        seal.seal_section(&section, &mut bytes)?;
+        self.plain_section(kind, tag, version, &bytes)
+    }
+
+    fn plain_section(
         &mut self,
         kind: SectionKind,
         tag: u32,

@@ -58,7 +58,7 @@ impl Chain {
     fn open(&self) -> Result<Snapshot, ReadError> {
         let nowhere = self.folder.path().join("nowhere");
         let folders = vec![nowhere, self.elsewhere.path().to_owned()];
-        Snapshot::open_with(&self.files[2], &Parents { folders, files: Vec::new() })
+        Snapshot::open_with(&self.files[2], &Parents { folders, ..Parents::default() })
     }
 
     fn paths(&self) -> Vec<PathBuf> {

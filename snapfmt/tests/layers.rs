@@ -155,11 +155,11 @@ fn a_missing_parent_is_named_and_can_be_shown() {
         }
         other => panic!("{other}"),
     }
-    let shown = Parents { files: vec![moved.clone()], folders: vec![] };
+    let shown = Parents { files: vec![moved.clone()], ..Parents::default() };
     assert_eq!(Snapshot::open_with(&top, &shown).unwrap().headers().len(), 2);
     // In a folder, it is searched under the name in the layer.
     std::fs::rename(&moved, elsewhere.path().join("base.snap")).unwrap();
-    let searched = Parents { files: vec![], folders: vec![elsewhere.path().to_owned()] };
+    let searched = Parents { folders: vec![elsewhere.path().to_owned()], ..Parents::default() };
     assert_eq!(Snapshot::open_with(&top, &searched).unwrap().headers().len(), 2);
 }
 

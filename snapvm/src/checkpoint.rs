@@ -56,6 +56,7 @@ impl Cut {
             }
         };
         refuse_as_output(out, parent)?;
+        let options = &self.memory.as_sealed(options);
         let data = self.window.changed_pages().ok_or(SnapshotError::NothingSaved)?;
         check_room(&data, options, true)?;
         let (saved, states, check) = (Saved(self), self.states()?, || self.window.check());

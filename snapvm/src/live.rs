@@ -123,6 +123,7 @@ impl Cut {
         progress: OnProgress<'_>,
     ) -> Result<Header, SnapshotError> {
         let (saved, states) = (Saved(self), self.states()?);
+        let options = &self.memory.as_sealed(options);
         let write = |bytes: &dyn ReadAt, data: &[Range<u64>], guest: Value| {
             let check = || self.window.check();
             check_room(data, options, true)?;
@@ -163,6 +164,7 @@ impl Cut {
             return Err(SnapshotError::NotRestored);
         };
         self.memory.check_complete(restored, out)?;
+        let options = &self.memory.as_sealed(options);
         let snapshot = &restored.snapshot;
         let data = self.only(self.changed_pages(snapshot)?);
         check_room(&data, options, true)?;
@@ -176,7 +178,7 @@ impl Cut {
     /// Writes a file that opens, and whose memory is added by [`Cut::add`]: a layer on the snapshot from which the guest
     /// was restored, or all of a guest that was booted. The layer has a place for each page that may have changed, which is
     /// not compared. `written` is that of the pause in which this point in time was taken, after that. Of `options`, only
-    /// `chunk_pages` and `existing` are used.
+    /// `chunk_pages`, `existing` and `seal` are used.
     ///
     /// # Errors
     /// [`SnapshotError`]
@@ -187,6 +189,7 @@ impl Cut {
         options: &WriteOptions,
     ) -> Result<(Header, DeferredChunks), SnapshotError> {
         let (saved, states) = (Saved(self), self.states()?);
+        let options = &self.memory.as_sealed(options);
         let write = |data: &[Range<u64>], guest, parent: Option<&Parent<'_>>| {
             check_room(data, options, true)?;
             let contents = self.contents(&saved, data, &states, guest);

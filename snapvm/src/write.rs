@@ -36,6 +36,7 @@ impl Vm {
     ) -> Result<Header, SnapshotError> {
         let states = states(&mut self.machine)?;
         let memory = &*self.memory;
+        let options = &memory.as_sealed(options);
         let regions = &memory.regions[..];
         let mapped = GuestBytes { memory: &memory.mapped, regions };
         let write = |bytes: &dyn ReadAt, data: &[Range<u64>], guest| {
@@ -84,6 +85,7 @@ impl Vm {
         progress: OnProgress<'_>,
     ) -> Result<Header, SnapshotError> {
         let memory = &*self.memory;
+        let options = &memory.as_sealed(options);
         let Origin::Restored(restored) = &memory.origin else {
             return Err(SnapshotError::NotRestored);
         };
@@ -117,6 +119,14 @@ impl VmMemory {
         }
         self.check_image()?;
         refuse_as_output(out, &restored.snapshot)
+    }
+
+    /// What is written of a guest that was restored from a sealed snapshot is sealed too, with the same keys if the
+    /// caller has given none.
+    pub(crate) fn as_sealed(&self, options: &WriteOptions) -> WriteOptions {
+        let keys = self.snapshot().and_then(|snapshot| snapshot.keys());
+        let keys = options.seal.as_ref().or(keys).cloned();
+        options.clone().seal(keys)
     }
 
     /// Pages that may differ from the snapshot.

@@ -10,10 +10,12 @@ use anyhow::{Context, Result, bail};
 
 use super::{Name, names};
 use crate::input;
+use crate::keys::KeyArgs;
 
 /// A folder of checkpoints. No other process writes to it as long as this exists.
 pub(crate) struct Folder {
     path: PathBuf,
+    keys: KeyArgs,
     _lock: File,
     files: Vec<Known>,
     last_number: u64,
@@ -32,7 +34,7 @@ struct Known {
 
 impl Folder {
     /// Opens the folder, or creates it for this user only.
-    pub(crate) fn open(path: &Path) -> Result<Folder> {
+    pub(crate) fn open(path: &Path, keys: &KeyArgs) -> Result<Folder> {
         let failed = || format!("cannot use the folder {}", path.display());
         match DirBuilder::new().mode(0o700).create(path) {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
@@ -49,6 +51,7 @@ impl Folder {
         let last_number = names.last().map_or(0, |name| name.number);
         let mut folder = Folder {
             path: path.to_owned(),
+            keys: keys.clone(),
             _lock: lock,
             files: Vec::new(),
             last_number,
@@ -77,7 +80,7 @@ impl Folder {
     /// Notes a new file, after it has appeared.
     pub(crate) fn add(&mut self, name: Name) -> Result<()> {
         let path = self.at(name);
-        let snapshot = input::open(&path, &Default::default())?;
+        let snapshot = input::open(&path, &self.keys.clone().into())?;
         let mut ids = snapshot.headers().map(|header| header.id.to_string());
         let Some(id) = ids.next() else { bail!("{} has no header", path.display()) };
         self.files.push(Known { name, id, parents: ids.collect() });

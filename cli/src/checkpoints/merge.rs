@@ -15,6 +15,7 @@ use super::Name;
 use crate::commands::Parts;
 use crate::input;
 use crate::interrupt::Interrupt;
+use crate::keys::KeyArgs;
 
 /// A file that has the content of a checkpoint, with the layers below it merged into it.
 #[derive(Clone, Debug)]
@@ -37,13 +38,14 @@ impl Merging {
         base_depth: usize,
         name: Name,
         options: WriteOptions,
+        keys: KeyArgs,
         interrupt: Interrupt,
     ) -> Result<Merging> {
         let cancelled = Arc::new(AtomicBool::new(false));
         let stop = Arc::clone(&cancelled);
         let merge = move || {
             let cancelled = || stop.load(Ordering::Relaxed) || interrupt.requested();
-            merge_to_base(&top, base_depth, name, &options, &cancelled)
+            merge_to_base(&top, base_depth, name, (&options, &keys), &cancelled)
         };
         let thread = std::thread::Builder::new().name("merge".into()).spawn(merge);
         let thread = thread.context("the thread that merges layers cannot be started")?;
@@ -80,15 +82,15 @@ fn merge_to_base(
     top: &Path,
     base_depth: usize,
     name: Name,
-    options: &WriteOptions,
+    (options, keys): (&WriteOptions, &KeyArgs),
     cancelled: &(dyn Fn() -> bool + Sync),
 ) -> Result<Merged> {
-    let snapshot = open(top)?;
+    let snapshot = open(top, keys)?;
     let base = snapshot.paths().len().saturating_sub(base_depth.max(1));
     let Some(base_path) = snapshot.paths().nth(base).flatten() else {
         bail!("{}: its base is no file", top.display())
     };
-    let onto = open(base_path)?;
+    let onto = open(base_path, keys)?;
     write(
         &snapshot,
         base,
@@ -108,10 +110,11 @@ pub(crate) fn merge_onto(
     merged: &Merged,
     name: Name,
     options: &WriteOptions,
+    keys: &KeyArgs,
 ) -> Result<Merged> {
-    let snapshot = open(top)?;
+    let snapshot = open(top, keys)?;
     let onto_path = top.with_file_name(merged.name.file_name());
-    let onto = open(&onto_path)?;
+    let onto = open(&onto_path, keys)?;
     let base = snapshot.headers().position(|header| header.id.to_string() == merged.of);
     let Some(base) = base else { bail!("{} is not on {}", top.display(), onto_path.display()) };
     let out = top.with_file_name(name.file_name());
@@ -119,8 +122,8 @@ pub(crate) fn merge_onto(
     Ok(Merged { name, of: snapshot.header().id.to_string() })
 }
 
-fn open(path: &Path) -> Result<Snapshot> {
-    input::open(path, &Default::default())
+fn open(path: &Path, keys: &KeyArgs) -> Result<Snapshot> {
+    input::open(path, &keys.clone().into())
 }
 
 /// Writes `snapshot` as a layer on `onto`, which has the content of the file number `base` of its chain.

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use snapfmt::{Parents, ReadError, Snapshot};
 
+use crate::keys::KeyArgs;
 use crate::snap_path;
 use crate::stderr::say;
 pub(crate) use folder::Folder;
@@ -59,9 +60,9 @@ fn names(folder: &Path) -> Result<Vec<Name>> {
 
 /// The file that is meant by `DIR`, its newest whole checkpoint, or by `DIR@K`, its checkpoint K. `None` if `path` is
 /// neither.
-pub(crate) fn resolve(path: &Path) -> Result<Option<PathBuf>> {
+pub(crate) fn resolve(path: &Path, keys: &KeyArgs) -> Result<Option<PathBuf>> {
     if path.is_dir() {
-        return newest(path);
+        return newest(path, keys);
     }
     let text = path.to_str().filter(|_| path.symlink_metadata().is_err());
     let Some((folder, number)) = text.and_then(|text| text.rsplit_once('@')) else {
@@ -84,8 +85,9 @@ pub(crate) fn resolve(path: &Path) -> Result<Option<PathBuf>> {
 }
 
 /// The newest checkpoint that opens with all of its parents.
-fn newest(folder: &Path) -> Result<Option<PathBuf>> {
-    let parents = Parents { files: Vec::new(), folders: snap_path::folders() };
+fn newest(folder: &Path, keys: &KeyArgs) -> Result<Option<PathBuf>> {
+    let keys = keys.provider()?;
+    let parents = Parents { files: Vec::new(), folders: snap_path::folders(), keys };
     let mut first_error = None;
     for name in names(folder)?.into_iter().rev().filter(|name| !name.is_merged) {
         let path = folder.join(name.file_name());
@@ -149,15 +151,21 @@ mod tests {
     fn what_is_no_folder_of_checkpoints_is_left_alone() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let at = |name: &str| PathBuf::from(format!("{}{name}", folder.path().display()));
-        assert_eq!(resolve(folder.path()).expect("it is readable"), None);
-        assert_eq!(resolve(&at("/a@b.snap")).expect("no folder"), None);
+        assert_eq!(resolve(folder.path(), &KeyArgs::default()).expect("it is readable"), None);
+        assert_eq!(resolve(&at("/a@b.snap"), &KeyArgs::default()).expect("no folder"), None);
         assert!(
-            resolve(&at("@3")).expect_err("it is empty").to_string().contains("no checkpoints")
+            resolve(&at("@3"), &KeyArgs::default())
+                .expect_err("it is empty")
+                .to_string()
+                .contains("no checkpoints")
         );
         std::fs::write(at("/000002.snap"), "").expect("it is written");
-        assert_eq!(resolve(&at("@2")).expect("it is there"), Some(at("/000002.snap")));
-        let error = resolve(&at("@3")).expect_err("there is one").to_string();
+        assert_eq!(
+            resolve(&at("@2"), &KeyArgs::default()).expect("it is there"),
+            Some(at("/000002.snap"))
+        );
+        let error = resolve(&at("@3"), &KeyArgs::default()).expect_err("there is one").to_string();
         assert!(error.ends_with("has no checkpoint 3: it has 2 to 2"), "{error}");
-        resolve(folder.path()).expect_err("none is whole");
+        resolve(folder.path(), &KeyArgs::default()).expect_err("none is whole");
     }
 }

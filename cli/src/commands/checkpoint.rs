@@ -12,6 +12,7 @@ use crate::api::CheckpointFields;
 use crate::api::client::{self, Fault};
 use crate::checkpoints::{Folder, Merged, Merging, Name, merge_onto};
 use crate::exit::{Interrupted, WrongOptions, describe};
+use crate::keys::KeyArgs;
 use crate::session::Session;
 use crate::size;
 use crate::stdout::print_line;
@@ -64,6 +65,9 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value = "16", hide = true)]
     merge_at: NonZeroUsize,
 
+    #[command(flatten)]
+    keys: KeyArgs,
+
     /// Print each event as a line of JSON.
     #[arg(long)]
     json: bool,
@@ -81,7 +85,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         return Err(WrongOptions("--every: more than 0, and at most 1h".into()).into());
     }
     let storage = Storage { codec: args.codec, ..Storage::default() };
-    let folder = Folder::open(&args.out)?;
+    let folder = Folder::open(&args.out, &args.keys)?;
     let mut run = Run {
         args,
         session,
@@ -179,9 +183,16 @@ impl Run<'_> {
         self.prune()?;
         if self.merging.is_none() && depth - self.base_depth >= self.args.merge_at.get() {
             let merged = Name { is_merged: true, ..name };
-            let options = self.storage.options()?.threads(NonZeroUsize::MIN);
+            let options = self.storage.options(&self.args.keys)?.threads(NonZeroUsize::MIN);
             let interrupt = self.session.interrupt.clone();
-            self.merging = Some(Merging::start(out, self.base_depth, merged, options, interrupt)?);
+            self.merging = Some(Merging::start(
+                out,
+                self.base_depth,
+                merged,
+                options,
+                self.args.keys.clone(),
+                interrupt,
+            )?);
         }
         Ok(true)
     }
@@ -196,7 +207,7 @@ impl Run<'_> {
             let opened = if bucket::is_meant(file) {
                 Err(anyhow!("it is in a bucket"))
             } else {
-                input::open(file, &Default::default()).map(drop)
+                input::open(file, &self.args.keys.clone().into()).map(drop)
             };
             opened.with_context(|| {
                 format!(
@@ -234,7 +245,8 @@ impl Run<'_> {
             // There were checkpoints meanwhile.
             let name = Name { is_merged: true, ..*last };
             let top = self.folder.at(*last);
-            parent = merge_onto(&top, &merged, name, &self.storage.options()?)?.name;
+            let options = self.storage.options(&self.args.keys)?;
+            parent = merge_onto(&top, &merged, name, &options, &self.args.keys)?.name;
             self.folder.add(parent)?;
         }
         self.parent = Some(parent);

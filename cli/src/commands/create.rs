@@ -21,6 +21,7 @@ use crate::guest::{self, GuestArgs};
 use crate::guest_console::{GuestConsole, READY, Seen, Until};
 use crate::input::{ParentArgs, refuse_existing};
 use crate::jailed::{self, JailArgs};
+use crate::keys::KeyArgs;
 use crate::live;
 use crate::progress::Bar;
 use crate::restoring::{self, snapshot_error};
@@ -67,6 +68,9 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     pub(crate) trust: TrustArgs,
+
+    #[command(flatten)]
+    pub(crate) keys: KeyArgs,
 
     /// Snapshot the guest that runs with this control socket (`snap run --api`, `snap restore --api`). It is paused
     /// meanwhile, and then continues.
@@ -160,6 +164,12 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     if args.trust.is_required() && args.parent.is_none() {
         bail!("--expect-root and --require-signature are for the snapshot that --from restores");
     }
+    if args.vm.is_some() && args.keys.is_given() {
+        bail!(
+            "with --vm, the process of the guest writes the file: give the key to its snap run or snap restore, and what it \
+             writes is sealed"
+        );
+    }
     let summary = create(args, session)?;
     if args.json {
         print_json(&summary)?;
@@ -188,7 +198,7 @@ impl Args {
 /// Writes the snapshot. No file or name is at the output path if this fails.
 pub(crate) fn create(args: &Args, session: &Session) -> Result<Summary> {
     // Before the guest's boot, which would be useless.
-    args.storage.options()?;
+    args.storage.options(&args.keys)?;
     if bucket::is_meant(args.out()) {
         #[cfg(not(feature = "objects"))]
         return Err(bucket::missing());
@@ -199,6 +209,7 @@ pub(crate) fn create(args: &Args, session: &Session) -> Result<Summary> {
                 base: args.parent.as_deref(),
                 force: args.storage.force,
                 stop: args.stop,
+                keys: &args.keys,
             };
             let create = |file: &Path| create_file(args, file, session);
             return super::create_in_bucket::create(&plan, session, create);
@@ -232,12 +243,12 @@ fn create_whole(args: &Args, out: &Path, session: &Session) -> Result<(Header, I
         None => Trigger::Ready,
     };
     let (console, seen) = GuestConsole::new(std::io::sink(), when.until());
-    let jail = args.jail.begin(bucket::is_meant(args.out()))?;
+    let jail = args.jail.begin(bucket::is_meant(args.out()) || args.keys.run_commands())?;
     let vm = guest::boot(&args.guest, console, when == Trigger::Request, session)?;
     jail.close(true, session)?;
     let (mut guest, paused_at) = run_until_ready(vm, args, &when, &seen, session)?;
     let bar = Bar::new("storing", session.quiet, &session.interrupt);
-    let options = args.storage.options()?;
+    let options = args.storage.options(&args.keys)?;
     let written = guest.snapshot(out, &options, &|p| bar.update(p));
     let header = written.map_err(snapshot_error)?;
     Ok((header, paused_at, paused_at))
@@ -258,14 +269,14 @@ fn create_layer(
         );
     };
     let (console, seen) = GuestConsole::new(std::io::sink(), when.until());
-    let parents = ParentArgs { trust: args.trust.clone(), ..ParentArgs::default() };
+    let parents = ParentArgs { trust: args.trust.clone(), ..args.keys.clone().into() };
     let config = restoring::config(base, &parents, None, session)?
         .memory(MemoryFrom::Lazy)
         .populate(Populate::Off, None)
         .prefetch(Prefetch::Off)
         .guest_trigger(when == Trigger::Request);
     let uses_network = bucket::is_meant(args.out()) || jailed::uses_network(config.snapshot());
-    let jail = args.jail.begin(uses_network)?;
+    let jail = args.jail.begin(uses_network || args.keys.run_commands())?;
     let restored = restoring::restore(&config, console, session)?;
     jail.close(true, session)?;
     let memory_ready_at = restored.memory_ready_at;
@@ -275,7 +286,7 @@ fn create_layer(
     restoring::check_memory(&memory)?;
     let (mut guest, paused_at) = ran?;
     let bar = Bar::new("storing", session.quiet, &session.interrupt);
-    let options = args.storage.options()?;
+    let options = args.storage.options(&args.keys)?;
     let written = guest.snapshot_layer(out, &options, &|p| bar.update(p));
     let header = written.map_err(snapshot_error)?;
     let _ending = live::ending("the threads that serve the guest's pages to end", &memory);

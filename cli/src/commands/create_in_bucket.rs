@@ -12,6 +12,7 @@ use objects::{ObjectUrl, Retry};
 use super::push;
 use crate::bucket::{self, to_error};
 use crate::input::{Input, ParentArgs};
+use crate::keys::KeyArgs;
 use crate::leftovers;
 use crate::millis::ms;
 use crate::session::Session;
@@ -26,6 +27,7 @@ pub(super) struct Plan<'a> {
     pub(super) force: bool,
     /// Whether the guest ends when the file is written.
     pub(super) stop: bool,
+    pub(super) keys: &'a KeyArgs,
 }
 
 /// Pushes the snapshot that `create` writes. What can be checked is checked before, so that no guest boots in vain.
@@ -40,7 +42,8 @@ pub(super) fn create(
     if objects::is_taken(&url, Retry::default()).map_err(to_error)? && !force {
         bail!("{url}: the name is taken; give --force to replace it");
     }
-    check_base(plan.base, &url)?;
+    let parents = ParentArgs::from(plan.keys.clone());
+    check_base(plan.base, &parents, &url)?;
     let creating = leftovers::creating();
     // It is on a disk, and others cannot read it.
     let folder = tempfile::Builder::new().prefix("create-").tempdir_in(cache.folder());
@@ -51,7 +54,7 @@ pub(super) fn create(
     drop(creating);
     let file = folder.path().join("guest.snap");
     let pushed = create(&file).and_then(|summary| {
-        push::send(&file, &ParentArgs::default(), &url, force, session)?;
+        push::send(&file, &parents, &url, force, session)?;
         Ok(summary)
     });
     match pushed {
@@ -72,9 +75,9 @@ pub(super) fn create(
 }
 
 /// Refuses a base from which a layer could not be pushed.
-fn check_base(base: Option<&Path>, url: &ObjectUrl) -> Result<()> {
+fn check_base(base: Option<&Path>, parents: &ParentArgs, url: &ObjectUrl) -> Result<()> {
     let Some(base) = base else { return Ok(()) };
-    let base = Input { file: base.to_owned(), parents: ParentArgs::default() };
+    let base = Input { file: base.to_owned(), parents: parents.clone() };
     // The cache may have objects that were deleted in the bucket.
     let base = base.open_to_verify()?;
     objects::check_parents(&base, url).map_err(to_error)

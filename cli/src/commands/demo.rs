@@ -11,6 +11,7 @@ use crate::guest::GuestArgs;
 use crate::guest_console::{BEAT, Until};
 use crate::input::ParentArgs;
 use crate::jailed::{Jail, JailArgs};
+use crate::keys::KeyArgs;
 use crate::leftovers;
 use crate::report::RestoreReport;
 use crate::restored_run::{EAGER, LAZY, Restore};
@@ -79,6 +80,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             paused: false,
             jail: Jail::Off,
             writes: true,
+            keys: KeyArgs::default(),
         };
         let (report, outcome) = restore.run(std::io::sink(), session, Instant::now())?;
         outcome.map(|()| report)
@@ -123,6 +125,7 @@ fn create_args(args: &Args, out: std::path::PathBuf) -> create::Args {
         stop: false,
         storage: Storage::default(),
         jail: JailArgs::OFF,
+        keys: KeyArgs::default(),
         when: None,
         timeout: std::time::Duration::from_secs(60),
         json: false,

@@ -47,6 +47,10 @@ pub(crate) struct Args {
     #[arg(long)]
     no_async_pf: bool,
 
+    /// Write the content of a sealed snapshot: these formats are not encrypted.
+    #[arg(long)]
+    decrypt: bool,
+
     /// Replace OUT if it exists.
     #[arg(long, short)]
     force: bool,
@@ -81,6 +85,12 @@ impl From<Format> for ExportFormat {
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let started = Instant::now();
     let snapshot = args.input.open()?;
+    if snapshot.keys().is_some() && !args.decrypt {
+        bail!(
+            "{}: the snapshot is sealed, and the output is not encrypted: --decrypt writes it all the same",
+            args.input.file.display()
+        );
+    }
     if args.no_async_pf && args.format != Format::Firecracker {
         let wrong =
             "--no-async-pf changes a Firecracker vmstate: it goes with --format firecracker";

@@ -15,6 +15,7 @@ use super::cat::parse_address;
 use super::summary::{Pages, Written};
 use crate::foreign_text::one_line;
 use crate::input::{self, reading, refuse_as_output, refuse_existing};
+use crate::keys::KeyArgs;
 use crate::progress::Bar;
 use crate::session::Session;
 use crate::size;
@@ -80,6 +81,9 @@ pub(crate) struct Args {
     #[command(flatten)]
     storage: Storage,
 
+    #[command(flatten)]
+    keys: KeyArgs,
+
     /// Print the summary as JSON.
     #[arg(long)]
     json: bool,
@@ -112,7 +116,7 @@ struct Summary<'a> {
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let started = Instant::now();
     // Before anything is read, which would be in vain.
-    args.storage.options()?;
+    args.storage.options(&args.keys)?;
     refuse_existing(&args.out, args.storage.force)?;
     let folder = !stdio::is_meant(&args.input) && args.input.is_dir();
     let imported = match &args.vmstate {
@@ -137,7 +141,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let memory = imported.memory_metadata().context("cannot look at the memory file")?;
     snapvm::refuse_same(&args.out, &memory)?;
     refuse_as_output(&args.out, imported.base())?;
-    let options = args.storage.options()?;
+    let options = args.storage.options(&args.keys)?;
     let bar = Bar::new("importing", session.quiet, &session.interrupt);
     let progress = |progress| bar.update(progress);
     let header = match (&args.base, imported.base()) {
@@ -253,7 +257,7 @@ fn memory_image(args: &Args) -> Result<MemoryImage> {
         true => image_from_stdin(args)?,
     };
     Ok(match &args.base {
-        Some(base) => image.with_base(input::open(base, &Default::default())?),
+        Some(base) => image.with_base(input::open(base, &args.keys.clone().into())?),
         None if args.holes_are_zeros => image.holes_are_zeros(),
         None => image,
     })

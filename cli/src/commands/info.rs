@@ -1,13 +1,14 @@
 //! `snap info`: the content of a snapshot, without KVM.
 
+use std::fs::File;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
-use snapfmt::layout::{INCOMPAT_BOUND, INCOMPAT_LAYERED, PAGE_BYTES};
-use snapfmt::{Header, Metadata, Phase, Snapshot, WorkingSet};
+use snapfmt::layout::{INCOMPAT_BOUND, INCOMPAT_LAYERED, INCOMPAT_SEALED, PAGE_BYTES};
+use snapfmt::{Header, KeySlot, Metadata, Outline, Phase, Section, Snapshot, WorkingSet};
 use snapvm::OutputShape;
 
 use super::map::Picture;
@@ -53,6 +54,14 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     let file = &args.input.file;
+    if args.map.is_none()
+        && let Some(outline) = args.input.outline()?
+    {
+        return match args.json {
+            true => print_json(&outline_as_json(&outline)),
+            false => print_text(outline_as_text(&outline)),
+        };
+    }
     let snapshot = args.input.open()?;
     if let Some(path) = args.map.as_deref() {
         let path = match args.out.as_deref() {
@@ -109,7 +118,11 @@ fn draw(snapshot: &Snapshot, file: &Path, path: &Path, force: bool) -> Result<()
 
 /// The features that a reader of the file must know, by their names in `docs/format.md`.
 fn features(header: &Header) -> String {
-    let named = [(INCOMPAT_LAYERED, ", LAYERED"), (INCOMPAT_BOUND, ", BOUND")];
+    let named = [
+        (INCOMPAT_LAYERED, ", LAYERED"),
+        (INCOMPAT_BOUND, ", BOUND"),
+        (INCOMPAT_SEALED, ", SEALED"),
+    ];
     named.iter().filter(|(bit, _)| header.incompat & bit != 0).map(|(_, name)| *name).collect()
 }
 
@@ -123,21 +136,100 @@ fn bounded(at: SystemTime) -> SystemTime {
     at.min(UNIX_EPOCH + Duration::from_secs(253_402_300_799))
 }
 
+fn sections_as_json(sections: &[Section]) -> Vec<Value> {
+    let section = |s: &Section| {
+        let crc = s.has_crc().then(|| format!("{:08x}", s.crc));
+        json!({ "kind": s.kind.to_string(), "tag": s.tag, "version": s.version,
+                "offset": s.offset, "len": s.len, "crc32": crc })
+    };
+    sections.iter().map(section).collect()
+}
+
+/// Of a sealed file without its key: the same fields, null where the key is needed.
+fn outline_as_json(outline: &Outline<File>) -> Value {
+    let header = outline.header();
+    json!({
+        "version": header.version,
+        "id": header.id.to_string(),
+        "parent_id": header.parent_id.map(|id| id.to_string()),
+        "chain": null,
+        "created_at": created(header),
+        "features": { "incompat": header.incompat, "ro_compat": header.ro_compat,
+                      "compat": header.compat },
+        "memory_bytes": header.memory_bytes,
+        "page_bytes": PAGE_BYTES,
+        "chunk_pages": header.chunk_pages,
+        "regions": null,
+        "pages": Pages::of(header),
+        "chunks": header.chunks,
+        "working_set": null,
+        "file_bytes": header.file_bytes,
+        "ratio": ratio(header),
+        "sections": sections_as_json(outline.sections()),
+        "metadata": null,
+    })
+}
+
+fn outline_as_text(outline: &Outline<File>) -> String {
+    let header = outline.header();
+    let mut lines = vec![
+        format!("format     version {}{}", header.version, features(header)),
+        format!("id         {}", header.id),
+        format!("created    {}", created(header)),
+    ];
+    lines.extend(header.parent_id.map(|id| format!("parent 1   {id}")));
+    let kinds =
+        outline.keys().into_iter().flat_map(|keys| &keys.slots).map(|slot| match slot.kind {
+            KeySlot::SECRET_KEY => "a key (--key-file)".into(),
+            KeySlot::EXTERNAL => "a command (--key-command)".into(),
+            other => format!("kind {other}"),
+        });
+    let kinds: Vec<String> = kinds.collect();
+    lines.push(format!(
+        "sealed     opened by {}; what follows is not authenticated",
+        kinds.join(", ")
+    ));
+    lines.push(format!("memory     {}", size::human(header.memory_bytes)));
+    lines.push(pages_line(header));
+    lines.extend(file_lines(header, outline.sections()));
+    lines.join("\n") + "\n"
+}
+
+fn pages_line(header: &Header) -> String {
+    let Pages { total, zero, data, stored, duplicate, parent } = Pages::of(header);
+    format!(
+        "pages      {total} in all: {zero} zero, {data} data ({stored} stored, {duplicate} \
+         duplicate), {parent} unchanged from the parent"
+    )
+}
+
+/// The length of the file, and its sections.
+fn file_lines(header: &Header, sections: &[Section]) -> Vec<String> {
+    let mut lines = vec![
+        format!(
+            "file       {}, ratio {:.2} to the data pages",
+            size::human(header.file_bytes),
+            ratio(header)
+        ),
+        "section          offset     length  crc32".into(),
+    ];
+    for section in sections {
+        let crc = match section.has_crc() {
+            true => format!("{:08x}", section.crc),
+            false => "per part".into(),
+        };
+        let (kind, offset, len) = (section.kind.to_string(), section.offset, section.len);
+        lines.push(format!("  {kind:<12} {offset:>10} {len:>10}  {crc}"));
+    }
+    lines
+}
+
 fn as_json(snapshot: &Snapshot, metadata: &Metadata, set: Option<&WorkingSet>) -> Value {
     let header = snapshot.header();
     let regions: Vec<_> = snapshot
         .regions()
         .iter()
         .map(|r| json!({ "gpa": r.gpa, "len": r.len, "source_offset": r.source_offset }))
-        .collect();
-    let sections: Vec<_> = snapshot
-        .sections()
-        .iter()
-        .map(|s| {
-            let crc = s.has_crc().then(|| format!("{:08x}", s.crc));
-            json!({ "kind": s.kind.to_string(), "tag": s.tag, "version": s.version,
-                    "offset": s.offset, "len": s.len, "crc32": crc })
-        })
         .collect();
     json!({
         "version": header.version,
@@ -161,7 +253,7 @@ fn as_json(snapshot: &Snapshot, metadata: &Metadata, set: Option<&WorkingSet>) -
         })),
         "file_bytes": header.file_bytes,
         "ratio": ratio(header),
-        "sections": sections,
+        "sections": sections_as_json(snapshot.sections()),
         "metadata": metadata,
     })
 }
@@ -198,11 +290,7 @@ fn as_text(snapshot: &Snapshot, metadata: &Metadata, set: Option<&WorkingSet>) -
         let all = size::human(header.memory_bytes);
         lines.push(format!("{:<10} and {more} regions more, {all} in all (--json has them)", ""));
     }
-    let Pages { total, zero, data, stored, duplicate, parent } = Pages::of(header);
-    lines.push(format!(
-        "pages      {total} in all: {zero} zero, {data} data ({stored} stored, {duplicate} \
-         duplicate), {parent} unchanged from the parent"
-    ));
+    lines.push(pages_line(header));
     if let Some(set) = set {
         let phases = Phase::ALL.iter().zip(set.pages_by_phase()).filter(|(_, pages)| *pages > 0);
         let phases: Vec<_> =
@@ -227,20 +315,7 @@ fn as_text(snapshot: &Snapshot, metadata: &Metadata, set: Option<&WorkingSet>) -
             raw as f64 / used.stored_bytes as f64
         ));
     }
-    lines.push(format!(
-        "file       {}, ratio {:.2} to the data pages",
-        size::human(header.file_bytes),
-        ratio(header)
-    ));
-    lines.push("section          offset     length  crc32".into());
-    for section in snapshot.sections() {
-        let crc = match section.has_crc() {
-            true => format!("{:08x}", section.crc),
-            false => "per part".into(),
-        };
-        let (kind, offset, len) = (section.kind.to_string(), section.offset, section.len);
-        lines.push(format!("  {kind:<12} {offset:>10} {len:>10}  {crc}"));
-    }
+    lines.extend(file_lines(header, snapshot.sections()));
     lines.join("\n") + "\n"
 }
 

@@ -57,7 +57,7 @@ struct Summary<'a> {
 }
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
-    let options = args.storage.options()?;
+    let options = args.storage.options(&args.input.parents.keys)?;
     refuse_existing(&args.out, args.storage.force)?;
     let snapshot = args.input.open()?;
     refuse_as_output(&args.out, [&snapshot])?;

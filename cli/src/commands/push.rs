@@ -9,6 +9,7 @@ use snapfmt::{Existing, ReadError, Snapshot};
 
 use crate::bucket::{self, to_error};
 use crate::input::{self, Input, ParentArgs, lacks_parent, refuse_existing};
+use crate::keys::KeyArgs;
 use crate::progress::Bar;
 use crate::session::Session;
 use crate::size;
@@ -59,6 +60,9 @@ pub(crate) struct PullArgs {
     #[arg(long = "allow-parents-from", value_name = "URL")]
     parents_from: Vec<String>,
 
+    #[command(flatten)]
+    keys: KeyArgs,
+
     /// Replace the file if it exists. Parents are never replaced.
     #[arg(short, long)]
     force: bool,
@@ -98,7 +102,7 @@ pub(crate) fn pull(args: &PullArgs, session: &Session) -> Result<()> {
     refuse_existing(&args.out, args.force)?;
     let bar = Bar::of_transfer("pulling", session.quiet, &session.interrupt);
     let existing = if args.force { Existing::Replace } else { Existing::Keep };
-    let options = bucket::options_from(&args.parents_from)?;
+    let options = bucket::options_from(&args.parents_from)?.keys(args.keys.provider()?);
     let pulled = objects::pull(&url, &args.out, existing, &options, &|p| bar.update(p));
     let pulled = pulled.map_err(to_error)?;
     drop(bar);
@@ -136,7 +140,7 @@ pub(crate) fn send(
     let snapshot = match input::open(file, parents) {
         // Its parents would be read in the bucket, unchecked.
         Err(error) if is_incomplete(&error) && !parents.trust.is_required() => {
-            let options = bucket::options_from(&parents.from)?;
+            let options = bucket::options_from(&parents.from)?.keys(parents.keys.provider()?);
             let failed = |other| match other {
                 ObjectError::ParentElsewhere { layer, parent, .. } => anyhow!(
                     "{layer}: its parent is in another place, {parent}: pull it with snap pull, and give it with \

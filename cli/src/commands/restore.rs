@@ -245,7 +245,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         // Its control socket can reset it.
         .quick_resets(args.api.api.is_some())
         .devices(args.devices.connections());
-    let jail = args.jail.begin_with(config.snapshot())?;
+    let jail = args.jail.begin_with(config.snapshot(), &args.input.parents.keys)?;
     let restore = Restore {
         config,
         mode,
@@ -260,6 +260,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         paused: args.paused,
         jail,
         writes: args.record,
+        keys: args.input.parents.keys.clone(),
     };
     let output = match &args.out {
         Some(path) => Some((Output { path, replace: args.force }, args.input.open()?)),

@@ -6,13 +6,15 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde_json::json;
 use snapfmt::{
-    Contents, Metadata, Parent, SectionKind, Snapshot, StateBlob, WriteError, write_layer,
-    write_snapshot,
+    Contents, Metadata, Parent, SectionKind, Snapshot, StateBlob, WriteError, WriteOptions,
+    write_layer, write_snapshot,
 };
 use snapvm::path_of_parent;
 
 use super::summary::Written;
-use crate::input::{Input, refuse_as_output, refuse_existing};
+use crate::exit::WrongOptions;
+use crate::input::{Input, ParentArgs, refuse_as_output, refuse_existing};
+use crate::keys::KeyArgs;
 use crate::progress::Bar;
 use crate::session::Session;
 use crate::size;
@@ -24,7 +26,8 @@ use crate::storage::Storage;
 #[command(after_help = "\
 Examples:
   snap flatten layer.snap -o whole.snap
-  snap flatten layer.snap -o small.snap --level 19 --chunk-pages 64")]
+  snap flatten layer.snap -o small.snap --level 19 --chunk-pages 64
+  snap flatten plain.snap -o sealed.snap --key-file key --from-plain")]
 pub(crate) struct FlattenArgs {
     #[command(flatten)]
     input: Input,
@@ -36,9 +39,42 @@ pub(crate) struct FlattenArgs {
     #[command(flatten)]
     storage: Storage,
 
+    #[command(flatten)]
+    sealing: SealingArgs,
+
     /// Print the summary as JSON.
     #[arg(long)]
     json: bool,
+}
+
+/// How a copy differs from a sealed original.
+#[derive(clap::Args)]
+struct SealingArgs {
+    /// With a key: FILE is not sealed, and the copy is to be.
+    #[arg(long)]
+    from_plain: bool,
+
+    /// With a key: write a copy that is not sealed.
+    #[arg(long, conflicts_with = "from_plain")]
+    decrypt: bool,
+}
+
+impl SealingArgs {
+    /// How the input is opened, and how the output is written.
+    fn of(&self, input: &Input, storage: &Storage) -> Result<(Input, WriteOptions)> {
+        let keys = &input.parents.keys;
+        for (given, option) in [(self.from_plain, "--from-plain"), (self.decrypt, "--decrypt")] {
+            if given && !keys.is_given() {
+                let wrong = format!("{option} goes with a key: --key-file or --key-command");
+                return Err(WrongOptions(wrong).into());
+            }
+        }
+        let none = KeyArgs::default();
+        let options = storage.options(if self.decrypt { &none } else { keys })?;
+        let keys = if self.from_plain { none } else { keys.clone() };
+        let parents = ParentArgs { keys, ..input.parents.clone() };
+        Ok((Input { file: input.file.clone(), parents }, options))
+    }
 }
 
 /// Write a snapshot as a layer of another one, which holds only what differs.
@@ -68,9 +104,9 @@ pub(crate) struct RebaseArgs {
 }
 
 pub(crate) fn flatten(args: &FlattenArgs, session: &Session) -> Result<()> {
-    let options = args.storage.options()?;
+    let (input, options) = args.sealing.of(&args.input, &args.storage)?;
     refuse_existing(&args.out, args.storage.force)?;
-    let snapshot = args.input.open()?;
+    let snapshot = input.open()?;
     refuse_as_output(&args.out, [&snapshot])?;
     let bar = Bar::new("flattening", session.quiet, &session.interrupt);
     let data: Vec<_> = snapshot.populated().collect();
@@ -84,7 +120,7 @@ pub(crate) fn flatten(args: &FlattenArgs, session: &Session) -> Result<()> {
 }
 
 pub(crate) fn rebase(args: &RebaseArgs, session: &Session) -> Result<()> {
-    let options = args.storage.options()?;
+    let options = args.storage.options(&args.input.parents.keys)?;
     refuse_existing(&args.out, args.storage.force)?;
     let snapshot = args.input.open()?;
     let onto = args.input.beside(&args.onto)?;

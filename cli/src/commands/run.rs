@@ -8,6 +8,7 @@ use crate::guest::{self, GuestArgs};
 use crate::guest_console::GuestConsole;
 use crate::guest_output::GuestOutput;
 use crate::jailed::JailArgs;
+use crate::keys::KeyArgs;
 use crate::live::{self, EndArgs, Live};
 use crate::session::Session;
 use crate::stderr;
@@ -40,13 +41,18 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     jail: JailArgs,
+
+    #[command(flatten)]
+    keys: KeyArgs,
 }
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
+    // Before the guest's boot, which would be useless.
+    args.keys.provider()?;
     let api = args.api.bind()?;
     let (output, hold) = GuestOutput::new().context("cannot use stdout")?;
     let (console, seen) = GuestConsole::new(output, args.end.until());
-    let jail = args.jail.begin(false)?;
+    let jail = args.jail.begin(args.keys.run_commands())?;
     let vm = guest::boot(&args.guest, console, false, session)?;
     // A client of the control socket may have files written.
     jail.close(api.is_some(), session)?;
@@ -58,6 +64,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         run_for: args.end.run_for,
         begins_paused: false,
         events,
+        keys: args.keys.clone(),
     };
     let facts = Facts {
         memory_bytes: args.guest.memory,

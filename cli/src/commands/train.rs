@@ -146,6 +146,7 @@ fn touched(args: &Args, session: &Session) -> Result<Touched> {
         paused: false,
         jail: Jail::Off,
         writes: true,
+        keys: args.input.parents.keys.clone(),
     };
     let (report, outcome) = restore.run(std::io::sink(), session, Instant::now())?;
     outcome?;

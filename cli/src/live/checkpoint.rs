@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use snapfmt::Snapshot;
 use snapvm::Armed;
 
+use crate::keys::KeyArgs;
 use crate::{checkpoints, input};
 
 /// How a live snapshot continues a chain.
@@ -42,11 +43,15 @@ pub(super) struct Base {
 
 impl Tracker {
     /// Takes the memory, if `parent` is the last checkpoint. Otherwise it is not protected any more.
-    pub(super) fn take(&self, parent: Option<&Path>) -> Result<Option<(Armed, Base)>> {
+    pub(super) fn take(
+        &self,
+        parent: Option<&Path>,
+        keys: &KeyArgs,
+    ) -> Result<Option<(Armed, Base)>> {
         let Some((Tracked { armed, last }, _)) = self.lock().take() else { return Ok(None) };
         let Some(path) = parent else { return Ok(None) };
         let named = || format!("the parent {}", path.display());
-        let parent = input::open(path, &Default::default()).with_context(named)?;
+        let parent = input::open(path, &keys.clone().into()).with_context(named)?;
         let has_last = checkpoints::contents_of(&parent).with_context(named)?.contains(&last);
         Ok(has_last.then(|| (armed, Base { last, parent, path: path.to_owned() })))
     }

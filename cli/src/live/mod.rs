@@ -20,6 +20,7 @@ use vmm::{PauseError, Stop};
 use crate::exit::{self, GuestStopped, Interrupted};
 use crate::guest_console::{BEAT, Seen, Until};
 use crate::guest_output::Hold;
+use crate::keys::KeyArgs;
 use crate::restoring::snapshot_error;
 use crate::session::Session;
 use crate::summary::Summary;
@@ -95,6 +96,8 @@ pub(crate) struct Live<'a> {
     /// Whether it waits until a client resumes it.
     pub(crate) begins_paused: bool,
     pub(crate) events: Events,
+    /// The keys of the files that are written.
+    pub(crate) keys: KeyArgs,
 }
 
 /// A guest that does not run any more.
@@ -304,9 +307,10 @@ impl Live<'_> {
         let out = &request.out;
         let (status, interrupt) = (&self.events.status, &self.session.interrupt);
         let progress = progress_of(request, status, interrupt);
+        let options = request.options.clone().seal(self.keys.provider()?);
         let written = match request.changes_only {
-            false => vm.snapshot(out, &request.options, &progress),
-            true => vm.snapshot_layer(out, &request.options, &progress),
+            false => vm.snapshot(out, &options, &progress),
+            true => vm.snapshot_layer(out, &options, &progress),
         };
         let header = written.map_err(snapshot_error)?;
         Ok(Summary::new(out, &header, paused_at, paused_at, paused_at))

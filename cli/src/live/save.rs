@@ -14,6 +14,7 @@ use super::remote::{Answer, Done, Refused, StoreRequest};
 use super::saving::{Begun, Save, Saving, Tracking, What};
 use super::{End, Guest, Live, Next};
 use crate::exit;
+use crate::keys::KeyArgs;
 use crate::restoring::snapshot_error;
 
 impl Live<'_> {
@@ -21,7 +22,7 @@ impl Live<'_> {
     pub(super) fn save(
         &self,
         guest: Guest,
-        request: StoreRequest,
+        mut request: StoreRequest,
         answer: &Sender<Answer>,
         tracker: &Tracker,
         saving: &mut Option<Saving>,
@@ -32,8 +33,10 @@ impl Live<'_> {
             reply(Err(Refused::Busy));
             return Ok(Next::Go(guest));
         }
+        // The key was read when the guest was started.
+        request.options.seal = self.keys.provider()?;
         let started = Instant::now();
-        let (armed, what) = match armed(&guest, &request, tracker) {
+        let (armed, what) = match armed(&guest, &request, tracker, &self.keys) {
             Ok(Some(armed)) => armed,
             Ok(None) => {
                 reply(Ok(Done::Plain));
@@ -90,11 +93,12 @@ fn armed(
     guest: &Guest,
     request: &StoreRequest,
     tracker: &Tracker,
+    keys: &KeyArgs,
 ) -> Result<Option<(Armed, What)>> {
     let mut options = WindowOptions::default();
     let mut what = if request.changes_only { What::Changes } else { What::All };
     if let Some(checkpoint) = &request.checkpoint {
-        if let Some((armed, base)) = tracker.take(checkpoint.parent.as_deref())? {
+        if let Some((armed, base)) = tracker.take(checkpoint.parent.as_deref(), keys)? {
             if checkpoint.if_changed && !armed.is_written() {
                 tracker.keep(Tracked { armed, last: base.last }, checkpoint.track_for);
                 return Ok(None);

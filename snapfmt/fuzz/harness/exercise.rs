@@ -5,14 +5,22 @@ use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
 use std::sync::Mutex;
 
-use snapfmt::{ChunkBuffer, PageEntry, PageIndex, ReadAt, ReadError, SectionKind, Snapshot};
+use snapfmt::{
+    ChunkBuffer, Outline, PageEntry, PageIndex, ReadAt, ReadError, SectionKind, Snapshot,
+};
 
 /// Reading pages one by one decodes a chunk for each: a bound, so that one input takes little time.
 const SINGLE_PAGES: usize = 12;
 
 /// Opens a file that needs no parent and reads all of it.
 pub(crate) fn read_file(storage: impl ReadAt) -> Result<(), ReadError> {
-    read_everything(&Snapshot::new(storage)?)
+    let outline = Outline::open(&storage)
+        .and_then(|outline| outline.verify(NonZeroUsize::MIN, &|_| ControlFlow::Continue(())));
+    let opened = Snapshot::new(&storage)?;
+    if opened.verify(NonZeroUsize::MIN, &|_| ControlFlow::Continue(())).is_ok() {
+        outline.expect("what verifies has right checksums");
+    }
+    read_everything(&opened)
 }
 
 /// Reads all of a snapshot: metadata, states, index, pages one by one and all together; verifies it.

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::mode::Mode;
+use crate::keys::KeyArgs;
 use crate::size;
 
 /// The target that is not a file.
@@ -30,6 +31,9 @@ pub(crate) struct Args {
     /// For a layer: a file that may be its parent, or its parent's parent.
     #[arg(long = "parent", value_name = "FILE")]
     pub(super) parents: Vec<PathBuf>,
+
+    #[command(flatten)]
+    pub(super) keys: KeyArgs,
 
     /// The modes to compare.
     #[arg(

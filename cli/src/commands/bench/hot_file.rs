@@ -16,9 +16,8 @@ pub(super) struct Hot {
 }
 
 impl Hot {
-    pub(super) fn open(parents: &[PathBuf], file: PathBuf) -> Result<Self> {
-        let snapshot =
-            input::open(&file, &ParentArgs { files: parents.to_vec(), ..Default::default() })?;
+    pub(super) fn open(parents: &ParentArgs, file: PathBuf) -> Result<Self> {
+        let snapshot = input::open(&file, parents)?;
         let pages = snapshot.working_set()?.map_or(0, |set| set.len());
         Ok(Self { file, snapshot, pages })
     }

@@ -22,7 +22,7 @@ use crate::size;
 /// A guest to restore. Dropping it removes its temporary files.
 pub(super) struct Subject {
     pub(super) file: PathBuf,
-    pub(super) parents: Vec<PathBuf>,
+    pub(super) parents: ParentArgs,
     /// The raw image of its memory, where a mode needs it.
     pub(super) image: Option<PathBuf>,
     /// The same guest with its working set at the front, and with other pages there.
@@ -59,21 +59,28 @@ impl Subject {
             true => {
                 say("creating the demo guest");
                 let file = folder.path().join("demo.snap");
-                snap.run(demo_command(args, swept, &file)?)
-                    .context("cannot create the demo guest")?;
+                let mut command = demo_command(args, swept, &file)?;
+                command.extend(args.keys.options());
+                snap.run(command).context("cannot create the demo guest")?;
                 file
             }
             false => args.target.clone(),
         };
-        let snapshot =
-            input::open(&file, &ParentArgs { files: args.parents.clone(), ..Default::default() })?;
+        let parents =
+            ParentArgs { files: args.parents.clone(), ..ParentArgs::from(args.keys.clone()) };
+        let snapshot = input::open(&file, &parents)?;
+        if snapshot.keys().is_some() && args.modes.contains(&Mode::Mmap) {
+            bail!(
+                "the raw image for the mode mmap would not be encrypted: give other modes, as --modes eager,lazy"
+            );
+        }
         let guest = snapshot.metadata()?.other.remove("guest").unwrap_or_default();
         let is_demo = guest.get("kind").and_then(Value::as_str) == Some("demo");
         let work = args.work(is_demo)?;
         let mut subject = Self {
             is_deterministic: is_demo && matches!(work, Work::Beats(_)),
             file,
-            parents: args.parents.clone(),
+            parents,
             image: None,
             hot: None,
             other: None,
@@ -98,9 +105,10 @@ impl Subject {
         std::iter::once(self.file.clone().into()).chain(self.parents())
     }
 
-    /// The arguments that name files that may be parents.
+    /// The arguments that name files that may be parents, and the keys.
     pub(super) fn parents(&self) -> impl Iterator<Item = OsString> + '_ {
-        self.parents.iter().flat_map(|path| ["--parent".into(), path.into()])
+        let files = self.parents.files.iter().flat_map(|path| ["--parent".into(), path.into()]);
+        files.chain(self.parents.keys.options())
     }
 
     /// The file with hot pages that a mode restores.

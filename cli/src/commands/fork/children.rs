@@ -1,5 +1,6 @@
 //! The processes of the children of a fork.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -27,6 +28,8 @@ pub(super) struct Wanted<'a> {
     pub(super) count: u16,
     /// The file of each child's output, with `{}` for its number.
     pub(super) log: Option<&'a str>,
+    /// Options that give them the keys of a sealed snapshot.
+    pub(super) keys: &'a [OsString],
     /// Options of `snap restore`, with `{}`, too.
     pub(super) options: &'a [String],
 }
@@ -56,7 +59,11 @@ impl Children {
                 return Err(Interrupted.into());
             }
             let mut command = Command::new(&program);
-            command.args(["restore", "--quiet", "--lazy", "--share"]).arg(pages).arg(file);
+            command
+                .args(["restore", "--quiet", "--lazy", "--share"])
+                .arg(pages)
+                .arg(file)
+                .args(wanted.keys);
             let options = wanted.options.iter().map(|option| numbered(option, number));
             command.args(options).stdin(Stdio::null()).stdout(log);
             let mut process = command.spawn().context("cannot start a child")?;

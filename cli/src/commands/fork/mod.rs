@@ -24,6 +24,7 @@ use crate::exit::Interrupted;
 use crate::input;
 use crate::interrupt::Interrupt;
 use crate::jailed::JailArgs;
+use crate::keys::KeyArgs;
 use crate::millis::ms;
 use crate::session::Session;
 use crate::stdout::{print_json, print_line};
@@ -60,6 +61,9 @@ pub(crate) struct Args {
     /// Pause the guest until all of its memory is copied. A guest that shares memory itself needs this.
     #[arg(long)]
     pause: bool,
+
+    #[command(flatten)]
+    keys: KeyArgs,
 
     /// Print what was done as JSON, when the children have been started.
     #[arg(long)]
@@ -108,7 +112,9 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
 
     // Before the first child, which waits for it only for a limited time.
     let serving = Serving::start(server, &args.jail, &session.interrupt)?;
-    let wanted = Wanted { count: args.count, log: args.log.as_deref(), options: &args.options };
+    let keys = args.keys.options();
+    let wanted =
+        Wanted { count: args.count, log: args.log.as_deref(), keys: &keys, options: &args.options };
     let mut children = Children::start(&wanted, &file, &path, session)?;
     let total_ms = ms(session.started.elapsed());
     // From then on the children do not need the guest, and it takes other requests.
@@ -202,7 +208,7 @@ impl Way {
             }
         };
         let deferred = matches!(self, Way::Deferred);
-        let snapshot = input::open(file, &Default::default());
+        let snapshot = input::open(file, &args.keys.clone().into());
         if snapshot.is_err() && deferred {
             // Until then, the guest does not take another request. Its result does not matter.
             let waiting = || match session.interrupt.requested() {

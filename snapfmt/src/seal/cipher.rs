@@ -1,0 +1,126 @@
+//! AES-256-GCM for the parts of one file.
+
+use aes_gcm::aead::inout::InOutBuf;
+use aes_gcm::aead::{AeadInOut, KeyInit};
+use aes_gcm::{Aes256Gcm, Nonce, Tag};
+
+use super::key::{KeyError, SecretKey};
+use crate::layout::TAG_BYTES;
+
+/// What is encrypted. Parts of two domains may stand at the same offset.
+#[derive(Clone, Copy)]
+#[repr(u32)]
+pub(super) enum Domain {
+    /// The payload of a chunk.
+    Chunk = 0,
+    /// A leaf of the index.
+    Leaf = 1,
+    /// A whole section.
+    Section = 2,
+    /// A file key, in a slot of KEYS.
+    FileKey = 3,
+}
+
+/// The bytes do not have their tag: they were changed, moved, or encrypted with another key.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct NotAuthentic;
+
+/// A cipher with its key, which is erased when this is dropped.
+pub(super) struct Cipher(Box<Aes256Gcm>);
+
+impl Cipher {
+    pub(super) fn new(key: &SecretKey) -> Self {
+        Self(Box::new(Aes256Gcm::new(key.bytes().into())))
+    }
+
+    /// Encrypts `bytes` in place. The caller must not use the same offset and domain for other bytes.
+    pub(super) fn encrypt(
+        &self,
+        (domain, offset): (Domain, u64),
+        associated: &[u8],
+        bytes: &mut [u8],
+    ) -> Result<[u8; TAG_BYTES], KeyError> {
+        let len_bytes = bytes.len();
+        self.0
+            .encrypt_inout_detached(&nonce(domain, offset), associated, bytes.into())
+            .map(|tag| tag.into())
+            .map_err(|_| KeyError::TooLong { len_bytes })
+    }
+
+    /// Checks the tag of `bytes` and decrypts them in place. After an error they are as before.
+    pub(super) fn decrypt(
+        &self,
+        place: (Domain, u64),
+        associated: &[u8],
+        bytes: &mut [u8],
+        tag: &[u8; TAG_BYTES],
+    ) -> Result<(), NotAuthentic> {
+        self.decrypt_buffer(place, associated, bytes.into(), tag)
+    }
+
+    /// Checks the tag of `from` and decrypts them into `to`, which is as long. After an error `to` is as before.
+    pub(super) fn decrypt_into(
+        &self,
+        place: (Domain, u64),
+        associated: &[u8],
+        (from, to): (&[u8], &mut [u8]),
+        tag: &[u8; TAG_BYTES],
+    ) -> Result<(), NotAuthentic> {
+        let buffer = InOutBuf::new(from, to).map_err(|_| NotAuthentic)?;
+        self.decrypt_buffer(place, associated, buffer, tag)
+    }
+
+    fn decrypt_buffer(
+        &self,
+        (domain, offset): (Domain, u64),
+        associated: &[u8],
+        buffer: InOutBuf<'_, '_, u8>,
+        tag: &[u8; TAG_BYTES],
+    ) -> Result<(), NotAuthentic> {
+        let tag: &Tag = tag.into();
+        self.0
+            .decrypt_inout_detached(&nonce(domain, offset), associated, buffer, tag)
+            .map_err(|_| NotAuthentic)
+    }
+}
+
+fn nonce(domain: Domain, offset: u64) -> Nonce<aes_gcm::aead::consts::U12> {
+    let mut nonce = [0; 12];
+    nonce[..8].copy_from_slice(&offset.to_le_bytes());
+    nonce[8..].copy_from_slice(&(domain as u32).to_le_bytes());
+    nonce.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Test case 14 of "The Galois/Counter Mode of Operation" (McGrew, Viega): a key, a nonce and a block of zeros.
+    #[test]
+    fn the_cipher_is_aes_256_gcm() {
+        let cipher = Cipher::new(&SecretKey::new([0; 32]));
+        let mut block = [0; 16];
+        let tag = cipher.encrypt((Domain::Chunk, 0), &[], &mut block).unwrap();
+        let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
+        assert_eq!(hex(&block), "cea7403d4d606b6e074ec5d3baf39d18");
+        assert_eq!(hex(&tag), "d0d1c8a799996bf0265b98b5d48ab919");
+    }
+
+    #[test]
+    fn only_the_same_place_and_associated_bytes_open_it() {
+        let cipher = Cipher::new(&SecretKey::random().unwrap());
+        let text = [3; 100];
+        let mut bytes = text;
+        let tag = cipher.encrypt((Domain::Leaf, 4096), b"leaf 7", &mut bytes).unwrap();
+        let open = |place, associated: &[u8], cipher: &Cipher| {
+            let mut opened = bytes;
+            cipher.decrypt(place, associated, &mut opened, &tag).map(|()| opened)
+        };
+        assert_eq!(open((Domain::Leaf, 4096), b"leaf 7", &cipher), Ok(text));
+        assert!(open((Domain::Leaf, 4097), b"leaf 7", &cipher).is_err());
+        assert!(open((Domain::Section, 4096), b"leaf 7", &cipher).is_err());
+        assert!(open((Domain::Leaf, 4096), b"leaf 8", &cipher).is_err());
+        let other = Cipher::new(&SecretKey::random().unwrap());
+        assert!(open((Domain::Leaf, 4096), b"leaf 7", &other).is_err());
+    }
+}
