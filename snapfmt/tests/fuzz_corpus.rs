@@ -4,10 +4,9 @@
 //! libFuzzer.
 #![cfg(feature = "zstd")]
 
+mod corpus;
 #[path = "../fuzz/harness/mod.rs"]
 mod harness;
-#[path = "../fuzz/harness/mutate.rs"]
-mod mutate;
 
 use std::ops::{ControlFlow, Range};
 use std::path::{Path, PathBuf};
@@ -20,66 +19,14 @@ use snapfmt::{
 
 const FUZZ: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz");
 
-/// The files of a folder in the order of their names. A folder that is empty is an error.
-fn seeds(target: &str) -> Vec<Vec<u8>> {
-    let folder = Path::new(FUZZ).join("seeds").join(target);
-    let entries = std::fs::read_dir(&folder).expect("the seeds are there");
-    let mut paths: Vec<_> = entries.map(|entry| entry.expect("a file").path()).collect();
-    paths.sort();
-    assert!(!paths.is_empty(), "{} is empty", folder.display());
-    paths.iter().map(|path| std::fs::read(path).expect("a seed")).collect()
-}
-
-/// Runs a target on all seeds and on mutations of seeds and of mutations. The input that makes it
-/// panic is printed, in hexadecimal.
-fn run(target: &str, default_runs: usize, body: fn(&[u8])) {
-    let runs = std::env::var("SNAP_FUZZ_RUNS").ok().and_then(|runs| runs.parse().ok());
-    let mut random = mutate::Random::new(4);
-    let mut inputs = seeds(target);
-    let seeds = inputs.len();
-    for number in 0..seeds + runs.unwrap_or(default_runs) {
-        let mut input =
-            inputs[if number < seeds { number } else { random.below(inputs.len()) }].clone();
-        if number >= seeds {
-            random.mutate(&mut input);
-        }
-        let shown = OnPanic { target, number, input: &input };
-        body(&input);
-        drop(shown);
-        // A bounded pool of mutations: old ones are replaced, the seeds stay.
-        if number >= seeds && input.len() < 1 << 16 {
-            if inputs.len() < seeds + 256 {
-                inputs.push(input);
-            } else {
-                inputs[seeds + number % 256] = input;
-            }
-        }
-    }
-}
-
-struct OnPanic<'a> {
-    target: &'a str,
-    number: usize,
-    input: &'a [u8],
-}
-
-impl Drop for OnPanic<'_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            let hex: String = self.input.iter().map(|byte| format!("{byte:02x}")).collect();
-            eprintln!("target {}, input {}: {hex}", self.target, self.number);
-        }
-    }
-}
-
 #[test]
 fn open_and_read() {
-    run("open_and_read", 6000, harness::open_and_read);
+    corpus::run("open_and_read", 6000, harness::open_and_read);
 }
 
 #[test]
 fn chunk() {
-    run("chunk", 6000, harness::chunk);
+    corpus::run("chunk", 6000, harness::chunk);
 }
 
 /// The harness would find nothing if its templates were refused immediately.

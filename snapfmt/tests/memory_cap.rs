@@ -1,17 +1,16 @@
 //! Forged files that claim large sizes: the reader allocates less than the limits in the documentation of
 //! `Snapshot::new`.
-#![allow(unsafe_code, reason = "a global allocator that counts")]
 
+mod allocations;
 #[path = "../fuzz/harness/forge.rs"]
 #[allow(dead_code, reason = "shared with the fuzz targets")]
 mod forge;
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use allocations::{alone, peak, within};
 use forge::{Forge, Forged, Place, Slot};
 use snapfmt::{ChunkBuffer, PageIndex, Problem, ReadError, Snapshot};
 
@@ -26,57 +25,6 @@ const BYTES_PER_LISTED_LEAF: usize = 64;
 const CHUNK_CAP: usize = 7 * MIB;
 /// Metadata is at most 1 MiB of JSON, of which small objects take the most memory, in 16384 values.
 const METADATA_CAP: usize = 16 * MIB;
-
-struct Counting;
-
-static LIVE: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: the system's allocator does everything, with the same arguments.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        PEAK.fetch_max(LIVE.fetch_add(layout.size(), Relaxed) + layout.size(), Relaxed);
-        // SAFETY: the caller keeps the rules of `alloc`.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        PEAK.fetch_max(LIVE.fetch_add(layout.size(), Relaxed) + layout.size(), Relaxed);
-        // SAFETY: the caller keeps the rules of `alloc_zeroed`.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        LIVE.fetch_sub(layout.size(), Relaxed);
-        // SAFETY: the caller keeps the rules of `dealloc`.
-        unsafe { System.dealloc(at, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
-/// One test at a time, because the allocator counts for all.
-fn alone() -> MutexGuard<'static, ()> {
-    static ALONE: Mutex<()> = Mutex::new(());
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// The peak of the memory that `work` has allocated.
-fn peak<T>(work: impl FnOnce() -> T) -> (T, usize) {
-    let before = LIVE.load(Relaxed);
-    PEAK.store(before, Relaxed);
-    let result = work();
-    (result, PEAK.load(Relaxed).saturating_sub(before))
-}
-
-/// Runs `work`, which must stay below `cap`.
-#[track_caller]
-fn within<T>(cap: usize, work: impl FnOnce() -> T) -> T {
-    let (result, peak) = peak(work);
-    assert!(peak <= cap, "{peak} bytes allocated, the cap is {cap}");
-    result
-}
 
 fn open_cap(memory_bytes: u64, leaves: usize) -> usize {
     let possible = (memory_bytes >> 21) as usize;

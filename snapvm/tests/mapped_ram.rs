@@ -1,5 +1,9 @@
 //! Mapped-ram files of QEMU, written by this test from the description of the format: imported and exported bit for bit,
-//! and damaged in all ways.
+//! and damaged.
+
+#[path = "../fuzz/harness/qemu_file.rs"]
+#[allow(dead_code, reason = "shared with the fuzz targets")]
+mod qemu_file;
 
 use std::fs::{self, File};
 use std::ops::ControlFlow;
@@ -7,8 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use snapfmt::{
-    ChunkBuffer, Contents, Existing, MemoryRegion, Progress, Snapshot, StateBlob, WriteOptions,
-    write_snapshot,
+    ChunkBuffer, Contents, Existing, MemoryRegion, Progress, Snapshot, WriteOptions, write_snapshot,
 };
 use snapvm::StagedOutput;
 use snapvm::interchange::{
@@ -16,92 +19,21 @@ use snapvm::interchange::{
     MappedRamError, MemoryImage, NotMemory, imported_from,
 };
 
-const PAGE: u64 = 4096;
-const MIB: u64 = 1 << 20;
+use qemu_file::{Block, MIB, PAGE, REST, head};
+
 const GIB: u64 = 1 << 30;
 
-/// A RAM block of a file.
-struct Block {
-    name: &'static str,
-    len_bytes: u64,
-    page_bytes: u64,
-    /// Optional fields before the header.
-    optional: Vec<u8>,
-    /// Pages of 4096 bytes by number, and whether their bits are set.
-    pages: Vec<(u64, u8, bool)>,
-}
-
-impl Block {
-    fn new(name: &'static str, len_bytes: u64, pages: &[(u64, u8)]) -> Self {
-        let pages = pages.iter().map(|(page, byte)| (*page, *byte, true)).collect();
-        Self { name, len_bytes, page_bytes: PAGE, optional: Vec::new(), pages }
-    }
-}
-
-/// The start of a stream, up to the list of RAM blocks.
-fn head(machine: &str, capability: &str) -> Vec<u8> {
-    let mut head = b"QEVM\0\0\0\x03\x07".to_vec();
-    head.extend((machine.len() as u32).to_be_bytes());
-    head.extend(machine.as_bytes());
-    head.extend(b"\x05\x1aconfiguration/capabilities\0\0\0\x01\0\0\0\x01");
-    head.push(capability.len() as u8);
-    head.extend(capability.as_bytes());
-    head.extend(b"\x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04");
-    head
-}
-
-const REST: &[u8] =
-    b"\0\0\0\0\0\0\0\x10\x7e\0\0\0\x02\x04device state\x7e\0\0\0\x03\0\x06\0\0\0\x02{}";
-
-/// Where things are in a file.
+/// A file, and where things are in it.
 struct Written {
     path: PathBuf,
     /// Offsets of (header, pages) of each block.
     blocks: Vec<(u64, u64)>,
 }
 
-/// Writes a sparse file, as QEMU does.
 fn write(path: &Path, machine: &str, blocks: &[Block]) -> Written {
     let file = File::create(path).expect("it is created");
-    let mut at = 0;
-    let put = |at: &mut u64, bytes: &[u8]| {
-        file.write_all_at(bytes, *at).expect("it is written");
-        *at += bytes.len() as u64;
-    };
-    put(&mut at, &head(machine, "mapped-ram"));
-    let total: u64 = blocks.iter().map(|block| block.len_bytes).sum();
-    put(&mut at, &(total | 4).to_be_bytes());
-    let mut places = Vec::new();
-    for block in blocks {
-        put(&mut at, &[block.name.len() as u8]);
-        put(&mut at, block.name.as_bytes());
-        put(&mut at, &block.len_bytes.to_be_bytes());
-        put(&mut at, &block.optional);
-        let bitmap = at + 28;
-        let words = (block.len_bytes / block.page_bytes).div_ceil(64);
-        let pages = (bitmap + words * 8).next_multiple_of(MIB);
-        places.push((at, pages));
-        put(&mut at, &1u32.to_be_bytes());
-        for field in [block.page_bytes, bitmap, pages] {
-            put(&mut at, &field.to_be_bytes());
-        }
-        let mut bits = vec![0u64; words as usize];
-        for (page, byte, is_set) in &block.pages {
-            let target = page * PAGE / block.page_bytes;
-            if *is_set {
-                bits[(target / 64) as usize] |= 1 << (target % 64);
-            }
-            put(&mut (pages + page * PAGE), &[*byte; PAGE as usize]);
-        }
-        if bits.iter().any(|word| *word != 0) {
-            for (number, word) in bits.iter().enumerate().filter(|(_, word)| **word != 0) {
-                put(&mut (bitmap + number as u64 * 8), &word.to_le_bytes());
-            }
-        }
-        at = pages + block.len_bytes;
-    }
-    put(&mut at, REST);
-    Written { path: path.to_owned(), blocks: places }
+    let places = qemu_file::write(&file, machine, blocks);
+    Written { path: path.to_owned(), blocks: places.blocks }
 }
 
 /// What QEMU writes for a guest of this size.
@@ -361,110 +293,20 @@ fn more_than_a_state_section_takes_is_refused() {
     assert!(matches!(refused, Err(ImportError::StateTooLong { .. })));
 }
 
-/// Numbers without an order, the same in each run.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % end
-    }
-}
-
-fn runs(default: u64) -> u64 {
-    std::env::var("SNAP_FUZZ_RUNS").ok().and_then(|runs| runs.parse().ok()).unwrap_or(default)
-}
-
-/// A damaged file is refused, or is imported as what it says. It never panics.
+/// A snapshot from elsewhere may have the section of another guest.
 #[test]
-fn damaged_files_do_no_harm() {
-    let files = Files::new();
-    let blocks = [
-        Block::new("pc.ram", 2 * MIB, &[(0, 1), (300, 2)]),
-        Block::new("pc.bios", 64 << 10, &[(15, 3)]),
-    ];
-    let file = write(&files.path("m"), "pc-q35-10.0", &blocks);
-    let good = fs::read(&file.path).expect("it is there");
-    // Where the fields are.
-    let places: Vec<_> = [(0, 160), (file.blocks[1].0 - 20, 80), (good.len() as u64 - 60, 60)]
-        .into_iter()
-        .flat_map(|(from, len)| from..from + len)
-        .collect();
-    let mut random = Random(0x5eed);
-    let mut imported = 0;
-    for run in 0..runs(200) {
-        let mut bytes = good.clone();
-        for _ in 0..=random.below(3) {
-            let at = places[random.below(places.len() as u64) as usize] as usize;
-            match random.below(4) {
-                0 => bytes[at] ^= 1 << random.below(8),
-                1 => bytes[at] = [0, 1, 0x7f, 0x80, 0xff][random.below(5) as usize],
-                2 => {
-                    let value = [0, 1, MIB, 1 << 63, u64::MAX, u64::MAX - 4095];
-                    let value = value[random.below(6) as usize].to_be_bytes();
-                    let end = (at + 8).min(bytes.len());
-                    bytes[at..end].copy_from_slice(&value[..end - at]);
-                }
-                _ => bytes.truncate(random.below(bytes.len() as u64) as usize + 1),
-            }
-            if bytes.len() < good.len() {
-                break;
-            }
-        }
-        fs::write(files.path("bad"), &bytes).expect("it is written");
-        let Ok(import) = Import::qemu(&files.path("bad"), None) else { continue };
-        imported += 1;
-        let options = WriteOptions::default().existing(Existing::Replace);
-        import.write(&files.path("b.snap"), &options, &go).unwrap_or_else(|e| panic!("{run}: {e}"));
-        let snapshot = Snapshot::open(files.path("b.snap")).expect("it opens");
-        export(&snapshot, &files.path("out"));
-        if !import.has_left_out() {
-            assert_same(&files.path("bad"), &files.path("out"));
-        }
-    }
-    assert!(imported > 10, "{imported} are imported");
-}
-
-/// A snapshot from elsewhere may have anything in the section.
-#[test]
-fn damaged_sections_do_no_harm() {
+fn a_section_of_other_memory_is_refused() {
     let files = Files::new();
     let file = guest(&files.path("m"), 2 * MIB);
     let snapshot = files.import(&Import::qemu(&file.path, None).expect("a mapped-ram file"));
-    let good = snapshot.state(MAPPED_RAM.tag()).expect("it is readable").expect("it is there");
-    let regions = snapshot.regions().to_vec();
-    let with = |regions: &[MemoryRegion], bytes: Vec<u8>| {
-        let states = [StateBlob { bytes, ..good.clone() }];
-        let memory = vec![0; regions.iter().map(|region| region.len as usize).sum()];
-        let contents = Contents::new(regions, &memory, &[]).states(&states);
-        let options = WriteOptions::default().existing(Existing::Replace);
-        write_snapshot(files.path("b.snap"), contents, &options, &go).expect("it is written");
-        Snapshot::open(files.path("b.snap")).expect("it opens")
-    };
-    let other = [MemoryRegion { gpa: 0, len: PAGE, source_offset: 0 }];
-    let contradicts = with(&other, good.bytes.clone());
-    let refused = Export::new(&contradicts, ExportFormat::Qemu).err();
+    let state = snapshot.state(MAPPED_RAM.tag()).expect("it is readable").expect("it is there");
+    let memory = vec![0; PAGE as usize];
+    let regions = [MemoryRegion { gpa: 0, len: PAGE, source_offset: 0 }];
+    let states = [state];
+    let contents = Contents::new(&regions, &memory, &[]).states(&states);
+    write_snapshot(files.path("b.snap"), contents, &WriteOptions::default(), &go)
+        .expect("it is written");
+    let snapshot = Snapshot::open(files.path("b.snap")).expect("it opens");
+    let refused = Export::new(&snapshot, ExportFormat::Qemu).err();
     assert!(matches!(refused, Some(ExportError::MemoryMap { .. })), "{refused:?}");
-    let mut random = Random(0xbad);
-    for _ in 0..runs(150) {
-        let mut bytes = good.bytes.clone();
-        for _ in 0..=random.below(3) {
-            let at = random.below(400) as usize;
-            bytes[at] = [0, 1, 0x7f, 0x80, 0xff, random.below(256) as u8][random.below(6) as usize];
-        }
-        if random.below(4) == 0 {
-            bytes.truncate(random.below(bytes.len() as u64) as usize);
-        }
-        let snapshot = with(&regions, bytes);
-        let Ok(export) = Export::new(&snapshot, ExportFormat::Qemu) else { continue };
-        let mut buffer = ChunkBuffer::new();
-        for view in export.views() {
-            for offset in [0, view.len_bytes() / 2, view.len_bytes().saturating_sub(100)] {
-                let mut found = vec![0; 70_000];
-                view.read_at(&snapshot, offset, &mut found, &mut buffer).expect("it is readable");
-            }
-        }
-    }
 }

@@ -41,7 +41,7 @@ pub(super) fn switched_off(vmstate: &[u8]) -> Result<Vec<u8>, ExportError> {
         return Err(ExportError::AsyncPageFaults);
     }
     let mut changed = body.to_vec();
-    for value in values(body) {
+    for value in values(vmstate) {
         if read(body, &value) & ENABLED != 0 {
             changed[value].fill(0);
         }
@@ -50,11 +50,13 @@ pub(super) fn switched_off(vmstate: &[u8]) -> Result<Vec<u8>, ExportError> {
     Ok(changed)
 }
 
-/// The places of that MSR's values: behind its index and four reserved bytes, as in `struct kvm_msr_entry`.
+/// The places of that MSR's values: behind its index and four reserved bytes, as in `struct kvm_msr_entry`. None is in the
+/// checksum.
 fn values(vmstate: &[u8]) -> Vec<Range<usize>> {
+    let body = &vmstate[..vmstate.len().saturating_sub(CRC_BYTES)];
     let mut entry = [0; 8];
     entry[..4].copy_from_slice(&MSR_KVM_ASYNC_PF_EN.to_le_bytes());
-    let found = vmstate.windows(16).enumerate().filter(|(_, window)| window.starts_with(&entry));
+    let found = body.windows(16).enumerate().filter(|(_, window)| window.starts_with(&entry));
     found.map(|(at, _)| at + 8..at + 16).collect()
 }
 
