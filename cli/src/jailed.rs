@@ -11,7 +11,6 @@ use snapfmt::Snapshot;
 use crate::exit;
 use crate::interrupt::Interrupt;
 use crate::keys::KeyArgs;
-use crate::session::Session;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 enum Mode {
@@ -37,13 +36,13 @@ pub(crate) struct JailArgs {
 }
 
 /// What is jailed of this process. The guest's own threads are in any jail.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) enum Jail {
     Off,
     /// Only the vCPUs and the devices, because other threads need the network.
     Guest,
-    /// All threads.
-    Process,
+    /// All threads. This receives when the one that waits for signals is jailed.
+    Process(Receiver<()>),
 }
 
 /// How long the thread that waits for signals may take. It waits for nothing else.
@@ -63,7 +62,9 @@ impl JailArgs {
             Mode::Default => {
                 pager::uffd::keep_device_open();
                 // The thread that waits for signals kills guests, too, when it ends the process.
-                Jail::Process.close_as(Role::Server, || enter(Role::Server), interrupt)
+                let signals = interrupt.jail(|| enter(Role::Server));
+                jail::enter(Role::Server).context(ADVICE)?;
+                wait_for(&signals)
             }
         }
     }
@@ -81,12 +82,12 @@ impl JailArgs {
         Ok(Some(|| enter(Role::Mount)))
     }
 
-    /// Jails the threads that start from now on to run a guest. `guest_only`: other threads of this process talk to object
-    /// storage, or run commands for keys.
+    /// Jails the threads that start from now on to run a guest, and the one that waits for signals. `guest_only`: other
+    /// threads of this process talk to object storage, or run commands for keys, so that only the guest's own are jailed.
     ///
     /// # Errors
     /// The kernel refuses it.
-    pub(crate) fn begin(&self, guest_only: bool) -> Result<Jail> {
+    pub(crate) fn begin(&self, guest_only: bool, interrupt: &Interrupt) -> Result<Jail> {
         if self.jail == Mode::Off {
             return Ok(Jail::Off);
         }
@@ -98,31 +99,30 @@ impl JailArgs {
             return Ok(Jail::Guest);
         }
         pager::on_thread_start(|| enter(Role::Pager));
-        Ok(Jail::Process)
+        // Now, because that takes a while, in which this thread opens what the guest needs.
+        Ok(Jail::Process(interrupt.jail(|| enter(Role::Signals))))
     }
 
     /// As [`JailArgs::begin`], for a guest that is restored from `snapshot`.
-    pub(crate) fn begin_with(&self, snapshot: &Snapshot, keys: &KeyArgs) -> Result<Jail> {
-        self.begin(uses_network(snapshot) || keys.run_commands())
+    pub(crate) fn begin_with(
+        &self,
+        snapshot: &Snapshot,
+        keys: &KeyArgs,
+        interrupt: &Interrupt,
+    ) -> Result<Jail> {
+        self.begin(uses_network(snapshot) || keys.run_commands(), interrupt)
     }
 }
 
 impl Jail {
-    /// Jails this thread, the threads that it starts from now on, and the one that waits for signals. All that the guest
-    /// needs is open. `writes`: files may be written later.
+    /// Jails this thread, and the threads that it starts from now on. All that the guest needs is open. `writes`: files may
+    /// be written later.
     ///
     /// # Errors
     /// The kernel refuses it.
-    pub(crate) fn close(self, writes: bool, session: &Session) -> Result<()> {
+    pub(crate) fn close(self, writes: bool) -> Result<()> {
+        let Jail::Process(signals) = self else { return Ok(()) };
         let role = if writes { Role::Writer } else { Role::Main };
-        self.close_as(role, || enter(Role::Signals), &session.interrupt)
-    }
-
-    fn close_as(self, role: Role, signals: fn(), interrupt: &Interrupt) -> Result<()> {
-        if self != Jail::Process {
-            return Ok(());
-        }
-        let signals = interrupt.jail(signals);
         jail::enter(role).context(ADVICE)?;
         wait_for(&signals)
     }

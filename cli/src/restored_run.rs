@@ -74,7 +74,7 @@ impl Restore {
         let vm = restored.vm;
         let (opened, memory_ready) = (restored.opened_at, restored.memory_ready_at);
         // A client of the control socket may have files written.
-        self.jail.close(self.writes || self.api.is_some(), session)?;
+        self.jail.close(self.writes || self.api.is_some())?;
         let keyboard = match self.keyboard {
             true => Some(Keyboard::connect(vm.handle()).context("cannot use the keyboard")?),
             false => None,

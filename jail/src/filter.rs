@@ -88,7 +88,7 @@ fn tree(segments: &[Segment]) -> Vec<sock_filter> {
     }
 }
 
-/// The checks of one call: the first that applies decides.
+/// The checks of one call: the first that applies decides. A list of values has 1 to 256.
 fn checks(rules: &[&Rule]) -> Vec<sock_filter> {
     // The cheapest first.
     if rules.iter().any(|rule| matches!(rule.when, When::Always)) {
@@ -100,9 +100,13 @@ fn checks(rules: &[&Rule]) -> Vec<sock_filter> {
             When::Always => {}
             When::OneOf(arg, values) => {
                 program.push(load(arg));
-                for value in values {
-                    program.extend([branch(IF_EQUAL, *value, 0, 1), statement(RETURN, ALLOW)]);
+                // All values but the last jump over the others to its RETURN.
+                let values_after = (0..values.len()).rev();
+                for (value, after) in values.iter().zip(values_after) {
+                    let last = after == 0;
+                    program.push(branch(IF_EQUAL, *value, after as u8, last.into()));
                 }
+                program.push(statement(RETURN, ALLOW));
             }
             When::Own(arg) => {
                 program.push(load(arg));

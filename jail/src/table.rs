@@ -413,6 +413,9 @@ mod tests {
             assert!(listed().any(|other| same(rule, other)), "{}: {}", rule.call, rule.why);
         }
         for rule in listed() {
+            if let OneOf(_, values) = rule.when {
+                assert!((1..=256).contains(&values.len()), "{}: {}", rule.call, rule.why);
+            }
             assert!(all().any(|other| same(rule, other)), "{}: {}", rule.call, rule.why);
         }
     }

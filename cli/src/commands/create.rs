@@ -243,9 +243,10 @@ fn create_whole(args: &Args, out: &Path, session: &Session) -> Result<(Header, I
         None => Trigger::Ready,
     };
     let (console, seen) = GuestConsole::new(std::io::sink(), when.until());
-    let jail = args.jail.begin(bucket::is_meant(args.out()) || args.keys.run_commands())?;
+    let guest_only = bucket::is_meant(args.out()) || args.keys.run_commands();
+    let jail = args.jail.begin(guest_only, &session.interrupt)?;
     let vm = guest::boot(&args.guest, console, when == Trigger::Request, session)?;
-    jail.close(true, session)?;
+    jail.close(true)?;
     let (mut guest, paused_at) = run_until_ready(vm, args, &when, &seen, session)?;
     let bar = Bar::new("storing", session.quiet, &session.interrupt);
     let options = args.storage.options(&args.keys)?;
@@ -276,9 +277,10 @@ fn create_layer(
         .prefetch(Prefetch::Off)
         .guest_trigger(when == Trigger::Request);
     let uses_network = bucket::is_meant(args.out()) || jailed::uses_network(config.snapshot());
-    let jail = args.jail.begin(uses_network || args.keys.run_commands())?;
+    let guest_only = uses_network || args.keys.run_commands();
+    let jail = args.jail.begin(guest_only, &session.interrupt)?;
     let restored = restoring::restore(&config, console, session)?;
-    jail.close(true, session)?;
+    jail.close(true)?;
     let memory_ready_at = restored.memory_ready_at;
     let memory = Arc::clone(restored.vm.memory());
     let ran = run_until_ready(restored.vm, args, &when, &seen, session);

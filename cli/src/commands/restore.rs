@@ -245,7 +245,8 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         // Its control socket can reset it.
         .quick_resets(args.api.api.is_some())
         .devices(args.devices.connections());
-    let jail = args.jail.begin_with(config.snapshot(), &args.input.parents.keys)?;
+    let keys = &args.input.parents.keys;
+    let jail = args.jail.begin_with(config.snapshot(), keys, &session.interrupt)?;
     let restore = Restore {
         config,
         mode,

@@ -52,10 +52,10 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let api = args.api.bind()?;
     let (output, hold) = GuestOutput::new().context("cannot use stdout")?;
     let (console, seen) = GuestConsole::new(output, args.end.until());
-    let jail = args.jail.begin(args.keys.run_commands())?;
+    let jail = args.jail.begin(args.keys.run_commands(), &session.interrupt)?;
     let vm = guest::boot(&args.guest, console, false, session)?;
     // A client of the control socket may have files written.
-    jail.close(api.is_some(), session)?;
+    jail.close(api.is_some())?;
     let (remote, events) = live::remote();
     let live = Live {
         session,
