@@ -401,9 +401,10 @@ fn memory_of_a_guest_with_asynchronous_page_faults_is_loaded_when_it_is_opened()
     std::fs::write(place.path("image"), &bytes).expect("it can be written");
     for enabled in [true, false] {
         let mut state = vmstate(0x8664);
-        // The MSR and its value.
+        // The MSR, its value, and the place of the checksum.
         state.extend(0x4b56_4d02_u64.to_le_bytes());
         state.extend(u64::from(enabled).to_le_bytes());
+        state.extend([0; 8]);
         std::fs::write(place.path("state"), state).expect("it can be written");
         place.import(&place.path("image"), &["--vmstate", &place.text("state"), "--force"]).ok();
         let mounted = Mounted::start(&place.path("a.snap"), &[]);
