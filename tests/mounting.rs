@@ -295,6 +295,8 @@ fn whoever_unmounts_it_ends_it() {
     cover.args(["-t", "tmpfs", "none"]).arg(first.folder());
     run(cover).ok();
     signal(first.id(), "TERM");
+    // If the file was closed before the signal is seen, the mount would end by that.
+    first.prints("to be closed");
     drop(open);
     assert_eq!(first.ended().0, Some(130));
     assert!(first.is_mounted(), "the tmpfs is still there");

@@ -79,6 +79,13 @@ impl Mounted {
         self.ended()
     }
 
+    /// Waits for a line with this text.
+    #[track_caller]
+    pub(crate) fn prints(&self, what: &str) {
+        let lines = || self.lines.recv_timeout(Duration::from_secs(60)).expect("another line");
+        while !lines().contains(what) {}
+    }
+
     #[track_caller]
     pub(crate) fn ended(&mut self) -> (Option<i32>, Vec<String>) {
         let server = self.server.take().expect("it runs");
