@@ -303,6 +303,8 @@ const SERVER: &[Rule] = &[
     rule(SYS_recvmsg, Always, "messages with the descriptors of guests"),
     rule(SYS_sendmsg, Always, "messages with descriptors, to a keeper and to clones"),
     rule(SYS_socket, OneOf(0, &[AF_UNIX as u32]), "the service manager learns that the server is ready"),
+    rule(SYS_connect, Always, "a fork asks the guest for pages that are not copied yet; only AF_UNIX sockets exist"),
+    rule(SYS_ioctl, OneOf(1, &[FIONBIO as u32]), "sockets that do not block"),
     rule(SYS_shutdown, Always, "the end of a connection"),
     rule(SYS_getsockopt, Always, "who connects"),
     rule(SYS_setsockopt, Always, "time-outs of a connection"),
