@@ -95,11 +95,11 @@ fn open(path: &PathBuf, options: &WriteOptions) -> Snapshot {
     Snapshot::open_with(path, &parents).unwrap()
 }
 
-fn store(path: &Path, memory: &Vec<u8>, options: &WriteOptions) {
+fn store(path: &Path, memory: &[u8], options: &WriteOptions) {
     let len = memory.len() as u64;
     let regions = [MemoryRegion { gpa: 0, len, source_offset: 0 }];
     let data = [0..len];
-    write_snapshot(path, Contents::new(&regions, memory, &data), options, &go_on).unwrap();
+    write_snapshot(path, Contents::new(&regions, &memory, &data), options, &go_on).unwrap();
 }
 
 fn memory() -> Vec<u8> {
