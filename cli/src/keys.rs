@@ -210,8 +210,9 @@ fn run<T>(
         None => Err(failed(io::ErrorKind::BrokenPipe.into())),
     };
     let status = child.wait().map_err(failed)?;
-    // Its own message has the cause.
-    if !status.success() {
+    // A command whose output is not read to its end may end by SIGPIPE. Otherwise its own message has the cause.
+    let is_too_long = matches!(output, Err(CommandError::Length { .. }));
+    if !status.success() && !is_too_long {
         return Err(CommandError::Failed { option, status });
     }
     match written {
