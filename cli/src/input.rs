@@ -159,6 +159,7 @@ impl Input {
         if self.parents.keys.is_given() || checks || bucket::is_meant(&self.file) {
             return Ok(None);
         }
+        let _reading = reading(&self.file);
         // What is wrong with it, opening it will say.
         let Ok(outline) = open_file(&self.file)
             .map_err(anyhow::Error::from)
