@@ -191,14 +191,21 @@ impl ReadAt for RemoteObject {
             return Ok(());
         }
         // All requests are sent first, so that those of a long read run concurrently.
-        for block in blocks.clone().filter(|block| !self.has(*block)) {
-            self.request(block, blocks.end, Cause::Read)?;
+        let mut flights: Vec<Arc<Flight>> = Vec::new();
+        for block in blocks.clone() {
+            let is_requested = flights.iter().any(|flight| flight.blocks().contains(&block));
+            if !is_requested && !self.has(block) {
+                flights.extend(self.request(block, blocks.end, Cause::Read)?);
+            }
         }
         for block in blocks.clone() {
             let of_block = inner.entry.bytes_of(block..block + 1);
             let (from, to) = (of_block.start.max(offset), of_block.end.min(end));
             let part = &mut buf[(from - offset) as usize..(to - offset) as usize];
-            self.read_block(block, blocks.end, from, part)?;
+            // A request that has failed meanwhile is not sent again.
+            let of_block = |flight: &&Arc<Flight>| flight.blocks().contains(&block);
+            let sent = flights.iter().find(of_block).cloned();
+            self.read_block(block, blocks.end, from, part, sent)?;
         }
         Ok(())
     }
@@ -290,15 +297,23 @@ impl RemoteObject {
         Ok(())
     }
 
-    fn read_block(&self, block: u64, until: u64, from: u64, part: &mut [u8]) -> io::Result<()> {
+    fn read_block(
+        &self,
+        block: u64,
+        until: u64,
+        from: u64,
+        part: &mut [u8],
+        mut sent: Option<Arc<Flight>>,
+    ) -> io::Result<()> {
         let inner = &self.0.fetcher;
+        let request = || self.request(block, until, Cause::Read);
         loop {
             if inner.entry.read(from, part).map_err(cache_broken)? {
                 return Ok(());
             }
             let bytes = match inner.unstored.get(block) {
                 Some(bytes) => bytes,
-                None => match self.request(block, until, Cause::Read)? {
+                None => match sent.take().map_or_else(request, |sent| Ok(Some(sent)))? {
                     Some(flight) => flight.wait(block).map_err(|error| error.to_io())?,
                     None => continue,
                 },

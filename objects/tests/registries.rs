@@ -211,7 +211,6 @@ fn an_answer_with_a_shorter_range_than_the_requested_one_is_refused() {
     let opened = test.open("team/guest:v1").expect("it opens");
     test.registry.state().most_range_bytes = Some(1000);
     test.registry.take_received();
-    // Its chunk is in one block, so it is one request.
     let error = test.bench.fail_page(&opened.snapshot, 1040);
     assert!(chain(&error).contains("an answer has another range"), "{}", chain(&error));
     assert_eq!(test.registry.take_received().len(), 1);
