@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use snapfmt::{DeferredChunks, PageIndex};
 use snapvm::Cut;
 
@@ -26,7 +26,7 @@ pub(super) struct Adding {
     current: RwLock<Option<Cutting>>,
     /// The last files that were begun, newest first: a client may ask after the next one has begun.
     files: Mutex<VecDeque<AddedFile>>,
-    /// The newest file is complete, or will not be.
+    /// One of the files is complete, or will not be.
     ended: Condvar,
 }
 
@@ -90,44 +90,82 @@ impl Adding {
     }
 
     pub(super) fn begin(&self, cutting: Cutting, cancelled: &Arc<AtomicBool>) {
-        let (id, cancelled) = (cutting.id.clone(), Arc::clone(cancelled));
-        let mut files = self.files();
-        files.truncate(FILES - 1);
-        files.push_front(AddedFile { id, cancelled, result: None });
+        self.remember(&cutting.id, cancelled);
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = Some(cutting);
     }
 
-    /// Adds a chunk, unless it is there.
-    pub(super) fn add(&self, chunk: usize) -> Result<()> {
-        let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
-        match &*current {
-            Some(Cutting { cut, chunks, .. }) => cut.add(chunks, chunk).map_err(snapshot_error),
-            None => Ok(()),
-        }
+    fn remember(&self, id: &str, cancelled: &Arc<AtomicBool>) {
+        let (id, cancelled) = (id.to_owned(), Arc::clone(cancelled));
+        let mut files = self.files();
+        files.truncate(FILES - 1);
+        files.push_front(AddedFile { id, cancelled, result: None });
     }
 
-    /// Frees the pages that are not for the file.
-    pub(super) fn release_others(&self) {
+    /// Adds a chunk to the file with this id, unless it is there.
+    pub(super) fn add(&self, id: &str, chunk: usize) -> Result<()> {
         let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
-        if let Some(Cutting { cut, chunks, .. }) = &*current {
+        let of_id = current.as_ref().filter(|cutting| cutting.id == id);
+        let Cutting { cut, chunks, .. } = of_id.context("the point in time has ended")?;
+        cut.add(chunks, chunk).map_err(snapshot_error)
+    }
+
+    /// Frees the pages that are not for the file with this id.
+    pub(super) fn release_others(&self, id: &str) {
+        let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
+        let of_id = current.as_ref().filter(|cutting| cutting.id == id);
+        if let Some(Cutting { cut, chunks, .. }) = of_id {
             cut.release_others(chunks);
         }
     }
 
-    /// Ends the point in time, when no thread uses it any more.
-    pub(super) fn release(&self) {
-        let cutting = self.current.write().unwrap_or_else(PoisonError::into_inner).take();
+    /// Ends the point in time of the file with this id, when no thread uses it any more. That of the next file may have
+    /// begun.
+    pub(super) fn release(&self, id: &str) {
+        let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
+        let cutting = current.take_if(|cutting| cutting.id == id);
+        drop(current);
         drop(cutting);
     }
 
-    pub(super) fn end(&self, result: Result<(), String>) {
-        if let Some(newest) = self.files().front_mut() {
-            newest.result = Some(result);
+    /// Ends the file with this id. The next one may have begun.
+    pub(super) fn end(&self, id: &str, result: Result<(), String>) {
+        if let Some(file) = self.files().iter_mut().find(|file| file.id == id) {
+            file.result = Some(result);
         }
         self.ended.notify_all();
     }
 
     fn files(&self) -> MutexGuard<'_, VecDeque<AddedFile>> {
         self.files.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn begun(adding: &Adding, id: &str) {
+        adding.remember(id, &Arc::default());
+    }
+
+    /// The thread of a file may end after the next file has begun.
+    #[test]
+    fn a_file_that_ends_late_does_not_end_the_next_one() {
+        let adding = Adding::default();
+        begun(&adding, "first");
+        begun(&adding, "second");
+        adding.end("first", Err("first".into()));
+        assert!(matches!(adding.wait("first"), Err(AddError::Failed(why)) if why == "first"));
+        assert!(adding.files()[0].result.is_none(), "the second one has not ended");
+        adding.end("second", Ok(()));
+        assert!(adding.wait("second").is_ok());
+        assert!(matches!(adding.wait("first"), Err(AddError::Failed(why)) if why == "first"));
+    }
+
+    #[test]
+    fn nothing_is_added_to_a_file_whose_point_in_time_has_ended() {
+        let adding = Adding::default();
+        begun(&adding, "first");
+        assert!(adding.add("first", 0).is_err());
     }
 }
