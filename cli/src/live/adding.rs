@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use snapfmt::{DeferredChunks, PageIndex};
@@ -30,6 +31,9 @@ pub(super) struct Adding {
     ended: Condvar,
 }
 
+/// The interval of checks whether a client still waits.
+const LOOK: Duration = Duration::from_millis(100);
+
 /// How many of them are remembered.
 const FILES: usize = 16;
 
@@ -46,44 +50,54 @@ struct AddedFile {
 pub(crate) enum AddError {
     #[error("memory was not added to a file with this id, or to many others since")]
     Unknown,
+    #[error("the client has left")]
+    Left,
     /// With all causes.
     #[error("{0}")]
     Failed(String),
 }
 
 impl Adding {
-    /// Adds the chunk of a page, unless it is there.
-    pub(super) fn add_page(&self, id: &str, page: u32) -> Result<(), AddError> {
+    /// Adds the chunk of a page, unless it is there. `has_left` shows whether its client waits no more.
+    pub(super) fn add_page(
+        &self,
+        id: &str,
+        page: u32,
+        has_left: &dyn Fn() -> bool,
+    ) -> Result<(), AddError> {
         let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
         let Some(Cutting { cut, chunks, .. }) = current.as_ref().filter(|cut| cut.id == id) else {
             drop(current);
-            return self.wait(id);
+            return self.wait(id, has_left);
         };
         let Some(chunk) = chunks.of(PageIndex(page)) else { return Ok(()) };
         let added = cut.add(chunks, chunk).map_err(snapshot_error);
         added.map_err(|error| AddError::Failed(exit::describe(&error)))
     }
 
-    /// Waits until all of the file's memory is in it.
-    pub(super) fn wait(&self, id: &str) -> Result<(), AddError> {
-        let of_id = |files: &VecDeque<AddedFile>| files.iter().position(|file| file.id == id);
-        let adding = |files: &mut VecDeque<AddedFile>| {
-            of_id(files).is_some_and(|at| files[at].result.is_none())
-        };
-        let files = self.ended.wait_while(self.files(), adding);
-        let files = files.unwrap_or_else(PoisonError::into_inner);
-        match of_id(&files).and_then(|at| files[at].result.clone()) {
-            Some(result) => result.map_err(AddError::Failed),
-            None => Err(AddError::Unknown),
+    /// Waits until all of the file's memory is in it, or the client has left: each client has a thread, and there are
+    /// few.
+    pub(super) fn wait(&self, id: &str, has_left: &dyn Fn() -> bool) -> Result<(), AddError> {
+        let mut files = self.files();
+        loop {
+            let file = files.iter().find(|file| file.id == id).ok_or(AddError::Unknown)?;
+            if let Some(result) = &file.result {
+                return result.clone().map_err(AddError::Failed);
+            }
+            if has_left() {
+                return Err(AddError::Left);
+            }
+            let waited = self.ended.wait_timeout(files, LOOK);
+            files = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
     /// Ends the file without the rest of its memory, unless it is complete. Then it has ended.
-    pub(super) fn cancel(&self, id: &str) -> Result<(), AddError> {
+    pub(super) fn cancel(&self, id: &str, has_left: &dyn Fn() -> bool) -> Result<(), AddError> {
         for file in self.files().iter().filter(|file| file.id == id) {
             file.cancelled.store(true, Ordering::SeqCst);
         }
-        match self.wait(id) {
+        match self.wait(id, has_left) {
             Err(AddError::Failed(_)) => Ok(()),
             ended => ended,
         }
@@ -142,7 +156,13 @@ impl Adding {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicUsize;
+
     use super::*;
+
+    fn stays() -> bool {
+        false
+    }
 
     fn begun(adding: &Adding, id: &str) {
         adding.remember(id, &Arc::default());
@@ -155,11 +175,15 @@ mod tests {
         begun(&adding, "first");
         begun(&adding, "second");
         adding.end("first", Err("first".into()));
-        assert!(matches!(adding.wait("first"), Err(AddError::Failed(why)) if why == "first"));
+        assert!(
+            matches!(adding.wait("first", &stays), Err(AddError::Failed(why)) if why == "first")
+        );
         assert!(adding.files()[0].result.is_none(), "the second one has not ended");
         adding.end("second", Ok(()));
-        assert!(adding.wait("second").is_ok());
-        assert!(matches!(adding.wait("first"), Err(AddError::Failed(why)) if why == "first"));
+        assert!(adding.wait("second", &stays).is_ok());
+        assert!(
+            matches!(adding.wait("first", &stays), Err(AddError::Failed(why)) if why == "first")
+        );
     }
 
     #[test]
@@ -167,5 +191,20 @@ mod tests {
         let adding = Adding::default();
         begun(&adding, "first");
         assert!(adding.add("first", 0).is_err());
+    }
+
+    #[test]
+    fn a_client_that_has_left_does_not_wait() {
+        let adding = Adding::default();
+        begun(&adding, "first");
+        let looks = AtomicUsize::new(0);
+        let leaves = || looks.fetch_add(1, Ordering::SeqCst) == 2;
+        assert!(matches!(adding.wait("first", &leaves), Err(AddError::Left)));
+        assert!(matches!(adding.add_page("first", 0, &|| true), Err(AddError::Left)));
+        assert!(matches!(adding.cancel("first", &|| true), Err(AddError::Left)));
+        assert!(adding.files()[0].cancelled.load(Ordering::SeqCst));
+        // The result of a file that has ended is there for all.
+        adding.end("first", Ok(()));
+        assert!(adding.wait("first", &|| true).is_ok());
     }
 }
