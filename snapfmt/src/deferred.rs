@@ -219,6 +219,7 @@ mod tests {
     use std::sync::atomic::AtomicBool;
 
     use super::*;
+    use crate::layout::CHUNK_MAGIC;
     use crate::{
         ChunkBuffer, KeyProvider, MemoryRegion, PageEntry, Parents, ReadError, SecretKey, Snapshot,
         StateBlob, write_snapshot,
@@ -305,6 +306,10 @@ mod tests {
             let error = read(&snapshot, page).expect_err("it is a hole");
             assert!(format!("{error:?}").contains("chunk.magic"), "{error:?}");
             let chunk = chunks.of(PageIndex(page as u32)).expect("it has one");
+            // A header of which only the start is written.
+            let place = chunks.chunks[chunk].extent.offset();
+            chunks.file.write_all_at(&CHUNK_MAGIC, place).expect("it is written");
+            assert!(!has(page));
             chunks.add(chunk, &memory).expect("it is added");
             assert!(has(page));
             assert_eq!(read(&snapshot, page).expect("it is there"), content(page));

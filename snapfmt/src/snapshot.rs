@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::chunk::{Chunk, ChunkBuffer};
+use crate::chunk::{Chunk, ChunkBuffer, ChunkHeader};
 use crate::entry::{ChunkExtent, PageEntry, PageIndex};
 use crate::error::{ChainError, Corruption, Part, Problem, ReadError};
 use crate::header::Header;
 use crate::layer::Layer;
-use crate::layout::{CHUNK_MAGIC, LEAF_SPAN_BYTES, PAGE_BYTES};
+use crate::layout::{CHUNK_HEADER_BYTES, LEAF_SPAN_BYTES, PAGE_BYTES};
 use crate::memory_map::MemoryRegion;
 use crate::metadata::Metadata;
 use crate::page_table::PageTable;
@@ -379,11 +379,12 @@ impl<R: ReadAt> Snapshot<R> {
     /// [`ReadError::Io`] when the storage fails.
     pub fn has_chunk(&self, extent: ChunkExtent) -> Result<bool, ReadError> {
         let layer = self.layer_of(extent)?;
-        let mut magic = [0; CHUNK_MAGIC.len()];
+        let mut header = [0; CHUNK_HEADER_BYTES];
         layer
-            .read_chunks(&layer.storage, &mut magic, extent.offset())
+            .read_chunks(&layer.storage, &mut header, extent.offset())
             .map_err(|error| layer.named(extent.layer().into(), error))?;
-        Ok(magic == CHUNK_MAGIC)
+        // A reader can see a part of a header that is being written: not all file systems lock the file for a write.
+        Ok(ChunkHeader::decode(&header, extent.offset()).is_ok())
     }
 
     /// The second half of reading a chunk: checks and decodes what [`Snapshot::fetch_chunk`] has

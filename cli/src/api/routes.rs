@@ -69,9 +69,15 @@ impl Routes {
                 _ => "PUT or DELETE",
             },
             "/snapshot/pages" => match request.method.as_str() {
-                "PUT" => return self.pages(&request.body, Remote::added),
+                "PUT" => {
+                    return pages(&request.body, |wanted| {
+                        self.remote.added(&wanted.id, wanted.page, &|| has_left(stream))
+                    });
+                }
                 "DELETE" => {
-                    return self.pages(&request.body, |remote, id, _| remote.cancel_adding(id));
+                    return pages(&request.body, |wanted| {
+                        self.remote.cancel_adding(&wanted.id, &|| has_left(stream))
+                    });
                 }
                 _ => "PUT or DELETE",
             },
@@ -127,23 +133,6 @@ impl Routes {
         match self.remote.cancel() {
             true => Response { status: 204, body: None },
             false => Response::fault(409, "the guest is not being snapshotted"),
-        }
-    }
-
-    /// Something about the memory of a file that was deferred.
-    fn pages(
-        &self,
-        body: &[u8],
-        what: impl Fn(&Remote, &str, Option<u32>) -> Result<(), AddError>,
-    ) -> Response {
-        let DeferredPages { id, page } = match parse(body) {
-            Ok(wanted) => wanted,
-            Err(refused) => return refused,
-        };
-        match what(&self.remote, &id, page) {
-            Ok(()) => Response { status: 204, body: None },
-            Err(error @ AddError::Unknown) => Response::fault(409, error.to_string()),
-            Err(error @ AddError::Failed(_)) => Response::fault(500, error.to_string()),
         }
     }
 
@@ -221,6 +210,21 @@ impl Routes {
         let answer = self.remote.ask(Command::Reset);
         answered(answer.and_then(|answer| answer.recv().unwrap_or(ENDED)))
     }
+}
+
+/// Something about the memory of a file that was deferred.
+fn pages(body: &[u8], what: impl Fn(&DeferredPages) -> Result<(), AddError>) -> Response {
+    let wanted = match parse(body) {
+        Ok(wanted) => wanted,
+        Err(refused) => return refused,
+    };
+    let Err(error) = what(&wanted) else { return Response { status: 204, body: None } };
+    let status = match &error {
+        AddError::Unknown => 409,
+        AddError::Left => 499,
+        AddError::Failed(_) => 500,
+    };
+    Response::fault(status, error.to_string())
 }
 
 fn answered(answer: Answer) -> Response {

@@ -15,14 +15,15 @@ use crate::restoring::snapshot_error;
 /// Ends the file, however its thread ends: its clients wait for that.
 struct Ending<'a> {
     adding: &'a Adding,
+    id: String,
     result: Result<(), String>,
 }
 
 impl Drop for Ending<'_> {
     fn drop(&mut self) {
-        self.adding.release();
+        self.adding.release(&self.id);
         let panicked = Err("the thread that adds the memory panicked".into());
-        self.adding.end(std::mem::replace(&mut self.result, panicked));
+        self.adding.end(&self.id, std::mem::replace(&mut self.result, panicked));
     }
 }
 
@@ -44,15 +45,16 @@ impl Save {
         let status = Arc::clone(&begun.status);
         let count = chunks.count();
         let total_bytes = header.data_pages * PAGE_BYTES as u64;
-        let cutting = Cutting { id: header.id.to_string(), cut, chunks };
+        let id = header.id.to_string();
+        let cutting = Cutting { id: id.clone(), cut, chunks };
         status.adding.begin(cutting, &request.cancelled);
         let panicked = Err("the thread that adds the memory panicked".to_owned());
-        let mut ending = Ending { adding: &status.adding, result: panicked };
+        let mut ending = Ending { adding: &status.adding, id, result: panicked };
         begun.answer(Ok(Done::Stored(summary)));
         let progress = progress_of(&request, &status, &interrupt);
-        status.adding.release_others();
+        status.adding.release_others(&ending.id);
         let added = (0..count).try_for_each(|chunk| {
-            status.adding.add(chunk)?;
+            status.adding.add(&ending.id, chunk)?;
             // Nearly: most chunks have the same length.
             let done_bytes = total_bytes / count as u64 * (chunk as u64 + 1);
             match progress(Progress::new(done_bytes, total_bytes)).is_break() {
@@ -61,9 +63,10 @@ impl Save {
             }
         });
         drop(progress);
-        // The guest is free for the next snapshot when a client knows of the end.
+        // The guest is free for the next snapshot when a client knows of the end. The next one may begin before this one
+        // ends.
         ending.result = added.map_err(|error| exit::describe(&error));
-        status.adding.release();
+        status.adding.release(&ending.id);
         drop(begun);
         drop(ending);
     }

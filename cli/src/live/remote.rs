@@ -219,16 +219,26 @@ impl Remote {
     }
 
     /// Returns when the page with this number is in the file with this id, or without a number when all of them are.
-    pub(crate) fn added(&self, id: &str, page: Option<u32>) -> Result<(), AddError> {
+    /// `has_left` shows whether the client waits no more.
+    pub(crate) fn added(
+        &self,
+        id: &str,
+        page: Option<u32>,
+        has_left: &dyn Fn() -> bool,
+    ) -> Result<(), AddError> {
         match page {
-            Some(page) => self.status.adding.add_page(id, page),
-            None => self.status.adding.wait(id),
+            Some(page) => self.status.adding.add_page(id, page, has_left),
+            None => self.status.adding.wait(id, has_left),
         }
     }
 
     /// Cancels the file with this id whose memory is being added, and returns when that has ended.
-    pub(crate) fn cancel_adding(&self, id: &str) -> Result<(), AddError> {
-        self.status.adding.cancel(id)
+    pub(crate) fn cancel_adding(
+        &self,
+        id: &str,
+        has_left: &dyn Fn() -> bool,
+    ) -> Result<(), AddError> {
+        self.status.adding.cancel(id, has_left)
     }
 
     /// Sends a command. Its answer comes when it is done; a closed channel means that the guest has ended.

@@ -210,12 +210,8 @@ impl Way {
         let deferred = matches!(self, Way::Deferred);
         let snapshot = input::open(file, &args.keys.clone().into());
         if snapshot.is_err() && deferred {
-            // Until then, the guest does not take another request. Its result does not matter.
-            let waiting = || match session.interrupt.requested() {
-                true => Err(Interrupted.into()),
-                false => Ok(()),
-            };
-            let _ = client::wait_for_pages(&args.vm, &summary.id, None, &waiting);
+            // Until the copy has ended, the guest takes no other snapshot. If it does not answer, the next request fails.
+            let _ = client::cancel_pages(&args.vm, &summary.id);
         }
         Ok(Cut { pause_ms: summary.pause_ms, snapshot: snapshot?, deferred })
     }
