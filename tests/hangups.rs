@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::path::Path;
 use std::process::Command;
 
-use crate::support::{SNAP, Sample, names, needs_vm, signal, skip};
+use crate::support::{SNAP, Sample, names, needs_vm, run, signal, skip};
 use crate::talking::{Talking, state, wait_for, wait_until};
 
 /// A command that creates a socket, when it is ready for a SIGHUP.
@@ -133,6 +133,43 @@ fn a_guest_in_the_background_of_a_terminal_runs() {
     signal(id, "INT");
     terminal.end();
     assert_eq!(sample.names(), ["guest.snap", "pid"]);
+}
+
+#[test]
+fn a_guest_in_the_foreground_of_a_terminal_runs_and_the_terminal_is_restored() {
+    // The jail did not allow the calls that read and change a terminal's settings.
+    needs_vm!();
+    let test = "a_guest_in_the_foreground_of_a_terminal_runs_and_the_terminal_is_restored";
+    for command in [
+        "run --memory 32M --work 4M",
+        "run --memory 32M --work 4M --api \"$SOCKET\"",
+        "restore \"$FILE\"",
+        "restore --lazy \"$FILE\"",
+    ] {
+        let sample = Sample::small();
+        let script = format!(
+            "before=$(stty -g); sh -c 'echo $$ > \"$PID\"; exec \"$SNAP\" {command}'; \
+             echo \"code $?\"; test \"$before\" = \"$(stty -g)\""
+        );
+        let Some(mut terminal) = in_terminal(&script, &sample) else {
+            return skip(test, "there is no program `script`");
+        };
+        terminal.beats(2);
+        let pid = std::fs::read_to_string(sample.folder.path().join("pid")).expect("it is there");
+        let id = pid.trim().parse().expect("a number");
+        assert!(settings(id).contains(" -icanon"), "{command}: keys wait for the end of a line");
+        signal(id, "TERM");
+        // The last command of the script compares the terminal's settings.
+        let ran = terminal.end().ok();
+        assert!(ran.stdout.contains("code 130"), "{command}: {}", ran.stdout);
+    }
+}
+
+/// The settings of the terminal on a process's stdin.
+fn settings(process: u32) -> String {
+    let mut command = Command::new("stty");
+    command.args(["-a", "-F"]).arg(format!("/proc/{process}/fd/0"));
+    run(command).ok().stdout
 }
 
 /// Runs a script in a separate terminal.

@@ -1,6 +1,7 @@
 //! `snap serve` through the program: its socket, and clones that share memory. Firecracker's handshake is tested with
 //! the library.
 
+use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -15,6 +16,7 @@ use snapfmt::{PageEntry, PageIndex, Snapshot};
 
 use crate::failing_restores::damage_later_half;
 use crate::support::{Ran, SNAP, Sample, end_of, needs_vm, restore, signal, snap, start};
+use crate::talking::Talking;
 
 /// A listening server, and its later lines on stderr.
 pub(crate) struct Serving {
@@ -144,9 +146,13 @@ fn a_service_manager_passes_the_socket_and_is_notified() {
             .stderr(Stdio::piped());
         command
     };
+    let keep = folder.join("keep.sock");
+    let mut keeper = Talking::snap([OsStr::new("keep"), OsStr::new("--listen"), keep.as_os_str()]);
+    keeper.prints(&["keeping at"]);
+    let kept = format!("--keep \"{}\"", keep.display());
     let mut state = [0; 64];
-    for _ in 0..2 {
-        let mut server = start("").spawn().expect("it starts");
+    for options in ["", "", &kept, &kept] {
+        let mut server = start(options).spawn().expect("it starts");
         let len = notices.recv(&mut state).expect("it is ready");
         assert_eq!(&state[..len], b"READY=1");
         let share = ["--lazy", "--share", socket.to_str().expect("text"), "--beats", "1"];

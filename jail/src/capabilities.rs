@@ -24,20 +24,27 @@ pub(crate) fn drop_for(role: Role) -> io::Result<()> {
 fn kept(role: Role) -> CapabilitySet {
     // Priorities of threads: SCHED_IDLE is left only with it.
     let priorities = CapabilitySet::SYS_NICE;
+    // Sockets and hidden files are removed from folders of other users; the guest's vsock connects to sockets of theirs.
+    let folders = CapabilitySet::DAC_OVERRIDE;
     match role {
-        Role::Vcpu | Role::Pager | Role::Devices | Role::Signals | Role::Main => priorities,
+        Role::Vcpu | Role::Pager => priorities,
+        Role::Devices | Role::Signals | Role::Main => priorities | folders,
         // Reading needs none: the files are open.
         Role::Mount => CapabilitySet::empty(),
         // A guest whose page cannot be loaded is killed, also that of another user (--allow-uid). Messages that are read
         // from a userfaultfd go to locked memory. A userfaultfd for memory that clones share needs SYS_PTRACE where there
         // is no /dev/userfaultfd.
         Role::Server => {
-            priorities | CapabilitySet::KILL | CapabilitySet::IPC_LOCK | CapabilitySet::SYS_PTRACE
+            priorities
+                | folders
+                | CapabilitySet::KILL
+                | CapabilitySet::IPC_LOCK
+                | CapabilitySet::SYS_PTRACE
         }
         // Snapshots are written into folders of other users. A snapshot of a running guest needs a userfaultfd, too.
         Role::Writer => {
             priorities
-                | CapabilitySet::DAC_OVERRIDE
+                | folders
                 | CapabilitySet::DAC_READ_SEARCH
                 | CapabilitySet::FOWNER
                 | CapabilitySet::SYS_PTRACE

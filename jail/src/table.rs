@@ -39,9 +39,9 @@ const fn rule(call: c_long, when: When, why: &'static str) -> Rule {
 /// The parts of a role's table.
 pub(crate) fn of(role: Role) -> &'static [&'static [Rule]] {
     match role {
-        Role::Vcpu => &[COMMON, VCPU],
+        Role::Vcpu => &[COMMON, NO_FILES, VCPU],
         Role::Pager => &[COMMON, STARTS_THREADS, READS_FILES, PAGER],
-        Role::Devices => &[COMMON, DEVICES],
+        Role::Devices => &[COMMON, NO_FILES, DEVICES],
         Role::Signals => &[COMMON, READS_FILES, SIGNALS],
         // Threads inherit the list of the thread that starts them, so these have all of the others.
         Role::Main => &[COMMON, STARTS_THREADS, READS_FILES, VCPU, PAGER, DEVICES, SIGNALS, MAIN],
@@ -88,14 +88,22 @@ const COMMON: &[Rule] = &[
     rule(SYS_gettid, Always, "a thread's name for itself"),
     rule(SYS_getpid, Always, "signals to own threads"),
     rule(SYS_tgkill, Own(0), "kicks of own vCPU threads; abort(3)"),
-    rule(SYS_rt_sigaction, Always, "abort(3)"),
+    rule(SYS_rt_sigaction, OneOf(0, &[SIGABRT as u32, SIGBUS as u32, SIGSEGV as u32]), "the default action, before the process ends: abort(3), and a fault that is not the guest's"),
     rule(SYS_rt_sigprocmask, Always, "starts and ends of threads"),
     rule(SYS_rt_sigreturn, Always, "the end of a signal handler"),
     rule(SYS_sigaltstack, Always, "the standard library's stack for signal handlers"),
     rule(SYS_prctl, OneOf(0, &[PR_SET_NAME as u32, PR_GET_NAME as u32, NAMES_MAPPING, GET_AUXV]), "names of threads and mappings; the size of a page"),
     rule(SYS_getrandom, Always, "seeds of hash tables"),
+    rule(SYS_readlink, Fails(EACCES), "the backtrace of a panic, which has no names without it"),
+    rule(SYS_getcwd, Fails(EACCES), "the backtrace of a panic"),
     rule(SYS_exit, Always, "the end of a thread"),
     rule(SYS_exit_group, Always, "the end of the process"),
+];
+
+/// Only of roles that may open none: the error would come before a line that allows the call.
+#[rustfmt::skip]
+const NO_FILES: &[Rule] = &[
+    rule(SYS_openat, Fails(EACCES), "the C library's allocator reads /proc/sys/vm/overcommit_memory when it can; the backtrace of a panic, which has no names without it"),
 ];
 
 #[rustfmt::skip]
@@ -211,8 +219,11 @@ const SIGNALS: &[Rule] = &[
     rule(SYS_unlinkat, Always, "sockets and hidden files, when an interrupt ends the process"),
     rule(SYS_rmdir, Always, "hidden folders, when an interrupt ends the process"),
     rule(SYS_getdents64, Always, "hidden folders, when an interrupt ends the process"),
-    rule(SYS_ioctl, OneOf(1, &[TCGETS as u32, TCSETS as u32, TCSETSW as u32, TCSETSF as u32, TIOCGPGRP as u32]),
-        "the terminal is put back, when an interrupt ends the process"),
+    rule(SYS_ioctl, OneOf(1, &[
+        TCGETS as u32, TCSETS as u32, TCSETSW as u32, TCSETSF as u32, TIOCGPGRP as u32,
+        0x802c_542a, 0x402c_542b, 0x402c_542c, 0x402c_542d, // TCGETS2, TCSETS2, TCSETSW2, TCSETSF2: the crate rustix
+    ]), "the terminal is put back, when an interrupt ends the process"),
+    rule(SYS_getpgrp, Always, "whether the terminal is this job's"),
     rule(SYS_clone, Has(0, CLONE_THREAD as u32), "files on a slow disk are removed by another thread"),
     rule(SYS_clone3, Fails(ENOSYS), "the C library then uses clone"),
     rule(SYS_set_robust_list, Always, "the C library, in a new thread"),
@@ -242,8 +253,8 @@ const MAIN: &[Rule] = &[
         0x4010_ae42, // KVM_GET_DIRTY_LOG: what the guest, or KVM itself, has written
         0xc060_6610, // PAGEMAP_SCAN of /proc/self/pagemap: which pages are in memory
     ]), "a reset, and a snapshot of what has changed"),
-    rule(SYS_ioctl, OneOf(1, &[TCGETS as u32, TCSETS as u32, TCSETSW as u32, TCSETSF as u32, TIOCGPGRP as u32,
-        TIOCGWINSZ as u32, FIONBIO as u32, FIONREAD as u32]), "the terminal, and clients of the control socket"),
+    rule(SYS_ioctl, OneOf(1, &[TIOCGWINSZ as u32, FIONBIO as u32, FIONREAD as u32]),
+        "the terminal's size, and clients of the control socket"),
     rule(SYS_pipe2, Always, "ends of threads"),
     rule(SYS_socketpair, OneOf(0, &[AF_UNIX as u32]), "ends of threads"),
     rule(SYS_epoll_create1, Always, "waits of several descriptors"),
@@ -263,7 +274,6 @@ const MAIN: &[Rule] = &[
     rule(SYS_uname, Always, "the host, for metadata"),
     rule(SYS_getuid, Always, "clients of the control socket must have it"),
     rule(SYS_geteuid, Always, "clients of the control socket must have it"),
-    rule(SYS_getpgrp, Always, "whether the terminal is this job's"),
     rule(SYS_getpgid, Always, "whether the terminal is this job's"),
     rule(SYS_getppid, Always, "whether the terminal is this job's"),
     rule(SYS_getsockname, Always, "the control socket"),
@@ -347,8 +357,9 @@ mod tests {
     use super::*;
     use crate::names;
 
-    const PARTS: [(&str, &[Rule]); 11] = [
+    const PARTS: [(&str, &[Rule]); 12] = [
         ("Common", COMMON),
+        ("No files", NO_FILES),
         ("Starts threads", STARTS_THREADS),
         ("Reads files", READS_FILES),
         ("vCPU", VCPU),

@@ -31,9 +31,9 @@ fn attempt(call: &str) {
     let null = ptr::null::<libc::c_void>();
     let raw = |number, args: [libc::c_long; 3]| {
         // SAFETY: no call gets an address that is valid, so none changes memory of this process.
-        unsafe { libc::syscall(number, args[0], args[1], args[2], zero, zero, zero) };
+        unsafe { libc::syscall(number, args[0], args[1], args[2], zero, zero, zero) }
     };
-    match call {
+    let result = match call {
         "execve" => raw(libc::SYS_execve, [null as i64, 0, 0]),
         "ptrace" => raw(libc::SYS_ptrace, [libc::PTRACE_TRACEME.into(), 0, 0]),
         "socket" => raw(libc::SYS_socket, [libc::AF_INET.into(), libc::SOCK_STREAM.into(), 0]),
@@ -54,9 +54,19 @@ fn attempt(call: &str) {
                 [libc::AT_FDCWD.into(), c"/dev/null".as_ptr() as i64, flags.into()],
             )
         }
-        "nothing" => {}
+        "panic" => panic!("this is expected"),
+        "terminal" => {
+            // There is none: the calls fail.
+            let stdin = std::io::stdin();
+            let _ = rustix::process::getpgrp();
+            let _ = rustix::termios::tcgetpgrp(&stdin);
+            let _ = rustix::termios::tcgetattr(&stdin);
+            0
+        }
+        "nothing" => 0,
         _ => panic!("{call}"),
-    }
+    };
+    println!("result {result}");
 }
 
 /// This is not a test of its own: the tests below start it as a child process.
@@ -80,6 +90,7 @@ fn child_of(role: Role, call: &str) -> Output {
     let this = std::env::current_exe().expect("this program");
     let mut command = Command::new(this);
     command.args(["--exact", "child", "--nocapture"]).env(ATTEMPT, format!("{role} {call}"));
+    command.env("RUST_BACKTRACE", "1");
     command.output().expect("it starts")
 }
 
@@ -105,9 +116,35 @@ fn no_role_may_use_these_calls() {
 fn only_a_writer_opens_files_for_writing() {
     for role in Role::ALL {
         match role {
-            Role::Writer => assert!(child_of(role, "openat").status.success()),
+            Role::Writer | Role::Vcpu | Role::Devices => {
+                let output = child_of(role, "openat");
+                assert!(output.status.success(), "{role}: {output:?}");
+                let refused = String::from_utf8_lossy(&output.stdout).contains("result -1");
+                assert_eq!(refused, role != Role::Writer, "{role}: {output:?}");
+            }
             _ => is_refused(role, "openat"),
         }
+    }
+}
+
+#[test]
+fn the_thread_of_signals_may_restore_the_terminal() {
+    for role in [Role::Signals, Role::Main, Role::Writer] {
+        let output = child_of(role, "terminal");
+        assert!(output.status.success(), "{role}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+/// The backtrace would be read from files, which some roles may not open.
+#[test]
+fn a_panic_is_not_ended_by_the_jail() {
+    for role in Role::ALL {
+        let output = child_of(role, "panic");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(stderr.contains("this is expected"), "{role}: {stderr}");
+        assert!(stderr.contains("stack backtrace:"), "{role}: {stderr}");
+        // The thread's end is reported by the one that waits for it: 101 is the exit code of a failed test.
+        assert_eq!(output.status.code(), Some(101), "{role}: {stderr}");
     }
 }
 
@@ -122,9 +159,10 @@ fn capabilities_and_privileges_are_dropped() {
         let line = status.lines().find_map(|line| line.strip_prefix(name));
         u64::from_str_radix(line.expect(name).trim(), 16).expect("a number")
     };
+    const DAC_OVERRIDE: u64 = 1 << 1;
     const SYS_NICE: u64 = 1 << 23;
     for set in ["CapPrm:", "CapEff:", "CapInh:", "CapAmb:"] {
-        assert_eq!(field(set) & !SYS_NICE, 0, "{set}");
+        assert_eq!(field(set) & !(SYS_NICE | DAC_OVERRIDE), 0, "{set}");
     }
     assert_eq!((field("NoNewPrivs:"), field("Seccomp:")), (1, 2));
 }

@@ -15,7 +15,7 @@ use pager::serve::{ServeOptions, Socket};
 use pager::{PageSource, Populate, SnapshotSource};
 
 pub(crate) use self::args::Args;
-use self::one::{bind, options, served, server};
+use self::one::{bind, options, passed, served, server};
 use self::recording::Recording;
 use crate::descriptors::allow_many_descriptors;
 use crate::exit::Interrupted;
@@ -73,9 +73,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
 fn socket(args: &Args, options: &ServeOptions) -> Result<Socket> {
     let path = match (service::passed_socket()?, &args.listen) {
         (None, Some(path)) => path,
-        (Some(listener), None) => {
-            return Socket::passed(listener).context("the passed socket cannot be used");
-        }
+        (Some(listener), None) => return passed(listener, options),
         (Some(_), Some(_)) => {
             bail!("--listen: the service manager has passed a socket already (LISTEN_FDS)")
         }

@@ -1,11 +1,12 @@
 //! The server of one snapshot.
 
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use pager::serve::{KeepAt, KeeperLink, Prefetched, ServeEvent, ServeOptions, Server, Socket};
 use pager::{PageSource, keep};
 use snapfmt::Snapshot;
@@ -85,6 +86,12 @@ pub(super) fn bind(path: &Path, args: &Args, options: &ServeOptions) -> Result<S
         Some(keeper) => keeper.bind(access),
         None => Socket::bind_for(path, access),
     })
+}
+
+/// The socket that a service manager has passed.
+pub(super) fn passed(listener: UnixListener, options: &ServeOptions) -> Result<Socket> {
+    let _answering = answering(options);
+    Socket::passed_for(listener, options).context("the passed socket cannot be used")
 }
 
 /// The cost of a fault for a guest with KVM's asynchronous page faults: it halts, and "page ready" comes late.

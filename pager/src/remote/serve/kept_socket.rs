@@ -2,6 +2,7 @@
 //! servers.
 
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -57,6 +58,21 @@ impl KeeperLink {
     /// For a server that has its socket already.
     pub(super) fn into_link(self) -> Arc<Link> {
         self.link
+    }
+}
+
+impl Socket {
+    /// As [`Socket::passed`], connected to the keeper of these options, if they have one. So [`Server::at`] needs no new
+    /// connection, and may be called where connect(2) is not allowed.
+    ///
+    /// [`Server::at`]: super::Server::at
+    ///
+    /// # Errors
+    /// As [`Socket::passed`] and [`KeeperLink::connect`].
+    pub fn passed_for(listener: UnixListener, options: &ServeOptions) -> Result<Self, BindError> {
+        let mut socket = Socket::passed(listener)?;
+        socket.keeper = KeeperLink::connect(options, &socket.path)?.map(KeeperLink::into_link);
+        Ok(socket)
     }
 }
 
