@@ -12,6 +12,9 @@ use anyhow::{Context, Result, bail};
 use snapfmt::{KeyError, KeyProvider, KeySlot, KeySlots, SecretKey};
 use zeroize::Zeroizing;
 
+use crate::interrupt::spawn_unblocked;
+use crate::waits::Wait;
+
 /// Where the keys are. A key is in no option: other users can read the arguments of a process.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub(crate) struct KeyArgs {
@@ -197,12 +200,11 @@ fn run<T>(
     read: impl FnOnce(&mut dyn Read) -> Result<T, CommandError>,
 ) -> Result<T, CommandError> {
     let failed = |source| CommandError::Run { option, source };
-    let mut child = Command::new("sh")
-        .args(["-c", command])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .map_err(failed)?;
+    // An interrupt leaves time: the recording of a guest that was interrupted is written after it, with a key.
+    let _waiting = Wait::new(move || format!("the command of --{option}")).hears().begin();
+    let mut shell = Command::new("sh");
+    shell.args(["-c", command]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = spawn_unblocked(&mut shell).map_err(failed)?;
     // Dropped at the end of this statement: the command sees the end of its input.
     let written = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(input));
     let output = match child.stdout.take() {
