@@ -155,6 +155,25 @@ fn commands_have_the_keys() {
     snap(flatten.iter().chain(&["--key-command", "tail -c 32"]))
         .failed(1, &["--wrap-command is needed"]);
     assert!(!files.path("d.snap").exists());
+    let slow = with("sleep 1.5; tail -c 32").ok();
+    assert!(slow.stderr.contains("waiting for the command of --key-command"), "{}", slow.stderr);
+}
+
+#[test]
+fn what_cannot_work_with_a_key_is_refused_before_a_guest_is_used() {
+    let files = Files::new();
+    files.seal_golden();
+    let needed = &["--wrap-command is needed"];
+    files.snap("create @a.snap --key-command cat").failed(1, needed);
+    files.snap("run --api @vm.sock --key-command cat").failed(1, needed);
+    files
+        .snap("checkpoint --vm @vm.sock --every 1s --keep 1 -o @c --key-command cat")
+        .failed(1, needed);
+    assert!(!files.path("c").exists() && !files.path("vm.sock").exists());
+    files.snap("fork --vm @vm.sock -n 1 --key-file /dev/null").failed(1, &["a regular file"]);
+    files
+        .snap("restore @sealed.snap --image @plain.snap --key-file @key")
+        .failed(1, &["--image is not"]);
 }
 
 #[test]
@@ -262,6 +281,21 @@ fn what_is_written_of_a_running_sealed_guest_is_sealed() {
 }
 
 #[test]
+fn a_key_is_refused_for_a_guest_whose_files_are_plain() {
+    needs_vm!();
+    let files = Files::new();
+    let mut vm = Vm::start(files.0.path(), &["run", "--memory", "64M", "--work", "4M"]);
+    let socket = vm.socket.to_str().expect("a plain name").to_owned();
+    let plain = &["writes files that are not sealed"];
+    files
+        .snap(&format!("checkpoint --vm {socket} --every 1s --keep 1 -o @c --key-file @key"))
+        .failed(1, plain);
+    assert_eq!(crate::support::names(&files.path("c")), Vec::<String>::new());
+    vm.beats(1);
+    vm.interrupt();
+}
+
+#[test]
 #[cfg(feature = "objects")]
 fn sealed_files_are_pushed_and_pulled_as_they_are() {
     let files = Files::new();
@@ -291,4 +325,19 @@ fn sealed_files_are_pushed_and_pulled_as_they_are() {
         let bytes = |path: PathBuf| std::fs::read(path).expect("it is there");
         assert!(bytes(files.path(name)) == bytes(files.path("pulled").join(name)), "{name}");
     }
+    needs_vm!();
+    for (options, is_sealed) in [("--key-file @key", true), ("", false)] {
+        let options = options.replace("@key", &files.text("key"));
+        let guest = format!("run --memory 64M --work 4M {options}");
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut vm = Vm::start(folder.path(), &guest.split_whitespace().collect::<Vec<_>>());
+        let create = format!("create URL{is_sealed} --vm {} --key-file @key", vm.socket.display());
+        match is_sealed {
+            true => drop(cached(&create).ok()),
+            false => drop(cached(&create).failed(1, &["writes files that are not sealed"])),
+        }
+        vm.beats(1);
+        vm.interrupt();
+    }
+    cached("verify URLtrue --key-file @key").ok();
 }

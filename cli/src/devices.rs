@@ -24,8 +24,8 @@ pub(crate) struct DeviceArgs {
     #[arg(long = "disk", value_name = "IMG[,ro|,overlay][,raw]", requires = "kernel")]
     disks: Vec<DiskArg>,
 
-    /// Where a disk's overlay is kept while the guest runs: in a file without a name in this folder, or in
-    /// memory. Without it, the folder for temporary files.
+    /// Where a disk's overlay is kept while the guest runs: in a file without a name in this folder, which is not
+    /// encrypted, or in memory. Without it, the folder for temporary files.
     #[arg(long, value_name = "DIR|memory", requires = "disks")]
     disk_overlay: Option<OverlayArg>,
 
@@ -63,7 +63,7 @@ pub(crate) struct SavedDeviceArgs {
 
     /// Do not change the images of all disks: the guest's writes go to a file without a name in this folder, or to
     /// memory, and are deleted when the guest ends. So many guests can use one image. Disks that had an overlay at the
-    /// snapshot always have one.
+    /// snapshot always have one. The file is not encrypted; without this option, a sealed guest's overlay is in memory.
     #[arg(long, value_name = "DIR|memory")]
     disk_overlay: Option<OverlayArg>,
 

@@ -5,6 +5,7 @@
 use std::io::{self, PipeWriter};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::process::{Child, Command};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -71,8 +72,8 @@ struct Serving {
 /// Signals that would end or stop the process during a system call that otherwise returns an error: a write beyond the
 /// limit of a file's size (EFBIG), and the use of a terminal that belongs to another job (EIO).
 ///
-/// They are blocked, which has the same effect as ignoring them. A child process inherits this: only `bench` starts
-/// one, another `snap`.
+/// They are blocked, which has the same effect as ignoring them. A child process inherits this: `bench` and `fork` start
+/// other `snap`s, which block them themselves, and [`spawn_unblocked`] starts other programs.
 const BLOCKED: [i32; 3] = [SIGXFSZ, SIGTTIN, SIGTTOU];
 
 /// Whether this process ignores a signal, for example SIGHUP under `nohup`.
@@ -93,6 +94,21 @@ fn block(signals: &[i32]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Starts another program. It can be interrupted: a child process inherits the blocked signals of the thread that starts it,
+/// so a thread does that which blocks none of those that are blocked here.
+pub(crate) fn spawn_unblocked(command: &mut Command) -> io::Result<Child> {
+    let spawn = || {
+        for signal in BLOCKED.into_iter().chain([SIGINT, SIGTERM, SIGHUP, SIGXCPU]) {
+            unblock_signal(signal).map_err(|error| io::Error::other(error.to_string()))?;
+        }
+        command.spawn()
+    };
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("spawn".into()).spawn_scoped(scope, spawn)?;
+        thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread has panicked")))
+    })
 }
 
 type Signals = SignalDelivery<UnixStream, SignalOnly>;
@@ -281,5 +297,29 @@ impl Interrupt {
                 guest.request_pause();
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Stdio;
+
+    use super::*;
+
+    #[test]
+    fn another_program_is_started_without_blocked_signals() {
+        let blocked = |start: fn(&mut Command) -> io::Result<Child>| {
+            let mut grep = Command::new("grep");
+            grep.args(["^SigBlk", "/proc/self/status"]).stdout(Stdio::piped());
+            let output = start(&mut grep).unwrap().wait_with_output().unwrap().stdout;
+            let text = String::from_utf8(output).unwrap();
+            u64::from_str_radix(text.trim_start_matches("SigBlk:").trim(), 16).unwrap()
+        };
+        let all = [SIGINT, SIGTERM, SIGHUP, SIGXCPU, SIGXFSZ, SIGTTIN, SIGTTOU];
+        let mask = all.iter().fold(0, |mask, signal| mask | 1 << (signal - 1));
+        // Of this test's thread only.
+        block(&all).unwrap();
+        assert_eq!(blocked(Command::spawn) & mask, mask);
+        assert_eq!(blocked(spawn_unblocked) & mask, 0);
     }
 }

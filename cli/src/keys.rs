@@ -12,6 +12,9 @@ use anyhow::{Context, Result, bail};
 use snapfmt::{KeyError, KeyProvider, KeySlot, KeySlots, SecretKey};
 use zeroize::Zeroizing;
 
+use crate::interrupt::spawn_unblocked;
+use crate::waits::Wait;
+
 /// Where the keys are. A key is in no option: other users can read the arguments of a process.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub(crate) struct KeyArgs {
@@ -21,7 +24,8 @@ pub(crate) struct KeyArgs {
     key_file: Option<PathBuf>,
 
     /// As --key-file, but `sh` runs this command for the key of each file: it gets the wrapped key on stdin, and writes the
-    /// key (32 bytes, or 64 hex digits) to stdout.
+    /// key (32 bytes, or 64 hex digits) to stdout. If it wraps with a public key, anyone can write a file that it opens: then
+    /// --require-signature or --expect-root shows whether a file is authentic.
     #[arg(long, value_name = "CMD")]
     key_command: Option<String>,
 
@@ -63,6 +67,27 @@ impl KeyArgs {
             }),
         };
         Ok(Some(Arc::clone(self.read.get_or_init(|| provider))))
+    }
+
+    /// Refuses keys with which no file could be written: before the work whose result would be lost.
+    pub(crate) fn check_writes(&self) -> Result<()> {
+        match (&self.key_command, &self.wrap_command) {
+            (Some(_), None) => Err(NO_WRAP_COMMAND.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses a key file that cannot be read again by another `snap`, such as a pipe.
+    pub(crate) fn check_children_can_read(&self) -> Result<()> {
+        let Some(path) = &self.key_file else { return Ok(()) };
+        let found = std::fs::metadata(path).with_context(|| path.display().to_string())?;
+        if !found.is_file() {
+            bail!(
+                "{}: this command starts others, which read the key again: give a regular file",
+                path.display()
+            );
+        }
+        Ok(())
     }
 
     /// The same options, for another `snap`.
@@ -131,6 +156,9 @@ enum CommandError {
     Length { option: &'static str, found: usize, most: usize },
 }
 
+const NO_WRAP_COMMAND: CommandError =
+    CommandError::NotGiven { option: "wrap-command", reason: "a sealed snapshot is written" };
+
 impl From<CommandError> for KeyError {
     fn from(error: CommandError) -> Self {
         Self::Provider(Box::new(error))
@@ -171,10 +199,8 @@ impl KeyProvider for Commands {
     }
 
     fn wrap_key(&self, file_key: &SecretKey, _: uuid::Uuid) -> Result<KeySlot, KeyError> {
-        let (option, reason) = ("wrap-command", "a sealed snapshot is written");
-        let Some(command) = &self.wrap else {
-            return Err(CommandError::NotGiven { option, reason }.into());
-        };
+        let option = "wrap-command";
+        let Some(command) = &self.wrap else { return Err(NO_WRAP_COMMAND.into()) };
         let most = KeySlots::MOST_BYTES;
         let wrapped = run(option, command, file_key.bytes(), |output| {
             let mut wrapped = Vec::new();
@@ -197,12 +223,11 @@ fn run<T>(
     read: impl FnOnce(&mut dyn Read) -> Result<T, CommandError>,
 ) -> Result<T, CommandError> {
     let failed = |source| CommandError::Run { option, source };
-    let mut child = Command::new("sh")
-        .args(["-c", command])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .map_err(failed)?;
+    // An interrupt leaves time: the recording of a guest that was interrupted is written after it, with a key.
+    let _waiting = Wait::new(move || format!("the command of --{option}")).hears().begin();
+    let mut shell = Command::new("sh");
+    shell.args(["-c", command]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = spawn_unblocked(&mut shell).map_err(failed)?;
     // Dropped at the end of this statement: the command sees the end of its input.
     let written = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(input));
     let output = match child.stdout.take() {
@@ -255,6 +280,15 @@ mod tests {
         set(0o600);
         std::fs::write(&path, [7; 1 << 20]).expect("it is written");
         key_in(&path).expect_err("it is too long");
+    }
+
+    #[test]
+    fn a_key_that_cannot_be_read_again_is_not_passed_on() {
+        let keys = |path: &Path| KeyArgs { key_file: Some(path.into()), ..KeyArgs::default() };
+        let file = tempfile::NamedTempFile::new().expect("a temporary file");
+        keys(file.path()).check_children_can_read().expect("it is a regular file");
+        let error = keys(Path::new("/dev/null")).check_children_can_read();
+        assert!(error.expect_err("it is none").to_string().contains("give a regular file"));
     }
 
     #[test]

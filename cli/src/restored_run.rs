@@ -81,7 +81,7 @@ impl Restore {
         };
 
         let (remote, events) = live::remote();
-        let facts = facts(&memory, vm.vcpu_count(), started);
+        let facts = facts(&memory, vm.vcpu_count(), started, self.keys.is_given());
         let serving = self.api.map(|api| api.serve(remote, facts)).transpose()?;
         let hold = self.hold.as_ref();
         let (run_for, begins_paused) = (self.run_for, self.paused);
@@ -141,7 +141,7 @@ impl Restore {
 }
 
 /// The facts that the control socket reports about the guest.
-fn facts(memory: &Arc<VmMemory>, vcpus: usize, started: Instant) -> Facts {
+fn facts(memory: &Arc<VmMemory>, vcpus: usize, started: Instant, sealed: bool) -> Facts {
     Facts {
         memory_bytes: bytes_of(memory),
         vcpus,
@@ -150,6 +150,7 @@ fn facts(memory: &Arc<VmMemory>, vcpus: usize, started: Instant) -> Facts {
             // The reader may be in another folder.
             false => std::path::absolute(file).unwrap_or_else(|_| file.to_owned()),
         }),
+        sealed,
         started,
         pager: {
             // The control socket keeps no memory.

@@ -43,6 +43,7 @@ impl Storage {
         if self.level.is_some() && self.codec != Codec::Zstd {
             bail!("--level goes with --codec zstd: {} has no levels", self.codec);
         }
+        keys.check_writes()?;
         let defaults = WriteOptions::default();
         let existing = if self.force { Existing::Replace } else { Existing::Keep };
         Ok(defaults

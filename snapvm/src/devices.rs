@@ -23,7 +23,9 @@ pub struct DeviceConnections {
     pub disks: Vec<PathBuf>,
     /// Accept disks whose content has changed since the snapshot. The guest's file systems may break.
     pub force_disks: bool,
-    /// Where the guest's writes to all disks are stored. The images are not changed then.
+    /// Where the guest's writes to all disks are stored, not encrypted. The images are not changed then. By default only
+    /// disks that had an overlay at the snapshot have one: in a file of the folder for temporary files, or in memory if
+    /// the snapshot is sealed.
     pub disk_overlay: Option<OverlayPlace>,
     /// Another context id and socket for the guest's vsock.
     pub vsock: Option<(u64, PathBuf)>,
@@ -158,8 +160,8 @@ impl DeviceConnections {
         let mut nets = self.nets.iter();
         let mut restored: Devices = Vec::new();
         for (place, VirtioState { transport, device, .. }) in devices.into_iter().enumerate() {
-            let content = || content(snapshot, place);
-            let host = self.host(device, &allowed, &mut paths, &mut nets, content, observer)?;
+            let source = (snapshot, place);
+            let host = self.host(device, &allowed, &mut paths, &mut nets, source, observer)?;
             let device = VirtioDevice::restore(&event_loop, transport, host);
             restored.push(Box::new(device.map_err(DeviceError::Make)?));
         }
@@ -191,7 +193,7 @@ impl DeviceConnections {
         allowed: &'a AllowedFolders,
         paths: &mut impl Iterator<Item = &'a Path>,
         nets: &mut impl Iterator<Item = &'a (String, Option<MacAddress>)>,
-        content: impl FnOnce() -> Result<Vec<u8>, DeviceError>,
+        (snapshot, place): (&Snapshot, usize),
         observer: &dyn Observer,
     ) -> Result<Host, DeviceError> {
         let mut image = || paths.next().map_or(ImagePath::Saved(allowed), ImagePath::Given);
@@ -200,9 +202,10 @@ impl DeviceConnections {
                 let opened = Disk::open_saved(&disk, image(), self.force_disks);
                 Host::Disk(opened.map_err(DeviceError::Disk)?)
             }
-            BackendState::Block(disk) => self.disk_below(&disk, image(), 0, &[])?,
+            BackendState::Block(disk) => self.disk_below(&disk, image(), snapshot, 0, &[])?,
             BackendState::Overlay(OverlayState { disk, blocks, .. }) => {
-                self.disk_below(&disk, image(), blocks, &content()?)?
+                let content = content(snapshot, place)?;
+                self.disk_below(&disk, image(), snapshot, blocks, &content)?
             }
             BackendState::Rng => Host::Entropy,
             BackendState::Balloon(balloon) => Host::Balloon(balloon),
@@ -240,13 +243,22 @@ impl DeviceConnections {
         &self,
         saved: &BlockState,
         image: ImagePath<'_>,
+        snapshot: &Snapshot,
         blocks: u32,
         content: &[u8],
     ) -> Result<Host, DeviceError> {
-        let place = self.disk_overlay.clone();
-        let place = place.unwrap_or_else(|| OverlayPlace::Folder(std::env::temp_dir()));
+        let place = self.overlay_place(snapshot.keys().is_some());
         let disk = Disk::open_saved_below(saved, image, self.force_disks, &place, blocks, content);
         Ok(Host::Disk(disk.map_err(DeviceError::Disk)?))
+    }
+
+    fn overlay_place(&self, is_sealed: bool) -> OverlayPlace {
+        match &self.disk_overlay {
+            Some(place) => place.clone(),
+            // A file would have the disk's content of the snapshot in clear.
+            None if is_sealed => OverlayPlace::Memory,
+            None => OverlayPlace::Folder(std::env::temp_dir()),
+        }
     }
 }
 
@@ -259,4 +271,20 @@ pub(crate) fn content(snapshot: &Snapshot, place: usize) -> Result<Vec<u8>, Devi
         return Err(DeviceError::ContentVersion { place, version: blob.version });
     }
     Ok(blob.bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_overlay_of_a_sealed_guest_is_in_no_file_unless_one_is_given() {
+        let mut connections = DeviceConnections::default();
+        assert!(matches!(connections.overlay_place(true), OverlayPlace::Memory));
+        assert!(matches!(connections.overlay_place(false), OverlayPlace::Folder(_)));
+        connections.disk_overlay = Some(OverlayPlace::Folder("given".into()));
+        let given =
+            |place| matches!(place, OverlayPlace::Folder(path) if path == Path::new("given"));
+        assert!(given(connections.overlay_place(true)) && given(connections.overlay_place(false)));
+    }
 }

@@ -16,6 +16,7 @@ use snapfmt::Progress;
 use super::bodies::{CheckpointFields, CreateSnapshot, DeferredPages, Pausing, SnapshotType};
 use crate::exit::Interrupted;
 use crate::http::read_response;
+use crate::keys::KeyArgs;
 use crate::progress::Bar;
 use crate::session::Session;
 use crate::storage::Storage;
@@ -222,8 +223,32 @@ fn ask<T: DeserializeOwned>(
     }
 }
 
-/// The snapshot that the guest at this socket was restored from: an absolute path, or an address.
-pub(crate) fn restored_from(socket: &Path) -> Result<Option<PathBuf>> {
+/// What `GET /vm` reports about the files of a guest.
+#[derive(Deserialize)]
+pub(crate) struct GuestFiles {
+    /// The snapshot that the guest was restored from: an absolute path, or an address.
+    pub(crate) restored_from: Option<PathBuf>,
+    /// Whether the files that its process writes are sealed.
+    #[serde(default)]
+    pub(crate) sealed: bool,
+}
+
+impl GuestFiles {
+    /// Refuses, before a file is written, a guest whose files a key could not open.
+    pub(crate) fn check_key(&self, socket: &Path, keys: &KeyArgs) -> Result<()> {
+        if keys.is_given() && !self.sealed {
+            bail!(
+                "the guest at {} writes files that are not sealed: leave the key away, or give it to its snap run or snap \
+                 restore",
+                socket.display()
+            );
+        }
+        Ok(())
+    }
+}
+
+/// The files of the guest at this socket.
+pub(crate) fn guest_files(socket: &Path) -> Result<GuestFiles> {
     let named = || format!("cannot ask the guest at {}", socket.display());
     let asking = socket.display().to_string();
     let asking = Wait::new(move || format!("the guest at {asking} to take a request"));
@@ -236,7 +261,7 @@ pub(crate) fn restored_from(socket: &Path) -> Result<Option<PathBuf>> {
     let stream = connect(socket, PATIENCE).with_context(named)?;
     send(&stream, "GET", "/vm", &Value::Null, PATIENCE).with_context(named)?;
     let (_, state) = receive(stream, &in_time).with_context(named)?;
-    Ok(state["restored_from"].as_str().map(PathBuf::from))
+    serde_json::from_value(state).context("the guest's answer is not understood")
 }
 
 /// The progress of the guest's file, from its socket.

@@ -25,6 +25,8 @@ pub(crate) struct Facts {
     pub(crate) memory_bytes: u64,
     pub(crate) vcpus: usize,
     pub(crate) restored_from: Option<PathBuf>,
+    /// Whether the files that are written of it are sealed.
+    pub(crate) sealed: bool,
     pub(crate) started: Instant,
     /// The pager's figures, if there is a pager.
     pub(crate) pager: Box<dyn Fn() -> Option<PagerFigures> + Send + Sync>,
@@ -107,6 +109,7 @@ impl Routes {
             "memory_bytes": facts.memory_bytes,
             "vcpus": facts.vcpus,
             "restored_from": facts.restored_from,
+            "sealed": facts.sealed,
         });
         Response { status: 200, body: Some(body) }
     }
@@ -275,6 +278,7 @@ mod tests {
             memory_bytes: 1 << 20,
             vcpus: 2,
             restored_from: None,
+            sealed: true,
             started: Instant::now(),
             pager: Box::new(|| None),
         };
@@ -304,6 +308,7 @@ mod tests {
             let (status, body) = answer("GET", path, "");
             assert_eq!(status, 200);
             assert_eq!((&body["state"], &body["vcpus"]), (&json!("Not started"), &json!(2)));
+            assert_eq!((&body["restored_from"], &body["sealed"]), (&Value::Null, &json!(true)));
         }
         assert_eq!(answer("GET", "/stats", "").1["pager"], Value::Null);
     }

@@ -85,6 +85,8 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         return Err(WrongOptions("--every: more than 0, and at most 1h".into()).into());
     }
     let storage = Storage { codec: args.codec, ..Storage::default() };
+    // Before the first checkpoint: layers are merged later.
+    storage.options(&args.keys)?;
     let folder = Folder::open(&args.out, &args.keys)?;
     let mut run = Run {
         args,
@@ -199,7 +201,9 @@ impl Run<'_> {
 
     /// Refuses a guest whose checkpoints could not be opened. Of another guest than the last time, a new chain begins.
     fn look_at_guest(&mut self) -> Result<()> {
-        let restored_from = client::restored_from(&self.args.vm)?;
+        let files = client::guest_files(&self.args.vm)?;
+        files.check_key(&self.args.vm, &self.args.keys)?;
+        let restored_from = files.restored_from;
         if restored_from == self.restored_from {
             return Ok(());
         }

@@ -164,7 +164,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     if args.trust.is_required() && args.parent.is_none() {
         bail!("--expect-root and --require-signature are for the snapshot that --from restores");
     }
-    if args.vm.is_some() && args.keys.is_given() {
+    if args.vm.is_some() && args.keys.is_given() && !bucket::is_meant(args.out()) {
         bail!(
             "with --vm, the process of the guest writes the file: give the key to its snap run or snap restore, and what it \
              writes is sealed"
@@ -198,7 +198,17 @@ impl Args {
 /// Writes the snapshot. No file or name is at the output path if this fails.
 pub(crate) fn create(args: &Args, session: &Session) -> Result<Summary> {
     // Before the guest's boot, which would be useless.
-    args.storage.options(&args.keys)?;
+    match &args.vm {
+        None => drop(args.storage.options(&args.keys)?),
+        // Its process writes the file. The key is for sending it.
+        Some(socket) => {
+            args.storage.options(&KeyArgs::default())?;
+            if args.keys.is_given() {
+                args.keys.provider()?;
+                client::guest_files(socket)?.check_key(socket, &args.keys)?;
+            }
+        }
+    }
     if bucket::is_meant(args.out()) {
         #[cfg(not(feature = "objects"))]
         return Err(bucket::missing());

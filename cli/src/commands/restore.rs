@@ -218,6 +218,9 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
              memory comes from elsewhere: give the option to the snap serve that shares it"
         );
     }
+    if args.input.parents.keys.is_given() && args.image.is_some() {
+        bail!("with a key, what is read must be sealed, and the memory in --image is not");
+    }
     let (out, hold) = GuestOutput::new().context("cannot use stdout")?;
     let (memory, mode) = match (&args.image, &args.share) {
         (Some(image), _) => (MemoryFrom::Image(image.clone()), "mmap"),

@@ -49,6 +49,9 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     // Before the guest's boot, which would be useless.
     args.keys.provider()?;
+    if args.api.api.is_some() {
+        args.keys.check_writes()?;
+    }
     let api = args.api.bind()?;
     let (output, hold) = GuestOutput::new().context("cannot use stdout")?;
     let (console, seen) = GuestConsole::new(output, args.end.until());
@@ -70,6 +73,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         memory_bytes: args.guest.memory,
         vcpus: args.guest.cpus.into(),
         restored_from: None,
+        sealed: args.keys.is_given(),
         started: session.started,
         pager: Box::new(|| None),
     };

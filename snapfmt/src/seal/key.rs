@@ -10,8 +10,9 @@ use zeroize::Zeroizing;
 const KEY_BYTES: usize = 32;
 
 /// A secret key of 32 bytes. It is erased from memory when it is dropped, and its `Debug` shows no byte of it.
-#[derive(Clone)]
-pub struct SecretKey(Zeroizing<[u8; KEY_BYTES]>);
+///
+/// It is on the heap: a move of the key copies only its address.
+pub struct SecretKey(Box<Zeroizing<[u8; KEY_BYTES]>>);
 
 impl SecretKey {
     /// Length of a key in bytes.
@@ -23,7 +24,7 @@ impl SecretKey {
     /// A key of these bytes.
     #[must_use]
     pub fn new(bytes: [u8; Self::BYTES]) -> Self {
-        Self(Zeroizing::new(bytes))
+        Self(Box::new(Zeroizing::new(bytes)))
     }
 
     /// A random key, from the kernel.
@@ -31,11 +32,11 @@ impl SecretKey {
     /// # Errors
     /// [`KeyError::Random`]
     pub fn random() -> Result<Self, KeyError> {
-        let mut key = Zeroizing::new([0; Self::BYTES]);
-        let filled = getrandom(&mut key[..], GetRandomFlags::empty())
+        let mut key = Self::new([0; Self::BYTES]);
+        let filled = getrandom(&mut key.0[..], GetRandomFlags::empty())
             .map_err(|errno| KeyError::Random(errno.into()))?;
         match filled == Self::BYTES {
-            true => Ok(Self(key)),
+            true => Ok(key),
             false => Err(KeyError::Random(io::ErrorKind::UnexpectedEof.into())),
         }
     }
@@ -45,21 +46,21 @@ impl SecretKey {
     /// # Errors
     /// [`KeyError::NotAKey`]
     pub fn parse(content: &[u8]) -> Result<Self, KeyError> {
-        let mut key = Zeroizing::new([0; Self::BYTES]);
+        let mut key = Self::new([0; Self::BYTES]);
         if content.len() == Self::BYTES {
-            key.copy_from_slice(content);
-            return Ok(Self(key));
+            key.0.copy_from_slice(content);
+            return Ok(key);
         }
         let digits = content.trim_ascii_end();
         let wrong = || KeyError::NotAKey { len_bytes: content.len() };
         if digits.len() != 2 * Self::BYTES || content.len() > Self::MOST_FILE_BYTES {
             return Err(wrong());
         }
-        for (byte, pair) in key.iter_mut().zip(digits.chunks_exact(2)) {
+        for (byte, pair) in key.0.iter_mut().zip(digits.chunks_exact(2)) {
             let digit = |digit: u8| char::from(digit).to_digit(16).ok_or_else(wrong);
             *byte = (digit(pair[0])? << 4 | digit(pair[1])?) as u8;
         }
-        Ok(Self(key))
+        Ok(key)
     }
 
     /// The bytes of the key, to give it to a program that wraps it.
@@ -72,9 +73,18 @@ impl SecretKey {
         let mut hasher = blake3::Hasher::new_derive_key(purpose);
         hasher.update(&self.0[..]).update(salt);
         let mut derived = hasher.finalize();
-        let key = Self(Zeroizing::new(*derived.as_bytes()));
+        let mut key = Self::new([0; Self::BYTES]);
+        key.0.copy_from_slice(derived.as_bytes());
         zeroize::Zeroize::zeroize(&mut derived);
         zeroize::Zeroize::zeroize(&mut hasher);
+        key
+    }
+}
+
+impl Clone for SecretKey {
+    fn clone(&self) -> Self {
+        let mut key = Self::new([0; Self::BYTES]);
+        key.0.copy_from_slice(&self.0[..]);
         key
     }
 }

@@ -54,6 +54,7 @@ impl Subject {
         snap: &Snap<'_>,
         say: &dyn Fn(&str),
     ) -> Result<Self> {
+        args.keys.check_children_can_read()?;
         let folder = temporary_folder(args.dir.as_deref())?;
         let file = match args.is_demo() {
             true => {

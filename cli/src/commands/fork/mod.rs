@@ -93,6 +93,7 @@ struct Started {
 }
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
+    args.keys.check_children_can_read()?;
     allow_many_descriptors();
     let folder = Folder::new()?;
     let file = folder.join("cut.snap");
@@ -159,7 +160,7 @@ struct Cut {
 /// Snapshots the guest to `file`. A layer is enough if it opens here, as it then does for the children. It does not if
 /// the snapshot that the guest was restored from is in a bucket, was replaced, or was found by an option of the guest.
 fn cut(args: &Args, file: &Path, session: &Session) -> Result<Cut> {
-    let parent = client::restored_from(&args.vm)?;
+    let parent = client::guest_files(&args.vm)?.restored_from;
     let has_parent = parent.as_ref().is_some_and(|file| file.is_file());
     let mut ways = vec![Way::Whole { diff: false }];
     if has_parent {
