@@ -68,11 +68,11 @@ impl GuestPages {
     ///
     /// # Errors
     /// The guest has not added it; [`Interrupted`].
-    pub(super) fn wait(&self, session: &Session) -> Result<()> {
+    pub(super) fn wait(&mut self, session: &Session) -> Result<()> {
         let mut result = self.pages.result();
         loop {
             match &*result {
-                Some(Ok(())) => return Ok(()),
+                Some(Ok(())) => break,
                 Some(Err(reason)) => bail!("cannot copy the guest's memory: {reason}"),
                 None if session.interrupt.requested() => return Err(Interrupted.into()),
                 None => {}
@@ -80,6 +80,12 @@ impl GuestPages {
             let waited = self.pages.changed.wait_timeout(result, LOOK);
             result = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+        drop(result);
+        if let Some(thread) = self.thread.take() {
+            // The result was the last that it had to do. Nothing in it panics.
+            let _ = thread.join();
+        }
+        Ok(())
     }
 }
 

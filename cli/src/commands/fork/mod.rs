@@ -99,7 +99,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let file = folder.join("cut.snap");
     let Cut { pause_ms, snapshot, deferred } = cut(args, &file, session)?;
     let snapshot = Arc::new(snapshot);
-    let copying = deferred.then(|| GuestPages::start(&args.vm, &snapshot)).transpose()?;
+    let mut copying = deferred.then(|| GuestPages::start(&args.vm, &snapshot)).transpose()?;
     let mut options = ServeOptions::default();
     options.share = Some(snapshot_name(&snapshot));
     let path = folder.join("pages.sock");
@@ -119,7 +119,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let mut children = Children::start(&wanted, &file, &path, session)?;
     let total_ms = ms(session.started.elapsed());
     // From then on the children do not need the guest, and it takes other requests.
-    copying.iter().try_for_each(|copying| copying.wait(session))?;
+    copying.iter_mut().try_for_each(|copying| copying.wait(session))?;
     let copied_ms = ms(session.started.elapsed());
     let started = Started { cut_ms, pause_ms, total_ms, copied_ms, children: children.ids() };
     match (args.json, session.quiet) {
