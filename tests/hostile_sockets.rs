@@ -221,7 +221,7 @@ const HANDSHAKES: [&str; 6] = [
     "[]",
 ];
 
-/// Descriptors that are no userfaultfd.
+/// Descriptors of other kinds than a userfaultfd.
 struct Wrong([OwnedFd; 3]);
 
 impl Wrong {

@@ -111,7 +111,7 @@ impl<R: ReadAt> SnapshotSequence<R> {
     }
 
     /// Takes the pages of the next batch. Pages whose look-up would wait for another host are put off, so that the chunks of
-    /// the other pages are announced before that. Returns `false` if there are no more pages.
+    /// the other pages are announced before that. Returns `false` after the last page.
     fn take_pages(&mut self, wanted: &dyn Wanted) -> bool {
         let (mut new_pages, mut count) = (Vec::new(), 0);
         while count < self.batch_pages {
@@ -141,7 +141,7 @@ impl<R: ReadAt> SnapshotSequence<R> {
         count > 0 || !self.pages_of_batch.is_empty()
     }
 
-    /// Looks up the next pages, and lets the storage start to read them. `None` if there are no more.
+    /// Looks up the next pages, and lets the storage start to read them. `None` after the last page.
     fn look_up(&mut self, wanted: &dyn Wanted) -> Option<Batch> {
         if !self.take_pages(wanted) {
             return None;

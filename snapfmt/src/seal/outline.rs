@@ -112,7 +112,7 @@ impl<R: ReadAt> Outline<R> {
     /// Reads and checks the header and the section table of a file, and which keys open it.
     ///
     /// # Errors
-    /// [`ReadError`] when the storage fails, the bytes are no snapshot, or one of these parts is damaged.
+    /// [`ReadError`] when the storage fails, the bytes are not a snapshot, or one of these parts is damaged.
     pub fn open(storage: R) -> Result<Self, ReadError> {
         let failed = |source| ReadError::io(Part::Header, 0, HEADER_BYTES as u64, source);
         let parts = Parts::read(&storage, storage.len_bytes().map_err(failed)?)?;

@@ -126,9 +126,10 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         (true, _) => print_json(&started)?,
         (false, true) => {}
         (false, false) => print_line(format_args!(
-            "{}: {} children, {:.1} ms, paused {:.1} ms",
+            "{}: {} {}, {:.1} ms, paused {:.1} ms",
             args.vm.display(),
             args.count,
+            if args.count == 1 { "child" } else { "children" },
             started.total_ms,
             started.pause_ms
         ))?,
