@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail};
 use pager::SnapshotSource;
 use pager::serve::{ServeOptions, Server, Socket};
 use serde::Serialize;
-use snapfmt::{Codec, Snapshot};
+use snapfmt::{Codec, ReadError, Snapshot};
 use snapvm::snapshot_name;
 
 use crate::api::client::{self, Kind};
@@ -161,7 +161,14 @@ struct Cut {
 /// Snapshots the guest to `file`. A layer is enough if it opens here, as it then does for the children. It does not if
 /// the snapshot that the guest was restored from is in a bucket, was replaced, or was found by an option of the guest.
 fn cut(args: &Args, file: &Path, session: &Session) -> Result<Cut> {
-    let parent = client::guest_files(&args.vm)?.restored_from;
+    let files = client::guest_files(&args.vm)?;
+    files.check_key(&args.vm, &args.keys)?;
+    if files.sealed && !args.keys.is_given() {
+        // The children could not read the cut.
+        let of_guest = format!("the files of the guest at {}", args.vm.display());
+        return Err(anyhow::Error::new(ReadError::KeyNeeded).context(of_guest));
+    }
+    let parent = files.restored_from;
     let has_parent = parent.as_ref().is_some_and(|file| file.is_file());
     let mut ways = vec![Way::Whole { diff: false }];
     if has_parent {
