@@ -103,7 +103,7 @@ pub use parent::{Parent, ParentHint, Parents, open_file};
 pub use read_at::{ReadAt, WhenHere};
 pub use seal::{KeyError, KeyProvider, KeySlot, KeySlots, Outline, SecretKey, VerifiedOutline};
 pub use section::{Section, SectionKind};
-pub use snapshot::{READ_AHEAD_BYTES, Snapshot, StateBlob};
+pub use snapshot::{READ_AHEAD_BYTES, ReadOrder, Snapshot, StateBlob};
 pub use storage::{Permanent, Storage};
 pub use verify::Verified;
 pub use waiting::WhenReadable;

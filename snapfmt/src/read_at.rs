@@ -164,9 +164,6 @@ impl ReadAt for File {
     /// file_ra_state`). This needs `/proc`, and the permission to open the file again.
     fn in_order(&self) -> Option<Box<dyn ReadAt>> {
         let again = File::open(format!("/proc/self/fd/{}", self.as_raw_fd())).ok()?;
-        // Readers announce what they will read: see `expect`. The kernel's own read-ahead is up to 16 MiB, and other
-        // reads would wait for it.
-        again.expect_random();
         Some(Box::new(again))
     }
 }

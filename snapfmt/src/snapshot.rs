@@ -21,6 +21,16 @@ use crate::section::{Section, SectionKind};
 use crate::storage::Storage;
 use crate::working_set::WorkingSet;
 
+/// How the storage knows which chunks [`Snapshot::fetch_chunk_ahead`] will read next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadOrder {
+    /// The caller announces them with [`Snapshot::expect_chunks`]. Nothing else is read.
+    Announced,
+    /// They are read in the order of the file, up to its end. The storage reads ahead on its own: see
+    /// [`ReadAt::in_order`]. The kernel reads a file into large folios then, which takes less CPU time than single pages.
+    Sequential,
+}
+
 /// Most bytes that one [`Snapshot::fetch_chunk_ahead`] reads, unless a single chunk has more.
 pub const READ_AHEAD_BYTES: u64 = 2 << 20;
 
@@ -277,8 +287,8 @@ impl<R: ReadAt> Snapshot<R> {
     }
 
     /// Announces to the storage that chunks will be read at random, so that it should not read ahead of these reads. A read
-    /// that waits for read-ahead of 8 MiB takes milliseconds on a disk. Reads by [`Snapshot::fetch_chunk_ahead`] are
-    /// announced by [`Snapshot::expect_chunks`].
+    /// that waits for read-ahead of 8 MiB takes milliseconds on a disk. Reads with [`ReadOrder::Sequential`] are not
+    /// affected.
     pub fn expect_random(&self) {
         self.layers.iter().for_each(|layer| layer.storage.expect_random());
     }
@@ -356,6 +366,7 @@ impl<R: ReadAt> Snapshot<R> {
         &self,
         extent: ChunkExtent,
         until: u64,
+        order: ReadOrder,
         buffer: &mut ChunkBuffer,
     ) -> Result<u64, ReadError> {
         if buffer.turn_to(self.serial, extent) {
@@ -366,9 +377,11 @@ impl<R: ReadAt> Snapshot<R> {
         let end = until.min(furthest).max(extent.end());
         let len = end - extent.offset();
         let stored = buffer.refill(len as usize);
-        layer
-            .read_chunks(layer.in_order(), stored, extent.offset())
-            .map_err(|error| layer.named(extent.layer().into(), error))?;
+        let read = match order {
+            ReadOrder::Announced => layer.read_chunks(&layer.storage, stored, extent.offset()),
+            ReadOrder::Sequential => layer.read_chunks(layer.in_order(), stored, extent.offset()),
+        };
+        read.map_err(|error| layer.named(extent.layer().into(), error))?;
         buffer.filled_ahead(self.serial, extent);
         Ok(len)
     }

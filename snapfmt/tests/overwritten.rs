@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use snapfmt::layout::{INCOMPAT_BOUND, INCOMPAT_LAYERED, PAGE_BYTES as PAGE};
 use snapfmt::{
     Changes, ChunkBuffer, Codec, Contents, MemoryRegion, Metadata, PageEntry, PageIndex, Parent,
-    ReadAt, ReadError, Snapshot, Stamp, StateBlob, WorkingSet, WriteError, WriteOptions,
+    ReadAt, ReadError, ReadOrder, Snapshot, Stamp, StateBlob, WorkingSet, WriteError, WriteOptions,
     copy_snapshot, write_layer, write_snapshot,
 };
 
@@ -126,7 +126,7 @@ fn refused(snapshot: &Snapshot, memory: &[u8]) -> ReadError {
         let PageEntry::Data { chunk, .. } = snapshot.entry(page).unwrap() else { continue };
         assert!(is_changed(&snapshot.page(page, &mut buffer).map(drop)), "{page:?}");
         let ahead = snapshot
-            .fetch_chunk_ahead(chunk, u64::MAX, &mut buffer)
+            .fetch_chunk_ahead(chunk, u64::MAX, ReadOrder::Sequential, &mut buffer)
             .and_then(|_| snapshot.decode_chunk(chunk, &mut buffer).map(drop));
         assert!(is_changed(&ahead), "{page:?}");
     }

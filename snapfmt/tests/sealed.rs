@@ -10,9 +10,9 @@ use proptest::prelude::*;
 use snapfmt::layout::PAGE_BYTES;
 use snapfmt::{
     Changes, ChunkBuffer, Codec, Contents, Existing, HotPages, KeyError, KeyProvider, MemoryRegion,
-    Metadata, Outline, PageEntry, PageIndex, Parent, Parents, Phase, Problem, ReadError, SecretKey,
-    SectionKind, Snapshot, StateBlob, WorkingSet, WriteError, WriteOptions, copy_snapshot,
-    write_layer, write_with_set,
+    Metadata, Outline, PageEntry, PageIndex, Parent, Parents, Phase, Problem, ReadError, ReadOrder,
+    SecretKey, SectionKind, Snapshot, StateBlob, WorkingSet, WriteError, WriteOptions,
+    copy_snapshot, write_layer, write_with_set,
 };
 
 const MARK: &[u8] = b"a secret of the guest that must not be in the file";
@@ -196,12 +196,14 @@ fn decoding_does_not_change_what_was_read() {
     chunks.sort_unstable();
     chunks.dedup();
     let mut buffer = ChunkBuffer::new();
-    snapshot.fetch_chunk_ahead(chunks[0], u64::MAX, &mut buffer).unwrap();
+    snapshot.fetch_chunk_ahead(chunks[0], u64::MAX, ReadOrder::Sequential, &mut buffer).unwrap();
     let mut first = Vec::new();
     for round in 0..2 {
         for (at, chunk) in chunks[..4].iter().enumerate() {
             assert_eq!(
-                snapshot.fetch_chunk_ahead(*chunk, u64::MAX, &mut buffer).unwrap(),
+                snapshot
+                    .fetch_chunk_ahead(*chunk, u64::MAX, ReadOrder::Sequential, &mut buffer)
+                    .unwrap(),
                 0,
                 "{round}"
             );

@@ -12,9 +12,9 @@ use proptest::prelude::*;
 use snapfmt::layout::PAGE_BYTES as PAGE;
 use snapfmt::{
     Changes, ChunkBuffer, Codec, Contents, Corruption, Existing, Header, HotPages, MemoryRegion,
-    Metadata, PageEntry, PageIndex, Parent, Phase, Problem, ReadAt, ReadError, SectionKind,
-    Snapshot, StateBlob, WorkingSet, WriteError, WriteOptions, copy_snapshot, write_layer,
-    write_snapshot, write_with_set,
+    Metadata, PageEntry, PageIndex, Parent, Phase, Problem, ReadAt, ReadError, ReadOrder,
+    SectionKind, Snapshot, StateBlob, WorkingSet, WriteError, WriteOptions, copy_snapshot,
+    write_layer, write_snapshot, write_with_set,
 };
 
 const PAGES: usize = 1300;
@@ -302,7 +302,12 @@ fn chunks_are_read_ahead() {
     let mut reads = 0;
     // Forwards once, then back to the first, which may have been replaced.
     for extent in extents.iter().chain(&extents[..1]) {
-        reads += u64::from(snapshot.fetch_chunk_ahead(*extent, u64::MAX, &mut ahead).unwrap() > 0);
+        reads += u64::from(
+            snapshot
+                .fetch_chunk_ahead(*extent, u64::MAX, ReadOrder::Announced, &mut ahead)
+                .unwrap()
+                > 0,
+        );
         let chunk = snapshot.decode_chunk(*extent, &mut ahead).unwrap();
         assert!(chunk.bytes() == snapshot.chunk(*extent, &mut single).unwrap().bytes());
     }
@@ -312,12 +317,12 @@ fn chunks_are_read_ahead() {
     let first = extents[0];
     let mut buffer = ChunkBuffer::new();
     assert_eq!(
-        snapshot.fetch_chunk_ahead(first, first.end(), &mut buffer).unwrap(),
+        snapshot.fetch_chunk_ahead(first, first.end(), ReadOrder::Announced, &mut buffer).unwrap(),
         u64::from(first.len_bytes())
     );
     // Bytes that were read ahead from one snapshot are not used for another; and a chunk must be fetched to be decoded.
     let other = Snapshot::open(&path).unwrap();
-    assert!(other.fetch_chunk_ahead(first, 0, &mut buffer).unwrap() > 0);
+    assert!(other.fetch_chunk_ahead(first, 0, ReadOrder::Sequential, &mut buffer).unwrap() > 0);
     assert!(other.decode_chunk(extents[1], &mut buffer).is_err());
 }
 

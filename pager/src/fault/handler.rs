@@ -243,7 +243,7 @@ impl Handler {
             self.shared.slices[self.slice].counters.stalled(1);
         }
         if outcome == Outcome::Answered {
-            self.waited(place, times.service_ns);
+            self.waited(place, &times);
         }
         Ok(outcome)
     }
@@ -449,10 +449,11 @@ impl Handler {
     }
 
     /// Counts how long a thread has waited for a page. After enough waiting, background loading starts.
-    fn waited(&mut self, place: Place, service_ns: u64) {
-        let (shared, service) = (&self.shared, Duration::from_nanos(service_ns));
+    fn waited(&mut self, place: Place, times: &FaultTimes) {
+        let shared = &self.shared;
+        let [service, read] = [times.service_ns, times.read_ns].map(Duration::from_nanos);
         let source_offset = shared.layout.source_offset(place);
-        if shared.population.waited(place.page, source_offset, service)
+        if shared.population.waited(place.page, source_offset, service, read)
             && self.wait_bucket.add(service, self.last_now)
             && !shared.population.loads_ahead()
         {

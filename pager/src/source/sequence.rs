@@ -18,6 +18,10 @@ pub trait PageSequence: Send {
     /// nothing.
     fn prepare(&mut self, _wanted: &dyn Wanted) {}
 
+    /// Announces that the pages after the last one will probably be wanted, too. Storage may then read further ahead than
+    /// the sequence. The default does nothing.
+    fn continues(&mut self) {}
+
     /// Skips about this number of pages. They are not loaded later. The default does nothing.
     fn skip(&mut self, _pages: usize) {}
 }

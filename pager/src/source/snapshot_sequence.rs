@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Instant;
 
-use snapfmt::{ChunkBuffer, ChunkExtent, PageEntry, PageIndex, ReadAt, Snapshot};
+use snapfmt::{ChunkBuffer, ChunkExtent, PageEntry, PageIndex, ReadAt, ReadOrder, Snapshot};
 
 use crate::region::PAGE_BYTES;
 use crate::source::error::SourceError;
@@ -46,6 +46,7 @@ pub(crate) struct SnapshotSequence<R: ReadAt> {
     /// Pages whose look-up would wait for another host. They are looked up when the others have been announced.
     put_off: VecDeque<PageIndex>,
     is_remote: bool,
+    order: ReadOrder,
     /// The pages that are being loaded, and the next ones, which the storage already reads.
     batch: Batch,
     next: VecDeque<Batch>,
@@ -94,6 +95,7 @@ impl<R: ReadAt> SnapshotSequence<R> {
         SnapshotSequence {
             ahead_bytes: snapshot.ahead_bytes(),
             is_remote: snapshot.is_remote(),
+            order: ReadOrder::Announced,
             snapshot,
             shared,
             ranges: ranges.into_iter(),
@@ -195,6 +197,9 @@ impl<R: ReadAt> SnapshotSequence<R> {
 
     /// Lets the storage start to read the chunks of a batch. Chunks that are close to each other are read together.
     fn expect(&self, batch: &Batch) {
+        if self.order == ReadOrder::Sequential {
+            return;
+        }
         let near = |a: &(ChunkExtent, u16, PageIndex), b: &(ChunkExtent, u16, PageIndex)| {
             a.0.layer() == b.0.layer() && b.0.offset() <= a.0.end().saturating_add(GAP_BYTES)
         };
@@ -254,7 +259,7 @@ impl<R: ReadAt> SnapshotSequence<R> {
         let until = self.read_until(extent);
         let bytes_read = self
             .snapshot
-            .fetch_chunk_ahead(extent, until, &mut self.buffer)
+            .fetch_chunk_ahead(extent, until, self.order, &mut self.buffer)
             .map_err(|error| source_error(page, error))?;
         let fetched = Instant::now();
         let chunk = self
@@ -314,6 +319,13 @@ impl<R: ReadAt> PageSequence for SnapshotSequence<R> {
 
     fn prepare(&mut self, wanted: &dyn Wanted) {
         self.look_ahead(wanted);
+    }
+
+    fn continues(&mut self) {
+        // Storage of other hosts reads only what is announced.
+        if !self.is_remote {
+            self.order = ReadOrder::Sequential;
+        }
     }
 
     fn skip(&mut self, pages: usize) {

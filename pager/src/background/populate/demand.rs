@@ -3,6 +3,7 @@
 //! The measure is the time from reading the message of a fault to its answer. Each demand thread adds the times of its
 //! faults to a leaky bucket. A guest that waits for a small share of the time never fills the bucket.
 
+use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -51,10 +52,16 @@ impl WaitBucket {
     }
 }
 
+/// Reads of this length mean that faults wait for a disk: from the page cache, a chunk is read in 3 to 10 us. In storage
+/// with longer reads, more loaders would only wait for it, too.
+const DISK_READ: RangeInclusive<Duration> = Duration::from_micros(40)..=Duration::from_millis(2);
+
 /// What demand threads report to loaders.
 #[derive(Debug)]
 pub(crate) struct Demand {
     waited_ns: AtomicU64,
+    /// The moving average of the reads of the last eight faults with a read, more or less.
+    read_ns: AtomicU64,
     overhead: Duration,
     pub(crate) recent: RecentFaults,
 }
@@ -62,14 +69,26 @@ pub(crate) struct Demand {
 impl Demand {
     /// `overhead` is what a fault costs besides its answer.
     pub(crate) fn new(overhead: Duration) -> Demand {
-        Demand { waited_ns: AtomicU64::new(0), overhead, recent: RecentFaults::default() }
+        let (waited_ns, read_ns) = (AtomicU64::new(0), AtomicU64::new(0));
+        Demand { waited_ns, read_ns, overhead, recent: RecentFaults::default() }
     }
 
-    /// Called by a demand thread: a thread has waited for `service` for this page.
-    pub(crate) fn add(&self, page: u64, service: Duration) {
+    /// Called by a demand thread: a thread has waited for `service` for this page, of which `read` was the read from
+    /// storage.
+    pub(crate) fn add(&self, page: u64, service: Duration, read: Duration) {
         self.recent.add(page);
+        if !read.is_zero() {
+            // A value that is lost between two demand threads does not matter.
+            let mean = self.read_ns.load(Ordering::Relaxed);
+            self.read_ns.store((mean * 7 + read.as_nanos() as u64) / 8, Ordering::Relaxed);
+        }
         let waited = service + self.overhead;
         self.waited_ns.fetch_add(waited.as_nanos() as u64, Ordering::Relaxed);
+    }
+
+    /// Whether faults wait for a disk, so that the CPUs of the faulting threads are idle meanwhile.
+    pub(super) fn waits_for_disk(&self) -> bool {
+        DISK_READ.contains(&Duration::from_nanos(self.read_ns.load(Ordering::Relaxed)))
     }
 
     fn waited(&self) -> Duration {
@@ -161,9 +180,25 @@ mod tests {
         let mut quiet = QuietDetector::new(&demand);
         for _ in 0..20 {
             std::thread::sleep(CHECK);
-            demand.add(1, CHECK);
+            demand.add(1, CHECK, CHECK);
             assert!(quiet.is_waiting(&demand));
         }
+    }
+
+    #[test]
+    fn faults_wait_for_a_disk_if_most_of_their_reads_are_of_its_length() {
+        let demand = Demand::new(OVERHEAD);
+        let after = |read_us: u64, faults: u32| {
+            let read = Duration::from_micros(read_us);
+            (0..faults).for_each(|_| demand.add(1, read, read));
+            demand.waits_for_disk()
+        };
+        // Page cache, disk, faults that waited for a loader, page cache, another host.
+        assert!(!after(8, 100));
+        assert!(after(80, 6));
+        assert!(after(0, 100));
+        assert!(!after(8, 16));
+        assert!(!after(20_000, 8));
     }
 
     #[test]

@@ -21,6 +21,7 @@ use crate::layout::Place;
 use crate::pager_state::PagerState;
 use crate::sched::avoid_demand_cpus::AvoidDemandCpus;
 use crate::sched::priority::make_normal;
+use crate::sched::task;
 use crate::source::error::SourceErrorKind;
 use crate::source::load::{Load, LoadedPages, PageReader};
 use crate::source::panicked::Panicked;
@@ -28,6 +29,8 @@ use crate::source::sequence::PageSequence;
 
 /// During a prefetch, the time between two checks whether the pager was stopped.
 const AFTER_PREFETCH: Duration = Duration::from_millis(5);
+/// The time between two checks of a spare loader whether faults wait for a disk.
+const SPARE_CHECK: Duration = Duration::from_millis(1);
 /// The pause between two attempts while the memory map is changing.
 const MAP_PAUSE: Duration = Duration::from_micros(50);
 /// If the guest has caught up with a loader, this many pages are left to its faults, so that the loader is ahead again.
@@ -42,6 +45,8 @@ pub(super) struct Loader {
     pace: Pace,
     quiet: QuietDetector,
     avoid: AvoidDemandCpus,
+    /// This loader works only while faults wait for a disk, also on the CPUs of the faulting threads, which are idle then.
+    is_spare: bool,
 }
 
 type Sequence = Box<dyn PageSequence>;
@@ -50,11 +55,11 @@ type Sequence = Box<dyn PageSequence>;
 type NextPage = u64;
 
 impl Loader {
-    pub(super) fn new(shared: Arc<PagerState>) -> Loader {
+    pub(super) fn new(shared: Arc<PagerState>, is_spare: bool) -> Loader {
         let pace = Pace::of(shared.population.options.mode);
         let quiet = QuietDetector::new(&shared.population.demand);
         let (resolver, avoid) = (Resolver::new(usize::MAX), AvoidDemandCpus::default());
-        Loader { shared, reader: None, resolver, pace, quiet, avoid }
+        Loader { shared, reader: None, resolver, pace, quiet, avoid, is_spare }
     }
 
     /// The body of the thread.
@@ -65,7 +70,13 @@ impl Loader {
             // A failure costs only speed.
             let _ = cpus.bind();
         }
-        self.avoid.begin();
+        if self.is_spare {
+            // Any other thread preempts it. A demand thread may have this policy, too: see `before_load`. A failure costs
+            // only speed.
+            let _ = task::set_policy(0, libc::SCHED_IDLE);
+        } else {
+            self.avoid.begin();
+        }
         if let Ok(()) = self.load_all() {
             self.finish();
         }
@@ -79,10 +90,13 @@ impl Loader {
         }
         let plan = shared.population.plan.get_or_init(|| Plan::new(&shared.layout));
         let mut ahead = None;
-        // Parts with skipped pages come again after the last part.
-        while let Some((part, mut sequence)) = ahead.take().or_else(|| self.prepared(plan, None)) {
-            // The storage reads the next part while this one is decoded.
-            ahead = self.prepared(plan, Some(part.number));
+        loop {
+            self.sleep_without_disk(plan)?;
+            // Parts with skipped pages come again after the last part.
+            let next = ahead.take().or_else(|| self.prepared(plan, None));
+            let Some((part, mut sequence)) = next else { break };
+            // The storage reads the next part while this one is decoded. A spare loader has no part while it sleeps.
+            ahead = if self.is_spare { None } else { self.prepared(plan, Some(part.number)) };
             let skipped = match &mut sequence {
                 // If the source panics, the part is loaded page by page.
                 Some(sequence) => {
@@ -112,6 +126,7 @@ impl Loader {
         let sequence = || {
             let page_bytes = shared.layout.page_bytes() as usize;
             let mut sequence = source.sequence(page_bytes, vec![part.source.clone()]).ok()?;
+            sequence.continues();
             sequence.prepare(&Claim::new(shared));
             Some(sequence)
         };
@@ -119,7 +134,29 @@ impl Loader {
         Some((part, sequence))
     }
 
-    /// In `Auto`, sleeps while threads do not wait for pages.
+    /// A spare loader sleeps while faults do not wait for a disk, until all parts are taken.
+    fn sleep_without_disk(&mut self, plan: &Plan) -> Result<(), Ended> {
+        let shared = Arc::clone(&self.shared);
+        while self.is_spare && !plan.is_taken() && !shared.population.demand.waits_for_disk() {
+            self.sleep_while_quiet()?;
+            thread::park_timeout(SPARE_CHECK);
+        }
+        stopped(&shared)
+    }
+
+    /// Called before each load.
+    fn before_load(&mut self) -> Result<(), Ended> {
+        self.sleep_while_quiet()?;
+        self.pace.before_load(&self.shared)?;
+        if self.is_spare {
+            // A demand thread of the same policy may have to run on this CPU.
+            thread::yield_now();
+        }
+        self.avoid.step(&self.shared);
+        Ok(())
+    }
+
+    /// In `Auto`, sleeps while threads do not wait for pages. The end of the loading ends a spare loader's sleep.
     fn sleep_while_quiet(&mut self) -> Result<(), Ended> {
         let progress = &self.shared.population;
         if progress.options.mode != Populate::Auto
@@ -134,7 +171,8 @@ impl Loader {
             }
             progress.active.store(false, Ordering::Relaxed);
         }
-        while !progress.is_active() {
+        let is_over = || self.is_spare && progress.plan.get().is_some_and(Plan::is_taken);
+        while !progress.is_active() && !is_over() {
             stopped(&self.shared)?;
             thread::park();
         }
@@ -149,9 +187,7 @@ impl Loader {
         let claim = Claim::new(&shared);
         let mut skipped = false;
         loop {
-            self.sleep_while_quiet()?;
-            self.pace.before_load(&shared)?;
-            self.avoid.step(&shared);
+            self.before_load()?;
             shared.population.caught_up.store(false, Ordering::Relaxed);
             match sequence.next(&claim) {
                 None => break,
@@ -222,9 +258,7 @@ impl Loader {
         let retry = shared.population.options.retry;
         let (mut failed_loads, mut tries) = (0, 0);
         while shared.states.of(page) == PageState::Missing {
-            self.sleep_while_quiet()?;
-            self.pace.before_load(&shared)?;
-            self.avoid.step(&shared);
+            self.before_load()?;
             match reader.load(offset) {
                 Ok(Load::Zero { range }) => {
                     // Left to the kernel, or to a fault.
@@ -290,7 +324,8 @@ impl Loader {
             let mut state = progress.lock();
             state.left -= 1;
             if state.left > 0 {
-                return;
+                drop(state);
+                return progress.wake();
             }
         }
         // Held until the memory is let go: a reset gives pages back before this, or registers the memory again.

@@ -90,6 +90,11 @@ impl Plan {
         self.pages_left.load(Ordering::Acquire)
     }
 
+    /// Whether all parts have been returned once.
+    pub(super) fn is_taken(&self) -> bool {
+        self.cursor.load(Ordering::Relaxed) >= self.taken.len()
+    }
+
     fn in_order(&self) -> Option<usize> {
         loop {
             let part = self.cursor.load(Ordering::Relaxed);

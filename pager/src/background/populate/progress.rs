@@ -49,6 +49,8 @@ pub(crate) struct Options {
 pub(crate) struct Progress {
     pub(super) options: Options,
     pub(super) loaders: usize,
+    /// Further loaders, for the CPUs of threads that wait for a disk.
+    pub(super) spare_loaders: usize,
     /// Created by the first loader, because its cost depends on the size of the memory.
     pub(super) plan: OnceLock<Plan>,
     pub(super) demand: Demand,
@@ -80,20 +82,27 @@ impl Progress {
             _ => cpus.saturating_sub(slices).clamp(1, MOST_LOADERS),
         };
         let loaders = options.loaders.unwrap_or(by_cpus);
+        let spare_loaders = match options.mode {
+            Populate::Auto if options.loaders.is_none() => {
+                cpus.min(MOST_LOADERS).saturating_sub(loaders).min(slices)
+            }
+            _ => 0,
+        };
         let population = match options.mode {
             Populate::Off => Population::Off,
-            Populate::Auto if loaders == 0 => Population::Off,
+            Populate::Auto if loaders + spare_loaders == 0 => Population::Off,
             Populate::Auto => Population::Quiet,
             Populate::Idle | Populate::Full => Population::Running,
         };
         Progress {
             loaders,
+            spare_loaders,
             plan: OnceLock::new(),
             demand: Demand::new(options.overhead),
             unloadable: AtomicU64::new(0),
             caught_up: AtomicBool::new(false),
             active: AtomicBool::new(false),
-            state: Mutex::new(State { population, left: loaders }),
+            state: Mutex::new(State { population, left: loaders + spare_loaders }),
             changed: Condvar::new(),
             due: Mutex::new(Instant::now()),
             threads: Mutex::new(Vec::new()),
@@ -128,18 +137,24 @@ impl Progress {
         }
     }
 
-    /// Called by a demand thread: a thread has waited for `service` for this page. Returns whether this can start the
-    /// loading.
-    pub(crate) fn waited(&self, page: u64, source_offset: u64, service: Duration) -> bool {
+    /// Called by a demand thread: a thread has waited for `service` for this page, of which `read` was the read from
+    /// storage. Returns whether this can start the loading.
+    pub(crate) fn waited(
+        &self,
+        page: u64,
+        source_offset: u64,
+        service: Duration,
+        read: Duration,
+    ) -> bool {
         if let Some(elsewhere) = &self.options.elsewhere {
             elsewhere.waited(source_offset, service);
             return true;
         }
-        let counts = self.options.mode == Populate::Auto && self.loaders > 0;
+        let counts = self.options.mode == Populate::Auto && self.loaders + self.spare_loaders > 0;
         if counts {
-            self.demand.add(page, service);
+            self.demand.add(page, service, read);
         }
-        counts
+        counts && (self.loaders > 0 || self.demand.waits_for_disk())
     }
 
     /// Whether pages are being loaded ahead.
@@ -153,6 +168,11 @@ impl Progress {
     /// Called by a demand thread: it has waited for a page that a loader was loading.
     pub(crate) fn catch_up(&self) {
         self.caught_up.store(true, Ordering::Relaxed);
+    }
+
+    /// Lets sleeping loaders look at the state again.
+    pub(super) fn wake(&self) {
+        lock(&self.threads).iter().for_each(|loader| loader.thread().unpark());
     }
 
     /// Ends the loaders. The pager is stopping.

@@ -36,8 +36,8 @@ pub(crate) fn loaders(shared: &Arc<PagerState>) -> std::io::Result<()> {
         threads.iter().for_each(|loader| loader.thread().unpark());
         return Ok(());
     }
-    for index in 0..progress.loaders {
-        let loader = Loader::new(Arc::clone(shared));
+    for index in 0..progress.loaders + progress.spare_loaders {
+        let loader = Loader::new(Arc::clone(shared), index >= progress.loaders);
         match spawn(format!("populate{index}"), move || loader.run()) {
             Ok(thread) => threads.push(thread),
             Err(error) if threads.is_empty() => {

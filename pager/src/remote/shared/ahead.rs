@@ -71,6 +71,7 @@ impl ImageLoader {
             let Ok(mut sequence) = source.sequence(PAGE_BYTES, vec![part.source]) else {
                 continue;
             };
+            sequence.continues();
             loop {
                 self.sleep_while_quiet(&mut quiet)?;
                 let image = self.image.upgrade()?;
@@ -105,7 +106,7 @@ impl ImageLoader {
 
 impl LoadsAhead for ImageLoader {
     fn waited(&self, source_offset: u64, service: Duration) {
-        self.demand.add(source_offset / PAGE_BYTES as u64, service);
+        self.demand.add(source_offset / PAGE_BYTES as u64, service, Duration::ZERO);
     }
 
     fn is_active(&self) -> bool {
