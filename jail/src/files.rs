@@ -27,9 +27,8 @@ pub enum Access {
 /// A file or a folder, and what may be done with it.
 #[derive(Debug)]
 pub(crate) struct Named {
-    /// It keeps the entry of a file of `/proc` in the kernel, to which the rule belongs.
     pub(crate) at: OwnedFd,
-    /// Where it is in an empty root.
+    /// Where it is in an empty root: nowhere, if this is empty.
     pub(crate) path: PathBuf,
     access: Access,
 }
@@ -69,18 +68,24 @@ impl Files {
         }
     }
 
-    /// Adds a file that is open, which is then opened a second time.
+    /// Adds a file that is open, which is then opened a second time: by `/proc/self/fd`, or by its name if it still has one.
     ///
     /// # Errors
-    /// As readlink(2) of its name in `/proc/self/fd`.
+    /// As fstat(2) or open(2).
     pub fn allow_again(&mut self, file: &File, access: Access) -> io::Result<()> {
-        let at = file.as_fd().try_clone_to_owned()?;
-        let path = std::fs::read_link(link_to(&at)).or_else(|error| match error.kind() {
-            // Without /proc no name is known, and none is needed for a rule.
-            io::ErrorKind::NotFound => Ok(PathBuf::new()),
-            _ => Err(error),
-        })?;
-        self.add(at, path, access)
+        let same = |named: &OwnedFd| -> io::Result<bool> {
+            let (open, named) = (rustix::fs::fstat(file)?, rustix::fs::fstat(named)?);
+            Ok((open.st_dev, open.st_ino) == (named.st_dev, named.st_ino))
+        };
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        // Without /proc, no name is known.
+        if let Ok(path) = std::fs::read_link(link_to(file))
+            && let Ok(named) = rustix::fs::openat(CWD, &path, flags, Mode::empty())
+            && same(&named)?
+        {
+            return self.add(named, path, access);
+        }
+        self.add(file.as_fd().try_clone_to_owned()?, PathBuf::new(), access)
     }
 
     fn add(&mut self, at: OwnedFd, path: PathBuf, access: Access) -> io::Result<()> {
@@ -116,7 +121,9 @@ impl Files {
             let rule = PathBeneath::new(&named.at, rights(named)?);
             rules = rules.add_rule(rule).map_err(refused)?;
         }
-        Ok(Rules(rules))
+        let of_proc = self.named.iter().filter(|named| named.path.starts_with("/proc"));
+        let kept = of_proc.map(|named| named.at.try_clone()).collect::<io::Result<_>>()?;
+        Ok(Rules { ruleset: rules, _kept: kept })
     }
 }
 
@@ -154,7 +161,11 @@ pub(crate) fn link_to(file: &impl AsFd) -> PathBuf {
 
 /// Rules of Landlock that are ready for any number of threads.
 #[derive(Debug)]
-pub struct Rules(RulesetCreated);
+pub struct Rules {
+    ruleset: RulesetCreated,
+    /// Folders of `/proc`: while they are open, the kernel keeps the entries to which the rules belong.
+    _kept: Vec<OwnedFd>,
+}
 
 impl Rules {
     /// Applies them to the calling thread, and to the threads that it starts later. This cannot be undone.
@@ -162,7 +173,7 @@ impl Rules {
     /// # Errors
     /// As landlock_restrict_self(2).
     pub fn apply(&self) -> io::Result<()> {
-        let applied = self.0.try_clone()?.restrict_self();
+        let applied = self.ruleset.try_clone()?.restrict_self();
         applied.map(drop).map_err(io::Error::other)
     }
 }

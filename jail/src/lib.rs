@@ -70,6 +70,11 @@ impl SetupError {
     }
 }
 
+/// Makes the filter of a role, which [`enter`] otherwise makes when it is called for the first time.
+pub fn prepare(role: Role) {
+    filter::program(role);
+}
+
 /// What a thread loses besides system calls and capabilities. The default is nothing.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Limits<'a> {
@@ -105,7 +110,7 @@ pub fn enter(role: Role, limits: Limits<'_>) -> Result<(), JailError> {
     }
     limits.identity.apply(held.permitted).map_err(failed("setresuid(2)"))?;
     capabilities::drop_for(role).map_err(failed("capset(2)"))?;
-    install::install(&filter::program(role)).map_err(failed("seccomp(2)"))?;
+    install::install(filter::program(role)).map_err(failed("seccomp(2)"))?;
     trap::set_role(role);
     Ok(())
 }

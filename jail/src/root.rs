@@ -25,7 +25,7 @@ pub enum Root {
     /// This folder, and nothing else is mounted. It needs [`crate::separate`].
     FolderOnly(PathBuf),
     /// A new folder in memory that has only the files that the process may still name, at their paths. It needs
-    /// [`crate::separate`].
+    /// [`crate::separate`], before the files are named.
     Empty,
 }
 

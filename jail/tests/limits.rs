@@ -170,11 +170,12 @@ fn an_empty_root_has_only_what_may_be_named() {
     let (out, one, two) = (at("out"), at("one.snap"), at("two.snap"));
     let written = out.join("new");
     on_thread(move || {
+        // Mounts belong to the namespace in which they were opened.
+        jail::separate().expect("root may");
         let mut files = Files::none();
         files.allow(&out, Access::Write).expect("it exists");
         files.allow(&one, Access::Read).expect("it exists");
         files.allow("/proc/self".as_ref(), Access::Read).expect("it exists");
-        jail::separate().expect("root may");
         Root::Empty.enter(&files).expect("root may");
         assert_eq!(fs::read(one).expect("it is there"), b"one");
         assert_eq!(File::open(two).expect_err("it is gone").kind(), ErrorKind::NotFound);

@@ -60,10 +60,12 @@ impl Output {
         let mut options = OpenOptions::new();
         // Guest memory contains secrets: only the owner may read the file.
         options.read(true).write(true).mode(0o600);
-        let nameless = options.clone().custom_flags(OFlags::TMPFILE.bits() as i32);
-        // Without /proc, as in a chroot, such a file could not get a name later.
-        let nameless = Path::new(OWN_FILES).exists().then(|| nameless.open(directory));
-        let (file, temporary) = match nameless.unwrap_or(Err(io::ErrorKind::Unsupported.into())) {
+        // Without /proc, as in a chroot, a file without a name could not get one later.
+        let nameless = match Path::new(OWN_FILES).exists() {
+            true => options.clone().custom_flags(OFlags::TMPFILE.bits() as i32).open(directory),
+            false => Err(io::ErrorKind::Unsupported.into()),
+        };
+        let (file, temporary) = match nameless {
             Ok(file) => (file, None),
             Err(error) if no_nameless_files(&error) => {
                 let temporary = temporary_name(path).map_err(failed)?;

@@ -84,6 +84,8 @@ pub(crate) struct Process {
     /// Files may be written.
     writes: bool,
     root: Root,
+    /// The main thread is jailed, but for its files.
+    entered: bool,
 }
 
 /// What the threads of this process lose, besides the files of some.
@@ -97,8 +99,8 @@ struct Plan {
 }
 
 static PLAN: OnceLock<Plan> = OnceLock::new();
-/// Of the other threads, from when the guest's sockets are made.
-static FILES: OnceLock<Rules> = OnceLock::new();
+/// Of the other threads, from when the guest's sockets are made. `None`: the same as those of the pager.
+static FILES: OnceLock<Option<Rules>> = OnceLock::new();
 
 fn limits(files: impl FnOnce(&'static Plan) -> Option<&'static Rules>) -> Limits<'static> {
     let Some(plan) = PLAN.get() else { return Limits::default() };
@@ -191,13 +193,17 @@ impl GuestJailArgs {
         }
         pager::on_thread_start(|| enter(Role::Pager, limits(|plan| Some(&plan.pager_files))));
         // Now, because that takes a while, in which this thread opens what the guest needs. Its files come later.
-        let signals = interrupt.jail(|| enter(Role::Signals, limits(|_| None)));
+        let signals = interrupt.jail(|| {
+            enter(Role::Signals, limits(|_| None));
+            jail::prepare(Role::Vcpu);
+        });
         let mut process = Process {
             signals,
             interrupt: interrupt.clone(),
             files,
             writes: needs.api || needs.out.is_some(),
             root: self.root(),
+            entered: false,
         };
         process.allow_writes(needs, strict)?;
         Ok(Jail::Process(Box::new(process)))
@@ -225,6 +231,10 @@ impl GuestJailArgs {
 }
 
 impl Process {
+    fn role(&self) -> Role {
+        if self.writes { Role::Writer } else { Role::Main }
+    }
+
     /// Adds the folders in which files are written.
     fn allow_writes(&mut self, needs: &Needs<'_>, strict: bool) -> Result<()> {
         if let Some(out) = needs.out {
@@ -244,34 +254,83 @@ impl Process {
 }
 
 impl Jail {
+    /// Runs `work`, which opens what the guest needs, and starts no thread that needs more than the guest's do. Meanwhile
+    /// this thread is jailed, because that takes a while; the work has a thread of its own, which ends.
+    ///
+    /// # Errors
+    /// The kernel refuses it.
+    pub(crate) fn while_opening<T: Send>(&mut self, work: impl FnOnce() -> T + Send) -> Result<T> {
+        let Jail::Process(process) = self else { return Ok(work()) };
+        // Another root and another user are for all threads.
+        if process.root != Root::Host
+            || PLAN.get().is_some_and(|p| p.identity != Identity::default())
+        {
+            return Ok(work());
+        }
+        let (role, mut files) = (process.role(), std::mem::take(&mut process.files));
+        let opening = || {
+            let done = work();
+            know_files(&mut files, role).map(|()| done)
+        };
+        std::thread::scope(|scope| {
+            let opener = std::thread::Builder::new().name("opener".into());
+            let opener = opener.spawn_scoped(scope, opening).context("cannot start a thread")?;
+            // Its files come when they are known.
+            jail::enter(role, limits(|_| None)).context(ADVICE)?;
+            process.entered = true;
+            opener.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
     /// Jails this thread, and the threads that it starts from now on. All that the guest needs is open, and the names of
     /// its sockets are registered.
     ///
     /// # Errors
     /// The kernel refuses it.
     pub(crate) fn close(self) -> Result<()> {
-        let Jail::Process(process) = self else { return Ok(()) };
-        let Process { signals, interrupt, mut files, writes, root } = *process;
-        for folder in leftovers::folders() {
-            files.allow(&folder, Access::Remove).context(PREPARE)?;
+        let Jail::Process(mut process) = self else { return Ok(()) };
+        let role = process.role();
+        if !process.entered {
+            know_files(&mut process.files, role)?;
+            process.root.enter(&process.files).context(ADVICE)?;
         }
-        if writes {
-            // A snapshot of a guest that runs needs it.
-            pager::uffd::keep_device_open();
+        wait_for(&process.signals)?;
+        let signals = process.interrupt.jail(limit_files);
+        match process.entered {
+            true => limit_files(),
+            false => jail::enter(role, limits(|_| files())).context(ADVICE)?,
         }
-        let role = if writes { Role::Writer } else { Role::Main };
-        let _ = FILES.set(files.rules(role).context(PREPARE)?);
-        root.enter(&files).context(ADVICE)?;
-        wait_for(&signals)?;
-        let signals = interrupt.jail(limit_files);
-        jail::enter(role, limits(|_| FILES.get())).context(ADVICE)?;
         wait_for(&signals)
+    }
+}
+
+/// Makes the rules of the threads without rules yet. The names of the guest's sockets are registered.
+fn know_files(files: &mut Files, role: Role) -> Result<()> {
+    let folders = leftovers::folders();
+    let as_pager = folders.is_empty() && role == Role::Main;
+    for folder in folders {
+        files.allow(&folder, Access::Remove).context(PREPARE)?;
+    }
+    if role == Role::Writer {
+        // A snapshot of a guest that runs needs it.
+        pager::uffd::keep_device_open();
+    }
+    let rules = (!as_pager).then(|| files.rules(role)).transpose().context(PREPARE)?;
+    let _ = FILES.set(rules);
+    Ok(())
+}
+
+/// The rules of the threads that are not the guest's own.
+fn files() -> Option<&'static Rules> {
+    match FILES.get()? {
+        Some(rules) => Some(rules),
+        None => PLAN.get().map(|plan| &plan.pager_files),
     }
 }
 
 /// Limits the files of this thread, or ends the process.
 fn limit_files() {
-    if let Some(Err(error)) = FILES.get().map(Rules::apply) {
+    if let Some(Err(error)) = files().map(Rules::apply) {
         crate::exit::end(&anyhow::Error::new(error).context(PREPARE));
     }
 }
