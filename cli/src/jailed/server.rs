@@ -100,8 +100,11 @@ impl JailArgs {
             return Ok(None);
         }
         let mut files = read_again(Some(snapshot))?;
-        // Files of the mount are read to load them ahead.
-        files.allow(folder, Access::Read).context(PREPARE)?;
+        // Files of the mount are read to load them ahead. The folder itself is hidden by the mount, and rules for what is
+        // hidden do not count. If it does not exist, the mount says so.
+        if let Some(parent) = folder.canonicalize().ok().as_deref().and_then(Path::parent) {
+            files.allow(parent, Access::Read).context(PREPARE)?;
+        }
         let _ = RULES.set(files.rules(Role::Mount).context(PREPARE)?);
         wait_for(&interrupt.jail(|| enter(Role::Signals, limits())))?;
         Ok(Some(|| enter(Role::Mount, limits())))
