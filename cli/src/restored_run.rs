@@ -66,15 +66,14 @@ impl Restore {
         started: Instant,
     ) -> Result<(RestoreReport, Result<()>)> {
         let (console, seen) = GuestConsole::new(out, self.until.clone());
-        let (config, mut jail) = (&self.config, self.jail);
-        let restore = || jail.while_opening(|| restoring::restore(config, console, session));
+        let restore = || restoring::restore(&self.config, console, session);
         let (restored, mut timeline) =
             usage::sampled(self.measure, started, Faults::None, restore)?;
-        let restored = restored??;
+        let restored = restored?;
         let memory = Arc::clone(restored.vm.memory());
         let vm = restored.vm;
         let (opened, memory_ready) = (restored.opened_at, restored.memory_ready_at);
-        jail.close()?;
+        self.jail.close()?;
         let keyboard = match self.keyboard {
             true => Some(Keyboard::connect(vm.handle()).context("cannot use the keyboard")?),
             false => None,

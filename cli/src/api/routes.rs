@@ -286,6 +286,7 @@ mod tests {
             vcpus: 2,
             restored_from: None,
             sealed: true,
+            names_files: true,
             started: Instant::now(),
             pager: Box::new(|| None),
         };

@@ -84,8 +84,6 @@ pub(crate) struct Process {
     /// Files may be written.
     writes: bool,
     root: Root,
-    /// The main thread is jailed, but for its files.
-    entered: bool,
 }
 
 /// What the threads of this process lose, besides the files of some.
@@ -156,7 +154,7 @@ impl GuestJailArgs {
             let what = "Landlock, which --jail strict needs; --jail default runs without it";
             return Err(HostLacks(what.into()).into());
         }
-        Ok(self.identity().check().context("--uid, --gid")?)
+        self.identity().check().context("--uid, --gid")
     }
 
     /// Jails the threads that start from now on to run a guest, and the one that waits for signals.
@@ -203,7 +201,6 @@ impl GuestJailArgs {
             files,
             writes: needs.api || needs.out.is_some(),
             root: self.root(),
-            entered: false,
         };
         process.allow_writes(needs, strict)?;
         Ok(Jail::Process(Box::new(process)))
@@ -231,10 +228,6 @@ impl GuestJailArgs {
 }
 
 impl Process {
-    fn role(&self) -> Role {
-        if self.writes { Role::Writer } else { Role::Main }
-    }
-
     /// Adds the folders in which files are written.
     fn allow_writes(&mut self, needs: &Needs<'_>, strict: bool) -> Result<()> {
         if let Some(out) = needs.out {
@@ -254,52 +247,20 @@ impl Process {
 }
 
 impl Jail {
-    /// Runs `work`, which opens what the guest needs, and starts no thread that needs more than the guest's do. Meanwhile
-    /// this thread is jailed, because that takes a while; the work has a thread of its own, which ends.
-    ///
-    /// # Errors
-    /// The kernel refuses it.
-    pub(crate) fn while_opening<T: Send>(&mut self, work: impl FnOnce() -> T + Send) -> Result<T> {
-        let Jail::Process(process) = self else { return Ok(work()) };
-        // Another root and another user are for all threads.
-        if process.root != Root::Host
-            || PLAN.get().is_some_and(|p| p.identity != Identity::default())
-        {
-            return Ok(work());
-        }
-        let (role, mut files) = (process.role(), std::mem::take(&mut process.files));
-        let opening = || {
-            let done = work();
-            know_files(&mut files, role).map(|()| done)
-        };
-        std::thread::scope(|scope| {
-            let opener = std::thread::Builder::new().name("opener".into());
-            let opener = opener.spawn_scoped(scope, opening).context("cannot start a thread")?;
-            // Its files come when they are known.
-            jail::enter(role, limits(|_| None)).context(ADVICE)?;
-            process.entered = true;
-            opener.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })
-    }
-
     /// Jails this thread, and the threads that it starts from now on. All that the guest needs is open, and the names of
     /// its sockets are registered.
     ///
     /// # Errors
     /// The kernel refuses it.
     pub(crate) fn close(self) -> Result<()> {
-        let Jail::Process(mut process) = self else { return Ok(()) };
-        let role = process.role();
-        if !process.entered {
-            know_files(&mut process.files, role)?;
-            process.root.enter(&process.files).context(ADVICE)?;
-        }
-        wait_for(&process.signals)?;
-        let signals = process.interrupt.jail(limit_files);
-        match process.entered {
-            true => limit_files(),
-            false => jail::enter(role, limits(|_| files())).context(ADVICE)?,
-        }
+        let Jail::Process(process) = self else { return Ok(()) };
+        let Process { signals, interrupt, mut files, writes, root } = *process;
+        let role = if writes { Role::Writer } else { Role::Main };
+        know_files(&mut files, role)?;
+        root.enter(&files).context(ADVICE)?;
+        wait_for(&signals)?;
+        let signals = interrupt.jail(limit_files);
+        jail::enter(role, limits(|_| self::files())).context(ADVICE)?;
         wait_for(&signals)
     }
 }
