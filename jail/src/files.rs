@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 
 use landlock::{
     ABI, Access as _, AccessFs, AccessNet, BitFlags, Erratum, PathBeneath, Ruleset as Builder,
-    RulesetAttr, RulesetCreated, RulesetCreatedAttr, Scope,
+    RulesetAttr, RulesetCreatedAttr, Scope,
 };
 use rustix::fs::{CWD, Mode, OFlags};
 
+use crate::install;
 use crate::role::Role;
 
 /// What may be done with a file, or in a folder and below it.
@@ -123,7 +124,7 @@ impl Files {
         }
         let of_proc = self.named.iter().filter(|named| named.path.starts_with("/proc"));
         let kept = of_proc.map(|named| named.at.try_clone()).collect::<io::Result<_>>()?;
-        Ok(Rules { ruleset: rules, _kept: kept })
+        Ok(Rules { ruleset: rules.into(), _kept: kept })
     }
 }
 
@@ -162,7 +163,8 @@ pub(crate) fn link_to(file: &impl AsFd) -> PathBuf {
 /// Rules of Landlock that are ready for any number of threads.
 #[derive(Debug)]
 pub struct Rules {
-    ruleset: RulesetCreated,
+    /// None, if the kernel has no Landlock.
+    ruleset: Option<OwnedFd>,
     /// Folders of `/proc`: while they are open, the kernel keeps the entries to which the rules belong.
     _kept: Vec<OwnedFd>,
 }
@@ -173,7 +175,7 @@ impl Rules {
     /// # Errors
     /// As landlock_restrict_self(2).
     pub fn apply(&self) -> io::Result<()> {
-        let applied = self.ruleset.try_clone()?.restrict_self();
-        applied.map(drop).map_err(io::Error::other)
+        rustix::thread::set_no_new_privs(true)?;
+        self.ruleset.as_ref().map_or(Ok(()), |ruleset| install::restrict(ruleset.as_fd()))
     }
 }
