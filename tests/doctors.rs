@@ -24,6 +24,17 @@ fn a_host_that_runs_guests_is_usable() {
     let features = userfaultfd["details"]["features"].as_array().expect("a list");
     assert!(features.contains(&"MISSING_SHMEM".into()), "{features:?}");
     assert_eq!(check(&report, "seccomp")["status"], "ok");
+    let landlock = check(&report, "landlock");
+    match landlock["details"]["abi"].as_u64() {
+        Some(abi) => {
+            let rules = landlock["details"]["rules"].as_array().expect("a list");
+            assert_eq!(rules.contains(&"TCP".into()), abi >= 4, "{landlock}");
+        }
+        None => assert_eq!(landlock["status"], "missing"),
+    }
+    if rustix::process::geteuid().is_root() {
+        assert_eq!(check(&report, "namespaces")["details"]["by"], "CAP_SYS_ADMIN");
+    }
     // What is missing has advice, and only that.
     for check in report["checks"].as_array().expect("a list") {
         assert_eq!(check["status"] == "missing", check["advice"].is_string(), "{check}");

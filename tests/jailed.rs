@@ -1,12 +1,13 @@
 //! `--jail`: which threads of a running `snap` are jailed. What a role refuses is tested in the crate `jail`.
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::Command;
 
 use crate::control::Vm;
 use crate::mounts::{Mounted, host_can_mount};
-use crate::support::{SNAP, Sample, needs_vm, signal, start};
+use crate::support::{SNAP, Sample, needs_vm, run, signal, skip, snap, start};
 use crate::talking::Talking;
 
 /// A thread of another process, from proc(5).
@@ -94,6 +95,37 @@ fn all_threads_of_a_guest_with_a_control_socket_are_jailed() {
         if ["vcpu0", "signals"].contains(&&*thread.name) {
             assert_eq!(thread.capabilities & !kept(thread), 0, "{thread:?}");
         }
+    }
+}
+
+/// The kernel does not show the rules of a thread, so this looks at the calls that make them.
+#[test]
+fn all_threads_that_are_jailed_have_rules_for_files() {
+    needs_vm!();
+    let test = "all_threads_that_are_jailed_have_rules_for_files";
+    if Command::new("strace").arg("-V").output().is_err() {
+        return skip(test, "there is no strace");
+    }
+    if snap(["doctor"]).stdout.contains("missing  landlock ") {
+        return skip(test, "this kernel has no Landlock");
+    }
+    let sample = Sample::create(&["--memory", "64M", "--work", "4M"]);
+    for jail in ["default", "strict"] {
+        let calls = sample.folder.path().join("calls");
+        let mut strace = Command::new("strace");
+        strace.args(["-f", "-e", "trace=landlock_restrict_self,seccomp", "-o"]).arg(&calls);
+        strace.args([SNAP, "restore", "--lazy", "--beats", "1", "--jail", jail]).arg(&sample.file);
+        run(strace).ok();
+        let calls = std::fs::read_to_string(&calls).expect("strace has written it");
+        // Each line begins with the thread.
+        let threads = |call: &str| -> BTreeSet<String> {
+            let made = calls.lines().filter(|line| line.contains(call));
+            made.filter_map(|line| Some(line.split_whitespace().next()?.to_owned())).collect()
+        };
+        let filtered = threads("seccomp(SECCOMP_SET_MODE_FILTER");
+        assert!(filtered.len() >= 4, "{calls}");
+        assert_eq!(filtered, threads("landlock_restrict_self("), "{calls}");
+        assert!(!calls.contains("= -1"), "{calls}");
     }
 }
 

@@ -76,6 +76,7 @@ mod slow_disks;
 mod slow_readers;
 mod sockets;
 mod streams;
+mod strict;
 mod support;
 mod talking;
 mod uniqueness;

@@ -170,6 +170,7 @@ fn code(error: &Error) -> u8 {
         let host = cause.is::<ProbeError>()
             || cause.is::<HostLacks>()
             || cause.is::<jail::JailError>()
+            || cause.is::<jail::SetupError>()
             || matches!(cause.downcast_ref(), Some(BootError::Host(_)))
             || matches!(cause.downcast_ref(), Some(RestoreError::Host(_)))
             || matches!(cause.downcast_ref(), Some(FeaturesError::Host(_)))

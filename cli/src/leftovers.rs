@@ -79,6 +79,17 @@ pub(crate) fn name(path: &Path) {
     }
 }
 
+/// The folders that have registered names.
+pub(crate) fn folders() -> Vec<PathBuf> {
+    let leftovers = LEFTOVERS.lock().unwrap_or_else(PoisonError::into_inner);
+    let folder = |leftover: &Leftover| match leftover {
+        Leftover::Name(path, _) | Leftover::Folder(path) => path.parent().map(Path::to_owned),
+    };
+    let mut folders: Vec<_> = leftovers.iter().filter_map(folder).collect();
+    folders.dedup();
+    folders
+}
+
 /// Registers the folder at `path`, with all its files.
 pub(crate) fn folder(path: &Path) {
     add(Leftover::Folder(path.to_owned()));

@@ -73,9 +73,11 @@ struct Cli {
 fn main() -> ExitCode {
     // All times that `snap` reports count from here.
     let started = Instant::now();
-    let result = Interrupt::install().and_then(|interrupt| {
+    let result = command_line().and_then(|cli| {
+        // Before there are other threads, which would stay where they are.
+        cli.command.separate()?;
+        let interrupt = Interrupt::install()?;
         core_dumps::leave_memory_out()?;
-        let cli = command_line()?;
         let session = Session { quiet: cli.quiet, started, interrupt };
         commands::run(cli.command, Cli::command, session)
     });

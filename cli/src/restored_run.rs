@@ -46,10 +46,10 @@ pub(crate) struct Restore {
     pub(crate) paused: bool,
     /// Of this process.
     pub(crate) jail: Jail,
-    /// Whether files are written after the run.
-    pub(crate) writes: bool,
     /// The keys of the files that the guest's clients request.
     pub(crate) keys: KeyArgs,
+    /// Whether those clients may name files to be written.
+    pub(crate) names_files: bool,
 }
 
 /// Modes of the report.
@@ -73,15 +73,17 @@ impl Restore {
         let memory = Arc::clone(restored.vm.memory());
         let vm = restored.vm;
         let (opened, memory_ready) = (restored.opened_at, restored.memory_ready_at);
-        // A client of the control socket may have files written.
-        self.jail.close(self.writes || self.api.is_some())?;
+        self.jail.close()?;
         let keyboard = match self.keyboard {
             true => Some(Keyboard::connect(vm.handle()).context("cannot use the keyboard")?),
             false => None,
         };
 
         let (remote, events) = live::remote();
-        let facts = facts(&memory, vm.vcpu_count(), started, self.keys.is_given());
+        let facts = Facts {
+            names_files: self.names_files,
+            ..facts(&memory, vm.vcpu_count(), started, self.keys.is_given())
+        };
         let serving = self.api.map(|api| api.serve(remote, facts)).transpose()?;
         let hold = self.hold.as_ref();
         let (run_for, begins_paused) = (self.run_for, self.paused);
@@ -151,6 +153,7 @@ fn facts(memory: &Arc<VmMemory>, vcpus: usize, started: Instant, sealed: bool) -
             false => std::path::absolute(file).unwrap_or_else(|_| file.to_owned()),
         }),
         sealed,
+        names_files: true,
         started,
         pager: {
             // The control socket keeps no memory.

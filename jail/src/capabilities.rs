@@ -6,9 +6,14 @@ use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabiliti
 
 use crate::role::Role;
 
+/// Those of this thread.
+pub(crate) fn held() -> io::Result<CapabilitySets> {
+    Ok(capabilities(None)?)
+}
+
 /// Removes all capabilities of this thread that `role` does not keep. It gains none.
 pub(crate) fn drop_for(role: Role) -> io::Result<()> {
-    let held = capabilities(None)?;
+    let held = held()?;
     let kept = held.permitted & kept(role);
     if held.permitted == kept {
         return Ok(());

@@ -3,6 +3,8 @@
 //! The program checks the architecture, then finds the call in a binary tree, then checks its arguments. Of an argument
 //! only the low 32 bits are compared: the kernel uses no more of those that the table checks.
 
+use std::sync::OnceLock;
+
 use libc::{c_long, sock_filter};
 
 use crate::role::Role;
@@ -26,8 +28,14 @@ const NUMBER_AT: u32 = 0;
 const ARCH_AT: u32 = 4;
 const ARGS_AT: u32 = 16;
 
-/// The program of a role.
-pub(crate) fn program(role: Role) -> Vec<sock_filter> {
+/// The program of a role, which is made once.
+pub(crate) fn program(role: Role) -> &'static [sock_filter] {
+    static PROGRAMS: [OnceLock<Vec<sock_filter>>; Role::ALL.len()] =
+        [const { OnceLock::new() }; Role::ALL.len()];
+    PROGRAMS[role as usize].get_or_init(|| make(role))
+}
+
+fn make(role: Role) -> Vec<sock_filter> {
     let mut rules: Vec<&Rule> = table::of(role).iter().flat_map(|part| part.iter()).collect();
     // Stable: of one call, the checks stay in the order of the table.
     rules.sort_by_key(|rule| rule.call);
@@ -215,7 +223,7 @@ mod tests {
             for call in (0..600).chain([u32::MAX, 0x4000_0000]) {
                 for value in &values {
                     let args = [u64::from(*value); 6];
-                    let found = outcome(&program, ARCH, call, args);
+                    let found = outcome(program, ARCH, call, args);
                     assert_eq!(found, expected(role, call, args), "{role}: {call}({value:#x})");
                 }
             }
@@ -228,8 +236,8 @@ mod tests {
         const X32: u32 = 0x4000_0000;
         for role in Role::ALL {
             let program = program(role);
-            assert_eq!(outcome(&program, I386, libc::SYS_write as u32, [0; 6]), TRAP);
-            assert_eq!(outcome(&program, ARCH, libc::SYS_write as u32 | X32, [0; 6]), TRAP);
+            assert_eq!(outcome(program, I386, libc::SYS_write as u32, [0; 6]), TRAP);
+            assert_eq!(outcome(program, ARCH, libc::SYS_write as u32 | X32, [0; 6]), TRAP);
         }
     }
 }

@@ -116,6 +116,7 @@ const STARTS_THREADS: &[Rule] = &[
     rule(SYS_capget, Always, "the capabilities of a new thread"),
     rule(SYS_capset, Always, "a new thread drops capabilities; it can add none"),
     rule(SYS_prctl, OneOf(0, &[PR_SET_NO_NEW_PRIVS as u32]), "a new thread sets it again"),
+    rule(SYS_landlock_restrict_self, Always, "the files of a new thread: it can only take some away"),
 ];
 
 #[rustfmt::skip]
@@ -228,6 +229,8 @@ const SIGNALS: &[Rule] = &[
     rule(SYS_clone3, Fails(ENOSYS), "the C library then uses clone"),
     rule(SYS_set_robust_list, Always, "the C library, in a new thread"),
     rule(SYS_rseq, Always, "the C library, in a new thread"),
+    rule(SYS_landlock_restrict_self, Always, "files are taken away before the guest runs"),
+    rule(SYS_prctl, OneOf(0, &[PR_SET_NO_NEW_PRIVS as u32]), "it is set again before that"),
 ];
 
 #[rustfmt::skip]

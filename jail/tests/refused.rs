@@ -4,7 +4,7 @@
 use std::process::{Command, Output};
 use std::ptr;
 
-use jail::{EXIT_CODE, Role, enter};
+use jail::{EXIT_CODE, Limits, Role, enter};
 
 /// The role and the attempt of a child process.
 const ATTEMPT: &str = "JAIL_TEST_ATTEMPT";
@@ -78,7 +78,7 @@ fn child() {
     let tried = std::thread::Builder::new().name("tried".into()).spawn({
         let call = call.to_owned();
         move || {
-            enter(role).expect("this kernel has seccomp");
+            enter(role, Limits::default()).expect("this kernel has seccomp");
             attempt(&call);
         }
     });
@@ -151,7 +151,7 @@ fn a_panic_is_not_ended_by_the_jail() {
 #[test]
 fn capabilities_and_privileges_are_dropped() {
     let dropped = std::thread::spawn(|| {
-        enter(Role::Main).expect("this kernel has seccomp");
+        enter(Role::Main, Limits::default()).expect("this kernel has seccomp");
         std::fs::read_to_string("/proc/thread-self/status").expect("there is /proc")
     });
     let status = dropped.join().expect("it ends");

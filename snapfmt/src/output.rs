@@ -60,7 +60,11 @@ impl Output {
         let mut options = OpenOptions::new();
         // Guest memory contains secrets: only the owner may read the file.
         options.read(true).write(true).mode(0o600);
-        let nameless = options.clone().custom_flags(OFlags::TMPFILE.bits() as i32).open(directory);
+        // Without /proc, as in a chroot, a file without a name could not get one later.
+        let nameless = match Path::new(OWN_FILES).exists() {
+            true => options.clone().custom_flags(OFlags::TMPFILE.bits() as i32).open(directory),
+            false => Err(io::ErrorKind::Unsupported.into()),
+        };
         let (file, temporary) = match nameless {
             Ok(file) => (file, None),
             Err(error) if no_nameless_files(&error) => {
@@ -150,14 +154,17 @@ fn output_error(operation: &'static str, path: &Path, source: io::Error) -> Writ
 
 /// Gives a nameless file a name, the way open(2) describes for `O_TMPFILE`. Fails if it is taken.
 fn link(file: &File, path: &Path) -> io::Result<()> {
-    let nameless = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let nameless = format!("{OWN_FILES}/{}", file.as_raw_fd());
     Ok(rustix::fs::linkat(CWD, nameless, CWD, path, AtFlags::SYMLINK_FOLLOW)?)
 }
+
+/// The folder with the open files of this process.
+const OWN_FILES: &str = "/proc/self/fd";
 
 fn no_nameless_files(error: &io::Error) -> bool {
     use rustix::io::Errno;
     let errno = error.raw_os_error().map(Errno::from_raw_os_error);
-    matches!(errno, Some(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL))
+    error.kind() == io::ErrorKind::Unsupported || matches!(errno, Some(Errno::ISDIR | Errno::INVAL))
 }
 
 fn directory_of(path: &Path) -> &Path {

@@ -2,10 +2,10 @@
 //! the generation id, 16 random bytes in guest memory (Microsoft, "Virtual Machine Generation ID"), and the generation
 //! counter of the [`vm_clock`].
 
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 
 use kvm_ioctls::VmFd;
+use rustix::rand::GetRandomFlags;
 
 use crate::arch::GENERATION_IRQ;
 use crate::error::{KvmError, NameCall};
@@ -28,7 +28,8 @@ pub(crate) fn renew(memory_slots: &MemorySlots, id_gpa: u64) -> io::Result<()> {
 
 fn random<const BYTES: usize>() -> io::Result<[u8; BYTES]> {
     let mut bytes = [0; BYTES];
-    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    // So few bytes come whole.
+    rustix::rand::getrandom(&mut bytes, GetRandomFlags::empty())?;
     Ok(bytes)
 }
 

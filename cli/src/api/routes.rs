@@ -27,6 +27,8 @@ pub(crate) struct Facts {
     pub(crate) restored_from: Option<PathBuf>,
     /// Whether the files that are written of it are sealed.
     pub(crate) sealed: bool,
+    /// Whether clients may name files to be written.
+    pub(crate) names_files: bool,
     pub(crate) started: Instant,
     /// The pager's figures, if there is a pager.
     pub(crate) pager: Box<dyn Fn() -> Option<PagerFigures> + Send + Sync>,
@@ -146,6 +148,11 @@ impl Routes {
         };
         if bucket::is_meant(&wanted.snapshot_path) {
             let message = "snapshot_path is an address: snap create URL --vm SOCKET writes to one";
+            return Response::fault(400, message);
+        }
+        if !self.facts.names_files {
+            let message = "the guest's snap runs with --jail strict and has no folder for files: start it with --chroot DIR, \
+                           and the file is written in DIR";
             return Response::fault(400, message);
         }
         if !wanted.snapshot_path.is_absolute() {
@@ -279,6 +286,7 @@ mod tests {
             vcpus: 2,
             restored_from: None,
             sealed: true,
+            names_files: true,
             started: Instant::now(),
             pager: Box::new(|| None),
         };

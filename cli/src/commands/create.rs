@@ -16,11 +16,11 @@ use crate::activity::Activity;
 use crate::api::client::{self, Kind};
 use crate::bucket;
 use crate::config::ConfigArgs;
-use crate::exit::{GuestStopped, Interrupted};
+use crate::exit::{GuestStopped, Interrupted, WrongOptions};
 use crate::guest::{self, GuestArgs};
 use crate::guest_console::{GuestConsole, READY, Seen, Until};
 use crate::input::{ParentArgs, refuse_existing};
-use crate::jailed::{self, JailArgs};
+use crate::jailed::{GuestJailArgs, Needs};
 use crate::keys::KeyArgs;
 use crate::live;
 use crate::progress::Bar;
@@ -94,7 +94,7 @@ pub(crate) struct Args {
     pub(crate) storage: Storage,
 
     #[command(flatten)]
-    pub(crate) jail: JailArgs,
+    pub(crate) jail: GuestJailArgs,
 
     /// When to snapshot the guest: ready (the demo guest's default), output:TEXT (at the last byte of this text),
     /// after:TIME (since its boot; with --from, since its restore), or request (a Linux guest's default: it writes any
@@ -163,6 +163,11 @@ impl Trigger {
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     if args.trust.is_required() && args.parent.is_none() {
         bail!("--expect-root and --require-signature are for the snapshot that --from restores");
+    }
+    if args.vm.is_some() && args.jail.is_special() {
+        let message = "with --vm, another process runs the guest: give --jail, --chroot, --uid and --gid to its snap run \
+                       or snap restore";
+        return Err(WrongOptions(message.into()).into());
     }
     if args.vm.is_some() && args.keys.is_given() && !bucket::is_meant(args.out()) {
         bail!(
@@ -253,13 +258,18 @@ fn create_whole(args: &Args, out: &Path, session: &Session) -> Result<(Header, I
         None => Trigger::Ready,
     };
     let (console, seen) = GuestConsole::new(std::io::sink(), when.until());
-    let guest_only = bucket::is_meant(args.out()) || args.keys.run_commands();
-    let jail = args.jail.begin(guest_only, &session.interrupt)?;
+    let needs = Needs {
+        network: bucket::is_meant(args.out()) || args.keys.run_commands(),
+        out: Some(out),
+        ..Needs::default()
+    };
+    // It looks at files of the host.
+    let options = args.storage.options(&args.keys)?;
+    let jail = args.jail.begin(&needs, &session.interrupt)?;
     let vm = guest::boot(&args.guest, console, when == Trigger::Request, session)?;
-    jail.close(true)?;
+    jail.close()?;
     let (mut guest, paused_at) = run_until_ready(vm, args, &when, &seen, session)?;
     let bar = Bar::new("storing", session.quiet, &session.interrupt);
-    let options = args.storage.options(&args.keys)?;
     let written = guest.snapshot(out, &options, &|p| bar.update(p));
     let header = written.map_err(snapshot_error)?;
     Ok((header, paused_at, paused_at))
@@ -286,11 +296,17 @@ fn create_layer(
         .populate(Populate::Off, None)
         .prefetch(Prefetch::Off)
         .guest_trigger(when == Trigger::Request);
-    let uses_network = bucket::is_meant(args.out()) || jailed::uses_network(config.snapshot());
-    let guest_only = uses_network || args.keys.run_commands();
-    let jail = args.jail.begin(guest_only, &session.interrupt)?;
+    let needs = Needs {
+        snapshot: Some(config.snapshot()),
+        network: bucket::is_meant(args.out()),
+        out: Some(out),
+        api: false,
+    };
+    // It looks at files of the host.
+    let options = args.storage.options(&args.keys)?;
+    let jail = args.jail.begin_restore(needs, &args.keys, &session.interrupt)?;
     let restored = restoring::restore(&config, console, session)?;
-    jail.close(true)?;
+    jail.close()?;
     let memory_ready_at = restored.memory_ready_at;
     let memory = Arc::clone(restored.vm.memory());
     let ran = run_until_ready(restored.vm, args, &when, &seen, session);
@@ -298,7 +314,6 @@ fn create_layer(
     restoring::check_memory(&memory)?;
     let (mut guest, paused_at) = ran?;
     let bar = Bar::new("storing", session.quiet, &session.interrupt);
-    let options = args.storage.options(&args.keys)?;
     let written = guest.snapshot_layer(out, &options, &|p| bar.update(p));
     let header = written.map_err(snapshot_error)?;
     let _ending = live::ending("the threads that serve the guest's pages to end", &memory);

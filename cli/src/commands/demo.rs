@@ -10,7 +10,7 @@ use crate::config::ConfigArgs;
 use crate::guest::GuestArgs;
 use crate::guest_console::{BEAT, Until};
 use crate::input::ParentArgs;
-use crate::jailed::{Jail, JailArgs};
+use crate::jailed::{GuestJailArgs, Jail};
 use crate::keys::KeyArgs;
 use crate::leftovers;
 use crate::report::RestoreReport;
@@ -79,8 +79,8 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             api: None,
             paused: false,
             jail: Jail::Off,
-            writes: true,
             keys: KeyArgs::default(),
+            names_files: true,
         };
         let (report, outcome) = restore.run(std::io::sink(), session, Instant::now())?;
         outcome.map(|()| report)
@@ -124,7 +124,7 @@ fn create_args(args: &Args, out: std::path::PathBuf) -> create::Args {
         live: false,
         stop: false,
         storage: Storage::default(),
-        jail: JailArgs::OFF,
+        jail: GuestJailArgs::OFF,
         keys: KeyArgs::default(),
         when: None,
         timeout: std::time::Duration::from_secs(60),

@@ -56,7 +56,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     allow_many_descriptors();
     let (stopped, stop) = std::io::pipe().context("cannot create a pipe")?;
     session.interrupt.stops(None, stop);
-    args.jail.close_server(&session.interrupt)?;
+    args.jail.close_server(None, &session.interrupt)?;
     if !quiet {
         let line = format!("keeping at {}\n", args.listen.display());
         let _ = std::io::stderr().write_all(line.as_bytes());

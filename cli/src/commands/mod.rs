@@ -76,6 +76,18 @@ pub(crate) enum Command {
     Man(completions::ManArgs),
 }
 
+impl Command {
+    /// Leaves the namespaces of the host, if that is asked for. This process has only one thread.
+    pub(crate) fn separate(&self) -> Result<()> {
+        match self {
+            Self::Create(args) => args.jail.separate(),
+            Self::Run(args) => args.jail.separate(),
+            Self::Restore(args) => args.jail.separate(),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// `cli` returns the whole command line, for commands that describe it.
 pub(crate) fn run(
     command: Command,

@@ -68,7 +68,8 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let snapshot = Arc::new(args.input.open()?);
     let mut options = options(args, &snapshot)?;
     if !jailed::uses_network(&snapshot) {
-        options.on_thread_start = args.jail.begin_mount(&session.interrupt)?;
+        options.on_thread_start =
+            args.jail.begin_mount(&snapshot, &args.folder, &session.interrupt)?;
     }
     let (file, folder) = (args.input.file.clone(), args.folder.clone());
     let draining = Mutex::new(None::<Waiting>);

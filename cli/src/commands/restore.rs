@@ -19,7 +19,7 @@ use crate::foreign_text;
 use crate::guest_output::GuestOutput;
 use crate::input::Input;
 use crate::interrupt::Interrupt;
-use crate::jailed::JailArgs;
+use crate::jailed::{GuestJailArgs, Needs};
 use crate::live::EndArgs;
 use crate::pager_args::{OnError, PrefetchArg};
 use crate::restored_run::{EAGER, LAZY, Restore};
@@ -62,7 +62,7 @@ pub(crate) struct Args {
     api: ApiArgs,
 
     #[command(flatten)]
-    jail: JailArgs,
+    pub(crate) jail: GuestJailArgs,
 
     /// With --api: do not run before a client resumes the guest. Background loading starts meanwhile.
     #[arg(long, requires = "api", conflicts_with = "record")]
@@ -249,7 +249,13 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         .quick_resets(args.api.api.is_some())
         .devices(args.devices.connections());
     let keys = &args.input.parents.keys;
-    let jail = args.jail.begin_with(config.snapshot(), keys, &session.interrupt)?;
+    let needs = Needs {
+        snapshot: Some(config.snapshot()),
+        out: args.out.as_deref(),
+        api: args.api.api.is_some(),
+        network: false,
+    };
+    let jail = args.jail.begin_restore(needs, keys, &session.interrupt)?;
     let restore = Restore {
         config,
         mode,
@@ -263,8 +269,8 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         api: args.api.bind()?,
         paused: args.paused,
         jail,
-        writes: args.record,
         keys: args.input.parents.keys.clone(),
+        names_files: args.jail.names_files(),
     };
     let output = match &args.out {
         Some(path) => Some((Output { path, replace: args.force }, args.input.open()?)),

@@ -7,7 +7,7 @@ use crate::config::ConfigArgs;
 use crate::guest::{self, GuestArgs};
 use crate::guest_console::GuestConsole;
 use crate::guest_output::GuestOutput;
-use crate::jailed::JailArgs;
+use crate::jailed::{GuestJailArgs, Needs};
 use crate::keys::KeyArgs;
 use crate::live::{self, EndArgs, Live};
 use crate::session::Session;
@@ -40,7 +40,7 @@ pub(crate) struct Args {
     api: ApiArgs,
 
     #[command(flatten)]
-    jail: JailArgs,
+    pub(crate) jail: GuestJailArgs,
 
     #[command(flatten)]
     keys: KeyArgs,
@@ -55,10 +55,10 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let api = args.api.bind()?;
     let (output, hold) = GuestOutput::new().context("cannot use stdout")?;
     let (console, seen) = GuestConsole::new(output, args.end.until());
-    let jail = args.jail.begin(args.keys.run_commands(), &session.interrupt)?;
+    let needs = Needs { network: args.keys.run_commands(), api: api.is_some(), ..Needs::default() };
+    let jail = args.jail.begin(&needs, &session.interrupt)?;
     let vm = guest::boot(&args.guest, console, false, session)?;
-    // A client of the control socket may have files written.
-    jail.close(api.is_some())?;
+    jail.close()?;
     let (remote, events) = live::remote();
     let live = Live {
         session,
@@ -74,6 +74,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         vcpus: args.guest.cpus.into(),
         restored_from: None,
         sealed: args.keys.is_given(),
+        names_files: args.jail.names_files(),
         started: session.started,
         pager: Box::new(|| None),
     };

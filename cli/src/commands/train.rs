@@ -145,8 +145,8 @@ fn touched(args: &Args, session: &Session) -> Result<Touched> {
         api: None,
         paused: false,
         jail: Jail::Off,
-        writes: true,
         keys: args.input.parents.keys.clone(),
+        names_files: true,
     };
     let (report, outcome) = restore.run(std::io::sink(), session, Instant::now())?;
     outcome?;

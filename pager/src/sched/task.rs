@@ -13,7 +13,10 @@ pub(crate) fn own_id() -> libc::pid_t {
 
 /// The `stat` file of a thread of any process, which can be read many times. `None` if the thread has ended.
 pub(crate) fn open(thread: impl Into<i64>) -> Option<File> {
-    File::open(format!("/proc/{}/stat", thread.into())).ok()
+    let thread = thread.into();
+    // One of this process, first: a jail may leave it only its own folder.
+    let own = File::open(format!("/proc/self/task/{thread}/stat"));
+    own.or_else(|_| File::open(format!("/proc/{thread}/stat"))).ok()
 }
 
 /// The CPU on which the thread runs, or ran last: field 39.

@@ -243,7 +243,7 @@ impl Serving {
         let (jail, interrupt) = (jail.clone(), interrupt.clone());
         let serve = move || {
             let _ending = ending;
-            let result = jail.close_server(&interrupt);
+            let result = jail.close_server_of_children(&interrupt);
             let may_serve = result.is_ok();
             let _ = entered.send(result);
             if may_serve { server.run(stopped.as_fd()) } else { Ok(()) }

@@ -46,7 +46,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let metrics = args.metrics.map(metrics::listen).transpose()?;
     // A recording is written into a file at the end.
     if recording.is_none() && !jailed::uses_network(&snapshot) {
-        args.jail.close_server(&session.interrupt)?;
+        args.jail.close_server(Some(&snapshot), &session.interrupt)?;
     }
     let server = server(&args.input.file, source, socket, options, session.quiet)?;
     let metrics = metrics.map(|listener| metrics::serve(listener, server.handle())).transpose()?;

@@ -1,0 +1,214 @@
+//! `--jail strict`, `--chroot`, `--uid` and `--gid`: what is left to the process of a guest.
+
+use std::path::Path;
+use std::process::Command;
+
+use crate::control::Vm;
+use crate::support::{SNAP, Sample, needs_vm, run, signal, skip, snap};
+use crate::talking::Talking;
+
+/// Whether this user may make namespaces without a user namespace, and change its user.
+fn is_root(test: &str) -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        skip(test, "this user is not root");
+    }
+    root
+}
+
+/// A field of all threads of a process, from proc(5).
+fn of_threads(process: u32, field: &str) -> Vec<String> {
+    let tasks = std::fs::read_dir(format!("/proc/{process}/task")).expect("it runs");
+    let statuses =
+        tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("status")).ok());
+    let of = |status: String| {
+        let line = status.lines().find_map(|line| line.strip_prefix(field));
+        line.expect(field).split_whitespace().collect::<Vec<_>>().join(" ")
+    };
+    statuses.map(of).collect()
+}
+
+/// All threads of a process are in other namespaces than this one.
+#[track_caller]
+fn is_separate(process: u32) {
+    for kind in ["mnt", "net", "ipc", "uts"] {
+        let own = std::fs::read_link(format!("/proc/self/ns/{kind}")).expect("there is /proc");
+        let tasks = std::fs::read_dir(format!("/proc/{process}/task")).expect("it runs");
+        for task in tasks {
+            let link = task.expect("it runs").path().join("ns").join(kind);
+            let Ok(found) = std::fs::read_link(&link) else { continue };
+            assert_ne!(found, own, "{}", link.display());
+        }
+    }
+}
+
+/// What is left of the file system of a process, without the content of folders.
+fn root_of(process: u32) -> Vec<String> {
+    crate::support::names(Path::new(&format!("/proc/{process}/root")))
+}
+
+#[test]
+fn a_restored_guest_runs_with_an_empty_root() {
+    needs_vm!();
+    let sample = Sample::create(&["--memory", "64M", "--work", "4M"]);
+    let file = sample.file.to_string_lossy();
+    for mode in [&[][..], &["--lazy"]] {
+        let mut snap = Talking::snap([&["restore", &*file, "--jail", "strict"][..], mode].concat());
+        snap.beats(3);
+        is_separate(snap.id());
+        let root = format!("/proc/{}/root", snap.id());
+        // Only the folders that lead to the snapshot and to the process itself.
+        assert!(!root_of(snap.id()).contains(&"etc".to_owned()), "{:?}", root_of(snap.id()));
+        assert!(!Path::new(&root).join("proc/1").exists());
+        assert!(Path::new(&root).join("proc/self/stat").exists());
+        let limits = std::fs::read_to_string(format!("/proc/{}/limits", snap.id()));
+        let limits = limits.expect("there is /proc");
+        let core = limits.lines().find(|line| line.starts_with("Max core file size"));
+        let core: Vec<_> = core.expect("a limit").split_whitespace().collect();
+        assert_eq!(core[4..6], ["0", "0"]);
+        snap.interrupt();
+    }
+}
+
+#[test]
+fn a_strict_jail_writes_its_snapshot_and_nothing_else() {
+    needs_vm!();
+    let folder = tempfile::tempdir().expect("a folder");
+    let at = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+    let strict = ["--jail", "strict"];
+    let (base, layer) = (at("base.snap"), at("layer.snap"));
+    snap([&["create", &*base, "--memory", "64M", "--work", "4M"], &strict[..]].concat()).ok();
+    let when = ["--when", "after:100ms"];
+    snap([&["create", &*layer, "--from", &*base], &when[..], &strict].concat()).ok();
+    let hot = at("hot.snap");
+    let record = ["--lazy", "--record", "-o", &hot, "--beats", "2"];
+    snap([&["restore", &*layer], &record[..], &strict].concat()).ok();
+    assert_eq!(crate::support::names(folder.path()), ["base.snap", "hot.snap", "layer.snap"]);
+    snap(["restore", &*hot, "--lazy", "--beats", "3", "--jail", "strict"]).ok();
+    // A relative path is relative to the same folder as before.
+    let mut command = Command::new(SNAP);
+    command.current_dir(folder.path());
+    command.args(["create", "relative.snap", "--memory", "64M", "--work", "4M"]).args(strict);
+    run(command).ok();
+    assert!(folder.path().join("relative.snap").exists());
+}
+
+#[test]
+fn sockets_are_removed_and_requests_for_files_are_refused_with_a_reason() {
+    needs_vm!();
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut vm =
+        Vm::start(folder.path(), &["run", "--memory", "64M", "--work", "4M", "--jail", "strict"]);
+    vm.beats(1);
+    let out = folder.path().join("out.snap");
+    let socket = vm.socket.to_string_lossy().into_owned();
+    let refused = snap(["create", &*out.to_string_lossy(), "--vm", &socket]);
+    refused.failed(1, &["--jail strict", "--chroot DIR"]);
+    vm.beats(1);
+    vm.interrupt();
+    assert!(crate::support::names(folder.path()).is_empty());
+}
+
+#[test]
+fn in_a_chroot_clients_name_files_of_it() {
+    needs_vm!();
+    if !is_root("in_a_chroot_clients_name_files_of_it") {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let root = folder.path().join("root");
+    std::fs::create_dir(&root).expect("it is made");
+    for jail in ["strict", "default"] {
+        let root = root.to_string_lossy();
+        let args = ["run", "--memory", "64M", "--work", "4M", "--jail", jail, "--chroot", &root];
+        let mut vm = Vm::start(folder.path(), &args);
+        for kind in [&[][..], &["--live"]] {
+            let out = format!("/{jail}{}.snap", kind.len());
+            let socket = vm.socket.to_string_lossy().into_owned();
+            snap([&["create", &*out, "--vm", &socket], kind].concat()).ok();
+            let file = Path::new(&*root).join(&out[1..]);
+            snap(["restore", &*file.to_string_lossy(), "--beats", "2"]).ok();
+        }
+        vm.beats(1);
+        signal(vm.child.as_ref().expect("it runs").id(), "INT");
+        vm.end().failed(130, &["interrupted"]);
+        // Its name is not in the root, and so stays. The next guest replaces it.
+        assert!(vm.socket.exists());
+    }
+}
+
+#[test]
+fn all_threads_have_the_user_that_is_asked_for() {
+    needs_vm!();
+    if !is_root("all_threads_have_the_user_that_is_asked_for") {
+        return;
+    }
+    let sample = Sample::create(&["--memory", "64M", "--work", "4M"]);
+    let file = sample.file.to_string_lossy();
+    for jail in ["strict", "default"] {
+        let user = ["--uid", "12345", "--gid", "54321", "--jail", jail];
+        let mut snap = Talking::snap([&["restore", &*file, "--lazy"], &user[..]].concat());
+        snap.beats(2);
+        let is = |field, value: &str| {
+            let found = of_threads(snap.id(), field);
+            assert!(found.len() >= 3, "{field} {found:?}");
+            assert!(found.iter().all(|found| found == value), "{field} {found:?}");
+        };
+        is("Uid:", "12345 12345 12345 12345");
+        is("Gid:", "54321 54321 54321 54321");
+        is("Groups:", "");
+        is("CapPrm:", "0000000000000000");
+        snap.interrupt();
+    }
+}
+
+#[test]
+fn an_ordinary_user_has_a_strict_jail_by_a_user_namespace() {
+    needs_vm!();
+    let test = "an_ordinary_user_has_a_strict_jail_by_a_user_namespace";
+    if !is_root(test) {
+        return;
+    }
+    let sample = Sample::create(&["--memory", "64M", "--work", "4M"]);
+    let open = |path: &Path, mode| {
+        use std::os::unix::fs::PermissionsExt;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("it is ours");
+    };
+    open(sample.folder.path(), 0o755);
+    open(&sample.file, 0o644);
+    // The program is perhaps in a folder that others may not enter.
+    let program = sample.folder.path().join("snap");
+    std::fs::copy(SNAP, &program).expect("it is copied");
+    // For this user, /dev/kvm has a mode with which it may use it.
+    let script = "mount -t tmpfs none /mnt && mknod -m 666 /mnt/kvm c 10 232 && \
+        mount --bind /mnt/kvm /dev/kvm && \
+        exec setpriv --reuid 12345 --regid 12345 --clear-groups --bounding-set -all --inh-caps -all \
+        \"$SNAP\" restore --beats 2 --jail strict \"$FILE\"";
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", script]).env("SNAP", &program).env("FILE", &sample.file);
+    let ran = run(command);
+    if ran.stderr.contains("user namespace") {
+        // What it does not allow is said.
+        ran.failed(4, &["cannot make a user namespace", "--jail default"]);
+        return skip(test, "this host allows no user namespaces");
+    }
+    ran.ok();
+}
+
+#[test]
+fn what_a_jail_cannot_keep_is_refused_at_the_start() {
+    let file = "none.snap";
+    for (args, message) in [
+        (&["run", "--jail", "off", "--uid", "1"][..], "parts of the jail"),
+        (
+            &["run", "--jail", "strict", "--key-command", "true", "--wrap-command", "true"],
+            "--key-file",
+        ),
+        (&["create", file, "--chroot", "/"], "the output is written after"),
+    ] {
+        snap(args.iter().copied()).failed(2, &[message]);
+    }
+    let refused = snap(["create", file, "--vm", "none.sock", "--jail", "strict"]);
+    refused.failed(2, &["another process runs the guest"]);
+    snap(["serve", file, "--listen", "none.sock", "--jail", "strict"]).failed(2, &["off, default"]);
+}
