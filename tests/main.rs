@@ -62,6 +62,7 @@ mod page_cache;
 mod qemu;
 mod qemu_machine;
 mod recorded_serving;
+mod rekeying;
 mod resets;
 mod running;
 mod scattered_memory;

@@ -45,6 +45,11 @@ impl KeyArgs {
         self.key_file.is_some() || self.key_command.is_some() || self.wrap_command.is_some()
     }
 
+    /// Whether an option is given that only matters for files that are written.
+    pub(crate) fn is_given_to_write(&self) -> bool {
+        self.wrap_command.is_some()
+    }
+
     /// Whether commands are run for keys.
     pub(crate) fn run_commands(&self) -> bool {
         self.key_command.is_some() || self.wrap_command.is_some()
@@ -97,6 +102,34 @@ impl KeyArgs {
         let wrap = self.wrap_command.as_ref().map(|command| ("--wrap-command", command.into()));
         let given = [file, command, wrap].into_iter().flatten();
         given.flat_map(|(option, value): (&str, OsString)| [option.into(), value]).collect()
+    }
+}
+
+/// The keys of a copy, beside those of the file that is read.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub(crate) struct NewKeyArgs {
+    /// A key that opens the new file: as --key-file. May be given several times.
+    #[arg(long, value_name = "FILE")]
+    new_key_file: Vec<PathBuf>,
+
+    /// A command that wraps the key of the new file: as --wrap-command. May be given several times.
+    #[arg(long, value_name = "CMD")]
+    new_wrap_command: Vec<String>,
+}
+
+impl NewKeyArgs {
+    /// The providers of the new keys.
+    pub(crate) fn providers(&self) -> Result<Vec<Arc<dyn KeyProvider>>> {
+        let files = self
+            .new_key_file
+            .iter()
+            .map(|path| KeyArgs { key_file: Some(path.clone()), ..KeyArgs::default() });
+        let commands = self
+            .new_wrap_command
+            .iter()
+            .map(|command| KeyArgs { wrap_command: Some(command.clone()), ..KeyArgs::default() });
+        let providers = files.chain(commands).map(|keys| keys.provider());
+        Ok(providers.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
     }
 }
 
@@ -198,7 +231,7 @@ impl KeyProvider for Commands {
         })
     }
 
-    fn wrap_key(&self, file_key: &SecretKey, _: uuid::Uuid) -> Result<KeySlot, KeyError> {
+    fn wrap_key(&self, file_key: &SecretKey, _: uuid::Uuid) -> Result<Vec<KeySlot>, KeyError> {
         let option = "wrap-command";
         let Some(command) = &self.wrap else { return Err(NO_WRAP_COMMAND.into()) };
         let most = KeySlots::MOST_BYTES;
@@ -211,7 +244,7 @@ impl KeyProvider for Commands {
                 found => Err(CommandError::Length { option, found, most }),
             }
         })?;
-        Ok(KeySlot::new(KeySlot::EXTERNAL, wrapped))
+        Ok(vec![KeySlot::new(KeySlot::EXTERNAL, wrapped)])
     }
 }
 
@@ -297,7 +330,8 @@ mod tests {
         let keys = commands("xxd -r -p", "xxd -p -c 32").provider();
         let keys = keys.expect("none is run yet").expect("they are given");
         let (key, seal_id) = (SecretKey::random().expect("random"), uuid::Uuid::new_v4());
-        let Ok(slot) = keys.wrap_key(&key, seal_id) else { return };
+        let Ok(slots) = keys.wrap_key(&key, seal_id) else { return };
+        let [slot] = &slots[..] else { panic!("one command, one slot") };
         assert_eq!(slot.kind, KeySlot::EXTERNAL);
         let hex: String = key.bytes().iter().map(|byte| format!("{byte:02x}")).collect();
         assert_eq!(slot.bytes.trim_ascii_end(), hex.as_bytes());
@@ -316,6 +350,6 @@ mod tests {
         );
         assert!(wrap("true").expect_err("it is empty").contains("has 0 bytes"));
         assert!(wrap("head -c 70000 /dev/zero").expect_err("too much").contains("has 655"));
-        assert_eq!(wrap("echo wrapped").expect("it has an output").bytes, b"wrapped\n");
+        assert_eq!(wrap("echo wrapped").expect("it has an output")[0].bytes, b"wrapped\n");
     }
 }

@@ -178,16 +178,15 @@ fn outline_as_text(outline: &Outline<File>) -> String {
         format!("created    {}", created(header)),
     ];
     lines.extend(header.parent_id.map(|id| format!("parent 1   {id}")));
-    let kinds =
-        outline.keys().into_iter().flat_map(|keys| &keys.slots).map(|slot| match slot.kind {
-            KeySlot::SECRET_KEY => "a key (--key-file)".into(),
-            KeySlot::EXTERNAL => "a command (--key-command)".into(),
-            other => format!("kind {other}"),
-        });
-    let kinds: Vec<String> = kinds.collect();
+    let slots = outline.keys().into_iter().flat_map(|keys| &keys.slots);
+    let kinds = slots.zip(1..).map(|(slot, number)| match slot.kind {
+        KeySlot::SECRET_KEY => format!("{number}: a key (--key-file)"),
+        KeySlot::EXTERNAL => format!("{number}: a command (--key-command)"),
+        other => format!("{number}: kind {other}"),
+    });
     lines.push(format!(
         "sealed     opened by {}; what follows is not authenticated",
-        kinds.join(", ")
+        kinds.collect::<Vec<_>>().join(", ")
     ));
     lines.push(format!("memory     {}", size::human(header.memory_bytes)));
     lines.push(pages_line(header));
