@@ -1,5 +1,7 @@
 //! End-to-end tests: the binary `snap` as its users run it.
 
+#[cfg(feature = "age")]
+mod age_keys;
 mod bad_files;
 mod bad_hosts;
 mod balloon;

@@ -65,7 +65,7 @@ fn what_has_no_sense_is_refused() {
     rekey("--key-file @other --new-key-file @key").failed(3, WRONG);
     rekey("--key-file @key --new-key-file @other --onto @plain.snap").failed(2, &["for a layer"]);
     rekey("--key-command cat --wrap-command cat --new-key-file @other")
-        .failed(2, &["--new-wrap-command"]);
+        .failed(2, &["begin with --new-"]);
     files
         .snap("rekey @plain.snap -o @no.snap --new-key-file @other")
         .failed(1, &["is not sealed", "--from-plain"]);

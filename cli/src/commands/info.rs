@@ -16,6 +16,7 @@ use super::summary::{Pages, ratio};
 use crate::exit::WrongOptions;
 use crate::foreign_text::one_line as one;
 use crate::input::{Input, reading, refuse_as_output};
+use crate::keys::is_age_file;
 use crate::leftovers::staged_output;
 use crate::size;
 use crate::stdout::{print_json, print_text, to_stdout};
@@ -181,6 +182,9 @@ fn outline_as_text(outline: &Outline<File>) -> String {
     let slots = outline.keys().into_iter().flat_map(|keys| &keys.slots);
     let kinds = slots.zip(1..).map(|(slot, number)| match slot.kind {
         KeySlot::SECRET_KEY => format!("{number}: a key (--key-file)"),
+        KeySlot::EXTERNAL if is_age_file(&slot.bytes) => {
+            format!("{number}: a key of age (--identity, --key-command)")
+        }
         KeySlot::EXTERNAL => format!("{number}: a command (--key-command)"),
         other => format!("{number}: kind {other}"),
     });

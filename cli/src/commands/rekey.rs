@@ -97,14 +97,12 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let keys = &args.input.parents.keys;
     let wrong = |message: &str| Err(WrongOptions(message.into()).into());
     if keys.is_given_to_write() {
-        return wrong(
-            "the keys of the new file are given by --new-key-file and --new-wrap-command",
-        );
+        return wrong("the keys of the new file are given by options that begin with --new-");
     }
     let add = args.new_keys.providers()?;
     if add.is_empty() && args.keep.is_none() {
         return wrong(
-            "no key would open the new file: give --new-key-file, --new-wrap-command or --keep",
+            "no key would open the new file: give one by an option that begins with --new-, or --keep",
         );
     }
     refuse_existing(&args.out, args.force)?;

@@ -49,7 +49,10 @@ impl KeySlots {
         MAX_KEYS_BYTES as usize - KEYS_HEADER_BYTES - KEY_SLOT_HEADER_BYTES;
 
     /// These slots, if a file can have them.
-    pub(crate) fn new(seal_id: Uuid, slots: Vec<KeySlot>) -> Result<Self, KeyError> {
+    ///
+    /// # Errors
+    /// [`KeyError::Slots`]
+    pub fn new(seal_id: Uuid, slots: Vec<KeySlot>) -> Result<Self, KeyError> {
         let len_bytes = slots.iter().map(|slot| KEY_SLOT_HEADER_BYTES + slot.bytes.len()).sum();
         let found = slots.len();
         let most_bytes = MAX_KEYS_BYTES as usize - KEYS_HEADER_BYTES;
