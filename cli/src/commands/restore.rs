@@ -21,6 +21,7 @@ use crate::input::Input;
 use crate::interrupt::Interrupt;
 use crate::jailed::JailArgs;
 use crate::live::EndArgs;
+use crate::on_restore::OnRestore;
 use crate::pager_args::{OnError, PrefetchArg};
 use crate::restored_run::{EAGER, LAZY, Restore};
 use crate::session::Session;
@@ -122,6 +123,11 @@ pub(crate) struct Args {
     /// Restore even if this host's CPU lacks features of the guest's CPU.
     #[arg(long)]
     force_cpu: bool,
+
+    /// When the guest runs, `sh` runs this command once, with $SNAP_ID, $SNAP_GENERATION_ID and $SNAP_API (the control
+    /// socket). If it fails, the guest is stopped: exit code 1. See docs/uniqueness.md.
+    #[arg(long, value_name = "CMD", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    on_restore: Option<String>,
 
     /// At the end, hash all of the guest's memory (a lazy restore loads it for that).
     #[arg(long)]
@@ -265,6 +271,10 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         jail,
         writes: args.record,
         keys: args.input.parents.keys.clone(),
+        on_restore: args.on_restore.clone().map(|command| {
+            let api = args.api.api.clone();
+            OnRestore { command, api }
+        }),
     };
     let output = match &args.out {
         Some(path) => Some((Output { path, replace: args.force }, args.input.open()?)),

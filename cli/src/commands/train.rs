@@ -147,6 +147,7 @@ fn touched(args: &Args, session: &Session) -> Result<Touched> {
         jail: Jail::Off,
         writes: true,
         keys: args.input.parents.keys.clone(),
+        on_restore: None,
     };
     let (report, outcome) = restore.run(std::io::sink(), session, Instant::now())?;
     outcome?;
