@@ -31,6 +31,7 @@ mod foreign_text;
 mod forks;
 mod fuse;
 mod golden_files;
+mod guest_floods;
 mod hangups;
 mod hostile_sockets;
 mod import_export;

@@ -1,7 +1,8 @@
 //! `--on-restore`: a command that is run once, when the restored guest runs.
 //!
 //! In the jail no process can be started. So a shell is started before it, and waits for a line on its stdin, which is a
-//! write to a descriptor that is open. If this process ends before that, the shell ends without running the command.
+//! write to a descriptor that is open. If this process ends before that, the shell ends without running the command. When the
+//! command has ended, the shell stays as a zombie until this process ends.
 
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
