@@ -135,7 +135,7 @@ enum AgeError {
     )]
     Children,
     #[error("cannot wrap a key for {recipient}")]
-    Wrap { recipient: String, source: age::EncryptError },
+    Wrap { recipient: String, source: Box<age::EncryptError> },
 }
 
 const NO_RECIPIENT: AgeError =
@@ -200,8 +200,8 @@ impl Recipient {
             writer.finish()?;
             Ok(wrapped)
         };
-        let wrapped = wrap().map_err(|source| {
-            let recipient = self.text.clone();
+        let wrapped = wrap().map_err(|source: age::EncryptError| {
+            let (recipient, source) = (self.text.clone(), Box::new(source));
             AgeError::Wrap { recipient, source }
         })?;
         Ok(KeySlot::new(KeySlot::EXTERNAL, wrapped))
