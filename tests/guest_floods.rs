@@ -105,7 +105,7 @@ impl Flooding {
     /// Checks the process while its guest floods. `printed` is how many bytes the guest may have printed at the end: at
     /// least as many as a flood has, and of a guest that has to wait for its host at most as many as it had room for.
     #[track_caller]
-    fn is_bounded(mut self, expected: impl RangeBounds<u64>) {
+    fn stays_bounded(mut self, expected: impl RangeBounds<u64>) {
         let socket = self.folder.path().join("api");
         let process = self.child.as_ref().expect("it runs").id();
         let began = Instant::now();
@@ -166,11 +166,11 @@ fn of_the_serial_port() {
     needs_vm!();
     // mov dx, 0x3f8; mov al, 'x'; 1: out dx, al; jmp 1b
     let single = [0x66, 0xba, 0xf8, 0x03, 0xb0, b'x', 0xee, 0xeb, 0xfd];
-    Flooding::start(folder(), &single, "").is_bounded(10_000..);
+    Flooding::start(folder(), &single, "").stays_bounded(10_000..);
     // mov dx, 0x3f8; 1: mov esi, LOAD_GPA; mov ecx, 0x10000; rep outsb; jmp 1b
     let [a, b, c, d] = kernel::LOAD_GPA.to_le_bytes();
     let many = [0x66, 0xba, 0xf8, 0x03, 0xbe, a, b, c, d, 0xb9, 0, 0, 1, 0, 0xf3, 0x6e, 0xeb, 0xf2];
-    Flooding::start(folder(), &many, "").is_bounded(10_000..);
+    Flooding::start(folder(), &many, "").stays_bounded(10_000..);
 }
 
 /// Free pages that are reported again and again; an available ring that runs ahead of its size.
@@ -181,7 +181,7 @@ fn of_a_balloon() {
     let range = (BUFFER, 64 << 10, WRITE);
     for (patient, least) in [(true, 10), (false, 1)] {
         let code = [start(reporting, queue), requests(queue, range, &[], patient)].concat();
-        Flooding::start(folder(), &code, "--balloon").is_bounded(least..);
+        Flooding::start(folder(), &code, "--balloon").stays_bounded(least..);
     }
 }
 
@@ -191,10 +191,10 @@ fn of_a_queue_for_random_bytes() {
     needs_vm!();
     for (patient, least) in [(true, 10), (false, 1)] {
         let code = [start(0, 0), requests(0, (BUFFER, 64 << 10, WRITE), &[], patient)].concat();
-        Flooding::start(folder(), &code, "--rng").is_bounded(least..);
+        Flooding::start(folder(), &code, "--rng").stays_bounded(least..);
     }
     let notify = [start(0, 0), endless(&set(DEVICE + 0x50, 0))].concat();
-    Flooding::start(folder(), &notify, "--rng").is_bounded(10..);
+    Flooding::start(folder(), &notify, "--rng").stays_bounded(10..);
 }
 
 /// A request for a connection from port 1000 of the guest to port 1234 of the host.
@@ -239,7 +239,7 @@ fn of_vsock_connections() {
             });
         }
         let code = packets(before, patient);
-        Flooding::start(folder, &code, "--vsock 3,FOLDER/vsock").is_bounded(dots);
+        Flooding::start(folder, &code, "--vsock 3,FOLDER/vsock").stays_bounded(dots);
         drop(kept);
     }
 }

@@ -208,12 +208,12 @@ fn the_command_of_on_restore_is_run_once_with_the_generation_of_the_guest() {
             printed.collect::<String>(),
             vm.socket.display()
         );
-        assert_eq!(written(&out, 1), [expected.clone()]);
+        assert_eq!(written(&out, 1), std::slice::from_ref(&expected));
         // A reset is no restore.
         snap(["reset".as_ref(), "--vm".as_ref(), vm.socket.as_os_str()]).ok();
         generation(&[vm.line(), vm.line(), vm.line()]);
         vm.interrupt();
-        assert_eq!(written(&out, 1), [expected]);
+        assert_eq!(written(&out, 1), std::slice::from_ref(&expected));
         fs::remove_file(out).expect("it is there");
     }
 }
