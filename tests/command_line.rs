@@ -198,8 +198,8 @@ fn an_option_is_the_same_in_every_command() {
     }
     // Every output has a name that -o gives. (`bench` prints; its page is an extra output.)
     for command in [
-        "create", "restore", "info", "flatten", "rebase", "train", "optimize", "import", "export",
-        "man",
+        "create", "restore", "info", "flatten", "rebase", "rekey", "train", "optimize", "import",
+        "export", "man",
     ] {
         let out = ("out".to_owned(), Some("-o".to_owned()), "a value");
         assert!(options(command).contains(&out), "{command} has no -o");

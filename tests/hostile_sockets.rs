@@ -108,7 +108,7 @@ fn send(stream: &mut (impl Write + ?Sized), bytes: &[u8], random: &mut Random) {
 }
 
 /// The most memory that a process has had.
-fn peak_bytes(process: u32) -> u64 {
+pub(crate) fn peak_bytes(process: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{process}/status")).expect("it runs");
     let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("Linux has it");
     peak.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10

@@ -1,5 +1,7 @@
 //! End-to-end tests: the binary `snap` as its users run it.
 
+#[cfg(feature = "age")]
+mod age_keys;
 mod bad_files;
 mod bad_hosts;
 mod balloon;
@@ -29,6 +31,7 @@ mod foreign_text;
 mod forks;
 mod fuse;
 mod golden_files;
+mod guest_floods;
 mod hangups;
 mod hostile_sockets;
 mod import_export;
@@ -62,6 +65,7 @@ mod page_cache;
 mod qemu;
 mod qemu_machine;
 mod recorded_serving;
+mod rekeying;
 mod resets;
 mod running;
 mod scattered_memory;

@@ -9,34 +9,34 @@ use tempfile::TempDir;
 use crate::control::Vm;
 use crate::support::{Ran, needs_vm, snap};
 
-struct Files(TempDir);
+pub(crate) struct Files(pub(crate) TempDir);
 
 impl Files {
     /// With two keys: `key` in bytes, `other` in hex.
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let files = Self(tempfile::tempdir().expect("a folder"));
         files.put("key", &[0xa7; 32]);
         files.put("other", format!("{}\n", "5c".repeat(32)).as_bytes());
         files
     }
 
-    fn put(&self, name: &str, content: &[u8]) {
+    pub(crate) fn put(&self, name: &str, content: &[u8]) {
         let path = self.path(name);
         std::fs::write(&path, content).expect("it is written");
         let private = std::fs::Permissions::from_mode(0o600);
         std::fs::set_permissions(path, private).expect("it is ours");
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
 
-    fn text(&self, name: &str) -> String {
+    pub(crate) fn text(&self, name: &str) -> String {
         self.path(name).to_str().expect("a plain name").to_owned()
     }
 
     /// Runs `snap`: an argument `@NAME` is a file of the folder.
-    fn snap(&self, line: &str) -> Ran {
+    pub(crate) fn snap(&self, line: &str) -> Ran {
         snap(line.split_whitespace().map(|word| match word.strip_prefix('@') {
             Some(name) => self.text(name),
             None => word.to_owned(),
@@ -44,7 +44,7 @@ impl Files {
     }
 
     /// A golden file, sealed with `key`.
-    fn seal_golden(&self) {
+    pub(crate) fn seal_golden(&self) {
         let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/v1-bound-zstd.snap");
         std::fs::copy(golden, self.path("plain.snap")).expect("it is copied");
         self.snap("flatten @plain.snap -o @sealed.snap --key-file @key --from-plain").ok();
@@ -86,7 +86,7 @@ fn without_the_key_its_outline_is_shown_and_its_checksums_are_checked() {
     let files = Files::new();
     files.seal_golden();
     let shown = files.snap("info @sealed.snap").ok().stdout;
-    assert!(shown.contains("SEALED") && shown.contains("opened by a key"), "{shown}");
+    assert!(shown.contains("SEALED") && shown.contains("opened by 1: a key"), "{shown}");
     let [plain, sealed, opened] = [
         "info @plain.snap --json",
         "info @sealed.snap --json",

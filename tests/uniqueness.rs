@@ -1,6 +1,8 @@
 //! What differs between clones of one snapshot, and what does not (`docs/uniqueness.md`).
 
 use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use crate::control::Vm;
 use crate::kernel;
@@ -159,4 +161,84 @@ fn addresses_are_the_same_unless_others_are_given() {
     let (other_net, other) = (format!("tap={},mac=02:00:00:00:00:0f", tap.0), vsock(16, "c"));
     let ran = snap(["restore", file, "--net", &other_net, "--vsock", &other]).ok();
     assert_eq!(lines(&ran), ["BAAAAAAAAAAAAAAA", "ACAAAAAAAAAP"]);
+}
+
+/// The lines of a file, when it has as many.
+#[track_caller]
+fn written(path: &Path, count: usize) -> Vec<String> {
+    let began = Instant::now();
+    loop {
+        let text = fs::read_to_string(path).unwrap_or_default();
+        let lines: Vec<_> = text.lines().map(str::to_owned).collect();
+        if lines.len() >= count && text.ends_with('\n') {
+            return lines;
+        }
+        assert!(began.elapsed() < LONG, "{text:?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+const LONG: Duration = Duration::from_secs(60);
+
+/// In the default jail, in which no process can be started.
+#[test]
+fn the_command_of_on_restore_is_run_once_with_the_generation_of_the_guest() {
+    needs_vm!();
+    // jmp to itself
+    let sample = snapshotted(&compares(&[0xeb, 0xfe]), &[]);
+    let file = sample.file.to_str().expect("text");
+    let id = snap(["info", file, "--json"]).ok().json()["id"].clone();
+    for mode in [&["--lazy"][..], &[]] {
+        let out = sample.folder.path().join("ran");
+        let say = "echo \"$SNAP_ID $SNAP_GENERATION_ID $SNAP_API\"";
+        let hook = format!("test -S \"$SNAP_API\" && {say} >> {}; echo noise", out.display());
+        let args = [&["restore", file, "--paused", "--on-restore", &hook], mode].concat();
+        let mut vm = Vm::start_paused(sample.folder.path(), &args);
+        let paused = vm.ask("GET", "/vm", &serde_json::Value::Null);
+        assert_eq!(paused.1["state"], "Paused", "{paused:?}");
+        assert!(!out.exists(), "it was run before the guest");
+        vm.ask("PATCH", "/vm", &serde_json::json!({ "state": "Resumed" }));
+        let (_, printed) = generation(&[vm.line(), vm.line(), vm.line()]);
+        let printed = printed
+            .bytes()
+            .map(|letter| char::from(b"0123456789abcdef"[usize::from(letter - b'A')]));
+        let expected = format!(
+            "{} {} {}",
+            id.as_str().expect("text"),
+            printed.collect::<String>(),
+            vm.socket.display()
+        );
+        assert_eq!(written(&out, 1), std::slice::from_ref(&expected));
+        // A reset is no restore.
+        snap(["reset".as_ref(), "--vm".as_ref(), vm.socket.as_os_str()]).ok();
+        generation(&[vm.line(), vm.line(), vm.line()]);
+        vm.interrupt();
+        assert_eq!(written(&out, 1), std::slice::from_ref(&expected));
+        fs::remove_file(out).expect("it is there");
+    }
+}
+
+#[test]
+fn a_guest_whose_command_of_on_restore_fails_is_stopped() {
+    needs_vm!();
+    let sample = snapshotted(&compares(&[0xeb, 0xfe]), &[]);
+    let file = sample.file.to_str().expect("text");
+    for (command, why) in [
+        ("exit 3", "exit status 3; the guest was stopped"),
+        ("no-such-program", "exit status 127"),
+        ("kill -9 $PPID", "the shell that runs the command was killed"),
+    ] {
+        for jail in ["default", "off"] {
+            let began = Instant::now();
+            let args = ["restore", file, "--lazy", "--for", "90s", "--jail", jail];
+            snap(args.into_iter().chain(["--on-restore", command])).failed(1, &[why]);
+            assert!(began.elapsed() < LONG, "it was not stopped");
+        }
+    }
+    // A guest that ends by itself does not wait for the command, and a restore that fails runs none.
+    let ran = sample.folder.path().join("ran");
+    let touch = format!("touch {}", ran.display());
+    snap(["restore", file, "--memory", "1G", "--on-restore", &touch]).failed(1, &["--memory"]);
+    assert!(!ran.exists());
+    snap(["restore", file, "--for", "50ms", "--on-restore", "sleep 30"]).ok();
 }

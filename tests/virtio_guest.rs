@@ -1,11 +1,11 @@
 //! Code of tiny guests that drive one virtio device, in 32-bit mode, without interrupts.
 
 /// Where the guest's rings are.
-const DESCRIPTORS: u32 = 0x30_0000;
-const AVAILABLE: u32 = DESCRIPTORS + 0x1000;
-const USED: u32 = DESCRIPTORS + 0x2000;
+pub(crate) const DESCRIPTORS: u32 = 0x30_0000;
+pub(crate) const AVAILABLE: u32 = DESCRIPTORS + 0x1000;
+pub(crate) const USED: u32 = DESCRIPTORS + 0x2000;
 /// The first device's window.
-const DEVICE: u32 = 0xd000_0000;
+pub(crate) const DEVICE: u32 = 0xd000_0000;
 
 pub(crate) const NEXT: u32 = 1;
 pub(crate) const WRITE: u32 = 2;

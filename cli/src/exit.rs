@@ -89,19 +89,22 @@ fn about_files(error: &Error) -> &'static str {
     }
 }
 
+const GIVE_KEY: &str = match cfg!(feature = "age") {
+    true => "; give --key-file FILE, --identity FILE or --key-command CMD",
+    false => "; give --key-file FILE or --key-command CMD",
+};
+
 /// The option that opens a sealed file, or does not fit one that is not.
 fn about_keys(error: &Error) -> Option<&'static str> {
     let read = |cause: &(dyn std::error::Error + 'static)| match cause.downcast_ref::<ReadError>() {
-        Some(ReadError::KeyNeeded) => Some("; give --key-file FILE or --key-command CMD"),
+        Some(ReadError::KeyNeeded) => Some(GIVE_KEY),
         Some(ReadError::NotSealed) => {
             Some("; without the key it is read, and snap flatten --from-plain seals a copy")
         }
         _ => None,
     };
     let write = |cause: &(dyn std::error::Error + 'static)| match cause.downcast_ref() {
-        Some(WriteError::ParentSeal { parent_is_sealed: true }) => {
-            Some("; give --key-file FILE or --key-command CMD")
-        }
+        Some(WriteError::ParentSeal { parent_is_sealed: true }) => Some(GIVE_KEY),
         Some(WriteError::ParentSeal { parent_is_sealed: false }) => {
             Some("; snap flatten --from-plain seals a copy of it")
         }

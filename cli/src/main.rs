@@ -26,6 +26,7 @@ mod live;
 mod memory_hash;
 mod metrics;
 mod millis;
+mod on_restore;
 mod pager_args;
 mod path_text;
 mod progress;

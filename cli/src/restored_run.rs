@@ -17,6 +17,7 @@ use crate::jailed::Jail;
 use crate::keys::KeyArgs;
 use crate::live::{self, Ended, Live};
 use crate::millis::{ms, ms_since};
+use crate::on_restore::{Hook, OnRestore, Restored};
 use crate::report::RestoreReport;
 use crate::restoring::{self, check_image, check_memory};
 use crate::session::Session;
@@ -50,6 +51,8 @@ pub(crate) struct Restore {
     pub(crate) keys: KeyArgs,
     /// Whether those clients may name files to be written.
     pub(crate) names_files: bool,
+    /// The command that is run when the guest runs.
+    pub(crate) on_restore: Option<OnRestore>,
 }
 
 /// Modes of the report.
@@ -73,6 +76,15 @@ impl Restore {
         let memory = Arc::clone(restored.vm.memory());
         let vm = restored.vm;
         let (opened, memory_ready) = (restored.opened_at, restored.memory_ready_at);
+        let on_restore = match &self.on_restore {
+            None => None,
+            Some(OnRestore { command, api }) => {
+                let id = self.config.snapshot().header().id;
+                let generation_id = vm.generation_id().context("cannot read the generation id")?;
+                let restored = Restored { id, generation_id, api: api.as_deref() };
+                Some(Hook::start(command, &restored)?)
+            }
+        };
         self.jail.close()?;
         let keyboard = match self.keyboard {
             true => Some(Keyboard::connect(vm.handle()).context("cannot use the keyboard")?),
@@ -88,7 +100,8 @@ impl Restore {
         let hold = self.hold.as_ref();
         let (run_for, begins_paused) = (self.run_for, self.paused);
         let keys = self.keys;
-        let live = Live { session, seen: &seen, hold, run_for, begins_paused, events, keys };
+        let live =
+            Live { session, seen: &seen, hold, run_for, begins_paused, events, keys, on_restore };
         let before = self.measure.map(|_| Counters::now()).transpose()?;
         let faults = memory.pager().map_or(Faults::Kernel, Faults::Served);
         let mut touched = None;

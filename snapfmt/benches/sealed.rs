@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 
 use snapfmt::layout::PAGE_BYTES;
 use snapfmt::{
-    ChunkBuffer, ChunkExtent, Codec, Contents, Existing, KeyProvider, MemoryRegion, PageEntry,
-    Parents, SecretKey, Snapshot, WriteOptions, write_snapshot,
+    ChunkBuffer, ChunkExtent, Codec, Contents, Existing, KeyProvider, MemoryRegion, Metadata,
+    PageEntry, Parents, Rekey, SecretKey, Snapshot, WriteOptions, rekey_snapshot, write_snapshot,
 };
 
 const ROUNDS: usize = 9;
@@ -35,7 +35,7 @@ fn main() {
         let sides = [options.clone(), options.seal(key())];
         let paths = ["plain", "sealed"].map(|name| folder.path().join(name));
         let mut times = [(); 2].map(|()| (Vec::new(), Vec::new(), Vec::new(), Vec::new()));
-        let mut stored = 0;
+        let (mut stored, mut rekeys, mut rewrites) = (0, Vec::new(), Vec::new());
         for _ in 0..ROUNDS {
             for ((options, path), times) in sides.iter().zip(&paths).zip(&mut times) {
                 times.0.push(time(|| store(path, &memory, options)));
@@ -50,6 +50,11 @@ fn main() {
                 stored = snapshot.header().file_bytes / snapshot.header().chunks;
             }
         }
+        for _ in 0..ROUNDS {
+            let (sealed, to) = (open(&paths[1], &sides[1]), folder.path().join("copy"));
+            rekeys.push(time(|| rekey(&to, &sealed)));
+            rewrites.push(time(|| rewrite(&to, &sealed, &sides[1])));
+        }
         let [mut plain, mut sealed] = times;
         println!("{codec}, {chunk_pages} pages, {stored} bytes of file a chunk");
         for (what, plain, sealed) in [
@@ -62,6 +67,12 @@ fn main() {
             let ratio = sealed.as_secs_f64() / plain.as_secs_f64();
             println!("  {what:<20} plain {plain:>10.2?}, sealed {sealed:>10.2?}: {ratio:.2} x");
         }
+        let (rekeyed, rewritten) = (median(&mut rekeys), median(&mut rewrites));
+        let ratio = rekeyed.as_secs_f64() / rewritten.as_secs_f64();
+        println!(
+            "  {:<20} rekey {rekeyed:>10.2?}, rewrite {rewritten:>9.2?}: {ratio:.2} x",
+            "another key"
+        );
     }
 }
 
@@ -100,6 +111,19 @@ fn store(path: &Path, memory: &[u8], options: &WriteOptions) {
     let regions = [MemoryRegion { gpa: 0, len, source_offset: 0 }];
     let data = [0..len];
     write_snapshot(path, Contents::new(&regions, &memory, &data), options, &go_on).unwrap();
+}
+
+/// As `snap rekey`: the chunks are copied.
+fn rekey(to: &Path, snapshot: &Snapshot) {
+    let keys = Rekey::new(vec![key()], Metadata::default()).existing(Existing::Replace);
+    rekey_snapshot(to, snapshot, &keys, &go_on).unwrap();
+}
+
+/// As `snap flatten`: all pages are decoded, compressed and encrypted.
+fn rewrite(to: &Path, snapshot: &Snapshot, options: &WriteOptions) {
+    let (memory, data) = (snapshot.memory(), snapshot.populated().collect::<Vec<_>>());
+    let contents = Contents::new(snapshot.regions(), &memory, &data);
+    write_snapshot(to, contents, options, &go_on).unwrap();
 }
 
 fn memory() -> Vec<u8> {

@@ -488,6 +488,16 @@ pub enum WriteError {
         /// Whether the parent is sealed. The layer is not, or the other way round.
         parent_is_sealed: bool,
     },
+    /// The parent that a copy of a sealed layer is to have is not a copy of the layer's parent.
+    #[error(
+        "snapshot {found} is not a copy of the layer's parent {expected}: it has other chunks, or another file key"
+    )]
+    OtherParent {
+        /// The id of the layer's parent.
+        expected: Uuid,
+        /// The id of what was given in its place.
+        found: Uuid,
+    },
     /// A codec failed.
     #[error("{codec} could not compress a chunk")]
     Codec {

@@ -7,6 +7,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -93,6 +94,20 @@ impl Output {
             writeback.reached(offset + bytes.len() as u64);
         }
         Ok(())
+    }
+
+    /// Lets the kernel copy bytes of another file to `offset`: where the file system can, both files then share them. Returns
+    /// how many it has copied; 0 means that they have to be read and written, which also tells the reason.
+    pub(crate) fn copy_from(&mut self, from: &File, bytes: Range<u64>, offset: u64) -> u64 {
+        let len = (bytes.end - bytes.start) as usize;
+        let (mut at, mut to) = (bytes.start, offset);
+        let copied =
+            rustix::fs::copy_file_range(from, Some(&mut at), &self.file, Some(&mut to), len);
+        let copied = copied.unwrap_or(0) as u64;
+        if let Some(writeback) = &mut self.writeback {
+            writeback.reached(offset + copied);
+        }
+        copied
     }
 
     /// The file, which has no name yet: to check what was written.

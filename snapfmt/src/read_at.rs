@@ -37,6 +37,12 @@ pub trait ReadAt: Send + Sync {
         None
     }
 
+    /// The file from which the kernel may copy the bytes to another file, so that this process does not read them. The
+    /// default is `None`: there is no file, or each read has to be checked.
+    fn file_to_copy(&self) -> Option<&File> {
+        None
+    }
+
     /// A stamp that changes when the storage is written to, without reading the content. The default is `None`: there
     /// is no such stamp.
     ///
@@ -113,6 +119,10 @@ impl ReadAt for File {
     }
 
     fn file(&self) -> Option<&File> {
+        Some(self)
+    }
+
+    fn file_to_copy(&self) -> Option<&File> {
         Some(self)
     }
 
@@ -206,6 +216,10 @@ impl<T: ReadAt + ?Sized> ReadAt for &T {
         (**self).file()
     }
 
+    fn file_to_copy(&self) -> Option<&File> {
+        (**self).file_to_copy()
+    }
+
     fn stamp(&self) -> io::Result<Option<Stamp>> {
         (**self).stamp()
     }
@@ -262,6 +276,10 @@ impl<T: ReadAt + ?Sized> ReadAt for Arc<T> {
 
     fn file(&self) -> Option<&File> {
         (**self).file()
+    }
+
+    fn file_to_copy(&self) -> Option<&File> {
+        (**self).file_to_copy()
     }
 
     fn stamp(&self) -> io::Result<Option<Stamp>> {

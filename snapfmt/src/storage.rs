@@ -70,6 +70,13 @@ impl ReadAt for Storage {
         self.file()
     }
 
+    fn file_to_copy(&self) -> Option<&File> {
+        match self {
+            Self::File(file) => Some(file),
+            Self::Other(other) => other.file_to_copy(),
+        }
+    }
+
     fn stamp(&self) -> io::Result<Option<Stamp>> {
         match self {
             Self::File(file) => file.stamp(),

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
+use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
 use std::ops::{ControlFlow, Range};
@@ -668,6 +669,13 @@ impl<'a> FileBuilder<'a> {
     pub(crate) fn align(&mut self, unit: usize) -> Result<(), WriteError> {
         let padding = self.offset.next_multiple_of(unit as u64) - self.offset;
         self.append(&[0; PAGE_BYTES][..padding as usize])
+    }
+
+    /// Lets the kernel append bytes of another file: see [`Output::copy_from`].
+    pub(crate) fn copy_from(&mut self, from: &File, bytes: Range<u64>) -> u64 {
+        let copied = self.output.copy_from(from, bytes, self.offset);
+        self.offset += copied;
+        copied
     }
 
     pub(crate) fn append(&mut self, bytes: &[u8]) -> Result<(), WriteError> {

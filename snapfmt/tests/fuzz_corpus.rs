@@ -10,11 +10,13 @@ mod harness;
 
 use std::ops::{ControlFlow, Range};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use harness::TEMPLATES;
 use snapfmt::{
-    Codec, Contents, HotPages, MemoryRegion, Metadata, PageIndex, Parent, Phase, Snapshot,
-    StateBlob, WorkingSet, WriteOptions, write_layer, write_snapshot, write_with_set,
+    Codec, Contents, HotPages, KeyProvider, MemoryRegion, Metadata, PageIndex, Parent, Phase,
+    SecretKey, Snapshot, StateBlob, WorkingSet, WriteOptions, write_layer, write_snapshot,
+    write_with_set,
 };
 
 const FUZZ: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz");
@@ -53,6 +55,23 @@ fn templates_and_forged_files_are_good_until_they_are_changed() {
             assert!(checksum(&before) && !checksum(&after), "{part}: {before:?}, {after:?}");
         }
     }
+    let opened = harness::sealed::Opened::new(harness::SEALED);
+    let read = |file: &[u8]| harness::exercise::read_sealed(file, harness::sealed::KEY);
+    read(harness::SEALED).expect("a template is a good file");
+    assert!(opened.sealed(opened.plain.clone(), 0x7f) == harness::SEALED);
+    let parts = harness::seal::parts(harness::SEALED);
+    // A byte of a page, an entry's slot, a region's size, the number of slots: only with tags, checksums and the code that
+    // cover it, the reader gets to what is wrong with it.
+    for (part, at, which) in [(2, 32 + 4 * 2 + 16, 1), (3, 8, 0x5e), (5, 8, 0x5c), (0, 32, 0x50)] {
+        let mut damaged = opened.plain.clone();
+        damaged[parts[part] + at] ^= 1;
+        let is_refused = |result: Result<(), snapfmt::ReadError>| {
+            let text = format!("{result:?}");
+            text.contains("Checksum") || text.contains("NotAuthentic")
+        };
+        assert!(is_refused(read(&opened.sealed(damaged.clone(), 0))), "{part}");
+        assert!(!is_refused(read(&opened.sealed(damaged, which))), "{part}");
+    }
     let chain = Snapshot::chain([harness::LAYER, TEMPLATES[1]]).expect("the layer fits");
     harness::exercise::read_everything(&chain).expect("a layer is a good file");
     for bound in [false, true] {
@@ -84,6 +103,7 @@ fn write_templates() {
         write_template(codec.name(), codec, &memory, 0..memory.len() as u64, None);
     }
     write_template("bound", Codec::Lz4, &memory, 0..memory.len() as u64, None);
+    write_sealed_template(&memory);
     // One page changed, one zeroed, a new one in each leaf; the others are as in the parent.
     fill(&mut memory, 2, 9);
     fill(&mut memory, 3, 0);
@@ -111,6 +131,22 @@ fn write_hot_template(memory: &[u8]) {
     let contents = contents(&memory, std::slice::from_ref(&all));
     let go_on = |_| ControlFlow::Continue(());
     write_with_set(template_path("hot"), contents, None, &hot, &options, &go_on)
+        .expect("it can be written");
+}
+
+fn write_sealed_template(memory: &[u8]) {
+    if template_path("sealed").exists() {
+        return;
+    }
+    let touched = [(PageIndex(513), Phase::FirstOutput), (PageIndex(2), Phase::Later)];
+    let set = WorkingSet::join([&touched[..]]);
+    let hot = HotPages::new(&set).front(Codec::Raw);
+    let key: Arc<dyn KeyProvider> = Arc::new(SecretKey::new(harness::sealed::KEY));
+    let options = WriteOptions::default().codec(Codec::Lz4).chunk_pages(2).seal(key);
+    let all = 0..memory.len() as u64;
+    let contents = contents(&memory, std::slice::from_ref(&all));
+    let go_on = |_| ControlFlow::Continue(());
+    write_with_set(template_path("sealed"), contents, None, &hot, &options, &go_on)
         .expect("it can be written");
 }
 

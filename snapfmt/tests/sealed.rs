@@ -523,7 +523,11 @@ fn a_file_is_not_written_without_its_key() {
         fn unwrap_key(&self, _: &snapfmt::KeySlots) -> Result<SecretKey, KeyError> {
             Err(KeyError::Provider("the key server is away".into()))
         }
-        fn wrap_key(&self, _: &SecretKey, _: uuid::Uuid) -> Result<snapfmt::KeySlot, KeyError> {
+        fn wrap_key(
+            &self,
+            _: &SecretKey,
+            _: uuid::Uuid,
+        ) -> Result<Vec<snapfmt::KeySlot>, KeyError> {
             Err(KeyError::Provider("the key server is away".into()))
         }
     }

@@ -1,6 +1,7 @@
 //! A VM with its memory: paused or running.
 
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -50,6 +51,14 @@ impl Vm {
     #[must_use]
     pub fn vcpu_count(&self) -> usize {
         self.machine.vcpu_count()
+    }
+
+    /// The guest's generation id, if it has one: see [`vmm::PausedVm::generation_id`].
+    ///
+    /// # Errors
+    /// Its page cannot be read.
+    pub fn generation_id(&self) -> io::Result<Option<[u8; 16]>> {
+        self.machine.generation_id()
     }
 
     /// The reason why the VM cannot be resumed, if there is one.

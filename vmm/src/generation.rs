@@ -26,6 +26,13 @@ pub(crate) fn renew(memory_slots: &MemorySlots, id_gpa: u64) -> io::Result<()> {
     vm_clock::renew(memory_slots, u64::from_le_bytes(random()?))
 }
 
+/// The present id of the guest.
+pub(crate) fn id(memory_slots: &MemorySlots, id_gpa: u64) -> io::Result<[u8; 16]> {
+    let mut id = [0; 16];
+    memory_slots.read(id_gpa, &mut id)?;
+    Ok(id)
+}
+
 fn random<const BYTES: usize>() -> io::Result<[u8; BYTES]> {
     let mut bytes = [0; BYTES];
     // So few bytes come whole.

@@ -300,7 +300,7 @@ fn create_layer(
         snapshot: Some(config.snapshot()),
         network: bucket::is_meant(args.out()),
         out: Some(out),
-        api: false,
+        ..Needs::default()
     };
     // It looks at files of the host.
     let options = args.storage.options(&args.keys)?;

@@ -81,6 +81,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
             jail: Jail::Off,
             keys: KeyArgs::default(),
             names_files: true,
+            on_restore: None,
         };
         let (report, outcome) = restore.run(std::io::sink(), session, Instant::now())?;
         outcome.map(|()| report)

@@ -16,6 +16,7 @@ use super::summary::{Pages, ratio};
 use crate::exit::WrongOptions;
 use crate::foreign_text::one_line as one;
 use crate::input::{Input, reading, refuse_as_output};
+use crate::keys::is_age_file;
 use crate::leftovers::staged_output;
 use crate::size;
 use crate::stdout::{print_json, print_text, to_stdout};
@@ -178,16 +179,18 @@ fn outline_as_text(outline: &Outline<File>) -> String {
         format!("created    {}", created(header)),
     ];
     lines.extend(header.parent_id.map(|id| format!("parent 1   {id}")));
-    let kinds =
-        outline.keys().into_iter().flat_map(|keys| &keys.slots).map(|slot| match slot.kind {
-            KeySlot::SECRET_KEY => "a key (--key-file)".into(),
-            KeySlot::EXTERNAL => "a command (--key-command)".into(),
-            other => format!("kind {other}"),
-        });
-    let kinds: Vec<String> = kinds.collect();
+    let slots = outline.keys().into_iter().flat_map(|keys| &keys.slots);
+    let kinds = slots.zip(1..).map(|(slot, number)| match slot.kind {
+        KeySlot::SECRET_KEY => format!("{number}: a key (--key-file)"),
+        KeySlot::EXTERNAL if is_age_file(&slot.bytes) => {
+            format!("{number}: a key of age (--identity, --key-command)")
+        }
+        KeySlot::EXTERNAL => format!("{number}: a command (--key-command)"),
+        other => format!("{number}: kind {other}"),
+    });
     lines.push(format!(
         "sealed     opened by {}; what follows is not authenticated",
-        kinds.join(", ")
+        kinds.collect::<Vec<_>>().join(", ")
     ));
     lines.push(format!("memory     {}", size::human(header.memory_bytes)));
     lines.push(pages_line(header));

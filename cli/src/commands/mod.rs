@@ -24,6 +24,7 @@ mod optimize;
 mod pages;
 #[cfg(feature = "objects")]
 mod push;
+mod rekey;
 mod reset;
 mod restore;
 mod rewrite;
@@ -54,6 +55,7 @@ pub(crate) enum Command {
     Diff(diff::Args),
     Flatten(rewrite::FlattenArgs),
     Rebase(rewrite::RebaseArgs),
+    Rekey(rekey::Args),
     Train(train::Args),
     Optimize(optimize::Args),
     Import(import::Args),
@@ -110,6 +112,7 @@ pub(crate) fn run(
         Command::Diff(args) => diff::run(&args, &session),
         Command::Flatten(args) => rewrite::flatten(&args, &session),
         Command::Rebase(args) => rewrite::rebase(&args, &session),
+        Command::Rekey(args) => rekey::run(&args, &session),
         Command::Train(args) => train::run(&args, &session),
         Command::Optimize(args) => optimize::run(&args, &session),
         Command::Import(args) => import::run(&args, &session),

@@ -21,6 +21,7 @@ use crate::input::Input;
 use crate::interrupt::Interrupt;
 use crate::jailed::{GuestJailArgs, Needs};
 use crate::live::EndArgs;
+use crate::on_restore::OnRestore;
 use crate::pager_args::{OnError, PrefetchArg};
 use crate::restored_run::{EAGER, LAZY, Restore};
 use crate::session::Session;
@@ -122,6 +123,11 @@ pub(crate) struct Args {
     /// Restore even if this host's CPU lacks features of the guest's CPU.
     #[arg(long)]
     force_cpu: bool,
+
+    /// When the guest runs, `sh` runs this command once, with $SNAP_ID, $SNAP_GENERATION_ID and $SNAP_API (the control
+    /// socket). If it fails, the guest is stopped: exit code 1. See docs/uniqueness.md.
+    #[arg(long, value_name = "CMD", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    on_restore: Option<String>,
 
     /// At the end, hash all of the guest's memory (a lazy restore loads it for that).
     #[arg(long)]
@@ -254,6 +260,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         out: args.out.as_deref(),
         api: args.api.api.is_some(),
         network: false,
+        command: args.on_restore.is_some(),
     };
     let jail = args.jail.begin_restore(needs, keys, &session.interrupt)?;
     let restore = Restore {
@@ -271,6 +278,10 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         jail,
         keys: args.input.parents.keys.clone(),
         names_files: args.jail.names_files(),
+        on_restore: args.on_restore.clone().map(|command| {
+            let api = args.api.api.clone();
+            OnRestore { command, api }
+        }),
     };
     let output = match &args.out {
         Some(path) => Some((Output { path, replace: args.force }, args.input.open()?)),

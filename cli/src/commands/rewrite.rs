@@ -65,7 +65,7 @@ impl SealingArgs {
         let keys = &input.parents.keys;
         for (given, option) in [(self.from_plain, "--from-plain"), (self.decrypt, "--decrypt")] {
             if given && !keys.is_given() {
-                let wrong = format!("{option} goes with a key: --key-file or --key-command");
+                let wrong = format!("{option} goes with a key, as --key-file has it");
                 return Err(WrongOptions(wrong).into());
             }
         }

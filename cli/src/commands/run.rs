@@ -68,6 +68,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         begins_paused: false,
         events,
         keys: args.keys.clone(),
+        on_restore: None,
     };
     let facts = Facts {
         memory_bytes: args.guest.memory,

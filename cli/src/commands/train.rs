@@ -147,6 +147,7 @@ fn touched(args: &Args, session: &Session) -> Result<Touched> {
         jail: Jail::Off,
         keys: args.input.parents.keys.clone(),
         names_files: true,
+        on_restore: None,
     };
     let (report, outcome) = restore.run(std::io::sink(), session, Instant::now())?;
     outcome?;

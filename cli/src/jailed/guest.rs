@@ -61,6 +61,8 @@ pub(crate) struct Needs<'a> {
     pub(crate) snapshot: Option<&'a Snapshot>,
     /// Other threads than the guest's talk to object storage, or run commands for keys.
     pub(crate) network: bool,
+    /// A command that is run on the host, with `--on-restore`.
+    pub(crate) command: bool,
     /// The file that it writes.
     pub(crate) out: Option<&'a Path>,
     /// Clients of its control socket may have files written.
@@ -143,6 +145,12 @@ impl GuestJailArgs {
             return refuse(
                 "--jail strict, --chroot, --uid and --gid are not possible with object storage, --key-command or \
                  --wrap-command: snap pull fetches the snapshot, and --key-file gives a key",
+            );
+        }
+        if needs.command && self.is_special() {
+            return refuse(
+                "--jail strict, --chroot, --uid and --gid are not possible with --on-restore, whose command would run \
+                 without them",
             );
         }
         if needs.out.is_some() && self.chroot.is_some() {

@@ -21,6 +21,7 @@ use crate::exit::{self, GuestStopped, Interrupted};
 use crate::guest_console::{BEAT, Seen, Until};
 use crate::guest_output::Hold;
 use crate::keys::KeyArgs;
+use crate::on_restore::{Hook, HookError};
 use crate::restoring::snapshot_error;
 use crate::session::Session;
 use crate::summary::Summary;
@@ -98,6 +99,8 @@ pub(crate) struct Live<'a> {
     pub(crate) events: Events,
     /// The keys of the files that are written.
     pub(crate) keys: KeyArgs,
+    /// The command that is run when the guest runs for the first time.
+    pub(crate) on_restore: Option<Hook>,
 }
 
 /// A guest that does not run any more.
@@ -116,6 +119,8 @@ pub(crate) enum End {
     TimeIsUp,
     /// A client has requested a snapshot and its end.
     Stored,
+    /// The command of `--on-restore` was not successful.
+    Hook(HookError),
 }
 
 /// The guest in one of its two forms.
@@ -152,7 +157,7 @@ impl Next {
 
 impl Live<'_> {
     /// Runs the guest until it stops, is stopped by its console, a client or an interrupt, or its time is up.
-    pub(crate) fn run(self, vm: Vm) -> Result<Ended> {
+    pub(crate) fn run(mut self, vm: Vm) -> Result<Ended> {
         let (events, hold) = (self.events.sender.clone(), self.hold.cloned());
         vm.handle().on_stop(move || {
             hold.iter().for_each(Hold::hold);
@@ -171,6 +176,11 @@ impl Live<'_> {
         let (end, guest) = loop {
             if let Guest::Running(_) = guest {
                 unresumed = None;
+                if let Some(hook) = self.on_restore.take() {
+                    let events = self.events.sender.clone();
+                    // The receiver is dropped when the run has ended.
+                    hook.run(move |error| drop(events.send(Event::HookFailed(error))))?;
+                }
             }
             if let (None, Guest::Running(_)) = (deadline, &guest) {
                 deadline = self.run_for.and_then(|time| Instant::now().checked_add(time));
@@ -189,6 +199,7 @@ impl Live<'_> {
                     None => Next::Go(guest),
                 },
                 Ok(Event::Checkpointed) => Next::Go(guest),
+                Ok(Event::HookFailed(error)) => break (End::Hook(error), Ok(guest)),
                 Ok(Event::Command(Command::Store(request), answer)) if request.live => {
                     self.save(guest, request, &answer, &tracker, &mut saving)?
                 }
@@ -331,6 +342,9 @@ impl Ended {
             Ok(_) if session.interrupt.requested() => return Err(Interrupted.into()),
             Ok(_) => {}
         }
+        if let End::Hook(error) = &self.end {
+            return Err(anyhow!(pager::with_causes(error)));
+        }
         match seen.output_error() {
             Some(error) if error.kind() != ErrorKind::BrokenPipe => {
                 let error = match error.raw_os_error() {
@@ -360,6 +374,7 @@ impl Ended {
             _ if session.interrupt.requested() => "interrupted".into(),
             End::TimeIsUp => "time is up".into(),
             End::Stored => "snapshotted and stopped".into(),
+            End::Hook(_) => "the command of --on-restore failed".into(),
             End::Stopped(Stop::ConsolePause) if seen.output_error().is_some() => {
                 "the reader of the output has closed it".into()
             }

@@ -10,6 +10,7 @@ use snapfmt::{Progress, WriteOptions};
 
 use super::adding::{AddError, Adding};
 use super::checkpoint::Checkpoint;
+use crate::on_restore::HookError;
 use crate::summary::{ResetSummary, Summary};
 
 /// An event for the thread that owns the guest.
@@ -18,6 +19,8 @@ pub(super) enum Event {
     Stopped,
     /// The thread that writes a checkpoint has ended.
     Checkpointed,
+    /// The command of `--on-restore` was not successful.
+    HookFailed(HookError),
     Command(Command, Sender<Answer>),
 }
 

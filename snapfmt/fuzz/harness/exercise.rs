@@ -3,10 +3,12 @@
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
-use std::sync::Mutex;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 
 use snapfmt::{
-    ChunkBuffer, Outline, PageEntry, PageIndex, ReadAt, ReadError, SectionKind, Snapshot,
+    ChunkBuffer, KeyProvider, Outline, PageEntry, PageIndex, ReadAt, ReadError, SecretKey,
+    SectionKind, Snapshot, VerifiedOutline,
 };
 
 /// Reading pages one by one decodes a chunk for each: a bound, so that one input takes little time.
@@ -16,7 +18,22 @@ const SINGLE_PAGES: usize = 12;
 pub(crate) fn read_file(storage: impl ReadAt) -> Result<(), ReadError> {
     let outline = Outline::open(&storage)
         .and_then(|outline| outline.verify(NonZeroUsize::MIN, &|_| ControlFlow::Continue(())));
-    let opened = Snapshot::new(&storage)?;
+    read_opened(Snapshot::new(&storage)?, outline)
+}
+
+/// As [`read_file`], of a file that is sealed with this key.
+pub(crate) fn read_sealed(file: &[u8], key: [u8; 32]) -> Result<(), ReadError> {
+    let outline = Outline::open(file)
+        .and_then(|outline| outline.verify(NonZeroUsize::MIN, &|_| ControlFlow::Continue(())));
+    let keys: Arc<dyn KeyProvider> = Arc::new(SecretKey::new(key));
+    let named = [(file, PathBuf::new())];
+    read_opened(Snapshot::named_chain_with(named, Some(keys))?, outline)
+}
+
+fn read_opened<R: ReadAt>(
+    opened: Snapshot<R>,
+    outline: Result<VerifiedOutline, ReadError>,
+) -> Result<(), ReadError> {
     if opened.verify(NonZeroUsize::MIN, &|_| ControlFlow::Continue(())).is_ok() {
         outline.expect("what verifies has right checksums");
     }

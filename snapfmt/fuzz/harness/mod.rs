@@ -5,6 +5,7 @@
 pub(crate) mod exercise;
 pub(crate) mod forge;
 pub(crate) mod seal;
+pub(crate) mod sealed;
 
 use forge::{Forge, Slot};
 use snapfmt::Snapshot;
@@ -33,6 +34,13 @@ pub(crate) const BOUND: &[u8] = include_bytes!("../templates/bound.snap");
 /// Its number among the templates.
 pub(crate) const BOUND_NUMBER: u8 = 6;
 
+/// A sealed snapshot, with a state and a working set. Patches change what is encrypted in it.
+pub(crate) const SEALED: &[u8] = include_bytes!("../templates/sealed.snap");
+/// Its number among the templates.
+pub(crate) const SEALED_NUMBER: u8 = 7;
+/// Its number for patches of the bytes of the file, which are not encrypted again.
+pub(crate) const CIPHERTEXT_NUMBER: u8 = 8;
+
 /// In place of a template's number: the rest of the input is the file.
 pub(crate) const AS_IS: u8 = 0xff;
 
@@ -48,7 +56,14 @@ pub(crate) fn open_and_read(input: &[u8]) {
     let [template, seals, patches @ ..] = input else {
         return;
     };
+    if *template == SEALED_NUMBER {
+        let opened = sealed::Opened::new(SEALED);
+        let file = opened.sealed(patched_in(&opened.plain, SEALED, patches), *seals);
+        let _ = exercise::read_sealed(&file, sealed::KEY);
+        return;
+    }
     let mut file = match *template {
+        CIPHERTEXT_NUMBER => patched(SEALED, patches),
         AS_IS => patches.to_vec(),
         LAYER_NUMBER => patched(LAYER, patches),
         HOT_NUMBER => patched(HOT, patches),
@@ -64,13 +79,19 @@ pub(crate) fn open_and_read(input: &[u8]) {
     let _ = match *template {
         LAYER_NUMBER => chain([&file, TEMPLATES[1]]),
         PARENT_NUMBER => chain([LAYER, &file]),
+        CIPHERTEXT_NUMBER => exercise::read_sealed(&file, sealed::KEY),
         _ => exercise::read_file(&file[..]),
     };
 }
 
-fn patched(template: &[u8], mut patches: &[u8]) -> Vec<u8> {
+fn patched(template: &[u8], patches: &[u8]) -> Vec<u8> {
+    patched_in(template, template, patches)
+}
+
+/// A changed copy of `content`, whose parts are where those of the template are.
+fn patched_in(content: &[u8], template: &[u8], mut patches: &[u8]) -> Vec<u8> {
     let parts = seal::parts(template);
-    let mut file = template.to_vec();
+    let mut file = content.to_vec();
     while let [part, a, b, len, rest @ ..] = patches {
         let offset = usize::from(u16::from_le_bytes([*a, *b]));
         if *part == SET_LENGTH {

@@ -29,7 +29,7 @@ pub(crate) fn seal(file: &mut [u8], which: u8) {
         Some((number(record, 16, 8)? as usize, number(record, 24, 8)? as usize))
     };
     if let (true, Some((offset, len))) = (which & CHUNKS != 0, of_kind(1)) {
-        seal_chunks(file, offset, len);
+        seal_chunks(file, offset, len, 0);
     }
     if let (true, Some((leaves, _)), Some((root, len))) =
         (which & LEAVES != 0, of_kind(2), of_kind(3))
@@ -56,7 +56,7 @@ pub(crate) fn seal(file: &mut [u8], which: u8) {
     }
 }
 
-fn seal_lengths(file: &mut [u8]) {
+pub(crate) fn seal_lengths(file: &mut [u8]) {
     let len = file.len() as u64;
     let Some(records) = number(file, 104, 4) else { return };
     if len >= 4096 {
@@ -65,7 +65,8 @@ fn seal_lengths(file: &mut [u8]) {
     }
 }
 
-fn seal_chunks(file: &mut [u8], offset: usize, len: usize) {
+/// Each chunk has `tag_bytes` behind its payload.
+pub(crate) fn seal_chunks(file: &mut [u8], offset: usize, len: usize, tag_bytes: u64) {
     let (mut at, end) = (offset, offset.saturating_add(len).min(file.len()));
     let seed = seed(file);
     while at < end {
@@ -73,7 +74,7 @@ fn seal_chunks(file: &mut [u8], offset: usize, len: usize) {
         else {
             return;
         };
-        let len = (32 + 4 * pages + payload).next_multiple_of(64) as usize;
+        let len = (32 + 4 * pages + payload + tag_bytes).next_multiple_of(64) as usize;
         put_crc_from(seed, file, at + 32, len - 32, at + 12);
         put_crc(file, at, 28, at + 28);
         at += len;
@@ -88,7 +89,7 @@ fn table(file: &[u8]) -> Option<std::ops::Range<usize>> {
 }
 
 /// A little-endian number of `len` bytes.
-fn number(bytes: &[u8], at: usize, len: usize) -> Option<u64> {
+pub(crate) fn number(bytes: &[u8], at: usize, len: usize) -> Option<u64> {
     let bytes = bytes.get(at..at.checked_add(len)?)?;
     Some(bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte)))
 }
@@ -100,7 +101,7 @@ fn seed(file: &[u8]) -> u32 {
 }
 
 /// Puts the CRC of a part of the file at `to`, if both are in the file.
-fn put_crc(file: &mut [u8], offset: usize, len: usize, to: usize) {
+pub(crate) fn put_crc(file: &mut [u8], offset: usize, len: usize, to: usize) {
     put_crc_from(0, file, offset, len, to);
 }
 

@@ -1,5 +1,7 @@
 //! The keys of one sealed file, and the parts that they protect.
 
+use std::sync::Arc;
+
 use uuid::Uuid;
 use zeroize::Zeroize;
 
@@ -38,8 +40,8 @@ impl Seal {
     /// For a new file with this id: a new file key, wrapped by `provider`.
     pub(crate) fn create(provider: &dyn KeyProvider, id: Uuid) -> Result<Self, KeyError> {
         let (file_key, seal_id) = (SecretKey::random()?, Uuid::new_v4());
-        let slots = vec![provider.wrap_key(&file_key, seal_id)?];
-        Ok(Self::of(file_key, KeySlots { seal_id, slots }, id))
+        let slots = KeySlots::new(seal_id, provider.wrap_key(&file_key, seal_id)?)?;
+        Ok(Self::of(file_key, slots, id))
     }
 
     /// For a file with this id that is read.
@@ -54,6 +56,32 @@ impl Seal {
     /// For a copy with another id, which has the same chunks at the same offsets.
     pub(crate) fn of_copy(&self, id: Uuid) -> Self {
         Self::of(self.file_key.clone(), self.keys.clone(), id)
+    }
+
+    /// As [`Seal::of_copy`], for a copy that other keys open: some of the present slots, counted from 1, and those of the
+    /// providers.
+    pub(crate) fn of_rekeyed_copy(
+        &self,
+        id: Uuid,
+        keep: &[usize],
+        add: &[Arc<dyn KeyProvider>],
+    ) -> Result<Self, KeyError> {
+        let present = &self.keys.slots;
+        let kept = keep.iter().map(|&number| {
+            let slot = number.checked_sub(1).and_then(|at| present.get(at));
+            slot.cloned().ok_or(KeyError::NoSuchSlot { number, slots: present.len() })
+        });
+        let mut slots = kept.collect::<Result<Vec<_>, _>>()?;
+        for provider in add {
+            slots.extend(provider.wrap_key(&self.file_key, self.keys.seal_id)?);
+        }
+        Ok(Self::of(self.file_key.clone(), KeySlots::new(self.keys.seal_id, slots)?, id))
+    }
+
+    /// The keys of a file with these slots, if it has the chunks of this one: it is a copy, or this one is a copy of it.
+    pub(super) fn of_other_copy(&self, keys: KeySlots, id: Uuid) -> Option<Self> {
+        let same = keys.seal_id == self.keys.seal_id;
+        same.then(|| Self::of(self.file_key.clone(), keys, id))
     }
 
     fn of(file_key: SecretKey, keys: KeySlots, id: Uuid) -> Self {

@@ -121,6 +121,29 @@ pub enum KeyError {
         /// The kinds of the slots that the file has.
         kinds: Vec<u32>,
     },
+    /// A file cannot have these slots.
+    #[error(
+        "the snapshot would have {found} wrapped keys of {len_bytes} bytes in all; allowed are 1 to {most}, and {most_bytes} \
+         bytes"
+    )]
+    Slots {
+        /// How many there would be.
+        found: usize,
+        /// The most that a file has.
+        most: usize,
+        /// How long they would be.
+        len_bytes: usize,
+        /// The most that they may be.
+        most_bytes: usize,
+    },
+    /// The file has no slot with this number.
+    #[error("the snapshot has no wrapped key {number}; it has {slots}")]
+    NoSuchSlot {
+        /// The number, counted from 1.
+        number: usize,
+        /// How many slots it has.
+        slots: usize,
+    },
     /// The kernel gave no random bytes.
     #[error("no random bytes for a key")]
     Random(#[source] io::Error),

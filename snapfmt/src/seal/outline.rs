@@ -54,6 +54,18 @@ impl Parts {
         Ok(Some(seal))
     }
 
+    /// Whether this is the header of a sealed file that is a copy of another one: the same file key authenticates it.
+    pub(crate) fn is_copy_of(
+        &self,
+        storage: &dyn ReadAt,
+        original: &Seal,
+    ) -> Result<bool, ReadError> {
+        let Some(slots) = self.key_slots(storage)? else { return Ok(false) };
+        let seal = original.of_other_copy(slots, self.header.id);
+        let checked = seal.map(|seal| seal.check_header(&self.header_bytes, &self.table));
+        Ok(matches!(checked, Some(Ok(()))))
+    }
+
     /// The section KEYS of a sealed file. Other files have none.
     fn key_slots(&self, storage: &dyn ReadAt) -> Result<Option<KeySlots>, ReadError> {
         let (kind, table_offset) = (SectionKind::KEYS, self.header.table_offset);

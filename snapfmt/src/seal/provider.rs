@@ -18,11 +18,12 @@ pub trait KeyProvider: Send + Sync + fmt::Debug {
     /// [`KeyError`]
     fn unwrap_key(&self, keys: &KeySlots) -> Result<SecretKey, KeyError>;
 
-    /// Wraps the file key of a new file. `seal_id` is random, and of this key only.
+    /// Wraps the file key of a new file, once for each key that is to open it: 1 to 16 slots. `seal_id` is random, and of
+    /// this file key only.
     ///
     /// # Errors
     /// [`KeyError`]
-    fn wrap_key(&self, file_key: &SecretKey, seal_id: Uuid) -> Result<KeySlot, KeyError>;
+    fn wrap_key(&self, file_key: &SecretKey, seal_id: Uuid) -> Result<Vec<KeySlot>, KeyError>;
 }
 
 const WRAPPED_BYTES: usize = SecretKey::BYTES + TAG_BYTES;
@@ -50,13 +51,13 @@ impl KeyProvider for SecretKey {
         Err(KeyError::Wrong)
     }
 
-    fn wrap_key(&self, file_key: &SecretKey, seal_id: Uuid) -> Result<KeySlot, KeyError> {
+    fn wrap_key(&self, file_key: &SecretKey, seal_id: Uuid) -> Result<Vec<KeySlot>, KeyError> {
         let (cipher, associated) = wrapping(self, seal_id);
         let mut wrapped = Vec::with_capacity(WRAPPED_BYTES);
         wrapped.extend_from_slice(file_key.bytes());
         let tag = cipher.encrypt((Domain::FileKey, 0), &associated, &mut wrapped)?;
         wrapped.extend_from_slice(&tag);
-        Ok(KeySlot::new(KeySlot::SECRET_KEY, wrapped))
+        Ok(vec![KeySlot::new(KeySlot::SECRET_KEY, wrapped)])
     }
 }
 
@@ -78,10 +79,11 @@ mod tests {
     fn only_the_same_key_unwraps() {
         let [key, other, file_key] = [(); 3].map(|()| SecretKey::random().unwrap());
         let seal_id = Uuid::new_v4();
-        let slot = key.wrap_key(&file_key, seal_id).unwrap();
+        let [slot] = &key.wrap_key(&file_key, seal_id).unwrap()[..] else { panic!() };
         assert_eq!(slot.bytes.len(), WRAPPED_BYTES);
         let keys = |slots: Vec<KeySlot>| KeySlots { seal_id, slots };
-        let two = keys(vec![other.wrap_key(&file_key, seal_id).unwrap(), slot.clone()]);
+        let [of_other] = &other.wrap_key(&file_key, seal_id).unwrap()[..] else { panic!() };
+        let two = keys(vec![of_other.clone(), slot.clone()]);
         for key in [&key, &other] {
             assert_eq!(key.unwrap_key(&two).unwrap().bytes(), file_key.bytes());
         }
@@ -97,7 +99,7 @@ mod tests {
         }
         let short = keys(vec![KeySlot::new(KeySlot::SECRET_KEY, vec![1; 20])]);
         assert!(matches!(key.unwrap_key(&short), Err(KeyError::Wrong)));
-        let external = keys(vec![KeySlot::new(KeySlot::EXTERNAL, slot.bytes)]);
+        let external = keys(vec![KeySlot::new(KeySlot::EXTERNAL, slot.bytes.clone())]);
         assert!(matches!(key.unwrap_key(&external), Err(KeyError::NoSlot { .. })));
     }
 }

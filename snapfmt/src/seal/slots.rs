@@ -2,6 +2,7 @@
 
 use uuid::Uuid;
 
+use super::key::KeyError;
 use crate::error::{Corruption, Part, Problem};
 use crate::layout::{
     K_KIND, K_LEN, K_SEAL_ID, K_SLOTS, K_SUITE, KEY_SLOT_HEADER_BYTES, KEYS_HEADER_BYTES,
@@ -46,6 +47,21 @@ impl KeySlots {
     /// Most bytes of a wrapped key if there is no other slot.
     pub const MOST_BYTES: usize =
         MAX_KEYS_BYTES as usize - KEYS_HEADER_BYTES - KEY_SLOT_HEADER_BYTES;
+
+    /// These slots, if a file can have them.
+    ///
+    /// # Errors
+    /// [`KeyError::Slots`]
+    pub fn new(seal_id: Uuid, slots: Vec<KeySlot>) -> Result<Self, KeyError> {
+        let len_bytes = slots.iter().map(|slot| KEY_SLOT_HEADER_BYTES + slot.bytes.len()).sum();
+        let found = slots.len();
+        let most_bytes = MAX_KEYS_BYTES as usize - KEYS_HEADER_BYTES;
+        if !(1..=MAX_KEY_SLOTS).contains(&found) || len_bytes > most_bytes {
+            let most = MAX_KEY_SLOTS;
+            return Err(KeyError::Slots { found, most, len_bytes, most_bytes });
+        }
+        Ok(Self { seal_id, slots })
+    }
 
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut bytes = vec![0; KEYS_HEADER_BYTES];
@@ -111,6 +127,21 @@ impl KeySlots {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn only_as_many_slots_as_a_file_can_have_are_taken() {
+        let of = |count: usize, len: usize| {
+            KeySlots::new(Uuid::nil(), vec![KeySlot::new(2, vec![1; len]); count])
+        };
+        for (count, len) in [(1, 1), (16, 4085), (1, KeySlots::MOST_BYTES)] {
+            let keys = of(count, len).unwrap();
+            assert_eq!(KeySlots::parse(&keys.encode(), 0).unwrap(), keys);
+        }
+        for (count, len) in [(0, 1), (17, 1), (16, 4087), (1, KeySlots::MOST_BYTES + 1)] {
+            let Err(KeyError::Slots { found, .. }) = of(count, len) else { panic!() };
+            assert_eq!(found, count);
+        }
+    }
 
     #[test]
     fn slots_are_encoded_and_parsed() {

@@ -226,6 +226,15 @@ impl PausedVm {
         })
     }
 
+    /// The guest's generation id, if it has one. It is new after each restore and each reset.
+    ///
+    /// # Errors
+    /// Its page cannot be read.
+    pub fn generation_id(&self) -> io::Result<Option<[u8; 16]>> {
+        let gpa = self.machine.generation_id_gpa;
+        gpa.map(|gpa| generation::id(&self.machine.shared.memory_slots, gpa)).transpose()
+    }
+
     /// How many vCPUs it has.
     #[must_use]
     pub fn vcpu_count(&self) -> usize {
