@@ -42,6 +42,7 @@ mod devices;
 mod error;
 mod guest_memory;
 pub mod interchange;
+mod kept_pages;
 mod live;
 mod memory;
 mod memory_map;

@@ -157,6 +157,7 @@ fn memory_is_that_of_the_snapshot_each_time() {
         (lazy(Populate::Full), false),
         (lazy(Populate::Full).quick_resets(true), true),
         (config().memory(MemoryFrom::Eager), false),
+        (config().memory(MemoryFrom::Eager).quick_resets(true), true),
         (config().memory(MemoryFrom::Image(raw)), true),
     ] {
         is_reset_again_and_again(&config, writes_are_known, &next, &expected);
