@@ -1,23 +1,11 @@
-//! Puts back the pages that an eagerly restored guest has written to.
+//! Pages of the snapshot, kept in memory for the next reset of an eagerly restored guest.
 //!
-//! To read and decode a page of the snapshot again takes much longer than to copy it, and a guest that is reset again and
-//! again mostly writes to the same pages. So the content of pages that were put back is kept for the next time.
+//! To read and decode a page again takes much longer than to copy it, and a guest that is reset again and again mostly
+//! writes to the same pages. So the content of pages that were put back is kept.
 
 use std::collections::BTreeMap;
-use std::num::NonZeroUsize;
-use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
-use std::thread;
 
-use snapfmt::Snapshot;
 use snapfmt::layout::PAGE_BYTES;
-
-use crate::error::MemoryError;
-use crate::guest_memory;
-use crate::memory::VmMemory;
-use crate::memory_map::gpa_ranges;
-use crate::restore::LoadError;
-use crate::room;
 
 /// Most memory for kept pages. Pages beyond it are read from the snapshot each time.
 const MAX_BYTES: usize = 64 << 20;
@@ -27,76 +15,22 @@ const MAX_BYTES: usize = 64 << 20;
 pub(crate) struct KeptPages(BTreeMap<u64, Box<[u8]>>);
 
 impl KeptPages {
-    /// How many more pages may be kept.
-    fn room_pages(&self) -> usize {
-        (MAX_BYTES / PAGE_BYTES).saturating_sub(self.0.len())
+    pub(crate) fn get(&self, source_offset: u64) -> Option<&[u8]> {
+        self.0.get(&source_offset).map(|page| &page[..])
+    }
+
+    /// How many more bytes may be kept.
+    pub(crate) fn room_bytes(&self) -> usize {
+        MAX_BYTES.saturating_sub(self.0.len() * PAGE_BYTES)
     }
 
     /// Keeps pages that follow each other, from `source_offset` on, as long as there is room.
-    fn keep(&mut self, source_offset: u64, bytes: &[u8]) {
+    pub(crate) fn keep(&mut self, source_offset: u64, bytes: &[u8]) {
         let pages = (source_offset..).step_by(PAGE_BYTES).zip(bytes.chunks(PAGE_BYTES));
-        for (offset, page) in pages.take(self.room_pages()) {
+        for (offset, page) in pages.take(self.room_bytes() / PAGE_BYTES) {
             self.0.insert(offset, page.into());
         }
     }
-}
-
-impl VmMemory {
-    /// Puts back the pages of `written`, ranges of source offsets, and returns how many bytes these are.
-    pub(crate) fn put_back_written(
-        &self,
-        snapshot: &Snapshot,
-        kept: &Mutex<KeptPages>,
-        written: &[Range<u64>],
-    ) -> Result<u64, LoadError> {
-        let mut known = kept.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut unknown: Vec<Range<u64>> = Vec::new();
-        for offset in written.iter().flat_map(|range| range.clone().step_by(PAGE_BYTES)) {
-            match known.0.get(&offset) {
-                Some(bytes) => self.put(offset, bytes)?,
-                None => match unknown.last_mut() {
-                    Some(last) if last.end == offset => last.end += PAGE_BYTES as u64,
-                    _ => unknown.push(offset..offset + PAGE_BYTES as u64),
-                },
-            }
-        }
-        let most = len_bytes(&unknown).min((known.room_pages() * PAGE_BYTES) as u64) as usize;
-        let may_keep = most > 0 && room::check(room::of_kept_pages(most)).is_ok();
-        let (known, failed) = (Mutex::new(&mut *known), Mutex::new(None::<MemoryError>));
-        let place = |source_offset: u64, bytes: &[u8]| {
-            if let Err(error) = self.put(source_offset, bytes) {
-                failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-            } else if may_keep {
-                known.lock().unwrap_or_else(PoisonError::into_inner).keep(source_offset, bytes);
-            }
-        };
-        let threads = thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
-        let zeros = snapshot.load_parts(&unknown, threads, &place).map_err(LoadError::Read)?;
-        if let Some(error) = failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            return Err(error.into());
-        }
-        // Pages without memory are zero.
-        for range in &zeros {
-            self.drop_pages(range)?;
-        }
-        Ok(len_bytes(written))
-    }
-
-    fn put(&self, source_offset: u64, bytes: &[u8]) -> Result<(), MemoryError> {
-        guest_memory::write(&self.mapped, &self.regions, source_offset, bytes)
-    }
-
-    /// Gives back the pages of a private mapping.
-    pub(crate) fn drop_pages(&self, range: &Range<u64>) -> Result<(), MemoryError> {
-        gpa_ranges(&self.regions, range.clone()).try_for_each(|gpas| {
-            vmm::drop_private_pages(&self.mapped, gpas)
-                .map_err(MemoryError::system("cannot drop the guest's pages"))
-        })
-    }
-}
-
-pub(crate) fn len_bytes(ranges: &[Range<u64>]) -> u64 {
-    ranges.iter().map(|range| range.end - range.start).sum()
 }
 
 #[cfg(test)]
@@ -107,11 +41,11 @@ mod tests {
     fn kept_pages_are_bounded() {
         let mut kept = KeptPages::default();
         kept.keep(1 << 40, &[[1; PAGE_BYTES], [2; PAGE_BYTES]].concat());
-        assert_eq!(kept.0[&((1 << 40) + PAGE_BYTES as u64)][..], [2; PAGE_BYTES]);
+        assert_eq!(kept.get((1 << 40) + PAGE_BYTES as u64), Some(&[2; PAGE_BYTES][..]));
         let many = vec![3; MAX_BYTES];
         kept.keep(0, &many);
         kept.keep(1 << 41, &many);
-        assert_eq!((kept.0.len() * PAGE_BYTES, kept.room_pages()), (MAX_BYTES, 0));
-        assert!(kept.0.contains_key(&(1 << 40)) && !kept.0.contains_key(&(1 << 41)));
+        assert_eq!((kept.0.len() * PAGE_BYTES, kept.room_bytes()), (MAX_BYTES, 0));
+        assert!(kept.get(1 << 40).is_some() && kept.get(1 << 41).is_none());
     }
 }

@@ -58,6 +58,7 @@ mod staged_output;
 mod vm;
 mod working_set;
 mod write;
+mod written_pages;
 
 pub use boot::BootConfig;
 pub use devices::{DeviceConnections, DeviceError};

@@ -11,12 +11,12 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use crate::devices::{self, DeviceError};
 use crate::error::{GuestFailure, MemoryError, RestoreError};
 use crate::guest_memory;
-use crate::kept_pages::len_bytes;
 use crate::memory::{Restored, Service, VmMemory};
 use crate::memory_map::{gpa_ranges, source_ranges};
 use crate::pagemap::private_pages;
 use crate::restore;
 use crate::vm::Vm;
+use crate::written_pages::len_bytes;
 
 /// A guest that was not reset. After [`ResetError::Unfinished`] it is stopped permanently; after all others nothing is
 /// changed, and it can be resumed.
