@@ -52,7 +52,7 @@ fn main() {
     println!("{clones} clones at once until each has answered, ms, medians of {rounds} rounds:");
     println!(
         "{:>10} {:>12} {:>8} {:>8} {:>8} {:>16} {:>14}",
-        "mode", "first entry", "first", "median", "all", "all / clones", "all, of eager"
+        "mode", "last entry", "first", "median", "all", "all / clones", "all, of eager"
     );
     let eager_ms = median(of_modes[0].iter().map(|answers| answers.all_ms));
     for (mode, answers) in MODES.iter().zip(&of_modes) {

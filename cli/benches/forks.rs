@@ -100,7 +100,7 @@ impl Running {
 
     fn fork(&self, children: usize) -> Fork {
         let mut fork = snap(&["fork", "--json", "-n", &children.to_string(), "--vm"]);
-        fork.arg(&self.socket).args(["--", "--report", "json", "--for", "300ms"]);
+        fork.arg(&self.socket).args(["--", "--report", "json", "--beats", "1"]);
         let request = unix_ms();
         let output = fork.output().unwrap();
         let reports = String::from_utf8_lossy(&output.stderr);

@@ -7,11 +7,12 @@
 //! fixed amount of work, so that the host sees their speed: by the bytes within a time.
 //!
 //! - Speed while a live snapshot is written (lz4), in per cent of the speed in the second before it: of a guest that reads
-//!   an area at random, and of one that writes to it at random. The area is all that they have in memory.
+//!   an area at random, and of one that writes to it at random. The area is all that they have in memory. Also the time
+//!   that the guest loses, as work that is not done, from the begin of arming until a second after the end.
 //! - The first write to a block of 64 KiB: a guest writes to one block after the other, and the time of 16 such writes is
 //!   compared with the same writes in memory that is not protected.
-//! - Checkpoints of a guest that writes to an area at random: the time until the file is durable, from the begin of arming on,
-//!   and the guest's speed between two of them, in per cent of the speed before the first.
+//! - Checkpoints of a guest that writes to an area at random: the time until the second one of a chain is durable, from the
+//!   begin of arming on, and the guest's speed between the first and the second one, in per cent of that before the first.
 #![allow(unsafe_code, missing_docs, clippy::unwrap_used)]
 
 mod code;
@@ -71,7 +72,7 @@ impl Bench {
     /// The guest's speed while a live snapshot is written.
     fn while_saved(&self, name: &str, work: Work, area_bytes: u32) {
         let mut guest = Guest::start(&self.folder, work, area_bytes);
-        let (mut shares, mut totals) = (Vec::new(), Vec::new());
+        let (mut shares, mut totals, mut lost) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..self.rounds {
             let usual = guest.speed_of(self.second);
             let begin = Instant::now();
@@ -81,12 +82,15 @@ impl Bench {
             drop(cut);
             totals.push(ms(begin.elapsed()));
             shares.push(100.0 * guest.speed_since(begin) / usual);
+            thread::sleep(self.second);
+            lost.push(ms(begin.elapsed()) * (1.0 - guest.speed_since(begin) / usual));
             std::fs::remove_file(file).unwrap();
         }
         println!(
-            "{name}: {} of its usual speed while it is saved, which takes {}",
+            "{name}: {} of its usual speed while it is saved, which takes {}; it loses {} until a second later",
             spread(&mut shares, "%"),
-            spread(&mut totals, "ms")
+            spread(&mut totals, "ms"),
+            spread(&mut lost, "ms")
         );
     }
 
@@ -96,15 +100,10 @@ impl Bench {
         const BYTES_OF_A_PASS: usize = (AREA_BYTES / BLOCK_BYTES / STEPS) as usize;
         let mut guest = Guest::start(&self.folder, Work::Steps, AREA_BYTES);
         let (mut usual, mut copied, mut noted) = (Vec::new(), Vec::new(), Vec::new());
-        let tracks = {
-            let mut options = WindowOptions::default();
-            options.tracks = true;
-            options
-        };
         for _ in 0..self.rounds * 4 {
             guest.bytes.lock().unwrap().clear();
             usual.extend(guest.steps_us(BYTES_OF_A_PASS));
-            let cut = guest.cut(tracks);
+            let cut = guest.cut(tracks());
             // After the cut, each write waits for a copy of its block.
             copied.extend(guest.steps_us(BYTES_OF_A_PASS));
             let file = self.folder.join("first.snap");
@@ -124,30 +123,26 @@ impl Bench {
         );
     }
 
-    /// Checkpoints, one each second.
+    /// Chains of two checkpoints, the second one a second after the first.
     fn checkpoints(&self, name: &str, area_bytes: u32) {
         let mut guest = Guest::start(&self.folder, Work::Write, area_bytes);
-        let usual = guest.speed_of(self.second * 2);
-        let mut options = WindowOptions::default();
-        options.tracks = true;
-        let first = self.folder.join("0.snap");
-        let cut = guest.cut(options);
-        cut.write(&first, &self::options(), &go).unwrap();
-        let (mut armed, mut parent) = (cut.end(true), first);
         let (mut durable, mut speeds, mut mib) = (Vec::new(), Vec::new(), Vec::new());
-        for number in 1..=self.rounds {
+        let (first, second) = (self.folder.join("1.snap"), self.folder.join("2.snap"));
+        for _ in 0..self.rounds {
+            let usual = guest.speed_of(self.second);
+            let cut = guest.cut(tracks());
+            cut.write(&first, &options(), &go).unwrap();
+            let armed = cut.end(true);
             speeds.push(100.0 * guest.speed_of(self.second) / usual);
+
             let begin = Instant::now();
-            let snapshot = Snapshot::open(&parent).unwrap();
+            let parent = Snapshot::open(&first).unwrap();
             armed.arm_again().unwrap();
             let cut = guest.cut_of(armed);
-            let file = self.folder.join(format!("{number}.snap"));
-            let header =
-                cut.write_changes(&file, &snapshot, &parent, &self::options(), &go).unwrap();
+            let header = cut.write_changes(&second, &parent, &first, &options(), &go).unwrap();
             durable.push(ms(begin.elapsed()));
             mib.push((header.pages() - header.parent_pages) as f64 / 256.0);
-            armed = cut.end(true);
-            parent = file;
+            [&first, &second].map(|file| std::fs::remove_file(file).unwrap());
         }
         println!(
             "checkpoints of a guest that {name}: durable after {}, with {:.1} MiB; between them {} of its usual speed",
@@ -156,6 +151,12 @@ impl Bench {
             spread(&mut speeds, "%")
         );
     }
+}
+
+fn tracks() -> WindowOptions {
+    let mut options = WindowOptions::default();
+    options.tracks = true;
+    options
 }
 
 /// What a guest does in an endless loop.
