@@ -101,7 +101,9 @@ impl Guest {
             Some(kernel) => {
                 create.args(["--when", "output:READY", "--kernel", &kernel]);
                 for (name, option) in [("INITRD", "--initrd"), ("CMDLINE", "--cmdline")] {
-                    setting(name).iter().for_each(|value| drop(create.args([option, value])));
+                    if let Some(value) = setting(name) {
+                        create.args([option, &value]);
+                    }
                 }
             }
         }
