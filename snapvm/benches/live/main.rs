@@ -142,7 +142,9 @@ impl Bench {
             let header = cut.write_changes(&second, &parent, &first, &options(), &go).unwrap();
             durable.push(ms(begin.elapsed()));
             mib.push((header.pages() - header.parent_pages) as f64 / 256.0);
-            [&first, &second].map(|file| std::fs::remove_file(file).unwrap());
+            for file in [&first, &second] {
+                std::fs::remove_file(file).unwrap();
+            }
         }
         println!(
             "checkpoints of a guest that {name}: durable after {}, with {:.1} MiB; between them {} of its usual speed",
