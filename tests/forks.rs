@@ -119,10 +119,9 @@ fn each_fork_has_all_that_the_guest_has_written() {
     needs_vm!();
     let sample = Sample::small();
     let file = sample.file.to_str().expect("text");
-    for populate in ["off", "full"] {
+    for options in [&["--lazy", "--populate", "off"][..], &["--lazy", "--populate", "full"], &[]] {
         let folder = tempfile::tempdir().expect("a folder");
-        let guest = ["restore", file, "--lazy", "--populate", populate];
-        let vm = Vm::start(folder.path(), &guest);
+        let vm = Vm::start(folder.path(), &[&["restore", file], options].concat());
         let path = |name: &str| folder.path().join(name).display().to_string();
         let socket = vm.socket.to_str().expect("text");
         for turn in ["first", "second", "reset", "after"] {
@@ -138,7 +137,7 @@ fn each_fork_has_all_that_the_guest_has_written() {
             wait_for(Path::new(&child));
             snap(["create", &there, "--vm", &child]).ok();
             let differ = snap(["diff", &now, &there, "--json"]).ok().json();
-            assert_eq!(differ["differing_pages"], json!(0), "{populate}, {turn}: {differ}");
+            assert_eq!(differ["differing_pages"], json!(0), "{options:?}, {turn}: {differ}");
             let resumed = ask(Path::new(&child), "PATCH", "/vm", &json!({ "state": "Resumed" }));
             assert_eq!(resumed.0, 204);
             Ran::from(end_of(fork)).ok();

@@ -14,6 +14,8 @@ pub(crate) struct RestoreReport {
     /// `eager`, `lazy`, `shared` or `mmap`.
     pub(crate) mode: &'static str,
     pub(crate) memory_bytes: u64,
+    /// When the command was started, by the host's clock, in milliseconds since 1970: to compare several processes.
+    pub(crate) started_unix_ms: Option<f64>,
     /// Until the file was opened and checked.
     pub(crate) opened_ms: f64,
     /// Until the guest's memory was mapped, and loaded (eager) or registered with the pager (lazy).

@@ -16,7 +16,7 @@ use crate::guest_output::Hold;
 use crate::jailed::Jail;
 use crate::keys::KeyArgs;
 use crate::live::{self, Ended, Live};
-use crate::millis::{ms, ms_since};
+use crate::millis::{ms, ms_since, unix_ms};
 use crate::on_restore::{Hook, OnRestore, Restored};
 use crate::report::RestoreReport;
 use crate::restoring::{self, check_image, check_memory};
@@ -131,6 +131,7 @@ impl Restore {
         let report = RestoreReport {
             mode: self.mode,
             memory_bytes,
+            started_unix_ms: unix_ms(started),
             opened_ms: ms(opened - started),
             memory_ready_ms: ms(memory_ready - started),
             first_instruction_ms: ms_since(started, first_entry),

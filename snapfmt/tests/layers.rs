@@ -96,6 +96,28 @@ proptest! {
             };
             snapshot.load(NonZeroUsize::new(2).unwrap(), &place, &go_on).unwrap();
             prop_assert!(loaded.into_inner().unwrap() == memory);
+
+            // Some pages: the others, here 7, are not touched, and zero pages are returned.
+            let parts: Vec<_> = (0..PAGES).step_by(5).map(|at| at..(at + 2).min(PAGES)).collect();
+            let offset = |page: usize| (page * PAGE) as u64;
+            let offsets: Vec<_> = parts.iter().map(|p| offset(p.start)..offset(p.end)).collect();
+            let loaded = std::sync::Mutex::new(vec![7; memory.len()]);
+            let place = |offset: u64, bytes: &[u8]| {
+                loaded.lock().unwrap()[offset as usize..][..bytes.len()].copy_from_slice(bytes);
+            };
+            let zeros = snapshot.load_parts(&offsets, NonZeroUsize::new(2).unwrap(), &place).unwrap();
+            let mut loaded = loaded.into_inner().unwrap();
+            for zeros in zeros {
+                let zeros = &mut loaded[zeros.start as usize..zeros.end as usize];
+                prop_assert!(zeros.iter().all(|byte| *byte == 7));
+                zeros.fill(0);
+            }
+            let mut expected = vec![7; memory.len()];
+            for pages in parts {
+                let bytes = pages.start * PAGE..pages.end * PAGE;
+                expected[bytes.clone()].copy_from_slice(&memory[bytes]);
+            }
+            prop_assert!(loaded == expected);
             for at in (0..PAGES).step_by(37) {
                 let page = PageIndex(at as u32);
                 let zero = memory[at * PAGE..(at + 1) * PAGE].iter().all(|byte| *byte == 0);

@@ -42,6 +42,7 @@ mod devices;
 mod error;
 mod guest_memory;
 pub mod interchange;
+mod kept_pages;
 mod live;
 mod memory;
 mod memory_map;
@@ -57,6 +58,7 @@ mod staged_output;
 mod vm;
 mod working_set;
 mod write;
+mod written_pages;
 
 pub use boot::BootConfig;
 pub use devices::{DeviceConnections, DeviceError};

@@ -201,14 +201,14 @@ impl Cut {
                 self.memory.check_complete(restored, out)?;
                 let snapshot = &restored.snapshot;
                 let parent = Parent::new(snapshot, parent_of(restored, out)?);
-                let data = match (&restored.service, &written.0) {
+                let data = match &written.0 {
                     // The other pages were loaded, and have the bytes of the snapshot.
-                    (Service::Lazy { .. }, Some(written)) => match self.window.own_pages() {
+                    Some(written) => match self.window.own_pages() {
                         Some(own) => common(&own, written),
                         // All were loaded.
                         None => written.clone(),
                     },
-                    _ => self.changed_pages(snapshot)?,
+                    None => self.changed_pages(snapshot)?,
                 };
                 write(&data, guest_of(snapshot)?, Some(&parent))
             }

@@ -14,6 +14,7 @@ use vm_memory::GuestMemoryMmap;
 
 use crate::error::{GuestFailure, MemoryError};
 use crate::guest_memory::{ArrivingBytes, FileMemory};
+use crate::kept_pages::KeptPages;
 use crate::stable_file::StableFile;
 
 /// Guest memory, and the service that provides its pages. A [`Vm`](crate::Vm) owns it for as long as it can run, so
@@ -49,7 +50,7 @@ pub(crate) struct Restored {
 /// How a restored guest gets its pages.
 pub(crate) enum Service {
     /// All pages were loaded before the guest ran.
-    Loaded { _release: Release },
+    Loaded { kept: Mutex<KeptPages>, _release: Release },
     /// A pager installs pages in anonymous memory. Missing pages are only in the snapshot.
     Lazy { pager: Pager, set_damage: SetDamage },
     /// A pager loads pages into a memfd that is mapped privately, and the touched pages are recorded.

@@ -1,6 +1,5 @@
 //! Puts a restored guest back to the snapshot that it came from, in place.
 
-use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 
@@ -17,6 +16,7 @@ use crate::memory_map::{gpa_ranges, source_ranges};
 use crate::pagemap::private_pages;
 use crate::restore;
 use crate::vm::Vm;
+use crate::written_pages::len_bytes;
 
 /// A guest that was not reset. After [`ResetError::Unfinished`] it is stopped permanently; after all others nothing is
 /// changed, and it can be resumed.
@@ -75,9 +75,9 @@ impl Vm {
     ///
     /// Of a lazily restored guest, the pages are dropped that were written to, or without
     /// [`RestoreConfig::quick_resets`](crate::RestoreConfig::quick_resets) all, and are loaded again when they are touched.
-    /// Pages that a guest wrote to which shares memory, or runs from an image, have the shared content again. For an
-    /// eagerly restored guest all memory is loaded again. `progress` is called only for that; `Break` stops the guest
-    /// permanently.
+    /// Pages that a guest wrote to which shares memory, or runs from an image, have the shared content again. Of an
+    /// eagerly restored guest, the pages that were written to are loaded again, or without `quick_resets` all. `progress` is
+    /// called only if all are; `Break` stops the guest permanently.
     ///
     /// # Errors
     /// [`ResetError`]
@@ -137,7 +137,10 @@ impl Vm {
                 memory.unprotect();
                 Ok(pager.reset(written.as_deref())?)
             }
-            Service::Loaded { .. } => {
+            Service::Loaded { kept, .. } => {
+                if let Some(written) = &written {
+                    return Ok(memory.put_back_written(&restored.snapshot, kept, written)?);
+                }
                 let own = memory.drop_own_pages()?;
                 let loaded = restore::load(&restored.snapshot, &memory.mapped, progress)?;
                 restored.snapshot.release(&loaded);
@@ -167,12 +170,7 @@ impl VmMemory {
     /// memory all.
     fn drop_own_pages(&self) -> Result<u64, MemoryError> {
         let own = private_pages(&self.mapped, &self.regions)?;
-        for range in &own {
-            for gpas in gpa_ranges(&self.regions, range.clone()) {
-                vmm::drop_private_pages(&self.mapped, gpas)
-                    .map_err(MemoryError::system("cannot drop the guest's pages"))?;
-            }
-        }
+        own.iter().try_for_each(|range| self.drop_pages(range))?;
         Ok(len_bytes(&own))
     }
 
@@ -227,8 +225,4 @@ impl VmMemory {
         }
         Ok(bytes)
     }
-}
-
-fn len_bytes(ranges: &[Range<u64>]) -> u64 {
-    ranges.iter().map(|range| range.end - range.start).sum()
 }

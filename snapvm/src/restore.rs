@@ -189,9 +189,9 @@ impl RestoreConfig {
         self
     }
 
-    /// Whether a lazily restored guest records which pages are written to, so that [`Vm::reset`] gives back only these:
-    /// otherwise it gives back all that were loaded. The first write to a page that was only read before then takes
-    /// longer. Other guests are not affected.
+    /// Whether a guest that is restored lazily or eagerly records which pages are written to, so that [`Vm::reset`] puts
+    /// back only these: otherwise it puts back all that were loaded. The first write to a page that was only read before
+    /// then takes longer, and KVM maps the guest's memory in pages of 4 KiB. Other guests are not affected.
     #[must_use]
     pub fn quick_resets(mut self, on: bool) -> Self {
         self.quick_resets = on;
@@ -266,8 +266,8 @@ impl RestoreConfig {
         let prefetch_start = prefetch_start;
         let mut options =
             RestoreOptions::default().guest_snapshot_trigger(self.guest_trigger).clock(self.clock);
-        let record_writes = self.quick_resets && matches!(self.memory, MemoryFrom::Lazy);
-        options = options.record_writes(record_writes);
+        let may_record = matches!(self.memory, MemoryFrom::Lazy | MemoryFrom::Eager);
+        options = options.record_writes(self.quick_resets && may_record);
         if !matches!(self.memory, MemoryFrom::Eager) {
             let regions = self.snapshot.regions();
             let first = self.snapshot.populated().flat_map(|range| gpa_ranges(regions, range));
@@ -325,7 +325,7 @@ impl RestoreConfig {
                 })?;
                 let loaded_bytes = loaded.bytes_read;
                 let release = Release::start(&self.snapshot, loaded);
-                let service = Service::Loaded { _release: release };
+                let service = Service::Loaded { kept: Mutex::default(), _release: release };
                 Ok(Served { loaded_bytes, ..Served::new(service, mapped) })
             }
             MemoryFrom::Lazy => {
@@ -446,7 +446,7 @@ pub(crate) enum LoadError {
     #[error(transparent)]
     Read(ReadError),
     #[error(transparent)]
-    Memory(MemoryError),
+    Memory(#[from] MemoryError),
 }
 
 /// Loads all memory that is not zero, on all CPUs.

@@ -53,6 +53,11 @@ pub(crate) fn of_window(staging_bytes: usize, memory_bytes: u64) -> usize {
     (staging_bytes + staging_bytes / 4).saturating_add(pages).saturating_add(THREAD_BYTES)
 }
 
+/// The address space for `bytes` of pages that are allocated one by one, with what an allocator and a table need for each.
+pub(crate) fn of_kept_pages(bytes: usize) -> usize {
+    bytes + bytes / 16
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -132,11 +132,11 @@ fn is_reset_again_and_again(
     }
 }
 
-#[test]
-fn memory_is_that_of_the_snapshot_each_time() {
-    if !can_run("memory_is_that_of_the_snapshot_each_time") {
-        return;
-    }
+/// Resets guests that are restored in these ways, which get a raw image of the memory. With each is whether it records
+/// which pages are written to.
+fn memory_is_that_of_the_snapshot_each_time(
+    ways: impl Fn(&dyn Fn() -> RestoreConfig, &Path) -> Vec<(RestoreConfig, bool)>,
+) {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("a.snap");
     let (snapshot, next_beat) = saved(&file);
@@ -149,18 +149,38 @@ fn memory_is_that_of_the_snapshot_each_time() {
     export.write(&out, &go).expect("it is written");
     out.publish().expect("it appears");
     let config = || RestoreConfig::new(Arc::clone(&snapshot), &file);
-    let lazy = |populate| config().populate(populate, None);
-    for (config, writes_are_known) in [
-        (lazy(Populate::Off), false),
-        (lazy(Populate::Off).quick_resets(true), true),
-        (lazy(Populate::Auto).quick_resets(true), true),
-        (lazy(Populate::Full), false),
-        (lazy(Populate::Full).quick_resets(true), true),
-        (config().memory(MemoryFrom::Eager), false),
-        (config().memory(MemoryFrom::Image(raw)), true),
-    ] {
+    for (config, writes_are_known) in ways(&config, &raw) {
         is_reset_again_and_again(&config, writes_are_known, &next, &expected);
     }
+}
+
+#[test]
+fn memory_that_is_loaded_when_it_is_touched_is_reset() {
+    if !can_run("memory_that_is_loaded_when_it_is_touched_is_reset") {
+        return;
+    }
+    memory_is_that_of_the_snapshot_each_time(|config, raw| {
+        let lazy = |populate| config().populate(populate, None);
+        vec![
+            (lazy(Populate::Off), false),
+            (lazy(Populate::Off).quick_resets(true), true),
+            (lazy(Populate::Auto).quick_resets(true), true),
+            (lazy(Populate::Full), false),
+            (lazy(Populate::Full).quick_resets(true), true),
+            (config().memory(MemoryFrom::Image(raw.to_owned())), true),
+        ]
+    });
+}
+
+#[test]
+fn memory_that_is_loaded_first_is_reset() {
+    if !can_run("memory_that_is_loaded_first_is_reset") {
+        return;
+    }
+    memory_is_that_of_the_snapshot_each_time(|config, _| {
+        let eager = || config().memory(MemoryFrom::Eager);
+        vec![(eager().quick_resets(true), true), (eager(), false)]
+    });
 }
 
 #[test]
