@@ -139,21 +139,26 @@ impl Host {
     fn is_saved(&self, mut vm: Vm, options: &[&str]) {
         vm.beats(4);
         let out = self.path("live.snap");
+        // Messages of the vsock, frames of the guest, and frames for it, during the snapshots. One of them may be too short
+        // for each.
+        let mut exchanged = [0; 3];
         let mut last = 0;
         for number in 0..SNAPSHOTS {
             let before = (self.echoed.load(Ordering::Relaxed), self.frames());
             let options = [&["--live", "--force", "--json"][..], options].concat();
             let summary = vm.create(&out, &options).ok().json();
             let after = (self.echoed.load(Ordering::Relaxed), self.frames());
-            assert!(after.0 > before.0, "no message of the vsock: {summary}");
-            assert!(after.1[0] > before.1[0], "no frame of the guest: {summary}");
-            assert!(after.1[1] > before.1[1], "no frame for the guest: {summary}");
+            assert!(summary["live"].is_object(), "{summary}");
+            exchanged[0] += after.0 - before.0;
+            exchanged[1] += after.1[0] - before.1[0];
+            exchanged[2] += after.1[1] - before.1[1];
             let count = check_stamps(&memory_of(&out));
             assert!(count > last, "the guest has done nothing since snapshot {number}");
             last = count;
             vm.beats(2);
             self.copy_runs(&out);
         }
+        assert!(exchanged.iter().all(|&count| count > 0), "{exchanged:?}");
         vm.interrupt();
         assert!(fs::read(self.path("disk.img")).expect("it is there").iter().all(|b| *b == b'd'));
     }

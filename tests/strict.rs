@@ -208,6 +208,11 @@ fn what_a_jail_cannot_keep_is_refused_at_the_start() {
     ] {
         snap(args.iter().copied()).failed(2, &[message]);
     }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let config = folder.path().join("options.json");
+    std::fs::write(&config, r#"{"jail": "strict"}"#).expect("it is written");
+    let refused = snap(["run", "--config", &*config.to_string_lossy()]);
+    refused.failed(2, &["--jail strict", "not possible with --config"]);
     let refused = snap(["create", file, "--vm", "none.sock", "--jail", "strict"]);
     refused.failed(2, &["another process runs the guest"]);
     snap(["serve", file, "--listen", "none.sock", "--jail", "strict"]).failed(2, &["off, default"]);

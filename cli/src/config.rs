@@ -42,6 +42,11 @@ pub(crate) struct Expanded {
     lines: Vec<(String, usize)>,
 }
 
+/// Whether a command line seems to name a file of options. If it does not, there is none.
+pub(crate) fn is_named(args: &[OsString]) -> bool {
+    value_of(OPTION, args).is_some()
+}
+
 /// The command line with the options of the file that `--config` names; `None` if it names none. `command` is changed
 /// so that later options count more than earlier ones.
 pub(crate) fn expand(command: &mut Command, args: &[OsString]) -> Result<Option<Expanded>> {

@@ -49,6 +49,7 @@ mod usage;
 mod waits;
 mod working_set_file;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -74,27 +75,31 @@ struct Cli {
 fn main() -> ExitCode {
     // All times that `snap` reports count from here.
     let started = Instant::now();
-    let result = command_line().and_then(|cli| {
-        // Before there are other threads, which would stay where they are.
-        cli.command.separate()?;
-        let interrupt = Interrupt::install()?;
-        core_dumps::leave_memory_out()?;
-        let session = Session { quiet: cli.quiet, started, interrupt };
-        commands::run(cli.command, Cli::command, session)
-    });
-    match result {
+    match begin(started) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => exit::report(&error),
     }
 }
 
-/// The command line, with the options that `--config` adds. A wrong one ends the process, with exit code 2.
-fn command_line() -> Result<Cli> {
+fn begin(started: Instant) -> Result<()> {
     let args: Vec<_> = std::env::args_os().collect();
+    // The file of `--config` may come late, and the thread that handles signals reports that.
+    let early = config::is_named(&args).then(Interrupt::install).transpose()?;
+    core_dumps::leave_memory_out()?;
+    let cli = command_line(&args)?;
+    // Only without other threads, which would stay where they are.
+    cli.command.separate(early.is_none())?;
+    let interrupt = early.map_or_else(Interrupt::install, Ok)?;
+    let session = Session { quiet: cli.quiet, started, interrupt };
+    commands::run(cli.command, Cli::command, session)
+}
+
+/// The command line, with the options that `--config` adds. A wrong one ends the process, with exit code 2.
+fn command_line(args: &[OsString]) -> Result<Cli> {
     let mut command = Cli::command();
-    let expanded = config::expand(&mut command, &args)
+    let expanded = config::expand(&mut command, args)
         .map_err(|error| exit::WrongOptions(format!("{error:#}")))?;
-    let used = expanded.as_ref().map_or(&args, |expanded| &expanded.args);
+    let used = expanded.as_ref().map_or(args, |expanded| &expanded.args);
     let parsed = command
         .try_get_matches_from_mut(used)
         .and_then(|matches| Cli::from_arg_matches(&matches).map_err(|e| e.format(&mut command)));

@@ -59,7 +59,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         && let Some(outline) = args.input.outline()?
     {
         return match args.json {
-            true => print_json(&outline_as_json(&outline)),
+            true => print_json(&as_json(outline.header(), outline.sections(), None)),
             false => print_text(outline_as_text(&outline)),
         };
     }
@@ -77,7 +77,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let set = snapshot.working_set().with_context(|| file.display().to_string())?;
     drop(reading);
     if args.json {
-        print_json(&as_json(&snapshot, &metadata, set.as_ref()))?;
+        let opened = Opened { snapshot: &snapshot, metadata: &metadata, set: set.as_ref() };
+        print_json(&as_json(snapshot.header(), snapshot.sections(), Some(opened)))?;
     } else {
         print_text(as_text(&snapshot, &metadata, set.as_ref()))?;
     }
@@ -146,31 +147,6 @@ fn sections_as_json(sections: &[Section]) -> Vec<Value> {
     sections.iter().map(section).collect()
 }
 
-/// Of a sealed file without its key: the same fields, null where the key is needed.
-fn outline_as_json(outline: &Outline<File>) -> Value {
-    let header = outline.header();
-    json!({
-        "version": header.version,
-        "id": header.id.to_string(),
-        "parent_id": header.parent_id.map(|id| id.to_string()),
-        "chain": null,
-        "created_at": created(header),
-        "features": { "incompat": header.incompat, "ro_compat": header.ro_compat,
-                      "compat": header.compat },
-        "memory_bytes": header.memory_bytes,
-        "page_bytes": PAGE_BYTES,
-        "chunk_pages": header.chunk_pages,
-        "regions": null,
-        "pages": Pages::of(header),
-        "chunks": header.chunks,
-        "working_set": null,
-        "file_bytes": header.file_bytes,
-        "ratio": ratio(header),
-        "sections": sections_as_json(outline.sections()),
-        "metadata": null,
-    })
-}
-
 fn outline_as_text(outline: &Outline<File>) -> String {
     let header = outline.header();
     let mut lines = vec![
@@ -227,25 +203,38 @@ fn file_lines(header: &Header, sections: &[Section]) -> Vec<String> {
     lines
 }
 
-fn as_json(snapshot: &Snapshot, metadata: &Metadata, set: Option<&WorkingSet>) -> Value {
-    let header = snapshot.header();
-    let regions: Vec<_> = snapshot
-        .regions()
-        .iter()
-        .map(|r| json!({ "gpa": r.gpa, "len": r.len, "source_offset": r.source_offset }))
-        .collect();
+/// What is known of a file that has been opened. Of a sealed file without its key, it is not.
+struct Opened<'a> {
+    snapshot: &'a Snapshot,
+    metadata: &'a Metadata,
+    set: Option<&'a WorkingSet>,
+}
+
+/// All fields, null where the file would have to be opened.
+fn as_json(header: &Header, sections: &[Section], opened: Option<Opened<'_>>) -> Value {
+    let snapshot = opened.as_ref().map(|opened| opened.snapshot);
+    let chain = |snapshot: &Snapshot| -> Vec<_> {
+        snapshot.headers().map(|layer| layer.id.to_string()).collect()
+    };
+    let regions = |snapshot: &Snapshot| -> Vec<_> {
+        let regions = snapshot.regions().iter();
+        regions
+            .map(|r| json!({ "gpa": r.gpa, "len": r.len, "source_offset": r.source_offset }))
+            .collect()
+    };
+    let set = opened.as_ref().and_then(|opened| opened.set);
     json!({
         "version": header.version,
         "id": header.id.to_string(),
         "parent_id": header.parent_id.map(|id| id.to_string()),
-        "chain": snapshot.headers().map(|layer| layer.id.to_string()).collect::<Vec<_>>(),
+        "chain": snapshot.map(chain),
         "created_at": created(header),
         "features": { "incompat": header.incompat, "ro_compat": header.ro_compat,
                       "compat": header.compat },
         "memory_bytes": header.memory_bytes,
         "page_bytes": PAGE_BYTES,
         "chunk_pages": header.chunk_pages,
-        "regions": regions,
+        "regions": snapshot.map(regions),
         "pages": Pages::of(header),
         "chunks": header.chunks,
         "working_set": set.map(|set| json!({
@@ -256,8 +245,8 @@ fn as_json(snapshot: &Snapshot, metadata: &Metadata, set: Option<&WorkingSet>) -
         })),
         "file_bytes": header.file_bytes,
         "ratio": ratio(header),
-        "sections": sections_as_json(snapshot.sections()),
-        "metadata": metadata,
+        "sections": sections_as_json(sections),
+        "metadata": opened.map(|opened| opened.metadata),
     })
 }
 

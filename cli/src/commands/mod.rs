@@ -79,12 +79,12 @@ pub(crate) enum Command {
 }
 
 impl Command {
-    /// Leaves the namespaces of the host, if that is asked for. This process has only one thread.
-    pub(crate) fn separate(&self) -> Result<()> {
+    /// Leaves the namespaces of the host, if that is asked for. It needs to be the only thread of the process.
+    pub(crate) fn separate(&self, is_only_thread: bool) -> Result<()> {
         match self {
-            Self::Create(args) => args.jail.separate(),
-            Self::Run(args) => args.jail.separate(),
-            Self::Restore(args) => args.jail.separate(),
+            Self::Create(args) => args.jail.separate(is_only_thread),
+            Self::Run(args) => args.jail.separate(is_only_thread),
+            Self::Restore(args) => args.jail.separate(is_only_thread),
             _ => Ok(()),
         }
     }

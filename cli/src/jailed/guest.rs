@@ -110,12 +110,16 @@ fn limits(files: impl FnOnce(&'static Plan) -> Option<&'static Rules>) -> Limits
 impl GuestJailArgs {
     pub(crate) const OFF: Self = Self { jail: Mode::Off, chroot: None, uid: None, gid: None };
 
-    /// Leaves the namespaces of the host, if the jail is strict. This process has only one thread.
+    /// Leaves the namespaces of the host, if the jail is strict. For this the process must have only one thread.
     ///
     /// # Errors
-    /// The kernel refuses it.
-    pub(crate) fn separate(&self) -> Result<()> {
+    /// There are other threads, or the kernel refuses it.
+    pub(crate) fn separate(&self, is_only_thread: bool) -> Result<()> {
         match self.jail {
+            Mode::Strict if !is_only_thread => {
+                let text = "--jail strict is not possible with --config: give all options on the command line";
+                Err(WrongOptions(text.into()).into())
+            }
             Mode::Strict => Ok(jail::separate().context("--jail default needs no namespaces")?),
             Mode::Off | Mode::Default => Ok(()),
         }

@@ -7,6 +7,7 @@ use std::thread;
 use super::loader::Loader;
 use super::population::Population;
 use super::progress::lock;
+use crate::mapping::Mapping;
 use crate::pager_state::PagerState;
 use crate::threads;
 
@@ -38,7 +39,7 @@ pub(crate) fn loaders(shared: &Arc<PagerState>) -> std::io::Result<()> {
     }
     for index in 0..progress.loaders + progress.spare_loaders {
         let loader = Loader::new(Arc::clone(shared), index >= progress.loaders);
-        match spawn(format!("populate{index}"), move || loader.run()) {
+        match spawn(format!("populate{index}"), index + 1, move || loader.run()) {
             Ok(thread) => threads.push(thread),
             Err(error) if threads.is_empty() => {
                 progress.lock().population = Population::Off;
@@ -56,18 +57,17 @@ pub(crate) fn loaders(shared: &Arc<PagerState>) -> std::io::Result<()> {
 /// pages.
 const LOADER_BYTES: usize = 16 << 20;
 
-/// Starts a thread that loads ahead, if there is address space for it (RLIMIT_AS). Without this check, an allocation
-/// that fails later would end the process.
+/// Starts a thread that loads ahead, if there is address space for this `number` of them (RLIMIT_AS): those that have
+/// been started have not used theirs yet. Without this check, an allocation that fails later would end the process.
 ///
 /// # Errors
 /// As pthread_create(3), and [`std::io::ErrorKind::OutOfMemory`].
 pub(crate) fn spawn(
     name: String,
+    number: usize,
     body: impl FnOnce() + Send + 'static,
 ) -> std::io::Result<thread::JoinHandle<()>> {
-    let mut room = Vec::<u8>::new();
-    room.try_reserve_exact(LOADER_BYTES).map_err(|_| std::io::ErrorKind::OutOfMemory)?;
-    // Without this, the compiler removes the allocation.
-    drop(std::hint::black_box(room));
+    // A mapping, and no allocation: the allocator would keep the address space.
+    drop(Mapping::anonymous(LOADER_BYTES * number).map_err(|_| std::io::ErrorKind::OutOfMemory)?);
     threads::spawn(name, body)
 }

@@ -124,7 +124,7 @@ impl LoadsAhead for ImageLoader {
         }
         let Some(own) = self.own.upgrade() else { return };
         // Without this thread, only faults load pages.
-        if let Ok(thread) = start::spawn("populate".into(), move || own.run()) {
+        if let Ok(thread) = start::spawn("populate".into(), 1, move || own.run()) {
             *state = State::Loading(thread.thread().clone());
         }
     }
