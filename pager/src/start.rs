@@ -30,6 +30,7 @@ use crate::pager_state::PagerState;
 use crate::region::{PAGE_BYTES, Region};
 use crate::sched::cpus::{self, Cpus};
 use crate::sched::placement::{Follower, Placement};
+use crate::sched::run_delay::RunDelay;
 use crate::sched::watchdog::Watchdog;
 use crate::source::load::PageReader;
 use crate::source::page_source::PageSource;
@@ -212,6 +213,8 @@ fn start_demand_thread(
         follower: Follower::new(options.placement),
         last_now: Instant::now(),
         wait_bucket: WaitBucket::none(options.fault_overhead),
+        run_delay: RunDelay::default(),
+        delay: Duration::ZERO,
         inbox,
         resolver: Resolver::new(slice),
     };

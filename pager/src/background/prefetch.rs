@@ -8,7 +8,6 @@
 use std::ops::Range;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::Arc;
-use std::thread;
 
 use crate::background::claim::Claim;
 use crate::background::ended::{Ended, stopped};
@@ -19,6 +18,7 @@ use crate::install::kernel::{Fill, Target};
 use crate::install::reason::InstallReason;
 use crate::pager_state::PagerState;
 use crate::sched::avoid_demand_cpus::AvoidDemandCpus;
+use crate::sched::give_way::give_way;
 use crate::source::load::Load;
 use crate::source::page_source::PageSource;
 use crate::source::sequence::Wanted;
@@ -111,7 +111,7 @@ impl Prefetcher {
                 let caught_up = claim.end() || caught_up;
                 // Without this, a vCPU that was woken on this CPU would wait for the next tick, even if other CPUs are
                 // idle.
-                thread::yield_now();
+                give_way();
                 if leads && caught_up {
                     sequence.skip(LEAD_PAGES);
                     skipped = true;

@@ -21,6 +21,7 @@ use crate::install::page_state::PageState;
 use crate::layout::Place;
 use crate::pager_state::PagerState;
 use crate::sched::placement::Follower;
+use crate::sched::run_delay::RunDelay;
 use crate::source::error::SourceErrorKind;
 use crate::source::load::PageReader;
 use crate::source::panicked::Panicked;
@@ -41,6 +42,9 @@ pub(crate) struct Handler {
     /// The time at the end of the last answer. Reading the clock takes 30 ns; a few reads are 1 % of an answer.
     pub(crate) last_now: Instant,
     pub(crate) wait_bucket: WaitBucket,
+    pub(crate) run_delay: RunDelay,
+    /// How long this thread has waited for a CPU before it could read the message of the next fault.
+    pub(crate) delay: Duration,
 }
 
 /// Why a handler leaves its loop.
@@ -83,6 +87,7 @@ impl Handler {
     /// waits for a missing page gets an error and does not hang.
     pub(crate) fn run(mut self) {
         self.follower.begin();
+        self.run_delay.open();
         let shared = Arc::clone(&self.shared);
         let priority = &shared.slices[self.slice].priority;
         priority.begin();
@@ -190,7 +195,11 @@ impl Handler {
                 meanwhile();
             }
         }
-        match slice.filler.uffd.wait_with(self.stop.as_fd(), slice.waiting.event()) {
+        // Only until the message is read: after the answer, this thread often waits while the woken thread computes.
+        self.run_delay.begin();
+        let waited = slice.filler.uffd.wait_with(self.stop.as_fd(), slice.waiting.event());
+        self.delay = self.run_delay.end();
+        match waited {
             Ok(Wait::Stop) => return Some(End::Clean),
             Ok(Wait::Readable) => slice.answering.store(true, Ordering::Relaxed),
             Err(error) => return Some(End::Failed(FailureCause::Messages(error))),
@@ -453,8 +462,9 @@ impl Handler {
         let shared = &self.shared;
         let [service, read] = [times.service_ns, times.read_ns].map(Duration::from_nanos);
         let source_offset = shared.layout.source_offset(place);
-        if shared.population.waited(place.page, source_offset, service, read)
-            && self.wait_bucket.add(service, self.last_now)
+        let delay = std::mem::take(&mut self.delay);
+        if shared.population.waited(place.page, source_offset, service + delay, read)
+            && self.wait_bucket.add(service, delay, self.last_now)
             && !shared.population.loads_ahead()
         {
             self.follower.unbound(|| start::on_demand(shared));

@@ -7,13 +7,13 @@ use std::fs::File;
 use std::hint;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::fault::queued::Fault;
 use crate::fault::slice::Slice;
 use crate::pager_state::PagerState;
 use crate::sched::cpus::{Cpus, NOWHERE};
+use crate::sched::give_way::give_way;
 use crate::sched::task;
 use crate::sched::watchdog_thread::WatchdogTimer;
 
@@ -112,7 +112,7 @@ impl Follower {
     pub(crate) fn awake(&self) -> Option<(Duration, fn())> {
         match self.placement {
             Placement::Spin => Some((SPIN, hint::spin_loop)),
-            Placement::Follow if self.several && self.dense => Some((AWAKE, thread::yield_now)),
+            Placement::Follow if self.several && self.dense => Some((AWAKE, give_way)),
             _ => None,
         }
     }

@@ -3,12 +3,12 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 use std::time::Instant;
 
 use snapfmt::{ChunkBuffer, ChunkExtent, PageEntry, PageIndex, ReadAt, ReadOrder, Snapshot};
 
 use crate::region::PAGE_BYTES;
+use crate::sched::give_way::give_way;
 use crate::source::error::SourceError;
 use crate::source::load::{Load, LoadCost, LoadedPage, LoadedPages};
 use crate::source::sequence::{PageSequence, Wanted};
@@ -151,7 +151,7 @@ impl<R: ReadAt> SnapshotSequence<R> {
         let mut batch = Batch::default();
         for (number, &page) in self.pages_of_batch.iter().enumerate() {
             if number % LOOK_UPS == 0 {
-                thread::yield_now();
+                give_way();
             }
             let (offset, end) = (page.source_offset(), page.source_offset() + PAGE_BYTES as u64);
             match self.snapshot.entry(page) {

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::plan::RecentFaults;
+use crate::sched::run_delay::RunDelay;
 
 /// This part of the time in which no fault is answered leaks. Loading ahead does not help a guest that waits less than
 /// an eighth of the time.
@@ -19,6 +20,9 @@ const BEGIN: Duration = Duration::from_millis(8);
 const BEGIN_AGAIN: Duration = Duration::from_micros(500);
 /// The upper limit of what one fault counts. A single read of a slow disk does not show how many will follow.
 const MOST_OF_A_FAULT: Duration = Duration::from_micros(100);
+/// The upper limit of what one fault counts for the time in which its demand thread had no CPU. The faulting thread then
+/// waits for a CPU as well, before and after the answer: 8 such faults start the loading.
+const MOST_OF_A_DELAY: Duration = Duration::from_millis(1);
 /// The default of what a fault costs the faulting thread besides its answer: the message and the wake.
 pub(crate) const OVERHEAD: Duration = Duration::from_micros(8);
 
@@ -36,12 +40,14 @@ impl WaitBucket {
         WaitBucket { overhead, level: Duration::ZERO, at: None, began_before: false }
     }
 
-    /// Adds a fault that was answered at `now` after `service`. Returns whether loading ahead has to start.
-    pub(crate) fn add(&mut self, service: Duration, now: Instant) -> bool {
+    /// Adds a fault that was answered at `now` after `service`. Before it read the message, the demand thread has waited
+    /// for `delay` for a CPU. Returns whether loading ahead has to start.
+    pub(crate) fn add(&mut self, service: Duration, delay: Duration, now: Instant) -> bool {
         let passed = self.at.replace(now).map_or(Duration::ZERO, |at| now - at);
         // Not while it waits: faults that take a millisecond would leak more than they count.
-        let idle = passed.saturating_sub(service);
-        let counted = service.min(MOST_OF_A_FAULT) + self.overhead;
+        // Where the demand thread waits for a CPU, so does the faulting thread, and does not compute meanwhile.
+        let idle = passed.saturating_sub(service + delay * LEAK);
+        let counted = service.min(MOST_OF_A_FAULT) + delay.min(MOST_OF_A_DELAY) + self.overhead;
         self.level = self.level.saturating_sub(idle / LEAK) + counted;
         let full = self.level >= if self.began_before { BEGIN_AGAIN } else { BEGIN };
         if full {
@@ -111,12 +117,25 @@ pub(crate) struct QuietDetector {
     waited: Duration,
     last: Instant,
     linger: Duration,
+    delay: RunDelay,
 }
 
 impl QuietDetector {
     pub(crate) fn new(demand: &Demand) -> QuietDetector {
         let now = Instant::now();
-        QuietDetector { at: now, waited: demand.waited(), last: now, linger: LINGER }
+        QuietDetector {
+            at: now,
+            waited: demand.waited(),
+            last: now,
+            linger: LINGER,
+            delay: RunDelay::default(),
+        }
+    }
+
+    /// Called by the loader before it works.
+    pub(crate) fn begin(&mut self) {
+        self.delay.open();
+        self.delay.begin();
     }
 
     /// Whether to continue loading.
@@ -125,6 +144,9 @@ impl QuietDetector {
         if now - self.at < CHECK {
             return true;
         }
+        // While the loader waits for a CPU, threads that would fault may wait for one, too.
+        self.last = (self.last + self.delay.end()).min(now);
+        self.delay.begin();
         let waited = demand.waited();
         if (waited - self.waited) * SHARE >= now - self.at {
             self.last = now;
@@ -136,7 +158,8 @@ impl QuietDetector {
     /// Called when threads wait again.
     pub(crate) fn restart(&mut self, demand: &Demand) {
         let linger = (self.linger * 2).min(LONGEST_LINGER);
-        *self = QuietDetector { linger, ..QuietDetector::new(demand) };
+        let delay = std::mem::take(&mut self.delay);
+        *self = QuietDetector { linger, delay, ..QuietDetector::new(demand) };
     }
 }
 
@@ -149,7 +172,7 @@ mod tests {
         let mut now = bucket.at.unwrap_or_else(Instant::now);
         (1..=20_000).find(|_| {
             now += apart;
-            bucket.add(Duration::from_micros(60), now)
+            bucket.add(Duration::from_micros(60), Duration::ZERO, now)
         })
     }
 
@@ -168,12 +191,28 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_whose_faults_wait_for_a_cpu_starts_the_loading_soon() {
+        let (mut bucket, mut now) = (WaitBucket::none(OVERHEAD), Instant::now());
+        let first = (1..=1000).find(|_| {
+            now += Duration::from_millis(20);
+            bucket.add(Duration::from_micros(60), Duration::from_millis(3), now)
+        });
+        assert!(first.is_some_and(|first| (7..10).contains(&first)), "{first:?} faults");
+    }
+
+    #[test]
+    fn one_long_delay_does_not() {
+        let mut bucket = WaitBucket::none(OVERHEAD);
+        assert!(!bucket.add(Duration::from_micros(60), Duration::from_secs(1), Instant::now()));
+    }
+
+    #[test]
     fn a_guest_whose_pages_come_slowly_waits_too() {
         let (mut bucket, mut now, slow) =
             (WaitBucket::none(OVERHEAD), Instant::now(), Duration::from_millis(10));
         let first = (1..=1000).find(|_| {
             now += slow + Duration::from_micros(20);
-            bucket.add(slow, now)
+            bucket.add(slow, Duration::ZERO, now)
         });
         assert!(first.is_some_and(|first| (70..100).contains(&first)), "{first:?} faults");
         let demand = Demand::new(OVERHEAD);
@@ -204,6 +243,6 @@ mod tests {
     #[test]
     fn one_slow_read_does_not() {
         let mut bucket = WaitBucket::none(OVERHEAD);
-        assert!(!bucket.add(Duration::from_secs(1), Instant::now()));
+        assert!(!bucket.add(Duration::from_secs(1), Duration::ZERO, Instant::now()));
     }
 }

@@ -20,6 +20,7 @@ use crate::install::reason::InstallReason;
 use crate::layout::Place;
 use crate::pager_state::PagerState;
 use crate::sched::avoid_demand_cpus::AvoidDemandCpus;
+use crate::sched::give_way::give_way;
 use crate::sched::priority::make_normal;
 use crate::sched::task;
 use crate::source::error::SourceErrorKind;
@@ -77,6 +78,7 @@ impl Loader {
         } else {
             self.avoid.begin();
         }
+        self.quiet.begin();
         if let Ok(()) = self.load_all() {
             self.finish();
         }
@@ -150,7 +152,7 @@ impl Loader {
         self.pace.before_load(&self.shared)?;
         if self.is_spare {
             // A demand thread of the same policy may have to run on this CPU.
-            thread::yield_now();
+            give_way();
         }
         self.avoid.step(&self.shared);
         Ok(())
