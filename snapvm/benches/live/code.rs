@@ -36,8 +36,9 @@ global_asm!(
     "live_guest_start:",
     "  jmp 1f",
     ".balign 8",
-    // The work, the bytes of its area, and its steps for each byte on the console: `code` fills them in.
-    "8: .long 0, 0, 0",
+    // The work, the bytes of memory that are filled, the bytes of the area, and its steps for each byte on the console:
+    // `code` fills them in.
+    "8: .long 0, 0, 0, 0",
     "1:",
     "  cli",
     "  mov esp, 0x208000",
@@ -92,8 +93,9 @@ global_asm!(
     "  dec ecx",
     "  jnz 4b",
     "  mov edi, {area}",
+    "  mov ebx, [rip + 8b + 8]",
     "5:",
-    "  mov r8d, [rip + 8b + 8]",
+    "  mov r8d, [rip + 8b + 12]",
     "  mov eax, [rip + 8b]",
     "  cmp eax, {write}",
     "  je 20f",
@@ -139,13 +141,14 @@ unsafe extern "C" {
 /// Where the guest reads what it is to do.
 const PARAMS_AT: usize = 8;
 
-/// The instructions of a guest that does `work` in an area, `steps` for each byte on its console.
-pub(crate) fn code(work: Work, area_bytes: u32, steps: u32) -> Vec<u8> {
+/// The instructions of a guest that fills memory, and then does `work` in an area, its begin, with `steps` for each byte
+/// on its console.
+pub(crate) fn code(work: Work, filled_bytes: u32, area_bytes: u32, steps: u32) -> Vec<u8> {
     let (start, end) = (&raw const live_guest_start, &raw const live_guest_end);
     // SAFETY: the two symbols are the begin and the end of the constant data above.
     let code = unsafe { std::slice::from_raw_parts(start, end.addr() - start.addr()) };
     let mut code = code.to_vec();
-    let params = [work as u32, area_bytes, steps].map(u32::to_le_bytes).concat();
+    let params = [work as u32, filled_bytes, area_bytes, steps].map(u32::to_le_bytes).concat();
     code[PARAMS_AT..PARAMS_AT + params.len()].copy_from_slice(&params);
     code
 }
