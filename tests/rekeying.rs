@@ -114,6 +114,13 @@ fn a_layer_follows_its_parent() {
     files
         .snap(&format!("rekey @layer.snap -o @l2.snap --onto @copy.snap {new}"))
         .failed(1, &["copy.snap", "is not a copy of the layer's parent"]);
+    files
+        .snap(&format!("rekey @layer.snap -o @l2.snap --onto @sealed.snap {new}"))
+        .failed(2, &["present parent"]);
+    files
+        .snap(&format!("rekey @layer.snap -o @s2.snap --force --onto @s2.snap {new}"))
+        .failed(1, &["s2.snap"]);
+    files.snap("verify @s2.snap --key-file @other").ok();
     files.snap(&format!("rekey @layer.snap -o @l2.snap --onto @s2.snap {new}")).ok();
     files.snap("verify @l2.snap --key-file @other").ok();
     files.snap("verify @l2.snap --key-file @key").failed(3, WRONG);
@@ -121,7 +128,8 @@ fn a_layer_follows_its_parent() {
     std::fs::create_dir(files.path("sub")).expect("it is created");
     files
         .snap("rekey @layer.snap -o @sub/l3.snap --keep all --key-file @key --new-key-file @other")
-        .ok();
+        .failed(2, &["rekey the parent first"]);
+    files.snap("rekey @layer.snap -o @sub/l3.snap --keep all --key-file @key").ok();
     files.snap("verify @sub/l3.snap --key-file @key").ok();
 }
 

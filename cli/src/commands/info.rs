@@ -157,7 +157,7 @@ fn outline_as_text(outline: &Outline<File>) -> String {
     lines.extend(header.parent_id.map(|id| format!("parent 1   {id}")));
     let slots = outline.keys().into_iter().flat_map(|keys| &keys.slots);
     let kinds = slots.zip(1..).map(|(slot, number)| match slot.kind {
-        KeySlot::SECRET_KEY => format!("{number}: a key (--key-file)"),
+        KeySlot::SECRET_KEY | KeySlot::SALTED_SECRET_KEY => format!("{number}: a key (--key-file)"),
         KeySlot::EXTERNAL if is_age_file(&slot.bytes) => {
             format!("{number}: a key of age (--identity, --key-command)")
         }

@@ -9,7 +9,7 @@ use serde_json::json;
 use snapfmt::{
     Existing, Outline, ReadAt, Rekey, Snapshot, Storage, WriteError, open_file, rekey_snapshot,
 };
-use snapvm::path_of_parent;
+use snapvm::{path_of_parent, refuse_same};
 
 use super::summary::Written;
 use crate::exit::WrongOptions;
@@ -119,7 +119,8 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     };
     let keeps_all = keep.len() == present;
     let is_layer = snapshot.paths().len() > 1;
-    if is_layer && args.onto.is_none() && !keeps_all {
+    let same_keys = keeps_all && add.is_empty();
+    if is_layer && args.onto.is_none() && !same_keys {
         return wrong(
             "the file is a layer, whose parent only the old keys open: rekey the parent first, and give its copy as --onto",
         );
@@ -129,7 +130,15 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     }
     let onto = match &args.onto {
         Some(path) => {
-            let file = open_file(path).with_context(|| path.display().to_string())?;
+            let named = || path.display().to_string();
+            let file = open_file(path).with_context(named)?;
+            refuse_same(&args.out, &file.metadata().with_context(named)?)?;
+            let onto = Outline::open(&file).with_context(named)?.header().id;
+            if !same_keys && snapshot.headers().nth(1).is_some_and(|parent| parent.id == onto) {
+                return wrong(
+                    "--onto is the layer's present parent, which only the old keys open: rekey it first",
+                );
+            }
             Some((Storage::from(file), path.as_path()))
         }
         None => None,

@@ -102,6 +102,9 @@ pub(crate) fn is_age_file(wrapped: &[u8]) -> bool {
 }
 
 const ARMOR: &[u8] = b"-----BEGIN AGE ENCRYPTED FILE-----";
+/// Most bytes of a wrapped key. The time that age needs for a header grows with the square of its lines, and a file may be
+/// forged. One for a single recipient has less than 400 bytes.
+const MOST_WRAPPED_BYTES: usize = 8 << 10;
 /// Most bytes of a file with identities.
 const MOST_IDENTITY_BYTES: usize = 64 << 10;
 /// Most work that a passphrase may cost, as a power of two: 1 GiB of memory.
@@ -313,7 +316,11 @@ impl KeyProvider for Keys {
         if self.identities.is_empty() {
             return Err(NO_IDENTITY.into());
         }
-        let of_age = |slot: &&KeySlot| slot.kind == KeySlot::EXTERNAL && is_age_file(&slot.bytes);
+        let of_age = |slot: &&KeySlot| {
+            slot.kind == KeySlot::EXTERNAL
+                && is_age_file(&slot.bytes)
+                && slot.bytes.len() <= MOST_WRAPPED_BYTES
+        };
         let mut slots = keys.slots.iter().filter(of_age).peekable();
         if slots.peek().is_none() {
             let kinds = keys.slots.iter().map(|slot| slot.kind).collect();

@@ -73,7 +73,7 @@ impl Seal {
         });
         let mut slots = kept.collect::<Result<Vec<_>, _>>()?;
         for provider in add {
-            slots.extend(provider.wrap_key(&self.file_key, self.keys.seal_id)?);
+            slots.extend(provider.wrap_key_of_copy(&self.file_key, self.keys.seal_id)?);
         }
         Ok(Self::of(self.file_key.clone(), KeySlots::new(self.keys.seal_id, slots)?, id))
     }

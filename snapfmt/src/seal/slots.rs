@@ -14,7 +14,8 @@ use crate::section::SectionKind;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct KeySlot {
-    /// Which form it is: [`KeySlot::SECRET_KEY`], [`KeySlot::EXTERNAL`], or another one, which this version ignores.
+    /// Which form it is: [`KeySlot::SECRET_KEY`], [`KeySlot::SALTED_SECRET_KEY`], [`KeySlot::EXTERNAL`], or another one,
+    /// which this version ignores.
     pub kind: u32,
     /// The wrapped key.
     pub bytes: Vec<u8>,
@@ -23,6 +24,8 @@ pub struct KeySlot {
 impl KeySlot {
     /// The kind of slots that a [`SecretKey`](crate::SecretKey) opens.
     pub const SECRET_KEY: u32 = 1;
+    /// The same, with a random salt in the slot: in copies with other keys.
+    pub const SALTED_SECRET_KEY: u32 = 3;
     /// The kind of slots that another program opens.
     pub const EXTERNAL: u32 = 2;
 
