@@ -11,10 +11,10 @@ pub(crate) fn held() -> io::Result<CapabilitySets> {
     Ok(capabilities(None)?)
 }
 
-/// Removes all capabilities of this thread that `role` does not keep. It gains none.
-pub(crate) fn drop_for(role: Role) -> io::Result<()> {
+/// Removes all capabilities of this thread, but those that `role` keeps if it may keep any. It gains none.
+pub(crate) fn drop_for(role: Role, may_keep: bool) -> io::Result<()> {
     let held = held()?;
-    let kept = held.permitted & kept(role);
+    let kept = if may_keep { held.permitted & kept(role) } else { CapabilitySet::empty() };
     if held.permitted == kept {
         return Ok(());
     }

@@ -38,6 +38,7 @@ pub(crate) struct Named {
 #[derive(Debug, Default)]
 pub struct Files {
     any: bool,
+    root_changes: bool,
     named: Vec<Named>,
 }
 
@@ -51,7 +52,13 @@ impl Files {
     /// All that the user may use.
     #[must_use]
     pub fn any() -> Self {
-        Self { any: true, named: Vec::new() }
+        Self { any: true, ..Self::default() }
+    }
+
+    /// The root folder will change while the rules are in use. Then they keep no folder open, from whose descriptor the
+    /// folders of the old root could be named.
+    pub fn change_root(&mut self) {
+        self.root_changes = true;
     }
 
     /// Adds a file or a folder. Links in its path are followed now. What does not exist is not added.
@@ -80,7 +87,12 @@ impl Files {
         };
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         // Without /proc, no name is known.
-        if let Ok(path) = std::fs::read_link(link_to(file))
+        let link = std::fs::read_link(link_to(file));
+        // A memfd has no rules, and needs none (EBADFD of landlock_add_rule(2)).
+        if link.as_ref().is_ok_and(|path| path.starts_with("/memfd:")) {
+            return Ok(());
+        }
+        if let Ok(path) = link
             && let Ok(named) = rustix::fs::openat(CWD, &path, flags, Mode::empty())
             && same(&named)?
         {
@@ -122,9 +134,11 @@ impl Files {
             let rule = PathBeneath::new(&named.at, rights(named)?);
             rules = rules.add_rule(rule).map_err(refused)?;
         }
-        let of_proc = self.named.iter().filter(|named| named.path.starts_with("/proc"));
+        let ruleset: Option<OwnedFd> = rules.into();
+        let keep = !self.root_changes && ruleset.is_some();
+        let of_proc = self.named.iter().filter(|named| keep && named.path.starts_with("/proc"));
         let kept = of_proc.map(|named| named.at.try_clone()).collect::<io::Result<_>>()?;
-        Ok(Rules { ruleset: rules.into(), _kept: kept })
+        Ok(Rules { ruleset, _kept: kept })
     }
 }
 

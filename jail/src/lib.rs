@@ -109,7 +109,9 @@ pub fn enter(role: Role, limits: Limits<'_>) -> Result<(), JailError> {
         files.apply().map_err(failed("landlock_restrict_self(2)"))?;
     }
     limits.identity.apply(held.permitted).map_err(failed("setresuid(2)"))?;
-    capabilities::drop_for(role).map_err(failed("capset(2)"))?;
+    // Another user than root keeps those that it had.
+    let kept = limits.identity.uid.is_none();
+    capabilities::drop_for(role, kept).map_err(failed("capset(2)"))?;
     install::install(filter::program(role)).map_err(failed("seccomp(2)"))?;
     trap::set_role(role);
     Ok(())

@@ -295,8 +295,6 @@ const WRITER: &[Rule] = &[
     rule(SYS_ioctl, OneOf(1, USERFAULTFD), "a snapshot while the guest runs"),
     rule(SYS_userfaultfd, Always, "the same, without /dev/userfaultfd"),
     rule(SYS_mlock, Always, "messages of a userfaultfd"),
-    rule(SYS_getpriority, OneOf(1, &[0]), "the threads that write a snapshot while the guest runs give way to its vCPUs"),
-    rule(SYS_setpriority, OneOf(1, &[0]), "the threads that write a snapshot while the guest runs give way to its vCPUs"),
     rule(SYS_linkat, Always, "the snapshot gets its name when it is complete"),
     rule(SYS_link, Always, "the snapshot gets its name when it is complete"),
     rule(SYS_rename, Always, "the snapshot replaces another"),

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
 
 use crate::region::PAGE_BYTES;
 
@@ -37,16 +38,29 @@ impl PageTableEntry {
     }
 }
 
+const PAGEMAP: &str = "/proc/self/pagemap";
+/// The file, if it is kept open. It is only read at offsets.
+static KEPT: OnceLock<File> = OnceLock::new();
+
 impl Pagemap {
     /// The number of pages of which one call reads the entries at most: 64 KiB of entries, for 32 MiB of memory.
     pub const MAX_PAGES: usize = 8192;
+
+    /// Opens `/proc/self/pagemap` and keeps it open, so that [`Pagemap::open`] opens no file from now on. A program does that
+    /// before it changes its root folder. Without the file this has no effect.
+    pub fn keep_open() {
+        if let Ok(file) = File::open(PAGEMAP) {
+            // A second descriptor is closed.
+            let _ = KEPT.set(file);
+        }
+    }
 
     /// A reader of the page tables of this process.
     ///
     /// # Errors
     /// As open(2) of /proc/self/pagemap.
     pub fn open() -> io::Result<Pagemap> {
-        let file = File::open("/proc/self/pagemap")?;
+        let file = KEPT.get().map_or_else(|| File::open(PAGEMAP), File::try_clone)?;
         Ok(Pagemap { file, entries_bytes: vec![0; Self::MAX_PAGES * ENTRY_BYTES] })
     }
 

@@ -37,8 +37,7 @@ pub struct Armed {
 }
 
 /// A guest at one point in time. [`Cut::write`] and [`Cut::write_layer`] write it to a file, on any thread, while the
-/// guest runs. Dropping it drops that point in time. The threads that write have the priority of the thread that calls
-/// these.
+/// guest runs. Dropping it drops that point in time.
 ///
 /// It must be written, or dropped, before the guest's memory is unmapped, which it makes sure of by keeping it.
 pub struct Cut {

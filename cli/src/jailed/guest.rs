@@ -120,7 +120,11 @@ impl GuestJailArgs {
                 let text = "--jail strict is not possible with --config: give all options on the command line";
                 Err(WrongOptions(text.into()).into())
             }
-            Mode::Strict => Ok(jail::separate().context("--jail default needs no namespaces")?),
+            Mode::Strict => {
+                // In a user namespace, all capabilities seem to be there.
+                self.identity().check().context("--uid, --gid")?;
+                Ok(jail::separate().context("--jail default needs no namespaces")?)
+            }
             Mode::Off | Mode::Default => Ok(()),
         }
     }
@@ -178,7 +182,10 @@ impl GuestJailArgs {
         if self.jail == Mode::Off {
             return Ok(Jail::Off);
         }
-        let files = read_again(needs.snapshot)?;
+        let mut files = read_again(needs.snapshot)?;
+        if self.root() != Root::Host {
+            files.change_root();
+        }
         let strict = self.jail == Mode::Strict;
         if strict {
             jail::lower_limits()?;
@@ -285,8 +292,9 @@ fn know_files(files: &mut Files, role: Role) -> Result<()> {
         files.allow(&folder, Access::Remove).context(PREPARE)?;
     }
     if role == Role::Writer {
-        // A snapshot of a guest that runs needs it.
+        // A snapshot of a guest that runs, and a reset, need them.
         pager::uffd::keep_device_open();
+        pager::Pagemap::keep_open();
     }
     let rules = (!as_pager).then(|| files.rules(role)).transpose().context(PREPARE)?;
     let _ = FILES.set(rules);

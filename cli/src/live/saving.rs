@@ -8,7 +8,6 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use rustix::process::{getpriority_process, setpriority_process};
 use snapfmt::{Header, Progress};
 use snapvm::{Cut, Written};
 
@@ -128,17 +127,6 @@ pub(super) struct Save {
     pub(super) arm: Duration,
 }
 
-/// How much the threads that write a file give way to others (nice(1)): a vCPU that has work gets nine tenths of a CPU
-/// that it shares with one of them. They still make progress on a busy host, as the guest's writes may wait for them.
-const NICENESS: i32 = 10;
-
-/// Lowers the priority of this thread, and of those that it starts. A failure costs only the guest's speed.
-fn give_way() {
-    // Without a process id, Linux takes the calling thread.
-    let _ = getpriority_process(None)
-        .and_then(|niceness| setpriority_process(None, niceness + NICENESS));
-}
-
 impl Save {
     /// Starts the thread that writes the file.
     pub(super) fn start(self) -> Option<Saving> {
@@ -164,7 +152,6 @@ impl Save {
         if self.request.deferred {
             return self.run_deferred();
         }
-        give_way();
         let written = self.write();
         let Save { cut, what, request, tracking, begun, .. } = self;
         match request.checkpoint {
@@ -224,20 +211,6 @@ mod tests {
 
     use super::*;
     use crate::live::remote;
-
-    /// Those that have other work have the priority that they had.
-    #[test]
-    fn a_thread_that_gives_way_starts_threads_that_do() {
-        let own = || getpriority_process(None).expect("it is known");
-        let usual = own();
-        let given = std::thread::spawn(move || {
-            give_way();
-            std::thread::spawn(own).join()
-        });
-        let given = given.join().expect("no panic").expect("no panic");
-        assert_eq!(given, (usual + NICENESS).min(19));
-        assert_eq!(own(), usual);
-    }
 
     fn request() -> StoreRequest {
         StoreRequest {

@@ -162,7 +162,10 @@ impl Loader {
     fn sleep_while_quiet(&mut self) -> Result<(), Ended> {
         let progress = &self.shared.population;
         if progress.options.mode != Populate::Auto
-            || (progress.is_active() && self.quiet.is_waiting(&progress.demand))
+            // Beside other loaders, a spare one does not decide that: it sleeps while they wait for a CPU.
+            || (progress.is_active()
+                && (self.is_spare && progress.loaders > 0
+                    || self.quiet.is_waiting(&progress.demand)))
         {
             return stopped(&self.shared);
         }
