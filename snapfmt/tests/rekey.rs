@@ -138,7 +138,7 @@ fn only_the_new_key_opens_the_copy() {
     assert_eq!(compared, 3);
 }
 
-/// The slots of the copy are authenticated: one cannot be added to it, or taken from the original.
+/// The slots of the copy are authenticated: one cannot be added to it, or taken from another copy.
 #[test]
 fn the_list_of_keys_cannot_be_changed() {
     let files = Files::new();
@@ -152,12 +152,15 @@ fn the_list_of_keys_cannot_be_changed() {
         let section = *outline.sections().iter().find(|section| section.kind == kind).unwrap();
         (section.offset as usize, section.len as usize)
     };
-    let (from, _) = keys_of(&old);
+    let other = files.at("other.snap");
+    rekey_snapshot(&other, &snapshot, &new_keys(&[1]), &go).unwrap();
+    let (from, other_len) = keys_of(&other);
     let (to, len) = keys_of(&one);
+    assert_eq!(other_len, len);
     let mut forged = fs::read(&one).unwrap();
     let table = u64::from_le_bytes(forged[96..104].try_into().unwrap()) as usize;
-    let old_bytes = fs::read(&old).unwrap();
-    forged[to..to + len].copy_from_slice(&old_bytes[from..from + len]);
+    let other_bytes = fs::read(&other).unwrap();
+    forged[to..to + len].copy_from_slice(&other_bytes[from..from + len]);
     // With right checksums: of the section, of the table, of the header.
     let crc = crc32fast::hash(&forged[to..to + len]);
     let records = (forged.len() - table) / 40;
