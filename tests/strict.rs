@@ -137,6 +137,44 @@ fn in_a_chroot_clients_name_files_of_it() {
     }
 }
 
+/// A folder that is open could be a way out of the new root, by names that begin with /proc/self/fd.
+#[track_caller]
+fn has_no_open_folder(process: u32) {
+    let fds = std::fs::read_dir(format!("/proc/{process}/fd")).expect("it runs");
+    for fd in fds.map(|fd| fd.expect("it runs").path()) {
+        let is_folder = std::fs::metadata(&fd).is_ok_and(|found| found.is_dir());
+        assert!(!is_folder, "{:?}", std::fs::read_link(&fd));
+    }
+}
+
+#[test]
+fn restored_guests_in_another_root_have_no_folder_and_are_reset() {
+    needs_vm!();
+    if !is_root("restored_guests_in_another_root_have_no_folder_and_are_reset") {
+        return;
+    }
+    let sample = Sample::create(&["--memory", "64M", "--work", "4M"]);
+    let file = sample.file.to_string_lossy().into_owned();
+    let folder = tempfile::tempdir().expect("a folder");
+    let root = folder.path().join("root");
+    std::fs::create_dir(&root).expect("it is made");
+    let root = root.to_string_lossy().into_owned();
+    for jail in [&["strict"][..], &["default", "--chroot", &root]] {
+        for mode in [&[][..], &["--lazy"]] {
+            let args = [&["restore", &*file, "--jail"], jail, mode].concat();
+            let mut vm = Vm::start(folder.path(), &args);
+            vm.beats(1);
+            has_no_open_folder(vm.child.as_ref().expect("it runs").id());
+            for _ in 0..2 {
+                snap(["reset", "--vm", &*vm.socket.to_string_lossy()]).ok();
+                vm.beats(1);
+            }
+            vm.interrupt();
+            let _ = std::fs::remove_file(&vm.socket);
+        }
+    }
+}
+
 #[test]
 fn all_threads_have_the_user_that_is_asked_for() {
     needs_vm!();
