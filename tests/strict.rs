@@ -169,9 +169,8 @@ fn restored_guests_in_another_root_have_no_folder_and_are_reset() {
                 snap(["reset", "--vm", &*vm.socket.to_string_lossy()]).ok();
                 vm.beats(1);
             }
-            let socket = vm.socket.clone();
-            vm.interrupt();
-            let _ = std::fs::remove_file(socket);
+            signal(vm.child.as_ref().expect("it runs").id(), "INT");
+            vm.end().failed(130, &["interrupted"]);
         }
     }
 }

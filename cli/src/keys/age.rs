@@ -1,4 +1,4 @@
-//! Keys by age (https://age-encryption.org): files are wrapped for public keys, and opened by private ones.
+//! Keys by age (<https://age-encryption.org>): files are wrapped for public keys, and opened by private ones.
 //!
 //! A slot has a whole age file, as one of `--wrap-command 'age -r ...'` has. So each opens what the other has wrapped.
 
