@@ -212,7 +212,7 @@ fn a_command_below_a_limit_names_it() {
     let limits: Vec<_> = (5..24)
         .map(|files| format!("ulimit -n {files}"))
         // In KiB. With less there is no room for the program itself.
-        .chain([48, 56, 64, 80, 90, 96, 100, 104].map(|mib| format!("ulimit -v {}", mib << 10)))
+        .chain([52, 56, 64, 80, 90, 96, 100, 104].map(|mib| format!("ulimit -v {}", mib << 10)))
         .chain([4, 8, 40, 64, 68, 70, 72].map(|mib| format!("ulimit -d {}", mib << 10)))
         .collect();
     let (mut done, mut refused) = (0, 0);
