@@ -203,7 +203,7 @@ fn connection_request() -> Vec<u8> {
     (0..).zip(words).flat_map(|(at, word)| set(BUFFER + 4 * at, word)).collect()
 }
 
-/// The guest's packets. There are no buffers for the packets to it, so that nothing is taken from the device.
+/// A guest that sends packets. It gives the device no buffers for answers, so the device has to keep or drop them.
 fn packets(before: &[u8], patient: bool) -> Vec<u8> {
     let sent = requests(1, (BUFFER, 44, 0), before, patient);
     [start(0, 1), connection_request(), sent].concat()

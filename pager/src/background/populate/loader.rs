@@ -20,7 +20,6 @@ use crate::install::reason::InstallReason;
 use crate::layout::Place;
 use crate::pager_state::PagerState;
 use crate::sched::avoid_demand_cpus::AvoidDemandCpus;
-use crate::sched::give_way::give_way;
 use crate::sched::priority::make_normal;
 use crate::sched::task;
 use crate::source::error::SourceErrorKind;
@@ -151,8 +150,9 @@ impl Loader {
         self.sleep_while_quiet()?;
         self.pace.before_load(&self.shared)?;
         if self.is_spare {
-            // A demand thread of the same policy may have to run on this CPU.
-            give_way();
+            // A demand thread of the same policy may have to run on this CPU. Without `give_way`, which rests from yields where
+            // CPUs are busy: there a spare loader has nothing to use.
+            thread::yield_now();
         }
         self.avoid.step(&self.shared);
         Ok(())
