@@ -1,6 +1,7 @@
 //! Writes a snapshot whose file opens before the guest's memory is in it, and then adds the memory.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::bail;
 use snapfmt::Progress;
@@ -11,6 +12,10 @@ use super::remote::{Done, Refused, StoreRequest};
 use super::saving::{Save, progress_of};
 use crate::exit;
 use crate::restoring::snapshot_error;
+
+/// Memory is added from then on, after the client has its answer. Until then the client starts the guests that use the
+/// file, and has the CPU for that. What one of them needs is added at once.
+const HEAD_START: Duration = Duration::from_millis(10);
 
 /// Ends the file, however its thread ends: its clients wait for that.
 struct Ending<'a> {
@@ -51,6 +56,7 @@ impl Save {
         let panicked = Err("the thread that adds the memory panicked".to_owned());
         let mut ending = Ending { adding: &status.adding, id, result: panicked };
         begun.answer(Ok(Done::Stored(summary)));
+        std::thread::sleep(HEAD_START);
         let progress = progress_of(&request, &status, &interrupt);
         status.adding.release_others(&ending.id);
         let added = (0..count).try_for_each(|chunk| {
