@@ -376,3 +376,24 @@ fn announced_entries_are_read() {
     snapshot.expect_entries(&pages);
     assert_eq!(storage.expected.lock().unwrap().len(), 1);
 }
+
+/// The first read of a part of the index announces the parts near it.
+#[test]
+fn the_parts_of_the_index_near_the_first_one_are_announced() {
+    let memory = memory();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("plain.snap");
+    write_snapshot(&path, contents(&memory), &WriteOptions::default(), &go_on).unwrap();
+    let file = std::fs::File::open(&path).unwrap();
+    let storage = Arc::new(Noting { file, expected: Mutex::default(), read: Mutex::default() });
+    let snapshot = Snapshot::new(Arc::clone(&storage)).unwrap();
+    storage.read.lock().unwrap().clear();
+    // One page of each of three leaves.
+    for page in [1200, 1, 600] {
+        snapshot.entry(PageIndex(page)).unwrap();
+    }
+    let (expected, read) = (storage.expected.lock().unwrap(), storage.read.lock().unwrap());
+    assert_eq!((expected.len(), read.len()), (1, 3), "{expected:?} {read:?}");
+    let within = |read: &Range<u64>| expected[0].start <= read.start && read.end <= expected[0].end;
+    assert!(read.iter().all(within), "{read:?} {expected:?}");
+}
