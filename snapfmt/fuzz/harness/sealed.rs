@@ -3,8 +3,7 @@
 //!
 //! Written from `docs/format.md`, not with the library's own code.
 
-use aes_gcm::aead::{AeadInOut, KeyInit};
-use aes_gcm::{Aes256Gcm, Nonce, Tag};
+use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 
 use super::seal::{HEADER, LEAVES, SECTIONS, TABLE, number, put_crc, seal_chunks, seal_lengths};
 
@@ -38,8 +37,8 @@ pub(crate) struct Opened {
 
 struct Keys {
     seal_id: [u8; 16],
-    chunks: Aes256Gcm,
-    sections: Aes256Gcm,
+    chunks: LessSafeKey,
+    sections: LessSafeKey,
     header: [u8; 32],
 }
 
@@ -203,39 +202,37 @@ fn derive(key: &[u8; 32], purpose: &str, salt: &[u8; 16]) -> [u8; 32] {
     *hasher.update(key).update(salt).finalize().as_bytes()
 }
 
-fn cipher(key: &[u8; 32]) -> Aes256Gcm {
-    Aes256Gcm::new(key.into())
+fn cipher(key: &[u8; 32]) -> LessSafeKey {
+    LessSafeKey::new(UnboundKey::new(&AES_256_GCM, key).expect("the length is right"))
 }
 
-fn nonce((domain, offset): (u32, usize)) -> Nonce<aes_gcm::aead::consts::U12> {
+fn nonce((domain, offset): (u32, usize)) -> Nonce {
     let mut nonce = [0; 12];
     nonce[..8].copy_from_slice(&(offset as u64).to_le_bytes());
     nonce[8..].copy_from_slice(&domain.to_le_bytes());
-    nonce.into()
+    Nonce::assume_unique_for_key(nonce)
 }
 
 /// Decrypts a part of a good file, and clears its tag.
 fn decrypt(
-    cipher: &Aes256Gcm,
+    cipher: &LessSafeKey,
     place: (u32, usize),
     associated: &[u8],
     bytes: &mut [u8],
     tag: &mut [u8],
 ) {
-    let found: [u8; TAG] = (&*tag).try_into().expect("16 bytes");
-    let found: &Tag = (&found).into();
-    let opened = cipher.decrypt_inout_detached(&nonce(place), associated, bytes.into(), found);
+    let opened = cipher.open_in_place_separate_tag(nonce(place), Aad::from(associated), tag, bytes);
     opened.expect("a template is a good file");
     tag.fill(0);
 }
 
 fn encrypt(
-    cipher: &Aes256Gcm,
+    cipher: &LessSafeKey,
     place: (u32, usize),
     associated: &[u8],
     bytes: &mut [u8],
     tag: &mut [u8],
 ) {
-    let made = cipher.encrypt_inout_detached(&nonce(place), associated, bytes.into());
-    tag.copy_from_slice(&made.expect("it is short"));
+    let made = cipher.seal_in_place_separate_tag(nonce(place), Aad::from(associated), bytes);
+    tag.copy_from_slice(made.expect("it is short").as_ref());
 }

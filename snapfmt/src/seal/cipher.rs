@@ -1,8 +1,8 @@
 //! AES-256-GCM for the parts of one file.
 
-use aes_gcm::aead::inout::InOutBuf;
-use aes_gcm::aead::{AeadInOut, KeyInit};
-use aes_gcm::{Aes256Gcm, Nonce, Tag};
+use std::alloc::{Layout, handle_alloc_error};
+
+use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 
 use super::key::{KeyError, SecretKey};
 use crate::layout::TAG_BYTES;
@@ -25,12 +25,15 @@ pub(super) enum Domain {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct NotAuthentic;
 
-/// A cipher with its key, which is erased when this is dropped.
-pub(super) struct Cipher(Box<Aes256Gcm>);
+/// A cipher with its key, which is erased when this is dropped: the library does so with all memory that it frees.
+pub(super) struct Cipher(LessSafeKey);
 
 impl Cipher {
     pub(super) fn new(key: &SecretKey) -> Self {
-        Self(Box::new(Aes256Gcm::new(key.bytes().into())))
+        // The length is right, so only memory for the key can be missing.
+        let key = UnboundKey::new(&AES_256_GCM, key.bytes())
+            .unwrap_or_else(|_| handle_alloc_error(Layout::new::<UnboundKey>()));
+        Self(LessSafeKey::new(key))
     }
 
     /// Encrypts `bytes` in place. The caller must not use the same offset and domain for other bytes.
@@ -42,53 +45,45 @@ impl Cipher {
     ) -> Result<[u8; TAG_BYTES], KeyError> {
         let len_bytes = bytes.len();
         self.0
-            .encrypt_inout_detached(&nonce(domain, offset), associated, bytes.into())
-            .map(|tag| tag.into())
-            .map_err(|_| KeyError::TooLong { len_bytes })
+            .seal_in_place_separate_tag(nonce(domain, offset), Aad::from(associated), bytes)
+            .ok()
+            .and_then(|tag| tag.as_ref().try_into().ok())
+            .ok_or(KeyError::TooLong { len_bytes })
     }
 
-    /// Checks the tag of `bytes` and decrypts them in place. After an error they are as before.
+    /// Checks the tag of `bytes` and decrypts them in place. After an error they must not be used.
     pub(super) fn decrypt(
         &self,
-        place: (Domain, u64),
+        (domain, offset): (Domain, u64),
         associated: &[u8],
         bytes: &mut [u8],
         tag: &[u8; TAG_BYTES],
     ) -> Result<(), NotAuthentic> {
-        self.decrypt_buffer(place, associated, bytes.into(), tag)
+        self.0
+            .open_in_place_separate_tag(nonce(domain, offset), Aad::from(associated), tag, bytes)
+            .map(|_| ())
+            .map_err(|_| NotAuthentic)
     }
 
-    /// Checks the tag of `from` and decrypts them into `to`, which is as long. After an error `to` is as before.
+    /// Checks the tag of `from` and decrypts them into `to`, which is as long. After an error `to` must not be used.
     pub(super) fn decrypt_into(
         &self,
-        place: (Domain, u64),
+        (domain, offset): (Domain, u64),
         associated: &[u8],
         (from, to): (&[u8], &mut [u8]),
         tag: &[u8; TAG_BYTES],
     ) -> Result<(), NotAuthentic> {
-        let buffer = InOutBuf::new(from, to).map_err(|_| NotAuthentic)?;
-        self.decrypt_buffer(place, associated, buffer, tag)
-    }
-
-    fn decrypt_buffer(
-        &self,
-        (domain, offset): (Domain, u64),
-        associated: &[u8],
-        buffer: InOutBuf<'_, '_, u8>,
-        tag: &[u8; TAG_BYTES],
-    ) -> Result<(), NotAuthentic> {
-        let tag: &Tag = tag.into();
         self.0
-            .decrypt_inout_detached(&nonce(domain, offset), associated, buffer, tag)
+            .open_separate_gather(nonce(domain, offset), Aad::from(associated), from, tag, to)
             .map_err(|_| NotAuthentic)
     }
 }
 
-fn nonce(domain: Domain, offset: u64) -> Nonce<aes_gcm::aead::consts::U12> {
+fn nonce(domain: Domain, offset: u64) -> Nonce {
     let mut nonce = [0; 12];
     nonce[..8].copy_from_slice(&offset.to_le_bytes());
     nonce[8..].copy_from_slice(&(domain as u32).to_le_bytes());
-    nonce.into()
+    Nonce::assume_unique_for_key(nonce)
 }
 
 #[cfg(test)]
