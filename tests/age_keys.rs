@@ -27,8 +27,7 @@ const SSH_PROTECTED: &str = include_str!("keys/ed25519-passphrase");
 const TO_SSH: &str = include_str!("keys/ed25519.pub");
 
 fn files() -> Files {
-    let files = Files::new();
-    files.seal_golden();
+    let files = Files::with_golden();
     files.put("id", IDENTITY.as_bytes());
     files.put("protected", PROTECTED.as_bytes());
     files.put("ssh", SSH.as_bytes());

@@ -7,8 +7,7 @@ const WRONG: &[&str] = &["the key does not open the snapshot"];
 
 #[test]
 fn only_the_new_keys_open_the_copy() {
-    let files = Files::new();
-    files.seal_golden();
+    let files = Files::with_golden();
     let before = std::fs::read(files.path("sealed.snap")).expect("it is there");
     let made = files.snap("rekey @sealed.snap -o @new.snap --key-file @key --new-key-file @other");
     assert!(made.ok().stdout.contains("opened by 1 key;"));
@@ -35,8 +34,7 @@ fn only_the_new_keys_open_the_copy() {
 
 #[test]
 fn keys_are_added_and_removed_by_number() {
-    let files = Files::new();
-    files.seal_golden();
+    let files = Files::with_golden();
     let add = "rekey @sealed.snap -o @two.snap --key-file @key --keep all --new-key-file @other";
     let added = files.snap(&format!("{add} --json")).ok().json();
     assert_eq!(added["keys"], 2);
@@ -56,8 +54,7 @@ fn keys_are_added_and_removed_by_number() {
 
 #[test]
 fn what_has_no_sense_is_refused() {
-    let files = Files::new();
-    files.seal_golden();
+    let files = Files::with_golden();
     let rekey = |rest: &str| files.snap(&format!("rekey @sealed.snap -o @no.snap {rest}"));
     rekey("--key-file @key").failed(2, &["no key would open"]);
     rekey("--key-file @key --keep 0").failed(2, &["numbers from 1"]);
@@ -79,8 +76,7 @@ fn what_has_no_sense_is_refused() {
 /// A root is checked for each read, so that the kernel does not copy bytes past the check.
 #[test]
 fn a_root_is_checked_while_the_chunks_are_copied() {
-    let files = Files::new();
-    files.seal_golden();
+    let files = Files::with_golden();
     files.snap("hash @sealed.snap --key-file @key").ok();
     let list = std::fs::read_to_string(files.path("sealed.snap.b3sum")).expect("it is there");
     let root = list.split_whitespace().next().expect("a root");
@@ -102,8 +98,7 @@ fn a_root_is_checked_while_the_chunks_are_copied() {
 
 #[test]
 fn a_layer_follows_its_parent() {
-    let files = Files::new();
-    files.seal_golden();
+    let files = Files::with_golden();
     files.snap("flatten @sealed.snap -o @copy.snap --key-file @key").ok();
     files.snap("rebase @copy.snap --onto @sealed.snap -o @layer.snap --key-file @key").ok();
     let new = "--key-file @key --new-key-file @other";

@@ -43,11 +43,13 @@ impl Files {
         }))
     }
 
-    /// A golden file, sealed with `key`.
-    pub(crate) fn seal_golden(&self) {
+    /// Also with a golden file, `plain.snap`, and a copy that is sealed with `key`, `sealed.snap`.
+    pub(crate) fn with_golden() -> Self {
+        let files = Self::new();
         let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/v1-bound-zstd.snap");
-        std::fs::copy(golden, self.path("plain.snap")).expect("it is copied");
-        self.snap("flatten @plain.snap -o @sealed.snap --key-file @key --from-plain").ok();
+        std::fs::copy(golden, files.path("plain.snap")).expect("it is copied");
+        files.snap("flatten @plain.snap -o @sealed.snap --key-file @key --from-plain").ok();
+        files
     }
 }
 
@@ -58,8 +60,7 @@ fn is_sealed(path: &Path) -> bool {
 
 #[test]
 fn a_sealed_file_opens_with_its_key_only() {
-    let files = Files::new();
-    files.seal_golden();
+    let files = Files::with_golden();
     assert!(is_sealed(&files.path("sealed.snap")));
     files.snap("verify @sealed.snap --key-file @key").ok();
     files.snap("diff @sealed.snap @sealed.snap --key-file @key").ok();
@@ -83,8 +84,7 @@ fn a_sealed_file_opens_with_its_key_only() {
 
 #[test]
 fn without_the_key_its_outline_is_shown_and_its_checksums_are_checked() {
-    let files = Files::new();
-    files.seal_golden();
+    let files = Files::with_golden();
     let shown = files.snap("info @sealed.snap").ok().stdout;
     assert!(shown.contains("SEALED") && shown.contains("opened by 1: a key"), "{shown}");
     let [plain, sealed, opened] = [
@@ -110,8 +110,7 @@ fn without_the_key_its_outline_is_shown_and_its_checksums_are_checked() {
 
 #[test]
 fn a_plain_copy_is_written_on_request_only() {
-    let files = Files::new();
-    files.seal_golden();
+    let files = Files::with_golden();
     let refused = &["--decrypt"];
     files.snap("export @sealed.snap --format raw -o @raw --key-file @key").failed(1, refused);
     assert!(!files.path("raw").exists());
@@ -135,8 +134,7 @@ fn a_plain_copy_is_written_on_request_only() {
 
 #[test]
 fn commands_have_the_keys() {
-    let files = Files::new();
-    files.seal_golden();
+    let files = Files::with_golden();
     // A wrapped key that is not the key: with a mark in front.
     let wrap = "sed s/^/wrapped:/";
     let sealed =
@@ -161,8 +159,7 @@ fn commands_have_the_keys() {
 
 #[test]
 fn what_cannot_work_with_a_key_is_refused_before_a_guest_is_used() {
-    let files = Files::new();
-    files.seal_golden();
+    let files = Files::with_golden();
     let needed = &["--wrap-command is needed"];
     files.snap("create @a.snap --key-command cat").failed(1, needed);
     files.snap("run --api @vm.sock --key-command cat").failed(1, needed);
@@ -298,8 +295,7 @@ fn a_key_is_refused_for_a_guest_whose_files_are_plain() {
 #[test]
 #[cfg(feature = "objects")]
 fn sealed_files_are_pushed_and_pulled_as_they_are() {
-    let files = Files::new();
-    files.seal_golden();
+    let files = Files::with_golden();
     files.snap("flatten @sealed.snap -o @copy.snap --key-file @key").ok();
     files.snap("rebase @copy.snap --onto @sealed.snap -o @layer.snap --key-file @key").ok();
     let url = format!("file://{}/guest", files.text("bucket"));

@@ -7,18 +7,20 @@ use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
 use crate::error::{Part, ReadError, WriteError};
+use crate::file_builder::{self, FileBuilder};
 use crate::index::IndexBuilder;
 use crate::layer::Layer;
 use crate::layout::{CHUNK_ALIGN, MAX_SECTIONS, MAX_STATE_BYTES, PAGE_BYTES};
 use crate::metadata::Metadata;
 use crate::output::{Existing, Output};
 use crate::parent::ParentHint;
+use crate::progress::{OnProgress, Progress};
 use crate::read_at::ReadAt;
 use crate::seal::Seal;
 use crate::section::{Section, SectionKind};
 use crate::snapshot::Snapshot;
 use crate::working_set::WorkingSet;
-use crate::writer::{self, FileBuilder, OnProgress, Progress};
+use crate::writer;
 
 /// What differs in the copy of a snapshot: see [`copy_snapshot`].
 #[derive(Clone, Debug)]
@@ -86,7 +88,7 @@ pub fn copy_snapshot<R: ReadAt>(
         snapshot,
         id,
         seal: snapshot.layers[0].seal.as_ref().map(|seal| seal.of_copy(id)),
-        metadata: writer::encoded(&changes.metadata)?,
+        metadata: file_builder::encoded(&changes.metadata)?,
         working_set: Some(changes.working_set.encode()),
         hint,
         existing: changes.existing,

@@ -17,8 +17,10 @@ use uuid::Uuid;
 
 use crate::chunk::{self, Binding};
 use crate::codec::{Appended, Codec, Compressor};
+use crate::contents::{Contents, WriteOptions};
 use crate::entry::{ChunkExtent, PageIndex};
 use crate::error::WriteError;
+use crate::file_builder::FileBuilder;
 use crate::header::Header;
 use crate::layout::{CHUNK_HEADER_BYTES, PAGE_BYTES};
 use crate::memory_map;
@@ -28,7 +30,7 @@ use crate::parent::Parent;
 use crate::read_at::ReadAt;
 use crate::seal::Seal;
 use crate::section::SectionKind;
-use crate::writer::{Contents, FileBuilder, WriteOptions, check_limits, check_regions};
+use crate::writer::{check_limits, check_regions};
 
 /// A file that has appeared, and whose chunks are added by [`DeferredChunks::add`].
 pub struct DeferredChunks {

@@ -53,11 +53,13 @@ mod behind;
 mod catalogue;
 mod chunk;
 mod codec;
+mod contents;
 mod copy;
 mod dedupe;
 mod deferred;
 mod entry;
 mod error;
+mod file_builder;
 mod guard;
 mod header;
 mod hot;
@@ -73,6 +75,7 @@ mod output;
 mod pack;
 mod page_table;
 mod parent;
+mod progress;
 mod read_at;
 mod rekey;
 mod seal;
@@ -88,6 +91,7 @@ mod writer;
 
 pub use chunk::{Chunk, ChunkBuffer, ChunkHeader};
 pub use codec::{Codec, UnknownCodec};
+pub use contents::{CheckRead, Contents, WriteOptions};
 pub use copy::{Changes, copy_snapshot};
 pub use deferred::{DeferredChunks, write_deferred};
 pub use entry::{ChunkExtent, PageEntry, PageIndex};
@@ -101,6 +105,7 @@ pub use memory_map::MemoryRegion;
 pub use metadata::{CodecUse, Metadata};
 pub use output::{Existing, Output};
 pub use parent::{Parent, ParentHint, Parents, open_file};
+pub use progress::{OnProgress, Progress};
 pub use read_at::{ReadAt, WhenHere};
 pub use rekey::{Rekey, rekey_snapshot};
 pub use seal::{KeyError, KeyProvider, KeySlot, KeySlots, Outline, SecretKey, VerifiedOutline};
@@ -110,7 +115,4 @@ pub use storage::{Permanent, Storage};
 pub use verify::Verified;
 pub use waiting::WhenReadable;
 pub use working_set::{HotRun, Phase, WorkingSet};
-pub use writer::{
-    CheckRead, Contents, OnProgress, Progress, WriteOptions, write_layer, write_snapshot,
-    write_with_set,
-};
+pub use writer::{write_layer, write_snapshot, write_with_set};

@@ -9,9 +9,9 @@ use crate::entry::{ChunkExtent, PageEntry, PageIndex};
 use crate::error::{ChainError, ReadError};
 use crate::layout::{LEAF_SPAN_BYTES, PAGE_BYTES};
 use crate::ordered;
+use crate::progress::{OnProgress, Progress};
 use crate::read_at::ReadAt;
 use crate::snapshot::Snapshot;
-use crate::writer::{OnProgress, Progress};
 
 /// Called by [`Snapshot::load`] with a source offset and the bytes there: whole pages.
 pub type OnPages<'a> = &'a (dyn Fn(u64, &[u8]) + Sync);

@@ -7,14 +7,15 @@ use uuid::Uuid;
 
 use crate::copy::Copy;
 use crate::error::{ChainError, Part, ReadError, WriteError};
+use crate::file_builder;
 use crate::layout::HEADER_BYTES;
 use crate::metadata::Metadata;
 use crate::output::Existing;
 use crate::parent::ParentHint;
+use crate::progress::OnProgress;
 use crate::read_at::ReadAt;
 use crate::seal::{KeyProvider, Parts, Seal};
 use crate::snapshot::Snapshot;
-use crate::writer::{self, OnProgress};
 
 /// Which keys open the copy: see [`rekey_snapshot`].
 #[derive(Clone)]
@@ -91,7 +92,7 @@ pub fn rekey_snapshot<R: ReadAt>(
         snapshot,
         id,
         seal: Some(seal.of_rekeyed_copy(id, &rekey.keep, &rekey.add)?),
-        metadata: writer::encoded(&rekey.metadata)?,
+        metadata: file_builder::encoded(&rekey.metadata)?,
         working_set: working_set.map(|set| set.encode()),
         hint,
         existing: rekey.existing,

@@ -8,11 +8,11 @@ use crate::error::{Corruption, Part, Problem, ReadError};
 use crate::layer::Layer;
 use crate::layout::LEAF_PAGES;
 use crate::page_table::PageTable;
+use crate::progress::{OnProgress, Progress};
 use crate::read_at::ReadAt;
 use crate::section::SectionKind;
 use crate::snapshot::Snapshot;
 use crate::verify_bytes::{FileBytes, reporting};
-use crate::writer::{OnProgress, Progress};
 
 /// What [`Snapshot::verify`] has checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

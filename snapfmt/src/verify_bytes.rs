@@ -10,9 +10,9 @@ use crate::header::{self, Header};
 use crate::layer;
 use crate::layout::{CHUNK_HEADER_BYTES, HEADER_BYTES, TAG_BYTES};
 use crate::ordered;
+use crate::progress::{OnProgress, Progress};
 use crate::read_at::ReadAt;
 use crate::section::{self, Section, SectionKind};
-use crate::writer::{OnProgress, Progress};
 
 /// Chunks that one task reads: about a megabyte of file.
 const CHUNKS_PER_TASK: usize = 64;

@@ -69,6 +69,13 @@ impl Files {
     }
 }
 
+/// A folder with `old.snap`, sealed with the key 1.
+fn original() -> (Files, Snapshot) {
+    let files = Files::new();
+    let snapshot = open(&files.write("old.snap"), 1).unwrap();
+    (files, snapshot)
+}
+
 fn regions() -> [MemoryRegion; 1] {
     [MemoryRegion { gpa: 0, len: (PAGES * PAGE_BYTES) as u64, source_offset: 0 }]
 }
@@ -106,10 +113,9 @@ fn is_wrong_key(opened: Result<Snapshot, ReadError>) -> bool {
 
 #[test]
 fn only_the_new_key_opens_the_copy() {
-    let files = Files::new();
-    let (old, new) = (files.write("old.snap"), files.at("new.snap"));
+    let (files, snapshot) = original();
+    let (old, new) = (files.at("old.snap"), files.at("new.snap"));
     let before = fs::read(&old).unwrap();
-    let snapshot = open(&old, 1).unwrap();
     let header = rekey_snapshot(&new, &snapshot, &new_keys(&[2]), &go).unwrap();
     assert_ne!(header.id, snapshot.header().id);
     assert!(is_wrong_key(open(&new, 1)));
@@ -141,9 +147,8 @@ fn only_the_new_key_opens_the_copy() {
 /// The slots of the copy are authenticated: one cannot be added to it, or taken from another copy.
 #[test]
 fn the_list_of_keys_cannot_be_changed() {
-    let files = Files::new();
-    let (old, two, one) = (files.write("old.snap"), files.at("two.snap"), files.at("one.snap"));
-    let snapshot = open(&old, 1).unwrap();
+    let (files, snapshot) = original();
+    let (two, one) = (files.at("two.snap"), files.at("one.snap"));
     rekey_snapshot(&two, &snapshot, &new_keys(&[3, 2]), &go).unwrap();
     rekey_snapshot(&one, &snapshot, &new_keys(&[2]), &go).unwrap();
     let keys_of = |path: &Path| {
@@ -180,9 +185,8 @@ fn the_list_of_keys_cannot_be_changed() {
 
 #[test]
 fn keys_are_added_kept_and_removed() {
-    let files = Files::new();
-    let (old, three, one) = (files.write("old.snap"), files.at("three.snap"), files.at("one.snap"));
-    let snapshot = open(&old, 1).unwrap();
+    let (files, snapshot) = original();
+    let [old, three, one] = ["old.snap", "three.snap", "one.snap"].map(|name| files.at(name));
     rekey_snapshot(&three, &snapshot, &new_keys(&[2, 3]).keep(vec![1]), &go).unwrap();
     assert_eq!((slots(&old), slots(&three)), (1, 3));
     for byte in 1..=3 {
@@ -196,9 +200,8 @@ fn keys_are_added_kept_and_removed() {
 
 #[test]
 fn lists_of_keys_that_no_file_has_are_refused() {
-    let files = Files::new();
-    let (old, new) = (files.write("old.snap"), files.at("new.snap"));
-    let snapshot = open(&old, 1).unwrap();
+    let (files, snapshot) = original();
+    let new = files.at("new.snap");
     let refused = |rekey: Rekey<'_>| {
         let error = rekey_snapshot(&new, &snapshot, &rekey, &go).map(drop).unwrap_err();
         assert!(!new.exists());
@@ -270,21 +273,19 @@ fn storage_without_a_file_to_copy_is_read() {
             self.0.len_bytes()
         }
     }
-    let files = Files::new();
-    let bytes = fs::read(files.write("old.snap")).unwrap();
+    let (files, original) = original();
+    let bytes = fs::read(files.at("old.snap")).unwrap();
     let named = [(Read(bytes), PathBuf::new())];
     let snapshot = Snapshot::named_chain_with(named, Some(key(1))).unwrap();
     assert!(snapshot.storage().file_to_copy().is_none());
     rekey_snapshot(files.at("new.snap"), &snapshot, &new_keys(&[2]), &go).unwrap();
-    let original = open(&files.at("old.snap"), 1).unwrap();
     assert_eq!(everything(&open(&files.at("new.snap"), 2).unwrap()), everything(&original));
 }
 
 #[test]
 fn it_is_whole_or_not_there() {
-    let files = Files::new();
-    let (old, new) = (files.write("old.snap"), files.at("new.snap"));
-    let snapshot = open(&old, 1).unwrap();
+    let (files, snapshot) = original();
+    let (old, new) = (files.at("old.snap"), files.at("new.snap"));
     let stop = |_| ControlFlow::Break(());
     let stopped = rekey_snapshot(&new, &snapshot, &new_keys(&[2]), &stop);
     assert!(matches!(stopped, Err(WriteError::Cancelled)));

@@ -107,6 +107,14 @@ fn open_bytes(bytes: &[u8]) -> Result<Snapshot<&[u8]>, ReadError> {
     Snapshot::named_chain_with([(bytes, PathBuf::new())], Some(key(1)))
 }
 
+/// A folder with `a.snap`, sealed with the key 1.
+fn written(options: &WriteOptions) -> (Files, Snapshot) {
+    let files = Files::new();
+    let path = files.write("a.snap", &memory(), options);
+    let snapshot = open(&path, Some(key(1))).unwrap();
+    (files, snapshot)
+}
+
 /// All that a snapshot holds.
 #[derive(Debug, PartialEq)]
 struct Everything {
@@ -166,8 +174,8 @@ fn what_is_sealed_is_read_with_the_key_and_is_not_in_the_file() {
 
 #[test]
 fn the_same_key_is_needed() {
-    let files = Files::new();
-    let path = files.write("a.snap", &memory(), &sealed());
+    let (files, _) = written(&sealed());
+    let path = files.at("a.snap");
     assert!(matches!(open(&path, None), Err(ReadError::KeyNeeded)));
     let wrong = open(&path, Some(key(2)));
     assert!(matches!(wrong, Err(ReadError::Key(KeyError::Wrong))));
@@ -181,9 +189,7 @@ fn the_same_key_is_needed() {
 /// A chunk that was read ahead may be decoded twice.
 #[test]
 fn decoding_does_not_change_what_was_read() {
-    let files = Files::new();
-    let path = files.write("a.snap", &memory(), &sealed().codec(Codec::Raw));
-    let snapshot = open(&path, Some(key(1))).unwrap();
+    let (_files, snapshot) = written(&sealed().codec(Codec::Raw));
     let mut chunks = Vec::new();
     snapshot
         .for_each_entry(0..1, |_, entry| {
@@ -257,9 +263,8 @@ fn layers_are_sealed_as_their_parents_are() {
 
 #[test]
 fn a_copy_has_the_chunks_and_other_keys_for_all_else() {
-    let files = Files::new();
-    let path = files.write("a.snap", &memory(), &sealed());
-    let snapshot = open(&path, Some(key(1))).unwrap();
+    let (files, snapshot) = written(&sealed());
+    let path = files.at("a.snap");
     let changes = Changes::new(WorkingSet::default(), Metadata::default().tool("copy"));
     let copy = files.at("copy.snap");
     copy_snapshot(&copy, &snapshot, &changes, &go).unwrap();
@@ -339,9 +344,8 @@ fn each_written_file_has_its_own_keys() {
 
 #[test]
 fn parts_cannot_change_places() {
-    let files = Files::new();
-    let path = files.write("a.snap", &memory(), &sealed().codec(Codec::Raw).dedupe(false));
-    let (snapshot, bytes) = (open(&path, Some(key(1))).unwrap(), fs::read(&path).unwrap());
+    let (files, snapshot) = written(&sealed().codec(Codec::Raw).dedupe(false));
+    let bytes = fs::read(files.at("a.snap")).unwrap();
     let place = |page| match snapshot.entry(PageIndex(page)).unwrap() {
         PageEntry::Data { chunk, .. } => chunk.offset() as usize..chunk.end() as usize,
         other => panic!("{other:?}"),
@@ -478,8 +482,8 @@ proptest! {
 fn template() -> Vec<u8> {
     static TEMPLATE: std::sync::OnceLock<Vec<u8>> = std::sync::OnceLock::new();
     let make = || {
-        let files = Files::new();
-        fs::read(files.write("a.snap", &memory(), &sealed())).unwrap()
+        let (files, _) = written(&sealed());
+        fs::read(files.at("a.snap")).unwrap()
     };
     TEMPLATE.get_or_init(make).clone()
 }
@@ -545,12 +549,10 @@ fn a_file_is_not_written_without_its_key() {
 
 #[test]
 fn write_layer_checks_the_seal_too() {
-    let files = Files::new();
-    let base = files.write("base.snap", &memory(), &sealed());
-    let base = open(&base, Some(key(1))).unwrap();
+    let (files, base) = written(&sealed());
     let memory = memory();
     let contents = Contents::new(base.regions(), &memory, &[]);
-    let parent = Parent::new(&base, "base.snap");
+    let parent = Parent::new(&base, "a.snap");
     let written = write_layer(files.at("l.snap"), contents, &parent, &WriteOptions::default(), &go);
     assert!(matches!(written, Err(WriteError::ParentSeal { parent_is_sealed: true })));
 }

@@ -11,10 +11,10 @@ use crate::error::{Corruption, Part, Problem, ReadError};
 use crate::header::Header;
 use crate::layer::{healed, read, read_section};
 use crate::layout::{HEADER_BYTES, MAGIC, MAX_KEYS_BYTES, SECTION_RECORD_BYTES, TAG_BYTES};
+use crate::progress::OnProgress;
 use crate::read_at::ReadAt;
 use crate::section::{self, Section, SectionKind};
 use crate::verify_bytes::FileBytes;
-use crate::writer::OnProgress;
 
 /// Header and section table, checked.
 pub(crate) struct Parts {
