@@ -104,6 +104,51 @@ fn what_cannot_work_is_refused_with_the_reason() {
     files.snap("verify @a.snap --identity @id").failed(1, &["0644", "chmod 600"]);
 }
 
+/// A private key or a key in hex in place of a public key or of a file.
+#[test]
+fn no_message_repeats_a_key_that_was_given_by_mistake() {
+    let files = Files::with_golden();
+    let age = IDENTITY.lines().last().expect("a key").to_owned();
+    let hex = "5c".repeat(32);
+    let (age_part, ssh_part) = (&age[16..40], SSH.lines().nth(2).expect("a line of it"));
+    for (key, part) in
+        [(&*age, age_part), (&age.to_lowercase(), age_part), (SSH, ssh_part), (&hex, &hex)]
+    {
+        let sealed = files.text("sealed.snap");
+        let out = files.text("no.snap");
+        for (args, code) in [
+            (vec!["flatten", &*sealed, "-o", &out, "--recipient", key], 2),
+            (vec!["rekey", &*sealed, "-o", &out, "--new-recipient", key], 2),
+            (vec!["verify", &*sealed, "--identity", key], 1),
+            (vec!["verify", &*sealed, "--key-file", key], 1),
+            (vec!["fork", "--vm", "vm.sock", "-n", "1", "--key-file", key], 1),
+        ] {
+            // A value that begins with a dash is taken for an option, and refused as such.
+            let code = if key.starts_with('-') { 2 } else { code };
+            let ran = snap(args.clone()).failed(code, &[]);
+            let printed = format!("{}{}", ran.stdout, ran.stderr).to_uppercase();
+            assert!(!printed.contains(&part.to_uppercase()), "{args:?}: {printed}");
+        }
+        // With "=" the value may begin with a dash.
+        for option in ["--recipient", "--identity", "--key-file"] {
+            let code = if option == "--recipient" { 2 } else { 1 };
+            let ran = snap(["verify", &*sealed, &format!("{option}={key}")]).failed(code, &[]);
+            let printed = format!("{}{}", ran.stdout, ran.stderr).to_uppercase();
+            assert!(!printed.contains(&part.to_uppercase()), "{option}: {printed}");
+        }
+        if key != hex {
+            for args in [vec!["verify", key], vec![key], vec!["create", "--memory", key]] {
+                let ran = snap(args.clone());
+                let printed = format!("{}{}", ran.stdout, ran.stderr).to_uppercase();
+                assert!(
+                    ran.code != Some(0) && !printed.contains(&part.to_uppercase()),
+                    "{args:?}: {printed}"
+                );
+            }
+        }
+    }
+}
+
 /// What is in the file is what `age` reads and writes.
 #[test]
 fn the_commands_of_age_and_the_options_open_the_same_files() {

@@ -200,6 +200,34 @@ fn all_threads_have_the_user_that_is_asked_for() {
     }
 }
 
+/// The folders that lead to its files are made by `snap`, and the guest's process has another user than the one that made
+/// them.
+#[test]
+fn the_folders_of_an_empty_root_do_not_depend_on_the_umask() {
+    use std::os::unix::fs::PermissionsExt;
+    needs_vm!();
+    if !is_root("the_folders_of_an_empty_root_do_not_depend_on_the_umask") {
+        return;
+    }
+    let sample = Sample::create(&["--memory", "64M", "--work", "4M"]);
+    for umask in ["000", "077", "777"] {
+        let mut command = Command::new("sh");
+        let user = ["--uid", "12345", "--gid", "54321", "--jail", "strict"];
+        command.args(["-c", "umask $0; exec \"$@\"", umask, SNAP, "restore", "--lazy"]);
+        command.arg(&sample.file).args(user);
+        let mut snap = Talking::start(command);
+        snap.beats(2);
+        let root = format!("/proc/{}/root", snap.id());
+        // The file itself is mounted: these lead to it.
+        for folder in sample.folder.path().ancestors().filter(|folder| folder.parent().is_some()) {
+            let made = Path::new(&root).join(folder.strip_prefix("/").expect("it is absolute"));
+            let made = std::fs::metadata(&made).expect("it is made").permissions().mode();
+            assert_eq!(made & 0o7777, 0o755, "umask {umask}, {}", folder.display());
+        }
+        snap.interrupt();
+    }
+}
+
 #[test]
 fn an_ordinary_user_has_a_strict_jail_by_a_user_namespace() {
     needs_vm!();

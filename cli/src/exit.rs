@@ -10,7 +10,7 @@ use snapfmt::{KeyError, ReadError, WriteError};
 use snapvm::OutputError;
 use snapvm::interchange::ImportError;
 
-use crate::{foreign_text, leftovers, size, stderr};
+use crate::{foreign_text, leftovers, private_keys, size, stderr};
 
 /// The exit codes, for `snap --help`.
 pub(crate) const HELP: &str = "\
@@ -143,7 +143,8 @@ pub(crate) fn describe(error: &Error) -> String {
         }
         _ => about_keys(error).unwrap_or_else(|| about_files(error)).into(),
     };
-    format!("{}{advice}", foreign_text::one_line(&format!("{error:#}")))
+    let text = format!("{error:#}");
+    format!("{}{advice}", foreign_text::one_line(&private_keys::hidden(&text)))
 }
 
 pub(crate) const FAILED: u8 = 1;

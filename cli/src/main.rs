@@ -29,6 +29,7 @@ mod millis;
 mod on_restore;
 mod pager_args;
 mod path_text;
+mod private_keys;
 mod progress;
 mod recorded_source;
 mod report;
@@ -107,6 +108,6 @@ fn command_line(args: &[OsString]) -> Result<Cli> {
         if let Some(place) = expanded.and_then(|expanded| expanded.place_of(&error)) {
             stderr::print(&format!("snap: {place}:\n"));
         }
-        error.exit()
+        private_keys::exit(error)
     })
 }

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use rustix::mount::{
@@ -61,7 +62,7 @@ impl Root {
 fn make_empty(files: &Files, current: &Path) -> io::Result<()> {
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     mount("snap", PLACE, "tmpfs", flags, c"mode=755,size=1m")?;
-    fs::create_dir_all(inside(current))?;
+    make_folder(&inside(current))?;
     let mut named: Vec<&Named> =
         files.named().iter().filter(|named| named.path.is_absolute()).collect();
     // A folder before what is in it.
@@ -74,15 +75,28 @@ fn make_empty(files: &Files, current: &Path) -> io::Result<()> {
         let target = inside(path);
         let found = fs::metadata(link_to(at))?;
         if found.is_dir() {
-            fs::create_dir_all(&target)?;
+            make_folder(&target)?;
         } else {
-            fs::create_dir_all(target.parent().unwrap_or(Path::new(PLACE)))?;
+            make_folder(target.parent().unwrap_or(Path::new(PLACE)))?;
             fs::write(&target, "")?;
         }
         mount_bind(link_to(at), &target)?;
         mounted = Some(path);
     }
     Ok(mount_remount(PLACE, flags | MountFlags::RDONLY, c"")?)
+}
+
+/// Makes a folder and those that lead to it, unless they are there. Whatever the umask is, every user can enter them: the
+/// process may get another user, and what is in them is mounted, with its own mode.
+fn make_folder(folder: &Path) -> io::Result<()> {
+    if folder.is_dir() {
+        return Ok(());
+    }
+    if let Some(parent) = folder.parent() {
+        make_folder(parent)?;
+    }
+    fs::create_dir(folder)?;
+    fs::set_permissions(folder, fs::Permissions::from_mode(0o755))
 }
 
 /// The place of a path before the root changes.

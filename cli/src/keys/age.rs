@@ -17,6 +17,7 @@ use snapfmt::{KeyError, KeyProvider, KeySlot, KeySlots, SecretKey};
 use zeroize::Zeroizing;
 
 use super::read::{PrivateFileError, open_private, read_key};
+use crate::private_keys::shown;
 use crate::terminal::{self, AskError};
 
 /// Identities and recipients.
@@ -62,7 +63,7 @@ impl AgeArgs {
         let mut identities = Vec::new();
         for path in &self.identities {
             let read = Private::read(path).and_then(|private| private.open(path));
-            identities.extend(read.with_context(|| path.display().to_string())?);
+            identities.extend(read.with_context(|| shown(path))?);
         }
         Ok(Arc::new(Keys { identities, recipients: self.recipients.clone() }))
     }
@@ -81,9 +82,9 @@ impl AgeArgs {
     /// Refuses identities whose passphrase another `snap` would have to ask for.
     pub(super) fn check_children_can_read(&self) -> Result<()> {
         for path in &self.identities {
-            let private = Private::read(path).with_context(|| path.display().to_string())?;
+            let private = Private::read(path).with_context(|| shown(path))?;
             if !matches!(private, Private::Open(_)) {
-                return Err(AgeError::Children).with_context(|| path.display().to_string());
+                return Err(AgeError::Children).with_context(|| shown(path));
             }
         }
         Ok(())

@@ -21,6 +21,8 @@ use read::{open_private, read_key};
 
 pub(crate) use age::is_age_file;
 
+use crate::private_keys::shown;
+
 /// Where the keys are. A key is in no option: other users can read the arguments of a process.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub(crate) struct KeyArgs {
@@ -73,7 +75,7 @@ impl KeyArgs {
             return Ok(Some(Arc::clone(provider)));
         }
         let provider: Arc<dyn KeyProvider> = match &self.key_file {
-            Some(path) => Arc::new(key_in(path).with_context(|| path.display().to_string())?),
+            Some(path) => Arc::new(key_in(path).with_context(|| shown(path))?),
             None if self.age.is_given() => self.age.provider()?,
             None => Arc::new(Commands {
                 unwrap: self.key_command.clone(),
@@ -95,7 +97,7 @@ impl KeyArgs {
     /// Refuses a key file that cannot be read again by another `snap`: a pipe, or one with a passphrase.
     pub(crate) fn check_children_can_read(&self) -> Result<()> {
         for path in self.key_file.iter().chain(self.age.files()) {
-            let found = std::fs::metadata(path).with_context(|| path.display().to_string())?;
+            let found = std::fs::metadata(path).with_context(|| shown(path))?;
             if !found.is_file() {
                 bail!(
                     "{}: this command starts others, which read the key again: give a regular file",
