@@ -34,7 +34,7 @@ use rustix::thread::{CapabilitySet, LinkNameSpaceType, move_into_link_name_space
 pub use files::{Access, Files, Rules};
 pub use identity::Identity;
 pub use limits::lower_limits;
-pub use namespaces::{empty_network, separate};
+pub use namespaces::{empty_network, needs_user_namespace, separate};
 pub use role::Role;
 pub use root::Root;
 pub use support::{Support, support};

@@ -18,8 +18,7 @@ use crate::SetupError;
 /// # Errors
 /// The kernel refuses it.
 pub fn separate() -> Result<(), SetupError> {
-    let held = capabilities(None).map_err(SetupError::of("read capabilities"))?;
-    if !held.effective.contains(CapabilitySet::SYS_ADMIN) {
+    if needs_user_namespace()? {
         new_user_namespace()?;
     }
     unshare(UnshareFlags::NEWNS | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS)
@@ -27,6 +26,16 @@ pub fn separate() -> Result<(), SetupError> {
     // What this process mounts is not mounted for others.
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     mount_change("/", private).map_err(SetupError::of("make mounts private"))
+}
+
+/// Whether [`separate`] makes a user namespace. All other users and groups then have the same number in it, that of
+/// /proc/sys/kernel/overflowuid: the process cannot tell them apart.
+///
+/// # Errors
+/// The kernel does not tell the capabilities of the calling thread.
+pub fn needs_user_namespace() -> Result<bool, SetupError> {
+    let held = capabilities(None).map_err(SetupError::of("read capabilities"))?;
+    Ok(!held.effective.contains(CapabilitySet::SYS_ADMIN))
 }
 
 /// The user keeps its ids in it.

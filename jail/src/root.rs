@@ -80,7 +80,11 @@ fn make_empty(files: &Files, current: &Path) -> io::Result<()> {
             make_folder(target.parent().unwrap_or(Path::new(PLACE)))?;
             fs::write(&target, "")?;
         }
-        mount_bind(link_to(at), &target)?;
+        match path.as_path() == Path::new("/proc") {
+            // What is mounted below it hides files of the host, and in a user namespace the kernel refuses to show them.
+            true => mount_bind_recursive(link_to(at), &target)?,
+            false => mount_bind(link_to(at), &target)?,
+        }
         mounted = Some(path);
     }
     Ok(mount_remount(PLACE, flags | MountFlags::RDONLY, c"")?)
