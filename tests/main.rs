@@ -81,6 +81,7 @@ mod slow_readers;
 mod sockets;
 mod streams;
 mod strict;
+mod strict_serving;
 mod support;
 mod talking;
 mod uniqueness;

@@ -11,7 +11,7 @@ use crate::support::{SNAP, end_of, signal, snap, start};
 #[path = "../pager/tests/support/mod.rs"]
 mod support;
 #[path = "../pager/tests/support/vmm.rs"]
-mod vmm;
+pub(crate) mod vmm;
 
 use support::{stamped, userfaultfd_works};
 use vmm::Vmm;

@@ -1,11 +1,12 @@
 //! `snap serve` through the program: its socket, and clones that share memory. Firecracker's handshake is tested with
 //! the library.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -136,12 +137,16 @@ fn a_service_manager_passes_the_socket_and_is_notified() {
     let manager = UnixListener::bind(&socket).expect("it binds");
     let notices = UnixDatagram::bind(&notified).expect("it binds");
     notices.set_read_timeout(Some(Duration::from_secs(60))).expect("it can be set");
-    let start = |options: &str| {
+    let abstract_name = format!("snap-notify-{}", std::process::id());
+    let address = SocketAddr::from_abstract_name(&abstract_name).expect("it is short");
+    let abstract_notices = UnixDatagram::bind_addr(&address).expect("the name is free");
+    abstract_notices.set_read_timeout(Some(Duration::from_secs(60))).expect("it can be set");
+    let start = |options: &str, notified: &OsStr| {
         // The shell keeps its process id, which LISTEN_PID must be.
         let script = format!(r#"LISTEN_PID=$$ exec "{SNAP}" serve "$0" {options} 3<&0 </dev/null"#);
         let mut command = Command::new("sh");
         command.arg("-c").arg(script).arg(&sample.file);
-        command.env("LISTEN_FDS", "1").env("NOTIFY_SOCKET", &notified);
+        command.env("LISTEN_FDS", "1").env("NOTIFY_SOCKET", notified);
         command
             .stdin(OwnedFd::from(manager.try_clone().expect("a duplicate")))
             .stderr(Stdio::piped());
@@ -152,8 +157,16 @@ fn a_service_manager_passes_the_socket_and_is_notified() {
     keeper.prints(&["keeping at"]);
     let kept = format!("--keep \"{}\"", keep.display());
     let mut state = [0; 64];
-    for options in ["", "", &kept] {
-        let mut server = start(options).spawn().expect("it starts");
+    let (notified, abstract_name) =
+        (notified.as_os_str(), OsString::from(format!("@{abstract_name}")));
+    for (options, notified, notices) in [
+        ("", notified, &notices),
+        (&*kept, notified, &notices),
+        ("", &abstract_name, &abstract_notices),
+        ("--jail strict", notified, &notices),
+        ("--jail strict", &abstract_name, &abstract_notices),
+    ] {
+        let mut server = start(options, notified).spawn().expect("it starts");
         let len = notices.recv(&mut state).expect("it is ready");
         assert_eq!(&state[..len], b"READY=1");
         let share = ["--lazy", "--share", socket.to_str().expect("text"), "--beats", "1"];
@@ -164,7 +177,7 @@ fn a_service_manager_passes_the_socket_and_is_notified() {
         assert!(socket.exists());
         UnixStream::connect(&socket).expect("the manager still listens");
     }
-    let both = start("--listen other.sock").output().expect("it starts");
+    let both = start("--listen other.sock", notified).output().expect("it starts");
     assert_eq!(both.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&both.stderr).contains("has passed a socket already"));
     let neither = snap(["serve", sample.file.to_str().expect("text")]);

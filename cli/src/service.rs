@@ -22,21 +22,37 @@ pub(crate) fn passed_socket() -> Result<Option<UnixListener>> {
     }
 }
 
-/// Notifies the service manager, if there is one, that clients can connect.
-pub(crate) fn ready() {
-    let Some(socket) = std::env::var_os("NOTIFY_SOCKET").filter(|socket| !socket.is_empty()) else {
-        return;
-    };
-    if let Err(error) = send(&socket, b"READY=1") {
-        say(&format!("snap: cannot notify the service manager: {error}\n"));
+/// The service manager that waits for this process, if there is one.
+pub(crate) struct Manager(Option<UnixDatagram>);
+
+impl Manager {
+    /// Connects to it, while this process may still do that.
+    pub(crate) fn connect() -> Self {
+        let named = std::env::var_os("NOTIFY_SOCKET").filter(|socket| !socket.is_empty());
+        let connected = named.map(|socket| connected(&socket)).transpose();
+        Self(connected.unwrap_or_else(|error| {
+            report(&error);
+            None
+        }))
+    }
+
+    /// Notifies it that clients can connect.
+    pub(crate) fn ready(self) {
+        if let Some(Err(error)) = self.0.map(|socket| socket.send(b"READY=1")) {
+            report(&error);
+        }
     }
 }
 
-fn send(socket: &OsStr, state: &[u8]) -> io::Result<()> {
+fn report(error: &io::Error) {
+    say(&format!("snap: cannot notify the service manager: {error}\n"));
+}
+
+fn connected(socket: &OsStr) -> io::Result<UnixDatagram> {
     let sender = UnixDatagram::unbound()?;
     match socket.as_bytes().strip_prefix(b"@") {
-        Some(name) => sender.send_to_addr(state, &SocketAddr::from_abstract_name(name)?)?,
-        None => sender.send_to(state, socket)?,
-    };
-    Ok(())
+        Some(name) => sender.connect_addr(&SocketAddr::from_abstract_name(name)?)?,
+        None => sender.connect(socket)?,
+    }
+    Ok(sender)
 }

@@ -39,7 +39,7 @@ fn kept(role: Role) -> CapabilitySet {
         // A guest whose page cannot be loaded is killed, also that of another user (--allow-uid). Messages that are read
         // from a userfaultfd go to locked memory. A userfaultfd for memory that clones share needs SYS_PTRACE where there
         // is no /dev/userfaultfd.
-        Role::Server => {
+        Role::Server | Role::Fork => {
             priorities
                 | folders
                 | CapabilitySet::KILL

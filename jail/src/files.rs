@@ -145,8 +145,8 @@ impl Files {
 /// What a role is cut off from.
 fn scopes(role: Role) -> BitFlags<Scope> {
     match role {
-        // A server kills guests, and notifies a service manager that may have an abstract socket.
-        Role::Server => BitFlags::empty(),
+        // A server kills guests.
+        Role::Server | Role::Fork => Scope::AbstractUnixSocket.into(),
         // Before this erratum was fixed, the rule also refused signals to threads of the same process.
         _ if Erratum::current().contains(Erratum::ScopedSignalHandling) => {
             Scope::AbstractUnixSocket | Scope::Signal

@@ -19,13 +19,15 @@ pub enum Role {
     Writer,
     /// It serves memory of guests in other processes, or keeps what another server needs for that.
     Server,
+    /// As [`Role::Server`], and it connects to the guest that is forked.
+    Fork,
     /// It answers readers of a mounted snapshot, by FUSE, or loads pages for them. It mounts and unmounts nothing.
     Mount,
 }
 
 impl Role {
     /// All roles.
-    pub const ALL: [Role; 8] = [
+    pub const ALL: [Role; 9] = [
         Role::Vcpu,
         Role::Pager,
         Role::Devices,
@@ -33,6 +35,7 @@ impl Role {
         Role::Main,
         Role::Writer,
         Role::Server,
+        Role::Fork,
         Role::Mount,
     ];
 
@@ -45,6 +48,7 @@ impl Role {
             Role::Main => "main",
             Role::Writer => "writer",
             Role::Server => "server",
+            Role::Fork => "fork",
             Role::Mount => "mount",
         }
     }

@@ -49,6 +49,7 @@ pub(crate) fn of(role: Role) -> &'static [&'static [Rule]] {
             &[COMMON, STARTS_THREADS, READS_FILES, VCPU, PAGER, DEVICES, SIGNALS, MAIN, WRITER]
         }
         Role::Server => &[COMMON, STARTS_THREADS, READS_FILES, PAGER, SIGNALS, SERVER],
+        Role::Fork => &[COMMON, STARTS_THREADS, READS_FILES, PAGER, SIGNALS, SERVER, FORK],
         Role::Mount => &[COMMON, STARTS_THREADS, READS_FILES, MOUNT],
     }
 }
@@ -315,8 +316,6 @@ const SERVER: &[Rule] = &[
     rule(SYS_accept4, Always, "a guest, a server that is kept, a reader of metrics"),
     rule(SYS_recvmsg, Always, "messages with the descriptors of guests"),
     rule(SYS_sendmsg, Always, "messages with descriptors, to a keeper and to clones"),
-    rule(SYS_socket, OneOf(0, &[AF_UNIX as u32]), "the service manager learns that the server is ready"),
-    rule(SYS_connect, Always, "a fork asks the guest for pages that are not copied yet; only AF_UNIX sockets exist"),
     rule(SYS_ioctl, OneOf(1, &[FIONBIO as u32]), "sockets that do not block"),
     rule(SYS_shutdown, Always, "the end of a connection"),
     rule(SYS_getsockopt, Always, "who connects"),
@@ -347,6 +346,12 @@ const SERVER: &[Rule] = &[
 ];
 
 #[rustfmt::skip]
+const FORK: &[Rule] = &[
+    rule(SYS_socket, OneOf(0, &[AF_UNIX as u32]), "asks the guest for pages that are not copied yet"),
+    rule(SYS_connect, Always, "asks the guest for pages that are not copied yet; only AF_UNIX sockets exist"),
+];
+
+#[rustfmt::skip]
 const MOUNT: &[Rule] = &[
     rule(SYS_writev, Always, "answers to readers"),
     rule(SYS_geteuid, Always, "the owner of the files"),
@@ -360,7 +365,7 @@ mod tests {
     use super::*;
     use crate::names;
 
-    const PARTS: [(&str, &[Rule]); 12] = [
+    const PARTS: [(&str, &[Rule]); 13] = [
         ("Common", COMMON),
         ("No files", NO_FILES),
         ("Starts threads", STARTS_THREADS),
@@ -372,6 +377,7 @@ mod tests {
         ("Main", MAIN),
         ("Writer", WRITER),
         ("Server", SERVER),
+        ("Fork", FORK),
         ("Mount", MOUNT),
     ];
 

@@ -7,10 +7,11 @@ use std::io::{self, ErrorKind};
 use std::net::{TcpListener, TcpStream};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use jail::{Access, Files, Identity, Limits, Role, Root, enter};
+use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 
 /// Runs `body` on a thread of its own, which it may limit.
 fn on_thread<T: Send + 'static>(body: impl FnOnce() -> T + Send + 'static) -> T {
@@ -136,12 +137,12 @@ fn other_processes_get_no_signal_and_no_connection_by_an_abstract_name() {
         })
     };
     let (signal, connection) = tries(rules);
-    let (by_server, to_server) = tries(server);
+    let (by_server, connection_of_server) = tries(server);
     other.kill().and_then(|()| other.wait()).expect("it ends");
     refused(signal);
     refused(connection);
     by_server.expect("a server kills guests");
-    to_server.expect("a server notifies a service manager");
+    refused(connection_of_server);
 }
 
 #[test]
@@ -190,6 +191,45 @@ fn an_empty_root_has_only_what_may_be_named() {
     });
     assert_eq!(fs::read(written).expect("it is there"), b"new");
     assert!(Path::new("/etc/passwd").exists());
+}
+
+#[test]
+fn by_proc_a_thread_reaches_nothing_of_other_processes_that_others_may_not_see() {
+    if !is_root() || !has_landlock(1) {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let precious = folder.path().join("precious");
+    fs::write(&precious, "").expect("it is written");
+    // A process that stays in the old root.
+    let mut other = Command::new("sleep").arg("60").spawn().expect("it starts");
+    let of_other = |name: &str| PathBuf::from(format!("/proc/{}/{name}", other.id()));
+    let root = of_other("root").join(precious.strip_prefix("/").expect("absolute"));
+    let (stat, environ, memory) = (of_other("stat"), of_other("environ"), of_other("mem"));
+    on_thread(move || {
+        jail::separate().expect("root may");
+        let mut files = Files::none();
+        files.change_root();
+        files.allow("/proc".as_ref(), Access::Read).expect("it exists");
+        let rules = files.rules(Role::Server).expect("the kernel takes them");
+        Root::Empty.enter(&files).expect("root may");
+        drop(files);
+        // What a server of root keeps, and more would open more.
+        let kept = CapabilitySet::SYS_PTRACE | CapabilitySet::DAC_OVERRIDE | CapabilitySet::KILL;
+        let inheritable = CapabilitySet::empty();
+        let sets = CapabilitySets { effective: kept, permitted: kept, inheritable };
+        set_capabilities(None, sets).expect("fewer than before");
+        // Without the rules, this would be a way to the old root.
+        assert!(File::open(&root).is_ok());
+        assert!(File::open(&environ).is_ok());
+        rules.apply().expect("it is applied");
+        assert!(File::open(stat).is_ok());
+        for path in [environ, memory, root] {
+            refused(File::open(path));
+        }
+        refused(fs::write("/proc/sys/kernel/core_pattern", "core"));
+    });
+    other.kill().and_then(|()| other.wait()).expect("it ends");
 }
 
 #[test]

@@ -54,6 +54,7 @@ fn attempt(call: &str) {
                 [libc::AT_FDCWD.into(), c"/dev/null".as_ptr() as i64, flags.into()],
             )
         }
+        "connect" => raw(libc::SYS_connect, [-1, 0, 0]),
         "panic" => panic!("this is expected"),
         "terminal" => {
             // There is none: the calls fail.
@@ -125,6 +126,15 @@ fn only_a_writer_opens_files_for_writing() {
             _ => is_refused(role, "openat"),
         }
     }
+}
+
+#[test]
+fn servers_and_other_roles_without_sockets_of_their_own_connect_to_none() {
+    for role in [Role::Vcpu, Role::Pager, Role::Signals, Role::Server, Role::Mount] {
+        is_refused(role, "connect");
+    }
+    let output = child_of(Role::Fork, "connect");
+    assert!(String::from_utf8_lossy(&output.stdout).contains("result -1"), "EBADF");
 }
 
 #[test]

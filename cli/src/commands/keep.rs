@@ -12,7 +12,7 @@ use snapvm::with_causes;
 use crate::api::private_socket;
 use crate::descriptors::allow_many_descriptors;
 use crate::exit::Interrupted;
-use crate::jailed::JailArgs;
+use crate::jailed::ServerJailArgs;
 use crate::service;
 use crate::session::Session;
 use crate::stderr::say;
@@ -39,7 +39,7 @@ pub(crate) struct Args {
     patience: Duration,
 
     #[command(flatten)]
-    jail: JailArgs,
+    pub(crate) jail: ServerJailArgs,
 }
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
@@ -56,12 +56,13 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     allow_many_descriptors();
     let (stopped, stop) = std::io::pipe().context("cannot create a pipe")?;
     session.interrupt.stops(None, stop);
-    args.jail.close_server(None, &session.interrupt)?;
+    let manager = service::Manager::connect();
+    args.jail.close(None, &session.interrupt)?;
     if !quiet {
         let line = format!("keeping at {}\n", args.listen.display());
         let _ = std::io::stderr().write_all(line.as_bytes());
     }
-    service::ready();
+    manager.ready();
     let killed = keeper.run(stopped.as_fd()).context("cannot keep")?;
     if killed > 0 {
         let line = format!("snap: {killed} guests without a server were killed\n");

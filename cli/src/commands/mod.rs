@@ -79,12 +79,15 @@ pub(crate) enum Command {
 }
 
 impl Command {
-    /// Leaves the namespaces of the host, if that is asked for. It needs to be the only thread of the process.
+    /// Leaves the namespaces of the host, if that is asked for and the other options allow it. It needs to be the only
+    /// thread of the process.
     pub(crate) fn separate(&self, is_only_thread: bool) -> Result<()> {
         match self {
             Self::Create(args) => args.jail.separate(is_only_thread),
             Self::Run(args) => args.jail.separate(is_only_thread),
             Self::Restore(args) => args.jail.separate(is_only_thread),
+            Self::Serve(args) => args.separate(is_only_thread),
+            Self::Keep(args) => args.jail.separate(is_only_thread),
             _ => Ok(()),
         }
     }

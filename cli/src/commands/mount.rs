@@ -14,7 +14,7 @@ use snapvm::{with_causes, working_set_pages};
 use crate::descriptors::allow_many_descriptors;
 use crate::exit::Interrupted;
 use crate::input::{Input, reading};
-use crate::jailed::{self, JailArgs};
+use crate::jailed::{self, PartialJailArgs};
 use crate::pager_args::PrefetchArg;
 use crate::session::Session;
 use crate::stderr::{self, say};
@@ -55,7 +55,7 @@ pub(crate) struct Args {
     populate: PopulateArg,
 
     #[command(flatten)]
-    jail: JailArgs,
+    jail: PartialJailArgs,
 }
 
 #[derive(Clone, Copy, ValueEnum)]

@@ -6,26 +6,14 @@ use std::sync::OnceLock;
 use std::sync::mpsc::Receiver;
 
 use anyhow::{Context, Result};
-use clap::ValueEnum;
 use jail::{Access, Files, Identity, Limits, Role, Root, Rules};
 use snapfmt::Snapshot;
 
-use super::{ADVICE, PREPARE, enter, read_again, uses_network, wait_for};
-use crate::exit::{HostLacks, WrongOptions};
+use super::{ADVICE, IdentityArgs, Mode, PREPARE, enter, read_again, uses_network, wait_for};
+use crate::exit::WrongOptions;
 use crate::interrupt::Interrupt;
 use crate::keys::KeyArgs;
 use crate::leftovers;
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-enum Mode {
-    /// All system calls, with the user's rights.
-    Off,
-    /// Each thread has only the system calls and the files that it needs.
-    #[default]
-    Default,
-    /// The process also has namespaces and a root folder of its own.
-    Strict,
-}
 
 /// The options.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -45,13 +33,8 @@ pub(crate) struct GuestJailArgs {
     #[arg(long, value_name = "DIR")]
     chroot: Option<PathBuf>,
 
-    /// Change to this user before the guest runs. What was opened before stays open.
-    #[arg(long, value_name = "N")]
-    uid: Option<u32>,
-
-    /// Change to this group before the guest runs, and leave all others.
-    #[arg(long, value_name = "N")]
-    gid: Option<u32>,
+    #[command(flatten)]
+    identity: IdentityArgs,
 }
 
 /// What the process of a guest needs after the guest has started.
@@ -108,25 +91,15 @@ fn limits(files: impl FnOnce(&'static Plan) -> Option<&'static Rules>) -> Limits
 }
 
 impl GuestJailArgs {
-    pub(crate) const OFF: Self = Self { jail: Mode::Off, chroot: None, uid: None, gid: None };
+    pub(crate) const OFF: Self =
+        Self { jail: Mode::Off, chroot: None, identity: IdentityArgs::NONE };
 
     /// Leaves the namespaces of the host, if the jail is strict. For this the process must have only one thread.
     ///
     /// # Errors
     /// There are other threads, or the kernel refuses it.
     pub(crate) fn separate(&self, is_only_thread: bool) -> Result<()> {
-        match self.jail {
-            Mode::Strict if !is_only_thread => {
-                let text = "--jail strict is not possible with --config: give all options on the command line";
-                Err(WrongOptions(text.into()).into())
-            }
-            Mode::Strict => {
-                // In a user namespace, all capabilities seem to be there.
-                self.identity().check().context("--uid, --gid")?;
-                Ok(jail::separate().context("--jail default needs no namespaces")?)
-            }
-            Mode::Off | Mode::Default => Ok(()),
-        }
+        self.jail.separate(self.identity.get(), is_only_thread)
     }
 
     /// Whether clients of the control socket may name files to be written.
@@ -136,11 +109,9 @@ impl GuestJailArgs {
 
     /// Whether more than the default is asked for.
     pub(crate) fn is_special(&self) -> bool {
-        self.jail == Mode::Strict || self.chroot.is_some() || self.identity() != Identity::default()
-    }
-
-    fn identity(&self) -> Identity {
-        Identity { uid: self.uid, gid: self.gid }
+        self.jail == Mode::Strict
+            || self.chroot.is_some()
+            || self.identity.get() != Identity::default()
     }
 
     /// Refuses what cannot be kept.
@@ -166,11 +137,7 @@ impl GuestJailArgs {
                 "--chroot: the output is written after the root has changed: leave one of them out",
             );
         }
-        if self.jail == Mode::Strict && jail::support().landlock_abi == 0 {
-            let what = "Landlock, which --jail strict needs; --jail default runs without it";
-            return Err(HostLacks(what.into()).into());
-        }
-        self.identity().check().context("--uid, --gid")
+        self.identity.check()
     }
 
     /// Jails the threads that start from now on to run a guest, and the one that waits for signals.
@@ -192,7 +159,7 @@ impl GuestJailArgs {
         }
         let plan = Plan {
             network: strict.then(jail::empty_network).transpose()?,
-            identity: self.identity(),
+            identity: self.identity.get(),
             no_files: Files::none().rules(Role::Vcpu).context(PREPARE)?,
             pager_files: files.rules(Role::Pager).context(PREPARE)?,
         };

@@ -23,7 +23,7 @@ use crate::descriptors::allow_many_descriptors;
 use crate::exit::Interrupted;
 use crate::input;
 use crate::interrupt::Interrupt;
-use crate::jailed::JailArgs;
+use crate::jailed::PartialJailArgs;
 use crate::keys::KeyArgs;
 use crate::millis::ms;
 use crate::session::Session;
@@ -70,7 +70,7 @@ pub(crate) struct Args {
     json: bool,
 
     #[command(flatten)]
-    jail: JailArgs,
+    jail: PartialJailArgs,
 
     /// Options of `snap restore` for each child; `{}` is its number. Each child has a jail of its own.
     #[arg(last = true, value_name = "OPTIONS")]
@@ -236,14 +236,14 @@ struct Serving {
 
 impl Serving {
     /// The thread is jailed, and so are those that it starts. This one is not: it starts the children.
-    fn start(server: Server, jail: &JailArgs, interrupt: &Interrupt) -> Result<Self> {
+    fn start(server: Server, jail: &PartialJailArgs, interrupt: &Interrupt) -> Result<Self> {
         let (stopped, stop) = io::pipe().context("cannot create a pipe")?;
         let (ended, ending) = io::pipe().context("cannot create a pipe")?;
         let (entered, jailed) = mpsc::channel();
         let (jail, interrupt) = (jail.clone(), interrupt.clone());
         let serve = move || {
             let _ending = ending;
-            let result = jail.close_server_of_children(&interrupt);
+            let result = jail.close_server(&interrupt);
             let may_serve = result.is_ok();
             let _ = entered.send(result);
             if may_serve { server.run(stopped.as_fd()) } else { Ok(()) }

@@ -50,13 +50,15 @@ fn parse_mode(text: &str) -> Result<u32, String> {
 }
 
 impl Access {
-    /// Refuses a socket for users whom the server would not serve.
-    pub(super) fn check(&self) -> Result<()> {
+    /// Whether other users are named.
+    pub(super) fn names_users(&self) -> bool {
+        !self.allow_uid.is_empty() || !self.allow_gid.is_empty() || self.socket_owner.is_some()
+    }
+
+    /// Refuses a socket for users whom a server of the user `own` would not serve.
+    pub(super) fn check(&self, own: u32) -> Result<()> {
         let allowed = |uid: &u32| {
-            *uid == 0
-                || *uid == rustix::process::geteuid().as_raw()
-                || self.allow_uid.contains(uid)
-                || !self.allow_gid.is_empty()
+            *uid == 0 || *uid == own || self.allow_uid.contains(uid) || !self.allow_gid.is_empty()
         };
         match self.socket_owner.and_then(|owner| owner.uid) {
             Some(uid) if !allowed(&uid) => {

@@ -3,12 +3,15 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use anyhow::Result;
 use clap::ValueEnum;
 use pager::Populate;
 
 use super::access::Access;
+use crate::bucket;
+use crate::exit::WrongOptions;
 use crate::input::Input;
-use crate::jailed::JailArgs;
+use crate::jailed::ServeJailArgs;
 use crate::metrics;
 use crate::pager_args::{OnError, PrefetchArg};
 
@@ -81,7 +84,45 @@ pub(crate) struct Args {
     pub(super) on_error: OnError,
 
     #[command(flatten)]
-    pub(super) jail: JailArgs,
+    pub(super) jail: ServeJailArgs,
+}
+
+impl Args {
+    /// Checks the options of the jail, and leaves the namespaces of the host if it is strict. For this the process must
+    /// have only one thread.
+    ///
+    /// # Errors
+    /// The options contradict each other, or the kernel refuses it.
+    pub(crate) fn separate(&self, is_only_thread: bool) -> Result<()> {
+        if self.jail.is_special()
+            && let Some(what) = self.needs_the_host()
+        {
+            return Err(impossible(what));
+        }
+        self.jail.separate(self.access.names_users(), is_only_thread)
+    }
+
+    /// What a server that has given up its rights could not do.
+    fn needs_the_host(&self) -> Option<&'static str> {
+        if self.input.file.is_dir() {
+            Some("a folder, whose files and sockets come later: start a server for each file")
+        } else if self.record {
+            Some("--record, whose output is written when the guests have ended: record without it")
+        } else if bucket::is_meant(&self.input.file) || self.input.parents.keys.run_commands() {
+            Some(NETWORK)
+        } else {
+            None
+        }
+    }
+}
+
+/// Why a snapshot is not served in a strict jail.
+pub(super) const NETWORK: &str = "object storage, --key-command or --wrap-command: snap pull fetches the snapshot, and \
+     --key-file gives a key";
+
+/// What cannot be done in a strict jail.
+pub(super) fn impossible(what: &str) -> anyhow::Error {
+    WrongOptions(format!("--jail strict, --uid and --gid are not possible with {what}")).into()
 }
 
 #[derive(Clone, Copy, ValueEnum)]

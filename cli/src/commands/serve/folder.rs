@@ -103,7 +103,7 @@ pub(super) fn run(args: &Args, session: &Session) -> Result<()> {
         let (from, to) = (args.input.file.display(), sockets.display());
         say(&format!("serving {files} snapshots of {from} in {to}\n"));
     }
-    service::ready();
+    service::Manager::connect().ready();
     let interval = Timespec::try_from(INTERVAL).ok();
     while !session.interrupt.requested() {
         let mut fds = [PollFd::from_borrowed_fd(stopped.as_fd(), PollFlags::IN)];

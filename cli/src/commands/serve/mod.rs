@@ -23,13 +23,17 @@ use crate::session::Session;
 use crate::{jailed, metrics, service, stderr};
 
 pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
-    args.access.check()?;
+    args.access.check(args.jail.user())?;
     // Before the guests of a dead server are taken over: each needs some.
     allow_many_descriptors();
     if args.input.file.is_dir() {
         return folder::run(args, session);
     }
     let snapshot = Arc::new(args.input.open()?);
+    let needs_network = jailed::uses_network(&snapshot);
+    if needs_network && args.jail.is_special() {
+        return Err(args::impossible(args::NETWORK));
+    }
     let mut options = options(args, &args.input.file, &snapshot)?;
     let recording = args.out.as_deref().map(|out| Recording::new(out, &snapshot)).transpose()?;
     if recording.is_some() {
@@ -44,9 +48,10 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         None => source,
     };
     let metrics = args.metrics.map(metrics::listen).transpose()?;
+    let manager = service::Manager::connect();
     // A recording is written into a file at the end.
-    if recording.is_none() && !jailed::uses_network(&snapshot) {
-        args.jail.close_server(Some(&snapshot), &session.interrupt)?;
+    if recording.is_none() && !needs_network {
+        args.jail.close(&snapshot, &session.interrupt)?;
     }
     let server = server(&args.input.file, source, socket, options, session.quiet)?;
     let metrics = metrics.map(|listener| metrics::serve(listener, server.handle())).transpose()?;
@@ -58,7 +63,7 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
         let served = served(&args.input.file, &snapshot);
         stderr::print(&format!("serving {served} at {listening}{figures}\n"));
     }
-    service::ready();
+    manager.ready();
     server.run(stopped.as_fd()).context("cannot serve")?;
     if let Some(recording) = recording {
         recording.write(&snapshot, session)?;
