@@ -119,8 +119,8 @@ pub(crate) struct Input {
 /// Where the parents of a layer are, and what is required of all files.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub(crate) struct ParentArgs {
-    /// For a layer: a file that may be its parent, or its parent's parent. By default parents are searched at the path
-    /// in the layer, and in the folders of $SNAP_PATH, by name and then by id.
+    /// For a layer: a file that may be its parent, or its parent's parent. It is used if no parent is found at the path in
+    /// the layer. Then the folders of $SNAP_PATH are searched, by name and by id.
     #[arg(long = "parent", value_name = "FILE")]
     pub(crate) files: Vec<PathBuf>,
 

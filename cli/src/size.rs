@@ -3,8 +3,12 @@
 use parse_size::{ByteSuffix, Config};
 
 /// Parses a size: a number with an optional suffix K, M, G or T, all powers of 1024.
-pub(crate) fn parse(text: &str) -> Result<u64, parse_size::Error> {
-    Config::new().with_binary().with_byte_suffix(ByteSuffix::Allow).parse_size(text)
+///
+/// # Errors
+/// It is not one.
+pub(crate) fn parse(text: &str) -> Result<u64, &'static str> {
+    let config = Config::new().with_binary().with_byte_suffix(ByteSuffix::Allow);
+    config.parse_size(text).map_err(|_| "it is not a size such as 4096, 512M or 1G")
 }
 
 /// A size for people: at most one digit after the point, and no zero.

@@ -1,7 +1,7 @@
 //! The client of a control socket: `snap create --vm`, `snap reset`.
 
 use std::cell::Cell;
-use std::io::{self, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -27,6 +27,8 @@ use crate::waits::Wait;
 const LOOK: Duration = Duration::from_millis(100);
 /// A socket that does not report its progress within this time is not queried again.
 const STATE: Duration = Duration::from_secs(1);
+/// The time within which a guest's process must listen.
+const STARTING: Duration = Duration::from_secs(1);
 /// The time within which a guest's process must accept the request.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -88,6 +90,27 @@ pub(crate) fn cancel_pages(socket: &Path, id: &str) -> Result<()> {
     pages("DELETE", socket, DeferredPages { id: id.to_owned(), page: None }, &in_time)
 }
 
+/// Connects to the guest at this socket. A script may have started the guest just before.
+fn reach(socket: &Path) -> Result<UnixStream> {
+    let started = Instant::now();
+    loop {
+        match connect(socket, PATIENCE) {
+            Ok(stream) => return Ok(stream),
+            Err(error)
+                if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) =>
+            {
+                return Err(error.into());
+            }
+            Err(_) if started.elapsed() < STARTING => std::thread::sleep(LOOK),
+            Err(error) => {
+                return Err(anyhow::Error::new(error).context(
+                    "no guest listens there; snap run or snap restore with --api starts one",
+                ));
+            }
+        }
+    }
+}
+
 fn pages(
     method: &str,
     socket: &Path,
@@ -95,7 +118,7 @@ fn pages(
     waiting: &dyn Fn() -> Result<()>,
 ) -> Result<()> {
     let named = || format!("cannot ask the guest at {}", socket.display());
-    let stream = connect(socket, PATIENCE).with_context(named)?;
+    let stream = reach(socket).with_context(named)?;
     send(&stream, method, "/snapshot/pages", &json!(wanted), PATIENCE).with_context(named)?;
     match receive(stream, waiting).with_context(named)? {
         (204, _) => Ok(()),
@@ -193,7 +216,7 @@ fn ask<T: DeserializeOwned>(
     let (requested, stored) = (socket.display().to_string(), socket.display().to_string());
     let requesting = Wait::new(move || format!("the guest at {requested} to take a request"));
     let requesting = requesting.at_most(PATIENCE).begin();
-    let stream = connect(socket, PATIENCE).with_context(named)?;
+    let stream = reach(socket).with_context(named)?;
     send(&stream, "PUT", path, wanted, PATIENCE).with_context(named)?;
     drop(requesting);
     let done = *done;
@@ -258,7 +281,7 @@ pub(crate) fn guest_files(socket: &Path) -> Result<GuestFiles> {
         true => Ok(()),
         false => bail!("it does not answer"),
     };
-    let stream = connect(socket, PATIENCE).with_context(named)?;
+    let stream = reach(socket).with_context(named)?;
     send(&stream, "GET", "/vm", &Value::Null, PATIENCE).with_context(named)?;
     let (_, state) = receive(stream, &in_time).with_context(named)?;
     serde_json::from_value(state).context("the guest's answer is not understood")

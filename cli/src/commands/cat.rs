@@ -42,7 +42,7 @@ pub(crate) struct Args {
 pub(crate) fn parse_address(text: &str) -> Result<u64> {
     match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
         Some(hex) => u64::from_str_radix(hex, 16).context("not a hexadecimal number of 64 bits"),
-        None => Ok(size::parse(text)?),
+        None => size::parse(text).map_err(anyhow::Error::msg),
     }
 }
 

@@ -87,6 +87,8 @@ pub(crate) fn run(args: &Args, session: &Session) -> Result<()> {
     let storage = Storage { codec: args.codec, ..Storage::default() };
     // Before the first checkpoint: layers are merged later.
     storage.options(&args.keys)?;
+    // Before the folder is made: there is a guest.
+    client::guest_files(&args.vm)?;
     let folder = Folder::open(&args.out, &args.keys)?;
     let mut run = Run {
         args,

@@ -285,8 +285,8 @@ fn create_layer(
 ) -> Result<(Header, Instant, Instant)> {
     let Some(when) = args.when.clone().filter(|when| *when != Trigger::Ready) else {
         bail!(
-            "a restored guest was ready before: give --when output:TEXT, after:TIME or \
-             request"
+            "with --from, --when is needed: output:TEXT, after:TIME or request; the guest was ready \
+             before"
         );
     };
     let (console, seen) = GuestConsole::new(std::io::sink(), when.until());

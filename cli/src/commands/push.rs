@@ -154,7 +154,13 @@ pub(crate) fn send(
     };
     let bar = Bar::of_transfer("pushing", session.quiet, &session.interrupt);
     let pushed = objects::push(&snapshot, url, force, Retry::default(), &|p| bar.update(p));
-    Ok((snapshot, pushed.map_err(to_error)?))
+    let pushed = pushed.map_err(|error| match error {
+        ObjectError::NameTaken { url } => {
+            anyhow!("{url}: the name is taken; give --force to replace it")
+        }
+        other => to_error(other),
+    });
+    Ok((snapshot, pushed?))
 }
 
 /// Whether a parent is not among the files, or is an object in a place that is not allowed.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::mpsc::Receiver;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use jail::{Access, Files, Identity, Limits, Role, Root, Rules};
 use snapfmt::Snapshot;
 
@@ -136,6 +136,9 @@ impl GuestJailArgs {
             return refuse(
                 "--chroot: the output is written after the root has changed: leave one of them out",
             );
+        }
+        if let Some(folder) = self.chroot.as_ref().filter(|folder| !folder.is_dir()) {
+            bail!("--chroot {}: there is no such folder", folder.display());
         }
         self.identity.check()
     }

@@ -59,15 +59,20 @@ const FEATURES: [(&str, Features); 9] = [
     ("WP_UNPOPULATED", Features::WRITE_PROTECT_UNPOPULATED),
 ];
 
-/// The features are those of this kernel: none, if it gives no userfaultfd.
-fn userfaultfd() -> (Check, Features) {
+/// A feature of userfaultfd on a host where it cannot be opened.
+fn unknown(check: Check) -> Check {
+    check.missing("not known: userfaultfd cannot be opened", "as for userfaultfd")
+}
+
+/// The features are those of this kernel. `None`: it gives no userfaultfd.
+fn userfaultfd() -> (Check, Option<Features>) {
     let check = Check::new("userfaultfd", "restore --lazy, serve, fork, reset").required();
     let all = FEATURES.iter().fold(Features::NONE, |all, (_, feature)| all.with(*feature));
     let features = match Uffd::open(Features::NONE, all) {
         Ok(uffd) => uffd.features(),
         Err(error) => {
             let check = check.missing("none that serves faults of KVM", describe(&error.into()));
-            return (check, Features::NONE);
+            return (check, None);
         }
     };
     let device = may_be_opened("/dev/userfaultfd").is_ok();
@@ -82,20 +87,21 @@ fn userfaultfd() -> (Check, Features) {
         ),
         json!({ "device": device, "kernel_faults": true, "features": names }),
     );
-    (check, features)
+    (check, Some(features))
 }
 
-fn poison(features: Features) -> Check {
+fn poison(features: Option<Features>) -> Check {
     let check = Check::new("poison", "lazy restores with --on-error poison, the default");
-    match features.contains(Features::POISON) {
-        true => check.ok("a page that cannot be loaded stops the guest", json!({})),
-        false => {
+    match features.map(|features| features.contains(Features::POISON)) {
+        None => unknown(check),
+        Some(true) => check.ok("a page that cannot be loaded stops the guest", json!({})),
+        Some(false) => {
             check.missing("UFFDIO_POISON is missing", "use Linux 6.6 or newer, or --on-error kill")
         }
     }
 }
 
-fn write_protection(features: Features) -> Check {
+fn write_protection(features: Option<Features>) -> Check {
     let check = Check::new(
         "write protection",
         "snapshots of a guest that runs: create --live, checkpoint, fork",
@@ -103,10 +109,11 @@ fn write_protection(features: Features) -> Check {
     let needed = Features::WRITE_PROTECT
         .with(Features::WRITE_PROTECT_SHMEM)
         .with(Features::WRITE_PROTECT_UNPOPULATED);
-    match features.contains(needed) {
-        true => check
+    match features.map(|features| features.contains(needed)) {
+        None => unknown(check),
+        Some(true) => check
             .ok("of anonymous and shared memory, also of pages that are not there yet", json!({})),
-        false => check.missing(
+        Some(false) => check.missing(
             "userfaultfd does not protect all memory of a guest",
             "use Linux 6.4 or newer; without it a guest is paused while it is snapshotted",
         ),
