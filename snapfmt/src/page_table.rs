@@ -17,8 +17,8 @@ use crate::read_at::ReadAt;
 /// Leaves this close to each other are read together.
 const LEAF_GAP_BYTES: u64 = 64 << 10;
 
-/// The first read of one of this many leaves announces all of them: a disk reads 256 KiB nearly as fast as one leaf, and
-/// a guest touches memory of many leaves soon after its restore.
+/// On a disk, the first read of one of this many leaves announces all of them: a disk reads 256 KiB nearly as fast as one
+/// leaf, and a guest touches memory of many leaves soon after its restore.
 const NEAR_LEAVES: usize = 64;
 
 /// The merged index of some layers, top first.
@@ -90,7 +90,7 @@ impl PageTable {
         positions.dedup();
         // The caller knows which ones it needs.
         positions.iter().for_each(|position| _ = self.announce(*position));
-        expect_leaves(layers, positions.iter().map(|position| self.leaves[*position].0));
+        expect_leaves(layers.iter(), positions.iter().map(|position| self.leaves[*position].0));
     }
 
     /// Returns whether this is the first announcement of leaves near this one.
@@ -171,7 +171,10 @@ impl PageTable {
         }
         if self.announce(position) {
             let near = self.leaves.chunks(NEAR_LEAVES).nth(position / NEAR_LEAVES);
-            expect_leaves(layers, near.unwrap_or_default().iter().map(|(number, _)| *number));
+            let numbers = near.unwrap_or_default().iter().map(|(number, _)| *number);
+            // Storage that is not a disk reads larger blocks by itself.
+            let on_disk = |layer: &&Layer<R>| !layer.storage.is_remote();
+            expect_leaves(layers.iter().filter(on_disk), numbers);
         }
         let merged = Box::new(merge(layers, *number)?);
         // Two threads may both have merged it: the result is the same, and the first one is kept.
@@ -194,7 +197,10 @@ impl Leaf {
 }
 
 /// Announces to the storage that these leaves, in ascending order, will be read.
-fn expect_leaves<R: ReadAt>(layers: &[Layer<R>], numbers: impl Iterator<Item = u32> + Clone) {
+fn expect_leaves<'a, R: ReadAt + 'a>(
+    layers: impl Iterator<Item = &'a Layer<R>>,
+    numbers: impl Iterator<Item = u32> + Clone,
+) {
     for layer in layers {
         let mut expected = 0..0;
         for leaf in numbers.clone().filter_map(|number| layer.index.leaf_bytes(number)) {
