@@ -61,7 +61,8 @@ impl<'a> Contents<'a> {
     }
 
     /// The memory may change after it was read, as that of a guest that runs. Then each byte of it is read at most
-    /// once, except those of [`HotPages`](crate::HotPages), and `check` is called after the last read. Its error leaves no file.
+    /// once, except those of [`HotPages`](crate::HotPages), and `check` is called after the last read. Its error leaves no
+    /// file.
     #[must_use]
     pub fn read_once(mut self, check: CheckRead<'a>) -> Self {
         self.read_once = Some(check);
