@@ -93,6 +93,26 @@ fn a_strict_jail_writes_its_snapshot_and_nothing_else() {
     assert!(folder.path().join("relative.snap").exists());
 }
 
+/// The place of a file in the new root was once made in the folder itself, and emptied the file.
+#[test]
+fn a_socket_named_by_the_parent_folder_leaves_what_is_in_its_folder() {
+    needs_vm!();
+    let folder = tempfile::tempdir().expect("a folder");
+    let (before, beside) = (folder.path().join("a"), folder.path().join("b"));
+    for folder in [&before, &beside] {
+        std::fs::create_dir(folder).expect("a new folder");
+    }
+    let file = beside.join("guest.snap");
+    snap(["create", &*file.to_string_lossy(), "--memory", "64M", "--work", "4M"]).ok();
+    let bytes = std::fs::read(&file).expect("it was written");
+    let mut command = Command::new(SNAP);
+    command.current_dir(&before).args(["restore", "../b/guest.snap", "--api", "../b/vm.sock"]);
+    command.args(["--beats", "1", "--jail", "strict"]);
+    run(command).ok();
+    assert!(std::fs::read(&file).expect("it is still there") == bytes);
+    assert_eq!(crate::support::names(&beside), ["guest.snap"]);
+}
+
 #[test]
 fn sockets_are_removed_and_requests_for_files_are_refused_with_a_reason() {
     needs_vm!();

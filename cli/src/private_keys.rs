@@ -36,7 +36,9 @@ fn first_in(text: &str) -> Option<(usize, usize)> {
     let of_age = OF_AGE.iter().filter_map(|start| {
         let start = upper.find(start)? + start.len();
         let is_of_key = |c: char| c.is_ascii_alphanumeric() || c == '-';
-        Some((start, start + text[start..].find(|c| !is_of_key(c)).unwrap_or(text.len() - start)))
+        let end = start + text[start..].find(|c| !is_of_key(c)).unwrap_or(text.len() - start);
+        // Advice says how such keys begin: AGE-SECRET-KEY-1.
+        (end - start > 1).then_some((start, end))
     });
     let pem = text.find(PEM.0).map(|start| {
         let start = start + PEM.0.len();

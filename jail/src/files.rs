@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use landlock::{
     ABI, Access as _, AccessFs, AccessNet, BitFlags, Erratum, PathBeneath, Ruleset as Builder,
@@ -70,7 +70,15 @@ impl Files {
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         let flags = OFlags::PATH | OFlags::CLOEXEC;
         match rustix::fs::openat(CWD, path, flags, Mode::empty()) {
-            Ok(at) => self.add(at, std::path::absolute(path)?, access),
+            Ok(at) => {
+                let mut path = std::path::absolute(path)?;
+                // In a new root each file is at one path only. Otherwise, below a folder that is mounted by a path with `..`,
+                // a place for another file would be made in the host's folder.
+                if path.components().any(|part| part == Component::ParentDir) {
+                    path = std::fs::read_link(link_to(&at))?;
+                }
+                self.add(at, path, access)
+            }
             Err(rustix::io::Errno::NOENT) => Ok(()),
             Err(error) => Err(error.into()),
         }

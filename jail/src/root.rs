@@ -78,7 +78,8 @@ fn make_empty(files: &Files, current: &Path) -> io::Result<()> {
             make_folder(&target)?;
         } else {
             make_folder(target.parent().unwrap_or(Path::new(PLACE)))?;
-            fs::write(&target, "")?;
+            // Never a file of the host, if one were there.
+            fs::OpenOptions::new().write(true).create_new(true).open(&target)?;
         }
         match path.as_path() == Path::new("/proc") {
             // What is mounted below it hides files of the host, and in a user namespace the kernel refuses to show them.

@@ -118,7 +118,7 @@ fn pages(
     waiting: &dyn Fn() -> Result<()>,
 ) -> Result<()> {
     let named = || format!("cannot ask the guest at {}", socket.display());
-    let stream = reach(socket).with_context(named)?;
+    let stream = connect(socket, PATIENCE).with_context(named)?;
     send(&stream, method, "/snapshot/pages", &json!(wanted), PATIENCE).with_context(named)?;
     match receive(stream, waiting).with_context(named)? {
         (204, _) => Ok(()),
