@@ -285,8 +285,8 @@ fn create_layer(
 ) -> Result<(Header, Instant, Instant)> {
     let Some(when) = args.when.clone().filter(|when| *when != Trigger::Ready) else {
         bail!(
-            "with --from, --when is needed: output:TEXT, after:TIME or request; the guest was ready \
-             before"
+            "a restored guest was ready before, so --when is needed: give --when output:TEXT, \
+             after:TIME or request"
         );
     };
     let (console, seen) = GuestConsole::new(std::io::sink(), when.until());
