@@ -248,6 +248,26 @@ fn the_folders_of_an_empty_root_do_not_depend_on_the_umask() {
     }
 }
 
+/// In a user namespace there would be no such user: refused at the start, before sockets are bound.
+#[test]
+fn another_user_needs_the_namespace_of_the_host() {
+    needs_vm!();
+    if !is_root("another_user_needs_the_namespace_of_the_host") {
+        return;
+    }
+    let sample = Sample::create(&["--memory", "64M", "--work", "4M"]);
+    let socket = sample.folder.path().join("pages.sock");
+    let (file, socket) = (sample.file.to_string_lossy(), socket.to_string_lossy());
+    for args in [&["restore", &*file, "--beats", "1"][..], &["serve", &*file, "--listen", &*socket]]
+    {
+        let mut command = Command::new("setpriv");
+        command.args(["--bounding-set", "-sys_admin", "--inh-caps", "-sys_admin", SNAP]).args(args);
+        command.args(["--jail", "strict", "--uid", "65533", "--gid", "65533"]);
+        run(command).failed(2, &["CAP_SYS_ADMIN", "--jail default"]);
+    }
+    assert!(!Path::new(&*socket).exists());
+}
+
 #[test]
 fn an_ordinary_user_has_a_strict_jail_by_a_user_namespace() {
     needs_vm!();

@@ -349,17 +349,22 @@ impl ReadAt for Noting {
     }
 }
 
-/// Each part of the index is announced to the storage once before it is read.
-#[test]
-fn announced_entries_are_read() {
-    let memory = memory();
+/// A snapshot of `memory`, and what is announced and read from now on.
+fn noted() -> (tempfile::TempDir, Arc<Noting>, Snapshot<Arc<Noting>>) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("plain.snap");
-    write_snapshot(&path, contents(&memory), &WriteOptions::default(), &go_on).unwrap();
+    write_snapshot(&path, contents(&memory()), &WriteOptions::default(), &go_on).unwrap();
     let file = std::fs::File::open(&path).unwrap();
     let storage = Arc::new(Noting { file, expected: Mutex::default(), read: Mutex::default() });
     let snapshot = Snapshot::new(Arc::clone(&storage)).unwrap();
     storage.read.lock().unwrap().clear();
+    (folder, storage, snapshot)
+}
+
+/// Each part of the index is announced to the storage once before it is read.
+#[test]
+fn announced_entries_are_read() {
+    let (_folder, storage, snapshot) = noted();
     // Pages of two leaves, in any order; one is of no memory.
     let pages = [1299, 1, 1200, 3, u32::MAX].map(PageIndex);
     snapshot.expect_entries(&pages);
@@ -380,14 +385,7 @@ fn announced_entries_are_read() {
 /// The first read of a part of the index announces the parts near it.
 #[test]
 fn the_parts_of_the_index_near_the_first_one_are_announced() {
-    let memory = memory();
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("plain.snap");
-    write_snapshot(&path, contents(&memory), &WriteOptions::default(), &go_on).unwrap();
-    let file = std::fs::File::open(&path).unwrap();
-    let storage = Arc::new(Noting { file, expected: Mutex::default(), read: Mutex::default() });
-    let snapshot = Snapshot::new(Arc::clone(&storage)).unwrap();
-    storage.read.lock().unwrap().clear();
+    let (_folder, storage, snapshot) = noted();
     // One page of each of three leaves.
     for page in [1200, 1, 600] {
         snapshot.entry(PageIndex(page)).unwrap();

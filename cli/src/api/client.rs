@@ -27,8 +27,8 @@ use crate::waits::Wait;
 const LOOK: Duration = Duration::from_millis(100);
 /// A socket that does not report its progress within this time is not queried again.
 const STATE: Duration = Duration::from_secs(1);
-/// The time within which a guest's process must listen.
-const STARTING: Duration = Duration::from_secs(1);
+/// The time within which a guest's process must listen: too short for a message about the wait.
+const STARTING: Duration = Duration::from_millis(800);
 /// The time within which a guest's process must accept the request.
 const PATIENCE: Duration = Duration::from_secs(10);
 

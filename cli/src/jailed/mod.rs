@@ -47,6 +47,11 @@ impl Mode {
             Mode::Strict => {
                 // In a user namespace, all capabilities seem to be there.
                 identity.check().context(IDENTITY)?;
+                if identity != Identity::default() && jail::needs_user_namespace()? {
+                    let text = "--uid and --gid need CAP_SYS_ADMIN with --jail strict, whose user namespace has no other \
+                                user without it; --jail default needs no namespaces";
+                    return Err(WrongOptions(text.into()).into());
+                }
                 Ok(jail::separate().context("--jail default needs no namespaces")?)
             }
             Mode::Off | Mode::Default => Ok(()),

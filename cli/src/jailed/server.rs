@@ -57,10 +57,14 @@ impl ServerJailArgs {
     /// # Errors
     /// There are other threads, the kernel refuses it, or clients of other users could not be told apart.
     pub(crate) fn separate(&self, is_only_thread: bool) -> Result<()> {
+        self.separate_as(Identity::default(), is_only_thread)
+    }
+
+    fn separate_as(&self, identity: Identity, is_only_thread: bool) -> Result<()> {
         if self.jail == Mode::Strict && jail::needs_user_namespace()? {
             check_own_user()?;
         }
-        self.jail.separate(Identity::default(), is_only_thread)
+        self.jail.separate(identity, is_only_thread)
     }
 
     /// Jails this thread, which serves guests of other processes from `snapshot` if there is one, the threads that it
@@ -130,7 +134,7 @@ impl ServeJailArgs {
         if self.server.jail == Mode::Strict && serves_others && jail::needs_user_namespace()? {
             return Err(WrongOptions(OTHER_USERS.into()).into());
         }
-        self.server.separate(is_only_thread)
+        self.server.separate_as(self.identity.get(), is_only_thread)
     }
 
     /// As [`ServerJailArgs::close`].

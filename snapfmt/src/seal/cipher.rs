@@ -101,6 +101,22 @@ mod tests {
         assert_eq!(hex(&tag), "d0d1c8a799996bf0265b98b5d48ab919");
     }
 
+    /// Both ways: a caller that forgets the error must find no part of the text.
+    #[test]
+    fn what_is_not_authentic_is_not_decrypted() {
+        let cipher = Cipher::new(&SecretKey::random().unwrap());
+        let text = [3; 100_000];
+        let mut bytes = text;
+        let mut tag = cipher.encrypt((Domain::Chunk, 64), &[], &mut bytes).unwrap();
+        tag[15] ^= 1;
+        let mut opened = vec![0; bytes.len()];
+        let place = (Domain::Chunk, 64);
+        assert!(cipher.decrypt_into(place, &[], (&bytes, &mut opened), &tag).is_err());
+        assert!(!opened.contains(&3), "{:?}", &opened[..64]);
+        assert!(cipher.decrypt(place, &[], &mut bytes, &tag).is_err());
+        assert!(bytes[..64] != text[..64] && bytes[99_936..] != text[99_936..]);
+    }
+
     #[test]
     fn only_the_same_place_and_associated_bytes_open_it() {
         let cipher = Cipher::new(&SecretKey::random().unwrap());
