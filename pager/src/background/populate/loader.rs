@@ -1,5 +1,6 @@
 //! The background thread of the population.
 
+use std::iter;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -25,12 +26,14 @@ use crate::sched::task;
 use crate::source::error::SourceErrorKind;
 use crate::source::load::{Load, LoadedPages, PageReader};
 use crate::source::panicked::Panicked;
-use crate::source::sequence::PageSequence;
+use crate::source::sequence::{PageSequence, Wanted};
 
 /// During a prefetch, the time between two checks whether the pager was stopped.
 const AFTER_PREFETCH: Duration = Duration::from_millis(5);
 /// The time between two checks of a spare loader whether faults wait for a disk.
 const SPARE_CHECK: Duration = Duration::from_millis(1);
+/// The time between two checks of a page that a demand thread is loading.
+const CLAIMED_PAUSE: Duration = Duration::from_micros(50);
 /// The pause between two attempts while the memory map is changing.
 const MAP_PAUSE: Duration = Duration::from_micros(50);
 /// If the guest has caught up with a loader, this many pages are left to its faults, so that the loader is ahead again.
@@ -262,8 +265,15 @@ impl Loader {
         let offset = shared.layout.source_offset(place);
         let retry = shared.population.options.retry;
         let (mut failed_loads, mut tries) = (0, 0);
+        let claim = Claim::new(&shared);
         while shared.states.of(page) == PageState::Missing {
             self.before_load()?;
+            claim.end();
+            if !claim.claim(&mut iter::once(offset)) {
+                // A demand thread is loading it, or has loaded it.
+                pause(&shared, CLAIMED_PAUSE)?;
+                continue;
+            }
             match reader.load(offset) {
                 Ok(Load::Zero { range }) => {
                     // Left to the kernel, or to a fault.
