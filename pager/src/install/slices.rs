@@ -72,7 +72,15 @@ impl PagerState {
             return Ok(());
         }
         let mut observer = SliceObserver::new(self, slice, reason, None);
-        kernel::install(&other.filler, target, fill, &mut observer)
+        let Fill::Copy(bytes) = fill else {
+            return kernel::install(&other.filler, target, fill, &mut observer);
+        };
+        let fill = Fill::CopyWithoutWaking(bytes);
+        let installed = kernel::install(&other.filler, target, fill, &mut observer);
+        // A woken thread may preempt this one, and its next fault needs the lock. So the wake comes after the lock.
+        drop(lock);
+        let woken = kernel::wake(&other.filler, target.host_addr, bytes.len());
+        installed.and(woken)
     }
 
     /// Fills a page with zeros that is not in memory, unless its state is `Missing`: then it has the content of the
