@@ -53,3 +53,35 @@ fn the_chunk_of_equal_pages_is_read_once() {
         assert_eq!(load(&mut *reader, 7, &content).0, own);
     }
 }
+
+#[test]
+fn a_chunk_brings_the_equal_pages_between_its_own() {
+    // Of 64 pages each fourth is equal to page 3, and one is equal to the page before it.
+    let number_of = |number: usize| match number {
+        _ if number % 4 == 3 => 3,
+        21 => 20,
+        _ => number,
+    };
+    let content: Vec<u8> =
+        (0..64).flat_map(|number| vec![number_of(number) as u8 + 1; PAGE]).collect();
+    for codec in [Codec::Raw, Codec::Lz4, Codec::Zstd] {
+        let folder = tempfile::tempdir().expect("a folder");
+        let source = SnapshotSource::new(snapshot::stored(folder.path(), &content, codec));
+        let mut reader = source.reader(PAGE).expect("it has such pages");
+        // The first chunk has 16 pages, up to page 18. Page 3 is one of them.
+        let (pages, read) = load(&mut *reader, 0, &content);
+        assert_eq!(pages, (0..19).collect::<Vec<_>>());
+        assert!(read > 0);
+        // No fault was on a page that is equal to page 3, so that is not kept, and the second chunk does not bring 23.
+        let (pages, read) = load(&mut *reader, 22, &content);
+        assert!(pages.contains(&21) && !pages.contains(&23), "{pages:?}");
+        assert!(read > 0);
+        // Now it is kept.
+        load(&mut *reader, 63, &content);
+        let (pages, read) = load(&mut *reader, 22, &content);
+        assert!([21, 22, 23, 24, 27, 28].iter().all(|page| pages.contains(page)), "{pages:?}");
+        assert!(read > 0);
+        // Each page comes once.
+        assert!(pages.windows(2).all(|pair| pair[0] < pair[1]), "{pages:?}");
+    }
+}

@@ -50,7 +50,8 @@ impl<R: ReadAt + 'static> PageSource for SnapshotSource<R> {
             snapshot: Arc::clone(&self.snapshot),
             buffer: ChunkBuffer::new(),
             shared: SharedPages::default(),
-            pages: Vec::with_capacity(most + 1),
+            pages: Vec::with_capacity(most * SPREAD as usize + 1),
+            joined: Vec::new(),
         }))
     }
 
@@ -74,6 +75,9 @@ impl<R: ReadAt + 'static> PageSource for SnapshotSource<R> {
 
 /// A fault on a page whose shared page is kept also loads such pages in the aligned 64 KiB around it.
 const AROUND_PAGES: u32 = 16;
+/// A fault on any other page also loads the equal pages between the pages of its chunk that need no read, if the chunk's pages
+/// are spread over at most this many times as much memory.
+const SPREAD: u32 = 2;
 
 struct SnapshotReader<R: ReadAt> {
     snapshot: Arc<Snapshot<R>>,
@@ -81,6 +85,8 @@ struct SnapshotReader<R: ReadAt> {
     buffer: ChunkBuffer,
     shared: SharedPages,
     pages: Vec<LoadedPage>,
+    /// The pages of a chunk, and kept pages after them.
+    joined: Vec<u8>,
 }
 
 impl<R: ReadAt> PageReader for SnapshotReader<R> {
@@ -134,8 +140,30 @@ impl<R: ReadAt> PageReader for SnapshotReader<R> {
                 self.shared.keep(extent, slot, bytes);
             }
         }
+        self.joined.clear();
+        for between in between(chunk.pages()).filter(|between| *between != page) {
+            match self.snapshot.entry(between) {
+                Ok(PageEntry::Data { chunk: of, slot }) if of == extent => {
+                    if chunk.pages().get(usize::from(slot)).is_some_and(|first| *first != between) {
+                        self.pages.push(loaded(between, slot));
+                    }
+                }
+                Ok(PageEntry::Data { chunk: of, slot }) => {
+                    let Some(kept) = self.shared.find(of, slot) else { continue };
+                    if self.joined.is_empty() {
+                        self.joined.extend_from_slice(chunk.bytes());
+                    }
+                    let buffer_offset = self.joined.len();
+                    self.joined.extend_from_slice(&self.shared.bytes()[kept..kept + PAGE_BYTES]);
+                    let source_offset = between.source_offset();
+                    self.pages.push(LoadedPage { source_offset, buffer_offset });
+                }
+                // Zeros are left to their faults, and errors too.
+                _ => {}
+            }
+        }
         Ok(Load::Pages(LoadedPages {
-            bytes: chunk.bytes(),
+            bytes: if self.joined.is_empty() { chunk.bytes() } else { &self.joined },
             pages: &self.pages,
             cost: LoadCost {
                 read_ns: (fetched - start).as_nanos() as u64,
@@ -185,4 +213,12 @@ impl<R: ReadAt> SnapshotReader<R> {
             }
         }
     }
+}
+
+/// All pages from the first to the last of a chunk. None if the pages are spread.
+fn between(of_chunk: &[PageIndex]) -> impl Iterator<Item = PageIndex> + use<> {
+    let first = of_chunk.iter().map(|page| page.0).min().unwrap_or(0);
+    let last = of_chunk.iter().map(|page| page.0).max().unwrap_or(0);
+    let is_dense = last - first < of_chunk.len() as u32 * SPREAD;
+    is_dense.then_some(first..=last).into_iter().flatten().map(PageIndex)
 }
