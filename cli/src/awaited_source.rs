@@ -38,6 +38,10 @@ impl PageSource for AwaitedSource {
         self.source.len_bytes()
     }
 
+    fn data_bytes(&self) -> u64 {
+        self.source.data_bytes()
+    }
+
     /// No thread waits for pages that are loaded ahead, so this wait is not reported.
     fn sequence(
         &self,

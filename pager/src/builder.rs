@@ -139,8 +139,9 @@ impl PagerBuilder {
     }
 
     /// The number of threads of the population, each with its own loads. The default is the number of CPUs less that of
-    /// demand threads, at least one and at most four. On a host with a single CPU the default for [`Populate::Auto`] is
-    /// none, because they would only take time from the threads that they load for.
+    /// demand threads, at least one and at most four. With a single CPU and by default, [`Populate::Auto`] loads only
+    /// what is left when five eighths of the source's data ([`crate::PageSource::data_bytes`]) are installed, because
+    /// its thread takes time from those that it loads for.
     pub fn populate_threads(mut self, threads: usize) -> PagerBuilder {
         self.populate_threads = Some(threads.max(1));
         self

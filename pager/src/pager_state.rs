@@ -44,6 +44,12 @@ impl PagerState {
         self.population.is_active() || self.prefetch.is_running()
     }
 
+    /// The bytes that were installed with content of the source that is not known to be zero.
+    pub(crate) fn data_bytes(&self) -> u64 {
+        let pages = self.slices.iter().map(|slice| slice.counters.data_pages()).sum::<u64>();
+        pages * self.layout.page_bytes()
+    }
+
     /// Whether a fault or an event is queued, or is being answered, in any slice.
     pub(crate) fn demand(&self) -> bool {
         self.slices

@@ -37,6 +37,7 @@ fn the_chunk_of_equal_pages_is_read_once() {
     for codec in [Codec::Raw, Codec::Lz4, Codec::Zstd] {
         let folder = tempfile::tempdir().expect("a folder");
         let source = SnapshotSource::new(snapshot::stored(folder.path(), &content, codec));
+        assert_eq!(source.data_bytes(), 64 * PAGE as u64, "equal pages count, too");
         let mut reader = source.reader(PAGE).expect("it has such pages");
         let own: Vec<usize> = (0..16).collect();
         let (pages, read) = load(&mut *reader, 20, &content);

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use pager::{Pager, PagerBuilder, Populate, Population, SourceError};
-use support::{Memory, PAGE, is_lost, shuffled, source_of, stamp, userfaultfd_works};
+use support::{Memory, PAGE, is_lost, pin_here, shuffled, source_of, stamp, userfaultfd_works};
 
 const PAGES: usize = 8192;
 /// A hang guard.
@@ -120,6 +120,34 @@ fn off_is_off() {
     let stats = pager.stop();
     assert_eq!((stats.population, stats.installed.populated), (Population::Off, 0));
     assert_eq!(stats.faults, PAGES as u64);
+}
+
+/// On a single CPU a loader takes time from the guest. It loads what is left when the guest has needed most of the memory.
+#[test]
+fn a_single_cpu_loads_only_the_rest() {
+    if !userfaultfd_works("a_single_cpu_loads_only_the_rest") {
+        return;
+    }
+    let on_one_cpu = || {
+        pin_here();
+        let memory = Memory::map(PAGES * PAGE);
+        let source = source_of(PAGES, |offset, answer| {
+            answer.push(offset as usize / PAGE);
+            Ok(())
+        });
+        let pager = Pager::builder(source).region(memory.whole()).start().expect("it starts");
+        let order = shuffled(PAGES, 9);
+        let touch = |page: &usize| assert_eq!(memory.read_u64(page * PAGE), stamp(*page));
+        let (needed, rest) = order.split_at(PAGES / 8 * 5 - 1);
+        needed.iter().for_each(touch);
+        assert_eq!(pager.population(), Population::Quiet);
+        assert_eq!(pager.stats().installed.populated, 0);
+        rest.iter().for_each(touch);
+        let stats = pager.stop();
+        assert_eq!(stats.pages.missing, 0);
+        assert!(stats.installed.populated > 0, "{stats:?}");
+    };
+    thread::scope(|scope| scope.spawn(on_one_cpu).join().expect("it ends"));
 }
 
 /// Removals and lost pages during the loading: a page that was given back reads as zero, a lost page is an error of the

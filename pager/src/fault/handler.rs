@@ -466,6 +466,7 @@ impl Handler {
         if shared.population.waited(place.page, source_offset, service + delay, read)
             && self.wait_bucket.add(service, delay, self.last_now)
             && !shared.population.loads_ahead()
+            && shared.population.may_begin(|| shared.data_bytes())
         {
             self.follower.unbound(|| start::on_demand(shared));
         }

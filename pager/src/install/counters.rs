@@ -52,6 +52,12 @@ impl Counters {
         self.by_origin[origin as usize].fetch_add(pages, Ordering::Relaxed);
     }
 
+    /// Pages that were installed with content of the source that is not known to be zero.
+    pub(crate) fn data_pages(&self) -> u64 {
+        let origins = [Origin::Demand, Origin::FaultAround, Origin::Populated, Origin::Prefetched];
+        origins.map(|origin| self.by_origin[origin as usize].load(Ordering::Relaxed)).iter().sum()
+    }
+
     pub(crate) fn faults(&self) -> u64 {
         self.faults.load(Ordering::Relaxed)
     }

@@ -12,6 +12,7 @@ const REST: u32 = 8;
 thread_local! {
     /// Until when this thread does not yield.
     static RESTS_UNTIL: Cell<Option<Instant>> = const { Cell::new(None) };
+    static NEVER: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Lets the other threads of this CPU run, if there are few of them.
@@ -20,12 +21,20 @@ thread_local! {
 /// rest of its turn. Where 30 threads wait for a CPU, a thread that yields after each 20 us of work waits for 30 turns
 /// each time, and gets a hundredth of the CPU time that it is due.
 pub(crate) fn give_way() {
+    if NEVER.get() {
+        return;
+    }
     let began = Instant::now();
     if RESTS_UNTIL.get().is_some_and(|until| began < until) {
         return;
     }
     thread::yield_now();
     RESTS_UNTIL.set(rest_until(began, Instant::now()));
+}
+
+/// From now on, `give_way` does nothing in this thread.
+pub(crate) fn never_give_way() {
+    NEVER.set(true);
 }
 
 /// Until when a thread rests from yields after one that took this time.

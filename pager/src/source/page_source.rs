@@ -19,6 +19,11 @@ pub trait PageSource: Send + Sync {
     /// The length in bytes. Every offset below it can be loaded.
     fn len_bytes(&self) -> u64;
 
+    /// The most bytes of it that may not be zero, as far as that is known without reading. The default is the length.
+    fn data_bytes(&self) -> u64 {
+        self.len_bytes()
+    }
+
     /// A loader for pages that are known in advance: ranges of source offsets in bytes, in the order in which the pages
     /// are wanted. The prefetch and the population use it.
     ///

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use snapfmt::{ChunkBuffer, PageEntry, PageIndex, ReadAt, ReadError, Snapshot};
+use snapfmt::{ChunkBuffer, Header, PageEntry, PageIndex, ReadAt, ReadError, Snapshot};
 
 use crate::region::PAGE_BYTES;
 use crate::source::error::SourceError;
@@ -57,6 +57,14 @@ impl<R: ReadAt + 'static> PageSource for SnapshotSource<R> {
 
     fn len_bytes(&self) -> u64 {
         self.snapshot.header().memory_bytes
+    }
+
+    fn data_bytes(&self) -> u64 {
+        // From the lowest layer up: the pages of a parent are at most those that the layer leaves to it.
+        let headers: Vec<_> = self.snapshot.headers().collect();
+        let add =
+            |parent: u64, header: &&Header| header.data_pages + header.parent_pages.min(parent);
+        headers.iter().rev().fold(0, add) * PAGE_BYTES as u64
     }
 
     fn sequence(
@@ -142,24 +150,22 @@ impl<R: ReadAt> PageReader for SnapshotReader<R> {
         }
         self.joined.clear();
         for between in between(chunk.pages()).filter(|between| *between != page) {
-            match self.snapshot.entry(between) {
-                Ok(PageEntry::Data { chunk: of, slot }) if of == extent => {
-                    if chunk.pages().get(usize::from(slot)).is_some_and(|first| *first != between) {
-                        self.pages.push(loaded(between, slot));
-                    }
+            // Zeros are left to their faults, and errors too.
+            let Ok(PageEntry::Data { chunk: of, slot }) = self.snapshot.entry(between) else {
+                continue;
+            };
+            if of == extent {
+                let listed = chunk.pages().get(usize::from(slot));
+                if listed.is_some_and(|listed| *listed != between) {
+                    self.pages.push(loaded(between, slot));
                 }
-                Ok(PageEntry::Data { chunk: of, slot }) => {
-                    let Some(kept) = self.shared.find(of, slot) else { continue };
-                    if self.joined.is_empty() {
-                        self.joined.extend_from_slice(chunk.bytes());
-                    }
-                    let buffer_offset = self.joined.len();
-                    self.joined.extend_from_slice(&self.shared.bytes()[kept..kept + PAGE_BYTES]);
-                    let source_offset = between.source_offset();
-                    self.pages.push(LoadedPage { source_offset, buffer_offset });
+            } else if let Some(kept) = self.shared.find(of, slot) {
+                if self.joined.is_empty() {
+                    self.joined.extend_from_slice(chunk.bytes());
                 }
-                // Zeros are left to their faults, and errors too.
-                _ => {}
+                let (source_offset, buffer_offset) = (between.source_offset(), self.joined.len());
+                self.joined.extend_from_slice(&self.shared.bytes()[kept..kept + PAGE_BYTES]);
+                self.pages.push(LoadedPage { source_offset, buffer_offset });
             }
         }
         Ok(Load::Pages(LoadedPages {

@@ -188,7 +188,7 @@ pub fn userfaultfd_works(test: &str) -> bool {
     }
 }
 
-/// Binds the calling thread to a CPU.
+/// Binds the calling thread, and those that it creates, to a CPU.
 pub fn pin(cpu: usize) {
     // SAFETY: all zero bits are an empty set.
     let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
@@ -197,6 +197,13 @@ pub fn pin(cpu: usize) {
     // SAFETY: the calling thread, and a valid set of that size.
     let result = unsafe { libc::sched_setaffinity(0, std::mem::size_of_val(&set), &set) };
     assert_eq!(result, 0, "{}", io::Error::last_os_error());
+}
+
+/// The same, to the CPU where it runs now: it may use that one.
+pub fn pin_here() {
+    // SAFETY: takes nothing and has no effect.
+    let cpu = unsafe { libc::sched_getcpu() };
+    pin(usize::try_from(cpu).expect("the thread runs on a CPU"));
 }
 
 /// The calling thread's id in `/proc`.

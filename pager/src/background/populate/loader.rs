@@ -21,6 +21,7 @@ use crate::install::reason::InstallReason;
 use crate::layout::Place;
 use crate::pager_state::PagerState;
 use crate::sched::avoid_demand_cpus::AvoidDemandCpus;
+use crate::sched::give_way::never_give_way;
 use crate::sched::priority::make_normal;
 use crate::sched::task;
 use crate::source::error::SourceErrorKind;
@@ -72,6 +73,10 @@ impl Loader {
         if let Some(cpus) = &self.shared.population.options.cpus {
             // A failure costs only speed.
             let _ = cpus.bind();
+        }
+        if self.shared.population.only_rest {
+            // Each yield would give a whole turn to the threads that it loads for.
+            never_give_way();
         }
         if self.is_spare {
             // Any other thread preempts it. A demand thread may have this policy, too: see `before_load`. A failure costs
