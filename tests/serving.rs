@@ -113,7 +113,7 @@ fn a_socket_can_be_given_to_other_users_who_are_allowed() {
         assert!(!socket.exists());
     };
     refused("4321", "user 4321, who is not served: add --allow-uid 4321");
-    refused("me", "is not the number of an id");
+    refused("me", "id -u NAME");
     let serving = Serving::with(&sample, &["--socket-mode", "0666", "--allow-gid", "4322"]);
     let mode = socket.symlink_metadata().expect("it is there").permissions().mode();
     assert_eq!(mode & 0o777, 0o666);

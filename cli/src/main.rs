@@ -47,6 +47,7 @@ mod summary;
 mod terminal;
 mod trust;
 mod usage;
+mod user_id;
 mod waits;
 mod working_set_file;
 

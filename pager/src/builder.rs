@@ -125,8 +125,8 @@ impl PagerBuilder {
     }
 
     /// What a fault costs the faulting thread besides its answer, for the measure of [`Populate::Auto`]. The default is
-    /// 8 us. Guests with asynchronous page faults of KVM halt for milliseconds. From 8 ms on, the first fault starts
-    /// the loading.
+    /// 8 us. Guests with asynchronous page faults of KVM halt for milliseconds. From 8 ms on, one fault is enough to start
+    /// the loading, and it starts with the pager.
     pub fn fault_overhead(mut self, overhead: Duration) -> PagerBuilder {
         self.fault_overhead = overhead;
         self

@@ -44,7 +44,7 @@ impl PagerState {
         self.population.is_active() || self.prefetch.is_running()
     }
 
-    /// The bytes that were installed with content of the source that is not known to be zero.
+    /// About how many bytes are present that are not zero in the source.
     pub(crate) fn data_bytes(&self) -> u64 {
         let pages = self.slices.iter().map(|slice| slice.counters.data_pages()).sum::<u64>();
         pages * self.layout.page_bytes()

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::background::loading::LoadingPages;
 use crate::background::page_list::{PageList, Ready};
-use crate::background::populate::demand::WaitBucket;
+use crate::background::populate::demand::{self, WaitBucket};
 use crate::background::populate::population::Populate;
 use crate::background::populate::progress::{Options, Progress};
 use crate::background::populate::start;
@@ -123,8 +123,20 @@ impl PagerBuilder {
         if let Some(list) = prefetch {
             start_prefetch(&mut pager, source, list, prefetch_when);
         }
-        if matches!(populate, Populate::Full | Populate::Idle) {
-            start::loaders(&pager.shared).map_err(system("a thread"))?;
+        let begins = match populate {
+            Populate::Full | Populate::Idle => true,
+            // A single fault begins the loading: the time until the first one is used, too.
+            Populate::Auto => {
+                fault_overhead >= demand::BEGIN && pager.shared.population.has_loaders()
+            }
+            Populate::Off => false,
+        };
+        match begins.then(|| start::loaders(&pager.shared)) {
+            // Without threads for that, only faults load pages.
+            Some(Err(error)) if populate != Populate::Auto => {
+                return Err(system("a thread")(error));
+            }
+            _ => {}
         }
         Ok(pager)
     }

@@ -16,6 +16,7 @@ pub(crate) use self::guest::{GuestJailArgs, Jail, Needs};
 pub(crate) use self::partial::PartialJailArgs;
 pub(crate) use self::server::{ServeJailArgs, ServerJailArgs};
 use crate::exit::{self, HostLacks, WrongOptions};
+use crate::user_id;
 
 /// The jail of a process all of whose threads can be jailed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -63,11 +64,11 @@ impl Mode {
 #[derive(Clone, Debug, Default, clap::Args)]
 pub(crate) struct IdentityArgs {
     /// Change to this user before a guest runs, or a client is served. What was opened before stays open.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = user_id::parse)]
     uid: Option<u32>,
 
     /// Change to this group before a guest runs, or a client is served, and leave all others.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = user_id::parse)]
     gid: Option<u32>,
 }
 

@@ -463,10 +463,10 @@ impl Handler {
         let [service, read] = [times.service_ns, times.read_ns].map(Duration::from_nanos);
         let source_offset = shared.layout.source_offset(place);
         let delay = std::mem::take(&mut self.delay);
-        if shared.population.waited(place.page, source_offset, service + delay, read)
+        let installed = || shared.data_bytes();
+        if shared.population.waited(place.page, source_offset, service + delay, read, installed)
             && self.wait_bucket.add(service, delay, self.last_now)
             && !shared.population.loads_ahead()
-            && shared.population.may_begin(|| shared.data_bytes())
         {
             self.follower.unbound(|| start::on_demand(shared));
         }

@@ -154,7 +154,8 @@ fn latency(histogram: &Histogram<u32>) -> Latency {
         p50_ns: histogram.value_at_quantile(0.5),
         p99_ns: histogram.value_at_quantile(0.99),
         max_ns: histogram.max(),
-        mean_ns: histogram.mean(),
+        // It takes the middle of each step, which may be above all values.
+        mean_ns: histogram.mean().min(histogram.max() as f64),
     }
 }
 
@@ -207,6 +208,16 @@ mod tests {
         assert_eq!(counts, [100, 100, 99, 0]);
         assert!(times.service.p50_ns.abs_diff(10_000) <= 100, "{times:?}");
         assert!(times.service.max_ns >= 59_000_000_000, "{times:?}");
+    }
+
+    #[test]
+    fn the_mean_is_at_most_the_maximum() {
+        let recorder = Recorder::new(1);
+        recorder.record(0, FaultTimes { queue_ns: 0, service_ns: 10, ..FaultTimes::default() });
+        let times = all(&[recorder]).times();
+        for of in [times.queue, times.service] {
+            assert!(of.mean_ns <= of.max_ns as f64, "{of:?}");
+        }
     }
 
     #[test]

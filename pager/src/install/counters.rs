@@ -52,10 +52,10 @@ impl Counters {
         self.by_origin[origin as usize].fetch_add(pages, Ordering::Relaxed);
     }
 
-    /// Pages that were installed with content of the source that is not known to be zero.
+    /// About the number of present pages that are not zero in the source. Zero pages that were present and then reset count twice.
     pub(crate) fn data_pages(&self) -> u64 {
-        let origins = [Origin::Demand, Origin::FaultAround, Origin::Populated, Origin::Prefetched];
-        origins.map(|origin| self.by_origin[origin as usize].load(Ordering::Relaxed)).iter().sum()
+        let present = self.by_state[PageState::Present as usize].load(Ordering::Relaxed);
+        present.saturating_sub(self.by_origin[Origin::Zero as usize].load(Ordering::Relaxed))
     }
 
     pub(crate) fn faults(&self) -> u64 {

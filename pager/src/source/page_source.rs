@@ -19,7 +19,8 @@ pub trait PageSource: Send + Sync {
     /// The length in bytes. Every offset below it can be loaded.
     fn len_bytes(&self) -> u64;
 
-    /// The most bytes of it that may not be zero, as far as that is known without reading. The default is the length.
+    /// The most bytes of it that may not be zero, as far as that is known without reading. On a single CPU,
+    /// [`crate::Populate::Auto`] loads what is left when five eighths of these are installed. The default is the length.
     fn data_bytes(&self) -> u64 {
         self.len_bytes()
     }

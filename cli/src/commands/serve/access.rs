@@ -3,15 +3,17 @@
 use anyhow::{Result, bail};
 use pager::serve::{AllowedUsers, SocketAccess};
 
+use crate::user_id;
+
 /// Which users may connect. Each also needs the permission to write to the socket, and to enter its folder.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Access {
     /// Serve guests of this user, too. Once for each user. By default only this user and root are served.
-    #[arg(long, value_name = "UID")]
+    #[arg(long, value_name = "UID", value_parser = user_id::parse)]
     allow_uid: Vec<u32>,
 
     /// Serve guests of users in this group, too. Once for each group.
-    #[arg(long, value_name = "GID")]
+    #[arg(long, value_name = "GID", value_parser = user_id::parse)]
     allow_gid: Vec<u32>,
 
     /// Give the socket to this user, or this group, by numbers. Another user than this one takes root.
@@ -33,7 +35,7 @@ struct Owner {
 fn parse_owner(text: &str) -> Result<Owner, String> {
     let number = |text: &str| match text {
         "" => Ok(None),
-        text => text.parse().map(Some).map_err(|_| format!("{text:?} is not the number of an id")),
+        text => user_id::parse(text).map(Some),
     };
     let (uid, gid) = text.split_once(':').unwrap_or((text, ""));
     match (number(uid)?, number(gid)?) {

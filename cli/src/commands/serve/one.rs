@@ -98,7 +98,7 @@ pub(super) fn passed(listener: UnixListener, options: &ServeOptions) -> Result<S
 const HALT: Duration = Duration::from_millis(8);
 const ADVICE: &str = "\
 this guest has KVM's asynchronous page faults switched on: each page that it waits for may cost it milliseconds, so all \
-is loaded from its first fault on. Boot it with `no-kvmapf`, or load a vmstate of `snap export --format firecracker \
+is loaded from its start on. Boot it with `no-kvmapf`, or load a vmstate of `snap export --format firecracker \
 --no-async-pf` (docs/serving.md)\n";
 
 /// The pages to load before they are touched, if any. A damaged working set is reported once, and not used.

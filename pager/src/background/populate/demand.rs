@@ -15,7 +15,7 @@ use crate::sched::run_delay::RunDelay;
 const LEAK: u32 = 8;
 /// The level that starts the loading: 75 faults or more. An idle Linux guest has about 50 after its restore, 30 of them
 /// in a burst.
-const BEGIN: Duration = Duration::from_millis(8);
+pub(crate) const BEGIN: Duration = Duration::from_millis(8);
 /// The same level after the loading has started once: this guest touches much memory.
 const BEGIN_AGAIN: Duration = Duration::from_micros(500);
 /// The upper limit of what one fault counts. A single read of a slow disk does not show how many will follow.

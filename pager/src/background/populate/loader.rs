@@ -74,10 +74,7 @@ impl Loader {
             // A failure costs only speed.
             let _ = cpus.bind();
         }
-        if self.shared.population.only_rest {
-            // Each yield would give a whole turn to the threads that it loads for.
-            never_give_way();
-        }
+        self.take_the_rest();
         if self.is_spare {
             // Any other thread preempts it. A demand thread may have this policy, too: see `before_load`. A failure costs
             // only speed.
@@ -88,6 +85,17 @@ impl Loader {
         self.quiet.begin();
         if let Ok(()) = self.load_all() {
             self.finish();
+        }
+    }
+
+    /// On a single CPU, a spare loader becomes a usual one when most of the data were needed.
+    fn take_the_rest(&mut self) {
+        if self.is_spare && self.shared.population.is_rest(|| self.shared.data_bytes()) {
+            self.is_spare = false;
+            // Without the right to this, it loads only while faults wait for a disk.
+            make_normal(0);
+            // Each yield would give a whole turn to the threads that it loads for.
+            never_give_way();
         }
     }
 
@@ -149,6 +157,7 @@ impl Loader {
         while self.is_spare && !plan.is_taken() && !shared.population.demand.waits_for_disk() {
             self.sleep_while_quiet()?;
             thread::park_timeout(SPARE_CHECK);
+            self.take_the_rest();
         }
         stopped(&shared)
     }
@@ -157,6 +166,7 @@ impl Loader {
     fn before_load(&mut self) -> Result<(), Ended> {
         self.sleep_while_quiet()?;
         self.pace.before_load(&self.shared)?;
+        self.take_the_rest();
         if self.is_spare {
             // A demand thread of the same policy may have to run on this CPU. Without `give_way`, which rests from yields where
             // CPUs are busy: there a spare loader has nothing to use.
@@ -273,11 +283,8 @@ impl Loader {
         let claim = Claim::new(&shared);
         while shared.states.of(page) == PageState::Missing {
             self.before_load()?;
-            claim.end();
-            if !claim.claim(&mut iter::once(offset)) {
-                // A demand thread is loading it, or has loaded it.
-                pause(&shared, CLAIMED_PAUSE)?;
-                continue;
+            if !self.claims(&claim, page, offset)? {
+                break;
             }
             match reader.load(offset) {
                 Ok(Load::Zero { range }) => {
@@ -291,6 +298,7 @@ impl Loader {
                     if self.install(Some(place), loaded)?.is_err() {
                         return Ok(self.give_up(page));
                     }
+                    claim.end();
                     self.pace.loaded(&shared, bytes)?;
                     tries += 1;
                     if tries > 1 {
@@ -302,6 +310,7 @@ impl Loader {
                     if error.kind() == SourceErrorKind::Transient
                         && failed_loads < retry.retries =>
                 {
+                    claim.end();
                     pause(&shared, retry.pause(failed_loads))?;
                     failed_loads += 1;
                 }
@@ -309,6 +318,18 @@ impl Loader {
             }
         }
         Ok(page + 1)
+    }
+
+    /// Claims a page that a demand thread may be loading. Returns `false` if it is not missing any more.
+    fn claims(&self, claim: &Claim<'_>, page: u64, offset: u64) -> Result<bool, Ended> {
+        while !claim.claim(&mut iter::once(offset)) {
+            if self.shared.states.of(page) != PageState::Missing {
+                return Ok(false);
+            }
+            // Not `before_load`: a loader that fell asleep here would not see the end of the memory, if this fault is the last.
+            pause(&self.shared, CLAIMED_PAUSE)?;
+        }
+        Ok(true)
     }
 
     /// Installs what was loaded, in small steps.

@@ -11,7 +11,8 @@ pub enum Populate {
     /// While threads wait for pages a good part of the time (an eighth or more). Then loaders work at full speed, on
     /// CPUs without a demand thread. They stop when the waiting has ended, and start again when it comes back. If the
     /// guest touches little memory, its resident size stays small. If it touches much, the memory is complete about as
-    /// soon as if it had been loaded first.
+    /// soon as if it had been loaded first. On a single CPU, only the rest is loaded: see
+    /// [`crate::PagerBuilder::populate_threads`].
     #[default]
     Auto,
     /// While no thread has faulted for 5 ms: in bursts, which get longer while no faults come.

@@ -20,7 +20,7 @@ pub(crate) type OnComplete = Box<dyn Fn(Population) + Send + Sync>;
 /// The upper limit of loaders. More of them only wait for each other.
 const MOST_LOADERS: usize = 4;
 
-/// With a single CPU, the loading begins when this many eighths of the data are installed. A guest that has needed so much
+/// With a single CPU, the rest is loaded when this many eighths of the data are installed. A guest that has needed so much
 /// needs most of the rest, too. With chunks of 8 pages, a guest that touches a tenth of its pages at random needs 57 %.
 const MOST_EIGHTHS: u64 = 5;
 
@@ -55,9 +55,8 @@ pub(crate) struct Progress {
     pub(super) loaders: usize,
     /// Further loaders, for the CPUs of threads that wait for a disk.
     pub(super) spare_loaders: usize,
-    /// There is a single CPU, on which a loader takes time from the threads that it loads for. So it loads only what is left
-    /// when they have needed most of the memory.
-    pub(super) only_rest: bool,
+    /// There is a single CPU, and no loader but a spare one: see [`Progress::is_rest`].
+    single_cpu: bool,
     /// Created by the first loader, because its cost depends on the size of the memory.
     pub(super) plan: OnceLock<Plan>,
     pub(super) demand: Demand,
@@ -83,9 +82,12 @@ impl Progress {
     /// The progress for memory in this number of slices. Creating it costs the same for any size of memory.
     pub(crate) fn new(options: Options, slices: usize) -> Progress {
         let cpus = options.cpus.as_ref().map_or(1, Cpus::count);
-        let by_cpus = cpus.saturating_sub(slices).clamp(1, MOST_LOADERS);
+        let by_cpus = match options.mode {
+            // On a single CPU a loader would only take time from the threads that it loads for.
+            Populate::Auto if cpus == 1 => 0,
+            _ => cpus.saturating_sub(slices).clamp(1, MOST_LOADERS),
+        };
         let loaders = options.loaders.unwrap_or(by_cpus);
-        let only_rest = options.mode == Populate::Auto && options.loaders.is_none() && cpus == 1;
         let spare_loaders = match options.mode {
             Populate::Auto if options.loaders.is_none() => {
                 cpus.min(MOST_LOADERS).saturating_sub(loaders).min(slices)
@@ -101,7 +103,7 @@ impl Progress {
         Progress {
             loaders,
             spare_loaders,
-            only_rest,
+            single_cpu: options.mode == Populate::Auto && loaders == 0 && cpus == 1,
             plan: OnceLock::new(),
             demand: Demand::new(options.overhead),
             unloadable: AtomicU64::new(0),
@@ -150,6 +152,7 @@ impl Progress {
         source_offset: u64,
         service: Duration,
         read: Duration,
+        installed_bytes: impl FnOnce() -> u64,
     ) -> bool {
         if let Some(elsewhere) = &self.options.elsewhere {
             elsewhere.waited(source_offset, service);
@@ -159,12 +162,18 @@ impl Progress {
         if counts {
             self.demand.add(page, service, read);
         }
-        counts && (self.loaders > 0 || self.demand.waits_for_disk())
+        counts
+            && (self.loaders > 0 || self.demand.waits_for_disk() || self.is_rest(installed_bytes))
     }
 
-    /// Whether the loading may begin when this much of the source's data is installed.
-    pub(crate) fn may_begin(&self, installed_bytes: impl FnOnce() -> u64) -> bool {
-        !self.only_rest || installed_bytes() >= self.options.source.data_bytes() / 8 * MOST_EIGHTHS
+    /// Whether there is a single CPU, and so much of the source's data is installed that the rest is to be loaded, too.
+    pub(crate) fn is_rest(&self, installed_bytes: impl FnOnce() -> u64) -> bool {
+        self.single_cpu && installed_bytes() >= self.options.source.data_bytes() / 8 * MOST_EIGHTHS
+    }
+
+    /// Whether the loading can begin before a thread waits.
+    pub(crate) fn has_loaders(&self) -> bool {
+        self.loaders > 0
     }
 
     /// Whether pages are being loaded ahead.
