@@ -107,6 +107,21 @@ fn a_few_faults_begin_nothing() {
     assert_eq!(pager.stop().installed.populated, 0);
 }
 
+/// If one fault is enough to begin the loading, the time before that is used, too.
+#[test]
+fn loading_that_one_fault_begins_does_not_wait_for_it() {
+    if !userfaultfd_works("loading_that_one_fault_begins_does_not_wait_for_it") {
+        return;
+    }
+    let memory = Memory::map(PAGES * PAGE);
+    let pager = auto(&memory, Duration::ZERO)
+        .fault_overhead(Duration::from_millis(8))
+        .start()
+        .expect("it starts");
+    wait_until("pages are loaded", || pager.stats().installed.populated > 0);
+    assert_eq!(pager.stop().faults, 0);
+}
+
 #[test]
 fn off_is_off() {
     if !userfaultfd_works("off_is_off") {
