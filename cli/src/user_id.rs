@@ -18,7 +18,7 @@ mod tests {
     #[test]
     fn names_are_refused_with_the_way_to_their_number() {
         assert_eq!(parse("1000"), Ok(1000));
-        for text in ["nobody", "", "-1", "4294967295", "4294967296"] {
+        for text in ["root", "", "-1", "4294967295", "4294967296"] {
             assert!(parse(text).is_err_and(|error| error.contains("id -u NAME")), "{text}");
         }
     }

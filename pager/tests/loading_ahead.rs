@@ -92,21 +92,6 @@ fn memory_that_is_touched_everywhere_is_complete_soon() {
     assert!(stats.faults < PAGES as u64, "{stats:?}");
 }
 
-#[test]
-fn a_few_faults_begin_nothing() {
-    if !userfaultfd_works("a_few_faults_begin_nothing") {
-        return;
-    }
-    let memory = Memory::map(PAGES * PAGE);
-    let pager = auto(&memory, Duration::from_micros(50)).start().expect("it starts");
-    // More of them begin it on busy CPUs: each may then count as 1 ms of waiting for a CPU, and 8 ms are the limit.
-    for page in shuffled(PAGES, 7).into_iter().take(7) {
-        assert_eq!(memory.read_u64(page * PAGE), stamp(page), "page {page}");
-    }
-    assert_eq!(pager.population(), Population::Quiet);
-    assert_eq!(pager.stop().installed.populated, 0);
-}
-
 /// If one fault is enough to begin the loading, the time before that is used, too.
 #[test]
 fn loading_that_one_fault_begins_does_not_wait_for_it() {

@@ -55,8 +55,8 @@ pub(crate) struct Progress {
     pub(super) loaders: usize,
     /// Further loaders, for the CPUs of threads that wait for a disk.
     pub(super) spare_loaders: usize,
-    /// There is a single CPU, and no loader but a spare one: see [`Progress::is_rest`].
-    single_cpu: bool,
+    /// With a single CPU: how much of the source's data has to be installed before the rest is loaded, too.
+    rest_from_bytes: Option<u64>,
     /// Created by the first loader, because its cost depends on the size of the memory.
     pub(super) plan: OnceLock<Plan>,
     pub(super) demand: Demand,
@@ -94,6 +94,9 @@ impl Progress {
             }
             _ => 0,
         };
+        // The spare loader does that. The number is constant, and not to be found out again at each fault.
+        let only_rest = options.mode == Populate::Auto && loaders == 0 && cpus == 1;
+        let rest_from_bytes = only_rest.then(|| options.source.data_bytes() / 8 * MOST_EIGHTHS);
         let population = match options.mode {
             Populate::Off => Population::Off,
             Populate::Auto if loaders + spare_loaders == 0 => Population::Off,
@@ -103,7 +106,7 @@ impl Progress {
         Progress {
             loaders,
             spare_loaders,
-            single_cpu: options.mode == Populate::Auto && loaders == 0 && cpus == 1,
+            rest_from_bytes,
             plan: OnceLock::new(),
             demand: Demand::new(options.overhead),
             unloadable: AtomicU64::new(0),
@@ -168,7 +171,7 @@ impl Progress {
 
     /// Whether there is a single CPU, and so much of the source's data is installed that the rest is to be loaded, too.
     pub(crate) fn is_rest(&self, installed_bytes: impl FnOnce() -> u64) -> bool {
-        self.single_cpu && installed_bytes() >= self.options.source.data_bytes() / 8 * MOST_EIGHTHS
+        self.rest_from_bytes.is_some_and(|from| installed_bytes() >= from)
     }
 
     /// Whether the loading can begin before a thread waits.
